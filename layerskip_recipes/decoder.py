@@ -1,0 +1,225 @@
+"""LayerSkipDecoder: the one class that owns the walk through a torchtune decoder's layers.
+
+It leaves layers out for some samples (layer dropout), looks at the hidden state between layers (early-exit loss) and
+runs a part of the stack (draft and verification). The parameters keep the base decoder's names, so checkpoints of
+both are the same files.
+
+Numbering, here and everywhere: layers are 0 .. L-1; x_0 is the embedding, x_{l+1} the output of layer l;
+`exit_layer` E means that E layers ran (1 .. L), so exit E looks at x_E.
+Shapes: b batch, s sequence, d embedding, v vocabulary.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from torchtune import config
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.layer_dropout import LayerDropout
+
+
+class LayerSkipDecoder(TransformerDecoder):
+    """A torchtune decoder that can skip, exit early and walk in parts.
+
+    Args:
+        base: the decoder to take over. Its modules are shared, not copied, and not renamed.
+        layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
+
+    Raises:
+        ValueError: if base is not a plain `TransformerDecoder` (fusion models are not supported).
+    """
+
+    def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
+        if type(base) is not TransformerDecoder:
+            raise ValueError(
+                f"model: {type(base).__name__} is not supported. Allowed: a torchtune TransformerDecoder, as the "
+                "builders of llama2/3, mistral, qwen2, gemma, phi3 and phi4 make it"
+            )
+        super().__init__(
+            tok_embeddings=base.tok_embeddings,
+            layers=base.layers,
+            max_seq_len=base.max_seq_len,
+            num_heads=base.num_heads,
+            head_dim=base.head_dim,
+            norm=base.norm,
+            output=base.output,
+        )
+        self.num_output_chunks = base.num_output_chunks
+        # QLoRA builders hang the hook that unpacks NF4 weights on the decoder itself.
+        self._state_dict_hooks.update(base._state_dict_hooks)
+        self.layer_dropout = layer_dropout
+        # True while a generation engine has its own caches in the attention layers (kv_cache.py).
+        self.decoding = False
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    def forward(
+        self,
+        tokens: torch.Tensor | None = None,
+        *,
+        mask: Any = None,
+        encoder_input: Any = None,
+        encoder_mask: torch.Tensor | None = None,
+        input_pos: torch.Tensor | None = None,
+        exit_layer: int | None = None,
+        exits: Iterable[int] | None = None,
+        hidden: torch.Tensor | None = None,
+        start_layer: int = 0,
+        unembed: bool = True,
+    ) -> Any:
+        """Walk from layer `start_layer` up to, not including, layer `exit_layer`, then apply the head g.
+
+        With the defaults this is the base decoder. Every partial walk goes through here, never through the layers
+        directly, so that a sharded model gathers its parameters.
+
+        Args:
+            tokens: [b, s] token ids. Left out when `hidden` is given.
+            mask, encoder_input, encoder_mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
+            exit_layer: E, the layers to stop after; None means L.
+            exits: exits to look at on the way (each in 1 .. exit_layer); changes the result, see below.
+            hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
+            start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
+            unembed: False returns x_E instead of g(x_E).
+
+        Returns:
+            [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune), or x_E
+            [b, s, d] if `unembed` is False, or the pair (x_E, {e: x_e for e in exits}), all before the norm, if
+            `exits` is given.
+
+        Raises:
+            ValueError: if exit_layer or one of the exits is outside of the model.
+        """
+        exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
+        wanted = set() if exits is None else {self.check_exit(e) for e in exits}
+        if hidden is None:
+            if not self.decoding:
+                self._validate_inputs(
+                    tokens.shape[1],
+                    mask=mask,
+                    encoder_input=encoder_input,
+                    encoder_mask=encoder_mask,
+                    input_pos=input_pos,
+                )
+            h = self.tok_embeddings(tokens)
+        else:
+            h = hidden
+
+        of_sample = {
+            "mask": mask,
+            "encoder_input": encoder_input,
+            "encoder_mask": encoder_mask,
+            "input_pos": input_pos,
+        }
+        keep = self.layer_dropout.draw(h.shape[0]) if self.training and self.layer_dropout else [None] * self.num_layers
+        seen = {}
+        for layer in range(start_layer, exit_layer):
+            h = self._run_layer(self.layers[layer], h, keep[layer], of_sample)
+            if layer + 1 in wanted:
+                seen[layer + 1] = h
+        if exits is not None:
+            return h, seen
+        return self.unembed(h) if unembed else h
+
+    def hidden_states(
+        self, tokens: torch.Tensor, exits: Iterable[int], **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """x_L and the x_E of the chosen exits, before the final norm.
+
+        Args:
+            tokens: [b, s].
+            exits: the E to return.
+            **kwargs: mask, input_pos, ... of `forward`.
+
+        Returns:
+            x_L [b, s, d] and {E: x_E [b, s, d]}.
+
+        Raises:
+            ValueError: if an exit is outside of 1 .. L.
+        """
+        return self(tokens, exits=exits, **kwargs)
+
+    def check_exit(self, exit_layer: int) -> int:
+        """`exit_layer` itself, if it is one.
+
+        Raises:
+            ValueError: if it is no integer in 1 .. L.
+        """
+        if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
+            raise ValueError(
+                f"exit_layer: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
+                f"(number of layers run), for example exit_layer: {max(self.num_layers // 4, 1)}"
+            )
+        return exit_layer
+
+    def _run_layer(self, layer: nn.Module, h: torch.Tensor, keep: list[int] | None, of_sample: dict) -> torch.Tensor:
+        """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
+
+        Args:
+            layer: l.
+            h: [b, s, d], x_l.
+            keep: the rows that stay, None for all.
+            of_sample: the layer's other inputs, of which each row belongs to a sample.
+        """
+        if keep is None:
+            return layer(h, **of_sample)
+        if not keep:
+            return h
+        rows = torch.tensor(keep).to(h.device, non_blocking=True)
+        inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in of_sample.items()}
+        return h.index_copy(0, rows, layer(h.index_select(0, rows), **inputs))
+
+
+def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
+    """The rows of what belongs to the samples; what all samples share (None, a first dimension of 1) stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch_size else value
+    if isinstance(value, BlockMask):
+        if value.shape[0] == 1 or batch_size == 1:
+            return value
+        taken = value[rows]
+        whole = value.mask_mod
+        # Partial blocks ask mask_mod again, by the row number within the taken batch.
+        taken.mask_mod = lambda b, h, q_idx, kv_idx: whole(rows[b], h, q_idx, kv_idx)
+        return taken
+    if isinstance(value, Mapping):
+        return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(take_rows(part, rows, batch_size) for part in value)
+    return value
+
+
+def layerskip_decoder(
+    base: TransformerDecoder | Mapping[str, Any], layer_dropout: Mapping[str, Any] | LayerDropout | None = None
+) -> LayerSkipDecoder:
+    """A `LayerSkipDecoder` around any torchtune decoder; usable as a `_component_` in YAML.
+
+    Args:
+        base: a torchtune `TransformerDecoder`, or how to build one: {"_component_": dotpath, **arguments}.
+        layer_dropout: the arguments of `LayerDropout` but num_layers, for example
+            {"prob": 0.1, "layers_scale": "exp"}.
+
+    Returns:
+        The decoder, with the state_dict keys of base.
+
+    Raises:
+        ValueError: if base is no plain decoder, or a dropout argument is out of range.
+
+    Example:
+        >>> model = layerskip_decoder({"_component_": "torchtune.models.llama3_2.llama3_2_1b"})
+    """
+    if isinstance(base, LayerSkipDecoder):
+        model = base
+    else:
+        model = LayerSkipDecoder(config.instantiate(OmegaConf.create(dict(base))) if isinstance(base, Mapping) else base)
+    if layer_dropout is not None:
+        if isinstance(layer_dropout, Mapping):
+            layer_dropout = LayerDropout(model.num_layers, **layer_dropout)
+        model.layer_dropout = layer_dropout
+    return model

@@ -1,0 +1,130 @@
+"""Layer dropout (paper, eq. 1-4): the rates D(l) and S(t), and the draw of the samples that stay in each layer.
+
+Applying the draw is the decoder's business (`decoder.py`): here is only the arithmetic and the generator.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerskip_recipes.layers import select_layers
+
+# D(l) over the relative depth u = l / (L-1) and the number of steps n = L-1.
+LAYER_SCALES: dict[str, Callable[[float, int], float]] = {
+    "exp": lambda u, n: math.exp(u * math.log(2)) - 1,
+    "uniform": lambda u, n: 1.0,
+    "linear": lambda u, n: u,
+    "log": lambda u, n: math.log(u * n + 1) / math.log(n + 1),
+    "sin": lambda u, n: math.sin(0.5 * math.pi * u),
+    "sigmoid": lambda u, n: 1 / (1 + math.exp(-10 * (u - 0.5))),
+    "step": lambda u, n: 0.0 if u < 1 else 1.0,
+}
+SCHEDULES = ("constant", "exp")
+
+
+def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layers: str = ":") -> list[float]:
+    """The probability p_l = D(l) p_max that a sample skips layer l, at S(t) = 1 (paper, eq. 2-3).
+
+    D(l) = exp(l ln2 / (L-1)) - 1 for the scale "exp": 0 in the first layer, 1 in the last.
+
+    Args:
+        num_layers: L.
+        prob: p_max, in [0, 1].
+        layers_scale: the form of D, one of `LAYER_SCALES`.
+        layers: the layers that drop at all; D(l) stays a function of l in the whole model.
+
+    Returns:
+        L probabilities.
+
+    Raises:
+        ValueError: if prob or layers is out of range, or the scale is unknown.
+    """
+    if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
+        raise ValueError(f"layer_dropout.prob: {prob!r} is no probability. Allowed: 0 to 1, for example prob: 0.1")
+    if layers_scale not in LAYER_SCALES:
+        raise ValueError(
+            f"layer_dropout.layers_scale: {layers_scale!r} is unknown. Allowed: {', '.join(LAYER_SCALES)}; "
+            "for example layers_scale: exp"
+        )
+    selected = select_layers(layers, num_layers, key="layer_dropout.layers")
+    steps = max(num_layers - 1, 1)
+    # A model of one layer has no depth to scale over: its only layer is the last one.
+    depth = [layer / steps if num_layers > 1 else 1.0 for layer in range(num_layers)]
+    return [prob * LAYER_SCALES[layers_scale](depth[layer], steps) * selected[layer] for layer in range(num_layers)]
+
+
+def schedule_scale(step: int, total_steps: int, schedule: str = "constant") -> float:
+    """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
+
+    Raises:
+        ValueError: if the schedule is unknown.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"layer_dropout.schedule: {schedule!r} is unknown. Allowed: {', '.join(SCHEDULES)}; "
+            "for example schedule: constant"
+        )
+    if schedule == "constant" or total_steps <= 1:
+        return 1.0
+    return math.exp(min(step, total_steps - 1) * math.log(2) / (total_steps - 1)) - 1
+
+
+class LayerDropout:
+    """Draws, per layer and sample, who stays: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
+
+    The generator is its own and lives on the CPU: no other random number moves it, every rank that seeds it alike
+    makes the same draw, and a GPU never waits for it.
+
+    Args:
+        num_layers: L.
+        prob, layers_scale, layers: see `dropout_rates`.
+        schedule: S(t), see `schedule_scale`; `set_step` moves t.
+        seed: of the generator. The same on every rank.
+
+    Raises:
+        ValueError: as `dropout_rates` and `schedule_scale` do.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        prob: float,
+        layers_scale: str = "exp",
+        layers: str = ":",
+        schedule: str = "constant",
+        seed: int = 0,
+    ) -> None:
+        self.rates = dropout_rates(num_layers, prob, layers_scale, layers)
+        self.schedule = schedule
+        self.scale = schedule_scale(0, 1, schedule)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def set_step(self, step: int, total_steps: int) -> None:
+        """Move to optimizer step `step` of `total_steps` (from 0)."""
+        self.scale = schedule_scale(step, total_steps, self.schedule)
+
+    @property
+    def max_rate(self) -> float:
+        """The largest p_{l,t} of any layer now."""
+        return self.scale * max(self.rates)
+
+    def draw(self, batch_size: int) -> list[list[int] | None]:
+        """Who stays in each layer at this forward pass.
+
+        Returns:
+            For each layer the kept row numbers in order, or None when all stay.
+        """
+        if self.max_rate == 0:
+            return [None] * len(self.rates)
+        uniform = torch.rand(len(self.rates), batch_size, generator=self.generator)
+        keep = uniform >= self.scale * torch.tensor(self.rates)[:, None]
+        return [None if all(row) else [i for i, kept in enumerate(row) if kept] for row in keep.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same draws."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
