@@ -217,7 +217,9 @@ def layerskip_decoder(
     if isinstance(base, LayerSkipDecoder):
         model = base
     else:
-        model = LayerSkipDecoder(config.instantiate(OmegaConf.create(dict(base))) if isinstance(base, Mapping) else base)
+        model = LayerSkipDecoder(
+            config.instantiate(OmegaConf.create(dict(base))) if isinstance(base, Mapping) else base
+        )
     if layer_dropout is not None:
         if isinstance(layer_dropout, Mapping):
             layer_dropout = LayerDropout(model.num_layers, **layer_dropout)

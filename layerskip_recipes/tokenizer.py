@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What a folder without a chat template gets: the contents as they stand, closed by eos after each assistant message.
+# What a folder without a chat template gets: bos, then the contents as they stand, eos after each assistant message.
 # Separators are the dataset's business (`prompt_template`), as for torchtune's tokenizers of base models.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message.content }}"
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 # Stands in for a message's content, to see where the template puts it. From Unicode's private use area: no text has it.
@@ -52,7 +53,7 @@ def hf_tokenizer(
         path: the folder; it must have a tokenizer.json.
         max_seq_len: length in tokens that messages are truncated to. None: never.
         chat_template: Jinja text, or the name of one of the folder's templates. None: the folder's default template;
-            if it has none, `PLAIN_TEMPLATE`, after the bos token where the tokenizer adds one.
+            if it has none, `PLAIN_TEMPLATE`.
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
 
     Returns:
@@ -82,29 +83,29 @@ def hf_tokenizer(
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None])
 
-    eos_ids = generation_config.get("eos_token_id")
-    eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-    eos_id = tokenizer.token_to_id(named.get("eos_token", ""))
-    if eos_id is None and eos_ids:
-        eos_id = eos_ids[0]
+    stop_ids = _as_list(generation_config.get("eos_token_id"))
+    bos_id, eos_id, pad_id = (tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
+    if eos_id is None and stop_ids:
+        eos_id = stop_ids[0]
+    if bos_id is None:
+        bos_id = generation_config.get("bos_token_id")
     # Many models name a bos token that their texts never start with (GPT-2, SmolLM2): what counts is that it is added.
-    bos_id = tokenizer.token_to_id(named.get("bos_token", ""))
     if bos_id not in tokenizer.encode("").ids and config.get("add_bos_token") is not True:
         bos_id = None
 
     template = _pick_template(folder, config, chat_template)
     if template is None:
-        template = PLAIN_TEMPLATE if bos_id is None else "{{ bos_token }}" + PLAIN_TEMPLATE
-        if eos_id is not None:
-            named["eos_token"] = tokenizer.id_to_token(eos_id)
+        template = PLAIN_TEMPLATE
+        ends = {"bos_token": bos_id, "eos_token": eos_id}
+        named = {key: "" if token_id is None else tokenizer.id_to_token(token_id) for key, token_id in ends.items()}
     return HFTokenizer(
         tokenizer,
         chat_template=template,
         template_tokens=named,
         bos_id=bos_id,
         eos_id=eos_id,
-        pad_id=tokenizer.token_to_id(named.get("pad_token", "")),
-        stop_tokens=eos_ids,
+        pad_id=pad_id,
+        stop_tokens=stop_ids,
         max_seq_len=max_seq_len,
         truncation_type=truncation_type,
     )
@@ -117,7 +118,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         tokenizer: the encoder.
         chat_template: Jinja text.
         template_tokens: the named special tokens that the template may write, such as {"eos_token": "</s>"}.
-        bos_id: id of the token that every text starts with, None if there is none.
+        bos_id: id of the token that every text starts with, None if the model was trained without.
         eos_id: id of the token that ends a text, None if there is none.
         pad_id: id of the padding token. None: eos, or else 0.
         stop_tokens: ids that end generation, besides eos and the token that ends the template's assistant turn.
@@ -151,7 +152,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)
-        self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()}
+        self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         # One more than the largest id, which is what an embedding must have, even where ids have holes.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._tokenizer = tokenizer
@@ -163,7 +164,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.stop_tokens = list(dict.fromkeys(i for i in stops if i is not None))
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """The token ids of a text; bos and eos are added where the model has them, and never twice."""
+        """The token ids of a text; bos and eos are added where the tokenizer has them, and never twice."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -186,12 +187,13 @@ class HFTokenizer(ModelTokenizer, Transform):
                 the assistant's reply begins, or, if the last message is a begun reply, up to the end of its content.
 
         Returns:
-            Token ids, and a mask of the same length, True for the tokens of messages with `masked`. A message's header
-            and its end token are its own; an eos put in place of a truncated end is masked.
+            Token ids, and a mask of the same length, True where there is no loss: for the tokens of messages with
+            `masked`, for an eos put in place of a truncated end, and for all of a prompt. A message's header and its
+            end token are its own; what the template puts before the first message goes with it.
 
         Raises:
-            ValueError: if there are no messages, a message is not text, or one that is trained on cannot be found in
-                what the template renders.
+            ValueError: if there are no messages, one is not text, or the template mixes them so that a token's message
+                cannot be told.
             jinja2.TemplateError: if the template refuses the conversation, such as roles that do not alternate.
         """
         if not messages:
@@ -199,22 +201,17 @@ class HFTokenizer(ModelTokenizer, Transform):
         if any(message.contains_media for message in messages):
             raise ValueError("messages: this tokenizer takes text only, and one of them has an image")
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
-        if add_end_tokens:
-            text = self._render(turns)
-        elif turns[-1]["role"] == "assistant" and turns[-1]["content"]:
-            text = self._render(turns)
-            text = text[: self._content_span(turns, len(turns) - 1, text)[1]]
-        else:
-            if turns[-1]["role"] == "assistant":  # torchtune ends a prompt with an empty message
-                turns = turns[:-1]
-            text = self._render(turns, add_generation_prompt=True)
+        if not add_end_tokens:
+            tokens = self.encode(self._render_prompt(turns), add_bos=False, add_eos=False)
+            return self._truncate(tokens, [True] * len(tokens), None)
 
+        text = self._render(turns)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ends, masked = self._message_ends(turns, [message.masked for message in messages], text)
         # A token's message is that of its last character: the offsets of some tokenizers leave out a leading space.
         last_chars = [max(end - 1, 0) for _, end in encoding.offsets]
         mask = [masked[min(bisect_right(ends, char), len(masked) - 1)] for char in last_chars]
-        return self._truncate(encoding.ids, mask, self.eos_id if add_end_tokens else None)
+        return self._truncate(encoding.ids, mask, self.eos_id)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """The sample with "tokens" and "mask" in place of "messages"; a prompt if inference (see above)."""
@@ -238,6 +235,15 @@ class HFTokenizer(ModelTokenizer, Transform):
             add_generation_prompt=add_generation_prompt,
             **self._template_tokens,
         )
+
+    def _render_prompt(self, turns: list[dict]) -> str:
+        if turns[-1]["role"] != "assistant":
+            return self._render(turns, add_generation_prompt=True)
+        if not turns[-1]["content"]:  # torchtune's way to ask for a reply
+            return self._render(turns[:-1], add_generation_prompt=True)
+        text = self._render(turns)
+        span = self._content_span(turns, len(turns) - 1, text)
+        return text[: span[1]] if span else text
 
     def _end_of_turn_id(self) -> int | None:
         """The special token right after an assistant's content, if the template has one."""
@@ -263,7 +269,7 @@ class HFTokenizer(ModelTokenizer, Transform):
                 ends.append(len(prefix))
         except TemplateError:  # some templates refuse a conversation that stops early
             return self._message_ends_by_content(turns, masked, text)
-        return [*ends[1:], len(text)], masked[: len(turns)]
+        return [*ends[1:], len(text)], masked
 
     def _message_ends_by_content(
         self, turns: list[dict], masked: list[bool], text: str
@@ -274,10 +280,10 @@ class HFTokenizer(ModelTokenizer, Transform):
         spans = [(self._content_span(turns, i, text), masked[i]) for i in range(len(turns))]
         spans = sorted((span, mask) for span, mask in spans if span is not None)
         ends = []
-        for ((_, end), _), ((start, _), _) in zip(spans, spans[1:], strict=False):
-            footer = re.match(rf".*?(?:{self._special_pattern})\s*", text[end:start], flags=re.DOTALL)
+        for ((_, end), _), ((start, _), _) in pairwise(spans):
+            footer = re.match(rf".*?(?:{self._special_pattern})\n*", text[end:start], flags=re.DOTALL)
             ends.append(end + footer.end() if footer else end)
-        return [*ends, len(text)], [mask for _, mask in spans]
+        return [*ends, len(text)], [mask for _, mask in spans] or masked[:1]
 
     def _content_span(self, turns: list[dict], index: int, text: str) -> tuple[int, int] | None:
         """Where the text shows the content of one message; None if it does not."""
@@ -288,7 +294,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
             raise ValueError(
                 f"messages: the chat template changes more than the content of message {index} "
-                f"({turns[index]['role']}), so its tokens cannot be told from the others'"
+                f"({turns[index]['role']}), so its tokens cannot be told from the others"
             )
         return len(before), len(text) - len(after)
 
@@ -296,7 +302,7 @@ class HFTokenizer(ModelTokenizer, Transform):
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for transformers; its body is rendered as it stands."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = frozenset({"generation"})
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -343,6 +349,10 @@ def _pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) 
             f"Allowed: {', '.join(sorted(templates)) or 'no name, it has no template'}; or the Jinja text itself"
         )
     return templates[wanted or "default"]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

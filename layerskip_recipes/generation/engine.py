@@ -210,7 +210,9 @@ def generate(
         rows = [strip_left_padding(row, pad_id) for row in prompt.tolist()]
         width = prompt.shape[1]
     else:
-        rows = [prompt.tolist()] if isinstance(prompt, torch.Tensor) else [torch.as_tensor(row).tolist() for row in prompt]
+        rows = (
+            [prompt.tolist()] if isinstance(prompt, torch.Tensor) else [torch.as_tensor(row).tolist() for row in prompt]
+        )
         width = max((len(row) for row in rows), default=0)
     generation = Generation(
         model,
@@ -242,7 +244,9 @@ def check_num_speculations(num_speculations: int | None, exit_layer: int | None)
     if num_speculations is None:
         return None
     if isinstance(num_speculations, bool) or not isinstance(num_speculations, int) or num_speculations < 1:
-        raise ValueError(f"num_speculations: {num_speculations!r} is not an integer of 1 or more, e.g. num_speculations: 6")
+        raise ValueError(
+            f"num_speculations: {num_speculations!r} is not an integer of 1 or more, e.g. num_speculations: 6"
+        )
     if exit_layer is None:
         raise ValueError("num_speculations needs exit_layer, the exit that drafts, e.g. exit_layer: 8")
     return num_speculations
@@ -259,7 +263,9 @@ def check_lengths(model: TransformerDecoder, prompt_lengths: Sequence[int], max_
     # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
     # the window's size nothing is cut, so there it does no harm.
     windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    limit, what = min([(w, "the attention's sliding window") for w in windows if w] + [(model.max_seq_len, "max_seq_len")])
+    limit, what = min(
+        [(w, "the attention's sliding window") for w in windows if w] + [(model.max_seq_len, "max_seq_len")]
+    )
     longest = max(prompt_lengths) + max_generated_tokens
     if longest > limit:
         raise ValueError(

@@ -63,6 +63,8 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
     tokens = list(tokens)
     for period in range(1, max_period + 1):
         tail = max(int(len(tokens) * share), 3 * period)
-        if tail <= len(tokens) and all(tokens[i] == tokens[i - period] for i in range(len(tokens) - tail + period, len(tokens))):
+        if tail <= len(tokens) and all(
+            tokens[i] == tokens[i - period] for i in range(len(tokens) - tail + period, len(tokens))
+        ):
             return True
     return False

@@ -1,0 +1,259 @@
+"""Checkpoints around torchtune's checkpointers: whole or not there, found again by themselves, or started from scratch.
+
+A checkpoint is written beside its place and renamed into it, so `epoch_N` either is complete or does not exist.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchtune import config, training
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
+
+from layerskip_recipes.config import check_component
+from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+
+RECIPE_STATE = "recipe_state.pt"
+STAGING = ".incomplete"
+
+
+class Checkpoints:
+    """The checkpoints of a run: what it starts from, and what it leaves under `output_dir/epoch_N`.
+
+    Args:
+        cfg: the config; `checkpointer`, `output_dir` and `resume_from_checkpoint` are read.
+
+    Raises:
+        ValueError: on resume, if there is nothing to resume.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.output_dir = Path(cfg.output_dir)
+        self.staging = self.output_dir / STAGING
+        self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
+        start = {"output_dir": str(self.staging)}
+        if self.resumed_from:
+            weights = sorted(p.name for p in self.resumed_from.iterdir() if p.name.startswith("model-"))
+            start |= {
+                "checkpoint_dir": str(self.resumed_from),
+                "checkpoint_files": [name for name in weights if name.endswith((".safetensors", ".bin"))],
+            }
+        self.from_scratch = not self.resumed_from and not checkpoint_files(cfg.checkpointer)
+        self._checkpointer = config.instantiate(cfg.checkpointer, **start)
+
+    def load(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
+        """The model's state (None from scratch) and the recipe's state (None unless resuming)."""
+        if self.from_scratch:
+            # A file that is written needs a place for each key: all go into the first shard.
+            self._checkpointer._weight_map = defaultdict(lambda: "0001")
+            return None, None
+        state = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        if self.resumed_from is None:
+            return state, None
+        return state, torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
+
+    def save(self, model_state: dict[str, torch.Tensor], recipe_state: Mapping[str, Any], epoch: int) -> Path:
+        """Write one checkpoint; a run that is killed here leaves the previous ones as they were.
+
+        Args:
+            model_state: the decoder's state_dict.
+            recipe_state: what a resumed run needs.
+            epoch: N of `epoch_N`.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self._checkpointer.save_checkpoint({training.MODEL_KEY: model_state}, epoch=epoch)
+        written = self.staging / f"epoch_{epoch}"
+        torch.save(dict(recipe_state), written / RECIPE_STATE)
+        place = self.output_dir / written.name
+        if place.exists():
+            os.rename(place, self.staging / "replaced")
+        os.rename(written, place)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        return place
+
+
+def find_checkpoint(output_dir: Path) -> Path:
+    """The newest complete checkpoint under output_dir, by the time at which it was written.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    states = sorted(output_dir.glob(f"epoch_*/{RECIPE_STATE}"), key=lambda path: path.stat().st_mtime_ns)
+    if not states:
+        raise ValueError(
+            f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE}) under output_dir "
+            f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
+        )
+    return states[-1].parent
+
+
+def checkpoint_files(section: DictConfig) -> list[str]:
+    """The file names of a checkpointer section, its {filename_format, max_filename} form written out."""
+    files = section.get("checkpoint_files") or []
+    if isinstance(files, DictConfig):
+        return FormattedCheckpointFiles.from_dict(OmegaConf.to_container(files)).build_checkpoint_filenames()
+    return list(files)
+
+
+def check_checkpointer(cfg: DictConfig) -> None:
+    """Raises a ValueError if the checkpointer section is wrong in itself."""
+    section = cfg.get("checkpointer")
+    check_component(section, "checkpointer")
+    for key in ("recipe_checkpoint", "adapter_checkpoint"):
+        if section.get(key) is not None:
+            raise ValueError(
+                f"checkpointer.{key}: {section[key]!r} is not honoured: resume_from_checkpoint=true finds the newest "
+                f"checkpoint under output_dir by itself. Set checkpointer.{key}=null"
+            )
+    model_types = training.ModelType.__members__
+    if "model_type" in section and section.model_type not in model_types:
+        raise ValueError(
+            f"checkpointer.model_type: {section.model_type!r} is unknown. Allowed: {', '.join(model_types)}; "
+            "for example checkpointer.model_type=LLAMA3_2"
+        )
+
+
+def check_checkpoint_files(cfg: DictConfig) -> None:
+    """Raises a ValueError naming what `checkpointer.checkpoint_dir` lacks, or an output_dir inside of it."""
+    section = cfg.checkpointer
+    folder = section.get("checkpoint_dir")
+    if folder is None:
+        if checkpoint_files(section):
+            raise ValueError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
+        return
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"checkpointer.checkpoint_dir: {str(folder)!r} is no folder. Give the one with the model's files"
+        )
+    needed = checkpoint_files(section) + (["config.json"] if section._component_.endswith("HFCheckpointer") else [])
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        raise ValueError(
+            f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
+            f"There: {', '.join(there) or 'no weights'}"
+        )
+    output_dir = Path(cfg.output_dir).resolve() if cfg.get("output_dir") else None
+    if output_dir and output_dir.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"output_dir: {cfg.output_dir!r} lies inside of checkpointer.checkpoint_dir; choose another folder"
+        )
+
+
+def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises a ValueError if a checkpoint is not this model's: which keys are missing, foreign, or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"checkpointer: the checkpoint is not this model's, it {what} {', '.join(names[:3])}{more}"
+            )
+
+
+def scratch_checkpointer(
+    hf_config: Mapping[str, Any],
+    model_type: str,
+    output_dir: str,
+    tokenizer_dir: str | None = None,
+    checkpoint_dir: str | None = None,
+    checkpoint_files: list[str] | None = None,
+) -> training.FullModelHFCheckpointer:
+    """A checkpointer for training from scratch: no weights to read, Hugging Face checkpoints to write.
+
+    Args:
+        hf_config: the content of the checkpoints' config.json.
+        model_type: torchtune's, such as LLAMA3_2; it chooses the names of the weights.
+        output_dir: where checkpoints go.
+        tokenizer_dir: a folder whose tokenizer*.json go into each checkpoint.
+        checkpoint_dir, checkpoint_files: given by the recipe on resume, not in a config.
+
+    Returns:
+        torchtune's Hugging Face checkpointer.
+    """
+    scratch = None
+    if checkpoint_dir is None:
+        scratch = tempfile.TemporaryDirectory(prefix="layerskip-")
+        checkpoint_dir = scratch.name
+        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(dict(hf_config), indent=2))
+        for file in Path(tokenizer_dir).glob("tokenizer*.json") if tokenizer_dir else ():
+            shutil.copy(file, checkpoint_dir)
+    checkpointer = training.FullModelHFCheckpointer(
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_files=list(checkpoint_files or []),
+        model_type=model_type,
+        output_dir=output_dir,
+    )
+    checkpointer.scratch = scratch  # lives as long as the checkpointer copies from it
+    return checkpointer
+
+
+@torch.no_grad()
+def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
+    """The initialisation from scratch, as in GPT-2: normal(0, std) for every matrix, the two that write into the
+    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them.
+
+    Args:
+        model: the decoder, on its device.
+        std: of the normal distribution.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
+            nn.init.normal_(parameter, std=std / math.sqrt(2 * model.num_layers) if into_residual else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> LayerSkipDecoder:
+    """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation.
+
+    With `cfg.quantizer` the weights are quantised after loading, or read quantised where torchtune's `quantize`
+    recipe wrote them, which is what a `FullModelTorchTuneCheckpointer` means there.
+
+    Args:
+        cfg: sections model, checkpointer and, if there is one, quantizer.
+        device, dtype: of the weights.
+
+    Returns:
+        The decoder in eval mode.
+
+    Raises:
+        ValueError: if the checkpoint is not this model's.
+    """
+    with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
+        checkpointer = config.instantiate(cfg.checkpointer, output_dir=nowhere)
+    quantizer = config.instantiate(cfg.get("quantizer"))
+    read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
+    state = checkpointer.load_checkpoint(**({"weights_only": False} if read_quantised else {}))[training.MODEL_KEY]
+    with training.set_default_dtype(dtype), device:
+        model = layerskip_decoder(config.instantiate(cfg.model))
+    if read_quantised:
+        model = quantizer.quantize(model).to(device=device, dtype=dtype)
+        model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+        return model.eval()
+    check_state_dict(model, state)
+    model.load_state_dict(state)
+    if quantizer is not None:
+        model = quantizer.quantize(model)
+    return model.eval()

@@ -1,0 +1,89 @@
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
+
+
+def list_configs() -> None:
+    """Our configs first, then torchtune's built-ins that a config can extend."""
+    print("layerskip configs")
+    for name in our_configs():
+        print(f"  {name}")
+    print("torchtune configs (for extends: and --config)")
+    for name in sorted(torchtune_configs()):
+        print(f"  {name}")
+
+
+def copy_config(name: str, target: str) -> None:
+    """Copy a config's file.
+
+    Raises:
+        ValueError: if there is no such config, or the target exists.
+    """
+    source, path = find_config(name), Path(target)
+    path = path / source.name if path.is_dir() else path.with_suffix(path.suffix or ".yaml")
+    if path.exists():
+        raise ValueError(f"cp: {str(path)!r} exists already; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    print(f"Copied to {path}")
+
+
+def validate(cfg: DictConfig) -> str:
+    """Check a config by the recipe that it is for: its sections, its keys, every component's arguments.
+
+    Returns:
+        The recipe's name.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    # Each recipe has a key that no other one can do without.
+    if "optimizer" in cfg:
+        from layerskip_recipes.finetune import check_config
+
+        recipe = "layerskip_finetune"
+    elif "dataset" in cfg:
+        from layerskip_recipes.eval import check_config
+
+        recipe = "layerskip_eval"
+    else:
+        from layerskip_recipes.generate import check_config
+
+        recipe = "layerskip_generate"
+    check_config(cfg)
+    return recipe
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    parser = argparse.ArgumentParser(prog="layerskip", description="Configs of layerskip-recipes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="list the configs")
+    cp = commands.add_parser("cp", help="copy a config to a file")
+    cp.add_argument("name")
+    cp.add_argument("file")
+    cat = commands.add_parser("cat", help="print a config with its `extends` merged")
+    check = commands.add_parser("validate", help="check sections and components without loading weights")
+    for command in (cat, check):
+        command.add_argument("name", help="a config's name or path")
+        command.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+
+    def steps() -> None:
+        if args.command == "ls":
+            list_configs()
+        elif args.command == "cp":
+            copy_config(args.name, args.file)
+        elif args.command == "cat":
+            print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
+        else:
+            recipe = validate(load_config(args.name, args.overrides))
+            print(f"{args.name}: fine, for `tune run {recipe}`")
+
+    main_of(steps)

@@ -1,0 +1,205 @@
+"""`tune run layerskip_eval`: how good is each exit? Loss, perplexity and agreement with the last layer, with a picture.
+
+One pass over the data serves all exits; the heads run exit by exit and in chunks of tokens, as in training.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+from torchtune import config, training, utils
+from torchtune.config._utils import _get_component_from_path
+from torchtune.data import padded_collate_packed
+from tqdm import tqdm
+
+from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.config import (
+    build_on_meta,
+    build_recipe,
+    check_component,
+    check_device,
+    check_dtype,
+    check_interpolations,
+    check_keys,
+    check_number,
+    check_precision,
+    main_of,
+)
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.layers import select_layers
+
+HONOURED = {
+    "output_dir", "model", "checkpointer", "tokenizer", "quantizer", "device", "dtype", "seed", "dataset",
+    "collate_fn", "batch_size", "max_batches", "layers", "picture", "float32_matmul_precision",
+}  # fmt: skip
+
+
+@torch.inference_mode()
+def exit_quality(
+    model: LayerSkipDecoder, batches: Any, exits: list[int], ignore_index: int = -100, chunk_tokens: int = 512
+) -> dict[int, dict[str, float]]:
+    """Loss and agreement of each exit over the labels that count.
+
+    Args:
+        model: the decoder, in eval mode.
+        batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
+        exits: the E to measure.
+        ignore_index: the label that counts nowhere.
+        chunk_tokens: the tokens whose logits exist at a time.
+
+    Returns:
+        {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
+        "agreement": share of tokens on which exit E and the last layer choose the same}}.
+    """
+    device = model.tok_embeddings.weight.device
+    sums = {e: torch.zeros(3, dtype=torch.float64, device=device) for e in exits}
+    count = 0
+    for batch in batches:
+        utils.batch_to_device(batch, device)
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
+        final, hidden = model.hidden_states(batch.pop("tokens"), exits=exits, **batch)
+        counts = labels != ignore_index
+        count += int(counts.sum())
+        target = labels[counts]
+        final = final[counts]
+        hidden = {e: x[counts] for e, x in hidden.items()}
+        for start in range(0, len(target), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chosen = model.unembed(final[None, rows])[0].argmax(-1)
+            for e, x in hidden.items():
+                logits = model.unembed(x[None, rows])[0]
+                top = logits.argmax(-1)
+                sums[e] += torch.stack(
+                    [
+                        F.cross_entropy(logits.float(), target[rows], reduction="sum").double(),
+                        (top == target[rows]).sum().double(),
+                        (top == chosen).sum().double(),
+                    ]
+                )
+    quality = {}
+    for e, total in sums.items():
+        loss, accuracy, agreement = (total / max(count, 1)).tolist()
+        quality[e] = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "accuracy": accuracy,
+            "agreement": agreement,
+        }
+    return quality
+
+
+def plot_exits(quality: dict[int, dict[str, float]], path: Path, title: str) -> None:
+    """A PNG with two panels over the exit layer: the loss, and the agreement with the last layer."""
+    from matplotlib.figure import Figure  # a second to import, and only here
+
+    exits = list(quality)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, key, label in zip(
+        panels, ("loss", "agreement"), ("loss (nats per token)", "agreement with the last layer"), strict=True
+    ):
+        panel.plot(exits, [quality[e][key] for e in exits], marker="o", markersize=4, color="tab:blue")
+        panel.set_xlabel("exit layer (layers run)")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[1].set_ylim(0, 1.02)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def check_config(cfg: DictConfig) -> None:
+    """All of an evaluation config that can be wrong on any machine.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    check_keys(cfg, HONOURED, {})
+    check_interpolations(cfg)
+    check_precision(cfg)
+    check_component(cfg.get("tokenizer"), "tokenizer")
+    check_component(cfg.get("dataset"), "dataset", positional=1, given=["tokenizer"])
+    if cfg.get("quantizer") is not None:
+        check_component(cfg.quantizer, "quantizer")
+    ckpt.check_checkpointer(cfg)
+    check_number(cfg, "seed", minimum=0, optional=True)
+    check_number(cfg, "batch_size", minimum=1, default=1)
+    check_number(cfg, "max_batches", minimum=1, optional=True)
+    select_layers(cfg.get("layers", ":"), len(build_on_meta(cfg).layers))
+
+
+class LayerSkipEval:
+    """Measures the exits of a checkpoint on a dataset.
+
+    Args:
+        cfg: model, checkpointer, tokenizer, dataset, batch_size, max_batches, layers (the layers whose output is an
+            exit, ":" for all), picture (a PNG's path, null for none).
+
+    Raises:
+        ValueError: for a wrong setting, before any weight is loaded.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_config(cfg)
+        self.cfg = cfg
+        self.device = check_device(cfg)
+        self.dtype = check_dtype(cfg, self.device)
+        ckpt.check_checkpoint_files(cfg)
+        torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+        training.set_seed(seed=cfg.get("seed"))
+
+    def setup(self) -> None:
+        """The data, then the model."""
+        cfg = self.cfg
+        tokenizer = config.instantiate(cfg.tokenizer)
+        dataset = config.instantiate(cfg.dataset, tokenizer)
+        collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
+        packed = getattr(dataset, "packed", False) or cfg.dataset.get("packed", False)
+        collate = padded_collate_packed if packed else partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=-100)
+        self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
+        self.model = ckpt.load_decoder(cfg, self.device, self.dtype)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure, print a table, draw the picture.
+
+        Returns:
+            The report that is also printed as the last line.
+        """
+        cfg = self.cfg
+        total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
+        batches = (
+            batch for batch, _ in zip(tqdm(self.batches, total=total, desc="batches"), range(total), strict=False)
+        )
+        chosen = select_layers(cfg.get("layers", ":"), self.model.num_layers)
+        exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {self.model.num_layers})
+        quality = exit_quality(self.model, batches, exits)
+        print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10}")
+        for e, q in quality.items():
+            print(f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f}")
+        report: dict[str, Any] = {"exits": quality, "batches": total}
+        if cfg.get("picture"):
+            plot_exits(quality, Path(cfg.picture), title=f"{total} batches of {cfg.dataset._component_.split('.')[-1]}")
+            report["picture"] = cfg.picture
+            print(f"picture: {cfg.picture}")
+        print(json.dumps(report), flush=True)
+        return report
+
+
+def main() -> None:
+    """Measure loss and agreement with the last layer at every exit of a model.
+
+    tune run layerskip_eval --config quickstart/eval
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipEval, main.__doc__)
+        recipe.setup()
+        recipe.evaluate()
+
+    main_of(steps)

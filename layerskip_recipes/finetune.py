@@ -1,0 +1,465 @@
+"""`tune run layerskip_finetune`: training with layer dropout and early-exit loss. Wiring only.
+
+The ideas live in `layer_dropout.py` and `early_exit.py`, the walk in `decoder.py`.
+"""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch.optim import Optimizer
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune import config, modules, training, utils
+from torchtune.config._utils import _get_component_from_path
+from torchtune.data import padded_collate_packed
+from torchtune.datasets import ConcatDataset
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params
+from torchtune.training import DummyProfiler
+from torchtune.training.lr_schedulers import get_lr
+from tqdm import tqdm
+
+from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.config import (
+    as_list,
+    build_on_meta,
+    build_recipe,
+    check_component,
+    check_device,
+    check_dtype,
+    check_interpolations,
+    check_keys,
+    check_number,
+    check_precision,
+    check_section,
+    main_of,
+)
+from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.early_exit import SCALE_FNS, EarlyExitLoss
+from layerskip_recipes.layer_dropout import LayerDropout
+
+log = utils.get_logger("INFO")
+
+HONOURED = {
+    "output_dir", "model", "tokenizer", "dataset", "seed", "shuffle", "collate_fn", "checkpointer", "init_std",
+    "resume_from_checkpoint", "batch_size", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
+    "optimizer", "optimizer_in_bwd", "lr_scheduler", "clip_grad_norm", "loss", "layer_dropout", "early_exit_loss",
+    "compile", "device", "dtype", "enable_activation_checkpointing", "enable_activation_offloading",
+    "cudnn_deterministic_mode", "float32_matmul_precision", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
+}  # fmt: skip
+_DISTRIBUTED = "it is for several devices, and this version trains on one"
+REFUSED = {
+    "custom_sharded_layers": _DISTRIBUTED,
+    "fsdp_cpu_offload": _DISTRIBUTED,
+    "fsdp_reshard_after_forward": _DISTRIBUTED,
+    "tensor_parallel_dim": _DISTRIBUTED,
+    "tensor_parallel_plan": _DISTRIBUTED,
+    "data_parallel_shard_dim": _DISTRIBUTED,
+    "data_parallel_replicate_dim": _DISTRIBUTED,
+    "fsdp": _DISTRIBUTED,
+    "ac_mode": "enable_activation_checkpointing checkpoints every layer",
+    "ac_option": "enable_activation_checkpointing checkpoints every layer",
+    "save_adapter_weights_only": "it is for LoRA, and this version trains all weights",
+    "low_cpu_ram": "it is for QLoRA, and this version trains all weights",
+    "quantizer": "it is for quantisation-aware training",
+}
+
+# torchtune's early-exit recipe names these by dotted path; here they have short names.
+_UPSTREAM = "torchtune.modules.early_exit_loss."
+UPSTREAM_CURRICULA = {
+    _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
+    _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
+}
+UPSTREAM_SCALE_FNS = {
+    _UPSTREAM + "uniform_loss_scale": "uniform",
+    _UPSTREAM + "linear_l_loss_scale": "linear",
+    _UPSTREAM + "sum_l_loss_scale": "layerskip",
+    _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
+    _UPSTREAM + "inv_l_loss_scale": "inverse",
+    _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
+}
+
+
+def check_config(cfg: DictConfig) -> None:
+    """All of a finetune config that can be wrong on any machine: nothing is loaded, downloaded or written.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    check_keys(cfg, HONOURED, REFUSED)
+    check_interpolations(cfg)
+    check_precision(cfg)
+    if not isinstance(cfg.get("output_dir"), str):
+        raise ValueError(f"output_dir: {cfg.get('output_dir')!r} is no path; for example output_dir=/tmp/layerskip")
+    for key in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"):
+        check_number(cfg, key, minimum=1, default=1)
+    check_number(cfg, "max_steps_per_epoch", minimum=1, optional=True)
+    check_number(cfg, "seed", minimum=0, optional=True)
+    check_number(cfg, "init_std", minimum=0, integer=False, optional=True, example=0.02)
+    # torchtune reads "inf" as: log the norm, clip nothing.
+    if cfg.get("clip_grad_norm") != "inf":
+        check_number(cfg, "clip_grad_norm", minimum=0, integer=False, optional=True, example=1.0)
+    check_component(cfg.get("tokenizer"), "tokenizer")
+    for section in as_list(cfg.get("dataset")):
+        check_component(section, "dataset", positional=1, given=["tokenizer"])
+    check_component(cfg.get("optimizer"), "optimizer", positional=1)
+    if "lr" in cfg.optimizer:
+        check_number(cfg, "optimizer.lr", minimum=0, integer=False, example="2e-5")
+    if cfg.get("lr_scheduler") is not None:
+        check_component(cfg.lr_scheduler, "lr_scheduler", positional=1, given=["num_training_steps", "last_epoch"])
+    check_component(cfg.get("metric_logger"), "metric_logger")
+    if cfg.get("collate_fn"):
+        check_component(OmegaConf.create({"_component_": cfg.collate_fn}), "collate_fn", given=["batch"])
+        if "left_pad_sequence" in cfg.collate_fn:
+            raise ValueError("collate_fn: left_pad_sequence is for inference; e.g. torchtune.data.padded_collate_sft")
+    ckpt.check_checkpointer(cfg)
+    if cfg.get("optimizer_in_bwd"):
+        if cfg.get("gradient_accumulation_steps", 1) > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps: {cfg.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
+                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
+            )
+        if cfg.get("clip_grad_norm") is not None:
+            raise ValueError("clip_grad_norm: does not go with optimizer_in_bwd. Set clip_grad_norm=null")
+    if cfg.get("enable_activation_offloading") and not cfg.get("enable_activation_checkpointing"):
+        raise ValueError("enable_activation_offloading: needs enable_activation_checkpointing=true")
+
+    model = build_on_meta(cfg)
+    if get_adapter_params(model):
+        raise ValueError("model: LoRA builders are not supported in this version; use the full model's builder")
+    if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
+        raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
+    _layer_dropout(cfg, len(model.layers), seed=0)
+    _loss(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
+
+
+def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of a config, if they and the checkpoint's files are here.
+
+    Raises:
+        ValueError: if not.
+    """
+    device = check_device(cfg)
+    dtype = check_dtype(cfg, device)
+    if cfg.get("enable_activation_offloading") and device.type != "cuda":
+        raise ValueError(f"enable_activation_offloading: needs device=cuda, got {device.type}")
+    if cfg.get("resume_from_checkpoint"):
+        ckpt.find_checkpoint(Path(cfg.output_dir))
+    else:
+        ckpt.check_checkpoint_files(cfg)
+    world_size, _ = utils.get_world_size_and_rank()
+    if int(torch.distributed.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", 1)) > 1 or world_size > 1:
+        raise ValueError("nproc_per_node: this version trains on one device; start it without --nproc_per_node")
+    return device, dtype
+
+
+def _layer_dropout(cfg: DictConfig, num_layers: int, seed: int) -> LayerDropout | None:
+    """The `layer_dropout` section, checked and built."""
+    given = ["num_layers", "seed"]
+    section = cfg.get("layer_dropout")
+    if isinstance(section, DictConfig) and "disable_on_eval" in section:
+        # Upstream's key. Evaluation without dropout is the only way here.
+        if section.disable_on_eval is not True:
+            raise ValueError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
+        section = OmegaConf.masked_copy(section, [key for key in section if key != "disable_on_eval"])
+    arguments = check_section(section, "layer_dropout", LayerDropout, given=given)
+    if section is None:
+        return None
+    if "prob" not in arguments:
+        raise ValueError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
+    return LayerDropout(num_layers, seed=seed, **arguments)
+
+
+def _loss(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
+    """The `early_exit_loss` section over the `loss` section, checked and built. Without the former: the last exit."""
+    component = check_component(cfg.get("loss"), "loss")
+    base = config.instantiate(cfg.loss)
+    given = {"ignore_index": getattr(base, "ignore_index", -100)}
+    if isinstance(base, torch.nn.CrossEntropyLoss):
+        given["label_smoothing"] = base.label_smoothing
+        if base.weight is not None or base.reduction != "mean":
+            raise ValueError("loss: class weights and another reduction than mean are not supported")
+    elif not isinstance(base, CEWithChunkedOutputLoss):
+        raise ValueError(
+            f"loss._component_: {component.__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
+            "torchtune.modules.loss.CEWithChunkedOutputLoss"
+        )
+    if cfg.get("early_exit_loss") is None:
+        return EarlyExitLoss(curriculum=None, layers=str(num_layers - 1), **given)
+    arguments = check_section(cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=list(given))
+    upstream = arguments.get("curriculum") in UPSTREAM_CURRICULA
+    arguments |= {
+        key: short[arguments[key]]
+        for key, short in (("curriculum", UPSTREAM_CURRICULA), ("scale_fn", UPSTREAM_SCALE_FNS))
+        if arguments.get(key) in short
+    }
+    if upstream and arguments["curriculum"] == "rotational" and "interval" not in arguments:
+        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
+        start, _, step = str(arguments.get("layers", ":")).partition("::")
+        if not step.isdigit() or start not in ("", "0"):
+            raise ValueError(
+                f"early_exit_loss.layers: {arguments.get('layers')!r} says no interval for the rotation. "
+                "Give it: curriculum: rotational, interval: 8"
+            )
+        arguments |= {"layers": ":", "interval": int(step)}
+    assert set(UPSTREAM_SCALE_FNS.values()) <= set(SCALE_FNS)
+    return EarlyExitLoss(**arguments, **given)
+
+
+class LayerSkipFinetune:
+    """Trains all weights of a torchtune model with layer dropout and early-exit loss, on one device.
+
+    Args:
+        cfg: the config, see the README; its settings are all checked here.
+
+    Raises:
+        ValueError: for a wrong setting, before anything is loaded or written.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_config(cfg)
+        self.device, self.dtype = check_machine(cfg)
+        self.cfg = cfg
+        torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+        self.accumulation = cfg.get("gradient_accumulation_steps", 1)
+        self.optimizer_in_bwd = bool(cfg.get("optimizer_in_bwd", False))
+        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+
+    def setup(self) -> None:
+        """Everything that training needs: data first, since a mistake there costs no loaded weights."""
+        cfg = self.cfg
+        config.log_config(recipe_name=type(self).__name__, cfg=cfg)
+        self.tokenizer = config.instantiate(cfg.tokenizer)
+        checkpoints = ckpt.Checkpoints(cfg)
+        self.checkpoints = checkpoints
+        # The depth is needed before the model is there: the loss knows what labels to ignore.
+        self.loss = _loss(cfg, len(build_on_meta(cfg).layers))
+        self.dataloader = self._setup_data()
+        self.steps_per_epoch = len(self.dataloader) // self.accumulation
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"dataset: {len(self.dataloader.dataset)} samples make no step of batch_size "
+                f"{cfg.get('batch_size', 1)} x gradient_accumulation_steps {self.accumulation}; lower one of them"
+            )
+        self.steps_per_epoch = min(self.steps_per_epoch, cfg.get("max_steps_per_epoch") or self.steps_per_epoch)
+        self.total_steps = self.steps_per_epoch * cfg.get("epochs", 1)
+
+        model_state, state = checkpoints.load()
+        self.model = self._setup_model(model_state)
+        self.optimizer, self.lr_scheduler = self._setup_optimizer(state)
+        self.epochs_run = state[training.EPOCHS_KEY] if state else 0
+        self.step = self.epochs_run * self.steps_per_epoch
+        self.profiler = self._setup_profiler()
+        self.metric_logger = config.instantiate(cfg.metric_logger)
+        self.metric_logger.log_config(cfg)
+        if state:
+            self._restore(state)
+            log.info(f"Resumed from {checkpoints.resumed_from}: {self.epochs_run} epochs, {self.step} steps done.")
+
+    def _setup_data(self) -> StatefulDataLoader:
+        cfg = self.cfg
+        sections = as_list(cfg.dataset)
+        datasets = [config.instantiate(section, self.tokenizer) for section in sections]
+        dataset = ConcatDataset(datasets=datasets) if isinstance(cfg.dataset, ListConfig) else datasets[0]
+        packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
+        collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
+        if packed:
+            collate = padded_collate_packed
+        else:
+            collate = partial(collate, padding_idx=self.tokenizer.pad_id, ignore_idx=self.loss.ignore_index)
+        self.sampler = StatefulDistributedSampler(
+            dataset, num_replicas=1, rank=0, shuffle=bool(cfg.get("shuffle", True)), seed=self.seed
+        )
+        return StatefulDataLoader(
+            dataset,
+            batch_size=cfg.get("batch_size", 1),
+            sampler=self.sampler,
+            collate_fn=collate,
+            drop_last=True,
+        )
+
+    def _setup_model(self, state: dict[str, torch.Tensor] | None) -> LayerSkipDecoder:
+        cfg = self.cfg
+        with training.set_default_dtype(self.dtype), self.device:
+            model = layerskip_decoder(config.instantiate(cfg.model))
+        dropout = _layer_dropout(cfg, model.num_layers, self.seed)
+        model.layer_dropout = dropout or model.layer_dropout
+        if cfg.get("compile"):
+            training.compile_model(model, verbose=False)
+            self.loss.sum_of_chunk = torch.compile(self.loss.sum_of_chunk, dynamic=True)
+        if cfg.get("enable_activation_checkpointing"):
+            training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        if state is None:
+            ckpt.initialise(model, cfg.get("init_std") or 0.02)
+        else:
+            ckpt.check_state_dict(model, state)
+            model.load_state_dict(state)
+        training.validate_expected_param_dtype(model.named_parameters(), dtype=self.dtype)
+        self.offloading = training.get_act_offloading_ctx_manager(
+            model, bool(cfg.get("enable_activation_offloading", False))
+        )
+        return model.train()
+
+    def _setup_optimizer(self, state: dict[str, Any] | None) -> tuple[Any, Any]:
+        """The optimizer (with optimizer_in_bwd: torchtune's wrapper of one per parameter) and the lr schedule."""
+        cfg = self.cfg
+        if self.optimizer_in_bwd:
+            each = {p: config.instantiate(cfg.optimizer, [p]) for p in self.model.parameters()}
+            training.register_optim_in_bwd_hooks(model=self.model, optim_dict=each)
+            optimizer: Any = training.create_optim_in_bwd_wrapper(model=self.model, optim_dict=each)
+        else:
+            optimizer = config.instantiate(cfg.optimizer, self.model.parameters())
+        if state:
+            optimizer.load_state_dict(state[training.OPT_KEY])
+        if cfg.get("lr_scheduler") is None:
+            return optimizer, None
+        one: Optimizer = next(iter(optimizer.optim_map.values())) if self.optimizer_in_bwd else optimizer
+        done = state[training.EPOCHS_KEY] * self.steps_per_epoch if state else 0
+        scheduler = config.instantiate(cfg.lr_scheduler, one, num_training_steps=self.total_steps, last_epoch=done - 1)
+        if self.optimizer_in_bwd:
+            optimizer.set_lr_scheduler(scheduler)
+            scheduler = optimizer
+        return optimizer, scheduler
+
+    def _setup_profiler(self) -> Any:
+        section = self.cfg.get("profiler")
+        if not (section and section.get("enabled")):
+            return DummyProfiler()
+        section = OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, section)
+        profiler, _ = config.instantiate(section)
+        return profiler
+
+    def train(self) -> None:
+        """The loop: epochs of optimizer steps of micro-batches. A checkpoint after each epoch."""
+        self.profiler.start()
+        for epoch in range(self.epochs_run, self.cfg.get("epochs", 1)):
+            self.sampler.set_epoch(epoch)
+            batches = iter(self.dataloader)
+            with tqdm(total=self.steps_per_epoch, desc=f"epoch {epoch + 1}", dynamic_ncols=True) as self.progress:
+                for _ in range(self.steps_per_epoch):
+                    self._train_step(batches)
+                    self.progress.update(1)
+            self.epochs_run = epoch + 1
+            place = self.checkpoints.save(self.model.state_dict(), self._state(), epoch)
+            log.info(f"Checkpoint of epoch {epoch + 1}: {place}")
+        self.profiler.stop()
+
+    def _train_step(self, batches: Any) -> None:
+        """One optimizer step. The exits are chosen once, the dropout is drawn for each micro-batch."""
+        started = time.perf_counter()
+        dropout = self.model.layer_dropout
+        if dropout is not None:
+            dropout.set_step(self.step, self.total_steps)
+        tokens, total, per_exit = 0, 0.0, {}
+        for _ in range(self.accumulation):
+            batch = next(batches)
+            utils.batch_to_device(batch, self.device)
+            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=self.loss.ignore_index)
+            count = (labels != self.loss.ignore_index).sum()
+            with self.offloading:
+                loss, exits = self.loss(
+                    self.model, batch.pop("tokens"), labels, step=self.step, total_steps=self.total_steps, **batch
+                )
+            # Micro-batches weigh by their tokens; a single one of an optimizer in backward is a mean already.
+            (loss if self.optimizer_in_bwd else loss * count).backward()
+            tokens = tokens + count
+            total = total + loss.detach() * count
+            per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
+        metrics: dict[str, Any] = {}
+        if not self.optimizer_in_bwd:
+            training.scale_grads(self.model, 1 / tokens)
+            if self.cfg.get("clip_grad_norm") is not None:
+                metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                    self.model.parameters(), max_norm=float(self.cfg.clip_grad_norm)
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        metrics["lr"] = get_lr(self.optimizer)
+        if self.lr_scheduler is not None:
+            (self.optimizer.step_lr_scheduler if self.optimizer_in_bwd else self.lr_scheduler.step)()
+        self.step += 1
+        self.profiler.step()
+        if self.step % self.cfg.get("log_every_n_steps", 1) == 0:
+            self._log(metrics, tokens, total, per_exit, dropout, started)
+
+    def _log(
+        self,
+        metrics: dict[str, Any],
+        tokens: torch.Tensor,
+        total: torch.Tensor,
+        per_exit: dict[int, torch.Tensor],
+        dropout: LayerDropout | None,
+        started: float,
+    ) -> None:
+        last = self.model.num_layers
+        metrics |= {"loss": (total / tokens).item(), "loss_final": (per_exit[last] / tokens).item()}
+        metrics |= {f"loss_exit_{e}": (value / tokens).item() for e, value in per_exit.items()}
+        metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
+        metrics["tokens_per_second_per_gpu"] = tokens.item() / (time.perf_counter() - started)
+        if "grad_norm" in metrics:
+            metrics["grad_norm"] = metrics["grad_norm"].item()
+        if self.cfg.get("log_peak_memory_stats") and self.device.type != "cpu":
+            metrics |= training.get_memory_stats(device=self.device)
+        self.metric_logger.log_dict(metrics, step=self.step)
+        self.progress.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, final {metrics['loss_final']:.3f}, {metrics['tokens_per_second_per_gpu']:.0f} tok/s"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights. Data order and curriculum follow from seed, epoch and step."""
+        device_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {
+            training.EPOCHS_KEY: self.epochs_run,
+            training.SEED_KEY: self.seed,
+            training.TOTAL_EPOCHS_KEY: self.cfg.get("epochs", 1),
+            "steps_per_epoch": self.steps_per_epoch,
+            training.OPT_KEY: self.optimizer.state_dict(),
+            "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
+            training.RNG_KEY: {"cpu": torch.get_rng_state(), "device": device_rng},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of the stopped run.
+
+        Raises:
+            ValueError: if the run would not be the same one.
+        """
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"resume_from_checkpoint: an epoch had {state['steps_per_epoch']} steps and now has "
+                f"{self.steps_per_epoch}; keep dataset, batch_size, gradient_accumulation_steps and max_steps_per_epoch"
+            )
+        if self.seed != state[training.SEED_KEY]:
+            self.seed = state[training.SEED_KEY]
+            self.sampler.seed = self.seed
+        if self.model.layer_dropout and state["layer_dropout"]:
+            self.model.layer_dropout.load_state_dict(state["layer_dropout"])
+        torch.set_rng_state(state[training.RNG_KEY]["cpu"])
+        if self.device.type == "cuda" and state[training.RNG_KEY]["device"] is not None:
+            torch.cuda.set_rng_state(state[training.RNG_KEY]["device"])
+
+    def cleanup(self) -> None:
+        """Close the metric logger."""
+        self.metric_logger.close()
+
+
+def main() -> None:
+    """Finetune a torchtune model for early exit and self-speculative decoding (LayerSkip, arXiv 2404.16710).
+
+    tune run layerskip_finetune --config quickstart/finetune
+    tune run layerskip_finetune --config my.yaml layer_dropout.prob=0.2 early_exit_loss.interval=4
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipFinetune, main.__doc__)
+        recipe.setup()
+        recipe.train()
+        recipe.cleanup()
+
+    main_of(steps)

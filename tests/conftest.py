@@ -1,0 +1,83 @@
+"""Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchtune.models.gemma2._component_builders import gemma2
+from torchtune.models.gemma._component_builders import gemma
+from torchtune.models.llama2._component_builders import llama2
+from torchtune.models.llama3_1._component_builders import llama3_1
+from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.models.llama3._component_builders import llama3
+from torchtune.models.mistral._component_builders import mistral
+from torchtune.models.phi3._component_builders import phi3
+from torchtune.models.qwen2._component_builders import qwen2
+
+VOCAB = 97
+SIZE = {
+    "vocab_size": VOCAB,
+    "num_layers": 6,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "intermediate_dim": 64,
+    "max_seq_len": 128,
+}
+# code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
+FAMILIES = {
+    "llama2": lambda: llama2(**SIZE),
+    "llama3": lambda: llama3(**SIZE),
+    "llama3_1": lambda: llama3_1(**SIZE),
+    "llama3_2": lambda: llama3_2(**SIZE),
+    "mistral": lambda: mistral(**SIZE),
+    "qwen2": lambda: qwen2(**SIZE),
+    "qwen2_tied": lambda: qwen2(**SIZE, tie_word_embeddings=True),
+    "gemma": lambda: gemma(**SIZE, head_dim=8),
+    "gemma2": lambda: gemma2(**SIZE, head_dim=8, sliding_window_size=64),
+    "phi3": lambda: phi3(**SIZE),
+}
+
+
+def make_tiny(family: str = "llama3_2", seed: int = 0):
+    """A small model of a family whose greedy outputs vary: wide weights instead of the near-zero ones of a fresh model."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    """A tiny llama3_2 model in eval mode: 6 layers, vocabulary 97, 128 positions."""
+    return make_tiny()
+
+
+@pytest.fixture(params=FAMILIES)
+def any_family(request):
+    """A tiny model of each family."""
+    return make_tiny(request.param)
+
+
+def run_tune(*args: str, cwd: Path, env: dict | None = None, timeout: int = 600) -> subprocess.CompletedProcess:
+    """`tune ARGS` as a user starts it, in the environment that runs the tests."""
+    tune = Path(sys.executable).with_name("tune")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
+    return subprocess.run(
+        [str(tune), *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A tokenizer of 300 tokens trained on a little of the standard library."""
+    from layerskip_recipes.quickstart import stdlib_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    stdlib_tokenizer(str(folder / "tokenizer"), vocab_size=300)
+    return folder / "tokenizer"
