@@ -1,0 +1,298 @@
+"""The finetune recipe: training, its log, resume, checkpoints, data forms, and the options of torchtune."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from configs import MODEL, finetune_config, make_checkpoint
+from conftest import run_tune
+from omegaconf import OmegaConf
+from torchtune import config as tune_config
+from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes.config import load_config
+from layerskip_recipes.early_exit import enabled_exits, exit_weights
+from layerskip_recipes.finetune import LayerSkipFinetune
+
+
+def train(path: Path, *overrides: str) -> LayerSkipFinetune:
+    """Run a config in this process."""
+    recipe = LayerSkipFinetune(load_config(str(path), overrides))
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    return recipe
+
+
+def read_log(out: Path) -> dict[int, dict[str, float]]:
+    """The disk logger's lines by step."""
+    lines = {}
+    for line in (out / "logs" / "log.txt").read_text().splitlines():
+        step, _, rest = line.partition(" | ")
+        lines[int(step.split()[1])] = {k: float(v) for k, v in (pair.rsplit(":", 1) for pair in rest.split())}
+    return lines
+
+
+def losses(out: Path) -> dict[int, dict[str, float]]:
+    """What must not change by a resume: all but the speed."""
+    return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}
+
+
+def test_first_step_is_the_papers_loss(tmp_path, tokenizer_folder):
+    """J of the first step from the initial weights, by plain PyTorch, without dropout."""
+    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None, shuffle=False)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    base, dataset = recipe.model, recipe.dataloader.dataset
+    tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+    with torch.no_grad():
+        h, by_exit = base.tok_embeddings(tokens), []
+        for layer in base.layers:
+            h = layer(h)
+            by_exit.append(F.cross_entropy(base.output(base.norm(h)).flatten(0, 1), labels, ignore_index=-100).item())
+    recipe.train()
+    first = read_log(tmp_path / "out")[1]
+    # Rotational with R = 2 at t = 0: layers 0 and 2, and the last. e(0) = 0, e(2) = 0.5 * 3, e(3) = 3 + 0.5 * 3.
+    assert {k for k in first if k.startswith("loss_exit")} == {"loss_exit_1", "loss_exit_3", "loss_exit_4"}
+    assert first["loss"] == pytest.approx((1.5 * by_exit[2] + 4.5 * by_exit[3]) / 6.0, abs=1e-4)
+    assert first["loss_final"] == first["loss_exit_4"] == pytest.approx(by_exit[3], abs=1e-4)
+    assert first["loss_exit_1"] == pytest.approx(by_exit[0], abs=1e-4)
+    assert first["layer_dropout_rate"] == 0
+    assert first["lr"] == 1e-3 and first["tokens_per_second_per_gpu"] > 0
+
+
+def test_resume_gives_the_losses_of_the_run_that_never_stopped(tmp_path, tokenizer_folder):
+    """Data order, dropout (also S(t)), curriculum, lr schedule, optimizer: all of them move in this config."""
+    changes = {
+        "epochs": 3,
+        "layer_dropout": {"prob": 0.5, "schedule": "exp"},
+        "early_exit_loss": {"scale": 0.5, "curriculum": "gradual"},
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "num_warmup_steps": 2,
+        },
+    }
+    path = finetune_config(tmp_path, tokenizer_folder, **changes)
+    train(path)
+    whole = losses(tmp_path / "out")
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    # The same folder as it was after epoch 2.
+    for gone in ("epoch_2",):
+        subprocess.run(["rm", "-r", str(tmp_path / "out" / gone)], check=True)
+    (tmp_path / "out" / "logs" / "log.txt").unlink()
+    train(path, "resume_from_checkpoint=true")
+    assert losses(tmp_path / "out") == {step: whole[step] for step in (5, 6)}
+    assert (tmp_path / "out" / "epoch_2").is_dir()
+
+
+def test_a_killed_run_leaves_the_last_checkpoint_whole_and_resumes(tmp_path, tokenizer_folder):
+    """SIGKILL in the second epoch; the same command with resume_from_checkpoint=true goes on from the first."""
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=400, max_steps_per_epoch=1)
+    out = tmp_path / "out"
+    command = [str(Path(sys.executable).with_name("tune")), "run", "layerskip_finetune", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (out / "epoch_1").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    epochs = sorted(int(p.name.split("_")[1]) for p in out.glob("epoch_*"))
+    for epoch in epochs:
+        folder = out / f"epoch_{epoch}"
+        assert {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json", "recipe_state.pt"} <= {
+            p.name for p in folder.iterdir()
+        }
+        torch.load(folder / "recipe_state.pt", weights_only=True)
+    total = epochs[-1] + 2
+    run = run_tune("run", "layerskip_finetune", "--config", str(path), f"epochs={total}", "resume_from_checkpoint=true", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"{epochs[-1] + 1} epochs, {epochs[-1] + 1} steps done" in run.stderr
+    assert (out / f"epoch_{total - 1}" / "recipe_state.pt").exists()
+    assert not (out / ".incomplete").exists()
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path, tokenizer_folder):
+    """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
+    dataset = {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json",
+        "data_files": str(tmp_path / "texts.json"),
+        "column": "text",
+        "split": "train",
+    }
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": "import os\n" * n} for n in (1, 9, 2, 5, 7, 3, 8, 1)]))
+    logs = []
+    for name, batch, accumulation in (("one", 4, 1), ("two", 2, 2)):
+        path = finetune_config(
+            tmp_path / name, tokenizer_folder, dataset=dataset, layer_dropout=None, shuffle=False,
+            batch_size=batch, gradient_accumulation_steps=accumulation, max_steps_per_epoch=None, clip_grad_norm=1.0,
+        )  # fmt: skip
+        train(path)
+        logs.append(losses(tmp_path / name / "out"))
+    assert sorted(logs[0]) == [1, 2]
+    for step in logs[0]:
+        assert logs[0][step] == pytest.approx(logs[1][step], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        ["enable_activation_checkpointing=true"],
+        ["loss=torch.nn.CrossEntropyLoss"],
+        ["optimizer_in_bwd=true"],
+    ],
+    ids=lambda override: override[0],
+)
+def test_what_saves_memory_changes_no_loss(tmp_path, tokenizer_folder, override):
+    path = finetune_config(tmp_path, tokenizer_folder)
+    train(path, f"output_dir={tmp_path}/plain")
+    train(path, f"output_dir={tmp_path}/other", *override)
+    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    for step in plain:
+        assert plain[step] == pytest.approx(other[step], abs=1e-4)
+
+
+def test_compile_changes_no_loss(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None, max_steps_per_epoch=1)
+    train(path, f"output_dir={tmp_path}/plain")
+    train(path, f"output_dir={tmp_path}/other", "compile=true")
+    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    for step in plain:
+        assert plain[step] == pytest.approx(other[step], abs=1e-3)
+
+
+def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_folder):
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": f"x{n} = {n}\n" * 6} for n in range(40)]))
+    (tmp_path / "chat.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": f"four {n}"}]} for n in range(20)])
+    )
+    packed = {
+        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
+        "data_files": str(tmp_path / "texts.json"), "column": "text", "packed": True,
+    }  # fmt: skip
+    path = finetune_config(tmp_path / "packed", tokenizer_folder, dataset=packed, layer_dropout={"prob": 0.6})
+    train(path, "tokenizer.max_seq_len=100")
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "packed" / "out").values())
+
+    chat = {
+        "_component_": "torchtune.datasets.chat_dataset", "source": "json", "split": "train",
+        "data_files": str(tmp_path / "chat.json"), "conversation_column": "conversations", "conversation_style": "sharegpt",
+    }  # fmt: skip
+    path = finetune_config(tmp_path / "two", tokenizer_folder, dataset=[chat, packed | {"packed": False}])
+    recipe = train(path, "tokenizer.max_seq_len=100")
+    assert len(recipe.dataloader.dataset) == 60
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "two" / "out").values())
+
+
+def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_folder):
+    """Starts from the checkpoint's loss, writes its dtype and file form, and the result opens in transformers."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint = make_checkpoint(tmp_path / "start", tokenizer_folder)
+    section = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(checkpoint),
+        "checkpoint_files": ["model.safetensors"], "output_dir": "x", "model_type": "LLAMA3_2",
+    }  # fmt: skip
+    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, dtype="bf16")
+    train(path, "tokenizer.path=" + str(checkpoint))
+    folder = tmp_path / "out" / "epoch_0"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.bfloat16 or theirs.config.torch_dtype
+    ours = tune_config.instantiate(OmegaConf.create(MODEL))
+    files = [p.name for p in folder.glob("*.safetensors")]
+    ours.load_state_dict(FullModelHFCheckpointer(str(folder), files, "LLAMA3_2", str(tmp_path / "no")).load_checkpoint()["model"])
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs.float()(tokens).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_keys(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "start", tokenizer_folder)
+    section = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(checkpoint),
+        "checkpoint_files": ["model.safetensors"], "output_dir": "x", "model_type": "LLAMA3_2",
+    }  # fmt: skip
+    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, model=MODEL | {"num_layers": 5})
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    with pytest.raises(ValueError, match=r"not this model's, it lacks layers\.4"):
+        recipe.setup()
+
+
+def test_torchtune_checkpointer_and_other_optimizers_and_loggers(tmp_path, tokenizer_folder):
+    """A torchtune checkpoint in, torchao's 8-bit AdamW, tensorboard; the profiler leaves a trace."""
+    start = tmp_path / "start"
+    start.mkdir()
+    torch.save(tune_config.instantiate(OmegaConf.create(MODEL)).state_dict(), start / "model.pt")
+    section = {
+        "_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(start),
+        "checkpoint_files": ["model.pt"], "output_dir": "x", "model_type": "LLAMA3_2",
+    }  # fmt: skip
+    path = finetune_config(
+        tmp_path, tokenizer_folder, checkpointer=section, epochs=2, max_steps_per_epoch=4,
+        optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3},
+        profiler={"enabled": True, "output_dir": str(tmp_path / "traces"), "cpu": True, "cuda": False, "wait_steps": 1,
+                  "warmup_steps": 1, "active_steps": 1, "num_cycles": 1},
+        metric_logger={"_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": str(tmp_path / "tb")},
+    )  # fmt: skip
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("tensorboard is not installed")
+    train(path)
+    subprocess.run(["rm", "-r", str(tmp_path / "out" / "epoch_1")], check=True)
+    train(path, "resume_from_checkpoint=true")
+    assert (tmp_path / "out" / "epoch_1" / "model-00001-of-00001.bin").is_file()
+    assert list((tmp_path / "tb").rglob("events*")) and list((tmp_path / "traces").rglob("*trace.json*"))
+
+
+def test_wandb_offline_has_every_exit(tmp_path, tokenizer_folder, monkeypatch):
+    """wandb for real, in its offline mode: the run's file holds the metrics' names."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = {"_component_": "torchtune.training.metric_logging.WandBLogger", "project": "layerskip", "log_dir": str(tmp_path)}
+    train(finetune_config(tmp_path, tokenizer_folder, metric_logger=logger))
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    for name in ("loss_final", "loss_exit_1", "loss_exit_2", "loss_exit_3", "loss_exit_4", "layer_dropout_rate"):
+        assert name.encode() in content
+
+
+@pytest.mark.parametrize("launcher", [[], ["--nnodes", "1", "--nproc_per_node", "1"]], ids=["plain", "torchrun"])
+def test_tune_run_from_another_directory(tmp_path, tokenizer_folder, launcher):
+    path = finetune_config(tmp_path, tokenizer_folder)
+    (tmp_path / "elsewhere").mkdir()
+    run = run_tune("run", *launcher, "layerskip_finetune", "--config", str(path), "batch_size=1", cwd=tmp_path / "elsewhere")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "batch_size: 1" in run.stderr  # the resolved config is logged
+    assert sorted(read_log(tmp_path / "out")) == [1, 2]
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_every_step_trains_the_last_layer(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    before = recipe.model.layers[-1].mlp.w1.weight.clone()
+    batches = iter(recipe.dataloader)
+    recipe.progress = type("Progress", (), {"set_postfix_str": lambda self, text: None})()
+    for _ in range(3):
+        recipe._train_step(batches)
+        assert not torch.equal(before, recipe.model.layers[-1].mlp.w1.weight)
+        before = recipe.model.layers[-1].mlp.w1.weight.clone()
+
+
+def test_weights_of_the_log_are_the_papers(tmp_path, tokenizer_folder):
+    """`loss` is the weighted sum of the logged exits, at each step of the curriculum."""
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=2)
+    train(path)
+    for step, line in read_log(tmp_path / "out").items():
+        on = enabled_exits("rotational", step - 1, 4, 4, interval=2)
+        weights = exit_weights(4, on, 0.5)
+        expected = sum(weights[e].item() * line[f"loss_exit_{e + 1}"] for e in range(4) if on[e])
+        assert line["loss"] == pytest.approx(expected, abs=1e-5)

