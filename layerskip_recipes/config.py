@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 import torchtune
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune import config as tune_config
@@ -119,12 +120,7 @@ def merge(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             continue
         if not equals or not key:
             raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
-        # A file number such as 00003 must stay text.
-        parsed = (
-            value if key.endswith("max_filename") else OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
-        )
-        if value == "None":
-            parsed = None
+        parsed = _parse_value(key, value)
         try:
             here = OmegaConf.select(cfg, key)
         except OmegaConfBaseException:
@@ -135,6 +131,21 @@ def merge(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         OmegaConf.update(later, key, parsed)
         cfg = _merge_configs(cfg, later)
     return cfg
+
+
+def _parse_value(key: str, value: str) -> Any:
+    """An override's value as YAML, but text stays text where YAML would see a block in it: "-", "def f(n):"."""
+    if value == "None":
+        return None
+    # A file number such as 00003 must stay text.
+    if key.endswith("max_filename"):
+        return value
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
+    except yaml.YAMLError:
+        return value
+    block = isinstance(parsed, DictConfig | ListConfig) and not value.lstrip().startswith(("{", "[", "${"))
+    return value if block else parsed
 
 
 def _remove(cfg: DictConfig, key: str) -> None:

@@ -121,7 +121,8 @@ class EarlyExitLoss:
         scale_fn: see `exit_weights`.
         ignore_index: the label that counts nowhere.
         label_smoothing: of the cross-entropy.
-        chunk_tokens: the tokens whose logits exist at a time.
+        chunk_tokens: the most tokens whose logits exist at a time.
+        min_chunks: the fewest chunks that the tokens of a batch are cut into.
 
     Raises:
         ValueError: if an argument is out of range (layers once the depth of the model is known).
@@ -137,12 +138,15 @@ class EarlyExitLoss:
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         chunk_tokens: int = 512,
+        min_chunks: int = 1,
     ) -> None:
         self.scale, self.scale_fn = scale, scale_fn
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self.chunk_tokens = chunk_tokens
+        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ValueError(f"early_exit_loss.chunk_tokens: {chunk_tokens!r} is not an integer of 1 or more, e.g. 512")
+        self.chunk_tokens, self.min_chunks = chunk_tokens, min_chunks
         enabled_exits(curriculum, 0, 1, 1, interval)
         exit_weights(1, [True], scale, scale_fn)
 
@@ -224,8 +228,9 @@ class _ExitLosses(torch.autograd.Function):
         for weight, x in zip(weights, hidden, strict=True):
             x_grad = torch.zeros_like(x) if wants_gradient and weight > 0 else None
             exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
-            for start in range(0, x.shape[0], loss.chunk_tokens):
-                rows = slice(start, start + loss.chunk_tokens)
+            size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
+            for start in range(0, x.shape[0], size):
+                rows = slice(start, start + size)
                 with torch.set_grad_enabled(x_grad is not None):
                     # A batch of one, because some heads want [b, s, d].
                     chunk = x[rows].detach().unsqueeze(0).requires_grad_(x_grad is not None)

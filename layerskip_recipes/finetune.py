@@ -19,8 +19,6 @@ from torchtune import config, modules, training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
-from torchtune.modules.loss import CEWithChunkedOutputLoss
-from torchtune.modules.peft import get_adapter_params
 from torchtune.training import DummyProfiler
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -37,12 +35,11 @@ from layerskip_recipes.config import (
     check_keys,
     check_number,
     check_precision,
-    check_section,
     main_of,
 )
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.early_exit import SCALE_FNS, EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.sections import layer_dropout_section, loss_section
 
 log = utils.get_logger("INFO")
 
@@ -69,22 +66,6 @@ REFUSED = {
     "low_cpu_ram": "it is for QLoRA, and this version trains all weights",
     "quantizer": "it is for quantisation-aware training",
 }
-
-# torchtune's early-exit recipe names these by dotted path; here they have short names.
-_UPSTREAM = "torchtune.modules.early_exit_loss."
-UPSTREAM_CURRICULA = {
-    _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
-    _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
-}
-UPSTREAM_SCALE_FNS = {
-    _UPSTREAM + "uniform_loss_scale": "uniform",
-    _UPSTREAM + "linear_l_loss_scale": "linear",
-    _UPSTREAM + "sum_l_loss_scale": "layerskip",
-    _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
-    _UPSTREAM + "inv_l_loss_scale": "inverse",
-    _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
-}
-
 
 def check_config(cfg: DictConfig) -> None:
     """All of a finetune config that can be wrong on any machine: nothing is loaded, downloaded or written.
@@ -130,13 +111,17 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("enable_activation_offloading") and not cfg.get("enable_activation_checkpointing"):
         raise ValueError("enable_activation_offloading: needs enable_activation_checkpointing=true")
 
+    # By the arguments, not by the model: building a QLoRA model quantises its weights even on the meta device.
+    if isinstance(cfg.get("model"), DictConfig) and "lora_attn_modules" in cfg.model:
+        raise ValueError(
+            f"model._component_: {cfg.model.get('_component_')!r} is a LoRA builder, and this version trains all "
+            "weights; for example model._component_=torchtune.models.llama3_2.llama3_2_1b"
+        )
     model = build_on_meta(cfg)
-    if get_adapter_params(model):
-        raise ValueError("model: LoRA builders are not supported in this version; use the full model's builder")
     if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
         raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
-    _layer_dropout(cfg, len(model.layers), seed=0)
-    _loss(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
+    layer_dropout_section(cfg, len(model.layers), seed=0)
+    loss_section(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
 
 
 def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
@@ -153,63 +138,12 @@ def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
         ckpt.find_checkpoint(Path(cfg.output_dir))
     else:
         ckpt.check_checkpoint_files(cfg)
-    world_size, _ = utils.get_world_size_and_rank()
-    if int(torch.distributed.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", 1)) > 1 or world_size > 1:
-        raise ValueError("nproc_per_node: this version trains on one device; start it without --nproc_per_node")
-    return device, dtype
-
-
-def _layer_dropout(cfg: DictConfig, num_layers: int, seed: int) -> LayerDropout | None:
-    """The `layer_dropout` section, checked and built."""
-    given = ["num_layers", "seed"]
-    section = cfg.get("layer_dropout")
-    if isinstance(section, DictConfig) and "disable_on_eval" in section:
-        # Upstream's key. Evaluation without dropout is the only way here.
-        if section.disable_on_eval is not True:
-            raise ValueError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
-        section = OmegaConf.masked_copy(section, [key for key in section if key != "disable_on_eval"])
-    arguments = check_section(section, "layer_dropout", LayerDropout, given=given)
-    if section is None:
-        return None
-    if "prob" not in arguments:
-        raise ValueError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
-    return LayerDropout(num_layers, seed=seed, **arguments)
-
-
-def _loss(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
-    """The `early_exit_loss` section over the `loss` section, checked and built. Without the former: the last exit."""
-    component = check_component(cfg.get("loss"), "loss")
-    base = config.instantiate(cfg.loss)
-    given = {"ignore_index": getattr(base, "ignore_index", -100)}
-    if isinstance(base, torch.nn.CrossEntropyLoss):
-        given["label_smoothing"] = base.label_smoothing
-        if base.weight is not None or base.reduction != "mean":
-            raise ValueError("loss: class weights and another reduction than mean are not supported")
-    elif not isinstance(base, CEWithChunkedOutputLoss):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
-            f"loss._component_: {component.__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
-            "torchtune.modules.loss.CEWithChunkedOutputLoss"
+            f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version trains on one device; "
+            "start it without --nproc_per_node, or with --nproc_per_node 1"
         )
-    if cfg.get("early_exit_loss") is None:
-        return EarlyExitLoss(curriculum=None, layers=str(num_layers - 1), **given)
-    arguments = check_section(cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=list(given))
-    upstream = arguments.get("curriculum") in UPSTREAM_CURRICULA
-    arguments |= {
-        key: short[arguments[key]]
-        for key, short in (("curriculum", UPSTREAM_CURRICULA), ("scale_fn", UPSTREAM_SCALE_FNS))
-        if arguments.get(key) in short
-    }
-    if upstream and arguments["curriculum"] == "rotational" and "interval" not in arguments:
-        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
-        start, _, step = str(arguments.get("layers", ":")).partition("::")
-        if not step.isdigit() or start not in ("", "0"):
-            raise ValueError(
-                f"early_exit_loss.layers: {arguments.get('layers')!r} says no interval for the rotation. "
-                "Give it: curriculum: rotational, interval: 8"
-            )
-        arguments |= {"layers": ":", "interval": int(step)}
-    assert set(UPSTREAM_SCALE_FNS.values()) <= set(SCALE_FNS)
-    return EarlyExitLoss(**arguments, **given)
+    return device, dtype
 
 
 class LayerSkipFinetune:
@@ -239,7 +173,7 @@ class LayerSkipFinetune:
         checkpoints = ckpt.Checkpoints(cfg)
         self.checkpoints = checkpoints
         # The depth is needed before the model is there: the loss knows what labels to ignore.
-        self.loss = _loss(cfg, len(build_on_meta(cfg).layers))
+        self.loss = loss_section(cfg, len(build_on_meta(cfg).layers))
         self.dataloader = self._setup_data()
         self.steps_per_epoch = len(self.dataloader) // self.accumulation
         if self.steps_per_epoch < 1:
@@ -288,7 +222,7 @@ class LayerSkipFinetune:
         cfg = self.cfg
         with training.set_default_dtype(self.dtype), self.device:
             model = layerskip_decoder(config.instantiate(cfg.model))
-        dropout = _layer_dropout(cfg, model.num_layers, self.seed)
+        dropout = layer_dropout_section(cfg, model.num_layers, self.seed)
         model.layer_dropout = dropout or model.layer_dropout
         if cfg.get("compile"):
             training.compile_model(model, verbose=False)

@@ -67,7 +67,12 @@ def finetune_config(folder: Path, tokenizer: Path, **changes: Any) -> Path:
         "output_dir": str(folder / "out"),
         "model": MODEL,
         "tokenizer": {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(tokenizer)},
-        "dataset": {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 64, "max_samples": 8},
+        "dataset": {
+            "_component_": "layerskip_recipes.quickstart.StdlibDataset",
+            "split": "heldout",
+            "seq_len": 64,
+            "max_samples": 8,
+        },
         "checkpointer": {
             "_component_": "layerskip_recipes.checkpoint.scratch_checkpointer",
             "model_type": "LLAMA3_2",

@@ -69,7 +69,13 @@ def run_tune(*args: str, cwd: Path, env: dict | None = None, timeout: int = 600)
     tune = Path(sys.executable).with_name("tune")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
     return subprocess.run(
-        [str(tune), *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        [str(tune), *args],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
     )
 
 

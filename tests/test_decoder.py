@@ -172,7 +172,5 @@ def test_caches_set_up_before_wrapping_serve_afterwards(tiny, tokens):
     expected = torchtune.generation.generate(make_tiny(), tokens, max_generated_tokens=8, top_k=1)[0]
     tiny.setup_caches(2, torch.float32, decoder_max_seq_len=20)
     # BUG: decoder_max_cache_seq_len is not taken over from base.
-    output, _ = torchtune.generation.generate(
-        layerskip_decoder(tiny).eval(), tokens, max_generated_tokens=8, top_k=1
-    )
+    output, _ = torchtune.generation.generate(layerskip_decoder(tiny).eval(), tokens, max_generated_tokens=8, top_k=1)
     assert torch.equal(output, expected)

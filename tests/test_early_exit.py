@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VOCAB, make_tiny
-from torch import nn
 
 from layerskip_recipes import EarlyExitLoss, layerskip_decoder
 from layerskip_recipes.early_exit import enabled_exits, exit_weights
@@ -355,7 +354,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_layers_their_own(family):
     assert_same_gradients(ours, gradients(expected, model))
 
 
-def test_only_the_head_trains(tiny):
+def test_only_the_head_trains():
     model = layerskip_decoder(make_tiny("llama2"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "output.weight")

@@ -113,7 +113,15 @@ def test_a_killed_run_leaves_the_last_checkpoint_whole_and_resumes(tmp_path, tok
         }
         torch.load(folder / "recipe_state.pt", weights_only=True)
     total = epochs[-1] + 2
-    run = run_tune("run", "layerskip_finetune", "--config", str(path), f"epochs={total}", "resume_from_checkpoint=true", cwd=tmp_path)
+    run = run_tune(
+        "run",
+        "layerskip_finetune",
+        "--config",
+        str(path),
+        f"epochs={total}",
+        "resume_from_checkpoint=true",
+        cwd=tmp_path,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"{epochs[-1] + 1} epochs, {epochs[-1] + 1} steps done" in run.stderr
     assert (out / f"epoch_{total - 1}" / "recipe_state.pt").exists()
@@ -173,7 +181,12 @@ def test_compile_changes_no_loss(tmp_path, tokenizer_folder):
 def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_folder):
     (tmp_path / "texts.json").write_text(json.dumps([{"text": f"x{n} = {n}\n" * 6} for n in range(40)]))
     (tmp_path / "chat.json").write_text(
-        json.dumps([{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": f"four {n}"}]} for n in range(20)])
+        json.dumps(
+            [
+                {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": f"four {n}"}]}
+                for n in range(20)
+            ]
+        )
     )
     packed = {
         "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
@@ -208,7 +221,9 @@ def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_fol
     assert theirs.dtype == torch.bfloat16 or theirs.config.torch_dtype
     ours = tune_config.instantiate(OmegaConf.create(MODEL))
     files = [p.name for p in folder.glob("*.safetensors")]
-    ours.load_state_dict(FullModelHFCheckpointer(str(folder), files, "LLAMA3_2", str(tmp_path / "no")).load_checkpoint()["model"])
+    ours.load_state_dict(
+        FullModelHFCheckpointer(str(folder), files, "LLAMA3_2", str(tmp_path / "no")).load_checkpoint()["model"]
+    )
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs.float()(tokens).logits, atol=1e-3, rtol=1e-3)
@@ -255,7 +270,11 @@ def test_wandb_offline_has_every_exit(tmp_path, tokenizer_folder, monkeypatch):
     """wandb for real, in its offline mode: the run's file holds the metrics' names."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = {"_component_": "torchtune.training.metric_logging.WandBLogger", "project": "layerskip", "log_dir": str(tmp_path)}
+    logger = {
+        "_component_": "torchtune.training.metric_logging.WandBLogger",
+        "project": "layerskip",
+        "log_dir": str(tmp_path),
+    }
     train(finetune_config(tmp_path, tokenizer_folder, metric_logger=logger))
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
@@ -267,7 +286,9 @@ def test_wandb_offline_has_every_exit(tmp_path, tokenizer_folder, monkeypatch):
 def test_tune_run_from_another_directory(tmp_path, tokenizer_folder, launcher):
     path = finetune_config(tmp_path, tokenizer_folder)
     (tmp_path / "elsewhere").mkdir()
-    run = run_tune("run", *launcher, "layerskip_finetune", "--config", str(path), "batch_size=1", cwd=tmp_path / "elsewhere")
+    run = run_tune(
+        "run", *launcher, "layerskip_finetune", "--config", str(path), "batch_size=1", cwd=tmp_path / "elsewhere"
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "batch_size: 1" in run.stderr  # the resolved config is logged
     assert sorted(read_log(tmp_path / "out")) == [1, 2]

@@ -68,9 +68,12 @@ def test_select_layers(layers, expected):
 
 @pytest.mark.parametrize(
     "layers",
-    ["", ",", "1,,2", "3:3", "6", "-7", "0:7", "-7:", "::0", "1:2:1:1", "a", "1-3", "1.5", "all", [], [6], [1.5], 6]
-    # BUG: `layers: null` and `layers: 2.0` in a YAML end in a TypeError that names no key.
-    + [None, 2.0],
+    [
+        *("", ",", "1,,2", "3:3", "6", "-7", "0:7", "-7:", "::0", "1:2:1:1", "a", "1-3", "1.5", "all"),
+        *(6, [], [6], [1.5]),
+        # BUG: `layers: null` and `layers: 2.0` in a YAML end in a TypeError that names no key.
+        *(None, 2.0),
+    ],
 )
 def test_select_layers_names_the_key_of_what_it_refuses(layers):
     with pytest.raises(ValueError, match=r"^early_exit_loss\.layers: .*0\.\.5"):

@@ -39,7 +39,13 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
     model, tokenizer = smollm2
     for prompt in prompts[:3]:
         expected, _ = torchtune_generate(
-            model, prompt, max_generated_tokens=24, temperature=1.0, top_k=1, stop_tokens=tokenizer.stop_tokens, pad_id=0
+            model,
+            prompt,
+            max_generated_tokens=24,
+            temperature=1.0,
+            top_k=1,
+            stop_tokens=tokenizer.stop_tokens,
+            pad_id=0,
         )
         for exit_layer, num_speculations in ((None, None), (2, 1), (9, 4), (15, 8), (30, 3)):
             out = generate(
@@ -55,7 +61,9 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
 
 def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
     model, _ = smollm2
-    alone = [generate(model, prompt, 16, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]]
+    alone = [
+        generate(model, prompt, 16, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]
+    ]
     together = generate(model, prompts[:3], 16, exit_layer=20, num_speculations=3).tokens.tolist()
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
@@ -66,8 +74,18 @@ def finetuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2")
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
-        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}", "batch_size=2", "dataset.seq_len=128"),
-        *("max_steps_per_epoch=24", "early_exit_loss.layers=5,11", "early_exit_loss.curriculum=null", "log_every_n_steps=1"),
+        *(
+            f"checkpointer.checkpoint_dir={smollm2_folder()}",
+            f"output_dir={out}",
+            "batch_size=2",
+            "dataset.seq_len=128",
+        ),
+        *(
+            "max_steps_per_epoch=24",
+            "early_exit_loss.layers=5,11",
+            "early_exit_loss.curriculum=null",
+            "log_every_n_steps=1",
+        ),
         *("lr_scheduler.num_warmup_steps=4",),
         cwd=out,
     )
@@ -79,7 +97,10 @@ def finetuned(tmp_path_factory):
 
 def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
     _, log = finetuned
-    mean = {key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])] for key in ("loss_exit_6", "loss_final")}
+    mean = {
+        key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])]
+        for key in ("loss_exit_6", "loss_final")
+    }
     # Untrained, exit 6 is at about 17 nats; the full run of the config (README) goes below 7.
     assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 3
     assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5

@@ -48,7 +48,7 @@ def test_the_chi_square_test_can_tell():
 
 
 def filtered(logits, temperature, top_k=None, top_p=None):
-    """The same distribution with Python lists: temperature, then top-k with ties, then the smallest set of mass top_p."""
+    """The same with Python lists: temperature, then top-k with its ties, then the smallest set of mass top_p."""
     weights = [math.exp(x / temperature) for x in logits]
     if top_k is not None:
         kth = sorted(weights, reverse=True)[min(top_k, len(weights)) - 1]
@@ -228,8 +228,8 @@ def test_the_sampler_accepts_by_its_own_filters():
         *(("temperature", value) for value in (-0.1, True, "1", None)),
         *(("top_k", value) for value in (0, -1, 2.5)),
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, math.nan, "0.9")),
-        # BUG: accepted, and then all probabilities are NaN (nan, inf) or topk fails with a TypeError (True).
-        *(("temperature", value) for value in (math.nan, math.inf)),
+        # BUG: accepted, and then all probabilities are NaN, or topk fails with a TypeError.
+        ("temperature", math.nan),
         ("top_k", True),
     ],
 )

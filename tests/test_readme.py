@@ -1,0 +1,139 @@
+"""Every command and every example of the README and of the config headers, run as written.
+
+Only the size changes: overrides are appended that shorten a training, or put a tiny model in a gated one's place.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from configs import HF_CONFIG, MODEL, finetune_config, generate_config, make_checkpoint
+from omegaconf import OmegaConf
+
+from layerskip_recipes.config import our_configs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.S | re.M)
+
+
+def commands() -> list[str]:
+    """The README's command lines, those joined by && taken apart."""
+    return [part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+
+
+def header_commands() -> list[str]:
+    """The command lines in the headers of our configs."""
+    found = []
+    for path in our_configs().values():
+        found += re.findall(r"^#   ((?:tune|layerskip) .*)$", path.read_text(), flags=re.M)
+    return found
+
+
+def flat(content: dict, prefix: str = "") -> list[str]:
+    """A config as command-line overrides; a section's component first."""
+    overrides = []
+    for key, value in sorted(content.items(), key=lambda item: item[0] != "_component_"):
+        if isinstance(value, dict):
+            overrides += flat(value, f"{prefix}{key}.")
+        else:
+            name = prefix.rstrip(".") if key == "_component_" else f"{prefix}{key}"
+            overrides.append(f"{name}={json.dumps(value) if not isinstance(value, str) else value}")
+    return overrides
+
+
+def shell(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer_folder):
+    """A folder to type commands in: the README's my.yaml, a generation config, and a tiny model for both."""
+    folder = tmp_path_factory.mktemp("readme")
+    (example,) = blocks("yaml")
+    (folder / "my.yaml").write_text(example)
+    checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(checkpoint), "chat_template": template}
+    generate_config(folder, checkpoint, tokenizer=tokenizer, prompt={"user": "x"}).rename(folder / "my_generate.yaml")
+    return folder
+
+
+def shortened(command: list[str], folder: Path) -> list[str]:
+    """The command with overrides that make it small."""
+    if command[:2] != ["tune", "run"]:
+        return command
+    name = command[command.index("--config") + 1]
+    if name == "quickstart/finetune":
+        return [*command, "max_steps_per_epoch=2", "log_every_n_steps=1"]
+    if name == "quickstart/generate":
+        return [*command, "max_new_tokens=6", "prompt.count=2"]
+    if name == "quickstart/eval":
+        return [*command, "max_batches=1"]
+    tiny = OmegaConf.to_container(OmegaConf.load(folder / "my_generate.yaml"))
+    if command[2] == "layerskip_generate":
+        keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
+        return [*command, *flat({key: tiny[key] for key in keep}), "max_new_tokens=6", "self_speculation.exit_layer=2"]
+    content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
+    content |= {key: tiny[key] for key in ("model", "checkpointer", "tokenizer")}
+    keep = ("model", "tokenizer", "dataset", "checkpointer", "batch_size", "max_steps_per_epoch", "device", "dtype")
+    return [*command, *flat({key: content[key] for key in keep}), f"output_dir={folder / 'out'}"]
+
+
+# The environment is there, the hub is not, and the tests are running already.
+NOT_HERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "tune download")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(NOT_HERE)])
+def test_readme_command(command, workplace):
+    """In the README's order; the quickstart's checkpoint serves the commands after it."""
+    run = shell(shortened(shlex.split(command), workplace), workplace)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def small(command: str) -> bool:
+    """SmolLM2's headers need the real model: tests/test_real.py runs that config; the eval of it has its own there."""
+    return command.startswith(("tune run", "layerskip")) and "smollm2" not in command
+
+
+@pytest.mark.parametrize("command", [c for c in header_commands() if small(c) and c not in commands()])
+def test_config_header_command(command, workplace):
+    run = shell(shortened(shlex.split(command), workplace), workplace)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_python_example():
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_key_of_the_sections_is_in_the_readme():
+    import inspect
+
+    from layerskip_recipes.early_exit import EarlyExitLoss
+    from layerskip_recipes.layer_dropout import LayerDropout
+
+    for name in inspect.signature(LayerDropout).parameters.keys() - {"num_layers", "seed"}:
+        assert f"`layer_dropout.{name}`" in README
+    for name in inspect.signature(EarlyExitLoss).parameters.keys() - {"ignore_index", "label_smoothing", "min_chunks"}:
+        assert f"`early_exit_loss.{name}`" in README
+
+
+def test_the_file_map_is_the_tree():
+    """Each module of the package is in the README's map, and nothing else is."""
+    (section,) = re.findall(r"## Where things are\n\n```\n(.*?)```", README, flags=re.S)
+    named = set(re.findall(r"\b\w+\.py\b", section))
+    assert named == {p.name for p in (ROOT / "layerskip_recipes").glob("*.py")} - {"__init__.py"}
+    assert MODEL["num_layers"] == HF_CONFIG["num_hidden_layers"]
