@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
+from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.config import check_component
+from layerskip_recipes.checks import check_choice
+from layerskip_recipes.config import build
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 
 RECIPE_STATE = "recipe_state.pt"
@@ -40,15 +42,17 @@ class Checkpoints:
         self.output_dir = Path(cfg.output_dir)
         self.staging = self.output_dir / STAGING
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
-        start = {"output_dir": str(self.staging)}
+        section = cfg.checkpointer
+        self.from_scratch = not self.resumed_from and (is_scratch(section) or not checkpoint_files(section))
         if self.resumed_from:
-            weights = sorted(p.name for p in self.resumed_from.iterdir() if p.name.startswith("model-"))
-            start |= {
-                "checkpoint_dir": str(self.resumed_from),
-                "checkpoint_files": [name for name in weights if name.endswith((".safetensors", ".bin"))],
-            }
-        self.from_scratch = not self.resumed_from and not checkpoint_files(cfg.checkpointer)
-        self._checkpointer = config.instantiate(cfg.checkpointer, **start)
+            weights = sorted(p.name for p in self.resumed_from.glob("model-*") if p.suffix in (".safetensors", ".bin"))
+            start = {"checkpoint_dir": str(self.resumed_from), "checkpoint_files": weights}
+            if is_scratch(section):
+                # What it writes are Hugging Face checkpoints, and those are there now.
+                component = "torchtune.training.FullModelHFCheckpointer"
+                section = OmegaConf.create({"_component_": component, "model_type": section.model_type})
+            section = OmegaConf.merge(section, start)
+        self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
 
     def load(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
         """The model's state (None from scratch) and the recipe's state (None unless resuming)."""
@@ -56,7 +60,7 @@ class Checkpoints:
             # A file that is written needs a place for each key: all go into the first shard.
             self._checkpointer._weight_map = defaultdict(lambda: "0001")
             return None, None
-        state = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        state = read_weights(self._checkpointer)
         if self.resumed_from is None:
             return state, None
         return state, torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
@@ -99,34 +103,77 @@ def find_checkpoint(output_dir: Path) -> Path:
     return states[-1].parent
 
 
+def is_scratch(section: DictConfig) -> bool:
+    """Whether a checkpointer section starts without weights by its component."""
+    return section._component_.rpartition(".")[2] == scratch_checkpointer.__name__
+
+
 def checkpoint_files(section: DictConfig) -> list[str]:
-    """The file names of a checkpointer section, its {filename_format, max_filename} form written out."""
-    files = section.get("checkpoint_files") or []
-    if isinstance(files, DictConfig):
-        return FormattedCheckpointFiles.from_dict(OmegaConf.to_container(files)).build_checkpoint_filenames()
-    return list(files)
+    """The file names of a checkpointer section, its {filename_format, max_filename} form written out.
+
+    Raises:
+        ValueError: if it is neither a list of names nor that form.
+    """
+    files = section.get("checkpoint_files")
+    if files is None:
+        return []
+    try:
+        if isinstance(files, DictConfig):
+            return FormattedCheckpointFiles.from_dict(OmegaConf.to_container(files)).build_checkpoint_filenames()
+        if isinstance(files, ListConfig) and all(isinstance(name, str) for name in files):
+            return list(files)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"checkpointer.checkpoint_files: {files!r} is not allowed. Allowed: a list of names, or filename_format and "
+        "max_filename; for example checkpointer.checkpoint_files=[model.safetensors]"
+    )
 
 
-def check_checkpointer(cfg: DictConfig) -> None:
-    """Raises a ValueError if the checkpointer section is wrong in itself."""
-    section = cfg.get("checkpointer")
-    check_component(section, "checkpointer")
+def check_checkpointer(cfg: DictConfig, model: TransformerDecoder) -> None:
+    """Raises a ValueError if the checkpointer section is wrong in itself, or does not fit the model."""
+    section = cfg.checkpointer
     for key in ("recipe_checkpoint", "adapter_checkpoint"):
         if section.get(key) is not None:
             raise ValueError(
                 f"checkpointer.{key}: {section[key]!r} is not honoured: resume_from_checkpoint=true finds the newest "
                 f"checkpoint under output_dir by itself. Set checkpointer.{key}=null"
             )
-    model_types = training.ModelType.__members__
-    if "model_type" in section and section.model_type not in model_types:
-        raise ValueError(
-            f"checkpointer.model_type: {section.model_type!r} is unknown. Allowed: {', '.join(model_types)}; "
-            "for example checkpointer.model_type=LLAMA3_2"
-        )
+    for key in ("resume_from_checkpoint", "should_load_recipe_state"):
+        if section.get(key):
+            raise ValueError(f"checkpointer.{key}: {section[key]!r} is not honoured here; set {key} at top level")
+    if "model_type" in section:
+        check_choice("checkpointer.model_type", section.model_type, training.ModelType.__members__)
+    checkpoint_files(section)
+    folder = section.get("checkpoint_dir")
+    if folder is not None and not isinstance(folder, str):
+        raise ValueError(f"checkpointer.checkpoint_dir: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
+    if not is_scratch(section):
+        return
+    if not isinstance(section.hf_config, DictConfig):
+        raise ValueError(f"checkpointer.hf_config: {section.hf_config!r} is no section; it is the model's config.json")
+    built = {
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.layers[0].attn.num_kv_heads,
+        "hidden_size": model.tok_embeddings.weight.shape[1],
+        "vocab_size": model.tok_embeddings.weight.shape[0],
+    }
+    for key, value in built.items():
+        if section.hf_config.get(key) != value:
+            raise ValueError(
+                f"checkpointer.hf_config.{key}: {section.hf_config.get(key)!r} does not fit the model, which has "
+                f"{value}"
+            )
 
 
-def check_checkpoint_files(cfg: DictConfig) -> None:
-    """Raises a ValueError naming what `checkpointer.checkpoint_dir` lacks, or an output_dir inside of it."""
+def check_checkpoint_files(cfg: DictConfig, writes: bool = False) -> None:
+    """Raises a ValueError naming what `checkpointer.checkpoint_dir` lacks.
+
+    Args:
+        cfg: the config.
+        writes: the recipe writes to output_dir, which torchtune wants outside of checkpoint_dir.
+    """
     section = cfg.checkpointer
     folder = section.get("checkpoint_dir")
     if folder is None:
@@ -146,11 +193,44 @@ def check_checkpoint_files(cfg: DictConfig) -> None:
             f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
             f"There: {', '.join(there) or 'no weights'}"
         )
-    output_dir = Path(cfg.output_dir).resolve() if cfg.get("output_dir") else None
-    if output_dir and output_dir.is_relative_to(folder.resolve()):
+    if writes and Path(cfg.output_dir).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
+
+
+def check_output_dir(cfg: DictConfig) -> None:
+    """Raises a ValueError if output_dir is no folder and cannot become one. Nothing is made here."""
+    path = Path(cfg.output_dir).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir: {cfg.output_dir!r} cannot be written, {str(existing)!r} is in the way")
+
+
+def check_tokenizer_dir(cfg: DictConfig) -> None:
+    """Raises a ValueError if checkpoints from scratch shall carry a tokenizer, and there is none."""
+    folder = cfg.checkpointer.get("tokenizer_dir")
+    if folder is not None and not list(Path(folder).glob("tokenizer*.json")):
+        raise ValueError(f"checkpointer.tokenizer_dir: {folder!r} has no tokenizer*.json; null copies none")
+
+
+def require_weights(cfg: DictConfig) -> None:
+    """Raises a ValueError if the checkpointer section names no weights: only training can start without."""
+    if is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer):
+        raise ValueError("checkpointer.checkpoint_files: missing, the weights; for example [model.safetensors]")
+
+
+def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """The model's state from a torchtune checkpointer.
+
+    Raises:
+        ValueError: if the files cannot be read as the checkpointer and its model_type read them.
+    """
+    try:
+        return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
+    except Exception as e:
         raise ValueError(
-            f"output_dir: {cfg.output_dir!r} lies inside of checkpointer.checkpoint_dir; choose another folder"
-        )
+            f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "
+            f"{checkpointer._model_type}: {e!r}. Check checkpoint_files and model_type"
+        ) from e
 
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -172,12 +252,7 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
 
 def scratch_checkpointer(
-    hf_config: Mapping[str, Any],
-    model_type: str,
-    output_dir: str,
-    tokenizer_dir: str | None = None,
-    checkpoint_dir: str | None = None,
-    checkpoint_files: list[str] | None = None,
+    hf_config: Mapping[str, Any], model_type: str, output_dir: str, tokenizer_dir: str | None = None
 ) -> training.FullModelHFCheckpointer:
     """A checkpointer for training from scratch: no weights to read, Hugging Face checkpoints to write.
 
@@ -186,23 +261,16 @@ def scratch_checkpointer(
         model_type: torchtune's, such as LLAMA3_2; it chooses the names of the weights.
         output_dir: where checkpoints go.
         tokenizer_dir: a folder whose tokenizer*.json go into each checkpoint.
-        checkpoint_dir, checkpoint_files: given by the recipe on resume, not in a config.
 
     Returns:
         torchtune's Hugging Face checkpointer.
     """
-    scratch = None
-    if checkpoint_dir is None:
-        scratch = tempfile.TemporaryDirectory(prefix="layerskip-")
-        checkpoint_dir = scratch.name
-        (Path(checkpoint_dir) / "config.json").write_text(json.dumps(dict(hf_config), indent=2))
-        for file in Path(tokenizer_dir).glob("tokenizer*.json") if tokenizer_dir else ():
-            shutil.copy(file, checkpoint_dir)
+    scratch = tempfile.TemporaryDirectory(prefix="layerskip-")
+    (Path(scratch.name) / "config.json").write_text(json.dumps(dict(hf_config), indent=2))
+    for file in Path(tokenizer_dir).glob("tokenizer*.json") if tokenizer_dir else ():
+        shutil.copy(file, scratch.name)
     checkpointer = training.FullModelHFCheckpointer(
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_files=list(checkpoint_files or []),
-        model_type=model_type,
-        output_dir=output_dir,
+        checkpoint_dir=scratch.name, checkpoint_files=[], model_type=model_type, output_dir=output_dir
     )
     checkpointer.scratch = scratch  # lives as long as the checkpointer copies from it
     return checkpointer
@@ -242,10 +310,10 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
         ValueError: if the checkpoint is not this model's.
     """
     with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
-        checkpointer = config.instantiate(cfg.checkpointer, output_dir=nowhere)
-    quantizer = config.instantiate(cfg.get("quantizer"))
+        checkpointer = build(cfg.checkpointer, "checkpointer", output_dir=nowhere)
+    quantizer = build(cfg.get("quantizer"), "quantizer")
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
-    state = checkpointer.load_checkpoint(**({"weights_only": False} if read_quantised else {}))[training.MODEL_KEY]
+    state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
     with training.set_default_dtype(dtype), device:
         model = layerskip_decoder(config.instantiate(cfg.model))
     if read_quantised:

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
+from layerskip_recipes.recipes import eval, finetune_config, generate
 
 
 def list_configs() -> None:
@@ -29,8 +30,11 @@ def copy_config(name: str, target: str) -> None:
     path = path / source.name if path.is_dir() else path.with_suffix(path.suffix or ".yaml")
     if path.exists():
         raise ValueError(f"cp: {str(path)!r} exists already; choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+    except OSError as e:
+        raise ValueError(f"cp: {str(path)!r} cannot be written ({e.strerror}); choose another name") from e
     print(f"Copied to {path}")
 
 
@@ -43,21 +47,16 @@ def validate(cfg: DictConfig) -> str:
     Raises:
         ValueError: the first thing that is wrong.
     """
-    # Each recipe has a key that no other one can do without.
-    if "optimizer" in cfg:
-        from layerskip_recipes.finetune import check_config
+    recipes = {"layerskip_finetune": finetune_config, "layerskip_generate": generate, "layerskip_eval": eval}
 
-        recipe = "layerskip_finetune"
-    elif "dataset" in cfg:
-        from layerskip_recipes.eval import check_config
+    def misfit(recipe: str) -> int:
+        """Keys that the recipe does not know, and keys that it misses."""
+        module = recipes[recipe]
+        return len(set(cfg) - set(module.SETTINGS)) + len(set(module.REQUIRED) - set(cfg))
 
-        recipe = "layerskip_eval"
-    else:
-        from layerskip_recipes.generate import check_config
-
-        recipe = "layerskip_generate"
-    check_config(cfg)
-    return recipe
+    name = min(recipes, key=misfit)
+    recipes[name].check_config(cfg)
+    return name
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.checks import check_choice, check_number, check_text
+
 PACKAGE = Path(__file__).parent
 # The wheel carries the configs inside of the package, a checkout beside it.
 CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
@@ -34,7 +36,7 @@ CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" /
 
 
 def our_configs() -> dict[str, Path]:
-    """Our configs by short name, such as "quickstart/finetune"; files named _*.yaml are only there to be extended."""
+    """Our configs by short name, such as "quickstart/finetune"; the ones named _* are only there to be extended."""
     if CONFIG_DIR is None:
         return {}
     paths = sorted(path for path in CONFIG_DIR.rglob("*.yaml") if not path.name.startswith("_"))
@@ -48,31 +50,62 @@ def torchtune_configs() -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
-def find_config(name: str, relative_to: Path | None = None) -> Path:
+def find_config(name: str, relative_to: Path | None = None, key: str = "config") -> Path:
     """The file behind a path, one of our names, or one of torchtune's.
 
     Args:
         name: what stands behind `--config` or `extends:`.
         relative_to: the folder in which a relative path is looked for first.
+        key: what an error message calls it.
 
     Raises:
         ValueError: if there is no such file or name; with the nearest names.
     """
-    for path in (*([relative_to / name] if relative_to else []), Path(name).expanduser()):
-        if path.is_file():
-            return path.resolve()
+    places = [*([relative_to / name] if relative_to else []), Path(name).expanduser()]
+    # Also the ones named _*, which our_configs does not show.
+    for path in [*places, *([CONFIG_DIR / f"{name}.yaml"] if CONFIG_DIR else [])]:
+        try:
+            if path.is_file():
+                return path.resolve()
+        except OSError:  # a name too long for the file system is no file
+            continue
     known = torchtune_configs() | our_configs()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ValueError(
-        f"config: {name!r} is neither a file nor a config's name."
+        f"{key}: {name!r} is neither a file nor a config's name."
         + (f" Nearest: {', '.join(near)}." if near else "")
         + " `layerskip ls` lists all."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------- merging
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as OmegaConf reads it (2e-5 is a number, no dates), but without numbers of base 60 and leading zeros,
+    which would read the layers 1:5 as 65 and the file number 00003 as 3; and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*_NUMBERS, "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -88,122 +121,208 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ValueError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
     """
-    return merge(_load_chain(find_config(name), ()), overrides)
+    cfg = _load_chain(find_config(name), ())
+    later: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key.startswith("~") and not equals:
+            _remove(cfg, key[1:])
+        elif equals and key:
+            _set(later, cfg, key.split("."), parse_value(text))
+        else:
+            raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
+    return _to_config(_merge(cfg, later), name)
 
 
-def _load_chain(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    if path in seen:
-        raise ValueError(
-            f"extends: a cycle, {' -> '.join(p.name for p in (*seen, path))}. A config cannot extend itself"
-        )
+def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
     try:
-        own = OmegaConf.load(path)
-    except Exception as e:
-        raise ValueError(f"config: {path} cannot be read as YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(own, DictConfig):
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as e:
+        raise ValueError(f"config: {name}: {str(e).splitlines()[0]}") from e
+
+
+def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise ValueError(f"extends: a cycle, {chain}. A config cannot extend itself")
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise ValueError(f"config: {path} cannot be read as YAML: {e}") from e
+    if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
         raise ValueError(f"config: {path} holds no mapping of keys to values")
+    _to_config(own, path)
     base = own.pop("extends", None)
     if base is None:
         return own
     if not isinstance(base, str):
-        raise ValueError(f"extends: {base!r} is no name or path, for example extends: llama3_2/1B_full_single_device")
-    return _merge_configs(_load_chain(find_config(base, relative_to=path.parent), (*seen, path)), own)
+        raise ValueError(f"extends: {base!r} is no name or path; for example extends: llama3_2/1B_full_single_device")
+    return _merge(_load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)), own)
 
 
-def merge(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config with command-line overrides applied; see `load_config`."""
-    cfg = OmegaConf.create(cfg)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if key.startswith("~") and not equals:
-            _remove(cfg, key[1:])
-            continue
-        if not equals or not key:
-            raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
-        parsed = _parse_value(key, value)
-        try:
-            here = OmegaConf.select(cfg, key)
-        except OmegaConfBaseException:
-            here = None
-        if isinstance(here, DictConfig) and "_component_" in here and value not in ("null", "None", "~", ""):
-            key = f"{key}._component_"
-        later = OmegaConf.create()
-        OmegaConf.update(later, key, parsed)
-        cfg = _merge_configs(cfg, later)
-    return cfg
+def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`later` over `base`: mappings merge, anything else replaces.
+
+    Where a section's `_component_` changes, inherited arguments that the new one does not take stay behind.
+    """
+    merged = dict(base)
+    for key, new in later.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            component = new.get("_component_", old.get("_component_"))
+            if component != old.get("_component_", component):
+                taken = _parameters(component)
+                old = {name: value for name, value in old.items() if taken is None or name in taken}
+            new = _merge(old, new)
+        merged[key] = new
+    return merged
 
 
-def _parse_value(key: str, value: str) -> Any:
-    """An override's value as YAML, but text stays text where YAML would see a block in it: "-", "def f(n):"."""
-    if value == "None":
-        return None
-    # A file number such as 00003 must stay text.
-    if key.endswith("max_filename"):
-        return value
+def _parameters(component: Any) -> set[str] | None:
+    """The parameters of a component; None if it takes any, or cannot be asked (check_component will say why)."""
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
-    except yaml.YAMLError:
-        return value
-    block = isinstance(parsed, DictConfig | ListConfig) and not value.lstrip().startswith(("{", "[", "${"))
-    return value if block else parsed
+        parameters = inspect.signature(_get_component_from_path(component)).parameters.values()
+    except (InstantiationError, ValueError, TypeError, AttributeError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
-def _remove(cfg: DictConfig, key: str) -> None:
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    if not isinstance(node, DictConfig) or leaf not in node:
+def parse_value(text: str) -> Any:
+    """An override's value: a list, a mapping or quoted text as in YAML, else one scalar, whatever it looks like."""
+    if text == "None":
+        return None
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            return yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError):
+            return text
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put one override into `later`; text for a section that has a component names another component."""
+    *parents, leaf = path
+    here: Any = cfg
+    for name in parents:
+        if not isinstance(later.get(name), dict):
+            later[name] = {}
+        later = later[name]
+        here = here.get(name) if isinstance(here, dict) else None
+    before = here.get(leaf) if isinstance(here, dict) else None
+    if isinstance(value, str) and isinstance(before, dict) and "_component_" in before:
+        section = later.setdefault(leaf, {})
+        section["_component_"] = value
+    else:
+        later[leaf] = value
+
+
+def _remove(cfg: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    node: Any = cfg
+    for name in parents:
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
         raise ValueError(f"override: ~{key} removes nothing, the config has no {key!r}")
     del node[leaf]
 
 
-def _merge_configs(base: DictConfig, later: DictConfig) -> DictConfig:
-    """OmegaConf's merge, but where a section's `_component_` changes, arguments that the new one lacks stay behind."""
-    base = OmegaConf.create(base)
-    for key in later:
-        old, new = base._get_node(key), later._get_node(key)
-        if not (isinstance(old, DictConfig) and isinstance(new, DictConfig)) or old._is_none() or new._is_none():
-            continue
-        component = new.get("_component_")
-        if component is not None and old.get("_component_") not in (None, component):
-            try:
-                accepted = inspect.signature(_get_component_from_path(component)).parameters
-            except (InstantiationError, ValueError, TypeError):
-                continue  # check_component will say what is wrong with it
-            if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-                for argument in [a for a in old if a not in accepted and a != "_component_"]:
-                    del old[argument]
-    return OmegaConf.merge(base, later)
-
-
 # ---------------------------------------------------------------------------------------------------------- checks
 
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """ " Nearest: x." or the whole list, for the end of an error message."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"Nearest: {near[0]}" if near else f"Allowed: {', '.join(known)}"
+Check = Callable[[str, Any], None]
 
 
-def check_keys(cfg: DictConfig, honoured: Iterable[str], refused: Mapping[str, str]) -> None:
-    """Raises a ValueError for a top-level key that the recipe does not know, or knows and does not honour.
+def number(**bounds: Any) -> Check:
+    """A setting that is a number, see `check_number`."""
+    return lambda key, value: check_number(key, value, **bounds)
+
+
+def one_of(*choices: Any) -> Check:
+    """A setting that is one of the choices."""
+    return lambda key, value: check_choice(key, value, choices)
+
+
+def text(example: str, optional: bool = True) -> Check:
+    """A setting that is text; null too if optional."""
+    return lambda key, value: None if value is None and optional else check_text(key, value, example)
+
+
+def list_of(kind: type, example: str) -> Check:
+    """A setting that is a list of one kind of thing; null too."""
+
+    def check(key: str, value: Any) -> None:
+        listed = isinstance(value, ListConfig) and all(type(item) is kind and item != "" for item in value)
+        if value is not None and not listed:
+            raise ValueError(f"{key}: {value!r} is no list of {kind.__name__}; for example {key}={example}")
+
+    return check
+
+
+def component(positional: int = 0, given: Sequence[str] = (), optional: bool = False) -> Check:
+    """A section with a `_component_`, see `check_component`; null too if optional."""
+    return lambda key, value: (
+        None if value is None and optional else check_component(value, key, given=given, positional=positional)
+    )
+
+
+def anything(key: str, value: Any) -> None:
+    """A setting that is checked elsewhere, with others."""
+
+
+flag = one_of(True, False, None)
+SEED = number(minimum=0, maximum=2**32 - 1, optional=True)
+# What every recipe reads.
+COMMON: dict[str, Check] = {
+    "output_dir": text("/tmp/layerskip"),
+    "model": component(),
+    "checkpointer": component(given=["output_dir"]),
+    "tokenizer": component(),
+    "device": text("cpu"),
+    "dtype": one_of("fp32", "bf16"),
+    "seed": SEED,
+    "float32_matmul_precision": one_of("highest", "high", "medium"),
+}
+
+
+def check_settings(
+    cfg: DictConfig, settings: Mapping[str, Check], refused: Mapping[str, str], required: Sequence[str] = ()
+) -> None:
+    """Every top-level key of a config: known, honoured, and of the right form. Nothing is ignored.
 
     Args:
         cfg: the config.
-        honoured: the keys that the recipe reads.
-        refused: key of torchtune's -> why not. Switched off (null, false) such a key is fine.
+        settings: the keys that the recipe reads, each with its check.
+        refused: key of torchtune's -> why it is not honoured. Switched off (null, false, 1) such a key is fine.
+        required: keys that must be there, beside the model, checkpointer, tokenizer and dtype.
+
+    Raises:
+        ValueError: the first thing that is wrong.
     """
-    honoured = set(honoured)
-    text = OmegaConf.to_yaml(cfg)
-    for key in cfg:
-        if key in honoured or not isinstance(key, str):
-            continue
-        if key in refused:
-            if cfg[key] not in (None, False):
-                raise ValueError(f"{key}: {cfg[key]!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
+    try:
+        content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as e:
+        raise ValueError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+    unresolved = OmegaConf.to_yaml(cfg)
+    for key, value in content.items():
+        if key in settings:
+            settings[key](key, cfg[key])
+        elif key in refused:
+            if not (value is None or value is False or (value == 1 and value is not True)):
+                raise ValueError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
         # A plain value may be the user's own variable, if an interpolation reads it.
-        elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text):
-            raise ValueError(f"{key}: unknown key. {nearest(key, honoured)}")
+        elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", unresolved):
+            raise ValueError(f"{key}: unknown key. {nearest(key, settings)}")
+    for key in ("model", "checkpointer", "tokenizer", "dtype", *required):
+        if key not in content:
+            settings[key](key, None)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The nearest known key, or all of them, for the end of an error message."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"Nearest: {near[0]}" if near else f"Allowed: {', '.join(known)}"
 
 
 def check_section(section: Any, key: str, callee: Callable, given: Sequence[str] = ()) -> dict[str, Any]:
@@ -242,92 +361,71 @@ def check_component(section: Any, key: str, given: Sequence[str] = (), positiona
         ValueError: if there is no such component, an argument is unknown, or one is missing.
     """
     if not isinstance(section, DictConfig) or not isinstance(section.get("_component_"), str):
-        raise ValueError(f"{key}: needs a section with _component_: dotted.path, got {section!r}")
+        raise ValueError(f"{key}: {section!r} is not allowed. Allowed: a section with _component_: dotted.path")
     path = section["_component_"]
     try:
-        component = _get_component_from_path(path)
+        found = _get_component_from_path(path)
     except (InstantiationError, ValueError) as e:
         raise ValueError(f"{key}._component_: {path!r} cannot be imported ({str(e).splitlines()[-1]})") from e
+    if not callable(found):
+        raise ValueError(f"{key}._component_: {path!r} is a {type(found).__name__}, and nothing that can be called")
     try:
-        parameters = inspect.signature(component).parameters
+        parameters = inspect.signature(found).parameters
     except (TypeError, ValueError):
-        return component
+        return found
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     arguments = [str(name) for name in section if name != "_component_"]
     for name in arguments:
         if name not in names and not open_ended:
             raise ValueError(f"{key}.{name}: {path} takes no such argument. {nearest(name, names)}")
+    for name in given:
+        if name not in names and not open_ended:
+            raise ValueError(f"{key}._component_: {path!r} cannot be used here, it takes no argument {name}")
     required = [n for n in names[positional:] if parameters[n].default is inspect.Parameter.empty]
     missing = [n for n in required if n not in arguments and n not in given]
     if missing:
         raise ValueError(f"{key}.{missing[0]}: missing; {path} needs it, for example {key}.{missing[0]}=...")
-    return component
+    return found
 
 
-def check_number(
-    cfg: DictConfig,
-    key: str,
-    *,
-    minimum: float,
-    integer: bool = True,
-    optional: bool = False,
-    default: Any = None,
-    example: Any = None,
-) -> Any:
-    """`cfg.key` if it is a number of at least `minimum` (None if optional).
+def build(section: DictConfig | None, key: str, *args: Any, **kwargs: Any) -> Any:
+    """torchtune's `instantiate`, where what the component says against its arguments becomes a ValueError.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: with the section's key and the component's own words.
     """
-    value = OmegaConf.select(cfg, key, default=default)
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not value >= minimum:
-        what = "an integer" if integer else "a number"
-        raise ValueError(
-            f"{key}: {value!r} is not {what} of {minimum} or more{' (or null)' if optional else ''}; "
-            f"for example {key}={minimum if example is None else example}"
-        )
-    return value
+    try:
+        return tune_config.instantiate(section, *args, **kwargs)
+    except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
+        if _is_ours(e):  # it says all that is needed
+            raise ValueError(f"{key}: {e}" if not str(e).startswith(key) else str(e)) from e
+        given = ", ".join(f"{name}={value}" for name, value in section.items() if name != "_component_")
+        raise ValueError(f"{key}: {section._component_}({given}) cannot be built: {e!r}") from e
 
 
 def check_device(cfg: DictConfig) -> torch.device:
-    """Raises a ValueError unless `cfg.device` (null: the best there is) is on this machine."""
+    """The device of `cfg.device` (null: the best there is); raises a ValueError if it is not on this machine."""
     there = ["cpu"]
     for name in ("cuda", "mps", "xpu"):
         backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
         if backend is not None and backend.is_available():
             there.append(name)
-    wanted = cfg.get("device") or there[-1]
-    kind, _, index = str(wanted).partition(":")
+    wanted = there[-1] if cfg.get("device") is None else cfg.device
+    kind, _, index = wanted.partition(":")
     count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
     if kind not in there or (index and not (index.isdigit() and int(index) < count)):
         raise ValueError(
             f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
         )
-    return torch.device(str(wanted))
+    return torch.device(wanted)
 
 
 def check_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
-    """Raises a ValueError unless `cfg.dtype` is fp32 or bf16 and the device can do it."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    wanted = cfg.get("dtype", "fp32")
-    if wanted not in dtypes:
-        raise ValueError(f"dtype: {wanted!r} is not supported. Allowed: fp32, bf16; for example dtype=fp32")
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """The dtype of `cfg.dtype`; raises a ValueError if the device cannot do it."""
+    if cfg.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"dtype: bf16 is not there on {torch.cuda.get_device_name(device)}; for example dtype=fp32")
-    return dtypes[wanted]
-
-
-def check_precision(cfg: DictConfig) -> None:
-    """Raises a ValueError unless `cfg.float32_matmul_precision` is one of PyTorch's."""
-    allowed = ("highest", "high", "medium")
-    if cfg.get("float32_matmul_precision", "highest") not in allowed:
-        raise ValueError(
-            f"float32_matmul_precision: {cfg.float32_matmul_precision!r} is unknown. Allowed: {', '.join(allowed)}; "
-            "for example float32_matmul_precision=highest"
-        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
 
 
 def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
@@ -337,22 +435,16 @@ def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
         ValueError: if the section is wrong or the builder refuses its arguments.
     """
     check_component(cfg.get("model"), "model")
-    try:
-        with torch.device("meta"):
-            model = tune_config.instantiate(cfg.model)
-    except Exception as e:
-        raise ValueError(f"model: {cfg.model._component_} cannot be built: {e}") from e
-    if not isinstance(model, TransformerDecoder):
-        raise ValueError(f"model: {cfg.model._component_} builds a {type(model).__name__}, not a TransformerDecoder")
+    with torch.device("meta"):
+        model = build(cfg.model, "model")
+    if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
+        layers = f" of {len(model.layers)} layers" if isinstance(model, TransformerDecoder) else ""
+        raise ValueError(
+            f"model: {cfg.model._component_} builds a {type(model).__name__}{layers}. Allowed: a TransformerDecoder of "
+            "1 layer or more"
+        )
+    check_number("model.max_seq_len", model.max_seq_len, minimum=1, example=2048)
     return model
-
-
-def check_interpolations(cfg: DictConfig) -> None:
-    """Raises a ValueError naming the key whose ${...} leads nowhere, or that is missing (???)."""
-    try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as e:
-        raise ValueError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -377,10 +469,16 @@ def main_of(steps: Callable[[], None]) -> None:
     try:
         steps()
     except ValueError as e:
-        frames = traceback.extract_tb(e.__traceback__)
-        if not Path(frames[-1].filename).is_relative_to(PACKAGE):
+        if not _is_ours(e):
             raise
         fail(e)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised the error."""
+    return isinstance(error, ValueError) and Path(
+        traceback.extract_tb(error.__traceback__)[-1].filename
+    ).is_relative_to(PACKAGE)
 
 
 def fail(error: ValueError) -> NoReturn:

@@ -30,7 +30,7 @@ class LayerSkipDecoder(TransformerDecoder):
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
 
     Raises:
-        ValueError: if base is not a plain `TransformerDecoder` (fusion models are not supported).
+        ValueError: if base is not a plain `TransformerDecoder`, such as a `DeepFusionModel` around one.
     """
 
     def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
@@ -49,6 +49,9 @@ class LayerSkipDecoder(TransformerDecoder):
             output=base.output,
         )
         self.num_output_chunks = base.num_output_chunks
+        self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
+        self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
+        self.training = base.training
         # QLoRA builders hang the hook that unpacks NF4 weights on the decoder itself.
         self._state_dict_hooks.update(base._state_dict_hooks)
         self.layer_dropout = layer_dropout
@@ -97,7 +100,10 @@ class LayerSkipDecoder(TransformerDecoder):
             ValueError: if exit_layer or one of the exits is outside of the model.
         """
         exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
-        wanted = set() if exits is None else {self.check_exit(e) for e in exits}
+        wanted = set() if exits is None else {self.check_exit(e, "exits") for e in exits}
+        if max(wanted, default=0) > exit_layer:
+            raise ValueError(f"exits: {max(wanted)} is never reached, the walk ends at exit_layer {exit_layer}")
+        assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
         if hidden is None:
             if not self.decoding:
                 self._validate_inputs(
@@ -145,16 +151,16 @@ class LayerSkipDecoder(TransformerDecoder):
         """
         return self(tokens, exits=exits, **kwargs)
 
-    def check_exit(self, exit_layer: int) -> int:
-        """`exit_layer` itself, if it is one.
+    def check_exit(self, exit_layer: int, key: str = "exit_layer") -> int:
+        """`exit_layer` itself, if it is one; `key` is the name that an error message shows.
 
         Raises:
             ValueError: if it is no integer in 1 .. L.
         """
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
             raise ValueError(
-                f"exit_layer: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
-                f"(number of layers run), for example exit_layer: {max(self.num_layers // 4, 1)}"
+                f"{key}: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
+                f"(number of layers run); for example {key}={max(self.num_layers // 4, 1)}"
             )
         return exit_layer
 
@@ -173,6 +179,8 @@ class LayerSkipDecoder(TransformerDecoder):
             return h
         rows = torch.tensor(keep).to(h.device, non_blocking=True)
         inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in of_sample.items()}
+        if isinstance(of_sample["mask"], torch.Tensor) and of_sample["mask"].dim() == 2:
+            inputs["mask"] = of_sample["mask"]  # [s, s], for all samples
         return h.index_copy(0, rows, layer(h.index_select(0, rows), **inputs))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TiedLinear
 
+from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.layers import select_layers
 
@@ -44,13 +45,8 @@ def exit_weights(num_layers: int, enabled: list[bool], scale: float, scale_fn: s
     Raises:
         ValueError: if the scale function is unknown, the scale negative, or no enabled exit has a weight.
     """
-    if scale_fn not in SCALE_FNS:
-        raise ValueError(
-            f"early_exit_loss.scale_fn: {scale_fn!r} is unknown. Allowed: {', '.join(SCALE_FNS)}; "
-            "for example scale_fn: layerskip"
-        )
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-        raise ValueError(f"early_exit_loss.scale: {scale!r} is not a number of 0 or more, for example scale: 0.2")
+    check_choice("early_exit_loss.scale_fn", scale_fn, SCALE_FNS)
+    check_number("early_exit_loss.scale", scale, minimum=0, integer=False, example=0.2)
     f = SCALE_FNS[scale_fn]
     last = num_layers - 1
     last_weight = last + scale * f(last - 1) if scale_fn == "layerskip" else f(last)
@@ -89,13 +85,8 @@ def enabled_exits(
     Raises:
         ValueError: if the curriculum is unknown, interval is below 1, or layers selects nothing.
     """
-    if curriculum not in CURRICULA:
-        raise ValueError(
-            f"early_exit_loss.curriculum: {curriculum!r} is unknown. Allowed: rotational, gradual, null; "
-            "for example curriculum: rotational"
-        )
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"early_exit_loss.interval: {interval!r} is not an integer of 1 or more, e.g. interval: 8")
+    check_choice("early_exit_loss.curriculum", curriculum, CURRICULA)
+    check_number("early_exit_loss.interval", interval, minimum=1, example=8)
     enabled = select_layers(layers, num_layers, key="early_exit_loss.layers")
     if curriculum == "rotational":
         for place, layer in enumerate([layer for layer in range(num_layers) if enabled[layer]]):
@@ -144,8 +135,8 @@ class EarlyExitLoss:
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-            raise ValueError(f"early_exit_loss.chunk_tokens: {chunk_tokens!r} is not an integer of 1 or more, e.g. 512")
+        check_number("early_exit_loss.chunk_tokens", chunk_tokens, minimum=1, example=512)
+        check_number("early_exit_loss.min_chunks", min_chunks, minimum=1)
         self.chunk_tokens, self.min_chunks = chunk_tokens, min_chunks
         enabled_exits(curriculum, 0, 1, 1, interval)
         exit_weights(1, [True], scale, scale_fn)
@@ -187,6 +178,7 @@ class EarlyExitLoss:
             model.unembed,
             labels.reshape(-1),
             [weights[e - 1] for e in exits],
+            torch.is_grad_enabled(),
             len(parameters),
             *parameters,
             *(hidden[e].flatten(0, 1) for e in exits),
@@ -218,11 +210,12 @@ class _ExitLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, unembed, labels, weights, num_parameters, *tensors):
+    def forward(ctx, loss, unembed, labels, weights, grad_enabled, num_parameters, *tensors):
         parameters, hidden = tensors[:num_parameters], tensors[num_parameters:]
         count = (labels != loss.ignore_index).sum().clamp(min=1)
-        wants_gradient = any(ctx.needs_input_grad)
-        head_grads = [torch.zeros_like(p) for p in parameters] if wants_gradient else []
+        wants_gradient = grad_enabled and any(ctx.needs_input_grad)
+        # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
+        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in parameters]
         hidden_grads = []
         per_exit = []
         for weight, x in zip(weights, hidden, strict=True):
@@ -245,7 +238,7 @@ class _ExitLosses(torch.autograd.Function):
             hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
         total = (per_exit * torch.tensor(weights, device=per_exit.device)).sum()
-        ctx.grads = (*head_grads, *hidden_grads)
+        ctx.grads = (*(g.to(p.dtype) for g, p in zip(head_grads, parameters, strict=True)), *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
         return total, per_exit
 
@@ -253,4 +246,4 @@ class _ExitLosses(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         # In place, and then let go: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
-        return (None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
+        return (None, None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))

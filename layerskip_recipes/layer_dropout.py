@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.layers import select_layers
 
 # D(l) over the relative depth u = l / (L-1) and the number of steps n = L-1.
@@ -41,13 +42,8 @@ def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layer
     Raises:
         ValueError: if prob or layers is out of range, or the scale is unknown.
     """
-    if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
-        raise ValueError(f"layer_dropout.prob: {prob!r} is no probability. Allowed: 0 to 1, for example prob: 0.1")
-    if layers_scale not in LAYER_SCALES:
-        raise ValueError(
-            f"layer_dropout.layers_scale: {layers_scale!r} is unknown. Allowed: {', '.join(LAYER_SCALES)}; "
-            "for example layers_scale: exp"
-        )
+    check_number("layer_dropout.prob", prob, minimum=0, maximum=1, integer=False, example=0.1)
+    check_choice("layer_dropout.layers_scale", layers_scale, LAYER_SCALES)
     selected = select_layers(layers, num_layers, key="layer_dropout.layers")
     steps = max(num_layers - 1, 1)
     # A model of one layer has no depth to scale over: its only layer is the last one.
@@ -61,11 +57,7 @@ def schedule_scale(step: int, total_steps: int, schedule: str = "constant") -> f
     Raises:
         ValueError: if the schedule is unknown.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"layer_dropout.schedule: {schedule!r} is unknown. Allowed: {', '.join(SCHEDULES)}; "
-            "for example schedule: constant"
-        )
+    check_choice("layer_dropout.schedule", schedule, SCHEDULES)
     if schedule == "constant" or total_steps <= 1:
         return 1.0
     return math.exp(min(step, total_steps - 1) * math.log(2) / (total_steps - 1)) - 1

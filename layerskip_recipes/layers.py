@@ -24,6 +24,8 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
             f'{key}: {layers!r} {why}. Allowed: indices 0..{num_layers - 1} and slices, for example ":", "0::4", "1,3"'
         )
 
+    if isinstance(layers, bool) or not isinstance(layers, str | int | Sequence):
+        raise wrong("is no selection of layers")
     parts = str(layers).split(",") if isinstance(layers, str | int) else [str(index) for index in layers]
     chosen = set()
     for part in (part.strip() for part in parts):

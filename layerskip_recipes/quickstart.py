@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 
+from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.tokenizer import HFTokenizer, hf_tokenizer
 
 END = "<|endoftext|>"
@@ -40,8 +41,7 @@ def stdlib_texts(split: str) -> dict[str, str]:
     Raises:
         ValueError: for another split.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split: {split!r} is unknown. Allowed: train, heldout; for example split: train")
+    check_choice("dataset.split", split, ("train", "heldout"))
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
     for path in sorted(root.rglob("*.py")):
@@ -97,6 +97,8 @@ class StdlibDataset(Dataset):
     def __init__(
         self, tokenizer: Any, split: str = "train", seq_len: int = 256, max_samples: int | None = None
     ) -> None:
+        check_number("dataset.seq_len", seq_len, minimum=1, example=256)
+        check_number("dataset.max_samples", max_samples, minimum=1, optional=True)
         stream = []
         for text in stdlib_texts(split).values():
             stream += [*tokenizer.encode(text, add_bos=False, add_eos=False), tokenizer.eos_id]

@@ -30,6 +30,8 @@ from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+from layerskip_recipes.checks import check_number, check_text
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a folder without a chat template gets: bos, then the contents as they stand, eos after each assistant message.
 # Separators are the dataset's business (`prompt_template`), as for torchtune's tokenizers of base models.
@@ -62,6 +64,7 @@ def hf_tokenizer(
     Raises:
         ValueError: if the folder, its tokenizer.json or the template is missing, or another argument is out of range.
     """
+    check_text("tokenizer.path", path, example="/tmp/SmolLM2-135M-Instruct")
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"tokenizer.path: there is no folder {folder}")
@@ -142,8 +145,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         max_seq_len: int | None = None,
         truncation_type: str = "right",
     ) -> None:
-        if max_seq_len is not None and max_seq_len < 1:
-            raise ValueError(f"tokenizer.max_seq_len: {max_seq_len} is below 1; for example max_seq_len: 2048, or null")
+        check_number("tokenizer.max_seq_len", max_seq_len, minimum=1, optional=True, example=2048)
         if truncation_type not in ("right", "left"):
             raise ValueError(f"tokenizer.truncation_type: {truncation_type!r} is unknown. Allowed: right, left")
         self.max_seq_len = max_seq_len

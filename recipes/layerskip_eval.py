@@ -1,6 +1,6 @@
-"""Entry module of `tune run layerskip_eval --config NAME [key=value ...]`; the recipe is layerskip_recipes/eval.py."""
+"""`tune run layerskip_eval --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/eval.py."""
 
-from layerskip_recipes.eval import main
+from layerskip_recipes.recipes.eval import main
 
 if __name__ == "__main__":
     main()

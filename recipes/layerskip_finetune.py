@@ -1,6 +1,6 @@
-"""Entry module of `tune run layerskip_finetune --config NAME [key=value ...]`; the recipe is layerskip_recipes/finetune.py."""
+"""`tune run layerskip_finetune --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/finetune.py."""
 
-from layerskip_recipes.finetune import main
+from layerskip_recipes.recipes.finetune import main
 
 if __name__ == "__main__":
     main()

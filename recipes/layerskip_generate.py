@@ -1,6 +1,6 @@
-"""Entry module of `tune run layerskip_generate --config NAME [key=value ...]`; the recipe is layerskip_recipes/generate.py."""
+"""`tune run layerskip_generate --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/generate.py."""
 
-from layerskip_recipes.generate import main
+from layerskip_recipes.recipes.generate import main
 
 if __name__ == "__main__":
     main()

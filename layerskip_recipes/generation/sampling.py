@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from layerskip_recipes.checks import check_number
+
 
 def next_token_probs(
     logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
@@ -37,7 +39,7 @@ def next_token_probs(
 
 
 def draw(probs: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
-    """One token of each distribution [..., v] -> [...]: argmax of probs / Exp(1), which needs no host synchronisation."""
+    """One token of each distribution [..., v] -> [...]: argmax of probs / Exp(1), which needs no synchronisation."""
     return (probs / torch.empty_like(probs).exponential_(1, generator=rng)).argmax(-1)
 
 
@@ -101,14 +103,9 @@ class Sampler:
     rng: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
-            raise ValueError(
-                f"temperature: {self.temperature!r} is not allowed. Allowed: 0 (greedy) or more, e.g. temperature: 0.8"
-            )
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k: {self.top_k!r} is not allowed. Allowed: 1 or more, or null; e.g. top_k: 50")
-        if self.top_p is not None and (not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1):
-            raise ValueError(f"top_p: {self.top_p!r} is not allowed. Allowed: above 0 to 1, or null; e.g. top_p: 0.9")
+        check_number("temperature", self.temperature, minimum=0, integer=False, example=0.8)
+        check_number("top_k", self.top_k, minimum=1, optional=True, example=50)
+        check_number("top_p", self.top_p, minimum=0, above=True, maximum=1, integer=False, optional=True, example=0.9)
 
     def probs(self, logits: torch.Tensor) -> torch.Tensor | None:
         """[..., v] filtered distribution, or None when greedy, where nobody needs it."""

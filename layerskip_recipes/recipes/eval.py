@@ -11,33 +11,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
-from torchtune import config, training, utils
+from torchtune import training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import (
+    COMMON,
+    anything,
+    build,
     build_on_meta,
     build_recipe,
     check_component,
     check_device,
     check_dtype,
-    check_interpolations,
-    check_keys,
-    check_number,
-    check_precision,
+    check_settings,
+    component,
     main_of,
+    number,
+    text,
 )
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.layers import select_layers
 
-HONOURED = {
-    "output_dir", "model", "checkpointer", "tokenizer", "quantizer", "device", "dtype", "seed", "dataset",
-    "collate_fn", "batch_size", "max_batches", "layers", "picture", "float32_matmul_precision",
-}  # fmt: skip
+SETTINGS = COMMON | {
+    "quantizer": component(optional=True),
+    "dataset": component(positional=1),
+    "collate_fn": text("torchtune.data.padded_collate_sft"),
+    "batch_size": number(minimum=1),
+    "max_batches": number(minimum=1, optional=True),
+    "layers": anything,
+    "picture": text("exits.png"),
+}
+REQUIRED = ("dataset",)
 
 
 @torch.inference_mode()
@@ -120,18 +129,13 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: the key, what was given, what is allowed.
     """
-    check_keys(cfg, HONOURED, {})
-    check_interpolations(cfg)
-    check_precision(cfg)
-    check_component(cfg.get("tokenizer"), "tokenizer")
-    check_component(cfg.get("dataset"), "dataset", positional=1, given=["tokenizer"])
-    if cfg.get("quantizer") is not None:
-        check_component(cfg.quantizer, "quantizer")
-    ckpt.check_checkpointer(cfg)
-    check_number(cfg, "seed", minimum=0, optional=True)
-    check_number(cfg, "batch_size", minimum=1, default=1)
-    check_number(cfg, "max_batches", minimum=1, optional=True)
-    select_layers(cfg.get("layers", ":"), len(build_on_meta(cfg).layers))
+    check_settings(cfg, SETTINGS, {}, REQUIRED)
+    if cfg.get("collate_fn") is not None:
+        section = OmegaConf.create({"_component_": cfg.collate_fn})
+        check_component(section, "collate_fn", positional=1, given=["padding_idx", "ignore_idx"])
+    model = build_on_meta(cfg)
+    ckpt.check_checkpointer(cfg, model)
+    select_layers(cfg.get("layers", ":"), len(model.layers))
 
 
 class LayerSkipEval:
@@ -151,14 +155,15 @@ class LayerSkipEval:
         self.device = check_device(cfg)
         self.dtype = check_dtype(cfg, self.device)
         ckpt.check_checkpoint_files(cfg)
+        ckpt.require_weights(cfg)
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         training.set_seed(seed=cfg.get("seed"))
 
     def setup(self) -> None:
         """The data, then the model."""
         cfg = self.cfg
-        tokenizer = config.instantiate(cfg.tokenizer)
-        dataset = config.instantiate(cfg.dataset, tokenizer)
+        tokenizer = build(cfg.tokenizer, "tokenizer")
+        dataset = build(cfg.dataset, "dataset", tokenizer)
         collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
         packed = getattr(dataset, "packed", False) or cfg.dataset.get("packed", False)
         collate = padded_collate_packed if packed else partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=-100)

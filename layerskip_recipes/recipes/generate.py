@@ -17,32 +17,52 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.checks import check_choice
 from layerskip_recipes.config import (
+    COMMON,
+    anything,
+    build,
     build_on_meta,
     build_recipe,
     check_component,
     check_device,
     check_dtype,
-    check_interpolations,
-    check_keys,
-    check_number,
-    check_precision,
     check_section,
+    check_settings,
+    component,
+    flag,
+    list_of,
     main_of,
+    number,
+    one_of,
+    text,
 )
-from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, is_looping
 from layerskip_recipes.generation.engine import check_lengths, check_num_speculations
 from layerskip_recipes.generation.sampling import Sampler
 
 log = utils.get_logger("INFO")
 
-HONOURED = {
-    "output_dir", "model", "checkpointer", "tokenizer", "quantizer", "device", "dtype", "seed",
-    "cudnn_deterministic_mode", "float32_matmul_precision", "prompt", "prompt_file", "max_new_tokens", "temperature",
-    "top_k", "top_p", "stop_tokens", "stop_strings", "stream", "exit_layer", "self_speculation", "benchmark",
-    "log_level",
-}  # fmt: skip
+SETTINGS = COMMON | {
+    "quantizer": component(optional=True),
+    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
+    "prompt": anything,
+    "prompt_file": text("prompts.jsonl"),
+    "max_new_tokens": number(minimum=1, example=128),
+    "temperature": anything,
+    "top_k": anything,
+    "top_p": anything,
+    "stop_tokens": list_of(int, "[2]"),
+    "stop_strings": list_of(str, "[END]"),
+    "stream": flag,
+    "exit_layer": anything,
+    "self_speculation": anything,
+    "benchmark": anything,
+    "enable_kv_cache": one_of(True, None),
+    "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
+}
+REQUIRED = ()
 REFUSED = {
     "tensor_parallel_plan": "this version generates on one device",
     "tensor_parallel_dim": "this version generates on one device",
@@ -58,8 +78,7 @@ def self_speculation(exit_layer: int, num_speculations: int) -> dict[str, int]:
 
 def benchmark(compare: bool = False) -> bool:
     """The `benchmark` section: whether the autoregressive baseline runs too."""
-    if not isinstance(compare, bool):
-        raise ValueError(f"benchmark.compare: {compare!r} is not allowed. Allowed: true, false")
+    check_choice("benchmark.compare", compare, (True, False))
     return compare
 
 
@@ -92,30 +111,16 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: the key, what was given, what is allowed.
     """
-    check_keys(cfg, HONOURED, REFUSED)
-    check_interpolations(cfg)
-    check_precision(cfg)
-    check_component(cfg.get("tokenizer"), "tokenizer")
-    if cfg.get("quantizer") is not None:
-        check_component(cfg.quantizer, "quantizer")
-    ckpt.check_checkpointer(cfg)
-    check_number(cfg, "seed", minimum=0, optional=True)
-    check_number(cfg, "max_new_tokens", minimum=1, default=128)
+    check_settings(cfg, SETTINGS, REFUSED)
     Sampler(cfg.get("temperature", 0.0), cfg.get("top_k"), cfg.get("top_p"))
-    for key, kind in (("stop_tokens", int), ("stop_strings", str)):
-        values = cfg.get(key)
-        if values is not None and not (
-            isinstance(values, ListConfig) and all(isinstance(v, kind) and v != "" for v in values)
-        ):
-            raise ValueError(
-                f"{key}: {values!r} is no list of {kind.__name__}; for example {key}: {[2] if kind is int else ['END']}"
-            )
     benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
-    model = LayerSkipDecoder(base) if type(base := build_on_meta(cfg)) is not LayerSkipDecoder else base
+    model = layerskip_decoder(build_on_meta(cfg))
+    ckpt.check_checkpointer(cfg, model)
     mode = decoding_mode(cfg)
+    prefix = "" if mode["num_speculations"] is None else "self_speculation."
     if mode["exit_layer"] is not None:
-        model.check_exit(mode["exit_layer"])
-    check_num_speculations(mode["num_speculations"], mode["exit_layer"])
+        model.check_exit(mode["exit_layer"], f"{prefix}exit_layer")
+    check_num_speculations(mode["num_speculations"], mode["exit_layer"], f"{prefix}num_speculations")
     if cfg.get("prompt") is None and cfg.get("prompt_file") is None:
         raise ValueError(
             'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
@@ -136,28 +141,28 @@ def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
     prompt = cfg.prompt
     if isinstance(prompt, DictConfig) and "_component_" in prompt:
         check_component(prompt, "prompt")
-        return list(config.instantiate(prompt))
+        return list(build(prompt, "prompt"))
     prompts = OmegaConf.to_container(prompt) if isinstance(prompt, DictConfig | ListConfig) else prompt
     return [_check_prompt(p, "prompt") for p in (prompts if isinstance(prompts, list) else [prompts])]
 
 
 def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
         ) from e
     if not name.endswith(".jsonl"):
-        return [_check_prompt(text, "prompt_file")]
+        return [_check_prompt(content, "prompt_file")]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for at, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            prompts.append(_check_prompt(json.loads(line)["prompt"], f"prompt_file line {number}"))
+            prompts.append(_check_prompt(json.loads(line)["prompt"], f"prompt_file line {at}"))
         except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(f'prompt_file line {number}: {line[:60]!r} is not of the form {{"prompt": "text"}}') from e
+            raise ValueError(f'prompt_file line {at}: {line[:60]!r} is not of the form {{"prompt": "text"}}') from e
     if not prompts:
         raise ValueError(f"prompt_file: {name!r} holds no prompt")
     return prompts
@@ -166,7 +171,11 @@ def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
 def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"system", "user"}
-        if unknown or not isinstance(prompt.get("user"), str) or not prompt["user"]:
+        if (
+            unknown
+            or not prompt.get("user")
+            or not all(text is None or isinstance(text, str) for text in prompt.values())
+        ):
             raise ValueError(f"{key}: {prompt!r} needs user: text, and may have system: text")
         return {role: text for role, text in prompt.items() if text is not None}
     if not isinstance(prompt, str) or not prompt:
@@ -214,18 +223,17 @@ class LayerSkipGenerate:
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
         self.cfg = cfg
-        log.setLevel(cfg.get("log_level", "INFO"))
+        log.setLevel(cfg.get("log_level") or "INFO")
         self.device = check_device(cfg)
         self.dtype = check_dtype(cfg, self.device)
         ckpt.check_checkpoint_files(cfg)
-        if not ckpt.checkpoint_files(cfg.checkpointer):
-            raise ValueError("checkpointer.checkpoint_files: missing; the weights to generate with")
+        ckpt.require_weights(cfg)
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.max_new_tokens = cfg.get("max_new_tokens", 128)
         self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
         self.mode = decoding_mode(cfg)
-        self.tokenizer = config.instantiate(cfg.tokenizer)
+        self.tokenizer = build(cfg.tokenizer, "tokenizer")
         self.prompts = read_prompts(cfg)
         self.prompt_tokens = [to_tokens(prompt, self.tokenizer) for prompt in self.prompts]
         check_lengths(build_on_meta(cfg), [len(tokens) for tokens in self.prompt_tokens], self.max_new_tokens)

@@ -19,6 +19,7 @@ from torchtune import config, modules, training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
+from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -26,102 +27,18 @@ from tqdm import tqdm
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import (
     as_list,
+    build,
     build_on_meta,
     build_recipe,
-    check_component,
     check_device,
     check_dtype,
-    check_interpolations,
-    check_keys,
-    check_number,
-    check_precision,
     main_of,
 )
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.layer_dropout import LayerDropout
-from layerskip_recipes.sections import layer_dropout_section, loss_section
+from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
 
 log = utils.get_logger("INFO")
-
-HONOURED = {
-    "output_dir", "model", "tokenizer", "dataset", "seed", "shuffle", "collate_fn", "checkpointer", "init_std",
-    "resume_from_checkpoint", "batch_size", "epochs", "max_steps_per_epoch", "gradient_accumulation_steps",
-    "optimizer", "optimizer_in_bwd", "lr_scheduler", "clip_grad_norm", "loss", "layer_dropout", "early_exit_loss",
-    "compile", "device", "dtype", "enable_activation_checkpointing", "enable_activation_offloading",
-    "cudnn_deterministic_mode", "float32_matmul_precision", "metric_logger", "log_every_n_steps", "log_peak_memory_stats", "profiler",
-}  # fmt: skip
-_DISTRIBUTED = "it is for several devices, and this version trains on one"
-REFUSED = {
-    "custom_sharded_layers": _DISTRIBUTED,
-    "fsdp_cpu_offload": _DISTRIBUTED,
-    "fsdp_reshard_after_forward": _DISTRIBUTED,
-    "tensor_parallel_dim": _DISTRIBUTED,
-    "tensor_parallel_plan": _DISTRIBUTED,
-    "data_parallel_shard_dim": _DISTRIBUTED,
-    "data_parallel_replicate_dim": _DISTRIBUTED,
-    "fsdp": _DISTRIBUTED,
-    "ac_mode": "enable_activation_checkpointing checkpoints every layer",
-    "ac_option": "enable_activation_checkpointing checkpoints every layer",
-    "save_adapter_weights_only": "it is for LoRA, and this version trains all weights",
-    "low_cpu_ram": "it is for QLoRA, and this version trains all weights",
-    "quantizer": "it is for quantisation-aware training",
-}
-
-def check_config(cfg: DictConfig) -> None:
-    """All of a finetune config that can be wrong on any machine: nothing is loaded, downloaded or written.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    check_keys(cfg, HONOURED, REFUSED)
-    check_interpolations(cfg)
-    check_precision(cfg)
-    if not isinstance(cfg.get("output_dir"), str):
-        raise ValueError(f"output_dir: {cfg.get('output_dir')!r} is no path; for example output_dir=/tmp/layerskip")
-    for key in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"):
-        check_number(cfg, key, minimum=1, default=1)
-    check_number(cfg, "max_steps_per_epoch", minimum=1, optional=True)
-    check_number(cfg, "seed", minimum=0, optional=True)
-    check_number(cfg, "init_std", minimum=0, integer=False, optional=True, example=0.02)
-    # torchtune reads "inf" as: log the norm, clip nothing.
-    if cfg.get("clip_grad_norm") != "inf":
-        check_number(cfg, "clip_grad_norm", minimum=0, integer=False, optional=True, example=1.0)
-    check_component(cfg.get("tokenizer"), "tokenizer")
-    for section in as_list(cfg.get("dataset")):
-        check_component(section, "dataset", positional=1, given=["tokenizer"])
-    check_component(cfg.get("optimizer"), "optimizer", positional=1)
-    if "lr" in cfg.optimizer:
-        check_number(cfg, "optimizer.lr", minimum=0, integer=False, example="2e-5")
-    if cfg.get("lr_scheduler") is not None:
-        check_component(cfg.lr_scheduler, "lr_scheduler", positional=1, given=["num_training_steps", "last_epoch"])
-    check_component(cfg.get("metric_logger"), "metric_logger")
-    if cfg.get("collate_fn"):
-        check_component(OmegaConf.create({"_component_": cfg.collate_fn}), "collate_fn", given=["batch"])
-        if "left_pad_sequence" in cfg.collate_fn:
-            raise ValueError("collate_fn: left_pad_sequence is for inference; e.g. torchtune.data.padded_collate_sft")
-    ckpt.check_checkpointer(cfg)
-    if cfg.get("optimizer_in_bwd"):
-        if cfg.get("gradient_accumulation_steps", 1) > 1:
-            raise ValueError(
-                f"gradient_accumulation_steps: {cfg.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
-                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
-            )
-        if cfg.get("clip_grad_norm") is not None:
-            raise ValueError("clip_grad_norm: does not go with optimizer_in_bwd. Set clip_grad_norm=null")
-    if cfg.get("enable_activation_offloading") and not cfg.get("enable_activation_checkpointing"):
-        raise ValueError("enable_activation_offloading: needs enable_activation_checkpointing=true")
-
-    # By the arguments, not by the model: building a QLoRA model quantises its weights even on the meta device.
-    if isinstance(cfg.get("model"), DictConfig) and "lora_attn_modules" in cfg.model:
-        raise ValueError(
-            f"model._component_: {cfg.model.get('_component_')!r} is a LoRA builder, and this version trains all "
-            "weights; for example model._component_=torchtune.models.llama3_2.llama3_2_1b"
-        )
-    model = build_on_meta(cfg)
-    if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
-        raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
-    layer_dropout_section(cfg, len(model.layers), seed=0)
-    loss_section(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
 
 
 def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
@@ -134,10 +51,11 @@ def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     dtype = check_dtype(cfg, device)
     if cfg.get("enable_activation_offloading") and device.type != "cuda":
         raise ValueError(f"enable_activation_offloading: needs device=cuda, got {device.type}")
+    ckpt.check_output_dir(cfg)
     if cfg.get("resume_from_checkpoint"):
         ckpt.find_checkpoint(Path(cfg.output_dir))
     else:
-        ckpt.check_checkpoint_files(cfg)
+        ckpt.check_checkpoint_files(cfg, writes=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version trains on one device; "
@@ -169,12 +87,18 @@ class LayerSkipFinetune:
         """Everything that training needs: data first, since a mistake there costs no loaded weights."""
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg)
-        self.tokenizer = config.instantiate(cfg.tokenizer)
-        checkpoints = ckpt.Checkpoints(cfg)
-        self.checkpoints = checkpoints
-        # The depth is needed before the model is there: the loss knows what labels to ignore.
-        self.loss = loss_section(cfg, len(build_on_meta(cfg).layers))
+        self.tokenizer = build(cfg.tokenizer, "tokenizer")
+        ckpt.check_tokenizer_dir(cfg)
+        base = build_on_meta(cfg)
+        vocabulary = base.tok_embeddings.weight.shape[0]
+        if getattr(self.tokenizer, "vocab_size", 0) > vocabulary:
+            raise ValueError(
+                f"tokenizer: its {self.tokenizer.vocab_size} tokens do not fit the model's embedding of {vocabulary}. "
+                "Take the model's own tokenizer"
+            )
+        self.loss = loss_section(cfg, len(base.layers))
         self.dataloader = self._setup_data()
+        self._check_length(len(self.dataloader.dataset[0]["tokens"]) if len(self.dataloader.dataset) else 0, base)
         self.steps_per_epoch = len(self.dataloader) // self.accumulation
         if self.steps_per_epoch < 1:
             raise ValueError(
@@ -184,22 +108,23 @@ class LayerSkipFinetune:
         self.steps_per_epoch = min(self.steps_per_epoch, cfg.get("max_steps_per_epoch") or self.steps_per_epoch)
         self.total_steps = self.steps_per_epoch * cfg.get("epochs", 1)
 
-        model_state, state = checkpoints.load()
+        self.metric_logger = build(cfg.metric_logger, "metric_logger")
+        self.checkpoints = ckpt.Checkpoints(cfg)
+        model_state, state = self.checkpoints.load()
         self.model = self._setup_model(model_state)
         self.optimizer, self.lr_scheduler = self._setup_optimizer(state)
         self.epochs_run = state[training.EPOCHS_KEY] if state else 0
         self.step = self.epochs_run * self.steps_per_epoch
         self.profiler = self._setup_profiler()
-        self.metric_logger = config.instantiate(cfg.metric_logger)
         self.metric_logger.log_config(cfg)
         if state:
             self._restore(state)
-            log.info(f"Resumed from {checkpoints.resumed_from}: {self.epochs_run} epochs, {self.step} steps done.")
+            log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.epochs_run} epochs, {self.step} steps done.")
 
     def _setup_data(self) -> StatefulDataLoader:
         cfg = self.cfg
         sections = as_list(cfg.dataset)
-        datasets = [config.instantiate(section, self.tokenizer) for section in sections]
+        datasets = [build(section, "dataset", self.tokenizer) for section in sections]
         dataset = ConcatDataset(datasets=datasets) if isinstance(cfg.dataset, ListConfig) else datasets[0]
         packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
         collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
@@ -230,7 +155,7 @@ class LayerSkipFinetune:
         if cfg.get("enable_activation_checkpointing"):
             training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
         if state is None:
-            ckpt.initialise(model, cfg.get("init_std") or 0.02)
+            ckpt.initialise(model, 0.02 if cfg.get("init_std") is None else cfg.init_std)
         else:
             ckpt.check_state_dict(model, state)
             model.load_state_dict(state)
@@ -293,6 +218,7 @@ class LayerSkipFinetune:
         tokens, total, per_exit = 0, 0.0, {}
         for _ in range(self.accumulation):
             batch = next(batches)
+            self._check_length(batch["tokens"].shape[1], self.model)
             utils.batch_to_device(batch, self.device)
             labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=self.loss.ignore_index)
             count = (labels != self.loss.ignore_index).sum()
@@ -322,6 +248,13 @@ class LayerSkipFinetune:
         if self.step % self.cfg.get("log_every_n_steps", 1) == 0:
             self._log(metrics, tokens, total, per_exit, dropout, started)
 
+    def _check_length(self, length: int, model: TransformerDecoder) -> None:
+        if length > model.max_seq_len:
+            raise ValueError(
+                f"dataset: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
+                f"example tokenizer.max_seq_len={model.max_seq_len}"
+            )
+
     def _log(
         self,
         metrics: dict[str, Any],
@@ -342,12 +275,12 @@ class LayerSkipFinetune:
             metrics |= training.get_memory_stats(device=self.device)
         self.metric_logger.log_dict(metrics, step=self.step)
         self.progress.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, final {metrics['loss_final']:.3f}, {metrics['tokens_per_second_per_gpu']:.0f} tok/s"
+            f"loss {metrics['loss']:.3f}, final {metrics['loss_final']:.3f}, "
+            f"{metrics['tokens_per_second_per_gpu']:.0f} tok/s"
         )
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights. Data order and curriculum follow from seed, epoch and step."""
-        device_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
             training.EPOCHS_KEY: self.epochs_run,
             training.SEED_KEY: self.seed,
@@ -355,7 +288,7 @@ class LayerSkipFinetune:
             "steps_per_epoch": self.steps_per_epoch,
             training.OPT_KEY: self.optimizer.state_dict(),
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
-            training.RNG_KEY: {"cpu": torch.get_rng_state(), "device": device_rng},
+            training.RNG_KEY: {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()},
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -375,8 +308,11 @@ class LayerSkipFinetune:
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
         torch.set_rng_state(state[training.RNG_KEY]["cpu"])
-        if self.device.type == "cuda" and state[training.RNG_KEY]["device"] is not None:
-            torch.cuda.set_rng_state(state[training.RNG_KEY]["device"])
+        self._device_rng().set_rng_state(state[training.RNG_KEY]["device"])
+
+    def _device_rng(self) -> Any:
+        """The module with the random state of the device: torch.cuda, torch.mps, torch.xpu, or torch itself."""
+        return torch if self.device.type == "cpu" else getattr(torch, self.device.type)
 
     def cleanup(self) -> None:
         """Close the metric logger."""

@@ -1,0 +1,227 @@
+"""What a finetune config may say: every key with its check, our two sections, and their names in torchtune."""
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.training import setup_torch_profiler
+
+from layerskip_recipes.checkpoint import check_checkpointer
+from layerskip_recipes.checks import check_number
+from layerskip_recipes.config import (
+    COMMON,
+    anything,
+    build,
+    build_on_meta,
+    check_component,
+    check_section,
+    check_settings,
+    component,
+    flag,
+    number,
+    one_of,
+    text,
+)
+from layerskip_recipes.early_exit import EarlyExitLoss
+from layerskip_recipes.layer_dropout import LayerDropout
+
+
+def _datasets(key: str, value: object) -> None:
+    for section in value if isinstance(value, ListConfig) and value else [value]:
+        check_component(section, key, positional=1)
+
+
+def _collate_fn(key: str, value: object) -> None:
+    if value is not None:
+        text("torchtune.data.padded_collate_sft")(key, value)
+        if "left_pad_sequence" in value:
+            raise ValueError(f"{key}: {value!r} is for inference; for example {key}=torchtune.data.padded_collate_sft")
+        section = OmegaConf.create({"_component_": value})
+        check_component(section, key, positional=1, given=["padding_idx", "ignore_idx"])
+
+
+def _clip_grad_norm(key: str, value: object) -> None:
+    # torchtune reads "inf" as: log the norm, clip nothing.
+    if value != "inf":
+        number(minimum=0, integer=False, optional=True, example=1.0)(key, value)
+
+
+def _profiler(key: str, value: object) -> None:
+    if value is None:
+        return
+    default = {"_component_": "torchtune.training.setup_torch_profiler"}
+    if not isinstance(value, DictConfig):
+        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a section like torchtune's, or null")
+    section = OmegaConf.merge(default, value)
+    if check_component(section, key) is not setup_torch_profiler:
+        raise ValueError(
+            f"{key}._component_: {section._component_!r} is not allowed. Allowed: {default['_component_']}"
+        )
+
+
+POSITIVE = number(minimum=1)
+SETTINGS = COMMON | {
+    "output_dir": text("/tmp/layerskip", optional=False),
+    "dataset": _datasets,
+    "shuffle": flag,
+    "collate_fn": _collate_fn,
+    "init_std": number(minimum=0, above=True, integer=False, optional=True, example=0.02),
+    "resume_from_checkpoint": flag,
+    "batch_size": POSITIVE,
+    "epochs": POSITIVE,
+    "max_steps_per_epoch": number(minimum=1, optional=True),
+    "gradient_accumulation_steps": POSITIVE,
+    "optimizer": component(positional=1),
+    "optimizer_in_bwd": flag,
+    "lr_scheduler": component(positional=1, given=["num_training_steps", "last_epoch"], optional=True),
+    "clip_grad_norm": _clip_grad_norm,
+    "loss": component(),
+    "layer_dropout": anything,
+    "early_exit_loss": anything,
+    "compile": flag,
+    "enable_activation_checkpointing": flag,
+    "enable_activation_offloading": flag,
+    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
+    "metric_logger": component(),
+    "log_every_n_steps": POSITIVE,
+    "log_peak_memory_stats": flag,
+    "profiler": _profiler,
+}
+REQUIRED = ("output_dir", "dataset", "optimizer", "loss", "metric_logger")
+_DISTRIBUTED = "it is for several devices, and this version trains on one"
+REFUSED = {
+    "custom_sharded_layers": _DISTRIBUTED,
+    "fsdp_cpu_offload": _DISTRIBUTED,
+    "fsdp_reshard_after_forward": _DISTRIBUTED,
+    "tensor_parallel_dim": _DISTRIBUTED,
+    "tensor_parallel_plan": _DISTRIBUTED,
+    "data_parallel_shard_dim": _DISTRIBUTED,
+    "data_parallel_replicate_dim": _DISTRIBUTED,
+    "fsdp": _DISTRIBUTED,
+    "ac_mode": "enable_activation_checkpointing checkpoints every layer",
+    "ac_option": "enable_activation_checkpointing checkpoints every layer",
+    "save_adapter_weights_only": "it is for LoRA, and this version trains all weights",
+    "low_cpu_ram": "it is for QLoRA, and this version trains all weights",
+    "quantizer": "it is for quantisation-aware training",
+}
+
+
+def check_config(cfg: DictConfig) -> None:
+    """All of a finetune config that can be wrong on any machine: nothing is loaded, downloaded or written.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
+    if cfg.get("optimizer_in_bwd"):
+        if cfg.get("gradient_accumulation_steps", 1) > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps: {cfg.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
+                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
+            )
+        if cfg.get("clip_grad_norm") is not None:
+            raise ValueError(
+                f"clip_grad_norm: {cfg.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
+            )
+    if cfg.get("enable_activation_offloading") and not cfg.get("enable_activation_checkpointing"):
+        raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
+    if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
+        raise ValueError(
+            f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
+            "checkpointer.output_dir=${output_dir}"
+        )
+    _check_optimizer(cfg)
+
+    # By the arguments, not by the model: building a QLoRA model quantises its weights even on the meta device.
+    if "lora_attn_modules" in (cfg.model.get("base") or cfg.model):
+        raise ValueError(
+            f"model._component_: {cfg.model._component_!r} is a LoRA builder, and this version trains all "
+            "weights; for example model._component_=torchtune.models.llama3_2.llama3_2_1b"
+        )
+    model = build_on_meta(cfg)
+    check_checkpointer(cfg, model)
+    if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
+        raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
+    layer_dropout_section(cfg, len(model.layers), seed=0)
+    loss_section(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    """Raises a ValueError if the optimizer or the schedule refuses its arguments: both are tried on one number."""
+    if "lr" in cfg.optimizer:
+        check_number("optimizer.lr", cfg.optimizer.lr, minimum=0, integer=False, example="2e-5")
+    optimizer = build(cfg.optimizer, "optimizer", [torch.nn.Parameter(torch.zeros(1))])
+    build(cfg.get("lr_scheduler"), "lr_scheduler", optimizer, num_training_steps=1, last_epoch=-1)
+
+
+# torchtune's early-exit recipe names these by dotted path; here they have short names.
+_UPSTREAM = "torchtune.modules.early_exit_loss."
+UPSTREAM_CURRICULA = {
+    _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
+    _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
+}
+UPSTREAM_SCALE_FNS = {
+    _UPSTREAM + "uniform_loss_scale": "uniform",
+    _UPSTREAM + "linear_l_loss_scale": "linear",
+    _UPSTREAM + "sum_l_loss_scale": "layerskip",
+    _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
+    _UPSTREAM + "inv_l_loss_scale": "inverse",
+    _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
+}
+
+
+def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int) -> LayerDropout | None:
+    """The `layer_dropout` section, checked and built."""
+    given = ["num_layers", "seed"]
+    section = cfg.get("layer_dropout")
+    if isinstance(section, DictConfig) and "disable_on_eval" in section:
+        # Upstream's key. Evaluation without dropout is the only way here.
+        if section.disable_on_eval is not True:
+            raise ValueError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
+        section = OmegaConf.masked_copy(section, [key for key in section if key != "disable_on_eval"])
+    arguments = check_section(section, "layer_dropout", LayerDropout, given=given)
+    if section is None:
+        return None
+    if "prob" not in arguments:
+        raise ValueError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
+    return LayerDropout(num_layers, seed=seed, **arguments)
+
+
+def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
+    """The `early_exit_loss` section over the `loss` section, checked and built. Without the former: the last exit."""
+    base = build(cfg.loss, "loss")
+    given = {"ignore_index": getattr(base, "ignore_index", -100)}
+    if isinstance(base, torch.nn.CrossEntropyLoss):
+        check_number("loss.label_smoothing", base.label_smoothing, minimum=0, maximum=1, integer=False)
+        given["label_smoothing"] = base.label_smoothing
+        if base.weight is not None or base.reduction != "mean":
+            raise ValueError(
+                f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
+            )
+    elif isinstance(base, CEWithChunkedOutputLoss):
+        given["min_chunks"] = base.num_output_chunks
+    else:
+        raise ValueError(
+            f"loss._component_: {type(base).__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
+            "torchtune.modules.loss.CEWithChunkedOutputLoss"
+        )
+    if cfg.get("early_exit_loss") is None:
+        return EarlyExitLoss(curriculum=None, layers=str(num_layers - 1), **given)
+    arguments = check_section(
+        cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=["ignore_index", "label_smoothing", "min_chunks"]
+    )
+    upstream = str(arguments.get("curriculum")) in UPSTREAM_CURRICULA
+    arguments |= {
+        key: short[arguments[key]]
+        for key, short in (("curriculum", UPSTREAM_CURRICULA), ("scale_fn", UPSTREAM_SCALE_FNS))
+        if isinstance(arguments.get(key), str) and arguments[key] in short
+    }
+    if upstream and arguments["curriculum"] == "rotational" and "interval" not in arguments:
+        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
+        start, _, step = str(arguments.get("layers", ":")).partition("::")
+        if not step.isdigit() or start not in ("", "0"):
+            raise ValueError(
+                f"early_exit_loss.layers: {arguments.get('layers')!r} says no interval for the rotation. "
+                "Give it: curriculum: rotational, interval: 8"
+            )
+        arguments |= {"layers": ":", "interval": int(step)}
+    return EarlyExitLoss(**arguments, **given)
