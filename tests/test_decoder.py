@@ -5,7 +5,7 @@ import torch
 import torchtune.generation
 from conftest import VOCAB, make_tiny
 from torch import nn
-from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel, FusionLayer
+from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 
 from layerskip_recipes import LayerSkipDecoder, layerskip_decoder
 
@@ -129,14 +129,8 @@ def test_no_exit_of_the_model_is_refused(tiny, tokens, exit_layer):
     model = layerskip_decoder(tiny)
     with pytest.raises(ValueError, match=r"exit_layer: .*Allowed: 1\.\.6"):
         model(tokens, exit_layer=exit_layer)
-    with pytest.raises(ValueError, match="exit_layer"):
+    with pytest.raises(ValueError, match=r"exits: .*Allowed: 1\.\.6"):
         model.hidden_states(tokens, exits=[1, exit_layer])
-
-
-def with_fusion_layer():
-    model = make_tiny()
-    model.layers[1] = FusionLayer(model.layers[1], nn.Identity())
-    return model
 
 
 @pytest.mark.parametrize(

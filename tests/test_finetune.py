@@ -205,7 +205,8 @@ def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_fold
 
     chat = {
         "_component_": "torchtune.datasets.chat_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "chat.json"), "conversation_column": "conversations", "conversation_style": "sharegpt",
+        "data_files": str(tmp_path / "chat.json"), "conversation_column": "conversations",
+        "conversation_style": "sharegpt",
     }  # fmt: skip
     path = finetune_config(tmp_path / "two", tokenizer_folder, dataset=[chat, packed | {"packed": False}])
     recipe = train(path, "tokenizer.max_seq_len=100")
@@ -265,7 +266,8 @@ def test_other_checkpoint_forms_resume_with_torchao_and_tensorboard(tmp_path, to
         optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3},
         profiler={"enabled": True, "output_dir": str(tmp_path / "traces"), "cpu": True, "cuda": False, "wait_steps": 1,
                   "warmup_steps": 1, "active_steps": 1, "num_cycles": 1},
-        metric_logger={"_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": str(tmp_path / "tb")},
+        metric_logger={"_component_": "torchtune.training.metric_logging.TensorBoardLogger",
+                       "log_dir": str(tmp_path / "tb")},
     )  # fmt: skip
     whole = train(path).model.state_dict()
     shutil.rmtree(tmp_path / "out" / "epoch_1")

@@ -134,7 +134,8 @@ def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
 
 
 def test_a_chat_prompt_goes_through_the_template(path, checkpoint, tmp_path):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<reply>{% endif %}"
     overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=null", "prompt.system=be", "prompt.user=hi"]
     recipe = LayerSkipGenerate(load_config(str(path), overrides))
     assert recipe.tokenizer.decode(recipe.prompt_tokens[0]) == "<system>be<user>hi<reply>"

@@ -53,8 +53,8 @@ def flat(content: dict, prefix: str = "") -> list[str]:
 def shell(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900,
-        stdin=subprocess.DEVNULL,
+        command, cwd=cwd, env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        timeout=900, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -135,5 +135,6 @@ def test_the_file_map_is_the_tree():
     """Each module of the package is in the README's map, and nothing else is."""
     (section,) = re.findall(r"## Where things are\n\n```\n(.*?)```", README, flags=re.S)
     named = set(re.findall(r"\b\w+\.py\b", section))
-    assert named == {p.name for p in (ROOT / "layerskip_recipes").glob("*.py")} - {"__init__.py"}
+    package = ROOT / "layerskip_recipes"
+    assert named == {p.name for p in [*package.glob("*.py"), *package.glob("recipes/*.py")]} - {"__init__.py"}
     assert MODEL["num_layers"] == HF_CONFIG["num_hidden_layers"]

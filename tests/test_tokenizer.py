@@ -324,7 +324,7 @@ def test_errors(make_folder, tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer.json; only fast tokenizers are supported"):
         hf_tokenizer(str(tmp_path))
     folder = make_folder(template=STRICT)
-    with pytest.raises(ValueError, match=r"max_seq_len: 0 is below 1"):
+    with pytest.raises(ValueError, match=r"max_seq_len: 0 is not allowed"):
         hf_tokenizer(folder, max_seq_len=0)
     with pytest.raises(ValueError, match=r"truncation_type: 'middle' is unknown"):
         hf_tokenizer(folder, truncation_type="middle")

@@ -196,6 +196,8 @@ class LayerSkipFinetune:
 
     def train(self) -> None:
         """The loop: epochs of optimizer steps of micro-batches. A checkpoint after each epoch."""
+        if self.epochs_run >= self.cfg.get("epochs", 1):
+            log.info(f"All {self.epochs_run} epochs are done; for more, set epochs higher.")
         self.profiler.start()
         for epoch in range(self.epochs_run, self.cfg.get("epochs", 1)):
             self.sampler.set_epoch(epoch)
@@ -233,7 +235,8 @@ class LayerSkipFinetune:
             per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
         metrics: dict[str, Any] = {}
         if not self.optimizer_in_bwd:
-            training.scale_grads(self.model, 1 / tokens)
+            # A step without a single label that counts changes nothing, instead of dividing by 0.
+            training.scale_grads(self.model, 1 / tokens.clamp(min=1))
             if self.cfg.get("clip_grad_norm") is not None:
                 metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(
                     self.model.parameters(), max_norm=float(self.cfg.clip_grad_norm)
@@ -264,7 +267,7 @@ class LayerSkipFinetune:
         dropout: LayerDropout | None,
         started: float,
     ) -> None:
-        last = self.model.num_layers
+        last, tokens = self.model.num_layers, tokens.clamp(min=1)
         metrics |= {"loss": (total / tokens).item(), "loss_final": (per_exit[last] / tokens).item()}
         metrics |= {f"loss_exit_{e}": (value / tokens).item() for e, value in per_exit.items()}
         metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
@@ -329,7 +332,9 @@ def main() -> None:
     def steps() -> None:
         recipe = build_recipe(LayerSkipFinetune, main.__doc__)
         recipe.setup()
-        recipe.train()
-        recipe.cleanup()
+        try:
+            recipe.train()
+        finally:
+            recipe.cleanup()
 
     main_of(steps)
