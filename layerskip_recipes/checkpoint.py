@@ -17,12 +17,13 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
+from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from layerskip_recipes.checks import check_choice
-from layerskip_recipes.config import build
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.settings import build
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
@@ -105,7 +106,7 @@ def find_checkpoint(output_dir: Path) -> Path:
 
 def is_scratch(section: DictConfig) -> bool:
     """Whether a checkpointer section starts without weights by its component."""
-    return section._component_.rpartition(".")[2] == scratch_checkpointer.__name__
+    return _get_component_from_path(section._component_) is scratch_checkpointer
 
 
 def checkpoint_files(section: DictConfig) -> list[str]:

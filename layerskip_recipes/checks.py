@@ -1,8 +1,12 @@
 """Is a setting what it must be? Each check raises one ValueError: the key, the value given, what is allowed."""
 
 import math
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+PACKAGE = Path(__file__).parent
 
 
 def check_number(
@@ -53,3 +57,9 @@ def check_text(key: str, value: Any, example: str) -> None:
     """Raises a ValueError unless value is text, and not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key}: {value!r} is not allowed. Allowed: text; for example {key}={example}")
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether this package raised the error as a ValueError: then it says what a user did wrong."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, ValueError) and raised_in.is_relative_to(PACKAGE)

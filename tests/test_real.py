@@ -74,19 +74,8 @@ def finetuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2")
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
-        *(
-            f"checkpointer.checkpoint_dir={smollm2_folder()}",
-            f"output_dir={out}",
-            "batch_size=2",
-            "dataset.seq_len=128",
-        ),
-        *(
-            "max_steps_per_epoch=24",
-            "early_exit_loss.layers=5,11",
-            "early_exit_loss.curriculum=null",
-            "log_every_n_steps=1",
-        ),
-        *("lr_scheduler.num_warmup_steps=4",),
+        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}", "dataset.seq_len=128"),
+        *("max_steps_per_epoch=24", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
         cwd=out,
     )
     assert run.returncode == 0, run.stderr[-3000:]

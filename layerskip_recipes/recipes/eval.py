@@ -19,23 +19,22 @@ from torchtune.data import padded_collate_packed
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
-from layerskip_recipes.config import (
+from layerskip_recipes.config import build_recipe, main_of
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.layers import select_layers
+from layerskip_recipes.settings import (
     COMMON,
     anything,
     build,
     build_on_meta,
-    build_recipe,
     check_component,
     check_device,
     check_dtype,
     check_settings,
     component,
-    main_of,
     number,
     text,
 )
-from layerskip_recipes.decoder import LayerSkipDecoder
-from layerskip_recipes.layers import select_layers
 
 SETTINGS = COMMON | {
     "quantizer": component(optional=True),

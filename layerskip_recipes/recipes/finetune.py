@@ -25,18 +25,11 @@ from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
-from layerskip_recipes.config import (
-    as_list,
-    build,
-    build_on_meta,
-    build_recipe,
-    check_device,
-    check_dtype,
-    main_of,
-)
+from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
+from layerskip_recipes.settings import as_list, build, build_on_meta, check_device, check_dtype
 
 log = utils.get_logger("INFO")
 

@@ -7,7 +7,9 @@ from torchtune.training import setup_torch_profiler
 
 from layerskip_recipes.checkpoint import check_checkpointer
 from layerskip_recipes.checks import check_number
-from layerskip_recipes.config import (
+from layerskip_recipes.early_exit import EarlyExitLoss
+from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.settings import (
     COMMON,
     anything,
     build,
@@ -21,8 +23,6 @@ from layerskip_recipes.config import (
     one_of,
     text,
 )
-from layerskip_recipes.early_exit import EarlyExitLoss
-from layerskip_recipes.layer_dropout import LayerDropout
 
 
 def _datasets(key: str, value: object) -> None:

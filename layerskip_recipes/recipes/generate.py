@@ -6,25 +6,26 @@ The decoding lives in `generation/`; here are prompts, streaming, stop strings, 
 import json
 import resource
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config, training, utils
-from torchtune.data import Message
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.checks import check_choice
-from layerskip_recipes.config import (
+from layerskip_recipes.config import build_recipe, main_of
+from layerskip_recipes.decoder import layerskip_decoder
+from layerskip_recipes.generation import Generation, GenerationStats, is_looping
+from layerskip_recipes.generation.engine import check_lengths, check_num_speculations
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
+from layerskip_recipes.settings import (
     COMMON,
     anything,
     build,
     build_on_meta,
-    build_recipe,
-    check_component,
     check_device,
     check_dtype,
     check_section,
@@ -32,15 +33,10 @@ from layerskip_recipes.config import (
     component,
     flag,
     list_of,
-    main_of,
     number,
     one_of,
     text,
 )
-from layerskip_recipes.decoder import layerskip_decoder
-from layerskip_recipes.generation import Generation, GenerationStats, is_looping
-from layerskip_recipes.generation.engine import check_lengths, check_num_speculations
-from layerskip_recipes.generation.sampling import Sampler
 
 log = utils.get_logger("INFO")
 
@@ -125,71 +121,6 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(
             'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
         )
-
-
-def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
-    """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
-
-    `prompt_file` (text, JSONL with {"prompt": ...} per line, or "-" for standard input) goes before `prompt` (a
-    string, a mapping with `user` and perhaps `system`, a component that returns strings, or a list of these).
-
-    Raises:
-        ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
-    """
-    if cfg.get("prompt_file") is not None:
-        return _read_prompt_file(cfg.prompt_file)
-    prompt = cfg.prompt
-    if isinstance(prompt, DictConfig) and "_component_" in prompt:
-        check_component(prompt, "prompt")
-        return list(build(prompt, "prompt"))
-    prompts = OmegaConf.to_container(prompt) if isinstance(prompt, DictConfig | ListConfig) else prompt
-    return [_check_prompt(p, "prompt") for p in (prompts if isinstance(prompts, list) else [prompts])]
-
-
-def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
-    try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(
-            f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
-        ) from e
-    if not name.endswith(".jsonl"):
-        return [_check_prompt(content, "prompt_file")]
-    prompts = []
-    for at, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_check_prompt(json.loads(line)["prompt"], f"prompt_file line {at}"))
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(f'prompt_file line {at}: {line[:60]!r} is not of the form {{"prompt": "text"}}') from e
-    if not prompts:
-        raise ValueError(f"prompt_file: {name!r} holds no prompt")
-    return prompts
-
-
-def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
-    if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"system", "user"}
-        if (
-            unknown
-            or not prompt.get("user")
-            or not all(text is None or isinstance(text, str) for text in prompt.values())
-        ):
-            raise ValueError(f"{key}: {prompt!r} needs user: text, and may have system: text")
-        return {role: text for role, text in prompt.items() if text is not None}
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{key}: {prompt!r} is empty or no text; for example prompt.user='Tell me a joke.'")
-    return prompt
-
-
-def to_tokens(prompt: str | dict[str, str], tokenizer: Any) -> list[int]:
-    """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn."""
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
-    messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
-    messages.append(Message(role="assistant", content=""))
-    return tokenizer({"messages": messages}, inference=True)["tokens"]
 
 
 @dataclass
