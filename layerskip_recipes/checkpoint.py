@@ -27,6 +27,7 @@ from layerskip_recipes.settings import build
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
+REPLACED = "replaced_"
 
 
 class Checkpoints:
@@ -52,7 +53,8 @@ class Checkpoints:
                 # What it writes are Hugging Face checkpoints, and those are there now.
                 component = "torchtune.training.FullModelHFCheckpointer"
                 section = OmegaConf.create({"_component_": component, "model_type": section.model_type})
-            section = OmegaConf.merge(section, start)
+            # Not merged: the names of checkpoint_files may be a mapping before, and are a list now.
+            section = OmegaConf.create(OmegaConf.to_container(section, resolve=True) | start)
         self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
 
     def load(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
@@ -77,16 +79,25 @@ class Checkpoints:
         Returns:
             The checkpoint's folder.
         """
+        put_back(self.output_dir)
         shutil.rmtree(self.staging, ignore_errors=True)
         self._checkpointer.save_checkpoint({training.MODEL_KEY: model_state}, epoch=epoch)
         written = self.staging / f"epoch_{epoch}"
         torch.save(dict(recipe_state), written / RECIPE_STATE)
         place = self.output_dir / written.name
         if place.exists():
-            os.rename(place, self.staging / "replaced")
+            os.rename(place, self.staging / f"{REPLACED}{place.name}")
         os.rename(written, place)
         shutil.rmtree(self.staging, ignore_errors=True)
         return place
+
+
+def put_back(output_dir: Path) -> None:
+    """Undo what a run killed between two renames left: a checkpoint set aside, and none in its place."""
+    for aside in (output_dir / STAGING).glob(f"{REPLACED}epoch_*"):
+        place = output_dir / aside.name.removeprefix(REPLACED)
+        if not place.exists():
+            os.rename(aside, place)
 
 
 def find_checkpoint(output_dir: Path) -> Path:
@@ -95,6 +106,7 @@ def find_checkpoint(output_dir: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
+    put_back(output_dir)
     states = sorted(output_dir.glob(f"epoch_*/{RECIPE_STATE}"), key=lambda path: path.stat().st_mtime_ns)
     if not states:
         raise ValueError(

@@ -201,13 +201,16 @@ def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any
     here: Any = cfg
     for name in parents:
         if not isinstance(later.get(name), dict):
+            if name in later and isinstance(here, dict):
+                here.pop(name, None)  # it was replaced by something else before: the old section does not come back
             later[name] = {}
         later = later[name]
         here = here.get(name) if isinstance(here, dict) else None
     before = here.get(leaf) if isinstance(here, dict) else None
     if isinstance(value, str) and isinstance(before, dict) and "_component_" in before:
-        section = later.setdefault(leaf, {})
-        section["_component_"] = value
+        if not isinstance(later.get(leaf), dict):
+            later[leaf] = {}
+        later[leaf]["_component_"] = value
     else:
         later[leaf] = value
 

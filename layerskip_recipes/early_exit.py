@@ -215,7 +215,8 @@ class _ExitLosses(torch.autograd.Function):
         count = (labels != loss.ignore_index).sum().clamp(min=1)
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
-        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in parameters]
+        accumulators = parameters if wants_gradient else ()
+        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in accumulators]
         hidden_grads = []
         per_exit = []
         for weight, x in zip(weights, hidden, strict=True):
@@ -224,7 +225,9 @@ class _ExitLosses(torch.autograd.Function):
             size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
             for start in range(0, x.shape[0], size):
                 rows = slice(start, start + size)
-                with torch.set_grad_enabled(x_grad is not None):
+                # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
+                no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+                with torch.set_grad_enabled(x_grad is not None), no_hooks:
                     # A batch of one, because some heads want [b, s, d].
                     chunk = x[rows].detach().unsqueeze(0).requires_grad_(x_grad is not None)
                     chunk_sum = loss.sum_of_chunk(unembed(chunk).squeeze(0), labels[rows])
@@ -238,7 +241,7 @@ class _ExitLosses(torch.autograd.Function):
             hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
         total = (per_exit * torch.tensor(weights, device=per_exit.device)).sum()
-        ctx.grads = (*(g.to(p.dtype) for g, p in zip(head_grads, parameters, strict=True)), *hidden_grads)
+        ctx.grads = (*(g.to(p.dtype) for g, p in zip(head_grads, accumulators, strict=True)), *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
         return total, per_exit
 

@@ -81,7 +81,13 @@ def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None 
         # Last, and by renaming: a folder with this file is complete.
         tokenizer.save(str(folder / "tokenizer.json.part"))
         os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
-    return hf_tokenizer(path, max_seq_len=max_seq_len)
+    tokenizer = hf_tokenizer(path, max_seq_len=max_seq_len)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size: {vocab_size}, but the tokenizer in {path!r} has {tokenizer.vocab_size} tokens. "
+            "Remove it, or give another path"
+        )
+    return tokenizer
 
 
 class StdlibDataset(Dataset):

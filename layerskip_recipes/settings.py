@@ -5,6 +5,7 @@ Nothing in a config is ignored: a key is honoured, or refused by name with the n
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def anything(key: str, value: Any) -> None:
 
 flag = one_of(True, False, None)
 SEED = number(minimum=0, maximum=2**32 - 1, optional=True)
-# What every recipe reads.
+# What every recipe takes.
 COMMON: dict[str, Check] = {
     "output_dir": text("/tmp/layerskip"),
     "model": component(),
@@ -208,6 +209,34 @@ def check_device(cfg: DictConfig) -> torch.device:
             f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
         )
     return torch.device(wanted)
+
+
+def check_one_process() -> None:
+    """Raises a ValueError under torchrun with several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version runs on one device; start it "
+            "without --nproc_per_node, or with --nproc_per_node 1"
+        )
+
+
+def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
+    """Raises a ValueError if a tokenizer has more tokens than the model's embedding."""
+    vocabulary = model.tok_embeddings.weight.shape[0]
+    if getattr(tokenizer, "vocab_size", 0) > vocabulary:
+        raise ValueError(
+            f"tokenizer: its {tokenizer.vocab_size} tokens do not fit the model's embedding of {vocabulary}. Take the "
+            "model's own tokenizer"
+        )
+
+
+def check_length(length: int, model: TransformerDecoder) -> None:
+    """Raises a ValueError if a sample of a dataset is longer than the model takes."""
+    if length > model.max_seq_len:
+        raise ValueError(
+            f"dataset: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
+            f"example tokenizer.max_seq_len={model.max_seq_len}"
+        )
 
 
 def check_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:

@@ -78,7 +78,10 @@ def hf_tokenizer(
         config |= _read_json(folder / "special_tokens_map.json")
     generation_config = _read_json(folder / "generation_config.json")
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:  # the library raises nothing more special
+        raise ValueError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
     tokenizer.no_padding()  # some folders carry the settings of the run that saved them
     tokenizer.no_truncation()
     named = {key: _content(config[key]) for key in NAMED_TOKENS if config.get(key)}
@@ -151,6 +154,10 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.max_seq_len = max_seq_len
         self.truncation_type = truncation_type
         self.chat_template = chat_template
+        try:
+            _compile(chat_template)
+        except TemplateError as e:
+            raise ValueError(f"tokenizer.chat_template: it is no Jinja template: {e}") from e
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)

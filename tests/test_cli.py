@@ -114,7 +114,7 @@ def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
     [
         (["validate", "quickstart/finetune", "batch_size=0"], "batch_size: 0"),
         (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
-        (["validate", "quickstart/generate", "prompt=null"], "prompt: missing"),
+        (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
         (["validate", "quickstart/eval", "layers=99"], "layers: 99"),
         (["validate", "quickstart/finetune", "~optimizer"], "optimizer: "),
         (["validate", "quickstart/finetun"], "Nearest: quickstart/finetune"),

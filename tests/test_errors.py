@@ -305,7 +305,7 @@ GENERATE = [
         (f"max_new_tokens={value}", "max_new_tokens", shown, "integer of 1 or more")
         for value, shown in {"0": "0", "null": "None", "1.5": "1.5", "many": "'many'", "true": "True"}.items()
     ),
-    ("max_new_tokens=1000", "max_new_tokens", "1000", "max_new_tokens up to 12"),
+    ("max_new_tokens=1000", "max_new_tokens", "1000", "up to 12"),
     *(
         (f"self_speculation.exit_layer={value}", "self_speculation.exit_layer", shown, "1..4")
         for value, shown in {"0": "0", "5": "5", "-1": "-1", "2.0": "2.0", "two": "'two'", "true": "True"}.items()
@@ -407,7 +407,7 @@ def test_a_prompt_longer_than_the_model(paths, tmp_path):
     """128 positions. The message counts the prompt's tokens, since nobody knows them by heart."""
     (tmp_path / "long.txt").write_text("x " * 200)
     message = refusal("generate", paths["generate"], "prompt_file=long.txt")
-    assert message.startswith("max_new_tokens: a prompt of ") and "128 (max_seq_len)" in message
+    assert message.startswith("prompt: its ") and "128 (max_seq_len)" in message
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -551,3 +551,19 @@ def test_odd_values_are_taken_or_refused_by_key(recipe, paths):
         except Exception as e:
             wrong.append(f"{override}: {type(e).__name__}: {e}")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(keys) * len(ODD)}", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["prompt=def f(n):"], ["def f(n):"]),
+        (["prompt.user=hi"], [{"user": "hi"}]),
+        (["prompt=null", "prompt.user=hi"], [{"user": "hi"}]),
+        ([], ["a", "b"]),
+    ],
+)
+def test_a_prompt_of_ones_own_replaces_the_configs(overrides, expected, paths, monkeypatch):
+    """Also where the config takes its prompts from a component, as the quickstart does."""
+    monkeypatch.setattr("layerskip_recipes.quickstart.heldout_prompts", lambda count: ["a", "b"])
+    change = ["prompt=null", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts", "prompts.count=2"]
+    assert LayerSkipGenerate(load_config(str(paths["generate"]), [*change, *overrides])).prompts == expected

@@ -135,6 +135,44 @@ def test_a_killed_run_leaves_the_last_checkpoint_whole_and_resumes(tmp_path, tok
     assert not (out / ".incomplete").exists()
 
 
+def test_resume_from_numbered_files_after_a_kill_between_two_renames(tmp_path, tokenizer_folder):
+    """A start from {filename_format, max_filename}; then a checkpoint that was set aside to be replaced, and nothing
+    in its place yet: resume puts it back."""
+    start = make_checkpoint(tmp_path / "start", tokenizer_folder)
+    (start / "model.safetensors").rename(start / "model-00001-of-00001.safetensors")
+    files = {"filename_format": "model-{}-of-{}.safetensors", "max_filename": "00001"}
+    section = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(start),
+        "checkpoint_files": files, "output_dir": "${output_dir}", "model_type": "LLAMA3_2",
+    }  # fmt: skip
+    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, optimizer_in_bwd=True, lr_scheduler={
+        "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 1,
+    })  # fmt: skip
+    train(path, "epochs=2")
+    whole = losses(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "epoch_1")
+    (tmp_path / "out" / ".incomplete").mkdir()
+    (tmp_path / "out" / "epoch_0").rename(tmp_path / "out" / ".incomplete" / "replaced_epoch_0")
+    (tmp_path / "out" / "logs" / "log.txt").unlink()
+    train(path, "epochs=2", "resume_from_checkpoint=true")
+    assert losses(tmp_path / "out") == {step: whole[step] for step in (3, 4)}
+    assert sorted(p.name for p in (tmp_path / "out").glob("epoch_*")) == ["epoch_0", "epoch_1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloading_and_bf16_on_a_gpu(tmp_path, tokenizer_folder):
+    """Several exits and chunks under the offloading hooks; the losses are those without."""
+    exits = {"scale": 0.5, "curriculum": None, "chunk_tokens": 50}
+    path = finetune_config(tmp_path, tokenizer_folder, early_exit_loss=exits, device="cuda", dtype="bf16")
+    train(path, f"output_dir={tmp_path}/plain")
+    on = ["enable_activation_checkpointing=true", "enable_activation_offloading=true"]
+    train(path, f"output_dir={tmp_path}/other", *on)
+    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    for step in plain:
+        assert plain[step]["loss"] == pytest.approx(other[step]["loss"], rel=2e-2)  # bf16
+
+
 def test_gradient_accumulation_changes_nothing(tmp_path, tokenizer_folder):
     """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
     dataset = {

@@ -27,7 +27,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     """The README's command lines, those joined by && taken apart."""
-    return [part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&")]
 
 
 def header_commands() -> list[str]:
@@ -79,7 +80,7 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     if name == "quickstart/finetune":
         return [*command, "max_steps_per_epoch=2", "log_every_n_steps=1"]
     if name == "quickstart/generate":
-        return [*command, "max_new_tokens=6", "prompt.count=2"]
+        return [*command, "max_new_tokens=6", "prompts.count=2"]
     if name == "quickstart/eval":
         return [*command, "max_batches=1"]
     tiny = OmegaConf.to_container(OmegaConf.load(folder / "my_generate.yaml"))

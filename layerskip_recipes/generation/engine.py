@@ -130,13 +130,15 @@ class Generation:
 
         # The only host synchronisation of the round.
         outcome = torch.cat([accepted[:, None], self.last[:, None], drafts], 1).tolist()
-        new = []
-        for row, (count, token, *draft) in enumerate(outcome):
-            new.append([*draft[:count], token])
-            if not self.finished[row]:
-                could = min(n, room[row] - 1)
-                self.stats.count_round(could, min(count, could))
-        return self._keep(new)
+        running = [not done for done in self.finished]
+        kept = self._keep([[*draft[:count], token] for count, token, *draft in outcome])
+        for row in range(len(kept)):
+            if running[row]:
+                # The last token of a round is the full model's own; what stands behind a stop counts nowhere.
+                accepted = len(kept[row]) - 1
+                stopped = accepted < outcome[row][0]
+                self.stats.count_round(accepted if stopped else min(n, room[row] - 1), accepted)
+        return kept
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """g(x): [b, s, d] -> [b, s, v]."""
@@ -254,9 +256,21 @@ def check_num_speculations(
     return num_speculations
 
 
-def check_lengths(model: TransformerDecoder, prompt_lengths: Sequence[int], max_generated_tokens: int) -> None:
-    """Raises a ValueError unless each prompt has a token and fits the model together with the new tokens."""
-    check_number("max_new_tokens", max_generated_tokens, minimum=1, example=128)
+def check_lengths(
+    model: TransformerDecoder,
+    prompt_lengths: Sequence[int],
+    max_generated_tokens: int,
+    key: str = "max_generated_tokens",
+) -> None:
+    """Raises a ValueError unless each prompt has a token and fits the model together with the new tokens.
+
+    Args:
+        model: the decoder.
+        prompt_lengths: tokens of each prompt.
+        max_generated_tokens: new tokens, at most.
+        key: what an error message calls them.
+    """
+    check_number(key, max_generated_tokens, minimum=1, example=128)
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ValueError("prompt: it has no token. Allowed: at least one token in each prompt")
     if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
@@ -267,10 +281,12 @@ def check_lengths(model: TransformerDecoder, prompt_lengths: Sequence[int], max_
     limit, what = min(
         [(w, "the attention's sliding window") for w in windows if w] + [(model.max_seq_len, "max_seq_len")]
     )
-    longest = max(prompt_lengths) + max_generated_tokens
-    if longest > limit:
+    longest = max(prompt_lengths)
+    if longest + 1 > limit:
+        raise ValueError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
+    if longest + max_generated_tokens > limit:
         raise ValueError(
-            f"max_new_tokens: a prompt of {max(prompt_lengths)} tokens and {max_generated_tokens} new ones make "
-            f"{longest}, more than the model's {limit} ({what}). Allowed here: max_new_tokens up to "
-            f"{max(limit - max(prompt_lengths), 0)}"
+            f"{key}: a prompt of {longest} tokens and {max_generated_tokens} new ones make "
+            f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
+            f"{limit - longest}, for example {key}={limit - longest}"
         )

@@ -30,7 +30,10 @@ from layerskip_recipes.settings import (
     check_component,
     check_device,
     check_dtype,
+    check_length,
+    check_one_process,
     check_settings,
+    check_vocabulary,
     component,
     number,
     text,
@@ -70,6 +73,7 @@ def exit_quality(
     count = 0
     for batch in batches:
         utils.batch_to_device(batch, device)
+        check_length(batch["tokens"].shape[1], model)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
         final, hidden = model.hidden_states(batch.pop("tokens"), exits=exits, **batch)
         counts = labels != ignore_index
@@ -90,9 +94,11 @@ def exit_quality(
                         (top == chosen).sum().double(),
                     ]
                 )
+    if count == 0:
+        raise ValueError("dataset: no label counts, so there is nothing to measure")
     quality = {}
     for e, total in sums.items():
-        loss, accuracy, agreement = (total / max(count, 1)).tolist()
+        loss, accuracy, agreement = (total / count).tolist()
         quality[e] = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),
@@ -155,6 +161,7 @@ class LayerSkipEval:
         self.dtype = check_dtype(cfg, self.device)
         ckpt.check_checkpoint_files(cfg)
         ckpt.require_weights(cfg)
+        check_one_process()
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         training.set_seed(seed=cfg.get("seed"))
 
@@ -162,6 +169,7 @@ class LayerSkipEval:
         """The data, then the model."""
         cfg = self.cfg
         tokenizer = build(cfg.tokenizer, "tokenizer")
+        check_vocabulary(tokenizer, build_on_meta(cfg))
         dataset = build(cfg.dataset, "dataset", tokenizer)
         collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
         packed = getattr(dataset, "packed", False) or cfg.dataset.get("packed", False)

@@ -3,7 +3,6 @@
 The ideas live in `layer_dropout.py` and `early_exit.py`, the walk in `decoder.py`.
 """
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from torchtune import config, modules, training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
-from torchtune.modules import TransformerDecoder
 from torchtune.training import DummyProfiler
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -29,7 +27,16 @@ from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
-from layerskip_recipes.settings import as_list, build, build_on_meta, check_device, check_dtype
+from layerskip_recipes.settings import (
+    as_list,
+    build,
+    build_on_meta,
+    check_device,
+    check_dtype,
+    check_length,
+    check_one_process,
+    check_vocabulary,
+)
 
 log = utils.get_logger("INFO")
 
@@ -49,11 +56,7 @@ def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
         ckpt.find_checkpoint(Path(cfg.output_dir))
     else:
         ckpt.check_checkpoint_files(cfg, writes=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version trains on one device; "
-            "start it without --nproc_per_node, or with --nproc_per_node 1"
-        )
+    check_one_process()
     return device, dtype
 
 
@@ -83,15 +86,10 @@ class LayerSkipFinetune:
         self.tokenizer = build(cfg.tokenizer, "tokenizer")
         ckpt.check_tokenizer_dir(cfg)
         base = build_on_meta(cfg)
-        vocabulary = base.tok_embeddings.weight.shape[0]
-        if getattr(self.tokenizer, "vocab_size", 0) > vocabulary:
-            raise ValueError(
-                f"tokenizer: its {self.tokenizer.vocab_size} tokens do not fit the model's embedding of {vocabulary}. "
-                "Take the model's own tokenizer"
-            )
+        check_vocabulary(self.tokenizer, base)
         self.loss = loss_section(cfg, len(base.layers))
         self.dataloader = self._setup_data()
-        self._check_length(len(self.dataloader.dataset[0]["tokens"]) if len(self.dataloader.dataset) else 0, base)
+        check_length(len(self.dataloader.dataset[0]["tokens"]) if len(self.dataloader.dataset) else 0, base)
         self.steps_per_epoch = len(self.dataloader) // self.accumulation
         if self.steps_per_epoch < 1:
             raise ValueError(
@@ -176,6 +174,10 @@ class LayerSkipFinetune:
         scheduler = config.instantiate(cfg.lr_scheduler, one, num_training_steps=self.total_steps, last_epoch=done - 1)
         if self.optimizer_in_bwd:
             optimizer.set_lr_scheduler(scheduler)
+            # A schedule sets its first rate when it is made, and torchtune passes on the later ones only.
+            for other in optimizer.optim_map.values():
+                for group in other.param_groups:
+                    group["lr"] = one.param_groups[0]["lr"]
             scheduler = optimizer
         return optimizer, scheduler
 
@@ -213,7 +215,7 @@ class LayerSkipFinetune:
         tokens, total, per_exit = 0, 0.0, {}
         for _ in range(self.accumulation):
             batch = next(batches)
-            self._check_length(batch["tokens"].shape[1], self.model)
+            check_length(batch["tokens"].shape[1], self.model)
             utils.batch_to_device(batch, self.device)
             labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=self.loss.ignore_index)
             count = (labels != self.loss.ignore_index).sum()
@@ -244,13 +246,6 @@ class LayerSkipFinetune:
         if self.step % self.cfg.get("log_every_n_steps", 1) == 0:
             self._log(metrics, tokens, total, per_exit, dropout, started)
 
-    def _check_length(self, length: int, model: TransformerDecoder) -> None:
-        if length > model.max_seq_len:
-            raise ValueError(
-                f"dataset: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
-                f"example tokenizer.max_seq_len={model.max_seq_len}"
-            )
-
     def _log(
         self,
         metrics: dict[str, Any],
@@ -267,7 +262,7 @@ class LayerSkipFinetune:
         metrics["tokens_per_second_per_gpu"] = tokens.item() / (time.perf_counter() - started)
         if "grad_norm" in metrics:
             metrics["grad_norm"] = metrics["grad_norm"].item()
-        if self.cfg.get("log_peak_memory_stats") and self.device.type != "cpu":
+        if self.cfg.get("log_peak_memory_stats") and self.device.type in ("cuda", "xpu"):
             metrics |= training.get_memory_stats(device=self.device)
         self.metric_logger.log_dict(metrics, step=self.step)
         self.progress.set_postfix_str(

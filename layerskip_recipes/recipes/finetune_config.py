@@ -62,7 +62,7 @@ POSITIVE = number(minimum=1)
 SETTINGS = COMMON | {
     "output_dir": text("/tmp/layerskip", optional=False),
     "dataset": _datasets,
-    "shuffle": flag,
+    "shuffle": one_of(True, False),
     "collate_fn": _collate_fn,
     "init_std": number(minimum=0, above=True, integer=False, optional=True, example=0.02),
     "resume_from_checkpoint": flag,

@@ -28,10 +28,11 @@ from layerskip_recipes.settings import (
     build_on_meta,
     check_device,
     check_dtype,
+    check_one_process,
     check_section,
     check_settings,
+    check_vocabulary,
     component,
-    flag,
     list_of,
     number,
     one_of,
@@ -44,6 +45,7 @@ SETTINGS = COMMON | {
     "quantizer": component(optional=True),
     "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
     "prompt": anything,
+    "prompts": component(optional=True),
     "prompt_file": text("prompts.jsonl"),
     "max_new_tokens": number(minimum=1, example=128),
     "temperature": anything,
@@ -51,7 +53,7 @@ SETTINGS = COMMON | {
     "top_p": anything,
     "stop_tokens": list_of(int, "[2]"),
     "stop_strings": list_of(str, "[END]"),
-    "stream": flag,
+    "stream": one_of(True, False),
     "exit_layer": anything,
     "self_speculation": anything,
     "benchmark": anything,
@@ -117,7 +119,7 @@ def check_config(cfg: DictConfig) -> None:
     if mode["exit_layer"] is not None:
         model.check_exit(mode["exit_layer"], f"{prefix}exit_layer")
     check_num_speculations(mode["num_speculations"], mode["exit_layer"], f"{prefix}num_speculations")
-    if cfg.get("prompt") is None and cfg.get("prompt_file") is None:
+    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError(
             'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
         )
@@ -154,7 +156,7 @@ class LayerSkipGenerate:
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
         self.cfg = cfg
-        log.setLevel(cfg.get("log_level") or "INFO")
+        log.setLevel(cfg.get("log_level", "INFO"))
         self.device = check_device(cfg)
         self.dtype = check_dtype(cfg, self.device)
         ckpt.check_checkpoint_files(cfg)
@@ -164,10 +166,14 @@ class LayerSkipGenerate:
         self.max_new_tokens = cfg.get("max_new_tokens", 128)
         self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
         self.mode = decoding_mode(cfg)
+        check_one_process()
+        model = build_on_meta(cfg)
         self.tokenizer = build(cfg.tokenizer, "tokenizer")
+        check_vocabulary(self.tokenizer, model)
         self.prompts = read_prompts(cfg)
         self.prompt_tokens = [to_tokens(prompt, self.tokenizer) for prompt in self.prompts]
-        check_lengths(build_on_meta(cfg), [len(tokens) for tokens in self.prompt_tokens], self.max_new_tokens)
+        lengths = [len(tokens) for tokens in self.prompt_tokens]
+        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.stop_strings = list(cfg.get("stop_strings") or [])
 
@@ -317,7 +323,7 @@ def _print_block(report: dict[str, Any]) -> None:
         f"{show(report['accepted_per_round'], '.2f')} per round"
     )
     print(
-        f"looping outputs    {report['looping_outputs']}; without them acceptance "
+        f"looping outputs    {report['looping_outputs']} of {report['prompts']}; without them acceptance "
         f"{show(report['acceptance_rate_not_looping'], '.2f')}"
     )
     print(f"peak memory        {report['peak_memory_bytes'] / 1e6:.0f} MB")

@@ -9,24 +9,24 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.data import Message
 
-from layerskip_recipes.settings import build, check_component
+from layerskip_recipes.settings import build
 
 
 def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
     """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
 
-    `prompt_file` (text, JSONL with {"prompt": ...} per line, or "-" for standard input) goes before `prompt` (a
-    string, a mapping with `user` and perhaps `system`, a component that returns strings, or a list of these).
+    `prompt_file` (a text, JSONL with {"prompt": ...} per line, or "-" for standard input) replaces `prompt` (a string,
+    a mapping with `user` and perhaps `system`, or a list of these), and that replaces `prompts` (a component that
+    returns them).
 
     Raises:
         ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
     """
     if cfg.get("prompt_file") is not None:
         return _read_prompt_file(cfg.prompt_file)
+    if cfg.get("prompt") is None:
+        return [_check_prompt(prompt, "prompts") for prompt in build(cfg.prompts, "prompts")]
     prompt = cfg.prompt
-    if isinstance(prompt, DictConfig) and "_component_" in prompt:
-        check_component(prompt, "prompt")
-        return list(build(prompt, "prompt"))
     prompts = OmegaConf.to_container(prompt) if isinstance(prompt, DictConfig | ListConfig) else prompt
     return [_check_prompt(p, "prompt") for p in (prompts if isinstance(prompts, list) else [prompts])]
 
@@ -41,7 +41,7 @@ def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
     if not name.endswith(".jsonl"):
         return [_check_prompt(content, "prompt_file")]
     prompts = []
-    for at, line in enumerate(content.splitlines(), 1):
+    for at, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -69,9 +69,16 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
 
 
 def to_tokens(prompt: str | dict[str, str], tokenizer: Any) -> list[int]:
-    """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn."""
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt, add_bos=True, add_eos=False)
-    messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
-    messages.append(Message(role="assistant", content=""))
-    return tokenizer({"messages": messages}, inference=True)["tokens"]
+    """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
+
+    Raises:
+        ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know.
+    """
+    try:
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt, add_bos=True, add_eos=False)
+        messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
+        messages.append(Message(role="assistant", content=""))
+        return tokenizer({"messages": messages}, inference=True)["tokens"]
+    except Exception as e:
+        raise ValueError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
