@@ -89,6 +89,7 @@ def shortened(command: list[str], folder: Path) -> list[str]:
         return [*command, *flat({key: tiny[key] for key in keep}), "max_new_tokens=6", "self_speculation.exit_layer=2"]
     content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
     content |= {key: tiny[key] for key in ("model", "checkpointer", "tokenizer")}
+    del content["checkpointer"]["output_dir"]  # stays ${output_dir}
     keep = ("model", "tokenizer", "dataset", "checkpointer", "batch_size", "max_steps_per_epoch", "device", "dtype")
     return [*command, *flat({key: content[key] for key in keep}), f"output_dir={folder / 'out'}"]
 
