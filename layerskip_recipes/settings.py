@@ -263,8 +263,3 @@ def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
         )
     check_number("model.max_seq_len", model.max_seq_len, minimum=1, example=2048)
     return model
-
-
-def as_list(value: Any) -> list[Any]:
-    """A YAML value that may be one thing or a list of them."""
-    return list(value) if isinstance(value, ListConfig) else [value]

@@ -5,29 +5,26 @@ One pass over the data serves all exits; the heads run exit by exit and in chunk
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from torchtune import training, utils
-from torchtune.config._utils import _get_component_from_path
-from torchtune.data import padded_collate_packed
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.layers import select_layers
+from layerskip_recipes.recipes.data import check_collate_fn, check_dataset, load_data
 from layerskip_recipes.settings import (
     COMMON,
     anything,
     build,
     build_on_meta,
-    check_component,
     check_device,
     check_dtype,
     check_length,
@@ -41,8 +38,8 @@ from layerskip_recipes.settings import (
 
 SETTINGS = COMMON | {
     "quantizer": component(optional=True),
-    "dataset": component(positional=1),
-    "collate_fn": text("torchtune.data.padded_collate_sft"),
+    "dataset": check_dataset,
+    "collate_fn": check_collate_fn,
     "batch_size": number(minimum=1),
     "max_batches": number(minimum=1, optional=True),
     "layers": anything,
@@ -135,9 +132,6 @@ def check_config(cfg: DictConfig) -> None:
         ValueError: the key, what was given, what is allowed.
     """
     check_settings(cfg, SETTINGS, {}, REQUIRED)
-    if cfg.get("collate_fn") is not None:
-        section = OmegaConf.create({"_component_": cfg.collate_fn})
-        check_component(section, "collate_fn", positional=1, given=["padding_idx", "ignore_idx"])
     model = build_on_meta(cfg)
     ckpt.check_checkpointer(cfg, model)
     select_layers(cfg.get("layers", ":"), len(model.layers))
@@ -170,10 +164,7 @@ class LayerSkipEval:
         cfg = self.cfg
         tokenizer = build(cfg.tokenizer, "tokenizer")
         check_vocabulary(tokenizer, build_on_meta(cfg))
-        dataset = build(cfg.dataset, "dataset", tokenizer)
-        collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
-        packed = getattr(dataset, "packed", False) or cfg.dataset.get("packed", False)
-        collate = padded_collate_packed if packed else partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=-100)
+        dataset, collate = load_data(cfg, tokenizer, ignore_index=-100)
         self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
         self.model = ckpt.load_decoder(cfg, self.device, self.dtype)
 
@@ -196,7 +187,7 @@ class LayerSkipEval:
             print(f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f}")
         report: dict[str, Any] = {"exits": quality, "batches": total}
         if cfg.get("picture"):
-            plot_exits(quality, Path(cfg.picture), title=f"{total} batches of {cfg.dataset._component_.split('.')[-1]}")
+            plot_exits(quality, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {total} batches")
             report["picture"] = cfg.picture
             print(f"picture: {cfg.picture}")
         print(json.dumps(report), flush=True)

@@ -4,20 +4,16 @@ The ideas live in `layer_dropout.py` and `early_exit.py`, the walk in `decoder.p
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config, modules, training, utils
-from torchtune.config._utils import _get_component_from_path
-from torchtune.data import padded_collate_packed
-from torchtune.datasets import ConcatDataset
 from torchtune.training import DummyProfiler
 from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
@@ -26,9 +22,9 @@ from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.recipes.data import load_data
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
 from layerskip_recipes.settings import (
-    as_list,
     build,
     build_on_meta,
     check_device,
@@ -114,15 +110,7 @@ class LayerSkipFinetune:
 
     def _setup_data(self) -> StatefulDataLoader:
         cfg = self.cfg
-        sections = as_list(cfg.dataset)
-        datasets = [build(section, "dataset", self.tokenizer) for section in sections]
-        dataset = ConcatDataset(datasets=datasets) if isinstance(cfg.dataset, ListConfig) else datasets[0]
-        packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
-        collate = _get_component_from_path(cfg.get("collate_fn") or "torchtune.data.padded_collate_sft")
-        if packed:
-            collate = padded_collate_packed
-        else:
-            collate = partial(collate, padding_idx=self.tokenizer.pad_id, ignore_idx=self.loss.ignore_index)
+        dataset, collate = load_data(cfg, self.tokenizer, self.loss.ignore_index)
         self.sampler = StatefulDistributedSampler(
             dataset, num_replicas=1, rank=0, shuffle=bool(cfg.get("shuffle", True)), seed=self.seed
         )

@@ -1,7 +1,7 @@
 """What a finetune config may say: every key with its check, our two sections, and their names in torchtune."""
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
@@ -9,6 +9,7 @@ from layerskip_recipes.checkpoint import check_checkpointer
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.recipes.data import check_collate_fn, check_dataset
 from layerskip_recipes.settings import (
     COMMON,
     anything,
@@ -23,20 +24,6 @@ from layerskip_recipes.settings import (
     one_of,
     text,
 )
-
-
-def _datasets(key: str, value: object) -> None:
-    for section in value if isinstance(value, ListConfig) and value else [value]:
-        check_component(section, key, positional=1)
-
-
-def _collate_fn(key: str, value: object) -> None:
-    if value is not None:
-        text("torchtune.data.padded_collate_sft")(key, value)
-        if "left_pad_sequence" in value:
-            raise ValueError(f"{key}: {value!r} is for inference; for example {key}=torchtune.data.padded_collate_sft")
-        section = OmegaConf.create({"_component_": value})
-        check_component(section, key, positional=1, given=["padding_idx", "ignore_idx"])
 
 
 def _clip_grad_norm(key: str, value: object) -> None:
@@ -61,9 +48,9 @@ def _profiler(key: str, value: object) -> None:
 POSITIVE = number(minimum=1)
 SETTINGS = COMMON | {
     "output_dir": text("/tmp/layerskip", optional=False),
-    "dataset": _datasets,
+    "dataset": check_dataset,
     "shuffle": one_of(True, False),
-    "collate_fn": _collate_fn,
+    "collate_fn": check_collate_fn,
     "init_std": number(minimum=0, above=True, integer=False, optional=True, example=0.02),
     "resume_from_checkpoint": flag,
     "batch_size": POSITIVE,
