@@ -90,7 +90,7 @@ def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
         key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])]
         for key in ("loss_exit_6", "loss_final")
     }
-    # Untrained, exit 6 is at about 17 nats; all steps of the config bring it below 7.
+    # Untrained, exit 6 is at about 20 nats; the 240 steps of the config bring it below 9.
     assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 3
     assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5
 
