@@ -1,11 +1,17 @@
-"""The KV cache of generation: one buffer per layer, written at positions that the engine chooses.
+"""The KV cache of generation: one buffer per layer, written at slots that the engine chooses.
 
 torchtune's own `KVCache` counts forward only and hands the whole allocation to attention. This one goes back by
-writing again: a row's position p is valid once written, later positions are never looked at, and attention gets the
-filled part only. Draft and verification share it: each layer is written by whichever pass runs that layer.
+writing again: a row's slot p is valid once written, later slots are never looked at, and attention gets the filled
+part only. Draft and verification share it: each layer is written by whichever pass runs that layer. The candidates of
+a draft tree have slots of their own behind the text; `move` brings an accepted path to where its text belongs.
 """
 
+from collections.abc import Iterable
+
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.modules import MultiHeadAttention
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 
@@ -19,66 +25,165 @@ class LayerCache:
         self.v: torch.Tensor | None = None
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [b, heads, s, head_dim] at the positions of `DecodingCache.seek`; return all that is filled."""
+        """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return all that is filled."""
         if self.k is None:
             # Allocated by what arrives: the number of heads differs between attention classes and under sharding.
             shape = (*k.shape[:2], self.cache.max_len, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
-        start, end = self.cache.start, self.cache.end
-        if start is not None:
-            self.k[:, :, start : start + k.shape[2]] = k
-            self.v[:, :, start : start + k.shape[2]] = v
+        self._write(self.k, self.cache.at, k)
+        self._write(self.v, self.cache.at, v)
+        return self.k[:, :, : self.cache.end], self.v[:, :, : self.cache.end]
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """What stands at the slots `source` [b, n] goes to the slots `target` [b, n]."""
+        for buffer in (self.k, self.v):
+            index = source[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            self._write(buffer, target, buffer.gather(2, index))
+
+    @staticmethod
+    def _write(buffer: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
+        if at.shape[0] == 1:
+            buffer.index_copy_(2, at[0], values)
         else:
-            index = self.cache.positions[:, None, :, None].expand_as(k)
-            self.k.scatter_(2, index, k)
-            self.v.scatter_(2, index, v)
-        return self.k[:, :, :end], self.v[:, :, :end]
+            buffer.scatter_(2, at[:, None, :, None].expand_as(values), values)
 
 
 class DecodingCache:
-    """The caches of all layers of a decoder, and the positions at which the next tokens stand.
+    """The caches of all layers of a decoder, and the slots at which the next tokens stand.
 
-    A context manager: inside it the decoder's attention layers use these caches, afterwards what they had before.
+    A context manager: inside it the decoders' attention layers use these caches, afterwards what they had before.
 
     Args:
         model: the decoder.
-        max_len: positions per row.
-        device: of the position tensors.
+        rows: b.
+        max_len: slots per row.
+        device: of the tensors.
     """
 
-    def __init__(self, model: LayerSkipDecoder, max_len: int, device: torch.device) -> None:
+    def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, device: torch.device) -> None:
         self.model = model
+        self.rows = rows
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=device)
         self.layers = [LayerCache(self) for _ in model.layers]
+        # The tokens of each row whose keys and values stand at slots 0, 1, ...: a later prompt goes on from them.
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.at: torch.Tensor | None = None
+        self.end = 0
+        self.users = [model]
+
+    def share(self, drafter: LayerSkipDecoder) -> None:
+        """Let another decoder's first layers use the same caches: a draft in another precision."""
+        self.users.append(drafter)
 
     def __enter__(self) -> "DecodingCache":
-        self._before = [(layer.attn.kv_cache, layer.attn.cache_enabled) for layer in self.model.layers]
-        for layer, cache in zip(self.model.layers, self.layers, strict=True):
-            # torchtune's KVCache is a module, and a module's slot takes no plain object.
-            layer.attn._modules.pop("kv_cache", None)
-            layer.attn.kv_cache, layer.attn.cache_enabled = cache, True
-        self.model.decoding = True
+        self._before = []
+        for user in self.users:
+            self._before.append((user, user.decoding, [_take_over(layer, cache) for layer, cache in self._pairs(user)]))
+            user.decoding = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for layer, (cache, enabled) in zip(self.model.layers, self._before, strict=True):
-            del layer.attn.kv_cache
-            layer.attn.kv_cache, layer.attn.cache_enabled = cache, enabled
-        self.model.decoding = False
+        for user, decoding, layers in self._before:
+            for (layer, _), before in zip(self._pairs(user), layers, strict=True):
+                _give_back(layer, before)
+            user.decoding = decoding
 
-    def seek(self, positions: torch.Tensor, start: int | None, end: int) -> dict[str, torch.Tensor | None]:
-        """The next tokens stand at `positions`; returns the decoder's inputs for them.
+    def _pairs(self, user: LayerSkipDecoder) -> Iterable[tuple[nn.Module, LayerCache]]:
+        return zip(user.layers, self.layers[: len(user.layers)], strict=True)
 
-        Args:
-            positions: [b, s] (or [1, s] for all rows), each row's positions in order.
-            start: the first position if it is the same in all rows, else None.
-            end: one more than the largest position: what attention has to look at.
+    def seek(self, at: torch.Tensor, end: int) -> None:
+        """The next tokens stand at the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
+        self.at, self.end = at, end
 
-        Returns:
-            {"input_pos": positions, "mask": [b, s, end] or None}: slot j is visible from position p if j <= p.
-        """
-        self.positions, self.start, self.end = positions, start, end
-        one_token_sees_all = start is not None and positions.shape[1] == 1
-        mask = None if one_token_sees_all else self.slots[:end] <= positions[:, :, None]
-        return {"input_pos": positions, "mask": mask}
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """In all layers, see `LayerCache.move`."""
+        for layer in self.layers:
+            layer.move(source, target)
+
+
+def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of text and chains: slot j is visible from slot p if j <= p.
+
+    Args:
+        slots: [end], 0 .. end-1.
+        at: [b, s], the slots of the queries.
+        dtype: of the model.
+
+    Returns:
+        [b, s, end], 0 or -inf, to be added to the scores.
+    """
+    return torch.where(slots <= at[:, :, None], 0.0, -torch.inf).to(dtype)
+
+
+def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a draft tree, whose node k stands at slot root + k: all before the root, and a node's ancestors.
+
+    Args:
+        slots: [end].
+        root: [b].
+        ancestors: [b, s, nodes] bool, for each query the nodes on its path, itself included.
+        dtype: of the model.
+
+    Returns:
+        [b, s, end], as `visible`.
+    """
+    node = slots - root[:, None]
+    last = ancestors.shape[2] - 1
+    on_path = ancestors.gather(2, node.clamp(0, last)[:, None].expand(-1, ancestors.shape[1], -1))
+    seen = (node < 0)[:, None] | (on_path & ((node >= 0) & (node <= last))[:, None])
+    return torch.where(seen, 0.0, -torch.inf).to(dtype)
+
+
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention over a cache without a copy of its grouped heads: the queries that share a key head stand in one row.
+
+    Args:
+        q: [b, heads, s, head_dim].
+        k, v: [b, key heads, end, head_dim]; heads is a multiple of key heads.
+        mask: [b or 1, s, end], added to the scores; None: causal if there are several queries, else all is seen.
+        dropout_p, is_causal: torchtune passes them; generation drops nothing and its masks say what is seen.
+
+    Returns:
+        [b, heads, s, head_dim].
+    """
+    b, heads, s, dim = q.shape
+    group = heads // k.shape[1]
+    if mask is None and s > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    if mask is not None:
+        mask = mask[:, None] if group == 1 else mask[:, None].repeat(1, 1, group, 1)
+    q = q.reshape(b, k.shape[1], group * s, dim)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, heads, s, dim)
+
+
+def is_plain_attention(layer: nn.Module) -> bool:
+    """Whether a layer has torchtune's own attention, into which `cached_attention` fits."""
+    return type(layer.attn) is MultiHeadAttention
+
+
+def _take_over(layer: nn.Module, cache: LayerCache) -> dict[str, object]:
+    """Put the cache into a layer's attention; returns what was there."""
+    attn = layer.attn
+    before = {"kv_cache": attn.kv_cache, "cache_enabled": attn.cache_enabled}
+    # torchtune's KVCache is a module, and a module's slot takes no plain object.
+    attn._modules.pop("kv_cache", None)
+    attn.kv_cache, attn.cache_enabled = cache, True
+    if is_plain_attention(layer):
+        before |= {"num_kv_heads": attn.num_kv_heads, "_attention_call": attn._attention_call}
+        # With as many key heads as heads torchtune does not expand the cache; the projections decide the real number.
+        attn.num_kv_heads, attn._attention_call = attn.num_heads, cached_attention
+    return before
+
+
+def _give_back(layer: nn.Module, before: dict[str, object]) -> None:
+    del layer.attn.kv_cache
+    for name, value in before.items():
+        setattr(layer.attn, name, value)

@@ -12,7 +12,7 @@ from test_sampling import filtered, p_value
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation import Generation, generate, is_looping
+from layerskip_recipes.generation import Generation, Speculation, generate, is_looping
 
 L = 6
 PROMPT = (5, 17, 33, 8)
@@ -185,7 +185,7 @@ def test_cost_of_a_round(exit_layer, d, rows):
     """d early passes with head, one without, one late pass over d+1 positions; no layer twice for a position."""
     model = make_model()
     steps = iter(
-        Generation(model, [PROMPT[: 2 + row] for row in range(rows)], 50, exit_layer=exit_layer, num_speculations=d)
+        Generation(model, [PROMPT[: 2 + row] for row in range(rows)], 50, speculation=Speculation(exit_layer, d))
     )
     calls = count_calls(model)
     next(steps)
@@ -206,7 +206,7 @@ def test_nothing_is_drafted_beyond_the_limit():
     """With room for one more token a round is one pass; with room for three it drafts two."""
     model = make_model()
     for count, drafts in ((2, 0), (4, 2)):
-        steps = iter(Generation(model, [PROMPT], count, exit_layer=2, num_speculations=5))
+        steps = iter(Generation(model, [PROMPT], count, speculation=Speculation(2, 5)))
         next(steps)
         calls = count_calls(model)
         next(steps)
@@ -316,7 +316,7 @@ def test_is_looping(tokens, looping):
 # ---- the iterator, and the model afterwards ----
 
 
-@pytest.mark.parametrize("arguments", [{}, {"exit_layer": 3, "num_speculations": 4}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"speculation": Speculation(3, 4)}], ids=str)
 def test_each_step_yields_the_new_tokens(arguments):
     prompts = [PROMPT, PROMPT[:1]]
     generation = Generation(model_of("llama3_2"), prompts, 20, **arguments)
@@ -349,7 +349,7 @@ def test_the_model_is_left_as_it_was(training, caches, end):
     steps = 0
     hook = model.layers[4].register_forward_pre_hook(lambda *_: 1 / 0 if end == "the model fails" and steps else None)
     try:
-        for _ in Generation(model, [PROMPT], 12, exit_layer=2, num_speculations=3):
+        for _ in Generation(model, [PROMPT], 12, speculation=Speculation(2, 3)):
             assert not model.training
             steps += 1
             if end == "break":

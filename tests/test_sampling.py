@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled, draw, next_token_probs
+from layerskip_recipes.generation.sampling import (
+    Sampler,
+    accept_greedy,
+    accept_sampled,
+    draw,
+    exponentials,
+    next_token_probs,
+)
 
 V = 5
 N = 60_000
@@ -13,6 +20,13 @@ N = 60_000
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def accept(drafted, q, p, seed):
+    """`accept_sampled` with noise of that seed."""
+    generator = rng(seed)
+    uniform = torch.rand(drafted.shape, generator=generator)
+    return accept_sampled(drafted, q, p, uniform, exponentials((len(drafted), V), torch.device("cpu"), generator))
 
 
 def distributions(*shape, seed):
@@ -156,11 +170,11 @@ def test_draft_then_accept_has_the_distribution_of_the_full_model(top_k, similar
     start = torch.full((N,), V)
     first = torch.multinomial(q[start], 1, generator=rng(10))[:, 0]
     second = torch.multinomial(q[first], 1, generator=rng(11))[:, 0]
-    accepted, token = accept_sampled(
+    accepted, token = accept(
         torch.stack([first, second], 1),
         torch.stack([q[start], q[first]], 1),
         torch.stack([p[start], p[first], p[second]], 1),
-        rng(12),
+        12,
     )
     values = [p_value(torch.where(accepted >= 1, first, token), p[V])]
     for before in range(V):
@@ -180,7 +194,7 @@ def test_draft_then_accept_has_the_distribution_of_the_full_model(top_k, similar
 def test_equal_distributions_accept_everything():
     p = distributions(N, 4, seed=13)
     drafted = torch.stack([draw(p[:, i], rng(14 + i)) for i in range(3)], 1)
-    accepted, _ = accept_sampled(drafted, p[:, :3], p, rng(20))
+    accepted, _ = accept(drafted, p[:, :3], p, 20)
     assert (accepted == 3).all()
 
 
@@ -188,7 +202,7 @@ def test_disjoint_distributions_accept_nothing_and_draw_from_p():
     p = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0])
     q = torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0])
     drafted = torch.multinomial(q, 2 * N, replacement=True, generator=rng(21)).view(N, 2)
-    accepted, token = accept_sampled(drafted, q.expand(N, 2, V), p.expand(N, 3, V), rng(22))
+    accepted, token = accept(drafted, q.expand(N, 2, V), p.expand(N, 3, V), 22)
     assert not accepted.any()
     assert p_value(token, p) > 1e-3
 
@@ -197,29 +211,18 @@ def test_a_token_that_the_full_model_filters_out_never_passes():
     p = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
     q = torch.full((V,), 1 / V)
     drafted = torch.multinomial(q, N, replacement=True, generator=rng(23))[:, None]
-    accepted, token = accept_sampled(drafted, q.expand(N, 1, V), p.expand(N, 2, V), rng(24))
+    accepted, token = accept(drafted, q.expand(N, 1, V), p.expand(N, 2, V), 24)
     assert (drafted[accepted == 1] < 2).all() and (token < 2).all()
 
 
 def test_without_drafts_the_token_comes_from_p():
     """A round that has room for one token only."""
-    p_logits = torch.randn(V, generator=rng(25))
-    accepted, token = Sampler(1.0, rng=rng(26)).accept(
-        torch.empty(N, 0, dtype=torch.long), [], p_logits.expand(N, 1, V)
-    )
-    assert not accepted.any() and p_value(token, p_logits.softmax(-1)) > 1e-3
-    accepted, token = Sampler().accept(torch.empty(3, 0, dtype=torch.long), [], p_logits.expand(3, 1, V))
-    assert accepted.tolist() == [0] * 3 and token.tolist() == [p_logits.argmax()] * 3
-
-
-def test_the_sampler_accepts_by_its_own_filters():
-    """Draft logits are filtered by `choose`, the full model's by `accept`, with the same temperature and top-p."""
-    p_logits, q_logits = torch.randn(2, V, generator=rng(27))
-    sampler = Sampler(0.6, top_p=0.8, rng=rng(28))
-    drafted, q = sampler.choose(q_logits.expand(N, V))
-    accepted, token = sampler.accept(drafted[:, None], [q], p_logits.expand(N, 2, V))
-    tokens = torch.where(accepted == 1, drafted, token)
-    assert p_value(tokens, torch.tensor(filtered(p_logits.tolist(), 0.6, top_p=0.8))) > 1e-3
+    p = torch.randn(V, generator=rng(25)).softmax(-1)
+    nothing = torch.empty(N, 0, dtype=torch.long)
+    accepted, token = accept(nothing, torch.empty(N, 0, V), p.expand(N, 1, V), 26)
+    assert not accepted.any() and p_value(token, p) > 1e-3
+    accepted, token = accept_greedy(nothing[:3], p.expand(3, 1, V))
+    assert accepted.tolist() == [0] * 3 and token.tolist() == [p.argmax()] * 3
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,8 @@ def test_the_sampler_accepts_by_its_own_filters():
         *(("temperature", value) for value in (-0.1, True, "1", None, math.nan)),
         *(("top_k", value) for value in (0, -1, 2.5, True)),
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, math.nan, "0.9")),
+        *(("min_p", value) for value in (-0.1, 1.01, math.nan, "0.1")),
+        *(("repetition_penalty", value) for value in (0, -1.0, math.nan, "1.1", None)),
     ],
 )
 def test_wrong_arguments_are_named(key, value):

@@ -3,21 +3,29 @@
 Self-speculation (paper, section 4.3): the layers below exit E draft d tokens one by one; their hidden states x_E are
 kept; the layers from E up verify all of them in one pass, starting from those hidden states. A round costs d early
 passes with head, one early pass without (the last draft must be verified too), and one late pass over d+1 tokens.
+What a step computes stands in steps.py, trees of drafts in tree.py, what a round does next in adaptive.py.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
-from torchtune.modules.model_fusion import FusionLayer
+from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.generation.adaptive import Arm, LookUp
+from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_num_speculations
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.kv_cache import DecodingCache
+from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
+from layerskip_recipes.generation.timing import Clock, bytes_of
+from layerskip_recipes.generation.tree import DraftTree
+from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
+
+PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
 
 
 @dataclass
@@ -33,7 +41,12 @@ class Generation:
 
     Stopping early (break) is fine: `stats` and `generated` hold what there is so far.
 
-    Args and errors: see `generate`. `prompts` are rows of token ids without padding.
+    Args and errors: see `generate`. `prompts` are rows of token ids without padding. Besides:
+        speculation: how to draft; None decodes plainly, from exit_layer if that is given.
+        cache: of an earlier generation (its `cache`), of as many rows: what it holds of the prompts is not run again.
+        agree: makes what a round chose the same on all processes.
+        reserve: slots to make room for in a new cache, at least; None: what this generation needs.
+        on_draft: called with each round's drafted tokens, [b][n], before they are verified.
     """
 
     def __init__(
@@ -43,116 +56,289 @@ class Generation:
         max_generated_tokens: int,
         *,
         exit_layer: int | None = None,
-        num_speculations: int | None = None,
+        speculation: Speculation | None = None,
         sampler: Sampler | None = None,
         stop_tokens: Sequence[int] = (),
+        compile: bool = False,
+        cache: DecodingCache | None = None,
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        reserve: int | None = None,
+        on_draft: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
         self.model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
         self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
-        self.num_speculations = check_num_speculations(num_speculations, exit_layer)
+        self.speculation = speculation
         self.limit = max_generated_tokens
-        check_lengths(self.model, [len(prompt) for prompt in self.prompts], max_generated_tokens)
         self.sampler = sampler or Sampler()
+        self.tree = None
+        if speculation is not None:
+            speculation.check(self.model)
+            self.tree = DraftTree(
+                speculation.num_speculations,
+                speculation.tree_width,
+                speculation.tree_children,
+                greedy=self.sampler.greedy,
+            )
+        nodes = self.tree.nodes if self.tree else 1
+        lengths = [len(prompt) for prompt in self.prompts]
+        check_lengths(
+            self.model, lengths, max_generated_tokens, spare=0 if self.tree is None or self.tree.is_chain else nodes
+        )
         self.stop_tokens = {int(token) for token in stop_tokens}
         self.device = self.model.tok_embeddings.weight.device
+        self.compiled = compiled_steps(self.model, self.device) if compile else None
+        self.agree = agree or _alone
+        self.on_draft = on_draft
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
         self.stats = GenerationStats(rows=len(self.prompts))
+        self.clock = Clock(self.device, lambda: self.compile_s)
+        # The last generated token is never an input; drafts behind a row's limit have slots of their own.
+        needed = max(max(len(p) for p in self.prompts) + self.limit + nodes, reserve or 0)
+        if cache is None or cache.rows != len(self.prompts) or cache.max_len < needed:
+            cache = self._new_cache(needed, cache)
+        self.cache = cache
+        self.steps: dict[tuple[int, int], Steps] = {}
+        self.draft_head: DraftHead | None = None
+        self.sizes: tuple[int, int, int] | None = None
+        self.started = False
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
-        if self.stats.prefill_s:
+        if self.started:
             raise RuntimeError("a Generation runs once; make another one to generate again")
+        self.started = True
         was_training = self.model.training
         self.model.eval()
-        # The last generated token is never an input, so its slot is spare: see _positions.
-        max_len = max(len(prompt) for prompt in self.prompts) + self.limit
+        if self.speculation is not None and self.speculation.drafter is not None:
+            self.cache.share(self.speculation.drafter)
         try:
-            with DecodingCache(self.model, max_len, self.device) as cache:
-                self.cache = cache
+            with self.cache:
+                self._prepare()
                 started = time.perf_counter()
                 new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
                 yield new
                 while not all(self.finished):
-                    started = time.perf_counter()
-                    new = self._step() if self.num_speculations is None else self._round(self.num_speculations)
+                    started, compiled = time.perf_counter(), self.compile_s
+                    new = self._step() if self.speculation is None else self._round()
                     self.stats.rounds += 1
-                    self.stats.decode_s += time.perf_counter() - started
+                    self.stats.compile_s += self.compile_s - compiled
+                    self.stats.decode_s += time.perf_counter() - started - (self.compile_s - compiled)
                     yield new
         finally:
+            self.clock.read(self.stats)
+            # What stands in the cache: all but the last token, which was never an input.
+            self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
+            self.cache.users = [self.model]
             self.model.train(was_training)
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compilation took so far, in all generations of this model."""
+        return self.compiled.seconds if self.compiled else 0.0
+
+    def _prepare(self) -> None:
+        """The steps, and what the rounds need to know of the text so far."""
+        if self.speculation is not None and self.speculation.prompt_lookup is not None:
+            self.texts = [LookUp(self.speculation.prompt_lookup) for _ in self.prompts]
+            for text, prompt in zip(self.texts, self.prompts, strict=True):
+                text.extend(prompt)
+        self.seen = None
+        if self.sampler.penalises:
+            vocabulary_size = self.model.tok_embeddings.num_embeddings
+            self.seen = torch.zeros(len(self.prompts), vocabulary_size, dtype=torch.bool, device=self.device)
+            for row, prompt in enumerate(self.prompts):
+                self.seen[row, torch.tensor(prompt, device=self.device)] = True
+
+    def _steps(self, exit_layer: int, depth: int = 0) -> Steps:
+        """The steps for drafts of that depth from that exit; depth 0: plain steps."""
+        if (exit_layer, depth) not in self.steps:
+            speculation, tree, head = self.speculation, None, None
+            if depth:
+                tree = replace(self.tree, depth=depth)
+                if speculation.draft_vocabulary is not None:
+                    self.draft_head = self.draft_head or DraftHead(self.model, speculation.draft_vocabulary)
+                    head = self.draft_head
+            drafter = speculation.drafter if depth else None
+            self.steps[exit_layer, depth] = Steps(self.model, self.cache, self.sampler, exit_layer, tree, drafter, head)
+        return self.steps[exit_layer, depth]
+
+    # ---- prefill ----
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, the head at each row's last position only."""
+        reused = min(_common(old, new) for old, new in zip(self.cache.tokens, self.prompts, strict=True))
+        reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
         width = max(len(prompt) for prompt in self.prompts)
+        self.stats.reused_tokens = reused * len(self.prompts)
+        self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
         # Padded on the right: what stands after a row's prompt is overwritten before any of its queries sees it.
         tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], device=self.device)
-        inputs = self.cache.seek(self.cache.slots[None, :width], start=0, end=width)
-        depth = self.model.num_layers if self.num_speculations is not None else self.exit_layer
-        hidden = self.model(tokens, exit_layer=depth, unembed=False, **inputs)
         last = torch.tensor([len(prompt) - 1 for prompt in self.prompts], device=self.device)
-        logits = self._head(hidden[torch.arange(len(self.prompts), device=self.device), last][:, None])
-        self.last, _ = self.sampler.choose(logits[:, -1])
+        depth = self.model.num_layers if self.speculation is not None else self.exit_layer
+        whole = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
+        rows = torch.arange(len(self.prompts), device=self.device)
+        final = None
+        for start in range(reused, width, width if whole else PREFILL_CHUNK):
+            end = width if whole else min(start + PREFILL_CHUNK, width)
+            at = self.cache.slots[None, start:end]
+            self.cache.seek(at, end)
+            mask = None if whole else visible(self.cache.slots[:end], at, self.model.tok_embeddings.weight.dtype)
+            x = self.model(tokens[:, start:end], exit_layer=depth, unembed=False, input_pos=at, mask=mask)
+            here = x[rows, (last - start).clamp(0, end - start - 1)]
+            ends_here = ((last >= start) & (last < end))[:, None]
+            final = here if final is None else torch.where(ends_here, here, final)
+        logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
+        scores = self.sampler.scores(logits, self.seen)
+        noise = self.sampler.noise(tuple(scores.shape), self.device)
+        self.last = self.agree(scores.argmax(-1) if noise is None else (scores / noise).argmax(-1))
         return self._keep([[token] for token in self.last.tolist()])
+
+    # ---- rounds ----
 
     def _step(self) -> list[list[int]]:
         """One token of each row from exit E (E = L: the ordinary model)."""
-        positions, start, end = self._positions(1)
-        inputs = self.cache.seek(positions, start, end)
-        logits = self.model(self.last[:, None], exit_layer=self.exit_layer, **inputs)
-        self.last, _ = self.sampler.choose(logits[:, -1])
+        steps = self._steps(self.exit_layer)
+        start, slots = self._where(1)
+        noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
+        self.last = self.agree(self._run(steps, "plain", slots, self.last, start, slots, noise, self.seen))
+        self._count_bytes(slots, [(self.exit_layer, 1, True)])
         return self._keep([[token] for token in self.last.tolist()])
 
-    def _round(self, num_speculations: int) -> list[list[int]]:
-        """Draft up to num_speculations tokens, verify them, keep the accepted ones and one of the full model."""
+    def _round(self) -> list[list[int]]:
+        """Draft, verify, keep the accepted tokens and one of the full model."""
+        started, compiled = time.perf_counter(), self.compile_s
+        looked_up = self._look_up() if self.speculation.prompt_lookup is not None else None
+        policy = self.speculation.policy
+        arm = policy.pick(found=looked_up is not None)
         room = [self.limit - len(row) for row in self.generated]
-        n = min(num_speculations, max(r for r, done in zip(room, self.finished, strict=True) if not done) - 1)
-        positions, start, end = self._positions(n + 1)
+        depth = self.tree.depth
+        if self.compiled is None:
+            # Nothing is drafted behind the limit of all rows; graphs are made for one depth.
+            depth = min(depth, max(r for r, done in zip(room, self.finished, strict=True) if not done) - 1)
+        steps = self._steps(arm.exit_layer, max(depth, 1))
+        start, slots = self._where(steps.tree.nodes)
+        confidences = None
+        with self.clock.phase("draft"):
+            if depth == 0:
+                draft = Draft(self.last[:, None], None, None)
+            elif arm.kind == "lookup":
+                draft = Draft(torch.cat([self.last[:, None], looked_up[:, :depth]], 1), None, None)
+            elif arm.kind == "adaptive":
+                draft, confidences = self._draft_adaptively(steps, arm, start, slots)
+            else:
+                name = "draft_chain" if self.tree.is_chain else "draft_tree"
+                shape = (len(self.prompts), len(steps.tree.expanded), self._vocabulary(steps))
+                noise = self.sampler.noise(shape, self.device)
+                draft = self._run(steps, name, slots, self.last, start, slots, noise, self.seen)
+        if self.on_draft is not None:
+            self.on_draft(draft.tokens[:, 1:].tolist())
 
-        # Draft: n early passes with head, one without.
-        drafted, q, hidden = [self.last], [], []
-        for i in range(n + 1):
-            step_start = None if start is None else start + i
-            inputs = self.cache.seek(positions[:, i : i + 1], step_start, end - n + i)
-            hidden.append(self.model(drafted[-1][:, None], exit_layer=self.exit_layer, unembed=False, **inputs))
-            if i < n:
-                token, probs = self.sampler.choose(self._head(hidden[-1])[:, -1])
-                drafted.append(token)
-                q.append(probs)
-
-        # Verify: one late pass over all positions, from the hidden states that the draft left.
-        inputs = self.cache.seek(positions, start, end)
-        logits = self.model(hidden=torch.cat(hidden, 1), start_layer=self.exit_layer, **inputs)
-        drafts = torch.stack(drafted, 1)[:, 1:]
-        accepted, self.last = self.sampler.accept(drafts, q, logits)
-
+        chain = draft.parents is None
+        b, n = len(self.prompts), draft.tokens.shape[1] - 1 if chain else depth
+        with self.clock.phase("verify"):
+            uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
+            noise = self.sampler.noise((b, self._vocabulary(steps, full=True)), self.device)
+            name = "verify_chain" if chain else "verify_tree"
+            outcome = self._run(steps, name, slots, draft, start, slots, uniform, noise, self.seen)
+            outcome = self.agree(outcome)
+        self.last = outcome[:, 1].clone()
         # The only host synchronisation of the round.
-        outcome = torch.cat([accepted[:, None], self.last[:, None], drafts], 1).tolist()
+        rows = outcome.tolist()
+
         running = [not done for done in self.finished]
-        kept = self._keep([[*draft[:count], token] for count, token, *draft in outcome])
-        for row in range(len(kept)):
+        kept = self._keep([[*tokens[:count], following] for count, following, *tokens in rows])
+        for row in range(b):
             if running[row]:
                 # The last token of a round is the full model's own; what stands behind a stop counts nowhere.
                 accepted = len(kept[row]) - 1
-                stopped = accepted < outcome[row][0]
+                stopped = accepted < rows[row][0]
                 self.stats.count_round(accepted if stopped else min(n, room[row] - 1), accepted)
+                if confidences is not None:
+                    policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
+        self._count_round(arm, draft, slots, n)
+        if policy.has_choice:
+            seconds = time.perf_counter() - started - (self.compile_s - compiled)
+            policy.chooser.learn(arm, sum(map(len, kept)), self._agreed(seconds))
         return kept
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """g(x): [b, s, d] -> [b, s, v]."""
-        return self.model(hidden=hidden, start_layer=self.model.num_layers)
+    def _draft_adaptively(self, steps: Steps, arm: Arm, start: torch.Tensor, slots: torch.Tensor):
+        """A chain that stops by its confidences; they cost a host synchronisation for each drafted token."""
+        policy = self.speculation.policy
+        length = policy.lengths[arm.exit_layer]
+        tokens, hidden, q, confidences, seen = [self.last], [], [], [[] for _ in self.prompts], self.seen
+        for i in range(steps.tree.depth):
+            started, compiled = time.perf_counter(), self.compile_s
+            noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps)), self.device)
+            token, x, probs, sure, seen = self._run(
+                steps, "draft_one", slots, tokens[-1], start + i, slots, noise, seen, True
+            )
+            if self.device.type == "cuda" and self.compiled:
+                token, x, sure = token.clone(), x.clone(), sure.clone()
+                probs, seen = (None if t is None else t.clone() for t in (probs, seen))
+            tokens.append(token)
+            hidden.append(x)
+            q.append(probs)
+            for row, value in zip(confidences, self.agree(sure).tolist(), strict=True):
+                row.append(value)
+            length.timed(self._agreed(time.perf_counter() - started - (self.compile_s - compiled)))
+            of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
+            # Each number of drafts that is verified needs a compiled graph: some are enough.
+            may_stop = self.compiled is None or (i + 1) & i == 0
+            if may_stop and not length.go_on(of_running, policy.chooser.rate(arm)):
+                break
+        q = None if q[0] is None else torch.stack(q, 1)
+        return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
 
-    def _positions(self, count: int) -> tuple[torch.Tensor, int | None, int]:
-        """Where each row's last token and the count-1 after it stand: [b, count], their common start, their end."""
+    def _agreed(self, seconds: float) -> float:
+        """A time by rank 0's clock: what is chosen by time has to be the same on all processes."""
+        if self.agree is _alone:
+            return seconds
+        return self.agree(torch.tensor(seconds, device=self.device, dtype=torch.float32)).item()
+
+    def _look_up(self) -> torch.Tensor | None:
+        """[b, n] drafts from the text, None unless every row that still runs has one."""
+        n = self.speculation.num_speculations
+        found = [[0] * n if done else text.find(n) for text, done in zip(self.texts, self.finished, strict=True)]
+        return torch.tensor(found, device=self.device) if all(found) else None
+
+    def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
+        """A step, by its compiled graph if there is one for it."""
+        step = getattr(steps, name)
+        if self.compiled is None:
+            return step(*args)
+        n = args[0].tokens.shape[1] if name == "verify_chain" else None
+        hidden = name.startswith("verify") and args[0].hidden is not None
+        sampler = self.sampler
+        key = (
+            *(name, n, hidden, steps.exit_layer, steps.tree, steps.shares, id(self.speculation and steps.drafter)),
+            *(self.cache.rows, self.cache.max_len, self._vocabulary(steps)),
+            *(sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty),
+        )
+        return self.compiled(key, step, slots, *args)
+
+    def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of each row's last token [b], and the slots that attention sees when count tokens stand from there."""
         starts = [len(p) + len(g) - 1 for p, g in zip(self.prompts, self.generated, strict=True)]
-        if len(set(starts)) == 1:
-            return self.cache.slots[None, starts[0] : starts[0] + count], starts[0], starts[0] + count
-        rows = torch.tensor(starts, device=self.device)[:, None] + self.cache.slots[:count]
-        # A row near its limit, or finished, drafts along with the others: beyond its last slot it stays there.
-        spare = torch.tensor([len(p) + self.limit - 1 for p in self.prompts], device=self.device)[:, None]
-        return torch.minimum(rows, spare), None, max(starts) + count
+        end = max(starts) + count
+        if self.compiled is not None:
+            end = min(rounded(end, self.device), self.cache.max_len)
+        return torch.tensor(starts, device=self.device), self.cache.slots[:end]
+
+    def _vocabulary(self, steps: Steps, full: bool = False) -> int:
+        if steps.draft_head is not None and not full:
+            return len(steps.draft_head.vocabulary)
+        return self.model.tok_embeddings.num_embeddings
+
+    def _new_cache(self, needed: int, old: DecodingCache | None) -> DecodingCache:
+        """A cache of so many slots; with compiled steps those that they know, as long as one is large enough."""
+        rows = len(self.prompts)
+        if self.compiled is None:
+            return DecodingCache(self.model, rows, needed, self.device)
+        size = max(256, 1 << (needed - 1).bit_length())
+        return self.compiled.cache(self.model, rows, size)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
@@ -169,7 +355,51 @@ class Generation:
             self.stats.tokens += len(tokens)
             self.finished[row] = stop is not None or len(self.generated[row]) >= self.limit
             kept.append(tokens)
+        if self.speculation is not None and self.speculation.prompt_lookup is not None:
+            for text, tokens in zip(self.texts, kept, strict=True):
+                text.extend(tokens)
+        if self.seen is not None:
+            at = torch.tensor([(row, token) for row, tokens in enumerate(kept) for token in tokens], device=self.device)
+            if len(at):
+                self.seen[at[:, 0], at[:, 1]] = True
         return kept
+
+    def _count_round(self, arm: Arm, draft: Draft, slots: torch.Tensor, n: int) -> None:
+        """Statistics of a round: its kind, and what its steps read."""
+        e, depth = arm.exit_layer, self.model.num_layers
+        self.stats.arms[f"{arm.kind} exit {e}" if arm.kind != "lookup" else "lookup"] += 1
+        if draft.hidden is None:
+            self._count_bytes(slots, [(depth, 1, True)])
+            return
+        self.stats.draft_steps += n
+        shares = self.speculation.drafter is None
+        late = depth - e if shares else depth
+        self._count_bytes(slots, [(e, n, True), (e if shares else 0, 1, False), (late, 1, True)])
+
+    def _count_bytes(self, slots: torch.Tensor, passes: list[tuple[int, int, bool]]) -> None:
+        """passes: (layers, times, with the head)."""
+        self.sizes = self.sizes or bytes_of(self.model, self.cache)
+        layer, head, cache = self.sizes
+        for layers, times, with_head in passes:
+            self.stats.weight_bytes += times * (layers * layer + (head if with_head else 0))
+            self.stats.cache_bytes += times * layers * cache * slots.shape[0]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """One process agrees with itself."""
+    return tensor
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSteps:
+    """The graphs of a model, kept with it."""
+    if getattr(model, "compiled_steps", None) is None:
+        model.compiled_steps = CompiledSteps(device)
+    return model.compiled_steps
 
 
 def generate(
@@ -177,14 +407,18 @@ def generate(
     prompt: torch.Tensor | Sequence[torch.Tensor],
     max_generated_tokens: int,
     *,
-    exit_layer: int | None = None,
+    exit_layer: int | Sequence[int] | None = None,
     num_speculations: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
     pad_id: int = 0,
     rng: torch.Generator | None = None,
+    compile: bool = False,
+    **speculation: Any,
 ) -> GenerationOutput:
     """Generate tokens: autoregressive, from an early exit, or self-speculatively with unchanged output.
 
@@ -195,10 +429,13 @@ def generate(
         exit_layer: E. None decodes with the whole model. With num_speculations it drafts, alone it decodes.
         num_speculations: d, the tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
-        top_k, top_p: filters, see `next_token_probs`; the same for draft and verification.
+        top_k, top_p, min_p: filters, see `next_token_probs`; the same for draft and verification.
+        repetition_penalty: above 1 makes tokens of the prompt and of the output less likely, see `penalise`.
         stop_tokens: a row ends with the first of them.
         pad_id: fills the output.
         rng: on the model's device, for reproducible sampling.
+        compile: compile the steps; the graphs are kept with the model for later calls.
+        **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter: see `Speculation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.
@@ -219,14 +456,21 @@ def generate(
         one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
+    check_num_speculations(num_speculations, exit_layer)
+    if num_speculations is None and speculation:
+        raise ValueError(f"{next(iter(speculation))}: needs num_speculations too, for example num_speculations=6")
+    # Not yet known to be a layer-skip decoder, but the graphs and caches have to stay with the one that is.
+    model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
+    drafting = num_speculations is not None
     generation = Generation(
         model,
         rows,
         max_generated_tokens,
-        exit_layer=exit_layer,
-        num_speculations=num_speculations,
-        sampler=Sampler(temperature, top_k, top_p, rng),
+        exit_layer=None if drafting else exit_layer,
+        speculation=Speculation(exit_layer, num_speculations, **speculation) if drafting else None,
+        sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
+        compile=compile,
     )
     for _ in generation:
         pass
@@ -242,51 +486,3 @@ def strip_left_padding(row: list[int], pad_id: int) -> list[int]:
     """The row without the pad tokens at its start."""
     first = next((i for i, token in enumerate(row) if token != pad_id), len(row))
     return row[first:]
-
-
-def check_num_speculations(
-    num_speculations: int | None, exit_layer: int | None, key: str = "num_speculations"
-) -> int | None:
-    """Raises a ValueError unless it is None, or 1 or more with an exit layer to draft from."""
-    if num_speculations is None:
-        return None
-    check_number(key, num_speculations, minimum=1, example=6)
-    if exit_layer is None:
-        raise ValueError(f"{key}: {num_speculations} needs exit_layer too, the exit that drafts, e.g. exit_layer=8")
-    return num_speculations
-
-
-def check_lengths(
-    model: TransformerDecoder,
-    prompt_lengths: Sequence[int],
-    max_generated_tokens: int,
-    key: str = "max_generated_tokens",
-) -> None:
-    """Raises a ValueError unless each prompt has a token and fits the model together with the new tokens.
-
-    Args:
-        model: the decoder.
-        prompt_lengths: tokens of each prompt.
-        max_generated_tokens: new tokens, at most.
-        key: what an error message calls them.
-    """
-    check_number(key, max_generated_tokens, minimum=1, example=128)
-    if not prompt_lengths or min(prompt_lengths) == 0:
-        raise ValueError("prompt: it has no token. Allowed: at least one token in each prompt")
-    if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
-        raise ValueError("model: generation supports decoders of self-attention layers only, no fusion layers")
-    # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
-    # the window's size nothing is cut, so there it does no harm.
-    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    limit, what = min(
-        [(w, "the attention's sliding window") for w in windows if w] + [(model.max_seq_len, "max_seq_len")]
-    )
-    longest = max(prompt_lengths)
-    if longest + 1 > limit:
-        raise ValueError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
-    if longest + max_generated_tokens > limit:
-        raise ValueError(
-            f"{key}: a prompt of {longest} tokens and {max_generated_tokens} new ones make "
-            f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
-            f"{limit - longest}, for example {key}={limit - longest}"
-        )

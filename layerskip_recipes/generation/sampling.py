@@ -1,6 +1,7 @@
-"""From logits to tokens: the filters, and the acceptance of drafted tokens, greedy and by speculative sampling.
+"""From logits to tokens: the filters, and the acceptance of a chain of drafted tokens, greedy and speculative.
 
-p is the full model's distribution, q the draft's; both after the same temperature, top-k and top-p.
+p is the full model's distribution, q the draft's; both after the same penalty, temperature, top-k, top-p and min-p.
+Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible. Trees of drafts: tree.py.
 """
 
 from dataclasses import dataclass
@@ -11,15 +12,21 @@ from layerskip_recipes.checks import check_number
 
 
 def next_token_probs(
-    logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> torch.Tensor:
-    """softmax(logits / temperature) restricted to the top-k tokens, then to the smallest set of mass top_p.
+    """softmax(logits / temperature), restricted to the top-k tokens, to those of at least min_p times the largest
+    probability, then to the smallest set of mass top_p.
 
     Args:
         logits: [..., v].
         temperature: above 0.
         top_k: tokens to keep; ties with the k-th stay.
         top_p: probability mass to keep, in (0, 1].
+        min_p: the least probability to keep, as a part of the largest one, in [0, 1].
 
     Returns:
         [..., v] probabilities in fp32.
@@ -29,6 +36,9 @@ def next_token_probs(
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+        probs = probs / probs.sum(-1, keepdim=True)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p: the first one always does.
@@ -38,9 +48,32 @@ def next_token_probs(
     return probs
 
 
-def draw(probs: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that were there before less likely: their logit is divided by the penalty, or multiplied if negative.
+
+    Keskar et al., CTRL, arXiv 1909.05858, section 4.1, in the form that does not depend on the logits' sign.
+
+    Args:
+        logits: [..., v].
+        seen: [..., v] bool, the tokens of prompt and output so far.
+        penalty: above 0; 1 changes nothing.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def exponentials(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
+    """Independent draws of Exp(1), the noise of `race`."""
+    return torch.empty(shape, device=device).exponential_(1, generator=rng)
+
+
+def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """One token of each distribution [..., v] -> [...]: argmax of probs / Exp(1), which needs no synchronisation."""
-    return (probs / torch.empty_like(probs).exponential_(1, generator=rng)).argmax(-1)
+    return (probs / noise).argmax(-1)
+
+
+def draw(probs: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
+    """One token of each distribution [..., v] -> [...]."""
+    return race(probs, exponentials(probs.shape, probs.device, rng))
 
 
 def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +92,7 @@ def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Te
 
 
 def accept_sampled(
-    drafted: torch.Tensor, q: torch.Tensor, p: torch.Tensor, rng: torch.Generator | None = None
+    drafted: torch.Tensor, q: torch.Tensor, p: torch.Tensor, uniform: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Speculative sampling: accept x with probability min(1, p(x)/q(x)), else draw from norm(max(0, p - q)).
 
@@ -69,7 +102,8 @@ def accept_sampled(
         drafted: [b, n] tokens drawn from q.
         q: [b, n, v] the draft's distributions.
         p: [b, n+1, v] the full model's.
-        rng: for reproducible draws, on the tensors' device.
+        uniform: [b, n] draws of U(0, 1).
+        noise: [b, v] draws of Exp(1).
 
     Returns:
         accepted [b] and next token [b], as `accept_greedy`.
@@ -77,16 +111,20 @@ def accept_sampled(
     n = drafted.shape[1]
     p_x = p[:, :n].gather(-1, drafted[..., None])[..., 0]
     q_x = q.gather(-1, drafted[..., None])[..., 0]
-    u = torch.rand(p_x.shape, device=p.device, dtype=p.dtype, generator=rng)
-    accepted = (u * q_x < p_x).long().cumprod(1).sum(1)
+    accepted = (uniform * q_x < p_x).long().cumprod(1).sum(1)
     # After all n the next token comes from p itself: as if q were 0 there.
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
     row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
     p_row, q_row = p.gather(1, row)[:, 0], q.gather(1, row)[:, 0]
-    rest = (p_row - q_row).clamp(min=0)
+    return accepted, race(residual(p_row, q_row), noise)
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """norm(max(0, p - q)), what a rejection leaves of p; p, q [..., v]."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
     # Equal up to rounding, p - q can vanish: a rejection there is rounding too.
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_row)
-    return accepted, draw(rest, rng)
+    return torch.where(total > 0, rest / total, p)
 
 
 @dataclass(frozen=True)
@@ -94,33 +132,45 @@ class Sampler:
     """How tokens are chosen: greedy at temperature 0, else by the filtered distribution.
 
     Raises:
-        ValueError: if temperature, top_k or top_p is out of range.
+        ValueError: if a setting is out of range.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     rng: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, minimum=0, integer=False, example=0.8)
         check_number("top_k", self.top_k, minimum=1, optional=True, example=50)
         check_number("top_p", self.top_p, minimum=0, above=True, maximum=1, integer=False, optional=True, example=0.9)
+        check_number("min_p", self.min_p, minimum=0, maximum=1, integer=False, optional=True, example=0.05)
+        check_number("repetition_penalty", self.repetition_penalty, minimum=0, above=True, integer=False, example=1.1)
 
-    def probs(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """[..., v] filtered distribution, or None when greedy, where nobody needs it."""
-        return None if self.temperature == 0 else next_token_probs(logits, self.temperature, self.top_k, self.top_p)
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
 
-    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One token of logits [b, v] -> tokens [b], and the distribution it came from (None when greedy)."""
-        probs = self.probs(logits)
-        return (logits.argmax(-1) if probs is None else draw(probs, self.rng)), probs
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens so far count, so that `seen` is needed."""
+        return self.repetition_penalty != 1
 
-    def accept(
-        self, drafted: torch.Tensor, q: list[torch.Tensor | None], logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which drafted tokens stand; see `accept_greedy`. q holds the [b, v] distribution of each drafted token."""
-        if self.temperature == 0:
-            return accept_greedy(drafted, logits)
-        p = self.probs(logits)
-        return accept_sampled(drafted, torch.stack(q, 1) if q else p[:, :0], p, self.rng)
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """What to choose by: penalised logits when greedy, else the filtered distribution; [..., v] -> [..., v]."""
+        if seen is not None:
+            logits = penalise(logits, seen, self.repetition_penalty)
+        if self.greedy:
+            return logits
+        return next_token_probs(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+        """Exp(1) draws for so many tokens, None when greedy."""
+        return None if self.greedy else exponentials(shape, device, self.rng)
+
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+        """U(0, 1) draws, None when greedy."""
+        return None if self.greedy else torch.rand(shape, device=device, generator=self.rng)

@@ -1,0 +1,206 @@
+"""What the next round does, learned from the rounds so far: which exit drafts, when a draft stops, when to look up.
+
+All of it is lossless: it decides how much is drafted and by whom, never what is accepted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from layerskip_recipes.checks import check_number
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to do a round.
+
+    Args:
+        kind: "fixed" drafts num_speculations tokens, "adaptive" stops by confidence, "lookup" drafts from the text.
+        exit_layer: E.
+    """
+
+    kind: str
+    exit_layer: int
+
+
+@dataclass
+class _Record:
+    rounds: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Chooser:
+    """Which of several arms gives most tokens per second: each is tried, then the best runs, the others now and then.
+
+    Args:
+        trial: rounds of each arm before any choice.
+        again: every so many rounds another arm has one round, so that a change in the text is noticed.
+        memory: rounds after which what was measured has lost two thirds of its weight.
+    """
+
+    def __init__(self, trial: int = 4, again: int = 32, memory: float = 64.0) -> None:
+        self.trial, self.again, self.memory = trial, again, memory
+        self.records: dict[Arm, _Record] = {}
+        self.rounds = 0
+
+    def pick(self, arms: Sequence[Arm]) -> Arm:
+        """One of the arms that the next round may use."""
+        if len(arms) == 1:
+            return arms[0]
+        self.rounds += 1
+        records = [self.records.setdefault(arm, _Record()) for arm in arms]
+        fewest = min(range(len(arms)), key=lambda i: records[i].rounds)
+        if records[fewest].rounds < self.trial or self.rounds % self.again == 0:
+            return arms[fewest]
+        return arms[max(range(len(arms)), key=lambda i: records[i].rate)]
+
+    def learn(self, arm: Arm, tokens: int, seconds: float) -> None:
+        """A round of this arm gave so many tokens in so many seconds."""
+        record = self.records.setdefault(arm, _Record())
+        keep = 1 - 1 / self.memory
+        record.rounds += 1
+        record.tokens = record.tokens * keep + tokens
+        record.seconds = record.seconds * keep + seconds
+
+    def rate(self, arm: Arm) -> float:
+        """Tokens per second of an arm, 0 if it never ran."""
+        return self.records.get(arm, _Record()).rate
+
+
+@dataclass
+class DraftLength:
+    """When a draft stops: below a fixed confidence, or when one more token costs more than it brings.
+
+    With "auto" the confidence (the draft's probability of its token) is calibrated by what was accepted: a bin of
+    confidences has the acceptance seen in it. One more drafted token brings P(all so far stand) * acceptance tokens
+    and costs one draft step; drafting goes on while that is a better rate than the rounds have on the whole, which is
+    the stopping rule that maximises the rate. If confidence says nothing, all bins agree and the length is a fixed one.
+
+    Args:
+        threshold: in [0, 1], or "auto".
+
+    Raises:
+        ValueError: if it is neither.
+    """
+
+    threshold: float | str
+    bins: int = 12
+    drafted: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+    step_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        self.drafted, self.accepted = [0.0] * self.bins, [0.0] * self.bins
+
+    def go_on(self, confidences: Sequence[Sequence[float]], rate: float) -> bool:
+        """Whether to draft one token more.
+
+        Args:
+            confidences: for each row that still runs, those of its drafted tokens so far.
+            rate: tokens per second of such rounds on the whole, 0 if not known yet.
+        """
+        if self.threshold != "auto":
+            return any(row[-1] >= self.threshold for row in confidences)
+        gain = 0.0
+        for row in confidences:
+            stands = 1.0
+            for confidence in row:
+                stands *= self.acceptance(confidence)
+            gain += stands * self.mean
+        return gain >= rate * self.step_seconds
+
+    def acceptance(self, confidence: float) -> float:
+        """Of drafts of such a confidence, the share that was accepted; the mean counts as a few observations."""
+        at, prior = self._bin(confidence), 4.0
+        return (self.accepted[at] + prior * self.mean) / (self.drafted[at] + prior)
+
+    @property
+    def mean(self) -> float:
+        """Share of all drafts that was accepted, starting at 0.7."""
+        return (sum(self.accepted) + 1.4) / (sum(self.drafted) + 2)
+
+    def learn(self, confidences: Sequence[float], accepted: int) -> None:
+        """A row's drafts, of which the first `accepted` stood; what follows the first rejection says nothing."""
+        for i, confidence in enumerate(confidences[: accepted + 1]):
+            self.drafted[self._bin(confidence)] += 1
+            self.accepted[self._bin(confidence)] += i < accepted
+
+    def timed(self, seconds: float) -> None:
+        """A draft step took so long."""
+        self.step_seconds = seconds if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * seconds
+
+    def _bin(self, confidence: float) -> int:
+        return min(int(confidence * self.bins), self.bins - 1)
+
+
+def check_threshold(threshold: float | str | None, key: str = "threshold") -> float | str | None:
+    """Raises a ValueError unless it is None, "auto", or a number in [0, 1]."""
+    if threshold is None or threshold == "auto":
+        return threshold
+    if isinstance(threshold, str):
+        raise ValueError(f"{key}: {threshold!r} is no threshold. Allowed: auto, or a number in [0, 1]; {key}=auto")
+    check_number(key, threshold, minimum=0, maximum=1, integer=False, example=0.4)
+    return threshold
+
+
+class LookUp:
+    """Drafts from the text itself: what followed the last earlier place with the same last `ngram` tokens.
+
+    Prompt look-up decoding (Saxena, 2023): summaries and edits repeat their prompt.
+
+    Args:
+        ngram: tokens that have to agree, 1 or more.
+    """
+
+    def __init__(self, ngram: int) -> None:
+        self.ngram = ngram
+        self.tokens: list[int] = []
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its last place stands
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """More text."""
+        for token in tokens:
+            # Entered once something follows, so that the end of the text never finds itself.
+            if len(self.tokens) >= self.ngram:
+                self.after[tuple(self.tokens[-self.ngram :])] = len(self.tokens)
+            self.tokens.append(token)
+
+    def find(self, count: int) -> list[int]:
+        """`count` tokens that may follow, or [] if the end of the text is new."""
+        at = self.after.get(tuple(self.tokens[-self.ngram :]))
+        if at is None:
+            return []
+        found = self.tokens[at : at + count]
+        # A repetition shorter than the draft goes on repeating.
+        return [found[i % len(found)] for i in range(count)]
+
+
+class Policy:
+    """The choices of one speculation, kept over several generations so that what was learned stays.
+
+    Args:
+        exits: the exits that may draft; several: the best is found by measuring.
+        threshold: see `DraftLength`; None drafts a fixed number of tokens.
+        lookup: whether rounds may draft from the text.
+    """
+
+    def __init__(self, exits: Sequence[int], threshold: float | str | None = None, lookup: bool = False) -> None:
+        kinds = {None: ("fixed",), "auto": ("fixed", "adaptive")}.get(check_threshold(threshold), ("adaptive",))
+        self.arms = [Arm(kind, exit_layer) for exit_layer in exits for kind in kinds]
+        self.lookup = Arm("lookup", exits[0]) if lookup else None
+        self.chooser = Chooser()
+        self.lengths = {e: DraftLength("auto" if threshold is None else threshold) for e in exits}
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether there is anything to learn."""
+        return len(self.arms) > 1 or self.lookup is not None or self.arms[0].kind == "adaptive"
+
+    def pick(self, found: bool) -> Arm:
+        """How to do the next round; `found`: the text has drafts to offer."""
+        return self.chooser.pick([*self.arms, self.lookup] if found and self.lookup else self.arms)

@@ -1,0 +1,97 @@
+"""Compiled decoding steps: each kind of step is one graph, kept with the model for later calls.
+
+Guards are left out: the key of a graph names all that it depends on (rows, cache length, exit, tree, sampler), so a
+call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees is dynamic, one
+graph for all of them; on a GPU steps are CUDA graphs, whose lengths are rounded to powers of two.
+"""
+
+import time
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torchtune import utils
+
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.kv_cache import DecodingCache
+
+log = utils.get_logger("INFO")
+
+
+def rounded(length: int, device: torch.device, least: int = 256) -> int:
+    """A length that few graphs serve: a power of two on a GPU, at least `least`; elsewhere lengths are dynamic."""
+    if device.type == "cuda":
+        return max(least, 1 << (length - 1).bit_length())
+    return -(-length // 64) * 64
+
+
+class CompiledSteps:
+    """The graphs of one model, by what they depend on.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.graphs: dict[Hashable, Callable] = {}
+        self.failed = False
+        self.seconds = 0.0
+        self._cache: DecodingCache | None = None
+
+    def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
+        """A cache of at least max_len slots: the last one again if it is large enough, since graphs know its size."""
+        if self._cache is None or self._cache.rows != rows or self._cache.max_len < max_len:
+            self._cache = DecodingCache(model, rows, max_len, self.device)
+        self._cache.tokens = [[] for _ in range(rows)]
+        return self._cache
+
+    def __call__(self, key: Hashable, step: Callable, slots: torch.Tensor, *args: Any) -> Any:
+        """step(*args) by its graph, made at the first call; `seconds` counts what the first calls took.
+
+        Args:
+            key: all that the graph depends on but the values in tensors and the length of slots.
+            step: a bound method of `Steps`.
+            slots: one of args, whose length is dynamic.
+            args: of the step.
+        """
+        if self.failed:
+            return step(*args)
+        if self.device.type == "cuda":
+            key = (key, slots.shape[0])
+        graph = self.graphs.get(key)
+        if graph is not None:
+            return graph(step.__self__, *args)
+        started = time.perf_counter()
+        if self.device.type != "cuda":
+            torch._dynamo.mark_dynamic(slots, 0)
+        graph = _compiled(step.__func__, len(self.graphs), self.device)
+        try:
+            out = graph(step.__self__, *args)
+        except Exception as e:
+            # Nothing ran yet: compilation comes first. A machine without a C++ compiler ends here.
+            self.failed = True
+            log.warning("compile: not possible here, going on without (%s)", str(e).strip().splitlines()[0][:200])
+            return step(*args)
+        self.graphs[key] = graph
+        self.seconds += time.perf_counter() - started
+        return out
+
+
+def _compiled(function: Callable, number: int, device: torch.device) -> Callable:
+    """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        options["triton.cudagraphs"] = True
+    elif device.type == "cpu":
+        options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    # Older versions of torch do not know all of them, and are a little slower.
+    known = [*torch._inductor.list_options(), "guard_filter_fn"]
+    options = {name: value for name, value in options.items() if name in known}
+    return torch.compile(copy, fullgraph=True, options=options)

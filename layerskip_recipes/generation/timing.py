@@ -1,0 +1,72 @@
+"""Clocks and bytes: how long the phases of a round take on the device, and what a step reads from memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.kv_cache import DecodingCache
+
+
+class Clock:
+    """Times of phases; on a GPU by events, which are read at the end, so that no phase waits for the device.
+
+    Args:
+        device: where they run.
+        compile_s: seconds that compilation took so far, which count in no phase.
+    """
+
+    def __init__(self, device: torch.device, compile_s: Callable[[], float]) -> None:
+        self.compile_s = compile_s
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = [] if device.type == "cuda" else None
+        self.seconds = {"draft": 0.0, "verify": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to the phase."""
+        if self.events is None:
+            started, compiled = time.perf_counter(), self.compile_s()
+            yield
+            self.seconds[name] += time.perf_counter() - started - (self.compile_s() - compiled)
+            return
+        compiled = self.compile_s()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        if self.compile_s() == compiled:
+            self.events.append((name, begin, end))
+
+    def read(self, stats: GenerationStats) -> None:
+        """Add all phases so far to the statistics."""
+        if self.events:
+            torch.cuda.synchronize()
+            for name, begin, end in self.events:
+                self.seconds[name] += begin.elapsed_time(end) / 1000
+            self.events.clear()
+        stats.draft_s, stats.verify_s = self.seconds["draft"], self.seconds["verify"]
+
+
+def bytes_of(model: LayerSkipDecoder, cache: DecodingCache) -> tuple[int, int, int]:
+    """Bytes of a layer's weights, of the head's, and of one slot of a layer's cache in all rows."""
+    layer = sum(p.numel() * p.element_size() for p in model.layers[0].parameters())
+    embedding = model.tok_embeddings.weight
+    head = embedding.numel() * embedding.element_size()
+    first = cache.layers[0]
+    slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
+    return layer, head, slot
+
+
+@torch.inference_mode()
+def memory_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 5) -> float:
+    """Bytes per second that the device reads: the best of a few sums over a large tensor."""
+    data = torch.ones(megabytes * 2**18, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float(data.sum())
+        best = min(best, time.perf_counter() - started)
+    return data.numel() * data.element_size() / best

@@ -1,0 +1,383 @@
+"""Generation on two processes (torchrun, gloo) gives the tokens of one; sharded, tensor-parallel, both.
+
+This file is also the worker: `torchrun test_distributed_generate.py WHAT FOLDER` runs one of WORKERS on each rank.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from configs import generate_config, make_checkpoint
+from conftest import FAMILIES, SIZE, make_tiny
+from omegaconf import OmegaConf
+from torch.distributed.tensor import DTensor
+from torchtune.models.llama3 import base_llama_tp_plan
+
+from layerskip_recipes import distributed, layerskip_decoder
+from layerskip_recipes.checkpoint import load_decoder
+from layerskip_recipes.checks import check_number
+from layerskip_recipes.config import load_config, main_of
+from layerskip_recipes.generation import generate
+
+CPU = torch.device("cpu")
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
+L, E, NEW = 6, 2, 10
+MODES = {"speculative": {"exit_layer": E, "num_speculations": 3}, "autoregressive": {}, "early": {"exit_layer": E}}
+GRID_MODES = ("speculative", "autoregressive")
+# kept_layers, T
+SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
+FAMILIES_HERE = ["llama3", "qwen2_tied"]  # qwen2: with biases
+
+
+def run(model, prompts=PROMPTS, new=NEW, **mode):
+    return generate(model, prompts, new, **mode)
+
+
+def sampled(model):
+    return run(model, **MODES["speculative"], temperature=1.0, rng=torch.Generator().manual_seed(1)).tokens.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def split(family, kept, dim, weights=None):
+    """A tiny model over all ranks, whose weights rank 0 alone has."""
+    state = (weights or make_tiny(family).state_dict()) if distributed.is_rank_zero() else {}
+    with torch.device("meta"):
+        model = layerskip_decoder(FAMILIES[family]())
+    return distributed.shard_decoder(model, state, CPU, torch.float32, kept, dim, base_llama_tp_plan())
+
+
+def full_weights(model):
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
+
+
+def walks(model):
+    """Logits of the whole walk, of two partial ones, and of layers called directly; outside of inference mode too."""
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        half = model(tokens, exit_layer=4, unembed=False)
+        direct = model.tok_embeddings(tokens)
+        for layer in model.layers:
+            direct = layer(direct)
+        results = [model(tokens), model(hidden=half, start_layer=4), model.unembed(direct)]
+    return [result.tolist() for result in results]
+
+
+def decode_worker(folder):
+    """Tokens, counts and walks of every split."""
+    result = {}
+    for family in FAMILIES_HERE:
+        for how, (kept, dim) in SPLITS.items():
+            model = split(family, kept, dim)
+            for mode, arguments in MODES.items():
+                result[f"{family}/{how}/{mode}"] = run(model, **arguments).tokens.tolist()
+            result[f"{family}/{how}/walks"] = walks(model)
+            result[f"{family}/{how}/sampled"] = sampled(model)
+            if how == "draft_whole":
+                full = full_weights(model)
+                local = {n: p.to_local() for n, p in model.named_parameters() if isinstance(p, DTensor)}
+                result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
+    for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
+        model = split("llama3", *SPLITS[how])
+        with distributed.CountedCollectives() as counted:
+            out = run(model, PROMPTS[0], **MODES[mode])
+        result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens]
+    result["agreed"] = distributed.agree(torch.tensor([5, dist.get_rank()])).tolist()
+    return result
+
+
+def load_worker(folder):
+    """load_sharded_decoder, in bf16 from fp32 files, against load_decoder."""
+    cfg = load_config(str(folder / "generate.yaml"))
+    whole = load_decoder(cfg, CPU, torch.bfloat16)
+    if dist.get_rank() == 1:
+        distributed.read_weights = None  # not to be called
+    model = distributed.load_sharded_decoder(cfg, CPU, torch.bfloat16, kept_layers=2)
+    full = full_weights(model)
+    buffers = dict(model.named_buffers())
+    arguments = {"exit_layer": 2, "num_speculations": 3}
+    return {
+        "weights": full.keys() == whole.state_dict().keys()
+        and all(torch.equal(full[n], p) and full[n].dtype == torch.bfloat16 for n, p in whole.state_dict().items()),
+        "buffers": len(buffers) > 0 and all(torch.equal(buffers[n], b) for n, b in whole.named_buffers()),
+        "training": model.training,
+        "tokens": run(model, **arguments).tokens.tolist() == run(whole, **arguments).tokens.tolist(),
+    }
+
+
+def fail_worker(folder):
+    """A user's mistake that only rank 1 meets, while rank 0 waits for it."""
+    if dist.get_rank() == 1:
+        check_number("temperature", -1, minimum=0)
+    distributed.agree(torch.zeros(1))
+
+
+def fail_load_worker(folder):
+    """A checkpoint of another model, which rank 0 alone sees."""
+    cfg = load_config(str(folder / "generate.yaml"), ["model.num_layers=3"])
+    distributed.load_sharded_decoder(cfg, CPU, torch.float32)
+
+
+WORKERS = {f.__name__.removesuffix("_worker"): f for f in (decode_worker, load_worker, fail_worker, fail_load_worker)}
+
+
+def grid(folder):
+    """2 x 2 ranks: sharded tensor-parallel layers. The ranks are threads of this process, with gloo between them."""
+    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
+
+    SIZE["intermediate_dim"] = 66  # 33 on each of the two tensor-parallel ranks, which cannot be halved again
+    weights = make_tiny("qwen2_tied").state_dict()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _install_threaded_pg()
+    store = dist.HashStore()
+
+    def rank(number):
+        try:
+            dist.init_process_group("gloo", rank=number, world_size=4, store=store)
+            model = split("qwen2_tied", E, 2, weights)
+            full = full_weights(model)
+            result = {mode: run(model, new=4, **MODES[mode]).tokens.tolist() for mode in GRID_MODES}
+            result["weights"] = all(torch.equal(full[name], value) for name, value in weights.items())
+            result["halved"] = [
+                model.layers[E].mlp.w1.weight.to_local().shape[0],
+                full["layers.2.mlp.w1.weight"].shape[0],
+            ]
+            (folder / f"rank{number}.json").write_text(json.dumps(result))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the other ranks would wait
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+
+def start(what, folder, *launcher, timeout=180):
+    """Run a worker; returns the finished process, its seconds and what each rank wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, what, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    written = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+    return done, time.perf_counter() - started, written
+
+
+def two_processes(what, folder):
+    return start(what, folder, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    """What both ranks of decode_worker have."""
+    done, _, ranks = two_processes("decode", tmp_path_factory.mktemp("decode"))
+    assert done.returncode == 0, done.stderr
+    assert len(ranks) == 2
+    return ranks
+
+
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_the_tokens_of_one_process(decoded, family, how):
+    alone = layerskip_decoder(make_tiny(family))
+    for rank in decoded:
+        for mode, arguments in MODES.items():
+            assert rank[f"{family}/{how}/{mode}"] == run(alone, **arguments).tokens.tolist()
+        assert rank[f"{family}/{how}/speculative"] == rank[f"{family}/{how}/autoregressive"]
+
+
+@pytest.mark.parametrize("how", SPLITS)
+def test_sampled_tokens_of_one_process(decoded, how):
+    for family in FAMILIES_HERE:
+        alone = sampled(layerskip_decoder(make_tiny(family)))
+        assert all(rank[f"{family}/{how}/sampled"] == alone for rank in decoded)
+
+
+@pytest.mark.parametrize("how", SPLITS)
+def test_walks_in_parts_and_layers_called_directly(decoded, how):
+    for family in FAMILIES_HERE:
+        whole = walks(layerskip_decoder(make_tiny(family)))[0]
+        for rank in decoded:
+            for logits in rank[f"{family}/{how}/walks"]:
+                # Tensor parallelism adds up the parts of a sum in another order.
+                tolerance = 1e-3 if how == "tensor_parallel" else 0
+                torch.testing.assert_close(torch.tensor(logits), torch.tensor(whole), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES_HERE)
+def test_each_rank_has_half_of_the_late_layers(decoded, family):
+    names = [name for name, _ in make_tiny(family).named_parameters()]
+    late = [name for name in names if name.startswith("layers.") and int(name.split(".")[1]) >= E]
+    assert len(late) == len([n for n in names if n.startswith("layers.")]) * (L - E) / L
+    assert all(rank[f"{family}/halved"] == late for rank in decoded)
+
+
+def test_collectives_per_token(decoded):
+    """A verification gathers each late layer once, and so does the prompt; a draft gathers nothing."""
+    for rank in decoded:
+        counts, rounds, tokens = rank["count/speculative"]
+        plain, _, plain_tokens = rank["count/autoregressive"]
+        assert counts == {"all_gather": (1 + rounds) * (L - E)}
+        assert plain == {"all_gather": plain_tokens * L}
+        assert tokens == plain_tokens == NEW
+        assert counts["all_gather"] / tokens < plain["all_gather"] / plain_tokens
+
+
+def test_agree(decoded):
+    assert [rank["agreed"] for rank in decoded] == [[5, 0], [5, 0]]
+    alone = torch.tensor([5, 1])
+    assert distributed.agree(alone) is alone
+
+
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory, tokenizer_folder):
+    """A folder with a checkpoint and generate.yaml."""
+    folder = tmp_path_factory.mktemp("load")
+    generate_config(folder, make_checkpoint(folder / "checkpoint", tokenizer_folder))
+    return folder
+
+
+def test_only_rank_zero_reads_the_checkpoint(config_folder):
+    done, _, ranks = two_processes("load", config_folder)
+    assert done.returncode == 0, done.stderr
+    assert ranks == [{"weights": True, "buffers": True, "training": False, "tokens": True}] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("fail", "ValueError: temperature: -1 "), ("fail_load", "ValueError: checkpointer: the checkpoint is not this")],
+)
+def test_an_error_on_one_rank_ends_both(config_folder, what, message):
+    """Rank 0 waits for rank 1, or rank 1 for rank 0; without torchrun's help for an hour."""
+    done, seconds, _ = two_processes(what, config_folder)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert seconds < 60  # 8 s on two busy cores, most of it the imports
+
+
+def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):
+    done, _, ranks = start("grid", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(ranks) == 4 and all(rank["weights"] for rank in ranks)
+    assert [rank["halved"] for rank in ranks] == [[17, 66], [17, 66], [16, 66], [16, 66]]
+    monkeypatch.setitem(SIZE, "intermediate_dim", 66)
+    alone = layerskip_decoder(make_tiny("qwen2_tied"))
+    for mode in GRID_MODES:
+        assert all(rank[mode] == run(alone, new=4, **MODES[mode]).tokens.tolist() for rank in ranks)
+
+
+PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "dim"),
+    [
+        (1, {}, 1),
+        (1, {"tensor_parallel_plan": PLAN}, 1),
+        (3, {}, 1),
+        (2, {"tensor_parallel_plan": PLAN}, 2),
+        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}, 1),
+        (4, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, 2),
+    ],
+)
+def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert distributed.check_processes(OmegaConf.create(keys), make_tiny("llama3")) == dim
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "message"),
+    [
+        (2, {"tensor_parallel_dim": 2}, "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: a comp"),
+        (2, {"tensor_parallel_dim": 0}, "tensor_parallel_dim: 0 is not allowed. Allowed: an integer of 1 or more"),
+        (2, {"tensor_parallel_dim": "2"}, "tensor_parallel_dim: '2' is not allowed. Allowed: an integer of 1 or more"),
+        (
+            3,
+            {"tensor_parallel_dim": 2},
+            "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; for example ",
+        ),
+        (
+            1,
+            {"tensor_parallel_dim": 2},
+            "tensor_parallel_dim: 2 does not divide processes, 1. Allowed: 1; for example ",
+        ),
+        (
+            8,
+            {"tensor_parallel_dim": 8},
+            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; for ",
+        ),
+        (
+            8,
+            {"tensor_parallel_dim": 4},
+            "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; ",
+        ),
+        (
+            8,
+            {"tensor_parallel_plan": PLAN},
+            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2;",
+        ),
+        (2, {"tensor_parallel_plan": {"_component_": "builtins.dict", "a": 1}}, "tensor_parallel_plan: builtins.dict "),
+        (2, {"quantizer": {"_component_": "builtins.dict"}}, "quantizer: {'_component_': 'builtins.dict'} with 2 proc"),
+        (2, {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); for exam"),
+    ],
+)
+def test_refused(processes, keys, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError) as error:
+        distributed.check_processes(OmegaConf.create(keys), make_tiny("llama3"))
+    assert str(error.value).startswith(message)
+    assert "; for example " in str(error.value)
+
+
+def test_an_attention_that_torchtune_cannot_split(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^tensor_parallel_dim: 2 cannot split a Gemma2Attention\. Allowed: 1; for "):
+        distributed.check_processes(OmegaConf.create({"tensor_parallel_plan": PLAN}), make_tiny("gemma2"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for key, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^nproc_per_node: 2 processes for 1 GPUs\. Allowed: 1\.\.1; for example "):
+        distributed.init_processes("cuda")
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.init_processes("cpu") == 0 and not dist.is_initialized()
+    assert distributed.is_rank_zero()
+    distributed.end_processes()
+
+
+def work(what, folder):
+    number = distributed.init_processes("cpu")
+    result = WORKERS[what](folder)
+    (folder / f"rank{number}.json").write_text(json.dumps(result))
+    distributed.end_processes()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1], Path(sys.argv[2])
+    if arguments[0] == "grid":
+        grid(arguments[1])
+    else:
+        main_of(lambda: work(*arguments))
