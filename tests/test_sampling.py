@@ -127,19 +127,6 @@ def test_draw_has_the_distribution_and_repeats():
     assert torch.equal(tokens, draw(p.expand(N, V), rng(4)))
 
 
-def test_choose():
-    logits = torch.randn(N, V, generator=rng(5))[:1].expand(N, V)
-    tokens, probs = Sampler().choose(logits)
-    assert probs is None and torch.equal(tokens, logits.argmax(-1))
-    tokens, probs = Sampler(0.7, 4, 0.95, rng(6)).choose(logits)
-    expected = torch.tensor(filtered(logits[0].tolist(), 0.7, 4, 0.95))
-    torch.testing.assert_close(probs[0], expected)
-    assert p_value(tokens, expected) > 1e-3
-
-
-# ---- acceptance ----
-
-
 def test_accept_greedy():
     """Against a loop over drafts of a small alphabet, so that every length occurs."""
     n = 4

@@ -320,7 +320,7 @@ class Generation:
         return self.compiled(key, step, slots, *args)
 
     def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slot of each row's last token [b], and the slots that attention sees when count tokens stand from there."""
+        """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""
         starts = [len(p) + len(g) - 1 for p, g in zip(self.prompts, self.generated, strict=True)]
         end = max(starts) + count
         if self.compiled is not None:
@@ -435,7 +435,8 @@ def generate(
         pad_id: fills the output.
         rng: on the model's device, for reproducible sampling.
         compile: compile the steps; the graphs are kept with the model for later calls.
-        **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter: see `Speculation`.
+        **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
+            `Speculation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.
