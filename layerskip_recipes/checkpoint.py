@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
+from torchao.quantization import quantize_
 from torchtune import config, training
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
@@ -336,5 +337,28 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
     check_state_dict(model, state)
     model.load_state_dict(state)
     if quantizer is not None:
-        model = quantizer.quantize(model)
+        model = quantise(model, cfg.quantizer, "quantizer")
     return model.eval()
+
+
+def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.nn.Module:
+    """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
+
+    Args:
+        module: in place, where the quantiser works in place.
+        quantizer: a component, such as {_component_: torchao.quantization.Int8WeightOnlyConfig}.
+        key: its name, for messages.
+
+    Raises:
+        ValueError: if it fails on this device, with its own words.
+    """
+    how = build(quantizer, key)
+    device = next(module.parameters()).device
+    try:
+        if hasattr(how, "quantize"):
+            module = how.quantize(module)
+        else:
+            quantize_(module, how)
+    except Exception as e:  # torchao's kernels fail in many ways
+        raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
+    return module

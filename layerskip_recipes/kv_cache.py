@@ -6,12 +6,13 @@ part only. Draft and verification share it: each layer is written by whichever p
 a draft tree have slots of their own behind the text; `move` brings an accepted path to where its text belongs.
 """
 
+import os
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import MultiHeadAttention
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 
@@ -167,6 +168,28 @@ def cached_attention(
 def is_plain_attention(layer: nn.Module) -> bool:
     """Whether a layer has torchtune's own attention, into which `cached_attention` fits."""
     return type(layer.attn) is MultiHeadAttention
+
+
+def check_cache_fits(
+    model: TransformerDecoder, rows: int, length: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises a ValueError if the caches of so many rows and positions are larger than the device's free memory."""
+    attn = model.layers[0].attn
+    heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
+    row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if rows * row > free:
+        fits = int(free // row)
+        example = f"for example batch_size={fits}" if fits else "fewer max_new_tokens"
+        raise ValueError(
+            f"batch_size: the caches of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, and "
+            f"there are {free / 2**30:.1f}. Allowed here: up to {fits}; {example}"
+        )
 
 
 def _take_over(layer: nn.Module, cache: LayerCache) -> dict[str, object]:

@@ -17,6 +17,7 @@ from layerskip_recipes import generate
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
+from layerskip_recipes.recipes.stream import TextStream
 
 MODES = {
     "autoregressive": ["self_speculation=null"],
@@ -92,7 +93,8 @@ def test_seeds_make_sampling_reproducible(path, mode, capsys):
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, stream):
     recipe, _ = run(path, "self_speculation=null", "stream=false")
-    whole = recipe._text(generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24).tokens[0].tolist())
+    stream_of = TextStream(recipe.tokenizer, recipe.stop_tokens)
+    whole = stream_of.text(generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24).tokens[0].tolist())
     whole = whole[len("def main(") :]
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     expected = whole[: whole.index(stop)]

@@ -1,26 +1,39 @@
 """`tune run layerskip_generate`: from prompts to text, autoregressive, early exit or self-speculative. Wiring only.
 
-The decoding lives in `generation/`; here are prompts, streaming, stop strings, the comparison and the report.
+The decoding lives in `generation/`; here are batches, streaming, chat, the comparison, several processes.
 """
 
 import json
-import resource
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
+from torchtune.data import Message
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.checks import check_choice
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
-from layerskip_recipes.generation import Generation, GenerationStats, is_looping
-from layerskip_recipes.generation.engine import check_lengths, check_num_speculations
+from layerskip_recipes.distributed import (
+    agree,
+    check_processes,
+    end_processes,
+    init_processes,
+    is_rank_zero,
+    load_sharded_decoder,
+    num_processes,
+)
+from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
+from layerskip_recipes.generation.speculation import check_lengths
+from layerskip_recipes.kv_cache import check_cache_fits
+from layerskip_recipes.recipes.decoding import build_speculation, check_speculation
+from layerskip_recipes.recipes.prompts import INTERACTIVE, read_prompts, to_tokens
+from layerskip_recipes.recipes.report import Totals, make_report, print_report
+from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.settings import (
     COMMON,
     anything,
@@ -28,11 +41,11 @@ from layerskip_recipes.settings import (
     build_on_meta,
     check_device,
     check_dtype,
-    check_one_process,
     check_section,
     check_settings,
     check_vocabulary,
     component,
+    flag,
     list_of,
     number,
     one_of,
@@ -47,31 +60,29 @@ SETTINGS = COMMON | {
     "prompt": anything,
     "prompts": component(optional=True),
     "prompt_file": text("prompts.jsonl"),
+    "system_prompt": text("Answer briefly."),
+    "output_file": text("answers.jsonl"),
+    "batch_size": number(minimum=1, example=8),
     "max_new_tokens": number(minimum=1, example=128),
     "temperature": anything,
     "top_k": anything,
     "top_p": anything,
+    "min_p": anything,
+    "repetition_penalty": anything,
     "stop_tokens": list_of(int, "[2]"),
     "stop_strings": list_of(str, "[END]"),
-    "stream": one_of(True, False),
+    "stream": one_of(True, False, "draft"),
     "exit_layer": anything,
     "self_speculation": anything,
     "benchmark": anything,
+    "compile": flag,
     "enable_kv_cache": one_of(True, None),
+    "tensor_parallel_plan": component(optional=True),
+    "tensor_parallel_dim": number(minimum=1, example=2),
     "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
 }
 REQUIRED = ()
-REFUSED = {
-    "tensor_parallel_plan": "this version generates on one device",
-    "tensor_parallel_dim": "this version generates on one device",
-    "compile": "this version does not compile the decoding steps",
-    "batch_size": "prompts are generated one after the other",
-}
-
-
-def self_speculation(exit_layer: int, num_speculations: int) -> dict[str, int]:
-    """The `self_speculation` section: the exit that drafts (1..L) and the tokens it drafts per round."""
-    return {"exit_layer": exit_layer, "num_speculations": num_speculations}
+REFUSED: dict[str, str] = {}
 
 
 def benchmark(compare: bool = False) -> bool:
@@ -80,27 +91,17 @@ def benchmark(compare: bool = False) -> bool:
     return compare
 
 
-def decoding_mode(cfg: DictConfig) -> dict[str, int | None]:
-    """exit_layer and num_speculations of the engine, from `exit_layer` alone or the `self_speculation` section.
-
-    Raises:
-        ValueError: if both are set, or the section is incomplete.
-    """
-    if cfg.get("self_speculation") is None:
-        return {"exit_layer": cfg.get("exit_layer"), "num_speculations": None}
-    arguments = check_section(cfg.self_speculation, "self_speculation", self_speculation)
-    for key, example in (("exit_layer", 8), ("num_speculations", 6)):
-        if arguments.get(key) is None:
-            raise ValueError(
-                f"self_speculation.{key}: missing; for example self_speculation.{key}={example}. To take all tokens "
-                "from an early exit set exit_layer and self_speculation=null"
-            )
-    if cfg.get("exit_layer") is not None:
-        raise ValueError(
-            f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
-            f"exit_layer={cfg.exit_layer} self_speculation=null"
-        )
-    return self_speculation(**arguments)
+def make_sampler(cfg: DictConfig, rng: torch.Generator | None = None) -> Sampler:
+    """The sampler of a config; raises a ValueError for a setting out of range."""
+    penalty = cfg.get("repetition_penalty")
+    return Sampler(
+        cfg.get("temperature", 0.0),
+        cfg.get("top_k"),
+        cfg.get("top_p"),
+        cfg.get("min_p"),
+        1.0 if penalty is None else penalty,
+        rng,
+    )
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -110,37 +111,41 @@ def check_config(cfg: DictConfig) -> None:
         ValueError: the key, what was given, what is allowed.
     """
     check_settings(cfg, SETTINGS, REFUSED)
-    Sampler(cfg.get("temperature", 0.0), cfg.get("top_k"), cfg.get("top_p"))
+    make_sampler(cfg)
     benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
     model = layerskip_decoder(build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
-    mode = decoding_mode(cfg)
-    prefix = "" if mode["num_speculations"] is None else "self_speculation."
-    if mode["exit_layer"] is not None:
-        model.check_exit(mode["exit_layer"], f"{prefix}exit_layer")
-    check_num_speculations(mode["num_speculations"], mode["exit_layer"], f"{prefix}num_speculations")
+    if cfg.get("self_speculation") is not None:
+        check_speculation(cfg.self_speculation, model)
+        if cfg.get("exit_layer") is not None:
+            raise ValueError(
+                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
+                f"exit_layer={cfg.exit_layer} self_speculation=null"
+            )
+    elif cfg.get("exit_layer") is not None:
+        model.check_exit(cfg.exit_layer)
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError(
-            'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
+            'prompt: missing. Give prompt="text", prompt.user="question", prompt=interactive, or prompt_file=FILE '
+            "(- reads stdin)"
         )
+    check_processes(cfg, model)
+    if num_processes() > 1:
+        _check_alone(cfg)
 
 
-@dataclass
-class Totals:
-    """What one way of decoding did over all prompts; the outputs that loop are counted apart."""
-
-    stats: GenerationStats = field(default_factory=GenerationStats)
-    straight: GenerationStats = field(default_factory=GenerationStats)
-    looping: int = 0
-    outputs: list[list[int]] = field(default_factory=list)
-
-    def add(self, tokens: list[int], stats: GenerationStats) -> None:
-        self.outputs.append(tokens)
-        self.stats = self.stats + stats
-        if is_looping(tokens):
-            self.looping += 1
-        else:
-            self.straight = self.straight + stats
+def _check_alone(cfg: DictConfig) -> None:
+    """Raises a ValueError for what works in one process only."""
+    quantizer = cfg.self_speculation.get("draft_quantizer") if cfg.get("self_speculation") is not None else None
+    alone = {
+        "compile": cfg.get("compile") or None,
+        "self_speculation.draft_quantizer": quantizer,
+        "prompt": INTERACTIVE if cfg.get("prompt") == INTERACTIVE else None,
+        "prompt_file": "-" if cfg.get("prompt_file") == "-" else None,
+    }
+    for key, value in alone.items():
+        if value is not None:
+            raise ValueError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")
 
 
 class LayerSkipGenerate:
@@ -162,179 +167,238 @@ class LayerSkipGenerate:
         ckpt.check_checkpoint_files(cfg)
         ckpt.require_weights(cfg)
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
-        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.max_new_tokens = cfg.get("max_new_tokens", 128)
+        self.batch_size = cfg.get("batch_size") or 1
         self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
-        self.mode = decoding_mode(cfg)
-        check_one_process()
-        model = build_on_meta(cfg)
+        model = layerskip_decoder(build_on_meta(cfg))
+        self.draft = None
+        if cfg.get("self_speculation") is not None:
+            self.draft = check_speculation(cfg.self_speculation, model)
+        self.exit_layer = cfg.get("exit_layer")
         self.tokenizer = build(cfg.tokenizer, "tokenizer")
         check_vocabulary(self.tokenizer, model)
-        self.prompts = read_prompts(cfg)
+        self.interactive = cfg.get("prompt") == INTERACTIVE and cfg.get("prompt_file") is None
+        self.prompts = [] if self.interactive else read_prompts(cfg)
         self.prompt_tokens = [to_tokens(prompt, self.tokenizer) for prompt in self.prompts]
-        lengths = [len(tokens) for tokens in self.prompt_tokens]
-        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+        if not self.interactive:
+            lengths = [len(tokens) for tokens in self.prompt_tokens]
+            check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+            rows = min(self.batch_size, len(lengths))
+            check_cache_fits(model, rows, max(lengths) + self.max_new_tokens, self.dtype, self.device)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.stop_strings = list(cfg.get("stop_strings") or [])
+        # Before the seed: processes that draw one share it.
+        init_processes(self.device.type)
+        if self.device.type == "cuda" and num_processes() > 1:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+        self.shows = is_rank_zero()
 
     def setup(self) -> None:
         """Load the model."""
-        config.log_config(recipe_name=type(self).__name__, cfg=self.cfg)
-        self.model = ckpt.load_decoder(self.cfg, self.device, self.dtype)
+        if self.shows:
+            config.log_config(recipe_name=type(self).__name__, cfg=self.cfg)
+        if num_processes() > 1:
+            exits = [self.exit_layer or 0] if self.draft is None else self.draft["exit_layer"]
+            kept = max(exits) if isinstance(exits, list) else exits
+            self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, kept)
+        else:
+            self.model = ckpt.load_decoder(self.cfg, self.device, self.dtype)
+        self.speculation = None
+        if self.draft is not None:
+            self.speculation = build_speculation(self.draft, self.model, self.tokenizer, self.prompt_tokens)
 
     def generate(self) -> dict[str, Any]:
-        """All prompts one after the other; with `benchmark.compare` each of them autoregressively first.
+        """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
+
+        Ctrl-C ends it with the report of what is done.
 
         Returns:
             The report that is also printed as the last line.
         """
-        autoregressive = {"exit_layer": None, "num_speculations": None}
-        if self.compare:
-            # Warm-up, not counted: the first steps of a process allocate and tune.
-            for mode in (autoregressive, self.mode):
-                self._run(0, mode, limit=min(8, self.max_new_tokens), show=False)
         ours, baseline = Totals(), Totals()
-        for i in range(len(self.prompts)):
-            if self.compare:
-                baseline.add(*self._run(i, autoregressive, self.max_new_tokens, show=False))
-            ours.add(*self._run(i, self.mode, self.max_new_tokens, show=True))
-        report = self._report(ours, baseline if self.compare else None)
-        _print_block(report)
-        print(json.dumps(report), flush=True)
-        return report
-
-    def _run(self, i: int, mode: dict[str, int | None], limit: int, show: bool) -> tuple[list[int], GenerationStats]:
-        """One prompt: its tokens up to a stop, and what it took."""
-        rng = torch.Generator(device=self.device).manual_seed(self.seed + i)
-        generation = Generation(
-            self.model,
-            [self.prompt_tokens[i]],
-            limit,
-            **mode,
-            sampler=Sampler(self.cfg.get("temperature", 0.0), self.cfg.get("top_k"), self.cfg.get("top_p"), rng),
-            stop_tokens=self.stop_tokens,
-        )
-        if show:
-            prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
-            print(f"\n--- prompt {i + 1} of {len(self.prompts)}\n{prompt}", end="\n>>> ", flush=True)
-        stream = show and self.cfg.get("stream", True)
-        shown = ""
-        for (new,) in generation:
-            stopped = self._cut_at_stop_string(generation.generated[0], len(new))
-            if stream:
-                shown += self._print_more(generation.generated[0], shown, last=stopped or generation.finished[0])
-            if stopped:
-                break
-        tokens = generation.generated[0]
-        generation.stats.tokens = len(tokens)
-        if show:
-            print("" if stream else self._text(tokens), flush=True)
-        return tokens, generation.stats
-
-    def _text(self, tokens: list[int]) -> str:
-        """The generated text without its stop token, cut before a stop string."""
-        if tokens and tokens[-1] in self.stop_tokens:
-            tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens)
-        return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
-
-    def _cut_at_stop_string(self, tokens: list[int], new: int) -> bool:
-        """Shorten `tokens` to the first prefix whose text holds a stop string; only the last `new` are in question."""
-        if not self.stop_strings or not any(s in self.tokenizer.decode(tokens) for s in self.stop_strings):
-            return False
-        for length in range(len(tokens) - new + 1, len(tokens) + 1):
-            text = self.tokenizer.decode(tokens[:length])
-            if any(s in text for s in self.stop_strings):
-                del tokens[length:]
-                return True
-        return False
-
-    def _print_more(self, tokens: list[int], shown: str, last: bool) -> str:
-        """Print what `tokens` add to the text already shown, but no unfinished character and no stop string's start."""
-        text = self._text(tokens)
-        if not last:
-            text = text.rstrip("�")
-            held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-            text = text[: len(text) - held]
-        more = text[len(shown) :]
-        print(more, end="", flush=True)
-        return more
-
-    def _report(self, ours: Totals, baseline: Totals | None) -> dict[str, Any]:
-        stats, straight = ours.stats, ours.straight
-        greedy = self.cfg.get("temperature", 0.0) == 0
+        try:
+            if self.interactive:
+                self._chat(ours)
+            else:
+                self._all_prompts(ours, baseline)
+        except KeyboardInterrupt:
+            log.warning("interrupted: %d of %d prompts are done", len(ours.outputs), len(self.prompts))
         report = {
-            **self.mode,
+            "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
+            "num_speculations": None if self.draft is None else self.draft["num_speculations"],
             "temperature": self.cfg.get("temperature", 0.0),
-            "prompts": len(self.prompts),
-            "tokens": stats.tokens,
-            "prefill_s": stats.prefill_s,
-            "decode_s": stats.decode_s,
-            "tokens_per_second": stats.tokens_per_second,
-            "drafted": stats.drafted,
-            "accepted": stats.accepted,
-            "acceptance_rate": stats.acceptance_rate,
-            "rounds": stats.rounds,
-            "accepted_per_round": stats.accepted / stats.rounds if stats.drafted else None,
-            "accepted_histogram": stats.accepted_histogram,
-            "looping_outputs": ours.looping,
-            "acceptance_rate_not_looping": straight.acceptance_rate,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "batch_size": self.batch_size,
+            "prompts": len(ours.outputs),
+            **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
         }
-        if baseline is not None:
-            report |= {
-                "baseline_tokens_per_second": baseline.stats.tokens_per_second,
-                "baseline_prefill_s": baseline.stats.prefill_s,
-                "baseline_decode_s": baseline.stats.decode_s,
-                "baseline_tokens": baseline.stats.tokens,
-                "speedup": _ratio(stats, baseline.stats),
-                "speedup_not_looping": _ratio(straight, baseline.straight),
-                # Two samplings differ by chance; only greedy outputs can be the same tokens.
-                "identical": ours.outputs == baseline.outputs if greedy else None,
-            }
+        if self.shows:
+            print_report(report)
+            print(json.dumps(report), flush=True)
         return report
 
+    def _all_prompts(self, ours: Totals, baseline: Totals) -> None:
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompt_tokens[i]))
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        if self.batch_size == 1:
+            batches = [[i] for i in range(len(self.prompts))]
+        if self.compare:
+            # Warm-up, not counted: the first steps of a process allocate, tune and compile.
+            for plain in (True, False):
+                self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
+        with Results(self) as results:
+            for batch in batches:
+                if self.compare:
+                    baseline.add(*self._run(batch, self.max_new_tokens, plain=True))
+                outputs, stats = self._run(batch, self.max_new_tokens, stream=len(batch) == 1)
+                ours.add(outputs, stats)
+                results.add(outputs)
 
-def _ratio(a: GenerationStats, b: GenerationStats) -> float | None:
-    fast, slow = a.tokens_per_second, b.tokens_per_second
-    return fast / slow if fast and slow else None
+    def _run(
+        self, batch: Sequence[int], limit: int, plain: bool = False, stream: bool = False
+    ) -> tuple[dict[int, list[int]], GenerationStats]:
+        """The prompts of a batch: the tokens of each up to a stop, and what it took; streams a single one."""
+        rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
+        prompts = [self.prompt_tokens[i] for i in batch]
+        texts = [TextStream(self.tokenizer, self.stop_tokens, self.stop_strings) for _ in batch]
+        shown = texts[0] if stream and self.shows else None
+        if shown is not None:
+            self._print_head(batch[0])
+        # The same room for all, so that compiled steps know one size.
+        room = max(map(len, self.prompt_tokens)) + self.max_new_tokens + 64 if self.cfg.get("compile") else None
+        generation = self._generation(prompts, limit, rng, plain, shown, reserve=room)
+        self._follow(generation, texts, shown)
+        if shown is not None:
+            print("" if self.cfg.get("stream", True) else shown.text(generation.generated[0]), flush=True)
+        return dict(zip(batch, generation.generated, strict=True)), generation.stats
 
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the device's allocator held; on a CPU the most this process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _print_block(report: dict[str, Any]) -> None:
-    """The report for people: one line a figure."""
-
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
-    print(f"tokens             {report['tokens']}")
-    print(f"prefill            {report['prefill_s']:.2f} s")
-    print(f"decode             {report['decode_s']:.2f} s, {show(report['tokens_per_second'], '.1f')} tokens/s")
-    print(
-        f"acceptance         {show(report['acceptance_rate'], '.2f')} ({report['accepted']} of {report['drafted']}), "
-        f"{show(report['accepted_per_round'], '.2f')} per round"
-    )
-    print(
-        f"looping outputs    {report['looping_outputs']} of {report['prompts']}; without them acceptance "
-        f"{show(report['acceptance_rate_not_looping'], '.2f')}"
-    )
-    print(f"peak memory        {report['peak_memory_bytes'] / 1e6:.0f} MB")
-    if "speedup" in report:
-        print(f"autoregressive     {show(report['baseline_tokens_per_second'], '.1f')} tokens/s")
-        print(
-            f"speed-up           {show(report['speedup'], '.2f')}x; without looping outputs "
-            f"{show(report['speedup_not_looping'], '.2f')}x"
+    def _generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        rng: torch.Generator,
+        plain: bool = False,
+        shown: TextStream | None = None,
+        **kwargs: Any,
+    ) -> Generation:
+        dim_drafts = shown is not None and self.cfg.get("stream") == "draft" and sys.stdout.isatty()
+        return Generation(
+            self.model,
+            prompts,
+            limit,
+            exit_layer=None if plain else self.exit_layer,
+            speculation=None if plain else self.speculation,
+            sampler=make_sampler(self.cfg, rng),
+            stop_tokens=self.stop_tokens,
+            compile=bool(self.cfg.get("compile")),
+            agree=agree if num_processes() > 1 else None,
+            on_draft=shown.show_draft if dim_drafts else None,
+            **kwargs,
         )
-        same = {True: "yes", False: "NO", None: "- (sampling)"}[report["identical"]]
-        print(f"identical output   {same}")
+
+    def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
+        """Run a generation to its end, ending rows at stop strings, printing the text of `shown`."""
+        for new in generation:
+            for row, output in enumerate(texts):
+                if new[row] and output.cut(generation.generated[row], len(new[row])):
+                    generation.finished[row] = True
+            if shown is not None and self.cfg.get("stream", True):
+                shown.show(generation.generated[0], last=generation.finished[0])
+        generation.stats.tokens = sum(map(len, generation.generated))
+
+    def _print_head(self, i: int) -> None:
+        prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
+        print(f"\n--- prompt {i + 1} of {len(self.prompts)}\n{prompt}", end="\n>>> ", flush=True)
+
+    # ---- chat ----
+
+    def _chat(self, ours: Totals) -> None:
+        """Questions from standard input, answers to standard output; the cache keeps the conversation so far."""
+        history = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.get("system_prompt") else []
+        cache = None
+        for turn, question in enumerate(_questions()):
+            history += [Message(role="user", content=question), Message(role="assistant", content="")]
+            tokens = to_tokens(history, self.tokenizer)
+            try:
+                check_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens")
+            except ValueError as e:
+                log.warning("the conversation is over: %s", e)
+                return
+            rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
+            answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
+            # Twice what this turn needs: a new cache would have to read the conversation anew.
+            reserve = max(1024, 2 * (len(tokens) + self.max_new_tokens))
+            generation = self._generation(
+                [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
+            )
+            try:
+                self._follow(generation, [answer], answer)
+            except KeyboardInterrupt:
+                log.warning("interrupted")
+            cache = generation.cache
+            print("" if self.cfg.get("stream", True) else answer.text(generation.generated[0]), flush=True)
+            history[-1] = Message(role="assistant", content=answer.text(generation.generated[0]))
+            ours.add({turn: generation.generated[0]}, generation.stats)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input until it ends, or /exit."""
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "/exit":
+            return
+        if question:
+            yield question
+
+
+class Results:
+    """The answers in the order of the prompts, whatever the order of the batches: to stdout and `output_file`.
+
+    A context manager; what is there at its end is written, so an interrupted run loses nothing that it finished.
+    """
+
+    def __init__(self, recipe: LayerSkipGenerate) -> None:
+        self.recipe = recipe
+        self.waiting: dict[int, list[int]] = {}
+        self.next = 0
+        self.file = None
+
+    def __enter__(self) -> "Results":
+        name = self.recipe.cfg.get("output_file")
+        if name is not None and self.recipe.shows:
+            try:
+                self.file = open(name, "w", encoding="utf-8")
+            except OSError as e:
+                raise ValueError(f"output_file: {name!r} cannot be written ({e}); for example answers.jsonl") from e
+        return self
+
+    def add(self, outputs: dict[int, list[int]]) -> None:
+        """A batch's outputs, by prompt."""
+        self.waiting |= outputs
+        while self.next in self.waiting:
+            self._write(self.next, self.waiting.pop(self.next))
+            self.next += 1
+
+    def __exit__(self, *_: object) -> None:
+        for i in sorted(self.waiting):
+            self._write(i, self.waiting[i])
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, i: int, tokens: list[int]) -> None:
+        recipe = self.recipe
+        if not recipe.shows:
+            return
+        answer = TextStream(recipe.tokenizer, recipe.stop_tokens, recipe.stop_strings).text(tokens)
+        if recipe.batch_size > 1:  # a single one was printed while it grew
+            recipe._print_head(i)
+            print(answer, flush=True)
+        if self.file is not None:
+            line = {"index": i, "prompt": recipe.prompts[i], "text": answer, "tokens": len(tokens)}
+            print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
 
 
 def main() -> None:
@@ -342,11 +406,13 @@ def main() -> None:
 
     tune run layerskip_generate --config quickstart/generate
     tune run layerskip_generate --config my.yaml prompt="def fibonacci(n):" self_speculation.exit_layer=4
+    tune run --nproc_per_node 2 layerskip_generate --config my.yaml
     """
 
     def steps() -> None:
         recipe = build_recipe(LayerSkipGenerate, main.__doc__)
         recipe.setup()
         recipe.generate()
+        end_processes()
 
     main_of(steps)

@@ -11,6 +11,8 @@ from torchtune.data import Message
 
 from layerskip_recipes.settings import build
 
+INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
+
 
 def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
     """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
@@ -40,14 +42,18 @@ def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
         ) from e
     if not name.endswith(".jsonl"):
         return [_check_prompt(content, "prompt_file")]
-    prompts = []
+    prompts, broken = [], []
     for at, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             prompts.append(_check_prompt(json.loads(line)["prompt"], f"prompt_file line {at}"))
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(f'prompt_file line {at}: {line[:60]!r} is not of the form {{"prompt": "text"}}') from e
+        except (json.JSONDecodeError, KeyError, TypeError):
+            broken.append((at, line))
+    if broken:
+        at, line = broken[0]
+        others = f" (also lines {', '.join(str(at) for at, _ in broken[1:9])})" if len(broken) > 1 else ""
+        raise ValueError(f'prompt_file line {at}: {line[:60]!r} is not of the form {{"prompt": "text"}}{others}')
     if not prompts:
         raise ValueError(f"prompt_file: {name!r} holds no prompt")
     return prompts
@@ -68,8 +74,12 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
     return prompt
 
 
-def to_tokens(prompt: str | dict[str, str], tokenizer: Any) -> list[int]:
+def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
     """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
+
+    Args:
+        prompt: text, {"user": ..., "system": ...}, or messages of which the last is the assistant's, empty.
+        tokenizer: of the model.
 
     Raises:
         ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know.
@@ -77,8 +87,10 @@ def to_tokens(prompt: str | dict[str, str], tokenizer: Any) -> list[int]:
     try:
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, add_bos=True, add_eos=False)
-        messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
-        messages.append(Message(role="assistant", content=""))
+        messages = prompt
+        if isinstance(prompt, Mapping):
+            messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
+            messages.append(Message(role="assistant", content=""))
         return tokenizer({"messages": messages}, inference=True)["tokens"]
     except Exception as e:
         raise ValueError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e

@@ -1,0 +1,142 @@
+"""The `self_speculation` section of a config, for generation and benchmark: its checks, and what it builds."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.checkpoint import quantise
+from layerskip_recipes.checks import check_number
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.generation import Speculation
+from layerskip_recipes.settings import check_component, check_section
+
+
+def self_speculation(
+    exit_layer: int | Sequence[int] | None = None,
+    num_speculations: int | None = None,
+    tree_width: int = 1,
+    tree_children: int = 1,
+    threshold: float | str | None = None,
+    draft_vocabulary: int | Sequence[int] | None = None,
+    draft_vocabulary_file: str | None = None,
+    prompt_lookup: int | None = None,
+    draft_quantizer: Any = None,
+) -> dict[str, Any]:
+    """The keys of the section.
+
+    Args:
+        exit_layer: the exit that drafts (1..L), or a list of exits, of which the fastest is found by measuring.
+        num_speculations: tokens drafted per round; the depth of a tree.
+        tree_width: nodes that each level of a draft tree expands; 1 is a chain.
+        tree_children: candidates from each of them.
+        threshold: a confidence in [0, 1] below which a draft stops, or "auto".
+        draft_vocabulary: the tokens that can be drafted: how many of the most frequent ones, or their ids.
+        draft_vocabulary_file: a text in which they are counted; null counts in the prompts of the run.
+        prompt_lookup: draft from the text where its last so many tokens occurred before.
+        draft_quantizer: quantises the layers that draft; verification stays in full precision.
+    """
+    return dict(locals())
+
+
+def check_speculation(section: DictConfig, model: TransformerDecoder, key: str = "self_speculation") -> dict[str, Any]:
+    """The section's values, after all checks that need neither weights nor tokens.
+
+    Args:
+        section: the plain section.
+        model: the decoder that it is for, on any device.
+        key: its name, for messages.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    arguments = dict(check_section(section, key, self_speculation))
+    for name, example in (("exit_layer", 8), ("num_speculations", 6)):
+        if arguments.get(name) is None:
+            raise ValueError(
+                f"{key}.{name}: missing; for example {key}.{name}={example}. To take all tokens from an early exit "
+                f"set exit_layer and {key}=null"
+            )
+    values = self_speculation(**{
+        name: OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+        for name, value in arguments.items()
+    })  # fmt: skip
+    exits = values["exit_layer"] if isinstance(values["exit_layer"], list) else [values["exit_layer"]]
+    if not exits or len(set(map(str, exits))) != len(exits):
+        raise ValueError(f"{key}.exit_layer: {exits} holds no exit, or one twice; for example {key}.exit_layer=[4,8]")
+    for exit_layer in exits:
+        model.check_exit(exit_layer, f"{key}.exit_layer")
+    vocabulary, file = values["draft_vocabulary"], values["draft_vocabulary_file"]
+    if vocabulary is not None and not isinstance(vocabulary, list):
+        check_number(f"{key}.draft_vocabulary", vocabulary, minimum=1, example=4096)
+    if file is not None and (not isinstance(file, str) or isinstance(vocabulary, list | None)):
+        raise ValueError(
+            f"{key}.draft_vocabulary_file: {file!r} needs a number of tokens too, for example "
+            f"{key}.draft_vocabulary=4096 {key}.draft_vocabulary_file=corpus.txt"
+        )
+    if file is not None and not Path(file).is_file():
+        raise ValueError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
+    if values["draft_quantizer"] is not None:
+        check_component(values["draft_quantizer"], f"{key}.draft_quantizer")
+    try:
+        _speculation(values, vocabulary if isinstance(vocabulary, list) else None).check(model)
+    except ValueError as e:
+        raise ValueError(f"{key}.{e}" if not str(e).startswith(key) else str(e)) from e
+    return values
+
+
+def _speculation(values: dict[str, Any], vocabulary: Any, drafter: LayerSkipDecoder | None = None) -> Speculation:
+    others = ("draft_vocabulary", "draft_vocabulary_file", "draft_quantizer")
+    plain = {name: value for name, value in values.items() if name not in others}
+    return Speculation(**plain, draft_vocabulary=vocabulary, drafter=drafter)
+
+
+def build_speculation(
+    values: dict[str, Any], model: LayerSkipDecoder, tokenizer: Any, prompts: Sequence[Sequence[int]]
+) -> Speculation:
+    """The speculation of checked values, with its draft vocabulary and quantised layers.
+
+    Args:
+        values: of `check_speculation`.
+        model: with its weights.
+        tokenizer: for draft_vocabulary_file.
+        prompts: tokens of the prompts, counted if there is no such file.
+
+    Raises:
+        ValueError: if the quantiser does not work on this device, or the vocabulary is too small for the tree.
+    """
+    vocabulary = values["draft_vocabulary"]
+    if isinstance(vocabulary, int):
+        texts = prompts
+        if values["draft_vocabulary_file"] is not None:
+            text = Path(values["draft_vocabulary_file"]).read_text(encoding="utf-8", errors="replace")
+            texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
+        counts = Counter(token for tokens in texts for token in tokens)
+        vocabulary = [token for token, _ in counts.most_common(vocabulary)]
+    drafter = None
+    if values["draft_quantizer"] is not None:
+        exits = values["exit_layer"]
+        depth = max(exits) if isinstance(exits, list) else exits
+        drafter = quantised_drafter(model, depth, values["draft_quantizer"])
+    speculation = _speculation(values, vocabulary, drafter)
+    speculation.check(model, "self_speculation.")
+    return speculation
+
+
+def quantised_drafter(model: LayerSkipDecoder, depth: int, quantizer: DictConfig) -> LayerSkipDecoder:
+    """The first `depth` layers, copied and quantised; embedding, norm and head are the model's own.
+
+    Raises:
+        ValueError: if the quantiser cannot do it here.
+    """
+    drafter = copy.copy(model)
+    # A module's registries are shared by a plain copy.
+    drafter._modules = dict(model._modules)
+    drafter._modules["layers"] = torch.nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[:depth])
+    quantise(drafter.layers, quantizer, "self_speculation.draft_quantizer")
+    return drafter

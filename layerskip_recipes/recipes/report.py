@@ -1,0 +1,162 @@
+"""What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layerskip_recipes.generation import GenerationStats, is_looping
+from layerskip_recipes.generation.stats import ideal_speedup
+from layerskip_recipes.generation.timing import memory_bandwidth
+
+
+@dataclass
+class Totals:
+    """What one way of decoding did over all prompts; the outputs that loop are counted apart."""
+
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    straight: GenerationStats = field(default_factory=GenerationStats)
+    looping: int = 0
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, outputs: dict[int, list[int]], stats: GenerationStats) -> None:
+        """The outputs of one batch, by prompt, and what they took; a batch with a looping row counts as looping."""
+        self.outputs |= outputs
+        self.stats = self.stats + stats
+        loops = sum(map(is_looping, outputs.values()))
+        self.looping += loops
+        if not loops:
+            self.straight = self.straight + stats
+
+
+def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
+    """The figures of a run; times in seconds.
+
+    Args:
+        ours: what the config asked for.
+        baseline: the autoregressive run on the same prompts, if there was one.
+        greedy: whether outputs can be compared.
+        device: for memory and its bandwidth.
+    """
+    stats, straight = ours.stats, ours.straight
+    bandwidth = memory_bandwidth(device)
+    per_second = stats.tokens_per_second
+    moved = None if stats.bytes_per_token is None or not per_second else stats.bytes_per_token * per_second
+    report = {
+        "tokens": stats.tokens,
+        "prefill_s": stats.prefill_s,
+        "prefill_tokens": stats.prefill_tokens,
+        "decode_s": stats.decode_s,
+        "draft_s": stats.draft_s,
+        "verify_s": stats.verify_s,
+        "accept_s": stats.accept_s if stats.drafted else None,
+        "compile_s": stats.compile_s,
+        "tokens_per_second": per_second,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance_rate": stats.acceptance_rate,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "rounds": stats.rounds,
+        "rounds_by_kind": dict(stats.arms),
+        "accepted_per_round": stats.accepted / stats.rounds if stats.drafted else None,
+        "accepted_histogram": stats.accepted_histogram,
+        "looping_outputs": ours.looping,
+        "acceptance_rate_not_looping": straight.acceptance_rate,
+        "bytes_per_token": stats.bytes_per_token,
+        "memory_bandwidth": bandwidth,
+        "share_of_memory_bandwidth": moved / bandwidth if moved else None,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    if baseline is None:
+        return report
+    speedup = ratio(stats, baseline.stats)
+    report |= {
+        "baseline_tokens_per_second": baseline.stats.tokens_per_second,
+        "baseline_prefill_s": baseline.stats.prefill_s,
+        "baseline_decode_s": baseline.stats.decode_s,
+        "baseline_tokens": baseline.stats.tokens,
+        "speedup": speedup,
+        "speedup_not_looping": ratio(straight, baseline.straight),
+        **efficiency(stats, baseline.stats, speedup),
+        # Two samplings differ by chance; only greedy outputs can be the same tokens.
+        "identical": ours.outputs == baseline.outputs if greedy else None,
+    }
+    return report
+
+
+def efficiency(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, float | None]:
+    """How near a measured speed-up is to the ideal one, with the acceptance and the draft's cost of the same run.
+
+    Returns:
+        draft_cost c (a draft step's time as a part of a baseline step's), ideal_speedup, engine_efficiency.
+    """
+    steps = baseline.rounds
+    if not (speedup and stats.draft_steps and steps and baseline.decode_s and stats.acceptance_rate is not None):
+        return {"draft_cost": None, "ideal_speedup": None, "engine_efficiency": None}
+    cost = (stats.draft_s / stats.draft_steps) / (baseline.decode_s / steps)
+    ideal = ideal_speedup(stats.acceptance_rate, stats.draft_steps / stats.rounds, cost)
+    return {"draft_cost": cost, "ideal_speedup": ideal, "engine_efficiency": speedup / ideal}
+
+
+def ratio(a: GenerationStats, b: GenerationStats) -> float | None:
+    """a's tokens per second over b's."""
+    fast, slow = a.tokens_per_second, b.tokens_per_second
+    return fast / slow if fast and slow else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory the device's allocator held; on a CPU the most this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report for people: one line a figure."""
+
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
+    print(f"tokens             {report['tokens']}")
+    print(f"prefill            {report['prefill_s']:.2f} s")
+    compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
+    print(
+        f"decode             {report['decode_s']:.2f} s, {show(report['tokens_per_second'], '.1f')} tokens/s{compiled}"
+    )
+    if report["drafted"]:
+        print(
+            f"phases             draft {report['draft_s']:.2f} s, verify {report['verify_s']:.2f} s, "
+            f"rest {report['accept_s']:.2f} s"
+        )
+    print(
+        f"acceptance         {show(report['acceptance_rate'], '.2f')} ({report['accepted']} of {report['drafted']}), "
+        f"{show(report['accepted_per_round'], '.2f')} per round"
+    )
+    if len(report["rounds_by_kind"]) > 1:
+        print(f"rounds             {', '.join(f'{count} {kind}' for kind, count in report['rounds_by_kind'].items())}")
+    print(
+        f"looping outputs    {report['looping_outputs']} of {report['prompts']}; without them acceptance "
+        f"{show(report['acceptance_rate_not_looping'], '.2f')}"
+    )
+    print(
+        f"memory             peak {report['peak_memory_bytes'] / 1e6:.0f} MB; "
+        f"{show((report['bytes_per_token'] or 0) / 1e6, '.1f')} MB read per token, "
+        f"{show(report['share_of_memory_bandwidth'], '.0%')} of the bandwidth"
+    )
+    if "speedup" in report:
+        print(f"autoregressive     {show(report['baseline_tokens_per_second'], '.1f')} tokens/s")
+        print(
+            f"speed-up           {show(report['speedup'], '.2f')}x; without looping outputs "
+            f"{show(report['speedup_not_looping'], '.2f')}x"
+        )
+        if report["ideal_speedup"]:
+            print(
+                f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of {report['draft_cost']:.3f}; "
+                f"engine efficiency {report['engine_efficiency']:.2f}"
+            )
+        same = {True: "yes", False: "NO", None: "- (sampling)"}[report["identical"]]
+        print(f"identical output   {same}")

@@ -1,0 +1,62 @@
+"""Generated tokens as text: where it ends, and how it is shown while it grows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+DIM, PLAIN, SAVE, RESTORE = "\x1b[2m", "\x1b[0m", "\x1b[s", "\x1b[u\x1b[J"
+
+
+class TextStream:
+    """The text of one output.
+
+    Args:
+        tokenizer: decodes.
+        stop_tokens: they end an output and are not shown.
+        stop_strings: an output ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, stop_tokens: Sequence[int] = (), stop_strings: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop_tokens = stop_tokens
+        self.stop_strings = stop_strings
+        self.shown = ""
+        self.tokens: list[int] = []
+        self.draft_is_shown = False
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Without the stop token, cut before a stop string."""
+        if tokens and tokens[-1] in self.stop_tokens:
+            tokens = tokens[:-1]
+        text = self.tokenizer.decode(list(tokens))
+        return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
+
+    def cut(self, tokens: list[int], new: int) -> bool:
+        """Shorten tokens to the first prefix whose text holds a stop string; only the last `new` are in question."""
+        if not self.stop_strings or not any(s in self.tokenizer.decode(tokens) for s in self.stop_strings):
+            return False
+        for length in range(len(tokens) - new + 1, len(tokens) + 1):
+            text = self.tokenizer.decode(tokens[:length])
+            if any(s in text for s in self.stop_strings):
+                del tokens[length:]
+                return True
+        return False
+
+    def show(self, tokens: Sequence[int], last: bool) -> None:
+        """Print what tokens add to the text shown so far, but no unfinished character and no stop string's start."""
+        self.tokens = list(tokens)
+        text = self.text(tokens)
+        if not last:
+            text = text.rstrip("�")
+            held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            text = text[: len(text) - held]
+        erase = RESTORE if self.draft_is_shown else ""
+        self.draft_is_shown = False
+        print(erase + text[len(self.shown) :], end="", flush=True)
+        self.shown = max(self.shown, text, key=len)
+
+    def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
+        """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
+        text = self.tokenizer.decode([*self.tokens, *drafts[0]])[len(self.shown) :]
+        # Across a line's end the cursor could not be brought back when the screen scrolls.
+        print(f"{SAVE}{DIM}{text.partition(chr(10))[0]}{PLAIN}", end="", flush=True)
+        self.draft_is_shown = True
