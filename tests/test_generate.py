@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,186 @@ def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
     _, stopped = run(path, f"stop_tokens=[{stop}]", "benchmark.compare=true")
     assert stopped["tokens"] == output.index(stop) + 1 < report["tokens"]
     assert stopped["identical"] is True
+
+
+def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
+    """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
+    texts = [
+        "x = 1\n" * 6,
+        "def f(",
+        "import os\nimport sys\n" * 3,
+        "class A:",
+        "a",
+        "for i in range(10):\n    print(i)",
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    overrides = [f"prompt_file={file}", "max_new_tokens=12", "benchmark.compare=true"]
+    answers = []
+    for size in (1, 2, 4):
+        out = tmp_path / f"{size}.jsonl"
+        _, report = run(path, *overrides, f"batch_size={size}", f"output_file={out}")
+        assert report["identical"] is True and report["prompts"] == 6
+        answers.append([json.loads(line) for line in out.read_text().splitlines()])
+        shown = capsys.readouterr().out
+        assert [shown.index(f"--- prompt {i + 1} of 6") for i in range(6)] == sorted(
+            shown.index(f"--- prompt {i + 1} of 6") for i in range(6)
+        )
+        assert [line["prompt"] for line in answers[-1]] == texts
+        assert all(line["text"] in shown for line in answers[-1])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
+    recipe, _ = run(path, "prompt=[def main(, import os]", "stream=false")
+    rows = [
+        generate(recipe.model, torch.tensor(tokens), 24).tokens[0, len(tokens) :] for tokens in recipe.prompt_tokens
+    ]
+    texts = [TextStream(recipe.tokenizer, recipe.stop_tokens).text(row.tolist()) for row in rows]
+    stop = next(texts[0][at : at + 4] for at in range(4, 20) if texts[0][at : at + 4] not in texts[1])
+    capsys.readouterr()
+    run(path, "prompt=[def main(, import os]", "batch_size=2", f"stop_strings=[{json.dumps(stop)}]")
+    shown = [part.split("\n\n---")[0] for part in capsys.readouterr().out.split(">>> ")[1:]]
+    assert [text.rstrip("\n") for text in shown] == [
+        texts[0][: texts[0].index(stop)].rstrip("\n"),
+        texts[1].rstrip("\n"),
+    ]
+
+
+VARIANTS = [
+    "exit_layer=[1,2,3]",
+    "tree_width=3; tree_children=2",
+    "threshold=auto",
+    "threshold=0.2",
+    "prompt_lookup=2",
+    "draft_vocabulary=40",
+    "draft_vocabulary=[5,6,7,8,9,10,11]",
+    "draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_leaves_the_output_as_it_is(path, variant):
+    overrides = [f"self_speculation.{part}" for part in variant.split("; ")]
+    _, report = run(path, *overrides, "prompt=[def main(, import os]", "benchmark.compare=true")
+    assert report["identical"] is True and report["drafted"] > 0
+    assert report["engine_efficiency"] == pytest.approx(report["speedup"] / report["ideal_speedup"])
+
+
+def test_the_draft_vocabulary_of_a_file_is_its_frequent_tokens(path, tmp_path):
+    (tmp_path / "text.txt").write_text("import os\n" * 9 + "zzz")
+    recipe, report = run(
+        path,
+        "self_speculation.draft_vocabulary=4",
+        f"self_speculation.draft_vocabulary_file={tmp_path / 'text.txt'}",
+    )
+    frequent = set(recipe.tokenizer.encode("import os\n" * 9, add_bos=False, add_eos=False))
+    assert set(recipe.speculation.draft_vocabulary) <= frequent and report["drafted"] > 0
+
+
+def test_the_report_says_how_near_to_the_ideal(path):
+    """Efficiency is measured / ((rho d + 1) / (d c + 1)), with rho and c of the same run."""
+    _, report = run(path, "benchmark.compare=true", "prompt=[def main(, import os]")
+    steps = report["baseline_tokens"] - report["prompts"]
+    c = (report["draft_s"] / (report["rounds"] * 3 - 2)) / (report["baseline_decode_s"] / steps)
+    assert report["draft_cost"] == pytest.approx(c, rel=0.2)
+    d = report["drafted"] / report["rounds"]
+    ideal = (report["acceptance_rate"] * d + 1) / (d * report["draft_cost"] + 1)
+    assert report["ideal_speedup"] == pytest.approx(ideal, rel=0.1)
+    assert report["draft_s"] + report["verify_s"] + report["accept_s"] == pytest.approx(report["decode_s"])
+
+
+def test_interactive_keeps_the_conversation_and_its_cache(path, tmp_path):
+    """Two questions by standard input: the second prompt holds the first answer, whose cache is not computed again."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<reply>{% endif %}"
+    overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), [*overrides, "system_prompt=be"]))
+    recipe.setup()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("sys.stdin", io.StringIO("hello\n\nand now\n/exit\n"))
+    seen = []
+    monkey.setattr(recipe, "_generation", lambda prompts, *a, old=recipe._generation, **k: seen.append(
+        (prompts[0], made := old(prompts, *a, **k))) or made)  # fmt: skip
+    report = recipe.generate()
+    monkey.undo()
+    assert report["prompts"] == 2
+    (first, one), (second, two) = seen
+    decode = recipe.tokenizer.decode
+    assert decode(first) == "<system>be<user>hello<reply>"
+    answer = TextStream(recipe.tokenizer, recipe.stop_tokens).text(one.generated[0])
+    assert decode(second) == f"<system>be<user>hello<assistant>{answer}<user>and now<reply>"
+    common = next(i for i, (a, b) in enumerate(zip(first + one.generated[0], second, strict=False)) if a != b)
+    assert two.stats.reused_tokens == min(common, len(first) + len(one.generated[0]) - 1) > 4
+    assert two.stats.prefill_tokens == len(second) - two.stats.reused_tokens
+    alone = generate(recipe.model, torch.tensor(second), 8, stop_tokens=recipe.stop_tokens)
+    assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
+
+
+def test_ctrl_c_ends_with_the_report_so_far(path, monkeypatch, capsys):
+    recipe = LayerSkipGenerate(load_config(str(path), ["prompt=[a, b, c]"]))
+    recipe.setup()
+    calls = []
+
+    def interrupted(batch, *args, run=recipe._run, **kwargs):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(batch, *args, **kwargs)
+
+    monkeypatch.setattr(recipe, "_run", interrupted)
+    assert recipe.generate()["prompts"] == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+
+
+def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
+    """On a terminal: without what is between saving and restoring the cursor, the text is the accepted text."""
+    run(path)
+    plain = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run(path, "stream=draft")
+    shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+    assert "\x1b[2m" in shown
+    assert re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown) == plain
+
+
+@pytest.mark.parametrize("mode", ["self-speculative", "autoregressive"])
+def test_two_processes_give_the_output_of_one(path, tmp_path, mode):
+    """Sharded over two gloo processes: the same text, printed once."""
+    outputs = []
+    for processes in ([], ["--nproc_per_node", "2"]):
+        done = run_tune(
+            "run", *processes, "layerskip_generate", "--config", str(path), *MODES[mode], cwd=tmp_path,
+            env={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append(done.stdout.split("\n--- ")[1])
+        assert done.stdout.count("--- prompt 1 of 1") == 1
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("compile=true", "compile"),
+        ("prompt=interactive", "prompt"),
+        ("prompt_file=-", "prompt_file"),
+        (
+            "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
+            "self_speculation.draft_quantizer",
+        ),
+    ],
+)
+def test_what_works_in_one_process_only_is_refused_in_several(path, monkeypatch, override, key):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*one process, and there are 2"):
+        LayerSkipGenerate(load_config(str(path), [override]))
+
+
+def test_a_batch_that_does_not_fit_is_refused(path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    with pytest.raises(ValueError, match=r"^batch_size: the caches of 2 rows .*up to \d+"):
+        LayerSkipGenerate(load_config(str(path), ["batch_size=2", "prompt=[a, b]"]))
 
 
 def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint import quantise
@@ -62,10 +62,7 @@ def check_speculation(section: DictConfig, model: TransformerDecoder, key: str =
                 f"{key}.{name}: missing; for example {key}.{name}={example}. To take all tokens from an early exit "
                 f"set exit_layer and {key}=null"
             )
-    values = self_speculation(**{
-        name: OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-        for name, value in arguments.items()
-    })  # fmt: skip
+    values = self_speculation(**arguments)
     exits = values["exit_layer"] if isinstance(values["exit_layer"], list) else [values["exit_layer"]]
     if not exits or len(set(map(str, exits))) != len(exits):
         raise ValueError(f"{key}.exit_layer: {exits} holds no exit, or one twice; for example {key}.exit_layer=[4,8]")
@@ -82,6 +79,8 @@ def check_speculation(section: DictConfig, model: TransformerDecoder, key: str =
     if file is not None and not Path(file).is_file():
         raise ValueError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
     if values["draft_quantizer"] is not None:
+        if isinstance(values["draft_quantizer"], dict):
+            values["draft_quantizer"] = OmegaConf.create(values["draft_quantizer"])
         check_component(values["draft_quantizer"], f"{key}.draft_quantizer")
     try:
         _speculation(values, vocabulary if isinstance(vocabulary, list) else None).check(model)
