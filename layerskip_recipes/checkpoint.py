@@ -353,12 +353,17 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
         ValueError: if it fails on this device, with its own words.
     """
     how = build(quantizer, key)
-    device = next(module.parameters()).device
+    device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
     try:
         if hasattr(how, "quantize"):
             module = how.quantize(module)
         else:
             quantize_(module, how)
+        # Some kernels are found to be missing only when they run.
+        linear = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        if linear is not None:
+            with torch.inference_mode():
+                linear(torch.zeros(1, linear.in_features, device=device, dtype=dtype))
     except Exception as e:  # torchao's kernels fail in many ways
         raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
     return module

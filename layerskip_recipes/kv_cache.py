@@ -31,6 +31,10 @@ class LayerCache:
             # Allocated by what arrives: the number of heads differs between attention classes and under sharding.
             shape = (*k.shape[:2], self.cache.max_len, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+            if k.is_cuda:
+                # CUDA graphs write into it where it is.
+                torch._dynamo.mark_static_address(self.k)
+                torch._dynamo.mark_static_address(self.v)
         self._write(self.k, self.cache.at, k)
         self._write(self.v, self.cache.at, v)
         return self.k[:, :, : self.cache.end], self.v[:, :, : self.cache.end]
@@ -69,6 +73,7 @@ class DecodingCache:
         self.layers = [LayerCache(self) for _ in model.layers]
         # The tokens of each row whose keys and values stand at slots 0, 1, ...: a later prompt goes on from them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.depth = 0  # in the first so many layers
         self.at: torch.Tensor | None = None
         self.end = 0
         self.users = [model]
@@ -85,7 +90,8 @@ class DecodingCache:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for user, decoding, layers in self._before:
+        # Backwards: a drafter may have layers of the model, whose attention had this cache before.
+        for user, decoding, layers in reversed(self._before):
             for (layer, _), before in zip(self._pairs(user), layers, strict=True):
                 _give_back(layer, before)
             user.decoding = decoding

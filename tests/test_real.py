@@ -68,6 +68,61 @@ def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
 
+VARIANTS = {
+    "tree": {"tree_width": 3, "tree_children": 2},
+    "adaptive": {"threshold": "auto"},
+    "lookup": {"prompt_lookup": 3},
+    "vocabulary": {"draft_vocabulary": range(0, 49152, 3)},
+    "exits": {"exit_layer": [10, 20]},
+    "penalty": {"repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_the_tokens_of_plain_decoding(smollm2, prompts, variant):
+    model, _ = smollm2
+    sampling = VARIANTS["penalty"] if variant == "penalty" else {}
+    expected = generate(model, prompts[1], 24, **sampling).tokens.tolist()
+    out = generate(model, prompts[1], 24, **{"exit_layer": 20, "num_speculations": 4, **VARIANTS[variant]})
+    assert out.tokens.tolist() == expected
+
+
+def test_sampled_tokens_have_the_models_distribution(smollm2):
+    """The second token of many rows, drafted by exit 20 and verified, against its exact distribution (top-k 6).
+
+    p(second) = sum over the first token; the total variation distance of n draws from their own distribution stays
+    below sqrt(tokens / n) with room to spare.
+    """
+    model, tokenizer = smollm2
+    prompt = tokenizer.encode("The weather today is", add_bos=True, add_eos=False)
+    rows, temperature, k = 512, 0.9, 6
+
+    def distribution(tokens):
+        with torch.inference_mode():
+            logits = model(torch.tensor(tokens))[:, -1].double() / temperature
+        values, ids = logits.topk(k)
+        return torch.zeros_like(logits).scatter(1, ids, values.softmax(-1))
+
+    first = distribution([prompt])[0]
+    likely = first.nonzero().flatten().tolist()
+    exact = (first[likely][:, None] * distribution([[*prompt, token] for token in likely])).sum(0)
+    out = generate(
+        model,
+        [torch.tensor(prompt)] * rows,
+        3,
+        exit_layer=20,
+        num_speculations=2,
+        temperature=temperature,
+        top_k=k,
+        rng=torch.Generator().manual_seed(0),
+    )
+    assert 0 < out.stats.acceptance_rate < 1
+    seen = torch.bincount(out.tokens[:, len(prompt) + 1], minlength=len(exact)).double() / rows
+    distance = (seen - exact).abs().sum().item() / 2
+    assert distance < (int((exact > 0).sum()) / rows) ** 0.5
+    assert not seen[exact == 0].any()
+
+
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
     """A few LayerSkip steps by the real recipe: its output folder and its log."""

@@ -192,7 +192,7 @@ class Policy:
     def __init__(self, exits: Sequence[int], threshold: float | str | None = None, lookup: bool = False) -> None:
         kinds = {None: ("fixed",), "auto": ("fixed", "adaptive")}.get(check_threshold(threshold), ("adaptive",))
         self.arms = [Arm(kind, exit_layer) for exit_layer in exits for kind in kinds]
-        self.lookup = Arm("lookup", exits[0]) if lookup else None
+        self.lookup = Arm("lookup", exits[0]) if lookup and exits else None
         self.chooser = Chooser()
         self.lengths = {e: DraftLength("auto" if threshold is None else threshold) for e in exits}
 

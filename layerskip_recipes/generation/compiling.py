@@ -30,11 +30,11 @@ class CompiledSteps:
     """The graphs of one model, by what they depend on.
 
     Args:
-        device: of the model.
+        device, dtype: of the model.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.graphs: dict[Hashable, Callable] = {}
         self.failed = False
         self.seconds = 0.0
@@ -72,7 +72,9 @@ class CompiledSteps:
         except Exception as e:
             # Nothing ran yet: compilation comes first. A machine without a C++ compiler ends here.
             self.failed = True
-            log.warning("compile: not possible here, going on without (%s)", str(e).strip().splitlines()[0][:200])
+            log.warning(
+                "compile: not possible here, going on without (%s)", (str(e).strip() or repr(e)).splitlines()[0][:200]
+            )
             return step(*args)
         self.graphs[key] = graph
         self.seconds += time.perf_counter() - started

@@ -130,9 +130,15 @@ class Generation:
         finally:
             self.clock.read(self.stats)
             # What stands in the cache: all but the last token, which was never an input.
-            self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
+            if all(self.generated):
+                self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
             self.cache.users = [self.model]
             self.model.train(was_training)
+
+    @property
+    def _depth(self) -> int:
+        """The layers that run over the text."""
+        return self.model.num_layers if self.speculation is not None else self.exit_layer
 
     @property
     def compile_s(self) -> float:
@@ -169,15 +175,17 @@ class Generation:
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, the head at each row's last position only."""
-        reused = min(_common(old, new) for old, new in zip(self.cache.tokens, self.prompts, strict=True))
+        held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in self.prompts]
+        reused = min(_common(old, new) for old, new in zip(held, self.prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
+        # Until the end of the prefill no more than that counts: it may be interrupted.
+        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in self.prompts], self._depth
         width = max(len(prompt) for prompt in self.prompts)
         self.stats.reused_tokens = reused * len(self.prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
         # Padded on the right: what stands after a row's prompt is overwritten before any of its queries sees it.
         tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], device=self.device)
         last = torch.tensor([len(prompt) - 1 for prompt in self.prompts], device=self.device)
-        depth = self.model.num_layers if self.speculation is not None else self.exit_layer
         whole = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
         rows = torch.arange(len(self.prompts), device=self.device)
         final = None
@@ -186,7 +194,7 @@ class Generation:
             at = self.cache.slots[None, start:end]
             self.cache.seek(at, end)
             mask = None if whole else visible(self.cache.slots[:end], at, self.model.tok_embeddings.weight.dtype)
-            x = self.model(tokens[:, start:end], exit_layer=depth, unembed=False, input_pos=at, mask=mask)
+            x = self.model(tokens[:, start:end], exit_layer=self._depth, unembed=False, input_pos=at, mask=mask)
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
@@ -200,15 +208,18 @@ class Generation:
 
     def _step(self) -> list[list[int]]:
         """One token of each row from exit E (E = L: the ordinary model)."""
+        self._begin()
         steps = self._steps(self.exit_layer)
         start, slots = self._where(1)
         noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
-        self.last = self.agree(self._run(steps, "plain", slots, self.last, start, slots, noise, self.seen))
+        chosen = self._run(steps, "plain", slots, self.last, start, slots, noise, self.seen)
+        self.last = self.agree(chosen.clone())
         self._count_bytes(slots, [(self.exit_layer, 1, True)])
         return self._keep([[token] for token in self.last.tolist()])
 
     def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
+        self._begin()
         started, compiled = time.perf_counter(), self.compile_s
         looked_up = self._look_up() if self.speculation.prompt_lookup is not None else None
         policy = self.speculation.policy
@@ -291,6 +302,11 @@ class Generation:
                 break
         q = None if q[0] is None else torch.stack(q, 1)
         return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
+
+    def _begin(self) -> None:
+        """CUDA graphs may use the memory of the last round's results again."""
+        if self.compiled is not None and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
 
     def _agreed(self, seconds: float) -> float:
         """A time by rank 0's clock: what is chosen by time has to be the same on all processes."""
@@ -397,8 +413,9 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSteps:
     """The graphs of a model, kept with it."""
-    if getattr(model, "compiled_steps", None) is None:
-        model.compiled_steps = CompiledSteps(device)
+    kept, dtype = getattr(model, "compiled_steps", None), model.tok_embeddings.weight.dtype
+    if kept is None or (kept.device, kept.dtype) != (device, dtype):
+        model.compiled_steps = CompiledSteps(device, dtype)
     return model.compiled_steps
 
 

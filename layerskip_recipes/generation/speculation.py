@@ -65,8 +65,11 @@ class Speculation:
             raise ValueError(f"{prefix}exit_layer: [] holds no exit; for example {prefix}exit_layer=[4,8]")
         for exit_layer in self.exits:
             model.check_exit(exit_layer, f"{prefix}exit_layer")
+        size = model.tok_embeddings.num_embeddings
+        for key, value in (("tree_width", self.tree_width), ("tree_children", self.tree_children)):
+            check_number(f"{prefix}{key}", value, minimum=1, maximum=size, example=2)
         if self.draft_vocabulary is not None:
-            check_draft_vocabulary(self.draft_vocabulary, model.tok_embeddings.num_embeddings, self, prefix)
+            check_draft_vocabulary(self.draft_vocabulary, size, self, prefix)
         if self.drafter is not None and len(self.drafter.layers) < max(self.exits):
             raise ValueError(f"{prefix}exit_layer: {max(self.exits)} is more than the drafter's layers")
 
