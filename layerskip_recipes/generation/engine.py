@@ -212,8 +212,8 @@ class Generation:
         steps = self._steps(self.exit_layer)
         start, slots = self._where(1)
         noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
-        chosen = self._run(steps, "plain", slots, self.last, start, slots, noise, self.seen)
-        self.last = self.agree(chosen.clone())
+        logits = self._run(steps, "plain_logits", slots, self.last, start, slots)
+        self.last = self.agree(steps.choose(logits, noise, self.seen))
         self._count_bytes(slots, [(self.exit_layer, 1, True)])
         return self._keep([[token] for token in self.last.tolist()])
 
@@ -252,8 +252,13 @@ class Generation:
         with self.clock.phase("verify"):
             uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
             noise = self.sampler.noise((b, self._vocabulary(steps, full=True)), self.device)
-            name = "verify_chain" if chain else "verify_tree"
-            outcome = self._run(steps, name, slots, draft, start, slots, uniform, noise, self.seen)
+            if chain:
+                logits = self._run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
+            else:
+                parts = (draft.tokens, draft.hidden, draft.ancestors)
+                logits = self._run(steps, "tree_logits", slots, *parts, start, slots)
+            name = "accept_chain" if chain else "accept_tree"
+            outcome = self._run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
             outcome = self.agree(outcome)
         self.last = outcome[:, 1].clone()
         # The only host synchronisation of the round.
@@ -323,17 +328,21 @@ class Generation:
     def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
         """A step, by its compiled graph if there is one for it."""
         step = getattr(steps, name)
-        if self.compiled is None:
+        # A graph for the few operations of a greedy acceptance would cost as much as it saves.
+        if self.compiled is None or (name == "accept_chain" and self.sampler.greedy):
             return step(*args)
-        n = args[0].tokens.shape[1] if name == "verify_chain" else None
-        hidden = name.startswith("verify") and args[0].hidden is not None
-        sampler = self.sampler
-        key = (
-            *(name, n, hidden, steps.exit_layer, steps.tree, steps.shares, id(self.speculation and steps.drafter)),
-            *(self.cache.rows, self.cache.max_len, self._vocabulary(steps)),
-            *(sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty),
-        )
-        return self.compiled(key, step, slots, *args)
+        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, id(self.speculation and steps.drafter)]
+        if name == "chain_logits":  # the only one for drafts of any length
+            key += [args[0].shape[1], args[1] is None]
+        elif name != "plain_logits":
+            key += [steps.tree]
+        if name.startswith(("draft", "accept")):
+            sampler = self.sampler
+            key += [sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty]
+            key += [self._vocabulary(steps)]
+        if name == "accept_chain":
+            key += [args[1].tokens.shape[1], args[1].q is None]
+        return self.compiled(tuple(key), step, slots, *args)
 
     def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""

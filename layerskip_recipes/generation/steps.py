@@ -103,10 +103,13 @@ class Steps:
 
     # ---- a plain step ----
 
-    def plain(self, last, start, slots, noise, seen):
-        """The next token of each row from exit E. last, start [b]; noise [b, v] or None; seen [b, v] or None -> [b]."""
-        logits = self._run(self.model, last[:, None], start[:, None], slots, exit_layer=self.exit_layer)
-        return self._choose(self.sampler.scores(logits[:, -1], seen), noise)
+    def plain_logits(self, last, start, slots):
+        """Logits of each row's next token from exit E; last, start [b] -> [b, v]."""
+        return self._run(self.model, last[:, None], start[:, None], slots, exit_layer=self.exit_layer)[:, -1]
+
+    def choose(self, logits, noise, seen):
+        """A token of each row; logits [b, v], noise [b, v] or None, seen [b, v] or None -> [b]."""
+        return self._choose(self.sampler.scores(logits, seen), noise)
 
     # ---- drafts ----
 
@@ -195,22 +198,33 @@ class Steps:
             torch.cat(ancestors, 1),
         )
 
-    # ---- verification ----
+    # ---- verification: the model's logits, which no sampling setting changes, and what is accepted by them ----
 
-    def verify_chain(self, draft: Draft, start, slots, uniform, noise, seen):
-        """The full model on all drafted tokens in one pass; uniform [b, n], noise [b, v] or None.
+    def chain_logits(self, tokens, hidden, start, slots):
+        """The full model on all drafted tokens in one pass.
+
+        Args:
+            tokens: [b, n + 1], the root first.
+            hidden: [b, n, d], x_E of all but the last; None: they run from the start.
+            start, slots: as everywhere here.
+
+        Returns:
+            [b, n + 1, v].
+        """
+        at = start[:, None] + self.count[: tokens.shape[1]]
+        if hidden is None or not self.shares:
+            return self._run(self.model, tokens, at, slots)
+        x = self._run(self.model, tokens[:, -1:], at[:, -1:], slots, exit_layer=self.exit_layer, unembed=False)
+        return self._run(self.model, None, at, slots, hidden=torch.cat([hidden, x], 1))
+
+    def accept_chain(self, logits, draft: Draft, start, uniform, noise, seen):
+        """uniform [b, n], noise [b, v]; None when greedy.
 
         Returns:
             [b, 2 + n]: how many drafted tokens stand, the next token, the drafted tokens.
         """
-        tokens, n = draft.tokens, draft.tokens.shape[1] - 1
-        at = start[:, None] + self.count[: n + 1]
-        if draft.hidden is None or not self.shares:
-            logits = self._run(self.model, tokens, at, slots)
-        else:
-            x = self._run(self.model, tokens[:, -1:], at[:, -1:], slots, exit_layer=self.exit_layer, unembed=False)
-            logits = self._run(self.model, None, at, slots, hidden=torch.cat([draft.hidden, x], 1))
-        ancestors = self._tril(n + 1) if seen is not None else None
+        tokens = draft.tokens
+        ancestors = self._tril(tokens.shape[1]) if seen is not None else None
         scores = self.sampler.scores(logits, self._seen_at(seen, tokens, ancestors))
         drafted = tokens[:, 1:]
         if self.sampler.greedy:
@@ -220,30 +234,32 @@ class Steps:
             accepted, following = accept_sampled(drafted, q, scores, uniform, noise)
         return torch.cat([accepted[:, None], following[:, None], drafted], 1)
 
-    def verify_tree(self, draft: Draft, start, slots, uniform, noise, seen):
-        """As `verify_chain` for a tree, whose accepted path also moves to its place in the cache.
+    def tree_logits(self, tokens, hidden, ancestors, start, slots):
+        """As `chain_logits`, for the nodes of a tree: tokens [b, k], hidden [b, expanded, d], ancestors [b, k, k]."""
+        at, positions = start[:, None] + self.count[: self.tree.nodes], start[:, None] + self.levels
+        mask = visible_tree(slots, start, ancestors, self.dtype)
+        if not self.shares:
+            return self._run(self.model, tokens, at, slots, positions=positions, mask=mask)
+        x = self._run(
+            self.model,
+            tokens[:, self.leaves],
+            at[:, self.leaves],
+            slots,
+            exit_layer=self.exit_layer,
+            unembed=False,
+            positions=positions[:, self.leaves],
+            mask=mask[:, self.leaves],
+        )
+        x = torch.cat([hidden, x], 1)[:, self.node_order]
+        return self._run(self.model, None, at, slots, hidden=x, positions=positions, mask=mask)
+
+    def accept_tree(self, logits, draft: Draft, start, uniform, noise, seen):
+        """As `accept_chain` for a tree, whose accepted path also moves to its place in the cache.
 
         Returns:
             [b, 2 + n]: how many tokens of the path stand, the next token, the tokens of the path.
         """
         tree, tokens = self.tree, draft.tokens
-        at, positions = start[:, None] + self.count[: tree.nodes], start[:, None] + self.levels
-        mask = visible_tree(slots, start, draft.ancestors, self.dtype)
-        if self.shares:
-            x = self._run(
-                self.model,
-                tokens[:, self.leaves],
-                at[:, self.leaves],
-                slots,
-                exit_layer=self.exit_layer,
-                unembed=False,
-                positions=positions[:, self.leaves],
-                mask=mask[:, self.leaves],
-            )
-            x = torch.cat([draft.hidden, x], 1)[:, self.node_order]
-            logits = self._run(self.model, None, at, slots, hidden=x, positions=positions, mask=mask)
-        else:
-            logits = self._run(self.model, tokens, at, slots, positions=positions, mask=mask)
         scores = self.sampler.scores(logits, self._seen_at(seen, tokens, draft.ancestors))
         if self.sampler.greedy:
             accepted, following, path = accept_greedy_tree(tree, tokens, draft.parents, scores)
