@@ -152,3 +152,21 @@ def eval_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
         "max_samples": 4,
     }
     return write_yaml(folder / "eval.yaml", _trained(checkpoint) | {"dataset": dataset, "batch_size": 2} | changes)
+
+
+def benchmark_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
+    """A benchmark of a chain and a tree on 2 prompts of 16 new tokens, 2 repeats, greedy and sampling, eager."""
+    config = _trained(checkpoint) | {
+        "prompt": ["def main(", "import os"],
+        "max_new_tokens": 16,
+        "temperatures": [0.0, 0.8],
+        "compile": False,
+        "repeats": 2,
+        "variants": {
+            "chain": {"exit_layer": 2, "num_speculations": 3},
+            "tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
+        },
+        "report_dir": str(folder / "report"),
+        "picture": str(folder / "report" / "benchmark.png"),
+    }
+    return write_yaml(folder / "benchmark.yaml", config | changes)

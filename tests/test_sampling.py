@@ -12,6 +12,7 @@ from layerskip_recipes.generation.sampling import (
     draw,
     exponentials,
     next_token_probs,
+    penalise,
 )
 
 V = 5
@@ -61,12 +62,14 @@ def test_the_chi_square_test_can_tell():
 # ---- filters ----
 
 
-def filtered(logits, temperature, top_k=None, top_p=None):
-    """The same with Python lists: temperature, then top-k with its ties, then the smallest set of mass top_p."""
+def filtered(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """The same with Python lists: temperature, top-k with its ties, min-p, then the smallest set of mass top_p."""
     weights = [math.exp(x / temperature) for x in logits]
     if top_k is not None:
         kth = sorted(weights, reverse=True)[min(top_k, len(weights)) - 1]
         weights = [w if w >= kth else 0.0 for w in weights]
+    if min_p is not None:
+        weights = [w if w >= min_p * max(weights) else 0.0 for w in weights]
     if top_p is not None:
         mass, kept = 0.0, set()
         for token in sorted(range(len(weights)), key=lambda t: -weights[t]):
@@ -78,14 +81,23 @@ def filtered(logits, temperature, top_k=None, top_p=None):
     return [w / sum(weights) for w in weights]
 
 
+def penalised(logits, tokens, penalty):
+    """A list of logits, those of `tokens` less likely: positive ones divided by the penalty, others multiplied."""
+    logits = list(logits)
+    for token in set(tokens):
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    return logits
+
+
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.1, 0.6, 1.0])
 @pytest.mark.parametrize("top_p", [None, 0.01, 0.37, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 11, 12, 50])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_filters(temperature, top_k, top_p):
+def test_filters(temperature, top_k, top_p, min_p):
     logits = 2 * torch.randn(2, 3, 11, generator=rng(1))
-    probs = next_token_probs(logits, temperature, top_k, top_p)
+    probs = next_token_probs(logits, temperature, top_k, top_p, min_p)
     for row, expected in zip(probs.flatten(0, 1), logits.flatten(0, 1).tolist(), strict=True):
-        torch.testing.assert_close(row, torch.tensor(filtered(expected, temperature, top_k, top_p)))
+        torch.testing.assert_close(row, torch.tensor(filtered(expected, temperature, top_k, top_p, min_p)))
 
 
 def test_ties_with_the_kth_token_stay():
@@ -107,6 +119,57 @@ def test_top_k_is_applied_before_top_p():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     assert next_token_probs(logits, 1.0, top_k=2, top_p=0.5).tolist() == pytest.approx([1, 0, 0, 0])
     assert next_token_probs(logits, 1.0, top_p=0.5).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+
+
+def test_min_p_is_a_part_of_the_largest_probability():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    for min_p, kept in ((0.0, 4), (0.09, 4), (0.11, 3), (0.29, 3), (0.31, 2), (0.59, 2), (0.61, 1), (1.0, 1)):
+        probs = next_token_probs(logits, 1.0, min_p=min_p)
+        assert (probs > 0).tolist() == [i < kept for i in range(4)]
+        torch.testing.assert_close(probs[:kept], logits[:kept].exp() / logits[:kept].exp().sum())
+    # Of the probabilities at the temperature: at 0.5 they are proportional to the squares, 0.09 / 0.25 < 0.4.
+    assert (next_token_probs(logits, 0.5, min_p=0.4) > 0).sum() == 1
+    assert (next_token_probs(torch.zeros(4), 1.0, min_p=1.0) > 0).all()
+
+
+def test_min_p_is_applied_after_top_k_and_before_top_p():
+    """0.4 / 0.7 reaches 0.55 alone, where 0.4 does not; and top-k leaves the largest, which min-p looks at."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert next_token_probs(logits, 1.0, min_p=0.7, top_p=0.55).tolist() == pytest.approx([1, 0, 0, 0])
+    assert next_token_probs(logits, 1.0, top_p=0.55).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert next_token_probs(logits, 1.0, top_k=3, min_p=0.2).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 4.0])
+def test_repetition_penalty(penalty):
+    """Against a loop, for logits of both signs and 0; what was passed in stays as it was."""
+    logits = torch.randn(3, 2, 9, generator=rng(30))
+    logits[0, 0, :3] = 0
+    seen = torch.rand(3, 1, 9, generator=rng(31)) < 0.5
+    before = logits.clone()
+    out = penalise(logits, seen, penalty)
+    for row in range(3):
+        tokens = seen[row, 0].nonzero().flatten().tolist()
+        for i in range(2):
+            expected = penalised(before[row, i].tolist(), tokens, penalty)
+            torch.testing.assert_close(out[row, i], torch.tensor(expected))
+            # Above 1 every seen token is less likely than before, below 1 more.
+            change = (out[row, i] - before[row, i])[tokens]
+            assert ((change <= 0) if penalty >= 1 else (change >= 0)).all()
+    assert torch.equal(logits, before)
+
+
+def test_the_penalty_comes_before_temperature_and_filters():
+    logits, seen = 2 * torch.randn(4, 9, generator=rng(32)), torch.rand(4, 9, generator=rng(33)) < 0.5
+    settings = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.05}
+    for sampler in (Sampler(**settings, repetition_penalty=1.7), Sampler(repetition_penalty=1.7)):
+        scores = sampler.scores(logits, seen)
+        for row in range(4):
+            expected = penalised(logits[row].tolist(), seen[row].nonzero().flatten().tolist(), 1.7)
+            if not sampler.greedy:
+                expected = filtered(expected, **settings)
+            torch.testing.assert_close(scores[row], torch.tensor(expected))
+    assert not Sampler(temperature=0.5).penalises and Sampler(repetition_penalty=0.9).penalises
 
 
 def test_half_precision_logits_are_filtered_in_fp32():

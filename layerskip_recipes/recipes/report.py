@@ -79,25 +79,48 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
         "speedup_not_looping": ratio(straight, baseline.straight),
-        **efficiency(stats, baseline.stats, speedup),
+        **{name: value for name, value in draft_figures(stats, baseline.stats, speedup).items() if name not in report},
         # Two samplings differ by chance; only greedy outputs can be the same tokens.
         "identical": ours.outputs == baseline.outputs if greedy else None,
     }
     return report
 
 
-def efficiency(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, float | None]:
-    """How near a measured speed-up is to the ideal one, with the acceptance and the draft's cost of the same run.
+def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
+    """What drafting brought and cost, and how near the speed-up is to the ideal one by these.
 
-    Returns:
-        draft_cost c (a draft step's time as a part of a baseline step's), ideal_speedup, engine_efficiency.
+    The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
+    of an autoregressive step. Drafts that are looked up in the text take no step, so d c is there the steps of a round
+    times c.
+
+    Args:
+        stats: of the way.
+        baseline: of autoregressive decoding.
+        speedup: measured.
     """
-    steps = baseline.rounds
-    if not (speedup and stats.draft_steps and steps and baseline.decode_s and stats.acceptance_rate is not None):
-        return {"draft_cost": None, "ideal_speedup": None, "engine_efficiency": None}
-    cost = (stats.draft_s / stats.draft_steps) / (baseline.decode_s / steps)
-    ideal = ideal_speedup(stats.acceptance_rate, stats.draft_steps / stats.rounds, cost)
-    return {"draft_cost": cost, "ideal_speedup": ideal, "engine_efficiency": speedup / ideal}
+    # Rounds by rows: a row takes part until it has finished. What does not draft has a token in each.
+    row_rounds = sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
+    d, steps = over(stats.drafted, row_rounds), over(stats.draft_steps, stats.rounds)
+    plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
+    cost = draft_s / plain_s if d and draft_s and plain_s else None
+    ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
+    return {
+        "tokens_per_round": over(stats.tokens - stats.rows, row_rounds) if stats.rounds else None,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance_rate": stats.acceptance_rate,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "drafted_per_round": d or None,
+        "draft_steps_per_round": steps if d else None,
+        "draft_cost": cost,
+        "ideal_speedup": ideal,
+        "engine_efficiency": speedup / ideal if speedup and ideal else None,
+    }
+
+
+def over(a: float, b: float) -> float | None:
+    """a / b, None if b is 0."""
+    return a / b if b else None
 
 
 def ratio(a: GenerationStats, b: GenerationStats) -> float | None:

@@ -1,0 +1,259 @@
+"""What rounds learn: look-ups against a search, draft lengths against the best fixed one, choices by made-up rates."""
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from layerskip_recipes.generation.adaptive import Arm, Chooser, DraftLength, LookUp, Policy, check_threshold
+
+# ---- drafts from the text ----
+
+
+def search(tokens, ngram, count):
+    """What followed the last earlier place with the same last `ngram` tokens, from the text's end on once more."""
+    for start in range(len(tokens) - ngram - 1, -1, -1):
+        if tokens[start : start + ngram] == tokens[len(tokens) - ngram :]:
+            found = tokens[start + ngram :]
+            return [found[i % len(found)] for i in range(count)]
+    return []
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_look_up_finds_what_a_search_finds(ngram):
+    """Texts of a small alphabet that grow in pieces; the length asked for changes nothing but the length."""
+    generator, found, new = random.Random(50), 0, 0
+    for _ in range(100):
+        look_up, text = LookUp(ngram), []
+        for _ in range(8):
+            piece = [generator.randrange(3) for _ in range(generator.randrange(6))]
+            look_up.extend(piece)
+            text += piece
+            for count in (1, 3, 7):
+                expected = search(text, ngram, count)
+                assert look_up.find(count) == expected
+                assert len(expected) in (0, count)
+            found += bool(expected)
+            new += not expected
+    assert found > 100 and new > 100
+
+
+def test_look_up_by_hand():
+    look_up = LookUp(2)
+    look_up.extend([1, 2, 3, 4, 1, 2, 5, 6, 1, 2])
+    assert look_up.find(3) == [5, 6, 1]  # the last place, not the first
+    assert look_up.find(6) == [5, 6, 1, 2, 5, 6]
+    look_up.extend([7])
+    assert look_up.find(3) == []
+    short = LookUp(3)
+    short.extend([1, 1])
+    assert short.find(2) == []
+
+
+# ---- when a draft stops ----
+
+
+def test_a_fixed_threshold_looks_at_the_last_confidence_of_each_row():
+    length = DraftLength(0.5)
+    assert length.go_on([[0.5]], 0) and length.go_on([[0.1, 0.9]], 0) and length.go_on([[0.2], [0.6]], 0)
+    assert not length.go_on([[0.49]], 0) and not length.go_on([[0.9, 0.1]], 0) and not length.go_on([[0.2], [0.3]], 0)
+    assert DraftLength(0.0).go_on([[0.0]], 0) and not DraftLength(1.0).go_on([[0.999]], 0)
+
+
+def test_auto_calibrates_the_confidence():
+    """Bins of confidence get the acceptance seen in them, however far that is from the confidence itself."""
+    rates, length, generator = [0.9, 0.2, 0.5, 0.65], DraftLength("auto"), random.Random(51)
+    seen = {bin: [0, 0] for bin in range(4)}
+    for _ in range(4000):
+        bin = generator.randrange(4)
+        confidence = (3 * bin + 1.5) / 12 + generator.uniform(-0.04, 0.04)  # inside of the bin 3 bin + 1 of 12
+        stands = generator.random() < rates[bin]
+        length.learn([confidence], int(stands))
+        seen[bin][0] += 1
+        seen[bin][1] += stands
+    mean = (sum(stood for _, stood in seen.values()) + 1.4) / (4000 + 2)
+    assert length.mean == pytest.approx(mean)
+    for bin, (count, stood) in seen.items():
+        assert length.acceptance((3 * bin + 1.5) / 12) == pytest.approx((stood + 4 * mean) / (count + 4))
+        assert abs(length.acceptance((3 * bin + 1.5) / 12) - rates[bin]) < 0.05
+    # A bin without observations has the mean; 0 and 1 are confidences too.
+    assert length.acceptance(0.0) == pytest.approx(mean) and length.acceptance(1.0) == pytest.approx(mean)
+
+
+def test_what_follows_the_first_rejection_says_nothing():
+    """Of four drafts two stood: the third was rejected, the fourth was never looked at."""
+    length = DraftLength("auto")
+    assert length.mean == pytest.approx(0.7)
+    length.learn([0.95, 0.95, 0.5, 0.1], 2)
+    assert (sum(length.drafted), sum(length.accepted)) == (3, 2)
+    mean = (2 + 1.4) / (3 + 2)
+    assert length.acceptance(0.95) == pytest.approx((2 + 4 * mean) / (2 + 4))
+    assert length.acceptance(0.5) == pytest.approx((0 + 4 * mean) / (1 + 4))
+    assert length.acceptance(0.1) == pytest.approx(mean)
+    length.learn([0.2, 0.2], 2)
+    assert (sum(length.drafted), sum(length.accepted)) == (5, 4)
+
+
+def calibrated(acceptances):
+    """A DraftLength that has seen 10,000 drafts of each of 12 bins, of which so many were accepted."""
+    length = DraftLength("auto")
+    for bin, acceptance in enumerate(acceptances):
+        for i in range(10_000):
+            length.learn([(bin + 0.5) / 12], int(i < 10_000 * acceptance))
+    return length
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
+def test_a_draft_ends_where_one_more_token_costs_more_than_it_brings(acceptance):
+    """With a confidence that says nothing, at the rate of the best fixed length, it stops at that length."""
+    length, generator = calibrated([acceptance] * 12), random.Random(52)
+    for draft_cost, verify_cost in ((0.1, 1.0), (0.3, 1.0), (0.05, 0.7)):
+        # n drafts bring 1 + a + ... + a^n tokens.
+        rates = [sum(acceptance**i for i in range(n + 1)) / (n * draft_cost + verify_cost) for n in range(1, 80)]
+        best = 1 + max(range(len(rates)), key=rates.__getitem__)
+        length.step_seconds = draft_cost
+        for _ in range(3):
+            confidences = [generator.random()]
+            while length.go_on([confidences], max(rates)):
+                confidences.append(generator.random())
+            assert len(confidences) == best
+
+
+def test_a_draft_goes_on_where_the_confidence_promises_more():
+    """High confidences are accepted, low ones are not: by them the next token is worth a step or not."""
+    length = calibrated([0.1] * 6 + [0.9] * 6)
+    length.step_seconds = 1.0
+    # What the next token brings: 0.9 or 0.1 that all so far stand, times 0.5 on the average.
+    for rate, sure, unsure in ((0.04, True, True), (0.3, True, False), (0.46, False, False)):
+        assert (length.go_on([[0.9]], rate), length.go_on([[0.1]], rate)) == (sure, unsure)
+    assert length.go_on([[0.9, 0.9]], 0.40) and not length.go_on([[0.9, 0.9]], 0.41)
+    assert not length.go_on([[0.9, 0.1]], 0.06) and not length.go_on([[0.1, 0.9]], 0.06)
+    # The rows of a batch share the step.
+    assert length.go_on([[0.9], [0.1]], 0.49) and not length.go_on([[0.9], [0.1]], 0.51)
+    # Nothing is known of the rate: draft on.
+    assert length.go_on([[0.1]], 0.0)
+
+
+def test_the_time_of_a_step_is_a_moving_average():
+    length = DraftLength("auto")
+    seconds = [2.0, 1.0, 1.0, 5.0]
+    for value in seconds:
+        length.timed(value)
+    expected = seconds[0]
+    for value in seconds[1:]:
+        expected += 0.1 * (value - expected)
+    assert length.step_seconds == pytest.approx(expected)
+
+
+# ---- which way is the fastest ----
+
+ARMS = [Arm("fixed", 1), Arm("fixed", 2), Arm("fixed", 4)]
+
+
+def play(chooser, arms, rates, rounds, generator):
+    """Rounds in which each arm gives tokens at its rate, with noise; which were picked."""
+    picked = []
+    for _ in range(rounds):
+        arm = chooser.pick(arms)
+        picked.append(arm)
+        tokens = generator.randrange(1, 6)
+        chooser.learn(arm, tokens, tokens / rates[arm] * generator.uniform(0.8, 1.2))
+    return picked
+
+
+@pytest.mark.parametrize("best", range(3))
+def test_the_fastest_arm_is_found(best):
+    rates = {arm: 150.0 if i == best else 100.0 + i for i, arm in enumerate(ARMS)}
+    chooser = Chooser()
+    picked = play(chooser, ARMS, rates, 412, random.Random(53))
+    assert Counter(picked[:12]) == Counter(dict.fromkeys(ARMS, 4))
+    # Afterwards one round in 32 goes to another.
+    others = [i for i, arm in enumerate(picked[12:]) if arm != ARMS[best]]
+    assert len(others) == 412 // 32
+    assert {b - a for a, b in itertools.pairwise(others)} == {32}
+    assert {picked[12 + i] for i in others} == set(ARMS) - {ARMS[best]}
+    assert chooser.rate(ARMS[best]) == pytest.approx(150, rel=0.05)
+
+
+def test_a_change_of_the_rates_is_noticed():
+    """The arm in use gets slow: others take over soon. Then another gets faster than it: that takes tries."""
+    generator, chooser = random.Random(54), Chooser()
+    rates = dict(zip(ARMS, (150.0, 100.0, 50.0), strict=True))
+    assert play(chooser, ARMS, rates, 200, generator)[-10:].count(ARMS[0]) >= 9
+    rates[ARMS[0]] = 40.0
+    assert play(chooser, ARMS, rates, 200, generator)[-31:].count(ARMS[1]) >= 29
+    rates[ARMS[2]] = 250.0
+    assert play(chooser, ARMS, rates, 1000, generator)[-31:].count(ARMS[2]) >= 29
+
+
+def test_an_arm_that_is_not_offered_waits():
+    """Look-ups are offered now and then only, and are the fastest where they are."""
+    generator, chooser, lookup = random.Random(55), Chooser(), Arm("lookup", 1)
+    rates = dict(zip((*ARMS[:2], lookup), (100.0, 80.0, 300.0), strict=True))
+    picked = []
+    for i in range(300):
+        offered = [*ARMS[:2], lookup] if i % 3 == 0 else ARMS[:2]
+        picked.append((i % 3 == 0, *play(chooser, offered, rates, 1, generator)))
+    late = Counter(picked[100:])
+    assert late[True, lookup] > 60 and late[False, ARMS[0]] > 120 and late[False, lookup] == 0
+
+
+def test_the_only_arm_is_no_choice():
+    chooser = Chooser()
+    assert all(chooser.pick(ARMS[:1]) == ARMS[0] for _ in range(40)) and chooser.rounds == 0
+    assert chooser.rate(ARMS[0]) == 0
+
+
+def test_the_rate_is_that_of_the_last_rounds():
+    """Each round's weight is 1 - 1/64 of that after it; the rate is the ratio of the sums."""
+    chooser, generator = Chooser(), random.Random(56)
+    rounds = [(generator.randrange(1, 9), generator.random()) for _ in range(50)]
+    for tokens, seconds in rounds:
+        chooser.learn(ARMS[0], tokens, seconds)
+    weights = [(63 / 64) ** (49 - i) for i in range(50)]
+    expected = [sum(w * r[part] for w, r in zip(weights, rounds, strict=True)) for part in (0, 1)]
+    assert chooser.rate(ARMS[0]) == pytest.approx(expected[0] / expected[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds", "choice"),
+    [
+        (([3],), ["fixed 3"], False),
+        (([1, 4],), ["fixed 1", "fixed 4"], True),
+        (([3], 0.4), ["adaptive 3"], True),
+        (([3], 0), ["adaptive 3"], True),
+        (([3], "auto"), ["fixed 3", "adaptive 3"], True),
+        (([2, 3], "auto"), ["fixed 2", "adaptive 2", "fixed 3", "adaptive 3"], True),
+        (([2, 3], None, True), ["fixed 2", "fixed 3", "lookup 2"], True),
+        (([2], None, True), ["fixed 2", "lookup 2"], True),
+    ],
+    ids=str,
+)
+def test_what_there_is_to_choose_from(arguments, kinds, choice):
+    for found in (False, True):
+        policy, offered = Policy(*arguments), set()
+        assert policy.has_choice == choice
+        for _ in range(40):
+            arm = policy.pick(found)
+            policy.chooser.learn(arm, 1, 1.0)
+            offered.add(f"{arm.kind} {arm.exit_layer}")
+        assert offered == {kind for kind in kinds if found or not kind.startswith("lookup")}
+
+
+# ---- the setting ----
+
+
+@pytest.mark.parametrize("value", [None, "auto", 0, 0.0, 0.4, 1, 1.0])
+def test_thresholds(value):
+    assert check_threshold(value) == value
+
+
+@pytest.mark.parametrize("value", ["x", "0.4", "", -0.1, 1.5, math.nan, True, [0.4]])
+def test_wrong_thresholds_are_named(value):
+    for check in (check_threshold, lambda value: Policy([1], value), DraftLength):
+        with pytest.raises(ValueError, match=r"^threshold: .*Allowed: .*(\[0, 1\]|0 to 1).*threshold="):
+            check(value)
+    with pytest.raises(ValueError, match=r"^self_speculation.threshold: "):
+        check_threshold(value, "self_speculation.threshold")

@@ -1,0 +1,242 @@
+"""Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from test_speculation import PROMPTS, plain
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation import Generation, Speculation, compiling, generate
+from layerskip_recipes.generation.compiling import CompiledSteps, rounded
+from layerskip_recipes.generation.engine import compiled_steps
+from layerskip_recipes.generation.sampling import Sampler
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
+)
+CPU = torch.device("cpu")
+SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
+VOCAB = 31
+SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
+LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
+
+
+def make_small():
+    torch.manual_seed(80)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return layerskip_decoder(model).eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One model for all tests: its graphs stay with it."""
+    return make_small()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """Nothing compiled before is found, nothing stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+def run(model, prompts, count, *, compile=True, **arguments):
+    generation = Generation(model, prompts, count, compile=compile, **arguments)
+    for _ in generation:
+        pass
+    return generation
+
+
+WAYS = {
+    "plain": {},
+    "chain": {"exit_layer": 1, "num_speculations": 2},
+    "tree": {"exit_layer": 1, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_tokens_and_nothing_compiled_twice(small, way):
+    """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs."""
+    graphs, seconds, accepted = None, small.compiled_steps.seconds if hasattr(small, "compiled_steps") else 0.0, 0
+    for prompts, count in ((SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
+        speculation = Speculation(**WAYS[way]) if WAYS[way] else None
+        expected = [plain(small, prompt, count) for prompt in prompts]
+        generation = run(small, prompts, count, speculation=speculation)
+        assert generation.generated == expected
+        eager = run(small, prompts, count, speculation=speculation, compile=False)
+        for name in ("tokens", "rounds", "drafted", "accepted", "accepted_histogram", "arms"):
+            assert getattr(generation.stats, name) == getattr(eager.stats, name)
+        if graphs is None:
+            graphs = dict(small.compiled_steps.graphs)
+            assert generation.stats.compile_s == pytest.approx(small.compiled_steps.seconds - seconds)
+            assert generation.stats.compile_s > 0.01 and eager.stats.compile_s == 0
+        else:
+            assert small.compiled_steps.graphs == graphs
+            assert generation.stats.compile_s == 0
+        assert generation.stats.decode_s < 5  # compilation counts in compile_s only
+        accepted += generation.stats.accepted
+    assert not small.compiled_steps.failed
+    assert (accepted > 0) == (way != "plain")
+    stop = expected[0][40]
+    generation = run(small, SHORT, 70, speculation=speculation, stop_tokens=[stop])
+    assert generation.generated == [row[: row.index(stop) + 1] if stop in row else row for row in expected]
+    assert small.compiled_steps.graphs == graphs
+
+
+@needs_compiler
+def test_sampled_and_penalised_steps(small):
+    """With the same draws: up to where the eager draft gets shorter, since nothing is needed behind the limit.
+
+    Another draft vocabulary of the same size needs no graph of its own.
+    """
+    count, d, graphs, accepted = 24, 2, None, []
+    for seed, vocabulary in ((1, range(0, 20)), (2, range(11, 31)), (2, [3, *range(12, 31)])):
+        outputs = []
+        for compile in (True, False):
+            generator = torch.Generator().manual_seed(seed)
+            sampler = Sampler(1.2, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2, rng=generator)
+            speculation = Speculation(1, d, draft_vocabulary=vocabulary)
+            generation = run(small, [LONG[0]], count, sampler=sampler, speculation=speculation, compile=compile)
+            outputs.append(generation.generated[0])
+            assert len(outputs[-1]) == count
+            accepted.append(generation.stats.accepted)
+        assert outputs[0][: count - d] == outputs[1][: count - d]
+        graphs = graphs or dict(small.compiled_steps.graphs)
+        assert small.compiled_steps.graphs == graphs
+    assert min(accepted) > 0 and len(set(accepted)) > 1 and not small.compiled_steps.failed
+
+
+@needs_compiler
+def test_graphs_read_the_weights_of_their_call(small):
+    speculation = Speculation(**WAYS["chain"])
+    before = run(small, SHORT, 9, speculation=speculation)
+    graphs, weights = dict(small.compiled_steps.graphs), {k: v.clone() for k, v in small.state_dict().items()}
+    try:
+        with torch.no_grad():
+            small.layers[0].mlp.w2.weight.mul_(-0.7)
+            small.tok_embeddings.weight[:5] += 0.3
+        plain.cache_clear()
+        after = run(small, SHORT, 9, speculation=speculation)
+        assert after.generated == [plain(small, prompt, 9) for prompt in SHORT] != before.generated
+        assert small.compiled_steps.graphs == graphs
+    finally:
+        small.load_state_dict(weights)
+        plain.cache_clear()
+
+
+def test_another_precision_has_graphs_and_caches_of_its_own():
+    model = make_small()
+    steps = compiled_steps(model, CPU)
+    assert compiled_steps(model, CPU) is steps
+    model.to(torch.float64)
+    assert compiled_steps(model, CPU) is not steps
+
+
+@needs_compiler
+def test_a_draft_that_stops_early_is_compiled_step_by_step(small):
+    """Each length that is verified has a graph of its own."""
+    lengths = Counter()
+    generation = Generation(
+        small,
+        [LONG[0]],
+        30,
+        compile=True,
+        speculation=Speculation(1, 2, threshold=0.45),
+        on_draft=lambda tokens: lengths.update([len(tokens[0])]),
+    )
+    for _ in generation:
+        pass
+    assert generation.generated == [plain(small, LONG[0], 30)]
+    assert set(lengths) == {1, 2} and min(lengths.values()) > 2
+    assert 0 < generation.stats.acceptance_rate < 1 and not small.compiled_steps.failed
+
+
+@needs_compiler
+def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
+    """The cache of one call is that of the next one; a call in between that takes it over is noticed."""
+    speculation = Speculation(**WAYS["chain"])
+    first = run(small, SHORT, 9, speculation=speculation)
+    prompts = [(*prompt, *tokens, 4) for prompt, tokens in zip(SHORT, first.generated, strict=True)]
+    again = run(small, prompts, 9, speculation=speculation, cache=first.cache)
+    assert again.cache is first.cache and again.stats.compile_s == 0
+    assert again.stats.reused_tokens == 2 * min(len(prompt) - 2 for prompt in prompts)
+    assert again.generated == [plain(small, prompt, 9) for prompt in prompts]
+    run(small, LONG, 3, speculation=speculation)
+    last = run(small, prompts, 9, speculation=speculation, cache=first.cache)
+    assert last.stats.reused_tokens == 0 and last.generated == again.generated
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nand more"), AssertionError()], ids=["message", "none"])
+def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
+    """One line says so, once; the tokens are right, and later calls do not try again."""
+    model, warnings, tries = make_small(), [], []
+
+    def failing(*_):
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
+    monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
+    for way in ("chain", "tree", "plain"):
+        out = generate(model, [torch.tensor(prompt) for prompt in SHORT], 9, compile=True, **WAYS[way])
+        expected = [plain(model, prompt, 9) for prompt in SHORT]
+        assert [row[-9:] for row in out.tokens.tolist()] == expected
+        assert out.stats.compile_s == 0
+    assert len(tries) == 1
+    (warning,) = warnings
+    assert warning.startswith("compile: ") and "\n" not in warning
+    assert "no compiler" in warning or "AssertionError" in warning
+
+
+def test_a_cache_serves_while_it_is_large_enough():
+    model, steps = make_small(), CompiledSteps(CPU, torch.float32)
+    cache = steps.cache(model, 2, 256)
+    cache.tokens = [[1], [2]]
+    assert steps.cache(model, 2, 100) is cache and cache.tokens == [[], []]
+    assert steps.cache(model, 3, 100) is not cache
+    larger = steps.cache(model, 3, 300)
+    assert larger.max_len == 300 and steps.cache(model, 3, 257) is larger
+
+
+def test_lengths_that_few_graphs_serve():
+    assert [rounded(length, CPU) for length in (1, 64, 65, 200, 4000)] == [64, 64, 128, 256, 4032]
+    gpu = torch.device("cuda")
+    assert [rounded(length, gpu) for length in (1, 256, 257, 512, 1000, 4097)] == [256, 256, 512, 512, 1024, 8192]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", WAYS)
+def test_cuda_graphs(way):
+    """Greedy in fp32, a batch of two, each call's rounds on the same graphs; the reference runs on the CPU."""
+    model, reference = make_small().cuda(), make_small()
+    graphs = None
+    for prompts, count in ((SHORT, 40), (LONG, 25), (SHORT, 7)):
+        speculation = Speculation(**WAYS[way]) if WAYS[way] else None
+        generation = run(model, prompts, count, speculation=speculation)
+        assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
+        assert not model.compiled_steps.failed
+        graphs = graphs or dict(model.compiled_steps.graphs)
+        assert model.compiled_steps.graphs == graphs
+        assert way == "plain" or generation.stats.draft_s > 0
+    assert generation.stats.compile_s == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["chain", "tree"])
+def test_cuda_graphs_repeat_by_the_seed(way):
+    model, outputs = make_small().cuda(), []
+    for seed in (1, 1, 2):
+        sampler = Sampler(1.0, top_k=20, rng=torch.Generator("cuda").manual_seed(seed))
+        generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS[way]))
+        outputs.append(generation.generated)
+    assert outputs[0] == outputs[1] != outputs[2] and not model.compiled_steps.failed
