@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
-from layerskip_recipes.recipes import eval, finetune_config, generate
+from layerskip_recipes.recipes import benchmark, eval, finetune_config, generate
 
 
 def list_configs() -> None:
@@ -47,7 +47,12 @@ def validate(cfg: DictConfig) -> str:
     Raises:
         ValueError: the first thing that is wrong.
     """
-    recipes = {"layerskip_finetune": finetune_config, "layerskip_generate": generate, "layerskip_eval": eval}
+    recipes = {
+        "layerskip_finetune": finetune_config,
+        "layerskip_generate": generate,
+        "layerskip_eval": eval,
+        "layerskip_benchmark": benchmark,
+    }
 
     def misfit(recipe: str) -> int:
         """Keys that the recipe does not know, and keys that it misses."""

@@ -1,4 +1,4 @@
-"""`tune run layerskip_benchmark --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/benchmark.py."""
+"""`tune run layerskip_benchmark --config NAME [key=value ...]`; the recipe: layerskip_recipes/recipes/benchmark.py."""
 
 from layerskip_recipes.recipes.benchmark import main
 

@@ -19,7 +19,8 @@ from layerskip_recipes.checks import is_ours
 from layerskip_recipes.config import load_config
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes import benchmark, peers
-from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark, Run, draft_figures, figures
+from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark, Run, figures
+from layerskip_recipes.recipes.report import draft_figures
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 PEERS = ["torchtune", *(["transformers", "transformers_early_exit"] if HAS_TRANSFORMERS else [])]
@@ -263,6 +264,7 @@ WRONG = [
     ("~report_dir", "report_dir", "None", "text"),
     ("report_dir=benchmark.yaml/x", "report_dir", "'benchmark.yaml/x'", "in the way"),
     ("picture=3", "picture", "3", "text"),
+    ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),
     ("variant=3", "variant", "unknown key", "Nearest: variants"),
@@ -329,7 +331,7 @@ def test_odd_values_are_taken_or_refused_by_key(path):
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_checkpoint_that_transformers_cannot_open(path, monkeypatch):
+def test_a_checkpoint_that_transformers_cannot_open():
     """Its folder has no config.json, which torchtune's own checkpointers do not need."""
     with pytest.raises(ValueError, match=r"^peers: transformers needs config.json .*'/nowhere'.* peers=\[torchtune\]"):
         peers.check_peer_files(["torchtune", "transformers"], "/nowhere")

@@ -59,6 +59,14 @@ def shell(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+QUICKSTART = {
+    "quickstart/finetune": ["max_steps_per_epoch=2", "log_every_n_steps=1"],
+    "quickstart/generate": ["max_new_tokens=6", "prompts.count=2"],
+    "quickstart/eval": ["max_batches=1"],
+    "quickstart/benchmark": ["max_new_tokens=6", "prompts.count=2", "repeats=1", "temperatures=[0.0]", "compile=false"],
+}
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_folder):
     """A folder to type commands in: the README's my.yaml, a generation config, and a tiny model for both."""
@@ -77,14 +85,10 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     if command[:2] != ["tune", "run"]:
         return command
     name = command[command.index("--config") + 1]
-    if name == "quickstart/finetune":
-        return [*command, "max_steps_per_epoch=2", "log_every_n_steps=1"]
-    if name == "quickstart/generate":
-        return [*command, "max_new_tokens=6", "prompts.count=2"]
-    if name == "quickstart/eval":
-        return [*command, "max_batches=1"]
+    if name in QUICKSTART:
+        return [*command, "model.num_layers=4", *QUICKSTART[name]]
     tiny = OmegaConf.to_container(OmegaConf.load(folder / "my_generate.yaml"))
-    if command[2] == "layerskip_generate":
+    if "layerskip_generate" in command:
         keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
         return [*command, *flat({key: tiny[key] for key in keep}), "max_new_tokens=6", "self_speculation.exit_layer=2"]
     content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
@@ -126,7 +130,10 @@ def test_every_key_of_the_sections_is_in_the_readme():
 
     from layerskip_recipes.early_exit import EarlyExitLoss
     from layerskip_recipes.layer_dropout import LayerDropout
+    from layerskip_recipes.recipes.decoding import self_speculation
 
+    for name in inspect.signature(self_speculation).parameters:
+        assert f"`self_speculation.{name}`" in README
     for name in inspect.signature(LayerDropout).parameters.keys() - {"num_layers", "seed"}:
         assert f"`layer_dropout.{name}`" in README
     for name in inspect.signature(EarlyExitLoss).parameters.keys() - {"ignore_index", "label_smoothing", "min_chunks"}:

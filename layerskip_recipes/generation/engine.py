@@ -21,7 +21,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_num_speculations
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
-from layerskip_recipes.generation.timing import Clock, bytes_of
+from layerskip_recipes.generation.timing import Clock, layer_bytes, slot_bytes, tensor_bytes
 from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
 
@@ -101,7 +101,7 @@ class Generation:
         self.cache = cache
         self.steps: dict[tuple[int, int], Steps] = {}
         self.draft_head: DraftHead | None = None
-        self.sizes: tuple[int, int, int] | None = None
+        self.sizes: dict[str, Any] = {}
         self.started = False
 
     @torch.inference_mode()
@@ -214,7 +214,7 @@ class Generation:
         noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
         logits = self._run(steps, "plain_logits", slots, self.last, start, slots)
         self.last = self.agree(steps.choose(logits, noise, self.seen))
-        self._count_bytes(slots, [(self.exit_layer, 1, True)])
+        self._count_bytes(slots, [(self.exit_layer, 1)])
         return self._keep([[token] for token in self.last.tolist()])
 
     def _round(self) -> list[list[int]]:
@@ -394,20 +394,37 @@ class Generation:
         e, depth = arm.exit_layer, self.model.num_layers
         self.stats.arms[f"{arm.kind} exit {e}" if arm.kind != "lookup" else "lookup"] += 1
         if draft.hidden is None:
-            self._count_bytes(slots, [(depth, 1, True)])
+            self._count_bytes(slots, [(depth, 1)])
             return
         self.stats.draft_steps += n
         shares = self.speculation.drafter is None
         late = depth - e if shares else depth
-        self._count_bytes(slots, [(e, n, True), (e if shares else 0, 1, False), (late, 1, True)])
+        self._count_bytes(slots, [(late, 1)], drafts=[(e, n)], more=e if shares else 0)
 
-    def _count_bytes(self, slots: torch.Tensor, passes: list[tuple[int, int, bool]]) -> None:
-        """passes: (layers, times, with the head)."""
-        self.sizes = self.sizes or bytes_of(self.model, self.cache)
-        layer, head, cache = self.sizes
-        for layers, times, with_head in passes:
-            self.stats.weight_bytes += times * (layers * layer + (head if with_head else 0))
-            self.stats.cache_bytes += times * layers * cache * slots.shape[0]
+    def _count_bytes(
+        self,
+        slots: torch.Tensor,
+        passes: list[tuple[int, int]],
+        drafts: Sequence[tuple[int, int]] = (),
+        more: int = 0,
+    ) -> None:
+        """passes and drafts: (layers, times), with the head of each; `more` layers without one."""
+        if not self.sizes:
+            drafter = (self.speculation and self.speculation.drafter) or self.model
+            head = tensor_bytes(self.model.tok_embeddings.weight.data)
+            draft_head = head if self.draft_head is None else tensor_bytes(self.draft_head.weight)
+            self.sizes = {
+                "slot": slot_bytes(self.cache),
+                "model": (layer_bytes(self.model), head),
+                "draft": (layer_bytes(drafter), draft_head),
+            }
+        walks = [*(("model", *walk) for walk in passes), *(("draft", *walk) for walk in drafts)]
+        for whose, layers, times in walks:
+            layer, head = self.sizes[whose]
+            self.stats.weight_bytes += times * (layers * layer + head)
+            self.stats.cache_bytes += times * layers * self.sizes["slot"] * slots.shape[0]
+        self.stats.weight_bytes += more * self.sizes["model"][0]
+        self.stats.cache_bytes += more * self.sizes["slot"] * slots.shape[0]
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

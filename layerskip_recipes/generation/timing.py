@@ -50,14 +50,22 @@ class Clock:
         stats.draft_s, stats.verify_s = self.seconds["draft"], self.seconds["verify"]
 
 
-def bytes_of(model: LayerSkipDecoder, cache: DecodingCache) -> tuple[int, int, int]:
-    """Bytes of a layer's weights, of the head's, and of one slot of a layer's cache in all rows."""
-    layer = sum(p.numel() * p.element_size() for p in model.layers[0].parameters())
-    embedding = model.tok_embeddings.weight
-    head = embedding.numel() * embedding.element_size()
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor takes in memory; a quantised one by its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def layer_bytes(model: LayerSkipDecoder) -> int:
+    """The weights of a layer."""
+    return sum(tensor_bytes(p.data) for p in model.layers[0].parameters())
+
+
+def slot_bytes(cache: DecodingCache) -> int:
+    """One slot of a layer's cache, in all rows."""
     first = cache.layers[0]
-    slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
-    return layer, head, slot
+    return 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
 
 
 @torch.inference_mode()

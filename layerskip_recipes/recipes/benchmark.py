@@ -149,12 +149,12 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
 
 
-def check_report_dir(report_dir: str) -> None:
+def check_folder(key: str, folder: Path) -> None:
     """Raises a ValueError if it is no folder and cannot become one. Nothing is made here."""
-    path = Path(report_dir).absolute()
+    path = folder.absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"report_dir: {report_dir!r} cannot be written, {str(existing)!r} is in the way")
+        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
 
 
 # ---- figures ----
@@ -356,7 +356,8 @@ class LayerSkipBenchmark:
         ckpt.check_checkpoint_files(cfg)
         ckpt.require_weights(cfg)
         check_peer_files(cfg.get("peers") or [], cfg.checkpointer.get("checkpoint_dir"))
-        check_report_dir(cfg.report_dir)
+        check_folder("report_dir", Path(cfg.report_dir))
+        check_folder("picture", Path(cfg.get("picture") or cfg.report_dir).parent)
         settings.check_one_process()
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.seed = training.set_seed(seed=cfg.get("seed"))
