@@ -209,6 +209,18 @@ def test_the_report_says_how_near_to_the_ideal(path):
     assert report["draft_s"] + report["verify_s"] + report["accept_s"] == pytest.approx(report["decode_s"])
 
 
+def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    outputs = []
+    for flag in ("false", "true"):
+        out = tmp_path / f"{flag}.jsonl"
+        _, report = run(path, f"compile={flag}", f"output_file={out}", "benchmark.compare=true")
+        assert report["identical"] is True
+        assert (report["compile_s"] > 0) is (flag == "true")
+        outputs.append(out.read_text())
+    assert outputs[0] == outputs[1]
+
+
 def test_interactive_keeps_the_conversation_and_its_cache(path, tmp_path):
     """Two questions by standard input: the second prompt holds the first answer, whose cache is not computed again."""
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

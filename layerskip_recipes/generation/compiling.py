@@ -47,24 +47,24 @@ class CompiledSteps:
         self._cache.tokens = [[] for _ in range(rows)]
         return self._cache
 
-    def __call__(self, key: Hashable, step: Callable, slots: torch.Tensor, *args: Any) -> Any:
+    def __call__(self, key: Hashable, step: Callable, slots: torch.Tensor | None, *args: Any) -> Any:
         """step(*args) by its graph, made at the first call; `seconds` counts what the first calls took.
 
         Args:
             key: all that the graph depends on but the values in tensors and the length of slots.
             step: a bound method of `Steps`.
-            slots: one of args, whose length is dynamic.
+            slots: the one of args whose length is dynamic, None if there is none.
             args: of the step.
         """
         if self.failed:
             return step(*args)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and slots is not None:
             key = (key, slots.shape[0])
         graph = self.graphs.get(key)
         if graph is not None:
             return graph(step.__self__, *args)
         started = time.perf_counter()
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" and slots is not None:
             torch._dynamo.mark_dynamic(slots, 0)
         graph = _compiled(step.__func__, len(self.graphs), self.device)
         try:

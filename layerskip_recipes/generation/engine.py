@@ -8,7 +8,7 @@ What a step computes stands in steps.py, trees of drafts in tree.py, what a roun
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
 from layerskip_recipes.generation.timing import Clock, layer_bytes, slot_bytes, tensor_bytes
 from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
+from layerskip_recipes.settings import nearest
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
 
@@ -97,9 +98,10 @@ class Generation:
         # The last generated token is never an input; drafts behind a row's limit have slots of their own.
         needed = max(max(len(p) for p in self.prompts) + self.limit + nodes, reserve or 0)
         if cache is None or cache.rows != len(self.prompts) or cache.max_len < needed:
-            cache = self._new_cache(needed, cache)
+            cache = self._new_cache(needed)
         self.cache = cache
         self.steps: dict[tuple[int, int], Steps] = {}
+        self.drafter = (speculation and speculation.drafter) or self.model
         self.draft_head: DraftHead | None = None
         self.sizes: dict[str, Any] = {}
         self.started = False
@@ -111,8 +113,9 @@ class Generation:
         self.started = True
         was_training = self.model.training
         self.model.eval()
-        if self.speculation is not None and self.speculation.drafter is not None:
-            self.cache.share(self.speculation.drafter)
+        if self.drafter is not self.model:
+            self.drafter.eval()
+            self.cache.share(self.drafter)
         try:
             with self.cache:
                 self._prepare()
@@ -167,7 +170,7 @@ class Generation:
                 if speculation.draft_vocabulary is not None:
                     self.draft_head = self.draft_head or DraftHead(self.model, speculation.draft_vocabulary)
                     head = self.draft_head
-            drafter = speculation.drafter if depth else None
+            drafter = self.drafter if depth else None
             self.steps[exit_layer, depth] = Steps(self.model, self.cache, self.sampler, exit_layer, tree, drafter, head)
         return self.steps[exit_layer, depth]
 
@@ -331,7 +334,7 @@ class Generation:
         # A graph for the few operations of a greedy acceptance would cost as much as it saves.
         if self.compiled is None or (name == "accept_chain" and self.sampler.greedy):
             return step(*args)
-        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, id(self.speculation and steps.drafter)]
+        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, id(steps.drafter)]
         if name == "chain_logits":  # the only one for drafts of any length
             key += [args[0].shape[1], args[1] is None]
         elif name != "plain_logits":
@@ -342,7 +345,7 @@ class Generation:
             key += [self._vocabulary(steps)]
         if name == "accept_chain":
             key += [args[1].tokens.shape[1], args[1].q is None]
-        return self.compiled(tuple(key), step, slots, *args)
+        return self.compiled(tuple(key), step, None if name.startswith("accept") else slots, *args)
 
     def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""
@@ -357,7 +360,7 @@ class Generation:
             return len(steps.draft_head.vocabulary)
         return self.model.tok_embeddings.num_embeddings
 
-    def _new_cache(self, needed: int, old: DecodingCache | None) -> DecodingCache:
+    def _new_cache(self, needed: int) -> DecodingCache:
         """A cache of so many slots; with compiled steps those that they know, as long as one is large enough."""
         rows = len(self.prompts)
         if self.compiled is None:
@@ -397,7 +400,7 @@ class Generation:
             self._count_bytes(slots, [(depth, 1)])
             return
         self.stats.draft_steps += n
-        shares = self.speculation.drafter is None
+        shares = self.drafter is self.model
         late = depth - e if shares else depth
         self._count_bytes(slots, [(late, 1)], drafts=[(e, n)], more=e if shares else 0)
 
@@ -410,13 +413,12 @@ class Generation:
     ) -> None:
         """passes and drafts: (layers, times), with the head of each; `more` layers without one."""
         if not self.sizes:
-            drafter = (self.speculation and self.speculation.drafter) or self.model
             head = tensor_bytes(self.model.tok_embeddings.weight.data)
             draft_head = head if self.draft_head is None else tensor_bytes(self.draft_head.weight)
             self.sizes = {
                 "slot": slot_bytes(self.cache),
                 "model": (layer_bytes(self.model), head),
-                "draft": (layer_bytes(drafter), draft_head),
+                "draft": (layer_bytes(self.drafter), draft_head),
             }
         walks = [*(("model", *walk) for walk in passes), *(("draft", *walk) for walk in drafts)]
         for whose, layers, times in walks:
@@ -501,8 +503,12 @@ def generate(
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
     check_num_speculations(num_speculations, exit_layer)
-    if num_speculations is None and speculation:
-        raise ValueError(f"{next(iter(speculation))}: needs num_speculations too, for example num_speculations=6")
+    known = {field.name for field in fields(Speculation) if field.init}
+    for name in speculation:
+        if name not in known:
+            raise ValueError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
+        if num_speculations is None:
+            raise ValueError(f"{name}: needs num_speculations too, for example num_speculations=6")
     # Not yet known to be a layer-skip decoder, but the graphs and caches have to stay with the one that is.
     model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
     drafting = num_speculations is not None

@@ -90,12 +90,15 @@ def check_draft_vocabulary(
     vocabulary: torch.Tensor | Sequence[int], size: int, speculation: Speculation | None = None, prefix: str = ""
 ) -> None:
     """Raises a ValueError unless it holds ids of a vocabulary of that size, enough for each node of a draft tree."""
-    ids = torch.as_tensor(vocabulary)
+    try:
+        ids = torch.as_tensor(vocabulary)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
     needed = max(speculation.tree_width, speculation.tree_children) if speculation else 1
     allowed = (
         f"Allowed: at least {needed} different ids of 0..{size - 1}; {prefix}draft_vocabulary=null drafts any token"
     )
-    if ids.dim() != 1 or ids.is_floating_point() or len(ids.unique()) < needed:
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids.unique()) < needed:
         raise ValueError(f"{prefix}draft_vocabulary: {ids.numel()} ids are too few, or no ids. {allowed}")
     if int(ids.min()) < 0 or int(ids.max()) >= size:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())

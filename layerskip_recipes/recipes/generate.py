@@ -232,6 +232,9 @@ class LayerSkipGenerate:
             "prompts": len(ours.outputs),
             **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
         }
+        steps = getattr(self.model, "compiled_steps", None)
+        if steps is not None:
+            report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
             print_report(report)
             print(json.dumps(report), flush=True)
