@@ -8,7 +8,7 @@ What a step computes stands in steps.py, trees of drafts in tree.py, what a roun
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,23 +18,14 @@ from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.adaptive import Arm, LookUp
 from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_num_speculations
+from layerskip_recipes.generation.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
 from layerskip_recipes.generation.timing import Clock, layer_bytes, slot_bytes, tensor_bytes
 from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
-from layerskip_recipes.settings import nearest
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
-
-
-@dataclass
-class GenerationOutput:
-    """tokens: [b, prompt + generated], left-padded prompts, rows padded after their stop token; and the statistics."""
-
-    tokens: torch.Tensor
-    stats: GenerationStats
 
 
 class Generation:
@@ -445,94 +436,3 @@ def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSte
     if kept is None or (kept.device, kept.dtype) != (device, dtype):
         model.compiled_steps = CompiledSteps(device, dtype)
     return model.compiled_steps
-
-
-def generate(
-    model: TransformerDecoder,
-    prompt: torch.Tensor | Sequence[torch.Tensor],
-    max_generated_tokens: int,
-    *,
-    exit_layer: int | Sequence[int] | None = None,
-    num_speculations: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop_tokens: Sequence[int] | None = None,
-    pad_id: int = 0,
-    rng: torch.Generator | None = None,
-    compile: bool = False,
-    **speculation: Any,
-) -> GenerationOutput:
-    """Generate tokens: autoregressive, from an early exit, or self-speculatively with unchanged output.
-
-    Args:
-        model: a `LayerSkipDecoder`, or a plain torchtune decoder.
-        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers.
-        max_generated_tokens: at most so many new tokens a row.
-        exit_layer: E. None decodes with the whole model. With num_speculations it drafts, alone it decodes.
-        num_speculations: d, the tokens to draft per round; 1 or more.
-        temperature: 0 is greedy.
-        top_k, top_p, min_p: filters, see `next_token_probs`; the same for draft and verification.
-        repetition_penalty: above 1 makes tokens of the prompt and of the output less likely, see `penalise`.
-        stop_tokens: a row ends with the first of them.
-        pad_id: fills the output.
-        rng: on the model's device, for reproducible sampling.
-        compile: compile the steps; the graphs are kept with the model for later calls.
-        **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
-            `Speculation`.
-
-    Returns:
-        `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.
-
-    Raises:
-        ValueError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
-
-    Example:
-        >>> from torchtune.models.llama3_2 import llama3_2_1b
-        >>> model = layerskip_decoder(llama3_2_1b())
-        >>> out = generate(model, torch.tensor([1, 2, 3]), 16, exit_layer=4, num_speculations=6)
-        >>> out.tokens.shape, out.stats.acceptance_rate
-    """
-    if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
-        rows = [strip_left_padding(row, pad_id) for row in prompt.tolist()]
-        width = prompt.shape[1]
-    else:
-        one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
-        width = max((len(row) for row in rows), default=0)
-    check_num_speculations(num_speculations, exit_layer)
-    known = {field.name for field in fields(Speculation) if field.init}
-    for name in speculation:
-        if name not in known:
-            raise ValueError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
-        if num_speculations is None:
-            raise ValueError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    # Not yet known to be a layer-skip decoder, but the graphs and caches have to stay with the one that is.
-    model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
-    drafting = num_speculations is not None
-    generation = Generation(
-        model,
-        rows,
-        max_generated_tokens,
-        exit_layer=None if drafting else exit_layer,
-        speculation=Speculation(exit_layer, num_speculations, **speculation) if drafting else None,
-        sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
-        stop_tokens=() if stop_tokens is None else stop_tokens,
-        compile=compile,
-    )
-    for _ in generation:
-        pass
-    longest = max(len(row) for row in generation.generated)
-    padded = [
-        [pad_id] * (width - len(before)) + before + after + [pad_id] * (longest - len(after))
-        for before, after in zip(rows, generation.generated, strict=True)
-    ]
-    return GenerationOutput(torch.tensor(padded, device=generation.device), generation.stats)
-
-
-def strip_left_padding(row: list[int], pad_id: int) -> list[int]:
-    """The row without the pad tokens at its start."""
-    first = next((i for i, token in enumerate(row) if token != pad_id), len(row))
-    return row[first:]
