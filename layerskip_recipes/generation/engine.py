@@ -404,7 +404,7 @@ class Generation:
     ) -> None:
         """passes and drafts: (layers, times), with the head of each; `more` layers without one."""
         if not self.sizes:
-            head = tensor_bytes(self.model.tok_embeddings.weight.data)
+            head = tensor_bytes(self.model.tok_embeddings.weight)
             draft_head = head if self.draft_head is None else tensor_bytes(self.draft_head.weight)
             self.sizes = {
                 "slot": slot_bytes(self.cache),

@@ -45,7 +45,7 @@ class DraftHead(nn.Module):
         super().__init__()
         output = model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
-        if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight.data) is not torch.Tensor:
+        if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ValueError(
                 f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
                 "neither quantised nor split over processes; leave draft_vocabulary out"

@@ -51,15 +51,16 @@ class Clock:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor takes in memory; a quantised one by its parts."""
+    """What a tensor takes in memory here; a quantised or sharded one by its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(tensor_bytes(part) for part in parts if isinstance(part, torch.Tensor))
     return tensor.numel() * tensor.element_size()
 
 
 def layer_bytes(model: LayerSkipDecoder) -> int:
     """The weights of a layer."""
-    return sum(tensor_bytes(p.data) for p in model.layers[0].parameters())
+    return sum(tensor_bytes(p) for p in model.layers[0].parameters())
 
 
 def slot_bytes(cache: DecodingCache) -> int:
