@@ -9,10 +9,10 @@ from layerskip_recipes.generation.sampling import (
     Sampler,
     accept_greedy,
     accept_sampled,
-    draw,
     exponentials,
     next_token_probs,
     penalise,
+    race,
 )
 
 V = 5
@@ -21,6 +21,11 @@ N = 60_000
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draw(probs, generator):
+    """One token of each distribution."""
+    return race(probs, exponentials(probs.shape, probs.device, generator))
 
 
 def accept(drafted, q, p, seed):

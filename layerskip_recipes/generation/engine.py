@@ -195,7 +195,7 @@ class Generation:
         logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
         scores = self.sampler.scores(logits, self.seen)
         noise = self.sampler.noise(tuple(scores.shape), self.device)
-        self.last = self.agree(scores.argmax(-1) if noise is None else (scores / noise).argmax(-1))
+        self.last = self.agree(self.sampler.choose(scores, noise))
         return self._keep([[token] for token in self.last.tolist()])
 
     # ---- rounds ----

@@ -71,11 +71,6 @@ def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (probs / noise).argmax(-1)
 
 
-def draw(probs: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
-    """One token of each distribution [..., v] -> [...]."""
-    return race(probs, exponentials(probs.shape, probs.device, rng))
-
-
 def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The longest prefix of the draft that the full model would have chosen, and its own next token.
 
@@ -166,6 +161,10 @@ class Sampler:
         if self.greedy:
             return logits
         return next_token_probs(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def choose(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """A token by each row of `scores` [..., v] -> [...], with the noise of `noise`."""
+        return scores.argmax(-1) if noise is None else race(scores, noise)
 
     def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
         """Exp(1) draws for so many tokens, None when greedy."""

@@ -14,7 +14,7 @@ from torch import nn
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder
-from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled, race
+from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled
 from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
 
@@ -93,8 +93,7 @@ class Steps:
         device = cache.slots.device
         self.count = cache.slots
         if tree is not None and not tree.is_chain:
-            self.expanded_then_leaves = tree.expanded + tree.leaves
-            order = torch.tensor(self.expanded_then_leaves).argsort()
+            order = torch.tensor(tree.expanded + tree.leaves).argsort()
             self.node_order = order.to(device)
             self.levels = torch.tensor(tree.levels, device=device)
             self.leaves = torch.tensor(tree.leaves, device=device)
@@ -109,7 +108,7 @@ class Steps:
 
     def choose(self, logits, noise, seen):
         """A token of each row; logits [b, v], noise [b, v] or None, seen [b, v] or None -> [b]."""
-        return self._choose(self.sampler.scores(logits, seen), noise)
+        return self.sampler.choose(self.sampler.scores(logits, seen), noise)
 
     # ---- drafts ----
 
@@ -128,7 +127,7 @@ class Steps:
         """One drafted token [b], its x_E [b, 1, d], q [b, v'] or None, q(token) [b] or None, and `seen` with it."""
         x = self._run(self.drafter, last[:, None], start[:, None], slots, exit_layer=self.exit_layer, unembed=False)
         scores = self._draft_scores(x, None if seen is None else seen[:, None])[:, -1]
-        token = self._choose(scores, noise)
+        token = self.sampler.choose(scores, noise)
         sure = None
         if confidence:
             sure = (scores.softmax(-1) if noise is None else scores).gather(-1, token[:, None])[:, 0]
@@ -301,9 +300,6 @@ class Steps:
             logits = self.draft_head(x)
             seen = None if seen is None else seen[..., self.draft_head.vocabulary]
         return self.sampler.scores(logits, seen)
-
-    def _choose(self, scores, noise):
-        return scores.argmax(-1) if noise is None else race(scores, noise)
 
     def _in_full_vocabulary(self, tokens):
         return tokens if self.draft_head is None else self.draft_head.vocabulary[tokens]
