@@ -1,14 +1,10 @@
-"""Checkpoints around torchtune's checkpointers: whole or not there, found again by themselves, or started from scratch.
-
-A checkpoint is written beside its place and renamed into it, so `epoch_N` either is complete or does not exist.
-"""
+"""Weights through torchtune's checkpointers: what their section may say, loading, starting from scratch, quantising."""
 
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,99 +18,10 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.checks import check_choice
+from layerskip_recipes.adapters import adapter_names, read_adapters, without_adapters
+from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build
-
-RECIPE_STATE = "recipe_state.pt"
-STAGING = ".incomplete"
-REPLACED = "replaced_"
-
-
-class Checkpoints:
-    """The checkpoints of a run: what it starts from, and what it leaves under `output_dir/epoch_N`.
-
-    Args:
-        cfg: the config; `checkpointer`, `output_dir` and `resume_from_checkpoint` are read.
-
-    Raises:
-        ValueError: on resume, if there is nothing to resume.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.output_dir = Path(cfg.output_dir)
-        self.staging = self.output_dir / STAGING
-        self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
-        section = cfg.checkpointer
-        self.from_scratch = not self.resumed_from and (is_scratch(section) or not checkpoint_files(section))
-        if self.resumed_from:
-            weights = sorted(p.name for p in self.resumed_from.glob("model-*") if p.suffix in (".safetensors", ".bin"))
-            start = {"checkpoint_dir": str(self.resumed_from), "checkpoint_files": weights}
-            if is_scratch(section):
-                # What it writes are Hugging Face checkpoints, and those are there now.
-                component = "torchtune.training.FullModelHFCheckpointer"
-                section = OmegaConf.create({"_component_": component, "model_type": section.model_type})
-            # Not merged: the names of checkpoint_files may be a mapping before, and are a list now.
-            section = OmegaConf.create(OmegaConf.to_container(section, resolve=True) | start)
-        self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
-
-    def load(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
-        """The model's state (None from scratch) and the recipe's state (None unless resuming)."""
-        if self.from_scratch:
-            # A file that is written needs a place for each key: all go into the first shard.
-            self._checkpointer._weight_map = defaultdict(lambda: "0001")
-            return None, None
-        state = read_weights(self._checkpointer)
-        if self.resumed_from is None:
-            return state, None
-        return state, torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
-
-    def save(self, model_state: dict[str, torch.Tensor], recipe_state: Mapping[str, Any], epoch: int) -> Path:
-        """Write one checkpoint; a run that is killed here leaves the previous ones as they were.
-
-        Args:
-            model_state: the decoder's state_dict.
-            recipe_state: what a resumed run needs.
-            epoch: N of `epoch_N`.
-
-        Returns:
-            The checkpoint's folder.
-        """
-        put_back(self.output_dir)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self._checkpointer.save_checkpoint({training.MODEL_KEY: model_state}, epoch=epoch)
-        written = self.staging / f"epoch_{epoch}"
-        torch.save(dict(recipe_state), written / RECIPE_STATE)
-        place = self.output_dir / written.name
-        if place.exists():
-            os.rename(place, self.staging / f"{REPLACED}{place.name}")
-        os.rename(written, place)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        return place
-
-
-def put_back(output_dir: Path) -> None:
-    """Undo what a run killed between two renames left: a checkpoint set aside, and none in its place."""
-    for aside in (output_dir / STAGING).glob(f"{REPLACED}epoch_*"):
-        place = output_dir / aside.name.removeprefix(REPLACED)
-        if not place.exists():
-            os.rename(aside, place)
-
-
-def find_checkpoint(output_dir: Path) -> Path:
-    """The newest complete checkpoint under output_dir, by the time at which it was written.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    put_back(output_dir)
-    states = sorted(output_dir.glob(f"epoch_*/{RECIPE_STATE}"), key=lambda path: path.stat().st_mtime_ns)
-    if not states:
-        raise ValueError(
-            f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE}) under output_dir "
-            f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
-        )
-    return states[-1].parent
 
 
 def is_scratch(section: DictConfig) -> bool:
@@ -144,15 +51,30 @@ def checkpoint_files(section: DictConfig) -> list[str]:
     )
 
 
-def check_checkpointer(cfg: DictConfig, model: TransformerDecoder) -> None:
-    """Raises a ValueError if the checkpointer section is wrong in itself, or does not fit the model."""
+def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool = False) -> None:
+    """Raises a ValueError if the checkpointer section is wrong in itself, or does not fit the model.
+
+    Args:
+        cfg: the config.
+        model: of the config, on any device.
+        trains: the recipe trains; otherwise it reads, and a model with adapters needs `adapter_checkpoint`.
+    """
     section = cfg.checkpointer
-    for key in ("recipe_checkpoint", "adapter_checkpoint"):
+    for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
         if section.get(key) is not None:
             raise ValueError(
                 f"checkpointer.{key}: {section[key]!r} is not honoured: resume_from_checkpoint=true finds the newest "
                 f"checkpoint under output_dir by itself. Set checkpointer.{key}=null"
             )
+    adapters = section.get("adapter_checkpoint")
+    if adapters is not None:
+        check_text("checkpointer.adapter_checkpoint", adapters, "${output_dir}/epoch_0")
+    if not trains and bool(adapter_names(model)) != (adapters is not None):
+        has, lacks = ("adapters", "no file of them") if adapters is None else ("no adapters", "a file of them")
+        raise ValueError(
+            f"checkpointer.adapter_checkpoint: {adapters!r}, and the model of {cfg.model._component_} has {has}, so "
+            f"there is {lacks}. Give both, such as checkpointer.adapter_checkpoint=${{output_dir}}/epoch_0, or neither"
+        )
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
             raise ValueError(f"checkpointer.{key}: {section[key]!r} is not honoured here; set {key} at top level")
@@ -323,8 +245,7 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
     Raises:
         ValueError: if the checkpoint is not this model's.
     """
-    with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
-        checkpointer = build(cfg.checkpointer, "checkpointer", output_dir=nowhere)
+    checkpointer = reading_checkpointer(cfg)
     quantizer = build(cfg.get("quantizer"), "quantizer")
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
     state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
@@ -334,11 +255,28 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
         model = quantizer.quantize(model).to(device=device, dtype=dtype)
         model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return model.eval()
+    state = with_adapters(cfg, model, state)
     check_state_dict(model, state)
     model.load_state_dict(state)
+    without_adapters(model)
     if quantizer is not None:
         model = quantise(model, cfg.quantizer, "quantizer")
     return model.eval()
+
+
+def reading_checkpointer(cfg: DictConfig) -> Any:
+    """The checkpointer of a config, to read with: where it would write does not matter."""
+    section = OmegaConf.create({key: value for key, value in cfg.checkpointer.items() if key != "adapter_checkpoint"})
+    with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
+        return build(section, "checkpointer", output_dir=nowhere)
+
+
+def with_adapters(
+    cfg: DictConfig, model: LayerSkipDecoder, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's state with the adapters of `checkpointer.adapter_checkpoint`, if the config names any."""
+    adapters = cfg.checkpointer.get("adapter_checkpoint")
+    return {**state, **(read_adapters(adapters, model) if adapters is not None else {})}
 
 
 def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.nn.Module:

@@ -165,14 +165,14 @@ def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         if isinstance(old, dict) and isinstance(new, dict):
             component = new.get("_component_", old.get("_component_"))
             if component != old.get("_component_", component):
-                taken = _parameters(component)
+                taken = component_parameters(component)
                 old = {name: value for name, value in old.items() if taken is None or name in taken}
             new = _merge(old, new)
         merged[key] = new
     return merged
 
 
-def _parameters(component: Any) -> set[str] | None:
+def component_parameters(component: Any) -> set[str] | None:
     """The parameters of a component; None if it takes any, or cannot be asked (check_component will say why)."""
     try:
         parameters = inspect.signature(_get_component_from_path(component)).parameters.values()

@@ -9,7 +9,7 @@ Numbering, here and everywhere: layers are 0 .. L-1; x_0 is the embedding, x_{l+
 Shapes: b batch, s sequence, d embedding, v vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune import config
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.layer_dropout import IDLE, Kept, LayerDropout
 
 
 class LayerSkipDecoder(TransformerDecoder):
@@ -76,6 +76,7 @@ class LayerSkipDecoder(TransformerDecoder):
         hidden: torch.Tensor | None = None,
         start_layer: int = 0,
         unembed: bool = True,
+        then: Callable[[torch.Tensor, dict[int, torch.Tensor]], Any] | None = None,
     ) -> Any:
         """Walk from layer `start_layer` up to, not including, layer `exit_layer`, then apply the head g.
 
@@ -90,6 +91,8 @@ class LayerSkipDecoder(TransformerDecoder):
             hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
             start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
             unembed: False returns x_E instead of g(x_E).
+            then: with `exits`: called on the pair that would be returned, and its result is returned instead. It runs
+                within this forward, where a sharded model's own parameters (norm, head) are whole.
 
         Returns:
             [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune), or x_E
@@ -123,14 +126,14 @@ class LayerSkipDecoder(TransformerDecoder):
             "encoder_mask": encoder_mask,
             "input_pos": input_pos,
         }
-        keep = self.layer_dropout.draw(h.shape[0]) if self.training and self.layer_dropout else [None] * self.num_layers
+        kept = self._draw(h) if self.training and self.layer_dropout else [None] * self.num_layers
         seen = {}
         for layer in range(start_layer, exit_layer):
-            h = self._run_layer(self.layers[layer], h, keep[layer], of_sample)
+            h = self._run_layer(self.layers[layer], h, kept[layer], of_sample)
             if layer + 1 in wanted:
                 seen[layer + 1] = h
         if exits is not None:
-            return h, seen
+            return (h, seen) if then is None else then(h, seen)
         return self.unembed(h) if unembed else h
 
     def hidden_states(
@@ -164,24 +167,36 @@ class LayerSkipDecoder(TransformerDecoder):
             )
         return exit_layer
 
-    def _run_layer(self, layer: nn.Module, h: torch.Tensor, keep: list[int] | None, of_sample: dict) -> torch.Tensor:
+    def _draw(self, h: torch.Tensor) -> list[torch.Tensor | Kept]:
+        """The samples that stay in each layer, those that some drop as row numbers on h's device: one copy for all."""
+        kept = self.layer_dropout.draw(h.shape[0])
+        partial = [layer for layer, rows in enumerate(kept) if isinstance(rows, list) and rows]
+        flat = torch.tensor([row for layer in partial for row in kept[layer]], dtype=torch.long, pin_memory=h.is_cuda)
+        on_device = flat.to(h.device, non_blocking=True).split([len(kept[layer]) for layer in partial])
+        return list((dict(enumerate(kept)) | dict(zip(partial, on_device, strict=True))).values())
+
+    def _run_layer(self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | Kept, of_sample: dict) -> torch.Tensor:
         """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
 
         Args:
             layer: l.
             h: [b, s, d], x_l.
-            keep: the rows that stay, None for all.
+            kept: the rows that stay, [k] on h's device; None for all, an empty list for none, `IDLE`.
             of_sample: the layer's other inputs, of which each row belongs to a sample.
         """
-        if keep is None:
+        if kept is None:
             return layer(h, **of_sample)
-        if not keep:
+        if isinstance(kept, list):  # an empty one
             return h
-        rows = torch.tensor(keep).to(h.device, non_blocking=True)
+        idle = kept is IDLE
+        rows = torch.zeros(1, dtype=torch.long, device=h.device) if idle else kept
         inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in of_sample.items()}
         if isinstance(of_sample["mask"], torch.Tensor) and of_sample["mask"].dim() == 2:
             inputs["mask"] = of_sample["mask"]  # [s, s], for all samples
-        return h.index_copy(0, rows, layer(h.index_select(0, rows), **inputs))
+        x = h.index_select(0, rows)
+        out = layer(x, **inputs)
+        # Idle: the gradient has to pass too, since the other ranks gather and reduce this layer in their backward.
+        return h.index_copy(0, rows, x + 0 * (out - x) if idle else out)
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:

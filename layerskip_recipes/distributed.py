@@ -7,7 +7,6 @@ a verification gathers each of them once for all the tokens it verifies. All ran
 
 import math
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import training
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
-from layerskip_recipes.checkpoint import check_state_dict, read_weights
+from layerskip_recipes.adapters import adapter_config, adapter_names, merged, without_adapters
+from layerskip_recipes.checkpoint import check_state_dict, read_weights, reading_checkpointer, with_adapters
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build, build_on_meta
@@ -41,8 +41,12 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def init_processes(device_type: str) -> int:
+def init_processes(device_type: str, with_cpu: bool = False) -> int:
     """Join the process group of torchrun's processes (gloo for "cpu", nccl for "cuda"); one process needs none.
+
+    Args:
+        device_type: of the tensors that are sent.
+        with_cpu: tensors on the CPU are sent too.
 
     Returns:
         This process's rank.
@@ -59,7 +63,8 @@ def init_processes(device_type: str) -> int:
             raise _wrong("nproc_per_node", given, f"1..{count}", count)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The others wait while rank 0 reads the checkpoint. For a rank that fails torchrun ends the others at once.
-    dist.init_process_group(training.get_distributed_backend(device_type), timeout=timedelta(hours=1))
+    backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
     return dist.get_rank()
 
 
@@ -151,9 +156,11 @@ def load_sharded_decoder(
         model = layerskip_decoder(build_on_meta(cfg))
     dim, state = check_processes(cfg, model), {}
     if is_rank_zero():
-        with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
-            state = read_weights(build(cfg.checkpointer, "checkpointer", output_dir=nowhere))
+        state = with_adapters(cfg, model, read_weights(reading_checkpointer(cfg)))
         check_state_dict(model, state)
+        if adapter_names(model):
+            state = merged(state, adapter_config(model))
+    without_adapters(model)
     return shard_decoder(model, state, device, dtype, kept_layers, dim, tensor_parallel_plan(cfg))
 
 
@@ -199,7 +206,7 @@ def shard_decoder(
     shards = dist.get_world_size() // tensor_parallel_dim
     mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))
     if tensor_parallel_dim > 1:
-        _parallelize(model, mesh["parallel"], plan)
+        parallelize(model, mesh["parallel"], plan)
     late = _LateLayers(model.layers[kept_layers:] if shards > 1 else [])
     for module in (*late.layers, late):
         fully_shard(module, mesh=mesh["shards"], reshard_after_forward=True)
@@ -226,7 +233,7 @@ def shard_decoder(
     return model.eval()
 
 
-def _parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:
+def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:
     """Split heads and matrices by torchtune's plan; and a tied head, which is no module that a plan could name."""
     tied = isinstance(model.output, TiedLinear)
     training.prepare_mha_for_tp(model, mesh)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torchtune.modules import TiedLinear
 
 from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.head import Head
 from layerskip_recipes.layers import select_layers
 
 # e(l) for l < L-1 is scale * f(l); the last layer's is f(L-1), but for the paper's own function below.
@@ -171,18 +170,21 @@ class EarlyExitLoss:
         weights = exit_weights(model.num_layers, on, self.scale, self.scale_fn).tolist()
         # An exit of weight 0 (layer 0 in the paper's e(l), or scale 0) is still measured, and costs no backward.
         exits = [layer + 1 for layer, enabled in enumerate(on) if enabled]
-        _, hidden = model.hidden_states(tokens, exits=exits, **inputs)
-        parameters = head_parameters(model)
-        total, per_exit = _ExitLosses.apply(
-            self,
-            model.unembed,
-            labels.reshape(-1),
-            [weights[e - 1] for e in exits],
-            torch.is_grad_enabled(),
-            len(parameters),
-            *parameters,
-            *(hidden[e].flatten(0, 1) for e in exits),
-        )
+
+        def losses(_: torch.Tensor, hidden: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            head = Head(model)
+            return _ExitLosses.apply(
+                self,
+                head,
+                labels.reshape(-1),
+                [weights[e - 1] for e in exits],
+                torch.is_grad_enabled(),
+                *head.parameters,
+                *(hidden[e].flatten(0, 1) for e in exits),
+            )
+
+        # Inside of the walk, where a sharded model's own parameters are whole.
+        total, per_exit = model(tokens, exits=exits, then=losses, **inputs)
         return total, dict(zip(exits, per_exit.unbind(), strict=True))
 
     def sum_of_chunk(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -196,12 +198,6 @@ class EarlyExitLoss:
         )
 
 
-def head_parameters(model: LayerSkipDecoder) -> list[nn.Parameter]:
-    """The trainable parameters of the head g: the final norm's, and the output's or the tied embedding's."""
-    output = model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
-    return [p for module in (model.norm, output) for p in module.parameters() if p.requires_grad]
-
-
 class _ExitLosses(torch.autograd.Function):
     """The weighted sum of the exits' losses, with the gradients taken chunk by chunk in the forward pass.
 
@@ -210,38 +206,43 @@ class _ExitLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, unembed, labels, weights, grad_enabled, num_parameters, *tensors):
-        parameters, hidden = tensors[:num_parameters], tensors[num_parameters:]
+    def forward(ctx, loss, head, labels, weights, grad_enabled, *tensors):
+        parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
         count = (labels != loss.ignore_index).sum().clamp(min=1)
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
+        # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
+        leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
         # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
-        accumulators = parameters if wants_gradient else ()
-        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in accumulators]
+        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in trained]
         hidden_grads = []
         per_exit = []
-        for weight, x in zip(weights, hidden, strict=True):
-            x_grad = torch.zeros_like(x) if wants_gradient and weight > 0 else None
-            exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
-            size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
-            for start in range(0, x.shape[0], size):
-                rows = slice(start, start + size)
-                # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
-                no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-                with torch.set_grad_enabled(x_grad is not None), no_hooks:
-                    # A batch of one, because some heads want [b, s, d].
-                    chunk = x[rows].detach().unsqueeze(0).requires_grad_(x_grad is not None)
-                    chunk_sum = loss.sum_of_chunk(unembed(chunk).squeeze(0), labels[rows])
-                    if x_grad is not None:
-                        grads = torch.autograd.grad(chunk_sum * (weight / count), [chunk, *parameters])
-                        x_grad[rows] = grads[0].squeeze(0)
-                        for total, grad in zip(head_grads, grads[1:], strict=True):
-                            total += grad
-                exit_sum += chunk_sum.detach()
-            per_exit.append(exit_sum / count)
-            hidden_grads.append(x_grad)
+        # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
+        no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with head.using(leaves), no_hooks:
+            for weight, x in zip(weights, hidden, strict=True):
+                trains = wants_gradient and weight > 0 and (x.requires_grad or bool(trained))
+                x_grad = torch.zeros_like(x) if trains else None
+                exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
+                size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
+                for start in range(0, x.shape[0], size):
+                    rows = slice(start, start + size)
+                    with torch.set_grad_enabled(trains):
+                        chunk = x[rows].detach().requires_grad_(trains)
+                        chunk_sum = loss.sum_of_chunk(head(chunk), labels[rows])
+                        if trains:
+                            grads = torch.autograd.grad(chunk_sum * (weight / count), [chunk, *trained])
+                            x_grad[rows] = grads[0]
+                            for total, grad in zip(head_grads, grads[1:], strict=True):
+                                total += grad
+                    exit_sum += chunk_sum.detach()
+                per_exit.append(exit_sum / count)
+                hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
         total = (per_exit * torch.tensor(weights, device=per_exit.device)).sum()
-        ctx.grads = (*(g.to(p.dtype) for g, p in zip(head_grads, accumulators, strict=True)), *hidden_grads)
+        summed = iter(head_grads)
+        parameter_grads = (next(summed).to(p.dtype) if p.requires_grad else None for p in leaves)
+        ctx.grads = (*parameter_grads, *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
         return total, per_exit
 
@@ -249,4 +250,4 @@ class _ExitLosses(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         # In place, and then let go: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
-        return (None, None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
+        return (None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))

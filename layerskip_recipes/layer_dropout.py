@@ -5,7 +5,7 @@ Applying the draw is the decoder's business (`decoder.py`): here is only the ari
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,11 @@ LAYER_SCALES: dict[str, Callable[[float, int], float]] = {
     "sigmoid": lambda u, n: 1 / (1 + math.exp(-10 * (u - 0.5))),
     "step": lambda u, n: 0.0 if u < 1 else 1.0,
 }
-SCHEDULES = ("constant", "exp")
+SCHEDULES = ("constant", "exp", "progressive")
+
+# The rows of a batch that stay in a layer: None for all; IDLE where no row of this rank's stays, and other ranks run it.
+IDLE: Literal["idle"] = "idle"
+Kept = list[int] | None | Literal["idle"]
 
 
 def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layers: str = ":") -> list[float]:
@@ -54,12 +58,16 @@ def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layer
 def schedule_scale(step: int, total_steps: int, schedule: str = "constant") -> float:
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
+    "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369): near 1 soon.
+
     Raises:
         ValueError: if the schedule is unknown.
     """
     check_choice("layer_dropout.schedule", schedule, SCHEDULES)
     if schedule == "constant" or total_steps <= 1:
         return 1.0
+    if schedule == "progressive":
+        return 1 - math.exp(-100 * step / total_steps)
     return math.exp(min(step, total_steps - 1) * math.log(2) / (total_steps - 1)) - 1
 
 
@@ -74,6 +82,8 @@ class LayerDropout:
         prob, layers_scale, layers: see `dropout_rates`.
         schedule: S(t), see `schedule_scale`; `set_step` moves t.
         seed: of the generator. The same on every rank.
+        batch_size: the most rows of a batch on any rank. So many are drawn for, however many this rank's batch has:
+            the generators of all ranks stay alike, and each rank knows which layers run anywhere.
 
     Raises:
         ValueError: as `dropout_rates` and `schedule_scale` do.
@@ -87,7 +97,9 @@ class LayerDropout:
         layers: str = ":",
         schedule: str = "constant",
         seed: int = 0,
+        batch_size: int = 1,
     ) -> None:
+        self.batch_size = batch_size
         self.rates = dropout_rates(num_layers, prob, layers_scale, layers)
         self.schedule = schedule
         self.scale = schedule_scale(0, 1, schedule)
@@ -102,17 +114,24 @@ class LayerDropout:
         """The largest p_{l,t} of any layer now."""
         return self.scale * max(self.rates)
 
-    def draw(self, batch_size: int) -> list[list[int] | None]:
+    def draw(self, batch_size: int) -> list[Kept]:
         """Who stays in each layer at this forward pass.
 
+        Args:
+            batch_size: b, the rows of this rank's batch.
+
         Returns:
-            For each layer the kept row numbers in order, or None when all stay.
+            For each layer the kept row numbers in order, None when all stay, or `IDLE`.
         """
         if self.max_rate == 0:
             return [None] * len(self.rates)
-        uniform = torch.rand(len(self.rates), batch_size, generator=self.generator)
-        keep = uniform >= self.scale * torch.tensor(self.rates)[:, None]
-        return [None if all(row) else [i for i, kept in enumerate(row) if kept] for row in keep.tolist()]
+        uniform = torch.rand(len(self.rates), max(batch_size, self.batch_size), generator=self.generator)
+        keep = (uniform >= self.scale * torch.tensor(self.rates)[:, None]).tolist()
+        kept: list[Kept] = []
+        for everyone in keep:
+            mine = [row for row, stays in enumerate(everyone[:batch_size]) if stays]
+            kept.append(None if len(mine) == batch_size else IDLE if not mine and any(everyone) else mine)
+        return kept
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same draws."""

@@ -19,6 +19,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checks import check_choice, check_number, check_text, is_ours
+from layerskip_recipes.config import component_parameters
 
 Check = Callable[[str, Any], None]
 
@@ -254,7 +255,7 @@ def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
     """
     check_component(cfg.get("model"), "model")
     with torch.device("meta"):
-        model = build(cfg.model, "model")
+        model = build(_unquantised(cfg.model), "model")
     if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
         layers = f" of {len(model.layers)} layers" if isinstance(model, TransformerDecoder) else ""
         raise ValueError(
@@ -263,3 +264,12 @@ def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
         )
     check_number("model.max_seq_len", model.max_seq_len, minimum=1, example=2048)
     return model
+
+
+def _unquantised(section: DictConfig) -> DictConfig:
+    """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
+    takes = component_parameters(section.get("_component_")) or ()
+    changes: dict[str, Any] = {"quantize_base": False} if "quantize_base" in takes else {}
+    if isinstance(section.get("base"), DictConfig):
+        changes["base"] = _unquantised(section.base)
+    return OmegaConf.merge(section, changes)

@@ -59,7 +59,7 @@ def test_first_step_is_the_papers_loss(tmp_path, tokenizer_folder):
     path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None, shuffle=False)
     recipe = LayerSkipFinetune(load_config(str(path)))
     recipe.setup()
-    base, dataset = recipe.model, recipe.dataloader.dataset
+    base, dataset = recipe.model, recipe.data.dataset
     tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_killed_run_leaves_the_last_checkpoint_whole_and_resumes(tmp_path, tok
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert f"{epochs[-1] + 1} epochs, {epochs[-1] + 1} steps done" in run.stderr
+    assert f"{epochs[-1] + 1} of {total} steps done" in run.stderr
     assert (out / f"epoch_{total - 1}" / "recipe_state.pt").exists()
     assert not (out / ".incomplete").exists()
 
@@ -248,7 +248,7 @@ def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_fold
     }  # fmt: skip
     path = finetune_config(tmp_path / "two", tokenizer_folder, dataset=[chat, packed | {"packed": False}])
     recipe = train(path, "tokenizer.max_seq_len=100")
-    assert len(recipe.dataloader.dataset) == 60
+    assert len(recipe.data.dataset) == 60
     assert all(line["loss"] > 0 for line in read_log(tmp_path / "two" / "out").values())
 
 
@@ -349,7 +349,7 @@ def test_every_step_trains_the_last_layer(tmp_path, tokenizer_folder):
     recipe = LayerSkipFinetune(load_config(str(path)))
     recipe.setup()
     before = recipe.model.layers[-1].mlp.w1.weight.clone()
-    batches = iter(recipe.dataloader)
+    batches = recipe.data.batches(0)
     recipe.progress = type("Progress", (), {"set_postfix_str": lambda self, text: None})()
     for _ in range(3):
         recipe._train_step(batches)

@@ -1,15 +1,17 @@
-"""The `dataset` and `collate_fn` of a config: one torchtune dataset or several, packed or padded."""
+"""The `dataset` and `collate_fn` of a config: one torchtune dataset or several, packed or padded; in which order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
 
+from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
 
 PADDED = "torchtune.data.padded_collate_sft"
@@ -49,3 +51,63 @@ def load_data(cfg: DictConfig, tokenizer: Any, ignore_index: int) -> tuple[Datas
         return dataset, padded_collate_packed
     collate = _get_component_from_path(cfg.get("collate_fn") or PADDED)
     return dataset, partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
+
+
+class TrainingData:
+    """The batches of a run: which samples a step takes follows from seed, epoch and position alone.
+
+    The samples of a step are the same for any number of data-parallel ranks, if batch_size x ranks stays.
+
+    Args:
+        cfg: `dataset`, `collate_fn`, `batch_size`, `gradient_accumulation_steps`, `shuffle`, `max_steps_per_epoch`.
+        tokenizer: for the datasets.
+        ignore_index: the label of what is padded.
+        mesh: each data-parallel rank takes every n-th sample.
+        seed: of the order; the same on all ranks.
+
+    Raises:
+        ValueError: if the samples make no step.
+    """
+
+    def __init__(self, cfg: DictConfig, tokenizer: Any, ignore_index: int, mesh: Mesh, seed: int) -> None:
+        self.dataset, self._collate = load_data(cfg, tokenizer, ignore_index)
+        self.num_samples = len(self.dataset)
+        self.batch_size, accumulation = cfg.get("batch_size", 1), cfg.get("gradient_accumulation_steps", 1)
+        self.shuffle, self.seed, self.mesh = bool(cfg.get("shuffle", True)), seed, mesh
+        self.samples_per_step = self.batch_size * accumulation * mesh.data_size
+        steps = self.num_samples // self.samples_per_step
+        if steps < 1:
+            ranks = f" x {mesh.data_size} data-parallel ranks" if mesh.data_size > 1 else ""
+            raise ValueError(
+                f"dataset: {self.num_samples} samples make no step of batch_size {self.batch_size} x "
+                f"gradient_accumulation_steps {accumulation}{ranks}; lower one of them"
+            )
+        self.steps_per_epoch = min(steps, cfg.get("max_steps_per_epoch") or steps)
+        self.first_length = len(self.dataset[0]["tokens"])
+
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of the samples of an epoch, in the order of the training, for all ranks."""
+        everyone = DistributedSampler(
+            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
+        )
+        everyone.set_epoch(epoch)
+        return list(everyone)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """This rank's batches of an epoch, from batch number `start` on."""
+        mine = self.order(epoch)[self.mesh.data_rank :: self.mesh.data_size][start * self.batch_size :]
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=self.batch_size,
+                sampler=mine,
+                collate_fn=self._collate,
+                drop_last=True,
+                generator=torch.Generator(),  # the global one moves by what the model draws only
+            )
+        )
+
+    def samples(self, step: int) -> list[int]:
+        """The numbers of the samples that optimizer step `step` (from 0) takes on all ranks."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[done * self.samples_per_step : (done + 1) * self.samples_per_step]

@@ -4,20 +4,18 @@ One pass over the data serves all exits; the heads run exit by exit and in chunk
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
-from torchtune import training, utils
+from torchtune import training
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import build_recipe, main_of
-from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.exit_quality import exit_quality
 from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.data import check_collate_fn, check_dataset, load_data
 from layerskip_recipes.settings import (
@@ -27,7 +25,6 @@ from layerskip_recipes.settings import (
     build_on_meta,
     check_device,
     check_dtype,
-    check_length,
     check_one_process,
     check_settings,
     check_vocabulary,
@@ -46,63 +43,6 @@ SETTINGS = COMMON | {
     "picture": text("exits.png"),
 }
 REQUIRED = ("dataset",)
-
-
-@torch.inference_mode()
-def exit_quality(
-    model: LayerSkipDecoder, batches: Any, exits: list[int], ignore_index: int = -100, chunk_tokens: int = 512
-) -> dict[int, dict[str, float]]:
-    """Loss and agreement of each exit over the labels that count.
-
-    Args:
-        model: the decoder, in eval mode.
-        batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
-        exits: the E to measure.
-        ignore_index: the label that counts nowhere.
-        chunk_tokens: the tokens whose logits exist at a time.
-
-    Returns:
-        {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
-        "agreement": share of tokens on which exit E and the last layer choose the same}}.
-    """
-    device = model.tok_embeddings.weight.device
-    sums = {e: torch.zeros(3, dtype=torch.float64, device=device) for e in exits}
-    count = 0
-    for batch in batches:
-        utils.batch_to_device(batch, device)
-        check_length(batch["tokens"].shape[1], model)
-        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        final, hidden = model.hidden_states(batch.pop("tokens"), exits=exits, **batch)
-        counts = labels != ignore_index
-        count += int(counts.sum())
-        target = labels[counts]
-        final = final[counts]
-        hidden = {e: x[counts] for e, x in hidden.items()}
-        for start in range(0, len(target), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            chosen = model.unembed(final[None, rows])[0].argmax(-1)
-            for e, x in hidden.items():
-                logits = model.unembed(x[None, rows])[0]
-                top = logits.argmax(-1)
-                sums[e] += torch.stack(
-                    [
-                        F.cross_entropy(logits.float(), target[rows], reduction="sum").double(),
-                        (top == target[rows]).sum().double(),
-                        (top == chosen).sum().double(),
-                    ]
-                )
-    if count == 0:
-        raise ValueError("dataset: no label counts, so there is nothing to measure")
-    quality = {}
-    for e, total in sums.items():
-        loss, accuracy, agreement = (total / count).tolist()
-        quality[e] = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "accuracy": accuracy,
-            "agreement": agreement,
-        }
-    return quality
 
 
 def plot_exits(quality: dict[int, dict[str, float]], path: Path, title: str) -> None:
@@ -181,7 +121,7 @@ class LayerSkipEval:
         )
         chosen = select_layers(cfg.get("layers", ":"), self.model.num_layers)
         exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {self.model.num_layers})
-        quality = exit_quality(self.model, batches, exits)
+        quality = exit_quality(self.model, batches, exits, self.device)
         print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10}")
         for e, q in quality.items():
             print(f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f}")

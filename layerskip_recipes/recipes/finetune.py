@@ -1,63 +1,48 @@
-"""`tune run layerskip_finetune`: training with layer dropout and early-exit loss. Wiring only.
+"""`tune run layerskip_finetune`: training with layer dropout and early-exit loss, on one device or many. Wiring only.
 
-The ideas live in `layer_dropout.py` and `early_exit.py`, the walk in `decoder.py`.
+The ideas live in `layer_dropout.py` and `early_exit.py`, the walk in `decoder.py`, the ranks in `mesh.py`.
 """
 
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch.optim import Optimizer
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
-from torchtune import config, modules, training, utils
+from torchtune import config, training, utils
+from torchtune.modules import common_utils
 from torchtune.training import DummyProfiler
-from torchtune.training.lr_schedulers import get_lr
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.config import build_recipe, main_of
-from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.layer_dropout import LayerDropout
-from layerskip_recipes.recipes.data import load_data
+from layerskip_recipes.distributed import end_processes, init_processes, is_rank_zero, num_processes
+from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first
+from layerskip_recipes.recipes.data import TrainingData
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
+from layerskip_recipes.recipes.finetune_log import RunLog, described, same_run
+from layerskip_recipes.recipes.finetune_model import Optimizers, build_model, checkpoint_contents
+from layerskip_recipes.recipes.validation import Validation
+from layerskip_recipes.run_checkpoints import Checkpoints, find_checkpoint
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
     check_device,
     check_dtype,
     check_length,
-    check_one_process,
     check_vocabulary,
 )
 
 log = utils.get_logger("INFO")
 
 
-def check_machine(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of a config, if they and the checkpoint's files are here.
-
-    Raises:
-        ValueError: if not.
-    """
-    device = check_device(cfg)
-    dtype = check_dtype(cfg, device)
-    if cfg.get("enable_activation_offloading") and device.type != "cuda":
-        raise ValueError(f"enable_activation_offloading: needs device=cuda, got {device.type}")
-    ckpt.check_output_dir(cfg)
-    if cfg.get("resume_from_checkpoint"):
-        ckpt.find_checkpoint(Path(cfg.output_dir))
-    else:
-        ckpt.check_checkpoint_files(cfg, writes=True)
-    check_one_process()
-    return device, dtype
-
-
 class LayerSkipFinetune:
-    """Trains all weights of a torchtune model with layer dropout and early-exit loss, on one device.
+    """Trains the weights of a torchtune model, or its adapters, with layer dropout and early-exit loss.
 
     Args:
         cfg: the config, see the README; its settings are all checked here.
@@ -68,106 +53,76 @@ class LayerSkipFinetune:
 
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
-        self.device, self.dtype = check_machine(cfg)
         self.cfg = cfg
+        self.device = check_device(cfg)
+        self.dtype = check_dtype(cfg, self.device)
+        if cfg.get("enable_activation_offloading") and self.device.type != "cuda":
+            raise ValueError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
+        mesh_sizes(cfg, build_on_meta(cfg))
+        init_processes(self.device.type, with_cpu=bool(cfg.get("fsdp_cpu_offload")))
+        if num_processes() > 1:
+            self.device = check_device(cfg)  # each process has a GPU of its own now
+        if is_rank_zero():
+            ckpt.check_output_dir(cfg)
+            if not cfg.get("resume_from_checkpoint"):
+                ckpt.check_checkpoint_files(cfg, writes=True)
+        if cfg.get("resume_from_checkpoint"):
+            find_checkpoint(Path(cfg.output_dir))
+        common_utils._use_low_cpu_ram = bool(cfg.get("low_cpu_ram"))  # how QLoRA's weights are unpacked for a checkpoint
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.accumulation = cfg.get("gradient_accumulation_steps", 1)
-        self.optimizer_in_bwd = bool(cfg.get("optimizer_in_bwd", False))
-        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+        self.seed = self._seed()
+
+    def _seed(self) -> int:
+        """Seed all generators, each rank's differently; what ranks must do alike is seeded by what this returns."""
+        seed = training.set_seed(seed=self.cfg.get("seed"), debug_mode=self.cfg.get("cudnn_deterministic_mode"))
+        shared = [seed]
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def setup(self) -> None:
         """Everything that training needs: data first, since a mistake there costs no loaded weights."""
         cfg = self.cfg
-        config.log_config(recipe_name=type(self).__name__, cfg=cfg)
-        self.tokenizer = build(cfg.tokenizer, "tokenizer")
-        ckpt.check_tokenizer_dir(cfg)
-        base = build_on_meta(cfg)
-        check_vocabulary(self.tokenizer, base)
-        self.loss = loss_section(cfg, len(base.layers))
-        self.dataloader = self._setup_data()
-        check_length(len(self.dataloader.dataset[0]["tokens"]) if len(self.dataloader.dataset) else 0, base)
-        self.steps_per_epoch = len(self.dataloader) // self.accumulation
-        if self.steps_per_epoch < 1:
-            raise ValueError(
-                f"dataset: {len(self.dataloader.dataset)} samples make no step of batch_size "
-                f"{cfg.get('batch_size', 1)} x gradient_accumulation_steps {self.accumulation}; lower one of them"
-            )
-        self.steps_per_epoch = min(self.steps_per_epoch, cfg.get("max_steps_per_epoch") or self.steps_per_epoch)
-        self.total_steps = self.steps_per_epoch * cfg.get("epochs", 1)
+        if is_rank_zero():
+            config.log_config(recipe_name=type(self).__name__, cfg=cfg)
+        self.meta = build_on_meta(cfg)
+        self.mesh = make_mesh(cfg, self.meta, self.device)
+        self.loss = loss_section(cfg, len(self.meta.layers))
+        with rank_zero_first():
+            tokenizer = build(cfg.tokenizer, "tokenizer")
+            ckpt.check_tokenizer_dir(cfg)
+            check_vocabulary(tokenizer, self.meta)
+            self.data = TrainingData(cfg, tokenizer, self.loss.ignore_index, self.mesh, self.seed)
+            check_length(self.data.first_length, self.meta)
+            self.validation = Validation(cfg, tokenizer, self.meta, self.mesh)
+        self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
 
-        self.metric_logger = build(cfg.metric_logger, "metric_logger")
-        self.checkpoints = ckpt.Checkpoints(cfg)
-        model_state, state = self.checkpoints.load()
-        self.model = self._setup_model(model_state)
-        self.optimizer, self.lr_scheduler = self._setup_optimizer(state)
-        self.epochs_run = state[training.EPOCHS_KEY] if state else 0
-        self.step = self.epochs_run * self.steps_per_epoch
+        self.checkpoints = Checkpoints(cfg, adapters=bool(adapter_names(self.meta)))
+        weights, adapters, state = self.checkpoints.load()
+        run = described(cfg, self.data)
+        if state is not None:
+            same_run(state["run"], run)
+            self.seed = self.data.seed = state[training.SEED_KEY]
+        self.run = run
+        self.step = state["step"] if state else 0
+        self.model = build_model(cfg, self.device, self.dtype, self.mesh, weights, adapters)
+        del weights, adapters
+        dropout = layer_dropout_section(cfg, self.model.num_layers, self.seed, cfg.get("batch_size", 1))
+        self.model.layer_dropout = dropout or self.model.layer_dropout
+        if cfg.get("compile"):
+            self.loss.sum_of_chunk = torch.compile(self.loss.sum_of_chunk, dynamic=True)
+        self.offloading = training.get_act_offloading_ctx_manager(
+            self.model, bool(cfg.get("enable_activation_offloading", False))
+        )
+        optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
+        self.optimizers = Optimizers(cfg, self.model, optimizer, self.total_steps, self.step)
         self.profiler = self._setup_profiler()
-        self.metric_logger.log_config(cfg)
+        self.log = RunLog(cfg, self.loss, self.model.num_layers, self.total_steps)
         if state:
             self._restore(state)
-            log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.epochs_run} epochs, {self.step} steps done.")
-
-    def _setup_data(self) -> StatefulDataLoader:
-        cfg = self.cfg
-        dataset, collate = load_data(cfg, self.tokenizer, self.loss.ignore_index)
-        self.sampler = StatefulDistributedSampler(
-            dataset, num_replicas=1, rank=0, shuffle=bool(cfg.get("shuffle", True)), seed=self.seed
-        )
-        return StatefulDataLoader(
-            dataset,
-            batch_size=cfg.get("batch_size", 1),
-            sampler=self.sampler,
-            collate_fn=collate,
-            drop_last=True,
-        )
-
-    def _setup_model(self, state: dict[str, torch.Tensor] | None) -> LayerSkipDecoder:
-        cfg = self.cfg
-        with training.set_default_dtype(self.dtype), self.device:
-            model = layerskip_decoder(config.instantiate(cfg.model))
-        dropout = layer_dropout_section(cfg, model.num_layers, self.seed)
-        model.layer_dropout = dropout or model.layer_dropout
-        if cfg.get("compile"):
-            training.compile_model(model, verbose=False)
-            self.loss.sum_of_chunk = torch.compile(self.loss.sum_of_chunk, dynamic=True)
-        if cfg.get("enable_activation_checkpointing"):
-            training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-        if state is None:
-            ckpt.initialise(model, 0.02 if cfg.get("init_std") is None else cfg.init_std)
-        else:
-            ckpt.check_state_dict(model, state)
-            model.load_state_dict(state)
-        training.validate_expected_param_dtype(model.named_parameters(), dtype=self.dtype)
-        self.offloading = training.get_act_offloading_ctx_manager(
-            model, bool(cfg.get("enable_activation_offloading", False))
-        )
-        return model.train()
-
-    def _setup_optimizer(self, state: dict[str, Any] | None) -> tuple[Any, Any]:
-        """The optimizer (with optimizer_in_bwd: torchtune's wrapper of one per parameter) and the lr schedule."""
-        cfg = self.cfg
-        if self.optimizer_in_bwd:
-            each = {p: config.instantiate(cfg.optimizer, [p]) for p in self.model.parameters()}
-            training.register_optim_in_bwd_hooks(model=self.model, optim_dict=each)
-            optimizer: Any = training.create_optim_in_bwd_wrapper(model=self.model, optim_dict=each)
-        else:
-            optimizer = config.instantiate(cfg.optimizer, self.model.parameters())
-        if state:
-            optimizer.load_state_dict(state[training.OPT_KEY])
-        if cfg.get("lr_scheduler") is None:
-            return optimizer, None
-        one: Optimizer = next(iter(optimizer.optim_map.values())) if self.optimizer_in_bwd else optimizer
-        done = state[training.EPOCHS_KEY] * self.steps_per_epoch if state else 0
-        scheduler = config.instantiate(cfg.lr_scheduler, one, num_training_steps=self.total_steps, last_epoch=done - 1)
-        if self.optimizer_in_bwd:
-            optimizer.set_lr_scheduler(scheduler)
-            # A schedule sets its first rate when it is made, and torchtune passes on the later ones only.
-            for other in optimizer.optim_map.values():
-                for group in other.param_groups:
-                    group["lr"] = one.param_groups[0]["lr"]
-            scheduler = optimizer
-        return optimizer, scheduler
+            if is_rank_zero():
+                log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.step} of {self.total_steps} steps done.")
 
     def _setup_profiler(self) -> Any:
         section = self.cfg.get("profiler")
@@ -178,29 +133,37 @@ class LayerSkipFinetune:
         return profiler
 
     def train(self) -> None:
-        """The loop: epochs of optimizer steps of micro-batches. A checkpoint after each epoch."""
-        if self.epochs_run >= self.cfg.get("epochs", 1):
-            log.info(f"All {self.epochs_run} epochs are done; for more, set epochs higher.")
+        """The loop: epochs of optimizer steps of micro-batches, with validation and checkpoints in between."""
+        cfg, per_epoch = self.cfg, self.data.steps_per_epoch
+        if self.step >= self.total_steps and is_rank_zero():
+            log.info(f"All {self.step} steps are done; for more, set epochs higher.")
         self.profiler.start()
-        for epoch in range(self.epochs_run, self.cfg.get("epochs", 1)):
-            self.sampler.set_epoch(epoch)
-            batches = iter(self.dataloader)
-            with tqdm(total=self.steps_per_epoch, desc=f"epoch {epoch + 1}", dynamic_ncols=True) as self.progress:
-                for _ in range(self.steps_per_epoch):
+        if self.step == 0:
+            self._validate()
+        while self.step < self.total_steps:
+            epoch, done = divmod(self.step, per_epoch)
+            batches = self.data.batches(epoch, done * self.accumulation)
+            shown = {"desc": f"epoch {epoch + 1}", "dynamic_ncols": True, "disable": not is_rank_zero()}
+            with tqdm(total=per_epoch, initial=done, **shown) as self.progress:
+                for _ in range(done, per_epoch):
                     self._train_step(batches)
                     self.progress.update(1)
-            self.epochs_run = epoch + 1
-            place = self.checkpoints.save(self.model.state_dict(), self._state(), epoch)
-            log.info(f"Checkpoint of epoch {epoch + 1}: {place}")
+                    ends = self.step % per_epoch == 0
+                    if self.validation.due(self.step) or (self.step == self.total_steps):
+                        self._validate()
+                    if not ends and self.step % (cfg.get("save_every_n_steps") or self.total_steps + 1) == 0:
+                        self._save(f"step_{self.step}", shards=bool(cfg.get("enable_async_checkpointing")))
+            self._save(f"epoch_{epoch}")
+        self.checkpoints.finish()
         self.profiler.stop()
 
-    def _train_step(self, batches: Any) -> None:
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step. The exits are chosen once, the dropout is drawn for each micro-batch."""
         started = time.perf_counter()
-        dropout = self.model.layer_dropout
+        dropout, in_backward = self.model.layer_dropout, self.optimizers.in_backward
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
-        tokens, total, per_exit = 0, 0.0, {}
+        tokens, total, per_exit = torch.zeros((), device=self.device), 0.0, {}
         for _ in range(self.accumulation):
             batch = next(batches)
             check_length(batch["tokens"].shape[1], self.model)
@@ -211,83 +174,116 @@ class LayerSkipFinetune:
                 loss, exits = self.loss(
                     self.model, batch.pop("tokens"), labels, step=self.step, total_steps=self.total_steps, **batch
                 )
-            # Micro-batches weigh by their tokens; a single one of an optimizer in backward is a mean already.
-            (loss if self.optimizer_in_bwd else loss * count).backward()
+            # Micro-batches weigh by their tokens; a single one of an optimizer in backward is a mean already, and over
+            # ranks (which FSDP averages) it weighs as its tokens do in the whole.
+            weight = self.mesh.data_size * count / self.mesh.sum(count.float()).clamp(min=1) if in_backward else count
+            if loss.requires_grad:  # not so if all layers with adapters are dropped
+                (loss * weight).backward()
             tokens = tokens + count
             total = total + loss.detach() * count
             per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
+        sums = self.mesh.sum(torch.stack([tokens, total, *per_exit.values()]))
+        everywhere = sums[0].clamp(min=1)  # a step without a single label that counts changes nothing
         metrics: dict[str, Any] = {}
-        if not self.optimizer_in_bwd:
-            # A step without a single label that counts changes nothing, instead of dividing by 0.
-            training.scale_grads(self.model, 1 / tokens.clamp(min=1))
+        if not in_backward:
+            training.scale_grads(self.model, self.mesh.data_size / everywhere)
             if self.cfg.get("clip_grad_norm") is not None:
-                metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                    self.model.parameters(), max_norm=float(self.cfg.clip_grad_norm)
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        metrics["lr"] = get_lr(self.optimizer)
-        if self.lr_scheduler is not None:
-            (self.optimizer.step_lr_scheduler if self.optimizer_in_bwd else self.lr_scheduler.step)()
+                metrics["grad_norm"] = clip_gradients(self.model, float(self.cfg.clip_grad_norm))
+        self._check_finite(sums, metrics)
+        self.optimizers.step()
+        metrics["lr"] = self.optimizers.lr
+        self.optimizers.step_schedule()
         self.step += 1
         self.profiler.step()
         if self.step % self.cfg.get("log_every_n_steps", 1) == 0:
-            self._log(metrics, tokens, total, per_exit, dropout, started)
+            loss, *of_exits = (sums[1:] / everywhere).tolist()
+            metrics |= {"loss": loss, "loss_final": of_exits[-1]}
+            metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
+            metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
+            metrics["tokens_per_second_per_gpu"] = tokens.item() / (time.perf_counter() - started)
+            self._log(metrics)
 
-    def _log(
-        self,
-        metrics: dict[str, Any],
-        tokens: torch.Tensor,
-        total: torch.Tensor,
-        per_exit: dict[int, torch.Tensor],
-        dropout: LayerDropout | None,
-        started: float,
-    ) -> None:
-        last, tokens = self.model.num_layers, tokens.clamp(min=1)
-        metrics |= {"loss": (total / tokens).item(), "loss_final": (per_exit[last] / tokens).item()}
-        metrics |= {f"loss_exit_{e}": (value / tokens).item() for e, value in per_exit.items()}
-        metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
-        metrics["tokens_per_second_per_gpu"] = tokens.item() / (time.perf_counter() - started)
+    def _log(self, metrics: dict[str, Any]) -> None:
         if "grad_norm" in metrics:
             metrics["grad_norm"] = metrics["grad_norm"].item()
         if self.cfg.get("log_peak_memory_stats") and self.device.type in ("cuda", "xpu"):
             metrics |= training.get_memory_stats(device=self.device)
-        self.metric_logger.log_dict(metrics, step=self.step)
+        self.log.write(metrics, self.step)
         self.progress.set_postfix_str(
             f"loss {metrics['loss']:.3f}, final {metrics['loss_final']:.3f}, "
             f"{metrics['tokens_per_second_per_gpu']:.0f} tok/s"
         )
 
+    def _check_finite(self, sums: torch.Tensor, metrics: dict[str, Any]) -> None:
+        """Stop before weights become NaN; the one wait for the device in a step.
+
+        Raises:
+            ValueError: with the step and the samples of its batch.
+        """
+        norm = metrics.get("grad_norm", torch.zeros((), device=self.device))
+        if not math.isfinite((sums[1] + norm).item()):
+            what = "loss" if not sums[1].isfinite() else "gradient norm"
+            raise ValueError(
+                f"{what}: not finite at step {self.step + 1}, with samples "
+                f"{self.data.samples(self.step)} of the dataset. The last checkpoint under "
+                f"{self.cfg.output_dir!r} is whole; for example optimizer.lr={self.optimizers.lr / 2:.2g}, or leave "
+                "those samples out"
+            )
+
+    def _validate(self) -> None:
+        if self.validation.on:
+            self.log.write(self.validation.measure(self.model, self.device, self.step), self.step)
+
+    def _save(self, name: str, shards: bool = False) -> None:
+        """Write a checkpoint; on all ranks."""
+        optimizer = self.optimizers.state_dict(whole=not shards)
+        state = self._state()
+        if shards:
+            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state)
+        else:
+            contents = checkpoint_contents(self.cfg, self.model, self.meta, self.device)
+            if is_rank_zero():
+                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer})
+            if dist.is_initialized():
+                dist.barrier()
+        if is_rank_zero():
+            log.info(f"Checkpoint after step {self.step}: {Path(self.cfg.output_dir) / name}")
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the weights that change."""
+        adapters = adapter_names(self.meta)
+        return {name: value for name, value in self.model.state_dict().items() if not adapters or name in adapters}
+
     def _state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights. Data order and curriculum follow from seed, epoch and step."""
+        """What a resumed run needs beside weights and optimizer. Data order and curriculum follow from seed and step."""
+        mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()}
+        generators = [mine]
+        if dist.is_initialized():
+            generators = [None] * dist.get_world_size()
+            dist.all_gather_object(generators, mine)
         return {
-            training.EPOCHS_KEY: self.epochs_run,
+            "step": self.step,
             training.SEED_KEY: self.seed,
-            training.TOTAL_EPOCHS_KEY: self.cfg.get("epochs", 1),
-            "steps_per_epoch": self.steps_per_epoch,
-            training.OPT_KEY: self.optimizer.state_dict(),
+            "run": self.run,
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
-            training.RNG_KEY: {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()},
+            training.RNG_KEY: generators,
+            "validation": self.validation.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of the stopped run.
-
-        Raises:
-            ValueError: if the run would not be the same one.
-        """
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"resume_from_checkpoint: an epoch had {state['steps_per_epoch']} steps and now has "
-                f"{self.steps_per_epoch}; keep dataset, batch_size, gradient_accumulation_steps and max_steps_per_epoch"
-            )
-        if self.seed != state[training.SEED_KEY]:
-            self.seed = state[training.SEED_KEY]
-            self.sampler.seed = self.seed
+        """Take up the state of the stopped run."""
+        if self.checkpoints.sharded:
+            shards = {"model": self._trained(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
+            self.checkpoints.load_shards(shards)
+            self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
-        torch.set_rng_state(state[training.RNG_KEY]["cpu"])
-        self._device_rng().set_rng_state(state[training.RNG_KEY]["device"])
+        self.validation.load_state_dict(state["validation"])
+        generators = state[training.RNG_KEY]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank < len(generators):  # with more ranks than before, the new ones keep their own seed
+            torch.set_rng_state(generators[rank]["cpu"])
+            self._device_rng().set_rng_state(generators[rank]["device"])
 
     def _device_rng(self) -> Any:
         """The module with the random state of the device: torch.cuda, torch.mps, torch.xpu, or torch itself."""
@@ -295,7 +291,7 @@ class LayerSkipFinetune:
 
     def cleanup(self) -> None:
         """Close the metric logger."""
-        self.metric_logger.close()
+        self.log.close()
 
 
 def main() -> None:
@@ -303,6 +299,7 @@ def main() -> None:
 
     tune run layerskip_finetune --config quickstart/finetune
     tune run layerskip_finetune --config my.yaml layer_dropout.prob=0.2 early_exit_loss.interval=4
+    tune run --nproc_per_node 2 layerskip_finetune --config my.yaml resume_from_checkpoint=true
     """
 
     def steps() -> None:
@@ -312,5 +309,6 @@ def main() -> None:
             recipe.train()
         finally:
             recipe.cleanup()
+        end_processes()
 
     main_of(steps)

@@ -5,11 +5,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
-from layerskip_recipes.checkpoint import check_checkpointer
+from layerskip_recipes.adapters import adapter_names, check_adapters
+from layerskip_recipes.checkpoint import check_checkpointer, checkpoint_files, is_scratch
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.data import check_collate_fn, check_dataset
+from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
 from layerskip_recipes.settings import (
     COMMON,
     anything,
@@ -20,6 +23,7 @@ from layerskip_recipes.settings import (
     check_settings,
     component,
     flag,
+    list_of,
     number,
     one_of,
     text,
@@ -67,6 +71,26 @@ SETTINGS = COMMON | {
     "compile": flag,
     "enable_activation_checkpointing": flag,
     "enable_activation_offloading": flag,
+    "ac_mode": one_of(None, "full", "selective"),
+    "ac_option": number(minimum=1, optional=True, example=2),
+    "custom_sharded_layers": list_of(str, "[tok_embeddings,output]"),
+    "fsdp_cpu_offload": flag,
+    "fsdp_reshard_after_forward": flag,
+    "data_parallel_shard_dim": number(minimum=-1, optional=True, example=-1),
+    "data_parallel_replicate_dim": number(minimum=1, optional=True, example=2),
+    "tensor_parallel_dim": number(minimum=1, optional=True, example=2),
+    "tensor_parallel_plan": component(optional=True),
+    "save_adapter_weights_only": flag,
+    "low_cpu_ram": flag,
+    "save_every_n_steps": number(minimum=1, optional=True, example=500),
+    "keep_last_n_checkpoints": number(minimum=1, optional=True, example=2),
+    "enable_async_checkpointing": flag,
+    "dataset_val": lambda key, value: None if value is None else check_dataset(key, value),
+    "run_val_every_n_steps": number(minimum=1, optional=True, example=200),
+    "batch_size_val": number(minimum=1, optional=True),
+    "max_batches_val": number(minimum=1, optional=True, example=50),
+    "layers_val": anything,
+    "val_loss_margin": number(minimum=0, integer=False, example=0.05),
     "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
     "metric_logger": component(),
     "log_every_n_steps": POSITIVE,
@@ -74,20 +98,8 @@ SETTINGS = COMMON | {
     "profiler": _profiler,
 }
 REQUIRED = ("output_dir", "dataset", "optimizer", "loss", "metric_logger")
-_DISTRIBUTED = "it is for several devices, and this version trains on one"
 REFUSED = {
-    "custom_sharded_layers": _DISTRIBUTED,
-    "fsdp_cpu_offload": _DISTRIBUTED,
-    "fsdp_reshard_after_forward": _DISTRIBUTED,
-    "tensor_parallel_dim": _DISTRIBUTED,
-    "tensor_parallel_plan": _DISTRIBUTED,
-    "data_parallel_shard_dim": _DISTRIBUTED,
-    "data_parallel_replicate_dim": _DISTRIBUTED,
-    "fsdp": _DISTRIBUTED,
-    "ac_mode": "enable_activation_checkpointing checkpoints every layer",
-    "ac_option": "enable_activation_checkpointing checkpoints every layer",
-    "save_adapter_weights_only": "it is for LoRA, and this version trains all weights",
-    "low_cpu_ram": "it is for QLoRA, and this version trains all weights",
+    "fsdp": "it is an old name. Offloading is fsdp_cpu_offload",
     "quantizer": "it is for quantisation-aware training",
 }
 
@@ -109,8 +121,17 @@ def check_config(cfg: DictConfig) -> None:
             raise ValueError(
                 f"clip_grad_norm: {cfg.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
             )
-    if cfg.get("enable_activation_offloading") and not cfg.get("enable_activation_checkpointing"):
+    if cfg.get("enable_activation_offloading") and not layers_to_checkpoint(cfg):
         raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
+    for key, needs in (
+        ("run_val_every_n_steps", "dataset_val"),
+        ("enable_async_checkpointing", "save_every_n_steps"),
+        ("ac_option", "ac_mode"),
+    ):
+        if cfg.get(key) and cfg.get(needs) is None:
+            raise ValueError(f"{key}: {cfg[key]} does nothing without {needs}; set that, or {key}=null")
+    if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
+        raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
         raise ValueError(
             f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
@@ -118,14 +139,17 @@ def check_config(cfg: DictConfig) -> None:
         )
     _check_optimizer(cfg)
 
-    # By the arguments, not by the model: building a QLoRA model quantises its weights even on the meta device.
-    if "lora_attn_modules" in (cfg.model.get("base") or cfg.model):
-        raise ValueError(
-            f"model._component_: {cfg.model._component_!r} is a LoRA builder, and this version trains all "
-            "weights; for example model._component_=torchtune.models.llama3_2.llama3_2_1b"
-        )
     model = build_on_meta(cfg)
-    check_checkpointer(cfg, model)
+    check_adapters(cfg, model)
+    check_checkpointer(cfg, model, trains=True)
+    if adapter_names(model) and (is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)):
+        raise ValueError(
+            f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights to adapt; "
+            "for example [model.safetensors]"
+        )
+    if adapter_names(model) and cfg.get("optimizer_in_bwd"):
+        raise ValueError("optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false")
+    select_layers(cfg.get("layers_val", ":"), len(model.layers), key="layers_val")
     if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
         raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
     layer_dropout_section(cfg, len(model.layers), seed=0)
@@ -156,9 +180,9 @@ UPSTREAM_SCALE_FNS = {
 }
 
 
-def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int) -> LayerDropout | None:
-    """The `layer_dropout` section, checked and built."""
-    given = ["num_layers", "seed"]
+def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int, batch_size: int = 1) -> LayerDropout | None:
+    """The `layer_dropout` section, checked and built; seed and batch_size are the same on all ranks."""
+    given = ["num_layers", "seed", "batch_size"]
     section = cfg.get("layer_dropout")
     if isinstance(section, DictConfig) and "disable_on_eval" in section:
         # Upstream's key. Evaluation without dropout is the only way here.
@@ -170,7 +194,7 @@ def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int) -> LayerD
         return None
     if "prob" not in arguments:
         raise ValueError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
-    return LayerDropout(num_layers, seed=seed, **arguments)
+    return LayerDropout(num_layers, seed=seed, batch_size=batch_size, **arguments)
 
 
 def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:

@@ -1,0 +1,164 @@
+"""LoRA and DoRA adapters of torchtune's builders: which they are, how they start, how they merge into the weights.
+
+A model has adapters if its modules do; the recipe trains those, and everything else of it is frozen.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
+
+from layerskip_recipes.config import component_parameters
+
+ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
+
+
+def adapter_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The LoRA or DoRA layers of a model by name, before layers are wrapped for activation checkpointing."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters' parameters; empty for a model without adapters."""
+    return list(get_adapter_params(model))
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Only adapters train from here on, if the model has any."""
+    adapters = get_adapter_params(model)
+    if adapters:
+        set_trainable_params(model, adapters)
+
+
+def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adapters that change nothing yet: A as a linear layer starts, B = 0; DoRA's magnitude is that of the weight's rows.
+
+    Args:
+        model: with adapters, on any device.
+        base: the state_dict of its other weights.
+
+    Returns:
+        The adapters' state_dict, on the CPU.
+    """
+    state = {}
+    for name, module in adapter_modules(model).items():
+        a = torch.empty(module.lora_a.weight.shape, dtype=module.lora_a.weight.dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        state[f"{name}.lora_a.weight"] = a
+        state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
+        if hasattr(module, "magnitude"):
+            state[f"{name}.magnitude"] = torch.linalg.norm(base[f"{name}.weight"].float(), dim=1).to(a.dtype)
+    return state
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's adapter_config.json says, with torchtune's module names."""
+    modules = adapter_modules(model)
+    one = next(iter(modules.values()))
+    config = {
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+        "peft_type": "LORA",
+    }
+    return config | ({"use_dora": True} if hasattr(one, "magnitude") else {})
+
+
+@torch.no_grad()
+def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state_dict of the plain model: adapters merged into the weights, which are left as they are.
+
+    Args:
+        state: of the model with adapters.
+        config: of `adapter_config`.
+    """
+    names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
+    own = dict(state) | {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
+    for name in names:
+        magnitude, bias = state.get(f"{name}.magnitude"), state.get(f"{name}.bias")
+        if magnitude is not None and bias is not None:
+            # torchtune's DoRA scales W x + b as a whole, and its merge leaves b out.
+            update = config["lora_alpha"] / config["r"] * state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"]
+            own[f"{name}.bias"] = bias * magnitude / torch.linalg.norm(state[f"{name}.weight"] + update, dim=1)
+    return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model with plain linear layers: adapters merged into the weights, NF4 ones unpacked; changed in place."""
+    modules = adapter_modules(model)
+    state = merged(model.state_dict(), adapter_config(model)) if modules else {}
+    for name, module in list(model.named_modules()):
+        packed = isinstance(getattr(module, "weight", None), NF4Tensor)
+        if name not in modules and not packed:
+            continue
+        weight = state[f"{name}.weight"] if name in modules else module.weight.get_original_weight()
+        bias = state.get(f"{name}.bias") if name in modules else module.bias
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        linear.weight = nn.Parameter(weight.to(device=module.weight.device, dtype=module.weight.dtype))
+        linear.bias = None if bias is None else nn.Parameter(bias)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+    return model
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether weights are NF4, as in QLoRA."""
+    return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
+
+
+def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
+    """Raises a ValueError if a config asks for adapters that its model does not have, or has them where none may be."""
+    names = adapter_names(model)
+    builder = cfg.model.get("base") or cfg.model
+    if not names and "lora_attn_modules" in (component_parameters(builder._component_) or ()):
+        raise ValueError(
+            f"model.lora_attn_modules: {builder._component_} makes no adapter parameters with these arguments; for "
+            'example model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
+        )
+    if cfg.get("save_adapter_weights_only") and not names:
+        raise ValueError(
+            f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
+            "save_adapter_weights_only=false, or take a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
+        )
+
+
+def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters in torchtune's form from a checkpoint's folder or its adapter_model.pt.
+
+    Args:
+        path: of the folder or the file.
+        model: with adapters, on any device.
+
+    Raises:
+        ValueError: if they are not there, or not this model's.
+    """
+    file = Path(path)
+    file = file / ADAPTER_FILE if file.is_dir() else file
+    key = "checkpointer.adapter_checkpoint"
+    if not file.is_file():
+        raise ValueError(f"{key}: {path!r} is neither an {ADAPTER_FILE} nor a folder with one")
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune") from e
+    expected = get_adapter_params(model)
+    for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{key}: {str(file)!r} is not of this model, it {what} {first}; {len(names)} in all")
+    for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"{key}: {name} is {tuple(value.shape)} there and {tuple(expected[name].shape)} in the model; "
+                "check model.lora_rank"
+            )
+    return state
+

@@ -1,0 +1,88 @@
+"""How good is each exit? Loss, perplexity, accuracy and agreement with the last layer, in one pass over the data."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchtune import utils
+
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.head import Head
+from layerskip_recipes.settings import check_length
+
+
+@torch.no_grad()  # not inference mode, whose tensors FSDP could not use again in training
+def exit_quality(
+    model: LayerSkipDecoder,
+    batches: Iterable[dict[str, Any]],
+    exits: list[int],
+    device: torch.device,
+    ignore_index: int = -100,
+    chunk_tokens: int = 512,
+    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+) -> dict[int, dict[str, float]]:
+    """Quality of each exit over the labels that count.
+
+    Args:
+        model: the decoder, in eval mode.
+        batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
+        exits: the E to measure.
+        device: of the model.
+        ignore_index: the label that counts nowhere.
+        chunk_tokens: the tokens whose logits exist at a time.
+        add_up: the sum of a tensor over the processes that have batches of their own.
+
+    Returns:
+        {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
+        "agreement": share of tokens on which exit E and the last layer choose the same}}.
+
+    Raises:
+        ValueError: if no label counts, or a sample is longer than the model takes.
+    """
+    exits = sorted(exits)
+    sums = torch.zeros(len(exits), 4, dtype=torch.float64, device=device)
+    for batch in batches:
+        utils.batch_to_device(batch, device)
+        check_length(batch["tokens"].shape[1], model)
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
+        measure = partial(_sums, model, labels, ignore_index, chunk_tokens)
+        sums += model(batch.pop("tokens"), exits=exits, then=measure, **batch)
+    sums = add_up(sums)
+    if not sums[0, 3] > 0:
+        raise ValueError("dataset: no label counts, so there is nothing to measure")
+    quality = {}
+    for e, (loss, accuracy, agreement, _) in zip(exits, (sums / sums[:, 3:]).tolist(), strict=True):
+        perplexity = math.exp(min(loss, 700))
+        quality[e] = {"loss": loss, "perplexity": perplexity, "accuracy": accuracy, "agreement": agreement}
+    return quality
+
+
+def _sums(
+    model: LayerSkipDecoder,
+    labels: torch.Tensor,
+    ignore_index: int,
+    chunk_tokens: int,
+    final: torch.Tensor,
+    hidden: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """[exits, 4]: of each exit its loss, right choices, choices of the last layer, and how many labels count."""
+    counts = labels != ignore_index
+    labels, final = labels[counts], final[counts]
+    states = [x[counts] for x in hidden.values()]
+    sums = torch.zeros(len(states), 4, dtype=torch.float64, device=labels.device)
+    sums[:, 3] = len(labels)
+    head = Head(model)
+    with head.using(head.parameters):
+        for start in range(0, len(labels), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chosen = head(final[rows]).argmax(-1)
+            for exit_sums, x in zip(sums, states, strict=True):
+                logits = head(x[rows])
+                top = logits.argmax(-1)
+                exit_sums[0] += F.cross_entropy(logits, labels[rows], reduction="sum")
+                exit_sums[1] += (top == labels[rows]).sum()
+                exit_sums[2] += (top == chosen).sum()
+    return sums

@@ -1,0 +1,76 @@
+"""The head g = final norm + output projection, for those who unembed many chunks of many exits: losses, measurements.
+
+A sharded model gathers its head's weights whenever the head is called. Here they are gathered once, for all chunks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torchtune.modules import TiedLinear
+
+TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
+
+
+class Head:
+    """g of a decoder, called past the hooks of its modules. Use it inside of the decoder's forward (`then=`), where
+    the parameters that FSDP keeps with the root are whole already.
+
+    Args:
+        model: a decoder with `norm` and `output` (a linear layer, a LoRA layer, or tied to the embedding).
+
+    Attributes:
+        parameters: of norm and output (tied: the embedding's), whole, differentiable towards the sharded ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tied = isinstance(model.output, TiedLinear)
+        self.norm = model.norm
+        self.output = model.output.tied_module if self.tied else model.output
+        self._places = [
+            (module, name)
+            for part in (self.norm, self.output)
+            for module in part.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.parameters = [whole(module._parameters[name]) for module, name in self._places]
+
+    @contextmanager
+    def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within it the head computes with these tensors, in the order of `self.parameters`."""
+        own = [module._parameters[name] for module, name in self._places]
+        try:
+            for (module, name), value in zip(self._places, parameters, strict=True):
+                module._parameters[name] = value
+            yield
+        finally:
+            for (module, name), value in zip(self._places, own, strict=True):
+                module._parameters[name] = value
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [n, v] in fp32 of hidden states [n, d]."""
+        h = self.norm.forward(x.unsqueeze(0))  # a batch of one: some heads want [b, s, d]
+        logits = F.linear(h, self.output.weight) if self.tied else self.output.forward(h)
+        return logits.squeeze(0).float()
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A sharded parameter gathered, its gradient scattered and averaged over the data-parallel ranks as FSDP does it.
+
+    Ranks that share a matrix (tensor parallelism) see the same samples and have the same gradient of all of it.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    shared = [name == TENSOR_PARALLEL for name in mesh.mesh_dim_names]
+    gathered = parameter.full_tensor(grad_placements=[Replicate() if same else Partial() for same in shared])
+    if gathered.requires_grad:
+        ranks = 1
+        for dim, same in enumerate(shared):
+            ranks *= 1 if same else mesh.size(dim)
+        gathered.register_hook(lambda grad: grad / ranks)
+    return gathered

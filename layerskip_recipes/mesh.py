@@ -1,0 +1,190 @@
+"""The grid of training processes (replicate x shard x tensor) and a decoder split over it: FSDP2, HSDP, TP.
+
+Every rank runs the same layers in the same order, or a collective would wait for ever: `LayerDropout` sees to that.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.checks import check_number
+from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.distributed import check_processes, num_processes, parallelize, tensor_parallel_plan
+from layerskip_recipes.head import TENSOR_PARALLEL
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """replicate x shard x tensor processes. Data-parallel ranks (replicate x shard) have samples of their own.
+
+    Attributes:
+        devices: None with one process.
+        replicate: copies of the sharded model (HSDP).
+        shard: the ranks over which each copy's parameters are sharded (FSDP).
+        tensor: the ranks that share each matrix (tensor parallelism).
+    """
+
+    devices: DeviceMesh | None = None
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """How many ranks have samples of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process is."""
+        return 0 if self.devices is None else dist.get_rank() // self.tensor
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the data-parallel ranks, in place."""
+        if self.devices is not None:
+            dist.all_reduce(tensor)
+            tensor /= self.tensor  # its ranks have the same samples
+        return tensor
+
+
+def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, int]:
+    """replicate, shard and tensor for the processes that torchrun started.
+
+    Args:
+        cfg: `data_parallel_replicate_dim`, `data_parallel_shard_dim` (-1: what is left), `tensor_parallel_dim`, ...
+        model: of the config, on any device.
+
+    Raises:
+        ValueError: if they do not fit the number of processes, or a key needs more of them.
+    """
+    processes = num_processes()
+    tensor = check_processes(OmegaConf.merge(cfg, {"tensor_parallel_dim": cfg.get("tensor_parallel_dim") or 1}), model)
+    replicate, shard = cfg.get("data_parallel_replicate_dim") or 1, cfg.get("data_parallel_shard_dim") or -1
+    check_number("data_parallel_replicate_dim", replicate, minimum=1, example=2)
+    if shard != -1:
+        check_number("data_parallel_shard_dim", shard, minimum=1, example=-1)
+    left = processes // tensor
+    given = f"{replicate} x data_parallel_shard_dim {shard} x tensor_parallel_dim {tensor}"
+    if left % replicate or (shard != -1 and replicate * shard != left):
+        raise ValueError(
+            f"data_parallel_replicate_dim: {given} is not the number of processes, {processes}. Allowed: a product of "
+            f"{processes}; for example data_parallel_shard_dim=-1 (what is left) data_parallel_replicate_dim=1"
+        )
+    if cfg.get("fsdp_cpu_offload") and (processes == 1 or cfg.get("device") == "cpu"):
+        raise ValueError(
+            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
+            "without them fsdp_cpu_offload=false"
+        )
+    return replicate, left // replicate, tensor
+
+
+def make_mesh(cfg: DictConfig, model: TransformerDecoder, device: torch.device) -> Mesh:
+    """The mesh of a config; the process group is there already. Raises as `mesh_sizes` does."""
+    replicate, shard, tensor = mesh_sizes(cfg, model)
+    if num_processes() == 1:
+        return Mesh()
+    names = ("replicate", "shard", TENSOR_PARALLEL)
+    devices = init_device_mesh(device.type, (replicate, shard, tensor), mesh_dim_names=names)
+    return Mesh(devices, replicate, shard, tensor)
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 runs the block before the others do: what it downloads or writes is there for them."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        dist.barrier()
+    yield
+    if first and dist.is_initialized():
+        dist.barrier()
+
+
+def checkpoint_layers(model: LayerSkipDecoder, every: int = 1) -> None:
+    """Activation checkpointing of each `every`-th layer: its activations are computed again in the backward pass."""
+    for layer in range(every - 1, len(model.layers), every):
+        model.layers[layer] = checkpoint_wrapper(model.layers[layer])
+
+
+def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh) -> None:
+    """Cut a decoder on the meta device into the parts of the ranks: matrices first, then what each rank keeps.
+
+    Args:
+        model: changed in place; its wrappers for activation checkpointing are there already.
+        cfg: `custom_sharded_layers`, `fsdp_cpu_offload`, `fsdp_reshard_after_forward`, `tensor_parallel_plan`.
+        mesh: of several processes.
+    """
+    if mesh.tensor > 1:
+        parallelize(model, mesh.devices[TENSOR_PARALLEL], tensor_parallel_plan(cfg))
+    if mesh.data_size > 1:
+        named = list(cfg.get("custom_sharded_layers") or [])
+        training.shard_model(
+            model,
+            [partial(training.get_shard_conditions, names_to_match=named)],
+            cpu_offload=bool(cfg.get("fsdp_cpu_offload")),
+            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True) is not False,
+            dp_mesh=mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
+        )
+
+
+def load(
+    model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
+) -> None:
+    """Give each rank its part of rank 0's weights, tensor by tensor.
+
+    Args:
+        model: split, on the meta device.
+        state: the whole state_dict on rank 0; not looked at on other ranks.
+        device, dtype: of the weights.
+        offload: they live on the CPU.
+    """
+    with training.set_default_dtype(dtype), device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
+                module.rope_init()
+    weights = {name: value.to(dtype) for name, value in state.items()} if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
+    with quiet():
+        set_model_state_dict(model, weights, options=options)
+    training.validate_no_params_on_meta_device(model)
+
+
+@contextmanager
+def quiet():
+    """Without what torch's distributed checkpointing says about its own calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
+        yield
+
+
+def alike(parameters: Any) -> list[list[nn.Parameter]]:
+    """The parameters by the mesh that they live on: operations over many tensors at once take one kind."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(kinds.values())
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for parameters of several meshes. Returns the norm over all of them."""
+    with_gradient = [p for p in model.parameters() if p.grad is not None]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in alike(with_gradient)]
+    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    if math.isfinite(max_norm):
+        for kind in alike(with_gradient):
+            torch.nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    return total

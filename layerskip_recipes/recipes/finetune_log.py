@@ -1,0 +1,86 @@
+"""What a training run says about itself: to the metric logger, and to the run that resumes it."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from layerskip_recipes.distributed import is_rank_zero
+from layerskip_recipes.early_exit import EarlyExitLoss
+from layerskip_recipes.recipes.data import TrainingData
+from layerskip_recipes.settings import build
+
+# What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change.
+KEPT = ("model", "dataset", "collate_fn", "shuffle", "layer_dropout", "early_exit_loss", "loss", "optimizer_in_bwd")
+
+
+class RunLog:
+    """The metric logger of a config, on rank 0; the others write nothing. It begins with what describes the run.
+
+    Args:
+        cfg: `metric_logger` is read, and all of it is logged, with versions and curriculum.
+        loss: the early-exit loss, for its curriculum.
+        num_layers: L.
+        total_steps: T.
+    """
+
+    def __init__(self, cfg: DictConfig, loss: EarlyExitLoss, num_layers: int, total_steps: int) -> None:
+        self._logger = None
+        if is_rank_zero():
+            self._logger = build(cfg.metric_logger, "metric_logger")
+            extra = {"versions": versions(), "curriculum": curriculum(loss, num_layers, total_steps)}
+            self._logger.log_config(OmegaConf.merge(cfg, extra))
+
+    def write(self, metrics: dict[str, Any], step: int) -> None:
+        """Log numbers of a step."""
+        if self._logger is not None and metrics:
+            self._logger.log_dict(metrics, step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._logger is not None:
+            self._logger.close()
+
+
+def versions() -> dict[str, str]:
+    """Of this code and what it stands on."""
+    names = ("layerskip-recipes", "torch", "torchtune", "torchao")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
+    """T, L and the exits whose loss is on, at the steps where that set first appears (16 of them at most)."""
+    sets: dict[str, list[int]] = {}
+    for step in range(min(total_steps, 100_000)):
+        on = [layer + 1 for layer, enabled in enumerate(loss.enabled(num_layers, step, total_steps)) if enabled]
+        if on in sets.values() or len(sets) == 16:
+            if loss.curriculum != "gradual" or len(sets) == 16:
+                break
+            continue
+        sets[f"step {step + 1}"] = on
+    return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
+
+
+def described(cfg: DictConfig, data: TrainingData) -> dict[str, Any]:
+    """What must be the same in a run that resumes this one."""
+    kept = {key: cfg.get(key) for key in KEPT}
+    plain = {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in kept.items()
+    }
+    plain["samples in the dataset"] = data.num_samples
+    plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
+    plain["steps in an epoch"] = data.steps_per_epoch
+    return plain
+
+
+def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"resume_from_checkpoint: {key} was {before.get(key)!r} and is {value!r} now. A resumed run goes on as "
+                "it began; to start anew set resume_from_checkpoint=false and another output_dir"
+            )
+

@@ -1,0 +1,171 @@
+"""What a finetune config trains: the model over the ranks, its optimizer and schedule, and their states."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torchtune import config, training
+
+from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes import mesh as meshes
+from layerskip_recipes.adapters import adapter_config, adapter_names, fresh_adapters, freeze_base, merged
+from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.distributed import is_rank_zero
+from layerskip_recipes.mesh import Mesh
+from layerskip_recipes.run_checkpoints import Weights
+
+
+def build_model(
+    cfg: DictConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    weights: Weights | None,
+    adapters: Weights | None,
+) -> LayerSkipDecoder:
+    """The model of a config with its weights, compiled, checkpointed and split as the config says, ready to train.
+
+    Args:
+        cfg: the config.
+        device, dtype: of the weights.
+        mesh: the ranks to split it over.
+        weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
+        adapters: on rank 0 that of the adapters; None: fresh ones, if the model has any.
+
+    Raises:
+        ValueError: on rank 0, if the weights are not this model's.
+    """
+    several = mesh.devices is not None
+    with training.set_default_dtype(dtype), torch.device("meta") if several else device:
+        model = layerskip_decoder(config.instantiate(cfg.model))
+    freeze_base(model)
+    state = None if weights is None else dict(weights)
+    if is_rank_zero():
+        if state is None and several:
+            with training.set_default_dtype(dtype):
+                state = initialised(cfg, layerskip_decoder(config.instantiate(cfg.model))).state_dict()
+        elif state is not None:
+            if adapter_names(model):
+                state |= fresh_adapters(model, state) if adapters is None else adapters
+            ckpt.check_state_dict(model, state)
+    if cfg.get("compile"):
+        training.compile_model(model, verbose=False)
+    every = layers_to_checkpoint(cfg)
+    if every:
+        meshes.checkpoint_layers(model, every)
+    if several:
+        meshes.split(model, cfg, mesh)
+        meshes.load(model, state or {}, device, dtype, offload=bool(cfg.get("fsdp_cpu_offload")))
+    elif state is None:
+        initialised(cfg, model)
+    else:
+        model.load_state_dict(state)
+    return model.train()
+
+
+def initialised(cfg: DictConfig, model: LayerSkipDecoder) -> LayerSkipDecoder:
+    """The model with weights to start from scratch with."""
+    ckpt.initialise(model, 0.02 if cfg.get("init_std") is None else cfg.init_std)
+    return model
+
+
+def layers_to_checkpoint(cfg: DictConfig) -> int:
+    """Every how many layers one is checkpointed, 0 for none: torchtune's two ways to ask for it."""
+    if cfg.get("ac_mode") == "selective":
+        return int(cfg.ac_option)
+    return int(cfg.get("ac_mode") == "full" or bool(cfg.get("enable_activation_checkpointing")))
+
+
+class Optimizers:
+    """The optimizer of a config or, with `optimizer_in_bwd`, one for each parameter; and the lr schedule.
+
+    Args:
+        cfg: `optimizer`, `optimizer_in_bwd` and `lr_scheduler` are read.
+        model: its trainable parameters are optimised.
+        state: of `state_dict`, on rank 0; None for a start.
+        steps: optimizer steps in all.
+        done: steps before this run.
+    """
+
+    def __init__(self, cfg: DictConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
+        self.model = model
+        self.in_backward = bool(cfg.get("optimizer_in_bwd"))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.in_backward:
+            each = {p: config.instantiate(cfg.optimizer, [p]) for p in trained}
+            training.register_optim_in_bwd_hooks(model=model, optim_dict=each)
+            self.all: list[Optimizer] = list(each.values())
+        else:
+            # Parameters of one kind in a group: fused and foreach steps do not mix meshes.
+            groups = [{"params": kind} for kind in meshes.alike(trained)]
+            self.all = [config.instantiate(cfg.optimizer, groups if len(groups) > 1 else trained)]
+        for group in (group for one in self.all for group in one.param_groups):
+            group["initial_lr"] = group["lr"]  # what a schedule that begins in the middle wants
+        if state is not None:
+            self.load_state_dict(state)
+        self.schedulers = [
+            config.instantiate(cfg.lr_scheduler, one, num_training_steps=steps, last_epoch=done - 1)
+            for one in (self.all if cfg.get("lr_scheduler") is not None else [])
+        ]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate now."""
+        return self.all[0].param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """Update the weights; in backward they are already."""
+        if not self.in_backward:
+            self.all[0].step()
+            self.all[0].zero_grad(set_to_none=True)
+
+    def step_schedule(self) -> None:
+        """Move the learning rate to the next step."""
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    def state_dict(self, whole: bool) -> dict[str, Any]:
+        """By parameter name: whole tensors on rank 0's CPU, or this rank's shards. On all ranks."""
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+        with meshes.quiet():
+            return get_optimizer_state_dict(self.model, self.all, options=options)
+
+    def load_state_dict(self, state: dict[str, Any], whole: bool = True) -> None:
+        """Take up what `state_dict` gave, however many ranks it came from. On all ranks."""
+        options = StateDictOptions(full_state_dict=whole, broadcast_from_rank0=whole and torch.distributed.is_initialized())
+        with meshes.quiet():
+            set_optimizer_state_dict(self.model, self.all, state, options=options)
+
+
+def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Module, device: torch.device) -> dict:
+    """What a checkpoint of the whole model holds, in torchtune's keys, on rank 0; gathered on all ranks.
+
+    Args:
+        cfg: `save_adapter_weights_only` is read.
+        model: as it is trained.
+        meta: the same model before it was split or wrapped.
+        device: for the gathering.
+    """
+    adapters = adapter_names(meta)
+    only = bool(cfg.get("save_adapter_weights_only"))
+    if torch.distributed.is_initialized():
+        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=only)
+    else:
+        state = model.state_dict()
+    if not is_rank_zero():
+        return {}
+    if not adapters:
+        return {training.MODEL_KEY: state}
+    described = adapter_config(meta)
+    contents = {
+        training.ADAPTER_KEY: {name: state[name].detach().cpu() for name in adapters},
+        training.ADAPTER_CONFIG: described,
+    }
+    return contents | ({} if only else {training.MODEL_KEY: merged(state, described)})

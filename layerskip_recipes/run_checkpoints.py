@@ -1,0 +1,214 @@
+"""The checkpoints of a training run: whole or not there, kept or thrown away, found again by themselves.
+
+A checkpoint is written beside its place and renamed into it, so `epoch_N` or `step_N` either is complete or does not
+exist. Two forms: torchtune's checkpointer writes the whole model (rank 0 gathers it), readable anywhere; or every rank
+writes its shards in the background (torch.distributed.checkpoint), only to resume from.
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from torchtune import training
+
+from layerskip_recipes.adapters import ADAPTER_FILE
+from layerskip_recipes.checkpoint import checkpoint_files, is_scratch, read_weights
+from layerskip_recipes.distributed import is_rank_zero
+from layerskip_recipes.settings import build
+
+RECIPE_STATE = "recipe_state.pt"
+STAGING = ".incomplete"
+REPLACED = "replaced_"
+SHARDED = ".metadata"  # the file by which a checkpoint of shards is known
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class Checkpoints:
+    """What a run starts from, and what it leaves under `output_dir`.
+
+    Args:
+        cfg: `checkpointer`, `output_dir`, `resume_from_checkpoint`, `keep_last_n_checkpoints` and
+            `enable_async_checkpointing` are read.
+        adapters: the model has adapters: a resumed run starts from the same base and the adapters of the checkpoint.
+
+    Attributes:
+        resumed_from: the folder of the checkpoint that the run goes on from, or None.
+        sharded: that checkpoint is one of shards.
+
+    Raises:
+        ValueError: on resume, if there is nothing to resume.
+    """
+
+    def __init__(self, cfg: DictConfig, adapters: bool = False) -> None:
+        self.output_dir = Path(cfg.output_dir)
+        self.staging = self.output_dir / STAGING
+        self.keep = cfg.get("keep_last_n_checkpoints")
+        self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
+        self.sharded = self.resumed_from is not None and (self.resumed_from / SHARDED).exists()
+        self.adapters = adapters
+        whole = self.resumed_from if not (adapters or self.sharded) else None
+        section = cfg.checkpointer
+        self.from_scratch = not whole and (is_scratch(section) or not checkpoint_files(section))
+        if whole:
+            weights = sorted(p.name for p in whole.glob("model-*") if p.suffix in (".safetensors", ".bin"))
+            start = {"checkpoint_dir": str(whole), "checkpoint_files": weights}
+            if is_scratch(section):
+                # What it writes are Hugging Face checkpoints, and those are there now.
+                component = "torchtune.training.FullModelHFCheckpointer"
+                section = OmegaConf.create({"_component_": component, "model_type": section.model_type})
+            # Not merged: the names of checkpoint_files may be a mapping before, and are a list now.
+            section = OmegaConf.create(OmegaConf.to_container(section, resolve=True) | start)
+        self._pending: Future | None = None
+        # Shards are written while the run goes on, so their writers talk in a group of their own.
+        asynchronous = cfg.get("enable_async_checkpointing") and dist.is_initialized()
+        self._group = dist.new_group(backend="gloo") if asynchronous else None
+        if is_rank_zero():
+            self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
+
+    def load(self) -> tuple[Weights | None, Weights | None, dict[str, Any] | None]:
+        """What the run starts from; of the weights and the optimizer rank 0 alone gets more than empty mappings.
+
+        Returns:
+            The model's weights (None from scratch, and when the shards will bring them), the adapters' (None if fresh),
+            and the recipe's state (None unless resuming).
+        """
+        weights: Weights | None = None if self.from_scratch else {}
+        adapters, state = None, None
+        if is_rank_zero():
+            if self.from_scratch:
+                # A file that is written needs a place for each key: all go into the first shard.
+                self._checkpointer._weight_map = defaultdict(lambda: "0001")
+            else:
+                weights = read_weights(self._checkpointer)
+        if self.resumed_from is not None:
+            state = {}
+            if is_rank_zero():
+                state = torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
+            optimizer = state.pop(training.OPT_KEY, None) or {}
+            if dist.is_initialized():
+                shared = [state]
+                dist.broadcast_object_list(shared, src=0)
+                state = shared[0]
+            state[training.OPT_KEY] = optimizer
+            if self.adapters and not self.sharded:
+                adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
+        return weights, adapters, state
+
+    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
+
+        Args:
+            name: `epoch_N` or `step_N`, of the folder.
+            contents: torchtune's keys: the model's weights, the adapters', their config.
+            state: what a resumed run needs beside.
+        """
+        self.finish()
+        self._clear()
+        only = training.MODEL_KEY not in contents
+        self._checkpointer.save_checkpoint(dict(contents), epoch=0, **({"adapter_only": True} if only else {}))
+        os.rename(self.staging / "epoch_0", self.staging / name)
+        torch.save(dict(state), self.staging / name / RECIPE_STATE)
+        self._place(name)
+
+    def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
+        """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
+
+        Args:
+            name: `step_N`.
+            shards: a state_dict of sharded tensors.
+            state: what a resumed run needs beside, on rank 0.
+        """
+        self.finish()
+        if is_rank_zero():
+            self._clear()
+        place = self.staging / name
+        future = dcp.async_save(shards, checkpoint_id=str(place), process_group=self._group)
+        if is_rank_zero():
+            self._pending = _after(future, lambda: (torch.save(dict(state), place / RECIPE_STATE), self._place(name)))
+        else:
+            self._pending = future
+
+    def load_shards(self, shards: dict[str, Any]) -> None:
+        """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them."""
+        dcp.load(shards, checkpoint_id=str(self.resumed_from))
+
+    def finish(self) -> None:
+        """Wait for the shards that are being written, and raise what went wrong with them."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _clear(self) -> None:
+        put_back(self.output_dir)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+
+    def _place(self, name: str) -> None:
+        """Move a checkpoint that is complete to its place, and throw away the oldest ones."""
+        place = self.output_dir / name
+        if place.exists():
+            os.rename(place, self.staging / f"{REPLACED}{name}")
+        os.rename(self.staging / name, place)
+        if self.keep:
+            for old in complete_checkpoints(self.output_dir)[: -self.keep]:
+                os.rename(old, self.staging / f"old_{old.name}")  # at once: half a checkpoint is never there
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _after(future: Future, then: Callable[[], Any]) -> Future:
+    """A future that is done when `then` ran after the first one, in its thread; with the error of either."""
+    both: Future = Future()
+
+    def done(first: Future) -> None:
+        try:
+            first.result()
+            both.set_result(then())
+        except BaseException as e:
+            both.set_exception(e)
+
+    future.add_done_callback(done)
+    return both
+
+
+def put_back(output_dir: Path) -> None:
+    """Undo what a run killed between two renames left: a checkpoint set aside, and none in its place."""
+    for aside in (output_dir / STAGING).glob(f"{REPLACED}*"):
+        place = output_dir / aside.name.removeprefix(REPLACED)
+        if not place.exists():
+            os.rename(aside, place)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints under output_dir, the oldest first."""
+    states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
+    return [path.parent for path in sorted(states, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def find_checkpoint(output_dir: Path) -> Path:
+    """The newest complete checkpoint under output_dir, by the time at which it was written; rank 0 looks for all.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found: list[Any] = [None]
+    if is_rank_zero():
+        put_back(output_dir)
+        complete = complete_checkpoints(output_dir)
+        if not complete:
+            raise ValueError(
+                f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE} or step_*/{RECIPE_STATE}) "
+                f"under output_dir {str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
+            )
+        found = [complete[-1]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
