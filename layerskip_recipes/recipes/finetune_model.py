@@ -107,7 +107,8 @@ class Optimizers:
             groups = [{"params": kind} for kind in meshes.alike(trained)]
             self.all = [config.instantiate(cfg.optimizer, groups if len(groups) > 1 else trained)]
         for group in (group for one in self.all for group in one.param_groups):
-            group["initial_lr"] = group["lr"]  # what a schedule that begins in the middle wants
+            # What a schedule that begins in the middle wants. A number: torchao's rate is a tensor, and changes.
+            group["initial_lr"] = float(group["lr"])
         if state is not None:
             self.load_state_dict(state)
         self.schedulers = [
@@ -118,7 +119,7 @@ class Optimizers:
     @property
     def lr(self) -> float:
         """The learning rate now."""
-        return self.all[0].param_groups[0]["lr"]
+        return float(self.all[0].param_groups[0]["lr"])
 
     def step(self) -> None:
         """Update the weights; in backward they are already."""
