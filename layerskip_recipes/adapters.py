@@ -37,20 +37,21 @@ def freeze_base(model: nn.Module) -> None:
         set_trainable_params(model, adapters)
 
 
-def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     """Adapters that change nothing yet: A as a linear layer starts, B = 0; DoRA's magnitude is that of the weight's rows.
 
     Args:
         model: with adapters, on any device.
         base: the state_dict of its other weights.
+        seed: of A.
 
     Returns:
         The adapters' state_dict, on the CPU.
     """
-    state = {}
+    state, generator = {}, torch.Generator().manual_seed(seed)
     for name, module in adapter_modules(model).items():
         a = torch.empty(module.lora_a.weight.shape, dtype=module.lora_a.weight.dtype)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         state[f"{name}.lora_a.weight"] = a
         state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
         if hasattr(module, "magnitude"):
@@ -62,9 +63,10 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
     """What PEFT's adapter_config.json says, with torchtune's module names."""
     modules = adapter_modules(model)
     one = next(iter(modules.values()))
+    rank = one.lora_a.weight.shape[0]
     config = {
-        "r": one.rank,
-        "lora_alpha": one.alpha,
+        "r": rank,
+        "lora_alpha": one.alpha if hasattr(one, "alpha") else one.scaling * rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "peft_type": "LORA",
     }

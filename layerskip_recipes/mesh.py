@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
@@ -156,10 +157,27 @@ def load(
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
                 module.rope_init()
+    if any(is_packed(parameter) for parameter in model.parameters()):
+        return _load_packed(model, state, device, dtype, offload)
     weights = {name: value.to(dtype) for name, value in state.items()} if dist.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
     with quiet():
         set_model_state_dict(model, weights, options=options)
+    training.validate_no_params_on_meta_device(model)
+
+
+def is_packed(parameter: torch.Tensor) -> bool:
+    """Whether a parameter, or this rank's part of it, is NF4, as in QLoRA."""
+    return isinstance(parameter, NF4Tensor) or isinstance(getattr(parameter, "_local_tensor", None), NF4Tensor)
+
+
+def _load_packed(model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
+    """`load` where weights are NF4: every rank packs the whole tensor and keeps its part."""
+    for name, own in model.state_dict().items():
+        value = state[name].to(device=device, dtype=dtype) if dist.get_rank() == 0 else None
+        value = torch.empty(own.shape, device=device, dtype=dtype) if value is None else value.contiguous()
+        dist.broadcast(value, src=0)
+        training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
     training.validate_no_params_on_meta_device(model)
 
 

@@ -86,7 +86,8 @@ class LayerSkipFinetune:
         cfg = self.cfg
         if is_rank_zero():
             config.log_config(recipe_name=type(self).__name__, cfg=cfg)
-        self.meta = build_on_meta(cfg)
+        with training.set_default_dtype(self.dtype):
+            self.meta = build_on_meta(cfg)
         self.mesh = make_mesh(cfg, self.meta, self.device)
         self.loss = loss_section(cfg, len(self.meta.layers))
         with rank_zero_first():
@@ -106,7 +107,7 @@ class LayerSkipFinetune:
             self.seed = self.data.seed = state[training.SEED_KEY]
         self.run = run
         self.step = state["step"] if state else 0
-        self.model = build_model(cfg, self.device, self.dtype, self.mesh, weights, adapters)
+        self.model = build_model(cfg, self.device, self.dtype, self.mesh, self.meta, weights, adapters, self.seed)
         del weights, adapters
         dropout = layer_dropout_section(cfg, self.model.num_layers, self.seed, cfg.get("batch_size", 1))
         self.model.layer_dropout = dropout or self.model.layer_dropout

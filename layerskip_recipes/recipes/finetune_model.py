@@ -27,8 +27,10 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     mesh: Mesh,
+    meta: nn.Module,
     weights: Weights | None,
     adapters: Weights | None,
+    seed: int,
 ) -> LayerSkipDecoder:
     """The model of a config with its weights, compiled, checkpointed and split as the config says, ready to train.
 
@@ -36,8 +38,10 @@ def build_model(
         cfg: the config.
         device, dtype: of the weights.
         mesh: the ranks to split it over.
+        meta: the plain model on the meta device, see `build_on_meta`.
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
         adapters: on rank 0 that of the adapters; None: fresh ones, if the model has any.
+        seed: of fresh adapters.
 
     Raises:
         ValueError: on rank 0, if the weights are not this model's.
@@ -52,9 +56,9 @@ def build_model(
             with training.set_default_dtype(dtype):
                 state = initialised(cfg, layerskip_decoder(config.instantiate(cfg.model))).state_dict()
         elif state is not None:
-            if adapter_names(model):
-                state |= fresh_adapters(model, state) if adapters is None else adapters
-            ckpt.check_state_dict(model, state)
+            if adapter_names(meta):
+                state |= fresh_adapters(meta, state, seed) if adapters is None else adapters
+            ckpt.check_state_dict(meta, state)
     if cfg.get("compile"):
         training.compile_model(model, verbose=False)
     every = layers_to_checkpoint(cfg)
