@@ -1,4 +1,4 @@
-"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs."""
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs, and `cost`."""
 
 import argparse
 import shutil
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
 from layerskip_recipes.recipes import benchmark, eval, finetune_config, generate
+from layerskip_recipes.training_cost import compare
 
 
 def list_configs() -> None:
@@ -77,6 +79,15 @@ def main() -> None:
     for command in (cat, check):
         command.add_argument("name", help="a config's name or path")
         command.add_argument("overrides", nargs="*", metavar="key=value")
+    cost = commands.add_parser("cost", help="time and memory of a training step, ours beside torchtune's")
+    cost.add_argument("name", help="a finetune config's name or path")
+    cost.add_argument("overrides", nargs="*", metavar="key=value")
+    cost.add_argument("--repeats", type=int, default=3, help="processes for each way (default 3)")
+    cost.add_argument("--steps", type=int, default=2, help="steps in each process, after a first one (default 2)")
+    cost.add_argument("--batch", type=int, default=2, help="rows (default 2)")
+    cost.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
+    cost.add_argument("--layers", default="0::4", help='layers with a loss, beside the last (default "0::4")')
+    cost.add_argument("--prob", type=float, default=0.5, help="layer dropout of every layer, for its own row (0.5)")
     args = parser.parse_args()
 
     def steps() -> None:
@@ -84,6 +95,12 @@ def main() -> None:
             list_configs()
         elif args.command == "cp":
             copy_config(args.name, args.file)
+        elif args.command == "cost":
+            options = {key: getattr(args, key) for key in ("repeats", "steps", "batch", "seq_len", "layers", "prob")}
+            for key in ("repeats", "steps", "batch", "seq_len"):
+                check_number(f"--{key.replace('_', '-')}", options[key], minimum=1)
+            check_number("--prob", args.prob, minimum=0, maximum=1, integer=False)
+            compare(args.name, args.overrides, **options)
         elif args.command == "cat":
             print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
         else:

@@ -27,6 +27,7 @@ from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.distributed import check_processes, num_processes, parallelize, tensor_parallel_plan
 from layerskip_recipes.head import TENSOR_PARALLEL
+from layerskip_recipes.settings import nearest
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,21 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     if shard != -1:
         check_number("data_parallel_shard_dim", shard, minimum=1, example=-1)
     left = processes // tensor
-    given = f"{replicate} x data_parallel_shard_dim {shard} x tensor_parallel_dim {tensor}"
     if left % replicate or (shard != -1 and replicate * shard != left):
+        key = "data_parallel_replicate_dim" if shard == -1 else "data_parallel_shard_dim"
         raise ValueError(
-            f"data_parallel_replicate_dim: {given} is not the number of processes, {processes}. Allowed: a product of "
-            f"{processes}; for example data_parallel_shard_dim=-1 (what is left) data_parallel_replicate_dim=1"
+            f"{key}: {cfg[key]} does not fit: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim {shard} x "
+            f"tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product of {processes}; "
+            "for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
+    modules = {name for name, _ in model.named_modules()} | {"output"}
+    for name in cfg.get("custom_sharded_layers") or []:
+        if name not in modules:
+            raise ValueError(
+                f"custom_sharded_layers: {name!r} is no module of the model. "
+                f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
+                "custom_sharded_layers=[tok_embeddings,output]"
+            )
     if cfg.get("fsdp_cpu_offload") and (processes == 1 or cfg.get("device") == "cpu"):
         raise ValueError(
             "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "

@@ -99,7 +99,7 @@ def check_settings(
         if key in settings:
             settings[key](key, cfg[key])
         elif key in refused:
-            if not (value is None or value is False or (value == 1 and value is not True)):
+            if not _is_off(value):
                 raise ValueError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
         # A plain value may be the user's own variable, if an interpolation reads it.
         elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", unresolved):
@@ -107,6 +107,13 @@ def check_settings(
     for key in ("model", "checkpointer", "tokenizer", "dtype", *required):
         if key not in content:
             settings[key](key, None)
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting of torchtune's asks for nothing: null, false, 1 process, or a section of such."""
+    if isinstance(value, dict):
+        return all(_is_off(part) for part in value.values())
+    return value is None or value is False or (value == 1 and value is not True)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -220,16 +220,30 @@ FINETUNE = [
         "cuda",
     ),
     # Torchtune keys of other recipes.
-    ("custom_sharded_layers=[output]", "custom_sharded_layers", "['output']", "null"),
-    ("fsdp_cpu_offload=true", "fsdp_cpu_offload", "True", "null"),
-    ("tensor_parallel_dim=2", "tensor_parallel_dim", "2", "null"),
-    ("ac_mode=selective", "ac_mode", "'selective'", "enable_activation_checkpointing"),
+    ("custom_sharded_layers=[outptu]", "custom_sharded_layers", "'outptu'", "tok_embeddings"),
+    ("custom_sharded_layers=output", "custom_sharded_layers", "'output'", "[tok_embeddings,output]"),
+    ("fsdp_cpu_offload=true", "fsdp_cpu_offload", "True", "fsdp_cpu_offload=false"),
+    ("fsdp={cpu_offload: true}", "fsdp", "True", "fsdp_cpu_offload"),
+    ("tensor_parallel_dim=2", "tensor_parallel_dim", "2", "Allowed: 1"),
+    ("data_parallel_replicate_dim=2", "data_parallel_replicate_dim", "2", "data_parallel_replicate_dim=1"),
+    ("data_parallel_shard_dim=2", "data_parallel_shard_dim", "2", "data_parallel_shard_dim=-1"),
+    ("ac_mode=selective", "ac_option", "missing", "ac_option=2"),
+    ("ac_mode=op", "ac_mode", "'op'", "full, selective"),
+    ("ac_option=2", "ac_option", "2", "ac_mode"),
+    ("save_adapter_weights_only=true", "save_adapter_weights_only", "True", "save_adapter_weights_only=false"),
+    ("save_every_n_steps=0", "save_every_n_steps", "0", "1 or more"),
+    ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints", "0", "1 or more"),
+    ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
+    ("run_val_every_n_steps=5", "run_val_every_n_steps", "5", "dataset_val"),
+    ("dataset_val=3", "dataset_val", "3", "_component_"),
+    ("layers_val=0::9x", "layers_val", "'0::9x'", "0::4"),
+    ("val_loss_margin=-1", "val_loss_margin", "-1", "0 or more"),
     ("fsdp_cpu_offload=${nowhere}", "fsdp_cpu_offload", "'nowhere'", "not found"),
     (
-        "model=torchtune.models.llama3_2.lora_llama3_2_1b; model.lora_attn_modules=[q_proj]",
-        "model._component_",
-        "'torchtune.models.llama3_2.lora_llama3_2_1b'",
-        "LoRA",
+        "model=torchtune.models.llama3_2.lora_llama3_2_1b; model.lora_attn_modules=[]",
+        "model",
+        "[]",
+        "Must pass one or more",
     ),
     ("checkpointer.output_dir=other", "checkpointer.output_dir", "'other'", "output_dir"),
     ("resume_from_checkpoint=true", "resume_from_checkpoint", "out", "resume_from_checkpoint=false"),
@@ -557,14 +571,14 @@ def test_two_processes_on_a_recipe_for_one(paths, monkeypatch):
     """As torchrun sets the environment with --nproc_per_node 2."""
     for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(key, value)
-    assert "nproc_per_node" in refusal("finetune", paths["finetune"])
+    assert "nproc_per_node" in refusal("eval", paths["eval"])
 
 
 # ---------------------------------------------------------------------------------------------- every key, odd values
 
 ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}", "${nowhere}"]
 KEYS = {
-    "finetune": {*settings.SETTINGS, "fsdp_cpu_offload"},
+    "finetune": {*settings.SETTINGS},
     "generate": {*GENERATE_KEYS},
     "eval": {*evaluation.SETTINGS},
 }

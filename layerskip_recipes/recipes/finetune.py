@@ -99,6 +99,7 @@ class LayerSkipFinetune:
             self.validation = Validation(cfg, tokenizer, self.meta, self.mesh)
         self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
 
+        self.log = RunLog(cfg, self.loss, len(self.meta.layers), self.total_steps)
         self.checkpoints = Checkpoints(cfg, adapters=bool(adapter_names(self.meta)))
         weights, adapters, state = self.checkpoints.load()
         run = described(cfg, self.data)
@@ -119,7 +120,6 @@ class LayerSkipFinetune:
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.model, optimizer, self.total_steps, self.step)
         self.profiler = self._setup_profiler()
-        self.log = RunLog(cfg, self.loss, self.model.num_layers, self.total_steps)
         if state:
             self._restore(state)
             if is_rank_zero():

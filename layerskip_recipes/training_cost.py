@@ -1,0 +1,163 @@
+"""`layerskip cost NAME`: what a training step costs, ours beside torchtune's: seconds and peak memory.
+
+Each way runs in a process of its own, so that its peak is its own, in turns with the others, and the medians count.
+A step is forward and backward on random tokens, with gradients that stay, and no optimizer.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torchtune import config, training
+from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from layerskip_recipes.config import load_config
+from layerskip_recipes.decoder import layerskip_decoder
+from layerskip_recipes.early_exit import EarlyExitLoss
+from layerskip_recipes.layer_dropout import LayerDropout
+from layerskip_recipes.layers import select_layers
+from layerskip_recipes.recipes.finetune_config import check_config
+from layerskip_recipes.settings import build_on_meta, check_device, check_dtype
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def ours(model: Any, layers: str) -> Step:
+    """Our early-exit loss on these layers, at each step; the last layer's alone with its number."""
+    loss = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=256)
+    return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
+
+
+def torchtunes(model: Any) -> Step:
+    """As `full_finetune_single_device` does it, with its chunked cross-entropy."""
+    loss = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss.num_output_chunks)
+    return lambda tokens, labels: loss(model(tokens), labels)
+
+
+def torchtunes_early_exit(model: Any, layers: str) -> Step:
+    """As `early_exit_finetune_distributed` does it: all exits stacked, and one head over the stack."""
+    loss, chosen = torch.nn.CrossEntropyLoss(), select_layers(layers, len(model.layers))
+    model.output_hidden_states = [layer for layer, on in enumerate(chosen) if on]
+
+    def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        *hidden, _ = model(tokens)  # the logits of the last layer, which it throws away
+        states = dict(zip(model.output_hidden_states, hidden, strict=True))
+        return early_exit_loss(model, states, labels, loss, 0.2, sum_l_loss_scale)
+
+    return step
+
+
+def head_alone(model: Any, rows: int) -> Step:
+    """Norm, head and cross-entropy of the last layer, without the layers before."""
+    x = torch.randn(1, rows, model.tok_embeddings.weight.shape[1], dtype=model.norm.scale.dtype)
+    x = x.to(model.norm.scale.device).requires_grad_()
+    return lambda tokens, labels: F.cross_entropy(model.unembed(x)[0], labels.flatten())
+
+
+def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, layers: str, prob: float) -> dict:
+    """One way in this process: seconds of each step after the first, peak memory in GB, and before any step."""
+    device = check_device(cfg)
+    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+    torch.manual_seed(0)
+    with training.set_default_dtype(check_dtype(cfg, device)), device:
+        base = config.instantiate(cfg.model)
+        tokens = torch.randint(base.tok_embeddings.weight.shape[0], (batch, seq_len + 1))
+    model = layerskip_decoder(base)
+    depth = model.num_layers
+    if cfg.get("compile"):
+        training.compile_model(model, verbose=False)
+    step = {
+        "ours": lambda: ours(model, str(depth - 1)),
+        "ours, exits": lambda: ours(model, layers),
+        "ours, dropout": lambda: ours(model, str(depth - 1)),
+        "torchtune": lambda: torchtunes(base),
+        "torchtune, exits": lambda: torchtunes_early_exit(base, layers),
+        "head": lambda: head_alone(model, batch * seq_len),
+    }[way]()
+    if way == "ours, dropout":
+        model.layer_dropout = LayerDropout(depth, prob, "uniform", batch_size=batch)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before, seconds = _memory(device), []
+    model.train()
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        step(tokens[:, :-1], tokens[:, 1:]).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[1:], "peak_gb": _memory(device), "before_gb": before}
+
+
+def _memory(device: torch.device) -> float:
+    """The most memory so far, in GB: of the device, or of this process."""
+    if device.type == "cuda":
+        return training.get_memory_stats(device)["peak_memory_alloc"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+WAYS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "head")
+
+
+def compare(
+    name: str, overrides: list[str], repeats: int, steps: int, batch: int, seq_len: int, layers: str, prob: float
+) -> dict[str, Any]:
+    """All ways in turns. Prints a table and returns the figures.
+
+    Raises:
+        ValueError: for a wrong config, layers outside of the model, or a run that failed.
+    """
+    cfg = load_config(name, overrides)
+    check_config(cfg)
+    select_layers(layers, len(build_on_meta(cfg).layers))
+    last = str(len(build_on_meta(cfg).layers) - 1)
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            job = {"name": name, "overrides": overrides, "way": way, "steps": steps, "batch": batch}
+            job |= {"seq_len": seq_len, "layers": f"{layers},{last}", "prob": prob}
+            command = [sys.executable, "-m", "layerskip_recipes.training_cost", json.dumps(job)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ValueError(f"cost: {way!r} failed: {done.stderr.strip().splitlines()[-1]}")
+            runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+    figures = {
+        way: {
+            "seconds": statistics.median(second for run in of_way for second in run["seconds"]),
+            "peak_gb": statistics.median(run["peak_gb"] for run in of_way),
+            "before_gb": statistics.median(run["before_gb"] for run in of_way),
+        }
+        for way, of_way in runs.items()
+    }
+    head, plain = figures["head"]["seconds"], figures["ours"]["seconds"]
+    expected = head + (plain - head) * (1 - prob)
+    print(f"{name}: batch {batch} x {seq_len} tokens, exits of layers {layers} and the last, {repeats} x {steps} steps")
+    print(f"{'way':<18}{'s / step':>10}{'peak GB':>10}{'start GB':>10}")
+    for way, row in figures.items():
+        print(f"{way:<18}{row['seconds']:>10.3f}{row['peak_gb']:>10.2f}{row['before_gb']:>10.2f}")
+    ratios = {
+        "exits / torchtune's exits, time": figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"],
+        "exits / torchtune's last layer, peak": figures["ours, exits"]["peak_gb"] / figures["torchtune"]["peak_gb"],
+        "last layer / torchtune's, time": plain / figures["torchtune"]["seconds"],
+        f"dropout {prob} / what is left to compute, time": figures["ours, dropout"]["seconds"] / expected,
+    }
+    for what, ratio in ratios.items():
+        print(f"{what:<50}{ratio:>6.2f}")
+    report = {"figures": figures, "ratios": ratios, "batch": batch, "seq_len": seq_len, "layers": layers}
+    print(json.dumps(report), flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    order = json.loads(sys.argv[1])
+    print(json.dumps(measure(load_config(order.pop("name"), order.pop("overrides")), **order)))
