@@ -87,7 +87,9 @@ def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict
         magnitude, bias = state.get(f"{name}.magnitude"), state.get(f"{name}.bias")
         if magnitude is not None and bias is not None:
             # torchtune's DoRA scales W x + b as a whole, and its merge leaves b out.
-            update = config["lora_alpha"] / config["r"] * state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"]
+            update = (
+                config["lora_alpha"] / config["r"] * state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"]
+            )
             own[f"{name}.bias"] = bias * magnitude / torch.linalg.norm(state[f"{name}.weight"] + update, dim=1)
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
@@ -150,7 +152,9 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     except Exception as e:
-        raise ValueError(f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune") from e
+        raise ValueError(
+            f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune"
+        ) from e
     expected = get_adapter_params(model)
     for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
         if names:
@@ -163,4 +167,3 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
                 "check model.lora_rank"
             )
     return state
-

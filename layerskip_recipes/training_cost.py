@@ -119,8 +119,9 @@ def compare(
     """
     cfg = load_config(name, overrides)
     check_config(cfg)
-    select_layers(layers, len(build_on_meta(cfg).layers))
-    last = str(len(build_on_meta(cfg).layers) - 1)
+    depth = len(build_on_meta(cfg).layers)
+    select_layers(layers, depth, key="--layers")
+    last = str(depth - 1)
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:

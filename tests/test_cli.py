@@ -1,5 +1,6 @@
 """The command line: `layerskip ls / cp / cat / validate`, and what `tune run` shows after a user's mistake."""
 
+import json
 import subprocess
 import sys
 import time
@@ -85,6 +86,19 @@ def test_cp_into_a_file(layerskip):
     assert "'file/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "file/mine.yaml"))
 
 
+def test_cost_compares_ours_with_torchtunes(layerskip):
+    """Every way has figures, and the ratios are those of the figures."""
+    options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
+    status, out, _ = layerskip("cost", "quickstart/finetune", "model.num_layers=3", "--layers", "0", *options)
+    report = json.loads(out.splitlines()[-1])
+    figures = report["figures"]
+    assert status == 0
+    assert set(figures) == {"ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "head"}
+    assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
+    time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]
+    assert report["ratios"]["exits / torchtune's exits, time"] == pytest.approx(time)
+
+
 def test_cat_shows_the_merged_config(layerskip):
     """Its output is a config by itself: nothing left to extend, overrides applied, interpolations kept."""
     _, out, _ = layerskip("cat", "quickstart/generate", "temperature=0.8")
@@ -121,6 +135,10 @@ def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
         (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
         (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
+        (["cost", "quickstart/finetune", "--layers", "99"], "--layers: '99' reaches outside"),
+        (["cost", "quickstart/finetune", "--batch", "0"], "--batch: 0"),
+        (["cost", "quickstart/finetune", "--prob", "2"], "--prob: 2"),
+        (["cost", "quickstart/generate"], "prompts: unknown key"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
@@ -136,7 +154,7 @@ def test_a_wrong_command_shows_the_usage(args, layerskip):
 
 def test_help_names_the_commands(layerskip):
     status, out, _ = layerskip("--help")
-    assert status == 0 and all(f"    {command} " in out for command in ("ls", "cp", "cat", "validate"))
+    assert status == 0 and all(f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "cost"))
 
 
 def test_the_installed_command(tmp_path):

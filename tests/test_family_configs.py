@@ -2,6 +2,7 @@
 full and LoRA config of torchtune there is one of ours. Nothing is downloaded, no weight takes memory."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -99,9 +100,12 @@ def test_it_validates_and_its_header_starts_that_recipe(name):
     commands = re.findall(r"^#   tune run (.*)$", header(name), flags=re.M)
     assert commands
     for command in commands:
-        words = command.split()
-        assert words[words.index("--config") + 1] == name
-        assert words[words.index("--config") - 1] == recipe
+        words = shlex.split(command)
+        place = words.index("--config")
+        assert words[place + 1] == name
+        assert words[place - 1] == recipe
+        if words[place + 2 :]:
+            assert validate(load_config(name, words[place + 2 :])) == recipe
 
 
 @pytest.mark.parametrize("name", our_configs())

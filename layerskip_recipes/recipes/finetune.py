@@ -68,7 +68,9 @@ class LayerSkipFinetune:
                 ckpt.check_checkpoint_files(cfg, writes=True)
         if cfg.get("resume_from_checkpoint"):
             find_checkpoint(Path(cfg.output_dir))
-        common_utils._use_low_cpu_ram = bool(cfg.get("low_cpu_ram"))  # how QLoRA's weights are unpacked for a checkpoint
+        common_utils._use_low_cpu_ram = bool(
+            cfg.get("low_cpu_ram")
+        )  # how QLoRA's weights are unpacked for a checkpoint
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.accumulation = cfg.get("gradient_accumulation_steps", 1)
         self.seed = self._seed()

@@ -83,4 +83,3 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"resume_from_checkpoint: {key} was {before.get(key)!r} and is {value!r} now. A resumed run goes on as "
                 "it began; to start anew set resume_from_checkpoint=false and another output_dir"
             )
-

@@ -144,7 +144,9 @@ class Optimizers:
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True) -> None:
         """Take up what `state_dict` gave, however many ranks it came from. On all ranks."""
-        options = StateDictOptions(full_state_dict=whole, broadcast_from_rank0=whole and torch.distributed.is_initialized())
+        options = StateDictOptions(
+            full_state_dict=whole, broadcast_from_rank0=whole and torch.distributed.is_initialized()
+        )
         with meshes.quiet():
             set_optimizer_state_dict(self.model, self.all, state, options=options)
 

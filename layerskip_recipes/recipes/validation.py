@@ -90,9 +90,7 @@ class Validation:
                 "layer_dropout.prob or lr keeps the last layer"
             )
         named = {
-            f"val_{what}_exit_{e}": quality[e][what]
-            for e in self.exits
-            for what in ("loss", "perplexity", "agreement")
+            f"val_{what}_exit_{e}": quality[e][what] for e in self.exits for what in ("loss", "perplexity", "agreement")
         }
         return named | {"val_loss_final": final}
 

@@ -1,0 +1,458 @@
+"""LoRA, DoRA and QLoRA: what trains, what checkpoints hold, how generation reads them, resume, bad input.
+
+Expected values: torchtune's plain builders with weights that are put together here, W + alpha/r B A and DoRA's formula.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from configs import HF_CONFIG, MODEL, SIZE, finetune_config, generate_config
+from conftest import run_tune
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from test_errors import check
+from test_finetune import losses, read_log, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune import config as tune_config
+from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes.config import load_config
+from layerskip_recipes.recipes.eval import LayerSkipEval
+from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+from layerskip_recipes.recipes.generate import LayerSkipGenerate
+
+SHAPE = {key: value for key, value in SIZE.items() if key not in ("rope_base", "scale_factor")}
+RANK, ALPHA = 3, 7
+ADAPTERS = {
+    "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True,
+    "lora_rank": RANK, "lora_alpha": ALPHA,
+}  # fmt: skip
+# Tied head; a head of its own with an adapter; biases in q, k and v.
+CASES = {
+    "llama3_2": ("llama3_2", {}),
+    "llama3_2 dora": ("llama3_2", {"use_dora": True}),
+    "llama2 output": ("llama2", {"apply_lora_to_output": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 dora": ("qwen2", {"use_dora": True}),
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1_000_000}
+HF_CONFIGS = {
+    "llama3_2": HF_CONFIG,
+    "llama2": HF_CONFIG | {"tie_word_embeddings": False},
+    "qwen2": HF_CONFIG | {"tie_word_embeddings": False} | QWEN2,
+}
+EXITS = (1, 2, 3, 4)
+TOKENS = torch.arange(40).view(2, 20) * 7 % 300
+
+
+def plain_section(family: str) -> dict:
+    """The config of a family without adapters."""
+    size = SIZE if family == "llama3_2" else SHAPE
+    return {"_component_": f"torchtune.models.{family}._component_builders.{family}", **size}
+
+
+def adapted_section(family: str, **changes) -> dict:
+    """The same with torchtune's LoRA builder."""
+    section = plain_section(family) | ADAPTERS | changes
+    return section | {"_component_": f"torchtune.models.{family}._component_builders.lora_{family}"}
+
+
+def make_start(folder: Path, family: str, tokenizer: Path, section: dict | None = None, **hf_config) -> dict:
+    """A Hugging Face folder with random weights, biases and norms too; its state_dict in torchtune's names."""
+    torch.manual_seed(1)
+    model = tune_config.instantiate(OmegaConf.create(section or plain_section(family)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    hf = HF_CONFIGS[family] | hf_config
+    convert = qwen2_tune_to_hf if family == "qwen2" else tune_to_hf
+    sizes = {"num_heads": hf["num_attention_heads"], "num_kv_heads": hf["num_key_value_heads"]}
+    weights = convert(model.state_dict(), **sizes, dim=hf["hidden_size"])
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf))
+    for file in tokenizer.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def reader(folder: Path, family: str) -> dict:
+    """A checkpointer section that starts from a folder."""
+    return {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": [file.name for file in sorted(folder.glob("model*.safetensors"))],
+        "output_dir": "${output_dir}",
+        "model_type": family.upper(),
+    }
+
+
+def adapter_config(folder: Path, tokenizer: Path, family: str, start: Path, builder: dict | None = None, **changes):
+    """4 steps of 2 samples from `start` with adapters, all of them moving; no dropout and no shuffling."""
+    defaults = {
+        "model": adapted_section(family, **(builder or {})),
+        "checkpointer": reader(start, family),
+        "layer_dropout": None,
+        "shuffle": False,
+        "max_steps_per_epoch": 4,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
+    }
+    return finetune_config(folder, tokenizer, **defaults | changes)
+
+
+def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
+    """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
+    weights = dict(start)
+    for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
+        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
+        weights[f"{name}.weight"] = start[f"{name}.weight"] + update
+        if f"{name}.magnitude" in adapters:
+            # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).
+            factor = adapters[f"{name}.magnitude"] / weights[f"{name}.weight"].norm(dim=1).detach()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] * factor[:, None]
+            if f"{name}.bias" in start:
+                weights[f"{name}.bias"] = start[f"{name}.bias"] * factor
+    return weights
+
+
+class EveryExit(torch.nn.Module):
+    """The logits of every exit of a plain decoder with the given weights."""
+
+    def __init__(self, section: dict) -> None:
+        super().__init__()
+        self.model = tune_config.instantiate(OmegaConf.create(section))
+
+    def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        h, logits = self.model.tok_embeddings(tokens), []
+        for layer in self.model.layers:
+            h = layer(h)
+            logits.append(self.model.output(self.model.norm(h)))
+        return logits
+
+    def logits(self, weights: dict, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """As forward, with these weights instead of the model's own."""
+        assert set(weights) == set(self.model.state_dict())
+        return torch.func.functional_call(self, {f"model.{name}": w for name, w in weights.items()}, (tokens,))
+
+
+def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> torch.Tensor:
+    """J of eq. 5-6 with e_scale 0.5 and R = 2, as in `finetune_config`."""
+    by_exit = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in logits]
+    last = len(by_exit) - 1
+    e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
+    on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
+    return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
+
+
+def read_hf(folder: Path, family: str) -> dict:
+    """A checkpoint's weights in torchtune's names."""
+    files = reader(folder, family)["checkpoint_files"]
+    return FullModelHFCheckpointer(str(folder), files, family.upper(), str(folder / "no")).load_checkpoint()["model"]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def trained(request, tmp_path_factory, tokenizer_folder) -> SimpleNamespace:
+    """A run of each case: its start, its recipe, its first weights, its config, its checkpoint."""
+    family, builder = CASES[request.param]
+    folder = tmp_path_factory.mktemp("adapters")
+    start = make_start(folder / "start", family, tokenizer_folder)
+    path = adapter_config(folder, tokenizer_folder, family, folder / "start", builder)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    first = {name: value.clone() for name, value in recipe.model.state_dict().items()}
+    recipe.train()
+    recipe.cleanup()
+    return SimpleNamespace(
+        case=request.param, family=family, folder=folder, path=path, start=start, first=first, recipe=recipe,
+        log=read_log(folder / "out"), checkpoint=folder / "out" / "epoch_0",
+        adapters=torch.load(folder / "out" / "epoch_0" / "adapter_model.pt", weights_only=True),
+        plain=EveryExit(plain_section(family)),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- what trains
+
+
+def test_the_losses_are_those_of_plain_pytorch(trained):
+    """Four steps of AdamW on A, B and the magnitudes alone, every loss by the paper's formula."""
+    leaves = {n: trained.first[n].clone().requires_grad_() for n in trained.adapters}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2)
+    dataset = trained.recipe.data.dataset
+    for step in range(4):
+        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
+        loss = papers_loss(trained.plain.logits(by_hand(trained.start, leaves), tokens), tokens, step)
+        assert trained.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=1e-4), f"step {step + 1}"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_it_starts_as_the_model_that_it_adapts(trained):
+    """B = 0, A is not, the magnitudes are the norms of the weight's rows; all else is the checkpoint's."""
+    for name, value in trained.first.items():
+        if name.endswith("lora_b.weight"):
+            assert not value.any()
+        elif name.endswith("lora_a.weight"):
+            # Uniform with variance 1 / (3 in_dim), as a linear layer starts.
+            assert value.abs().max() <= 1 / math.sqrt(value.shape[1])
+            assert value.std() == pytest.approx(1 / math.sqrt(3 * value.shape[1]), rel=0.3)
+        elif name.endswith("magnitude"):
+            norms = trained.start[name.replace("magnitude", "weight")].norm(dim=1)
+            torch.testing.assert_close(value, norms)
+        else:
+            assert torch.equal(value, trained.start[name]), name
+    assert len({tuple(v.flatten()[:4].tolist()) for n, v in trained.first.items() if "lora_a" in n}) > 20  # all differ
+
+
+def test_only_adapters_change(trained):
+    """All of them do, and the checkpoint's adapter file holds them."""
+    after = trained.recipe.model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, trained.first[name])}
+    assert moved == set(trained.adapters)
+    assert {name.split(".")[-2] for name in moved if "lora" in name} == {"lora_a", "lora_b"}
+    layers_with_adapters = 4 * 7 + (trained.case == "llama2 output")
+    assert len(moved) == layers_with_adapters * (3 if "dora" in trained.case else 2)
+    assert {n for n, p in trained.recipe.model.named_parameters() if p.requires_grad} == moved
+    for name, value in trained.adapters.items():
+        assert torch.equal(value, after[name])
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors of some shapes that come into being, other than views of what is there."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and tuple(out.shape) in self.shapes:
+            self.count += out.untyped_storage().data_ptr() not in inputs
+        return out
+
+
+def count_head_gradients(path: Path) -> int:
+    """How many tensors of the head's shape an optimizer step makes."""
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    recipe.progress = SimpleNamespace(set_postfix_str=lambda text: None)
+    with Allocations((300, 32), (32, 300)) as made:
+        recipe._train_step(recipe.data.batches(0))
+    frozen = [p for p in recipe.model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+    return made.count
+
+
+@pytest.mark.parametrize("family", ["llama3_2", "llama2", "qwen2"])
+def test_no_gradient_of_the_frozen_head_is_computed(family, tmp_path, tokenizer_folder):
+    """Nor of the embedding. The same count on a full training finds them."""
+    make_start(tmp_path / "start", family, tokenizer_folder)
+    path = adapter_config(tmp_path, tokenizer_folder, family, tmp_path / "start")
+    assert count_head_gradients(path) == 0
+    full = adapter_config(tmp_path / "full", tokenizer_folder, family, tmp_path / "start", model=plain_section(family))
+    assert count_head_gradients(full) > 0
+
+
+def test_the_loss_asks_for_gradients_of_adapters_only(tmp_path, tokenizer_folder, monkeypatch):
+    """Of the hidden states, and of the head's adapter if it has one: never of the head and the norm."""
+    asked = []
+    grad = torch.autograd.grad
+
+    def recorded(outputs, inputs, *args, **kwargs):
+        asked.append([tuple(x.shape) for x in inputs])
+        return grad(outputs, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    for family, builder, head in (
+        ("llama3_2", {}, []),
+        ("llama2", {"apply_lora_to_output": True}, [(3, 32), (300, 3)]),
+    ):
+        folder = tmp_path / family
+        make_start(folder / "start", family, tokenizer_folder)
+        train(adapter_config(folder, tokenizer_folder, family, folder / "start", builder, max_steps_per_epoch=1))
+        assert asked and all(sorted(shapes[1:]) == head and shapes[0][1] == 32 for shapes in asked)
+        asked.clear()
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_the_merged_checkpoint_is_the_formula(trained):
+    """And nothing of the adapters is left in it."""
+    expected = by_hand(trained.start, trained.adapters)
+    merged = read_hf(trained.checkpoint, trained.family)
+    assert set(merged) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    changed = {name for name in merged if not torch.equal(merged[name], trained.start[name])}
+    names = {name.rpartition(".lora_a")[0] for name in trained.adapters if "lora_a" in name}
+    biased = [name for name in names if "dora" in trained.case and f"{name}.bias" in trained.start]
+    assert changed == {f"{name}.weight" for name in names} | {f"{name}.bias" for name in biased}
+
+
+def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(trained):
+    merged = read_hf(trained.checkpoint, trained.family)
+    trained.recipe.model.eval()
+    with torch.no_grad():
+        for exit_layer, logits in zip(EXITS, trained.plain.logits(merged, TOKENS), strict=True):
+            ours = trained.recipe.model(TOKENS, exit_layer=exit_layer)
+            assert ours.std() > 0.1
+            torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+# torchtune's tune_to_peft_adapter_weights permutes the rows of q and k in B for any model, and in no magnitude.
+WRONG_PEFT = {
+    "llama3_2 dora": "lora_magnitude_vector of q_proj and k_proj is not permuted as the rows of the weight are",
+    "qwen2": "lora_B of q_proj and k_proj is permuted, and Qwen2's weights are not",
+    "qwen2 dora": "as qwen2; and torchtune's DoRA scales the bias, PEFT's does not",
+}
+
+
+def xfail_wrong_peft(request, case: str) -> None:
+    """Marks a case whose PEFT form is known to be wrong."""
+    if case in WRONG_PEFT:
+        request.node.add_marker(pytest.mark.xfail(strict=True, reason=WRONG_PEFT[case]))
+
+
+def test_adapters_in_pefts_names(trained):
+    """The safetensors file and the config beside it."""
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    modules = [f"model.layers.{layer}.{module}" for layer in range(4) for module in attention + mlp]
+    modules += ["lm_head"] if trained.case == "llama2 output" else []
+    dora = "dora" in trained.case
+    kinds = ["lora_A.weight", "lora_B.weight"] + (["lora_magnitude_vector"] if dora else [])
+    state = load_file(trained.checkpoint / "adapter_model.safetensors")
+    assert set(state) == {f"base_model.model.{module}.{kind}" for module in modules for kind in kinds}
+    described = json.loads((trained.checkpoint / "adapter_config.json").read_text())
+    assert set(described.pop("target_modules")) == {module.rpartition(".")[2] for module in modules}
+    assert described == {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"} | ({"use_dora": True} if dora else {})
+
+
+def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained, request):
+    """W + alpha/r B A, and DoRA's magnitudes as PEFT applies them (to the weight, not to the bias)."""
+    xfail_wrong_peft(request, trained.case)
+    adapters = load_file(trained.checkpoint / "adapter_model.safetensors")
+    start = load_file(trained.folder / "start" / "model.safetensors")
+    merged = load_file(trained.checkpoint / "model-00001-of-00001.safetensors")
+    assert set(merged) == set(start)
+    for name, weight in start.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in adapters:
+            weight = weight + ALPHA / RANK * adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
+        if f"{module}.lora_magnitude_vector" in adapters:
+            weight = weight * (adapters[f"{module}.lora_magnitude_vector"] / weight.norm(dim=1))[:, None]
+        torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_peft_opens_the_adapters(trained, request):
+    """On the model that the training started from, with the logits of the merged checkpoint."""
+    peft = pytest.importorskip("peft")
+    xfail_wrong_peft(request, trained.case)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(trained.folder / "start")
+    theirs = peft.PeftModel.from_pretrained(base, str(trained.checkpoint)).eval()
+    with torch.no_grad():
+        expected = trained.plain.logits(read_hf(trained.checkpoint, trained.family), TOKENS)[-1]
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_adapters_only(trained, tmp_path):
+    """The same adapters in both forms, and no weights beside them."""
+    train(trained.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
+    folder = tmp_path / "out" / "epoch_0"
+    files = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.pt", "adapter_model.safetensors", "adapter_config.json", "recipe_state.pt"} <= files
+    assert not [name for name in files if name.startswith("model")]
+    assert (folder / "adapter_config.json").read_text() == (trained.checkpoint / "adapter_config.json").read_text()
+    state = torch.load(folder / "adapter_model.pt", weights_only=True)
+    both = load_file(folder / "adapter_model.safetensors"), load_file(trained.checkpoint / "adapter_model.safetensors")
+    for ours, theirs in ((state, trained.adapters), both):
+        assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    path = generate_with(trained, tmp_path, folder)
+    assert tokens_of(path) == tokens_of(generate_with(trained, tmp_path, trained.checkpoint))
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+
+def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:
+    """A generation of 12 tokens: the start with adapters, or the merged checkpoint without."""
+    checkpoint = trained.folder / "start" if adapters else trained.checkpoint
+    section = reader(checkpoint, trained.family) | {"output_dir": "unused"}
+    section |= {"adapter_checkpoint": str(adapters)} if adapters else {}
+    model = OmegaConf.load(trained.path).model if adapters else plain_section(trained.family)
+    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(trained.folder / "start")}
+    changes = {"max_new_tokens": 12, "checkpointer": section, "model": model, "tokenizer": tokenizer} | changes
+    return generate_config(folder, checkpoint, **changes)
+
+
+def tokens_of(path: Path, *overrides: str) -> list[int]:
+    """What a generation config generates for its prompt."""
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
+    return recipe._run([0], recipe.max_new_tokens)[0][0]
+
+
+def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(trained, tmp_path):
+    """From a folder and from the file; self-speculative, autoregressive, from an exit. Also those of plain PyTorch."""
+    weights = by_hand(trained.start, trained.adapters)
+    merged = generate_with(trained, tmp_path / "merged", None)
+    folder = generate_with(trained, tmp_path / "folder", trained.checkpoint)
+    file = generate_with(trained, tmp_path / "file", trained.checkpoint / "adapter_model.pt")
+    tokens = tokens_of(merged, "self_speculation=null")
+    assert len(set(tokens)) > 3
+    for path in (folder, file):
+        assert tokens_of(path) == tokens_of(path, "self_speculation=null") == tokens
+    early = ["self_speculation=null", "exit_layer=2"]
+    assert tokens_of(folder, *early) == tokens_of(merged, *early) != tokens
+    context = list(LayerSkipGenerate(load_config(str(merged))).prompt_tokens[0])
+    prompt = len(context)
+    for _ in tokens:
+        with torch.no_grad():
+            context.append(trained.plain.logits(weights, torch.tensor([context]))[-1][0, -1].argmax().item())
+    assert tokens == context[prompt:]
+
+
+def test_evaluation_with_adapters(trained, tmp_path):
+    """Each exit's figures are those of the merged checkpoint."""
+    dataset = OmegaConf.load(trained.path).dataset
+    found = []
+    for adapters in (trained.checkpoint, None):
+        config = OmegaConf.load(generate_with(trained, tmp_path, adapters))
+        kept = {key: config[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype", "seed")}
+        OmegaConf.save(kept | {"dataset": dataset, "batch_size": 2}, tmp_path / "eval.yaml")
+        recipe = LayerSkipEval(load_config(str(tmp_path / "eval.yaml")))
+        recipe.setup()
+        found.append(recipe.evaluate())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):
+    """The real command, self-speculative: the text of the merged checkpoint."""
+    make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
+    path = adapter_config(tmp_path, tokenizer_folder, "llama3_2", tmp_path / "start")
+    train(path)
+    run = SimpleNamespace(
+        family="llama3_2", folder=tmp_path, path=path, start=None, checkpoint=tmp_path / "out" / "epoch_0"
+    )
+    with_adapters = generate_with(run, tmp_path, run.checkpoint, output_file=str(tmp_path / "adapters.jsonl"))
+    command = run_tune("run", "layerskip_generate", "--config", str(with_adapters), cwd=tmp_path)
+    assert command.returncode == 0, command.stderr[-2000:]
+    merged = generate_with(run, tmp_path / "merged", None, output_file=str(tmp_path / "merged.jsonl"))
+    recipe = LayerSkipGenerate(load_config(str(merged)))
+    recipe.setup()
+    recipe.generate()
+    answers = (tmp_path / "adapters.jsonl").read_text()
+    assert json.loads(answers)["tokens"] == 12 and answers == (tmp_path / "merged.jsonl").read_text()
