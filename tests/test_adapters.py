@@ -155,7 +155,8 @@ def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> 
 def read_hf(folder: Path, family: str) -> dict:
     """A checkpoint's weights in torchtune's names."""
     files = reader(folder, family)["checkpoint_files"]
-    return FullModelHFCheckpointer(str(folder), files, family.upper(), str(folder / "no")).load_checkpoint()["model"]
+    nowhere = str(folder.parent / "unused")  # it makes the folder that it would write to
+    return FullModelHFCheckpointer(str(folder), files, family.upper(), nowhere).load_checkpoint()["model"]
 
 
 @pytest.fixture(scope="module", params=CASES)

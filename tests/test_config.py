@@ -11,7 +11,7 @@ from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 
 from layerskip_recipes.cli import validate
-from layerskip_recipes.config import find_config, load_config, our_configs, torchtune_configs
+from layerskip_recipes.config import load_config, torchtune_configs
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
 
 UPSTREAM = "torchtune.modules.early_exit_loss."

@@ -15,7 +15,7 @@ from torchtune import config, training
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import mesh as meshes
-from layerskip_recipes.adapters import adapter_config, adapter_names, fresh_adapters, freeze_base, merged
+from layerskip_recipes.adapters import adapter_config, adapter_names, freeze_base, fresh_adapters, merged
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.distributed import is_rank_zero
 from layerskip_recipes.mesh import Mesh
