@@ -38,7 +38,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Adapters that change nothing yet: A as a linear layer starts, B = 0; DoRA's magnitude is that of the weight's rows.
+    """Adapters that change nothing yet: A as a linear layer starts, B = 0, DoRA's magnitude that of the weight's rows.
 
     Args:
         model: with adapters, on any device.
@@ -87,10 +87,9 @@ def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict
         magnitude, bias = state.get(f"{name}.magnitude"), state.get(f"{name}.bias")
         if magnitude is not None and bias is not None:
             # torchtune's DoRA scales W x + b as a whole, and its merge leaves b out.
-            update = (
-                config["lora_alpha"] / config["r"] * state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"]
-            )
-            own[f"{name}.bias"] = bias * magnitude / torch.linalg.norm(state[f"{name}.weight"] + update, dim=1)
+            b, a = state[f"{name}.lora_b.weight"], state[f"{name}.lora_a.weight"]
+            weight = state[f"{name}.weight"] + config["lora_alpha"] / config["r"] * b @ a
+            own[f"{name}.bias"] = bias * magnitude / torch.linalg.norm(weight, dim=1)
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
 
@@ -130,7 +129,7 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
     if cfg.get("save_adapter_weights_only") and not names:
         raise ValueError(
             f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
-            "save_adapter_weights_only=false, or take a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
+            "save_adapter_weights_only=false, or a LoRA builder, such as model=torchtune.models.llama3_2.lora_llama3_2_1b"
         )
 
 

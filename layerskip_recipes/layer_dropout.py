@@ -24,7 +24,7 @@ LAYER_SCALES: dict[str, Callable[[float, int], float]] = {
 }
 SCHEDULES = ("constant", "exp", "progressive")
 
-# The rows of a batch that stay in a layer: None for all; IDLE where no row of this rank's stays, and other ranks run it.
+# The rows of a batch that stay in a layer: None for all; IDLE where none of this rank's stays, and other ranks run it.
 IDLE: Literal["idle"] = "idle"
 Kept = list[int] | None | Literal["idle"]
 

@@ -154,7 +154,7 @@ def test_the_progressive_schedule():
 
 
 def test_ranks_with_fewer_rows_draw_alike():
-    """A rank with one row and one with three agree on each layer that runs, on their common rows, and on what follows."""
+    """A rank with one row and one with three agree on which layers run, on their common rows, and on what follows."""
     few, many = (LayerDropout(6, 0.7, "uniform", seed=3, batch_size=3) for _ in range(2))
     idle = 0
     for _ in range(50):

@@ -68,9 +68,7 @@ class LayerSkipFinetune:
                 ckpt.check_checkpoint_files(cfg, writes=True)
         if cfg.get("resume_from_checkpoint"):
             find_checkpoint(Path(cfg.output_dir))
-        common_utils._use_low_cpu_ram = bool(
-            cfg.get("low_cpu_ram")
-        )  # how QLoRA's weights are unpacked for a checkpoint
+        common_utils._use_low_cpu_ram = bool(cfg.get("low_cpu_ram"))  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.accumulation = cfg.get("gradient_accumulation_steps", 1)
         self.seed = self._seed()
@@ -258,7 +256,7 @@ class LayerSkipFinetune:
         return {name: value for name, value in self.model.state_dict().items() if not adapters or name in adapters}
 
     def _state(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimizer. Data order and curriculum follow from seed and step."""
+        """What a resumed run needs beside weights and optimizer; data order and curriculum follow from seed and step."""
         mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()}
         generators = [mine]
         if dist.is_initialized():

@@ -144,7 +144,7 @@ def check_config(cfg: DictConfig) -> None:
     check_checkpointer(cfg, model, trains=True)
     if adapter_names(model) and (is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)):
         raise ValueError(
-            f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights to adapt; "
+            f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights; "
             "for example [model.safetensors]"
         )
     if adapter_names(model) and cfg.get("optimizer_in_bwd"):

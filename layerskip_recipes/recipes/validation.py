@@ -85,8 +85,8 @@ class Validation:
             self.first = final
         if final > self.first * (1 + self.margin) and is_rank_zero():
             log.warning(
-                f"val_loss_final: {final:.4f} after step {step} is {final / self.first - 1:.1%} worse than at the start "
-                f"({self.first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
+                f"val_loss_final: {final:.4f} after step {step} is {final / self.first - 1:.1%} worse than at the "
+                f"start ({self.first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
                 "layer_dropout.prob or lr keeps the last layer"
             )
         named = {
