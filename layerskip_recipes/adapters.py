@@ -129,7 +129,7 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
     if cfg.get("save_adapter_weights_only") and not names:
         raise ValueError(
             f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
-            "save_adapter_weights_only=false, or a LoRA builder, such as model=torchtune.models.llama3_2.lora_llama3_2_1b"
+            "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
         )
 
 

@@ -84,7 +84,7 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     if left % replicate or (shard != -1 and replicate * shard != left):
         key = "data_parallel_replicate_dim" if shard == -1 else "data_parallel_shard_dim"
         raise ValueError(
-            f"{key}: {cfg[key]} does not fit: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim {shard} "
+            f"{key}: {cfg[key]} wrong: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim {shard} "
             f"x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product of "
             f"{processes}; "
             "for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"

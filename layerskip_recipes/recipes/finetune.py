@@ -256,7 +256,7 @@ class LayerSkipFinetune:
         return {name: value for name, value in self.model.state_dict().items() if not adapters or name in adapters}
 
     def _state(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimizer; data order and curriculum follow from seed and step."""
+        """What a resumed run needs beside weights and optimizer; data and curriculum follow from seed and step."""
         mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()}
         generators = [mine]
         if dist.is_initialized():
