@@ -1,4 +1,4 @@
-"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs, and `cost`."""
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; `cost` and `export`."""
 
 import argparse
 import shutil
@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
+from layerskip_recipes.export import export
 from layerskip_recipes.recipes import benchmark, eval, finetune_config, generate
 from layerskip_recipes.training_cost import compare
 
@@ -88,6 +89,11 @@ def main() -> None:
     cost.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
     cost.add_argument("--layers", default="0::4", help='layers with a loss, beside the last (default "0::4")')
     cost.add_argument("--prob", type=float, default=0.5, help="layer dropout of every layer, for its own row (0.5)")
+    out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
+    out.add_argument("checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0")
+    out.add_argument("folder", help="where to write; must not exist")
+    out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")
+    out.add_argument("--draft", type=int, metavar="E", help="only the first E layers, with norm and head")
     args = parser.parse_args()
 
     def steps() -> None:
@@ -101,6 +107,8 @@ def main() -> None:
                 check_number(f"--{key.replace('_', '-')}", options[key], minimum=1)
             check_number("--prob", args.prob, minimum=0, maximum=1, integer=False)
             compare(args.name, args.overrides, **options)
+        elif args.command == "export":
+            print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
         elif args.command == "cat":
             print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
         else:

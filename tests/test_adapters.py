@@ -70,8 +70,8 @@ def make_start(folder: Path, family: str, tokenizer: Path, section: dict | None 
     """A Hugging Face folder with random weights, biases and norms too; its state_dict in torchtune's names."""
     torch.manual_seed(1)
     model = tune_config.instantiate(OmegaConf.create(section or plain_section(family)))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name.endswith("scale")), std=0.2)
     hf = HF_CONFIGS[family] | hf_config
     convert = qwen2_tune_to_hf if family == "qwen2" else tune_to_hf
     sizes = {"num_heads": hf["num_attention_heads"], "num_kv_heads": hf["num_key_value_heads"]}
@@ -355,9 +355,11 @@ def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained
         torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_peft_opens_the_adapters(trained, request):
+def test_peft_opens_the_adapters(trained, request, monkeypatch):
     """On the model that the training started from, with the logits of the merged checkpoint."""
     peft = pytest.importorskip("peft")
+    # It refuses torchao before 0.16, which torchtune needs, even where no weight is quantised.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     xfail_wrong_peft(request, trained.case)
     from transformers import AutoModelForCausalLM
 
@@ -436,8 +438,9 @@ def test_evaluation_with_adapters(trained, tmp_path):
         OmegaConf.save(kept | {"dataset": dataset, "batch_size": 2}, tmp_path / "eval.yaml")
         recipe = LayerSkipEval(load_config(str(tmp_path / "eval.yaml")))
         recipe.setup()
-        found.append(recipe.evaluate())
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        found.append(recipe.evaluate()["exits"])
+    for exit_layer in EXITS:
+        assert found[0][exit_layer] == pytest.approx(found[1][exit_layer], rel=1e-5)
 
 
 def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):

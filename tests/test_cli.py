@@ -139,6 +139,7 @@ def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
         (["cost", "quickstart/finetune", "--batch", "0"], "--batch: 0"),
         (["cost", "quickstart/finetune", "--prob", "2"], "--prob: 2"),
         (["cost", "quickstart/generate"], "prompts: unknown key"),
+        (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
@@ -154,7 +155,9 @@ def test_a_wrong_command_shows_the_usage(args, layerskip):
 
 def test_help_names_the_commands(layerskip):
     status, out, _ = layerskip("--help")
-    assert status == 0 and all(f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "cost"))
+    assert status == 0 and all(
+        f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "cost", "export")
+    )
 
 
 def test_the_installed_command(tmp_path):

@@ -1,8 +1,8 @@
 """Training on several processes (gloo) has the losses and gradients of one, whatever the split; resume, errors, hangs.
 
-The main case goes through `tune run`. The others are cheap only without its start: this file is also a launcher,
-`python test_distributed_finetune.py FOLDER`, which imports everything once, and forks the ranks of each job of
-FOLDER/jobs.json with the environment that torchrun gives them.
+The main case goes through `tune run`. The others would spend their time on its start, so this file is also a launcher:
+`python test_distributed_finetune.py FOLDER` imports everything once, reads jobs, one a line, and forks the ranks of
+each with the environment that torchrun gives them. Everything is run when a test first asks for it, once.
 """
 
 import json
@@ -24,14 +24,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
 from conftest import FAMILIES, make_tiny, run_tune
+from conftest import SIZE as TINY
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_finetune import UNTIED, losses, train
 from torch.distributed.tensor import DTensor
-from torchtune import training
+from torchtune import config
+from torchtune.models.llama3._component_builders import lora_llama3
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import distributed, layerskip_decoder, mesh
+from layerskip_recipes.adapters import freeze_base
 from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
@@ -43,16 +46,10 @@ COSINE = {
     "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
     "num_warmup_steps": 2,
 }
-# 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1. Both kinds of checkpoints.
-STEPS = {
-    "layer_dropout": None,
-    "epochs": 4,
-    "max_steps_per_epoch": 5,
-    "clip_grad_norm": 1.0,
-    "lr_scheduler": COSINE,
-    "save_every_n_steps": 3,
-    "enable_async_checkpointing": True,
-}
+# 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1.
+STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 10, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
+FEW = ["epochs=1", "max_steps_per_epoch=4"]  # for four processes, which are slow here
+SAVES = ["save_every_n_steps=4", "enable_async_checkpointing=true"]  # shards there, and the whole after each epoch
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 LORA = {
     "_component_": "torchtune.models.llama3_2._component_builders.lora_llama3_2",
@@ -63,7 +60,7 @@ LORA = {
     **SIZE,
 }
 # So large that each rank's half of a matrix is whole blocks of NF4.
-QLORA = LORA | {"quantize_base": True, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512}
+QLORA = LORA | {"quantize_base": True, "num_layers": 2, "embed_dim": 256, "intermediate_dim": 256}
 GEMMA2 = {
     "_component_": "torchtune.models.gemma2._component_builders.gemma2",
     **{k: v for k, v in MODEL.items() if k not in ("_component_", "scale_factor")},
@@ -90,18 +87,17 @@ CASES = {
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1"]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2"]),
 }
-# name: (the run whose checkpoint is taken up, its config, which checkpoint, processes): an epoch's is whole, a step's
-# is one of shards.
+# name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes)
 RESUMED = {
-    "1 to 2, whole": ("one", "tied", "epoch_1", 2),
-    "1 to 2, shards": ("one", "tied", "step_9", 2),
-    "1 to 2, optimizer in backward": ("one", "in_backward", "step_9", 2),
-    "1 to 2, LoRA": ("one", "lora", "step_9", 2),
-    "2 to 1, whole": ("two", "tied", "epoch_1", 1),
-    "2 to 1, shards": ("two", "tied", "step_9", 1),
-    "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_1", 1),
-    "2 to 1, LoRA": ("LoRA", "lora", "step_9", 1),
-    "2 to 2, shards": ("two", "tied", "step_9", 2),
+    "1 to 2, whole": (None, "tied", "epoch_0", 2),
+    "1 to 2, shards": (None, "tied", "step_8", 2),
+    "1 to 2, optimizer in backward": (None, "in_backward", "step_8", 2),
+    "1 to 2, LoRA": (None, "lora", "step_8", 2),
+    "2 to 1, whole": ("tune run", "tied", "epoch_0", 1),
+    "2 to 1, shards": ("tune run", "tied", "step_8", 1),
+    "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
+    "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
+    "2 to 2, shards": ("tune run", "tied", "step_8", 2),
 }
 L, PROB, SEED = SIZE["num_layers"], 0.6, 7
 # name: (overrides for 2 processes, the line that begins the message, whether rank 0 alone meets the mistake)
@@ -110,13 +106,13 @@ WRONG = {
     "shard": (["data_parallel_shard_dim=3"], "data_parallel_replicate_dim: 1 x data_parallel_shard_dim 3 x ", False),
     "tensor": (["tensor_parallel_dim=3"], "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; ", False),
     "offload": (["fsdp_cpu_offload=true"], "fsdp_cpu_offload: True needs several processes with device=cuda", False),
-    "samples": (["batch_size=11"], "dataset: 20 samples make no step of batch_size 11 x gradient_accumulation_", True),
+    "samples": (["batch_size=21"], "dataset: 40 samples make no step of batch_size 21 x gradient_accumulation_", True),
 }
 OTHER_MODEL = (
     "ValueError: checkpointer: the checkpoint is not this model's, it lacks layers.4.attn.q_proj.weight, "
     "layers.4.attn.k_proj.weight, layers.4.attn.v_proj.weight and 6 more"
 )
-# The model of another family and depth, called directly: rows of rank 0 and of rank 1, how it is split.
+# Models called directly: the rows of rank 0 and of rank 1, how it is split.
 ROWS = {
     "1 and 3": ((1, 3), {}),
     "1 and 1 of 3": ((1, 1), {}),
@@ -124,9 +120,10 @@ ROWS = {
     "1 and 3, checkpointed": ((1, 3), {"ac_mode": "full"}),
     "1 and 3, gathered weights kept": ((1, 3), {"fsdp_reshard_after_forward": False}),
     "1 and 3, apart": ((1, 3), {"custom_sharded_layers": ["tok_embeddings", "output"]}),
+    "1 and 3, LoRA": ((1, 3), {"lora": True}),
 }
 DRAWS = 4
-LIMIT = 90  # seconds for a job; most take 3
+LIMIT = 120  # seconds for a run; most take 3
 
 
 # ------------------------------------------------------------------------------------------- what runs on each rank
@@ -163,16 +160,34 @@ def first_gradients_rank(folder, path, *overrides):
         torch.save(seen[0], Path(recipe.cfg.output_dir) / "gradients.pt")
 
 
-def split(family, weights, cfg):
-    """A decoder of tiny weights, which rank 0 alone has, over the ranks."""
+def tiny(family, lora=False):
+    """A small model with wide weights; with adapters only those are trained."""
+    if not lora:
+        return make_tiny(family)
+    model = with_lora()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    freeze_base(model)
+    return model
+
+
+def with_lora():
+    return lora_llama3(["q_proj", "v_proj"], apply_lora_to_mlp=True, lora_rank=4, lora_alpha=8, **TINY)
+
+
+def split(family, cfg):
+    """A tiny decoder over the ranks, whose weights rank 0 alone has."""
+    weights = tiny(family, "lora" in cfg).state_dict() if dist.get_rank() == 0 else {}
     cfg = OmegaConf.create({"device": "cpu"} | cfg)
     with torch.device("meta"):
-        model = layerskip_decoder(FAMILIES[family]())
+        model = layerskip_decoder(with_lora() if cfg.get("lora") else FAMILIES[family]())
+    freeze_base(model)
     grid = mesh.make_mesh(cfg, model, CPU)
     if cfg.get("ac_mode"):
         mesh.checkpoint_layers(model)
     mesh.split(model, cfg, grid)
-    mesh.load(model, weights if dist.get_rank() == 0 else {}, CPU, torch.float32, offload=False)
+    mesh.load(model, weights, CPU, torch.float32, offload=False)
     return model.train()
 
 
@@ -181,7 +196,7 @@ def rows_rank(folder):
     distributed.init_processes("cpu")
     results = {}
     for name, (rows, cfg) in ROWS.items():
-        model = split("llama3", make_tiny("llama3").state_dict(), cfg)
+        model = split("llama3", cfg)
         tokens = some_tokens()[dist.get_rank()][: rows[dist.get_rank()]]
         loss = EarlyExitLoss(scale=0.5, curriculum=None, chunk_tokens=5)
         for seed in range(DRAWS):
@@ -203,7 +218,7 @@ def counts_rank(folder):
     for family in ("llama3", "llama3_2"):
         for apart in ([], ["tok_embeddings", "output"]):
             apart = apart[:1] if family == "llama3_2" else apart
-            model = split(family, make_tiny(family).state_dict(), {"custom_sharded_layers": apart})
+            model = split(family, {"custom_sharded_layers": apart})
             for curriculum, chunk in (("rotational", 512), (None, 512), (None, 3)):
                 loss = EarlyExitLoss(scale=0.5, curriculum=curriculum, interval=9, chunk_tokens=chunk)
                 for grad in (True, False):
@@ -230,7 +245,7 @@ def free_port():
 
 
 def rank(folder, job, number, port):
-    """One process of a job; what it prints goes to OUT/rankN.txt."""
+    """One process of a job; what it prints goes to NAME.rankN.txt."""
     world = str(job["processes"])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": world, "RANK": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": world, "LOCAL_RANK": str(number)}
@@ -242,30 +257,25 @@ def rank(folder, job, number, port):
 
 
 def launch(folder):
-    """Run the jobs one after the other. As under torchrun, a rank that fails ends the others. Writes statuses.json."""
-    fork, statuses = multiprocessing.get_context("fork"), {}
-    for job in json.loads((folder / "jobs.json").read_text()):
+    """Run the jobs of stdin. As under torchrun, a rank that fails ends the others. Writes one line for each job."""
+    fork = multiprocessing.get_context("fork")
+    for job in map(json.loads, sys.stdin):
         port, started, hung = free_port(), time.perf_counter(), False
         ranks = [fork.Process(target=rank, args=(folder, job, number, port)) for number in range(job["processes"])]
         for process in ranks:
             process.start()
         while any(process.is_alive() for process in ranks):
-            time.sleep(0.05)
+            time.sleep(0.02)
             hung = time.perf_counter() - started > LIMIT
             if hung or any(process.exitcode for process in ranks):
                 for process in ranks:
                     process.terminate()
                     process.join(5)
                     process.kill()
-        statuses[job["name"]] = {
-            "codes": [process.exitcode for process in ranks],
-            "hung": hung,
-            "seconds": time.perf_counter() - started,
-        }
-    (folder / "statuses.json").write_text(json.dumps(statuses))
+        print(json.dumps({"codes": [process.exitcode for process in ranks], "hung": hung}), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------ single runs
+# ------------------------------------------------------------------------------------------------------ the runs
 
 
 def scratch(model_type, tokenizer, **changes):
@@ -291,11 +301,11 @@ def checkpointer(folder, form="HF", file="model.safetensors"):
 
 
 def texts(folder):
-    """20 texts of 21 to 89 tokens: ranks differ in the length of their batches and in the labels that count."""
+    """40 texts of 21 to 89 tokens: ranks differ in the length of their batches and in the labels that count."""
     file = folder / "texts.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"def f{n}(x):\n    return x + {n}\n" * (1 + 7 * n % 4) for n in range(20)]
+        lines = [f"def f{n}(x):\n    return x + {n}\n" * (1 + 7 * n % 4) for n in range(40)]
         file.write_text(json.dumps([{"text": text} for text in lines]))
     return {
         "_component_": "torchtune.datasets.text_completion_dataset",
@@ -315,8 +325,11 @@ def config_changes(kind, folder, tokenizer):
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
-        plain = {name: QLORA[name] for name in SIZE}
-        torch.save(llama3_2(**plain).state_dict(), folder / "wide" / "model.pt")
+        plain = llama3_2(**{name: QLORA[name] for name in SIZE})
+        for parameter in plain.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        torch.save(plain.state_dict(), folder / "wide" / "model.pt")
         return {"model": QLORA, "checkpointer": checkpointer(folder / "wide", "TorchTune", "model.pt")}
     if kind == "gemma2":
         return {"model": GEMMA2, "checkpointer": scratch("GEMMA2", tokenizer, head_dim=16)}
@@ -348,138 +361,134 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def on_ranks(folder):
+    """Run a job on processes of its own: what became of them, and what each printed."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    done = {}
+
+    def run(name, processes, what, *arguments):
+        if name not in done:
+            job = {"name": name, "processes": processes, "what": what, "arguments": [*map(str, arguments)]}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            answer = next(line for line in process.stdout if line.startswith("{"))
+            said = [(folder / f"{name}.rank{number}.txt").read_text() for number in range(processes)]
+            done[name] = SimpleNamespace(**json.loads(answer), said=said)
+        return done[name]
+
+    yield run
+    process.stdin.close()
+    process.wait(10)
+
+
+def went_well(job):
+    assert not job.hung, job.said
+    assert set(job.codes) == {0}, "\n".join(job.said)[-4000:]
+
+
+def tune_on_two(path, *overrides):
+    command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
+    return run_tune(*command, *overrides, cwd=path.parent, env={"OMP_NUM_THREADS": "1"}, timeout=LIMIT)
+
+
+def saves(case, kind):
+    """Whether a checkpoint of this run is taken up later."""
+    return SAVES if any(source[:2] == (case, kind) for source in RESUMED.values()) else []
+
+
+@pytest.fixture(scope="module")
 def one(folder, tokenizer_folder):
     """The run of a config in this process: its output folder, whose parent has finetune.yaml."""
 
-    def run(kind):
-        out = folder / kind / "one"
+    def run(kind, *overrides):
+        out = folder / kind / " ".join(["one", *overrides])
         if not out.exists():
             changes = {"dataset": texts(folder), "batch_size": 2} | config_changes(kind, folder, tokenizer_folder)
             path = finetune_config(folder / kind, tokenizer_folder, **STEPS | changes)
-            train(path, f"output_dir={out}", "batch_size=4")
+            train(path, f"output_dir={out}", "batch_size=4", *saves(None, kind), *overrides)
         return out
 
     return run
 
 
 @pytest.fixture(scope="module")
-def two(folder, one):
-    """The tied model's run on two processes, through `tune run`."""
-    out = one("tied").parent / "two"
-    done = tune_on_two(out.parent / "finetune.yaml", f"output_dir={out}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+def several(one, on_ranks):
+    """The run of a case on its processes: that of the same on one, and its own output folder."""
 
+    def run(name):
+        kind, processes, overrides = ("tied", 2, []) if name == "tune run" else CASES[name]
+        few = FEW if processes == 4 else []
+        alone = one(kind, *few)
+        out, path = alone.parent / name, alone.parent / "finetune.yaml"
+        overrides = [f"output_dir={out}", *overrides, *few, *saves(name, kind)]
+        if name != "tune run":
+            went_well(on_ranks(name, processes, "train", "--config", path, *overrides))
+        elif not out.exists():
+            done = tune_on_two(path, *overrides)
+            assert done.returncode == 0, done.stderr[-4000:]
+        return alone, out
 
-def tune_on_two(path, *overrides):
-    command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-    return run_tune(*command, *overrides, cwd=path.parent, env={"OMP_NUM_THREADS": "1"}, timeout=120)
+    return run
 
 
 @pytest.fixture(scope="module")
-def jobs(folder, one, two, tokenizer_folder):
-    """All that the launcher ran: `ran(name)` raises unless each rank ended well."""
-
-    def job(name, processes, what, *arguments):
-        return {"name": name, "processes": processes, "what": what, "arguments": [*map(str, arguments)]}
-
-    todo = []
-    for name, (kind, processes, overrides) in CASES.items():
-        start = ["--config", one(kind).parent / "finetune.yaml"]
-        todo.append(job(name, processes, "train", *start, f"output_dir={one(kind).parent / name}", *overrides))
-    for name, (run, kind, checkpoint, processes) in RESUMED.items():
-        if processes == 2:
-            out = rewound(one(kind).parent / run, checkpoint, one(kind).parent / name)
-            start = ["--config", one(kind).parent / "finetune.yaml"]
-            todo.append(job(name, 2, "train", *start, f"output_dir={out}", "resume_from_checkpoint=true"))
+def dropout_config(folder, tokenizer_folder):
+    """One step of two micro-batches of two samples in order, from wide weights."""
     start = make_checkpoint(folder / "dropout" / "start", tokenizer_folder)
-    path = finetune_config(
+    return finetune_config(
         folder / "dropout", tokenizer_folder, dataset=texts(folder), checkpointer=checkpointer(start), shuffle=False,
         layer_dropout={"prob": PROB}, gradient_accumulation_steps=2, max_steps_per_epoch=1, seed=SEED,
     )  # fmt: skip
-    todo += [job("dropout", 2, "first_gradients", path), job("rows", 2, "rows"), job("counts", 2, "counts")]
-    # No weights: to read these is a mistake with words of its own.
-    (start.parent / "broken").mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (start.parent / "broken" / file).write_bytes(b"{}")
-    broken = checkpointer(start.parent / "broken")
-    path = finetune_config(folder / "wrong", tokenizer_folder, dataset=texts(folder), checkpointer=broken)
-    for name, (overrides, *_) in WRONG.items():
-        changes = [f"output_dir={folder / 'wrong' / name}", "tensor_parallel_plan._component_=" + PLAN["_component_"]]
-        todo.append(job(name, 2, "train", "--config", path, *changes, *overrides))
-
-    (folder / "jobs.json").write_text(json.dumps(todo))
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
-    statuses = json.loads((folder / "statuses.json").read_text())
-
-    def said(name):
-        return [file.read_text() for file in sorted(folder.glob(f"{name}.rank*.txt"))]
-
-    def ran(name):
-        assert not statuses[name]["hung"], said(name)
-        assert set(statuses[name]["codes"]) == {0}, "\n".join(said(name))[-4000:]
-
-    return SimpleNamespace(ran=ran, said=said, statuses=statuses)
 
 
-def same_losses(one, other, steps=range(1, 21)):
-    """All that both logged in these steps, but the speed."""
+def same_losses(one, other, steps):
+    """All that both logged, but the speed."""
     one, other = losses(one), losses(other)
-    assert sorted(one) == list(range(1, 21)) and sorted(other) == list(steps)
+    assert sorted(other) == list(steps)
     for step in steps:
         assert other[step] == pytest.approx(one[step], abs=1e-5)
 
 
 def same_weights(one, other):
     """The last checkpoints, as other tools read them."""
-    for name in ("model-00001-of-00001.safetensors", "model-00001-of-00001.bin"):
-        files = [out / "epoch_3" / name for out in (one, other)]
-        if files[0].exists():
-            ours, theirs = (load_file(file) if file.suffix == ".safetensors" else torch.load(file) for file in files)
-            assert ours.keys() == theirs.keys()
-            for key, value in ours.items():
-                torch.testing.assert_close(theirs[key], value, atol=1e-5, rtol=0)
-            return
-    raise AssertionError(f"no weights under {one}")
+    read = {".safetensors": load_file, ".bin": torch.load}
+    ours, theirs = (
+        {k: v for file in sorted(out.glob("epoch_*"))[-1].glob("model-*") for k, v in read[file.suffix](file).items()}
+        for out in (one, other)
+    )
+    assert ours and ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-def test_two_processes_have_the_losses_of_one(one, two):
-    """Through `tune run`, with everything that is logged but the speed; and the weights at the end."""
-    same_losses(one("tied"), two)
-    same_weights(one("tied"), two)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_split_changes_the_losses(one, jobs, name):
-    jobs.ran(name)
-    out = one(CASES[name][0])
-    same_losses(out, out.parent / name)
-    same_weights(out, out.parent / name)
+@pytest.mark.parametrize("name", ["tune run", *CASES])
+def test_no_split_changes_the_losses(several, name):
+    """Everything that is logged in 20 steps (4 on four processes), and the weights at the end."""
+    alone, out = several(name)
+    same_losses(alone, out, range(1, 5 if CASES.get(name, "")[1:2] == (4,) else 21))
+    same_weights(alone, out)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_with_another_number_of_processes(one, two, jobs, name):
-    run, kind, checkpoint, processes = RESUMED[name]
-    out = one(kind)
-    if processes == 2:
-        jobs.ran(name)
+def test_resume_with_another_number_of_processes(one, several, on_ranks, name):
+    case, kind, checkpoint, processes = RESUMED[name]
+    alone = one(kind)
+    out = rewound(several(case)[1] if case else alone, checkpoint, alone.parent / name)
+    path, overrides = alone.parent / "finetune.yaml", [f"output_dir={out}", "resume_from_checkpoint=true"]
+    if processes == 1:
+        train(path, "batch_size=4", *overrides)
     else:
-        if run in CASES:
-            jobs.ran(run)
-        copy = rewound(out.parent / run, checkpoint, out.parent / name)
-        train(out.parent / "finetune.yaml", f"output_dir={copy}", "batch_size=4", "resume_from_checkpoint=true")
-    same_losses(out, out.parent / name, range(11 if checkpoint == "epoch_1" else 10, 21))
-    same_weights(out, out.parent / name)
+        went_well(on_ranks(name, 2, "train", "--config", path, *overrides))
+    same_losses(alone, out, range(11 if checkpoint == "epoch_0" else 9, 21))
+    same_weights(alone, out)
 
 
 # --------------------------------------------------------------------------------------- layer dropout, by hand
@@ -520,15 +529,14 @@ def same_gradients(model, found):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_each_rank_drops_its_own_samples_by_the_same_draw(folder, jobs):
+def test_each_rank_drops_its_own_samples_by_the_same_draw(folder, on_ranks, dropout_config):
     """Two ranks, two micro-batches of two samples: the loss and the gradients of the first step, by plain PyTorch."""
-    jobs.ran("dropout")
-    start = folder / "dropout" / "start"
-    model = llama3_2(**SIZE)
-    read = training.FullModelHFCheckpointer(str(start), ["model.safetensors"], "LLAMA3_2", str(folder / "nowhere"))
+    went_well(on_ranks("dropout", 2, "first_gradients", dropout_config))
+    cfg, model = load_config(str(dropout_config)), llama3_2(**SIZE)
+    read = config.instantiate(cfg.checkpointer, output_dir=str(folder / "nowhere"))
     model.load_state_dict(read.load_checkpoint()["model"])
-    cfg = load_config(str(folder / "dropout" / "finetune.yaml"))
-    samples = [torch.tensor(sample["tokens"]) for sample in finetune_data(cfg)]
+    data = config.instantiate(cfg.dataset, config.instantiate(cfg.tokenizer))
+    samples = [torch.tensor(data[i]["tokens"]) for i in range(8)]
 
     generator = torch.Generator().manual_seed(SEED)
     rates = torch.tensor([PROB * (math.exp(layer * math.log(2) / (L - 1)) - 1) for layer in range(L)])
@@ -553,21 +561,13 @@ def test_each_rank_drops_its_own_samples_by_the_same_draw(folder, jobs):
     same_gradients(model, torch.load(out / "gradients.pt"))
 
 
-def finetune_data(cfg):
-    from layerskip_recipes.recipes.data import load_data
-    from layerskip_recipes.settings import build
-
-    return load_data(cfg, build(cfg.tokenizer, "tokenizer"), -100)[0]
-
-
 @pytest.mark.parametrize("name", ROWS)
-def test_ranks_of_different_rows_and_idle_layers(folder, jobs, name):
+def test_ranks_of_different_rows_and_idle_layers(folder, on_ranks, name):
     """No hang, and the gradients of the mean over the ranks; also of layers that one rank skips, or both."""
-    jobs.ran("rows")
-    results = torch.load(folder / "rows.pt")
-    seen = set()
+    went_well(on_ranks("rows", 2, "rows"))
+    results, seen = torch.load(folder / "rows.pt"), set()
     for seed in range(DRAWS):
-        model = make_tiny("llama3")
+        model = tiny("llama3", "lora" in ROWS[name][1])
         keep = torch.rand(6, 3, generator=torch.Generator().manual_seed(seed)) >= PROB
         loss = 0
         for tokens, rows in zip(some_tokens(), ROWS[name][0], strict=True):
@@ -583,9 +583,9 @@ def test_ranks_of_different_rows_and_idle_layers(folder, jobs, name):
     assert {(False, False, False), (True, True, True)} < seen
 
 
-def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, jobs):
+def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, on_ranks):
     """A forward gathers each layer, what stays with the root, and what is apart; whatever the loss cuts its work into."""
-    jobs.ran("counts")
+    went_well(on_ranks("counts", 2, "counts"))
     counts = json.loads((folder / "counts.json").read_text())
     assert len(counts) == 24
     for key, count in counts.items():
@@ -597,31 +597,62 @@ def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, jobs):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def lines_of_errors(text):
-    return [line for line in text.splitlines() if "Error" in line.split(":")[0]]
+FOLLOWS = pytest.mark.xfail(reason="rank 1, which waits for rank 0, prints a traceback of gloo's lost connection")
+
+
+@pytest.fixture(scope="module")
+def wrong(folder, tokenizer_folder, on_ranks):
+    """The job of a case of WRONG. It has no weights: to read these is a mistake with words of its own."""
+    (folder / "broken").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / "broken" / file).write_bytes(b"{}")
+    sections = {"dataset": texts(folder), "checkpointer": checkpointer(folder / "broken"), "tensor_parallel_plan": PLAN}
+    path = finetune_config(folder / "wrong", tokenizer_folder, **sections)
+
+    def run(name):
+        out = folder / "wrong" / name
+        job = on_ranks(f"wrong {name}", 2, "train", "--config", path, f"output_dir={out}", *WRONG[name][0])
+        assert not out.exists() and not job.hung
+        return job
+
+    return run
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_one_line(folder, jobs, name):
+def test_a_wrong_setting_is_one_line(wrong, name):
     """Exit status 1, before weights are read or anything is written."""
-    _, message, first_alone = WRONG[name]
-    first, second = jobs.said(name)
-    assert not jobs.statuses[name]["hung"]
-    assert jobs.statuses[name]["codes"][0] == 1
-    assert first.splitlines()[-1].startswith("ValueError: " + message)
-    assert len(lines_of_errors(first)) == 1 and "Traceback" not in first
+    job, (_, message, first_alone) = wrong(name), WRONG[name]
+    assert job.codes[0] == 1
+    *before, last = job.said[0].splitlines()
+    assert last.startswith("ValueError: " + message)
+    assert not any("Error" in line or "Traceback" in line for line in before)
     if not first_alone:
-        assert jobs.statuses[name]["codes"][1] == 1
-        assert second == first
-    assert not (folder / "wrong" / name).exists()
+        assert job.codes[1] == 1 and job.said[1] == job.said[0]
 
 
-def test_a_checkpoint_of_another_model(folder, jobs):
-    """Through `tune run`: rank 0 sees it, and rank 1 ends with it."""
-    path = folder / "dropout" / "finetune.yaml"
-    done = tune_on_two(path, "model.num_layers=5", f"output_dir={folder / 'other'}")
+@FOLLOWS
+def test_who_waits_for_rank_zero_says_nothing(wrong):
+    assert "Traceback" not in wrong("samples").said[1]
+
+
+@pytest.fixture(scope="module")
+def other_model(folder, dropout_config):
+    """`tune run` with a checkpoint of 4 layers for a model of 5; its lines on stderr."""
+    done = tune_on_two(dropout_config, "model.num_layers=5", f"output_dir={folder / 'other'}")
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if "ValueError" in line] == [OTHER_MODEL]
+    return done.stderr.splitlines()
+
+
+def test_a_checkpoint_of_another_model(other_model):
+    """Rank 0 names the keys, and rank 1 ends with it."""
+    assert [line for line in other_model if "ValueError" in line] == [OTHER_MODEL]
+
+
+@FOLLOWS
+def test_a_checkpoint_of_another_model_is_all_that_is_said(other_model):
+    """Before torchrun's own report."""
+    said = other_model[other_model.index(OTHER_MODEL) :]
+    assert said[1].startswith("W") and "torch/distributed/elastic" in said[1]
 
 
 if __name__ == "__main__":

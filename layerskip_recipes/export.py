@@ -1,0 +1,105 @@
+"""`layerskip export`: a checkpoint as other programs want it. The whole model with its exit for transformers, or its
+first E layers with norm and head as a model of its own, to draft for the whole one in a serving engine."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from layerskip_recipes.checks import check_number
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
+INDEX = "model.safetensors.index.json"
+
+
+def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
+    """Write a Hugging Face folder.
+
+    Args:
+        checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`.
+        out: a folder that does not exist yet.
+        exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it.
+        draft: instead of the whole model its first E layers, with the final norm and the head.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
+    """
+    source, target = Path(checkpoint), Path(out)
+    config = _read_config(source)
+    layers = config["num_hidden_layers"]
+    for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
+        check_number(key, value, minimum=1, maximum=layers, optional=True, example=max(layers // 4, 1))
+    if exit_layer is not None and draft is not None:
+        raise ValueError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
+    weights = sorted(source.glob("model*.safetensors"))
+    if not weights:
+        only = "only adapters; export a checkpoint with merged weights" if _has_adapters(source) else "no safetensors"
+        raise ValueError(f"export: {checkpoint!r} holds {only}, such as epoch_0 with save_adapter_weights_only=false")
+    if target.exists():
+        raise ValueError(f"export: {out!r} exists already; choose another folder")
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
+        if file.is_file() and beside and file.name != INDEX:
+            shutil.copy(file, target)
+    if draft is not None:
+        config = first_layers(config, draft)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _copy_weights(weights, target, draft or layers)
+    if exit_layer is not None:
+        generation = target / "generation_config.json"
+        settings = json.loads(generation.read_text()) if generation.exists() else {}
+        generation.write_text(json.dumps(settings | {"assistant_early_exit": exit_layer}, indent=2) + "\n")
+    return target
+
+
+def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
+    """A model's config.json with `draft` layers; what it lists by layer is cut as well."""
+    layers = config["num_hidden_layers"]
+    cut = {key: value[:draft] for key, value in config.items() if isinstance(value, list) and len(value) == layers > 1}
+    return config | cut | {"num_hidden_layers": draft}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        assert isinstance(config["num_hidden_layers"], int)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise ValueError(
+            f"export: {str(folder)!r} is no Hugging Face folder: no config.json with num_hidden_layers. Give one such "
+            "as a finetuned epoch_0"
+        ) from e
+    return config
+
+
+def _has_adapters(folder: Path) -> bool:
+    return any(folder.glob("adapter_model.*"))
+
+
+def _copy_weights(files: list[Path], target: Path, layers: int) -> None:
+    """The tensors of the first layers and of all that is no layer, file by file; and where each of them is."""
+    kept = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            every = tensors.keys()  # of a file: it cannot be iterated itself
+            names = [name for name in every if (at := LAYER.search(name)) is None or int(at[1]) < layers]
+            if names:
+                kept[file.name] = names
+    total, where = 0, {}
+    for number, (name, names) in enumerate(kept.items(), start=1):
+        new = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else "model.safetensors"
+        with safe_open(files[0].with_name(name), framework="pt") as tensors:
+            contents = {tensor: tensors.get_tensor(tensor) for tensor in names}
+        save_file(contents, target / new, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in contents.values())
+        where |= dict.fromkeys(names, new)
+    if len(kept) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
