@@ -23,6 +23,7 @@ def exit_quality(
     ignore_index: int = -100,
     chunk_tokens: int = 512,
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    num_speculations: int = 6,
 ) -> dict[int, dict[str, float]]:
     """Quality of each exit over the labels that count.
 
@@ -34,29 +35,36 @@ def exit_quality(
         ignore_index: the label that counts nowhere.
         chunk_tokens: the tokens whose logits exist at a time.
         add_up: the sum of a tensor over the processes that have batches of their own.
+        num_speculations: d of "accepted_length".
 
     Returns:
         {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
-        "agreement": share of tokens on which exit E and the last layer choose the same}}.
+        "agreement": share of tokens on which exit E and the last layer choose the same, "accepted_length": how many of
+        d tokens after each other they agree on before they first differ, on the mean over the data's positions}}.
 
     Raises:
         ValueError: if no label counts, or a sample is longer than the model takes.
     """
     exits = sorted(exits)
-    sums = torch.zeros(len(exits), 4, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(exits), 6, dtype=torch.float64, device=device)
     for batch in batches:
         utils.batch_to_device(batch, device)
         check_length(batch["tokens"].shape[1], model)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        measure = partial(_sums, model, labels, ignore_index, chunk_tokens)
+        measure = partial(_sums, model, labels, ignore_index, chunk_tokens, num_speculations)
         sums += model(batch.pop("tokens"), exits=exits, then=measure, **batch)
     sums = add_up(sums)
     if not sums[0, 3] > 0:
         raise ValueError("dataset: no label counts, so there is nothing to measure")
     quality = {}
-    for e, (loss, accuracy, agreement, _) in zip(exits, (sums / sums[:, 3:]).tolist(), strict=True):
-        perplexity = math.exp(min(loss, 700))
-        quality[e] = {"loss": loss, "perplexity": perplexity, "accuracy": accuracy, "agreement": agreement}
+    for e, (loss, right, agreed, count, accepted, windows) in zip(exits, sums.tolist(), strict=True):
+        quality[e] = {
+            "loss": loss / count,
+            "perplexity": math.exp(min(loss / count, 700)),
+            "accuracy": right / count,
+            "agreement": agreed / count,
+            "accepted_length": accepted / max(windows, 1),
+        }
     return quality
 
 
@@ -65,24 +73,35 @@ def _sums(
     labels: torch.Tensor,
     ignore_index: int,
     chunk_tokens: int,
+    num_speculations: int,
     final: torch.Tensor,
     hidden: dict[int, torch.Tensor],
 ) -> torch.Tensor:
-    """[exits, 4]: of each exit its loss, right choices, choices of the last layer, and how many labels count."""
+    """[exits, 6]: of each exit its loss, right choices, choices of the last layer, how many labels count, drafts'
+    accepted tokens, and how many drafts."""
     counts = labels != ignore_index
     labels, final = labels[counts], final[counts]
     states = [x[counts] for x in hidden.values()]
-    sums = torch.zeros(len(states), 4, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(len(states), 6, dtype=torch.float64, device=labels.device)
     sums[:, 3] = len(labels)
+    agrees = torch.zeros(len(states), *counts.shape, dtype=torch.bool, device=labels.device)
+    flat = torch.zeros(len(states), len(labels), dtype=torch.bool, device=labels.device)
     head = Head(model)
     with head.using(head.parameters):
         for start in range(0, len(labels), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             chosen = head(final[rows]).argmax(-1)
-            for exit_sums, x in zip(sums, states, strict=True):
+            for exit_sums, agreed, x in zip(sums, flat, states, strict=True):
                 logits = head(x[rows])
                 top = logits.argmax(-1)
                 exit_sums[0] += F.cross_entropy(logits, labels[rows], reduction="sum")
                 exit_sums[1] += (top == labels[rows]).sum()
-                exit_sums[2] += (top == chosen).sum()
+                agreed[rows] = top == chosen
+    sums[:, 2] = flat.sum(1)
+    # A draft from each position whose next d labels count.
+    if counts.shape[1] >= num_speculations:
+        agrees[:, counts] = flat
+        whole = counts.unfold(1, num_speculations, 1).all(-1)
+        sums[:, 4] = (agrees.unfold(2, num_speculations, 1).cumprod(-1).sum(-1) * whole).sum((1, 2))
+        sums[:, 5] = whole.sum()
     return sums

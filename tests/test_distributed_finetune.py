@@ -48,7 +48,7 @@ COSINE = {
 }
 # 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1.
 STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 10, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
-FEW = ["epochs=1", "max_steps_per_epoch=4"]  # for four processes, which are slow here
+FEW = ["epochs=1", "max_steps_per_epoch=4"]  # where 20 are slow
 SAVES = ["save_every_n_steps=4", "enable_async_checkpointing=true"]  # shards there, and the whole after each epoch
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 LORA = {
@@ -69,6 +69,7 @@ GEMMA2 = {
 }
 # name: (config, processes, overrides)
 CASES = {
+    "tune run": ("tied", 2, []),
     "embedding apart": ("tied", 2, ["custom_sharded_layers=[tok_embeddings]"]),
     "gathered weights kept": ("tied", 2, ["fsdp_reshard_after_forward=false"]),
     "selective checkpointing": ("tied", 2, ["ac_mode=selective", "ac_option=2"]),
@@ -83,9 +84,9 @@ CASES = {
     "DoRA": ("dora", 2, []),
     "QLoRA": ("qlora", 2, []),
     "TP": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4"]),
-    "TP, tied, dropout": ("dropped", 2, ["tensor_parallel_dim=2", "batch_size=4"]),
-    "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1"]),
-    "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2"]),
+    "TP, tied, dropout": ("dropped", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
+    "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
+    "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
 }
 # name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes)
 RESUMED = {
@@ -100,18 +101,36 @@ RESUMED = {
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
 }
 L, PROB, SEED = SIZE["num_layers"], 0.6, 7
-# name: (overrides for 2 processes, the line that begins the message, whether rank 0 alone meets the mistake)
+# name: (overrides, how rank 0's last line begins, and what it says after that, whether rank 1 meets the mistake too)
 WRONG = {
-    "replicate": (["data_parallel_replicate_dim=3"], "data_parallel_replicate_dim: 3 x ", False),
-    "shard": (["data_parallel_shard_dim=3"], "data_parallel_replicate_dim: 1 x data_parallel_shard_dim 3 x ", False),
-    "tensor": (["tensor_parallel_dim=3"], "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; ", False),
-    "offload": (["fsdp_cpu_offload=true"], "fsdp_cpu_offload: True needs several processes with device=cuda", False),
-    "samples": (["batch_size=21"], "dataset: 40 samples make no step of batch_size 21 x gradient_accumulation_", True),
+    "replicate": (
+        ["data_parallel_replicate_dim=3"],
+        "data_parallel_replicate_dim: 3 ",
+        "processes, 2. Allowed: a ",
+        True,
+    ),
+    "shard": (
+        ["data_parallel_shard_dim=3"],
+        "data_parallel_shard_dim: 3 ",
+        "processes, 2. Allowed: a product of 2",
+        True,
+    ),
+    "tensor": (
+        ["tensor_parallel_dim=3"],
+        "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; ",
+        "",
+        True,
+    ),
+    "offload": (["fsdp_cpu_offload=true"], "fsdp_cpu_offload: True needs several processes with device=cuda", "", True),
+    "samples": (["batch_size=21"], "dataset: 40 samples make no step of batch_size 21 x ", "2 data-parallel", False),
+    "other model": (
+        ["model.num_layers=5"],
+        "checkpointer: the checkpoint is not this model's, it lacks layers.4.attn.q_proj.weight, "
+        "layers.4.attn.k_proj.weight, layers.4.attn.v_proj.weight and 6 more",
+        "",
+        False,
+    ),
 }
-OTHER_MODEL = (
-    "ValueError: checkpointer: the checkpoint is not this model's, it lacks layers.4.attn.q_proj.weight, "
-    "layers.4.attn.k_proj.weight, layers.4.attn.v_proj.weight and 6 more"
-)
 # Models called directly: the rows of rank 0 and of rank 1, how it is split.
 ROWS = {
     "1 and 3": ((1, 3), {}),
@@ -397,8 +416,8 @@ def tune_on_two(path, *overrides):
 
 
 def saves(case, kind):
-    """Whether a checkpoint of this run is taken up later."""
-    return SAVES if any(source[:2] == (case, kind) for source in RESUMED.values()) else []
+    """The overrides of a run whose shards are taken up later."""
+    return SAVES if any(s[:2] == (case, kind) and s[2].startswith("step") for s in RESUMED.values()) else []
 
 
 @pytest.fixture(scope="module")
@@ -421,11 +440,10 @@ def several(one, on_ranks):
     """The run of a case on its processes: that of the same on one, and its own output folder."""
 
     def run(name):
-        kind, processes, overrides = ("tied", 2, []) if name == "tune run" else CASES[name]
-        few = FEW if processes == 4 else []
-        alone = one(kind, *few)
+        kind, processes, overrides = CASES[name]
+        alone = one(kind, *(override for override in overrides if override in FEW))
         out, path = alone.parent / name, alone.parent / "finetune.yaml"
-        overrides = [f"output_dir={out}", *overrides, *few, *saves(name, kind)]
+        overrides = [f"output_dir={out}", *overrides, *saves(name, kind)]
         if name != "tune run":
             went_well(on_ranks(name, processes, "train", "--config", path, *overrides))
         elif not out.exists():
@@ -469,12 +487,18 @@ def same_weights(one, other):
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("name", ["tune run", *CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_losses(several, name):
-    """Everything that is logged in 20 steps (4 on four processes), and the weights at the end."""
-    alone, out = several(name)
-    same_losses(alone, out, range(1, 5 if CASES.get(name, "")[1:2] == (4,) else 21))
-    same_weights(alone, out)
+    """Nor anything else that is logged, in 20 steps or a few."""
+    same_losses(*several(name), range(1, 5 if FEW[0] in CASES[name][2] else 21))
+
+
+BF16 = pytest.mark.xfail(strict=True, reason="one process writes the unpacked weights in bf16, several in fp32")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=BF16 if name == "QLoRA" else ()) for name in CASES])
+def test_no_split_changes_the_weights_at_the_end(several, name):
+    same_weights(*several(name))
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -529,7 +553,7 @@ def same_gradients(model, found):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_each_rank_drops_its_own_samples_by_the_same_draw(folder, on_ranks, dropout_config):
+def test_the_same_draw_drops_each_ranks_own_samples(folder, on_ranks, dropout_config):
     """Two ranks, two micro-batches of two samples: the loss and the gradients of the first step, by plain PyTorch."""
     went_well(on_ranks("dropout", 2, "first_gradients", dropout_config))
     cfg, model = load_config(str(dropout_config)), llama3_2(**SIZE)
@@ -575,7 +599,7 @@ def test_ranks_of_different_rows_and_idle_layers(folder, on_ranks, name):
             loss = loss + (papers_weights(range(1, 7), 6) * sums).sum() / (rows * (tokens.shape[1] - 1)) / 2
         loss.backward()
         for layer in keep.tolist():
-            seen.add(tuple(any(layer[:rows]) for rows in ROWS[name][0]) + (any(layer),))
+            seen.add((*(any(layer[:rows]) for rows in ROWS[name][0]), any(layer)))
         mean, found = results[name, seed]
         torch.testing.assert_close(mean, loss.detach(), atol=1e-5, rtol=1e-5)
         same_gradients(model, found)
@@ -584,7 +608,7 @@ def test_ranks_of_different_rows_and_idle_layers(folder, on_ranks, name):
 
 
 def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, on_ranks):
-    """A forward gathers each layer, what stays with the root, and what is apart; whatever the loss cuts its work into."""
+    """A forward gathers each layer, what stays with the root, and what is apart, whatever the loss cuts up."""
     went_well(on_ranks("counts", 2, "counts"))
     counts = json.loads((folder / "counts.json").read_text())
     assert len(counts) == 24
@@ -601,58 +625,38 @@ FOLLOWS = pytest.mark.xfail(reason="rank 1, which waits for rank 0, prints a tra
 
 
 @pytest.fixture(scope="module")
-def wrong(folder, tokenizer_folder, on_ranks):
-    """The job of a case of WRONG. It has no weights: to read these is a mistake with words of its own."""
+def wrong(folder, tokenizer_folder, on_ranks, dropout_config):
+    """The job of a case of WRONG. It has no weights but for one: to read these is a mistake with words of its own."""
     (folder / "broken").mkdir()
     for file in ("config.json", "model.safetensors"):
         (folder / "broken" / file).write_bytes(b"{}")
     sections = {"dataset": texts(folder), "checkpointer": checkpointer(folder / "broken"), "tensor_parallel_plan": PLAN}
-    path = finetune_config(folder / "wrong", tokenizer_folder, **sections)
+    broken = finetune_config(folder / "wrong", tokenizer_folder, **sections)
 
     def run(name):
-        out = folder / "wrong" / name
-        job = on_ranks(f"wrong {name}", 2, "train", "--config", path, f"output_dir={out}", *WRONG[name][0])
-        assert not out.exists() and not job.hung
-        return job
+        path, out = dropout_config if name == "other model" else broken, folder / "wrong" / name
+        return on_ranks(f"wrong {name}", 2, "train", "--config", path, f"output_dir={out}", *WRONG[name][0])
 
     return run
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_one_line(wrong, name):
+def test_a_wrong_setting_is_one_line(folder, wrong, name):
     """Exit status 1, before weights are read or anything is written."""
-    job, (_, message, first_alone) = wrong(name), WRONG[name]
-    assert job.codes[0] == 1
+    job, (_, begins, then, everywhere) = wrong(name), WRONG[name]
     *before, last = job.said[0].splitlines()
-    assert last.startswith("ValueError: " + message)
+    assert last.startswith("ValueError: " + begins) and then in last
     assert not any("Error" in line or "Traceback" in line for line in before)
-    if not first_alone:
+    assert job.codes[0] == 1 and not job.hung
+    if everywhere:
         assert job.codes[1] == 1 and job.said[1] == job.said[0]
+    assert not list((folder / "wrong" / name).rglob("*"))
 
 
 @FOLLOWS
-def test_who_waits_for_rank_zero_says_nothing(wrong):
-    assert "Traceback" not in wrong("samples").said[1]
-
-
-@pytest.fixture(scope="module")
-def other_model(folder, dropout_config):
-    """`tune run` with a checkpoint of 4 layers for a model of 5; its lines on stderr."""
-    done = tune_on_two(dropout_config, "model.num_layers=5", f"output_dir={folder / 'other'}")
-    assert done.returncode == 1
-    return done.stderr.splitlines()
-
-
-def test_a_checkpoint_of_another_model(other_model):
-    """Rank 0 names the keys, and rank 1 ends with it."""
-    assert [line for line in other_model if "ValueError" in line] == [OTHER_MODEL]
-
-
-@FOLLOWS
-def test_a_checkpoint_of_another_model_is_all_that_is_said(other_model):
-    """Before torchrun's own report."""
-    said = other_model[other_model.index(OTHER_MODEL) :]
-    assert said[1].startswith("W") and "torch/distributed/elastic" in said[1]
+@pytest.mark.parametrize("name", [name for name, case in WRONG.items() if not case[3]])
+def test_who_waits_for_rank_zero_adds_nothing(wrong, name):
+    assert "Traceback" not in wrong(name).said[1]
 
 
 if __name__ == "__main__":

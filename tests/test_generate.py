@@ -354,7 +354,7 @@ def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     """Loss, accuracy and agreement by plain PyTorch over the same samples; the picture is a PNG."""
-    path = eval_config(tmp_path, checkpoint, picture=str(tmp_path / "exits.png"))
+    path = eval_config(tmp_path, checkpoint, picture=str(tmp_path / "exits.png"), num_speculations=3)
     recipe = LayerSkipEval(load_config(str(path)))
     recipe.setup()
     report = recipe.evaluate()
@@ -373,5 +373,25 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
         agree = (logits[e].argmax(-1) == logits[4].argmax(-1)).float().mean().item()
         assert quality["agreement"] == pytest.approx(agree, abs=1e-3)
         assert quality["accuracy"] == pytest.approx((logits[e].argmax(-1) == labels).float().mean().item(), abs=1e-3)
+        # Of 3 tokens drafted from each position of a sample whose next 3 labels are there.
+        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1).tolist()
+        runs = [sum(all(row[i : i + k]) for k in (1, 2, 3)) for row in same for i in range(len(row) - 2)]
+        assert quality["accepted_length"] == pytest.approx(sum(runs) / len(runs), abs=1e-3)
     assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
+
+
+def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
+    """Each has the figures that it has alone; the report is a file too."""
+    other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
+
+    def evaluate(**changes):
+        recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, **changes))))
+        recipe.setup()
+        return recipe.evaluate()
+
+    alone = {folder: evaluate(checkpoint=folder)["exits"] for folder in (checkpoint, other)}
+    report = tmp_path / "report" / "exits.json"
+    both = evaluate(checkpoint=checkpoint, compare={"other": {"checkpoint_dir": str(other)}}, report=str(report))
+    assert both["exits"] == alone[checkpoint] != alone[other] == both["compare"]["other"]
+    assert json.loads(report.read_text()) == json.loads(json.dumps(both))

@@ -1,11 +1,13 @@
 """What a training run says about itself: to the metric logger, and to the run that resumes it."""
 
 import platform
+import subprocess
 from importlib.metadata import version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from layerskip_recipes.checks import PACKAGE
 from layerskip_recipes.distributed import is_rank_zero
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.recipes.data import TrainingData
@@ -44,9 +46,14 @@ class RunLog:
 
 
 def versions() -> dict[str, str]:
-    """Of this code and what it stands on."""
+    """Of this code and what it stands on; in a git checkout its commit too."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    found = {name: version(name) for name in names} | {"python": platform.python_version()}
+    if (PACKAGE.parent / ".git").exists():
+        command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
+    return found
 
 
 def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
