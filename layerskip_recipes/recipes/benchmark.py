@@ -27,9 +27,9 @@ from tqdm import tqdm
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import settings
 from layerskip_recipes.checks import check_number
-from layerskip_recipes.config import build_recipe, main_of
+from layerskip_recipes.config import build_recipe, find_config, main_of
 from layerskip_recipes.decoder import layerskip_decoder
-from layerskip_recipes.generation import Generation, Speculation
+from layerskip_recipes.generation import Generation, GenerationStats, Speculation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.generation.timing import memory_bandwidth
@@ -38,6 +38,16 @@ from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures
 from layerskip_recipes.recipes.decoding import build_speculation, check_speculation, self_speculation
 from layerskip_recipes.recipes.peers import PEERS, Job, Peer, check_peer_files, check_peers, find_peers
 from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
+from layerskip_recipes.recipes.tuning import (
+    LONGEST,
+    Prediction,
+    acceptance,
+    choose,
+    predict,
+    probes,
+    round_cost,
+    write_config,
+)
 
 log = utils.get_logger("INFO")
 
@@ -68,6 +78,9 @@ SETTINGS = settings.COMMON | {
     "peers": settings.list_of(str, "[torchtune]"),
     "report_dir": settings.text("benchmark", optional=False),
     "picture": settings.text("benchmark.png"),
+    "tune": settings.flag,
+    "tune_extends": settings.text("quickstart/generate"),
+    "tune_file": settings.text("tuned.yaml"),
     "enable_kv_cache": settings.one_of(True, None),
 }
 REQUIRED = ("variants", "report_dir")
@@ -145,6 +158,15 @@ def check_config(cfg: DictConfig) -> None:
     model = layerskip_decoder(settings.build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
     check_peers(cfg.get("peers") or [], sampler, cfg.get("batch_size", 1), first_draft(read_variants(cfg, model)))
+    if cfg.get("tune"):
+        if cfg.get("tune_extends") is None:
+            raise ValueError(
+                f"tune: {cfg.tune} needs the generation config that it extends; for example "
+                "tune_extends=quickstart/generate"
+            )
+        find_config(cfg.tune_extends, key="tune_extends")
+        if len(model.layers) < 4:
+            raise ValueError(f"tune: a model of {len(model.layers)} layers has nothing to choose. Set tune=false")
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
 
@@ -206,7 +228,8 @@ class LayerSkipBenchmark:
         lengths = [len(tokens) for tokens in self.prompts]
         check_lengths(model, lengths, self.limit, key="max_new_tokens", spare=spare)
         # One size of the cache for all ways: compiled steps are made for a size.
-        self.reserve = max(lengths) + self.limit + max((tree.nodes for tree in trees), default=1)
+        drafted = [tree.nodes for tree in trees] + [LONGEST if cfg.get("tune") else 1]
+        self.reserve = max(lengths) + self.limit + max(drafted)
         rows = cfg.get("batch_size", 1)
         if len(self.prompts) % rows:
             raise ValueError(
@@ -246,6 +269,59 @@ class LayerSkipBenchmark:
         except ValueError as e:
             raise ValueError(str(e).replace("self_speculation", f"variants.{name}")) from e
 
+    def tune(self) -> None:
+        """Replace the variants by the pairs of exit layer and draft length that promise most."""
+        temperature = self.temperatures[0]
+        runs = [self._run(BASELINE, None, temperature, batch, self.seed) for batch in (self.batches[0], *self.batches)]
+        outputs = [row for rows, _ in runs[1:] for row in rows]
+        stats = sum((stats for _, stats in runs[1:]), GenerationStats())
+        prompts = [row for batch in self.batches for row in batch]
+        reach = acceptance(self.model, prompts, outputs, sampler_of(self.cfg, temperature))
+        timed = {}
+        for pair in probes(self.model.num_layers):
+            way = Speculation(*pair)
+            turns = [
+                self._run("probe", replace(way), temperature, batch, self.seed)[1]
+                for batch in (self.batches[0], *self.batches)
+            ]
+            # The first one compiled. Rounds count by row, seconds by batch.
+            timed[pair] = statistics.median(t.decode_s * t.rows / t.rounds for t in turns[1:] if t.rounds)
+        step_s = stats.decode_s / (stats.tokens - stats.rows) * len(self.batches[0])
+        self.ranked = predict(reach, round_cost(timed), step_s)
+        chosen = choose(self.ranked)
+        best = chosen[0]
+        sections = {
+            pair.name: {"exit_layer": pair.exit_layer, "num_speculations": pair.num_speculations} for pair in chosen
+        }
+        longer = min(best.num_speculations + 2, LONGEST)
+        sections[f"exit{best.exit_layer}_auto"] = {
+            "exit_layer": best.exit_layer,
+            "num_speculations": longer,
+            "threshold": "auto",
+        }
+        self.predicted = {pair.name: pair for pair in chosen}
+        self.variants = self.tuned = sections
+        self.ways = {BASELINE: None} | {name: Speculation(**section) for name, section in sections.items()}
+        print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
+        for pair in self.ranked[:10]:
+            print(f"{pair.name:<18}{pair.tokens_per_round:>15.2f}{1000 * pair.round_s:>12.2f}{pair.speedup:>9.2f}x")
+
+    def _write_choice(self, report: dict[str, Any]) -> None:
+        """Prediction beside measurement, and the config of the fastest."""
+        temperature = self.temperatures[0]
+        rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
+        measured = {name: rows[name]["speedup"]["median"] for name in self.tuned if name in rows}
+        print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
+        for name, speedup in measured.items():
+            pair: Prediction | None = self.predicted.get(name)
+            print(f"{name:<18}{f'{pair.speedup:.2f}x' if pair else '':>10}{speedup:>9.2f}x")
+        best = max(measured, key=measured.get)
+        pays = measured[best] > 1
+        why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, on {report['device']}"
+        path = Path(self.cfg.get("tune_file") or Path(self.cfg.report_dir) / "tuned.yaml")
+        write_config(path, self.cfg.tune_extends, self.tuned[best] if pays else None, why)
+        print(f"fastest: {best if pays else 'autoregressive'}; written to {path}")
+
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C with what there is by then."""
         interrupted = False
@@ -258,6 +334,8 @@ class LayerSkipBenchmark:
             log.warning("interrupted: the report has what was measured so far")
         report = self._report(interrupted)
         self._write(report)
+        if self.cfg.get("tune") and not interrupted:
+            self._write_choice(report)
         return report
 
     def _measure(self, temperature: float, bar: tqdm) -> None:
@@ -363,6 +441,8 @@ def main() -> None:
     def steps() -> None:
         recipe = build_recipe(LayerSkipBenchmark, main.__doc__)
         recipe.setup()
+        if recipe.cfg.get("tune"):
+            recipe.tune()
         if recipe.benchmark()["interrupted"]:
             sys.exit(130)  # what a shell expects after Ctrl-C
 

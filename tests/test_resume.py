@@ -1,0 +1,434 @@
+"""Checkpoints of a run and going on from them: which are there, whole after any kill, and exactly the run that never
+stopped. Whole runs are the expected values; learning rates come from the schedule's formula.
+"""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
+from configs import HF_CONFIG, MODEL, finetune_config
+from safetensors.torch import load_file
+from test_finetune import losses, train
+from torch.distributed.checkpoint import FileSystemWriter
+from torchtune.utils import get_logger
+
+from layerskip_recipes.config import load_config
+from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+
+# Children that die: forked from a process that has imported everything and has no threads.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["layerskip_recipes.recipes.finetune", "pytest"])
+
+COSINE = {
+    "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+    "num_warmup_steps": 3,
+}
+# Everything that moves with t or draws random numbers: order, dropouts, curriculum, learning rate.
+MOVING = {
+    "model": MODEL | {"attn_dropout": 0.1},
+    "layer_dropout": {"prob": 0.5, "schedule": "exp"},
+    "lr_scheduler": COSINE,
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
+    "shuffle": True,
+}
+FILES = {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json", "recipe_state.pt"}
+
+
+def every_line(out: Path) -> list[tuple[int, dict[str, float]]]:
+    """All lines of the log without the speed, also those of steps that were taken again."""
+    lines = []
+    for line in (out / "logs" / "log.txt").read_text().splitlines():
+        step, _, rest = line.partition(" | ")
+        pairs = (pair.rsplit(":", 1) for pair in rest.split())
+        lines.append((int(step.split()[1]), {k: float(v) for k, v in pairs if "second" not in k}))
+    return lines
+
+
+def checkpoints(out: Path) -> list[str]:
+    """Their names, the oldest first."""
+    folders = [path for path in out.iterdir() if path.name.startswith(("step_", "epoch_"))]
+    return [path.name for path in sorted(folders, key=lambda path: (path / "recipe_state.pt").stat().st_mtime_ns)]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model-00001-of-00001.safetensors")
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file was written; without the config, which a logger writes at the start of each run."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".yaml"}
+
+
+def keep_only(out: Path, name: str, copy: Path) -> Path:
+    """An output folder as it was after the checkpoint `name`."""
+    shutil.copytree(out / name, copy / name)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------- names and numbers
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        (None, ["step_2", "step_4", "epoch_0", "step_6", "step_8", "epoch_1"]),
+        (3, ["step_6", "step_8", "epoch_1"]),
+        (1, ["epoch_1"]),
+    ],
+)
+def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, tokenizer_folder):
+    """step_N after N steps of the whole run, epoch_N (from 0) at an epoch's end and not twice; the oldest go."""
+    dataset = {
+        "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 16,
+        "max_samples": 10,
+    }  # fmt: skip
+    path = finetune_config(
+        tmp_path, tokenizer_folder, dataset=dataset, epochs=2, max_steps_per_epoch=None, save_every_n_steps=2,
+        keep_last_n_checkpoints=keep, enable_async_checkpointing=asynchronous,
+    )  # fmt: skip
+    train(path)
+    out = tmp_path / "out"
+    assert checkpoints(out) == names
+    assert {path.name for path in out.iterdir()} == {*names, "logs", "torchtune_config.yaml"}
+    for name in names:
+        files = {path.name for path in (out / name).iterdir()}
+        shards = asynchronous and name.startswith("step")
+        assert {".metadata", "recipe_state.pt"} <= files if shards else FILES <= files
+        step = torch.load(out / name / "recipe_state.pt", weights_only=True)["step"]
+        assert step == {"epoch_0": 5, "epoch_1": 10}.get(name, int(name.split("_")[1]))
+
+
+# ------------------------------------------------------------------------------------------------ the same run again
+
+
+def packed(folder: Path) -> dict:
+    """36 short texts in packs of 48 tokens: 12 packs or so."""
+    texts = [{"text": f"x{n} = {n * 37}\n" * (1 + n % 5)} for n in range(48)]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    return {
+        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
+        "data_files": str(folder / "texts.json"), "column": "text", "packed": True,
+    }  # fmt: skip
+
+
+RUNS = {
+    "packed data, accumulation, gradual": {
+        "packed": True, "gradient_accumulation_steps": 2, "clip_grad_norm": 1.0,
+        "early_exit_loss": {"scale": 0.5, "curriculum": "gradual"},
+    },
+    "8-bit AdamW, rotational": {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2}},
+    "optimizer in backward": {"optimizer_in_bwd": True},
+    "shards, accumulation": {"enable_async_checkpointing": True, "gradient_accumulation_steps": 2},
+    "shards, 8-bit AdamW": {
+        "enable_async_checkpointing": True, "optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2},
+    },
+    "no seed given": {"seed": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder):
+    """From the middle of the first epoch, from its end and from the middle of the third: every loss and the weights.
+
+    The learning rate of each step is the schedule's, also where it is a tensor (torchao).
+    """
+    changes = MOVING | RUNS[name]
+    overrides = []
+    if changes.pop("packed", False):
+        changes["dataset"], overrides = packed(tmp_path), ["tokenizer.max_seq_len=48"]
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=3, save_every_n_steps=1, **changes)
+    train(path, *overrides)
+    out = tmp_path / "out"
+    whole, end = losses(out), final_weights(out / "epoch_2")
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    for step, line in whole.items():
+        warm, progress = (step - 1) / 3, (step - 4) / 3
+        expected = 1e-2 * (warm if step <= 3 else 0.5 * (1 + math.cos(math.pi * progress)))
+        assert line["lr"] == pytest.approx(expected, rel=1e-6)
+    for checkpoint, done in (("step_1", 1), ("epoch_0", 2), ("step_5", 5)):
+        again = keep_only(out, checkpoint, tmp_path / checkpoint)
+        recipe = train(path, *overrides, f"output_dir={again}", "resume_from_checkpoint=true")
+        assert losses(again) == {step: whole[step] for step in range(done + 1, 7)}
+        assert all(torch.equal(end[name], value) for name, value in final_weights(again / "epoch_2").items())
+        assert recipe.step == 6
+
+
+def test_more_epochs_go_on(tmp_path, tokenizer_folder):
+    """A finished run of one epoch, resumed with three, is the run of three: nothing here depends on T."""
+    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout={"prob": 0.5}, shuffle=True)
+    train(path, f"output_dir={tmp_path}/whole", "epochs=3")
+    train(path)
+    train(path, "epochs=3", "resume_from_checkpoint=true")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert checkpoints(tmp_path / "out") == ["epoch_0", "epoch_1", "epoch_2"]
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path, tokenizer_folder, caplog):
+    path = finetune_config(tmp_path, tokenizer_folder)
+    train(path)
+    out = tmp_path / "out"
+    before = written(out)
+    with caplog.at_level("INFO", logger=get_logger().name):
+        recipe = train(path, "resume_from_checkpoint=true")
+    assert recipe.step == 2
+    assert written(out) == before
+    assert "All 2 steps are done; for more, set epochs higher." in caplog.messages
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the checkpoint's learning rate wins, and the config's is ignored without a word"
+)
+@pytest.mark.parametrize("scheduler", [None, COSINE], ids=["constant", "cosine"])
+def test_another_learning_rate_counts(scheduler, tmp_path, tokenizer_folder):
+    """It may change, and is what the recipe itself suggests after a loss that is not finite."""
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=2, lr_scheduler=scheduler)
+    train(path)
+    before = losses(tmp_path / "out")
+    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true", "optimizer.lr=1e-4")
+    for step in (3, 4):
+        assert losses(again)[step]["lr"] == pytest.approx(before[step]["lr"] / 10)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tokenizer_folder) -> Path:
+    """The config of a run that has a checkpoint to resume."""
+    path = finetune_config(tmp_path_factory.mktemp("stopped"), tokenizer_folder, epochs=2)
+    train(path, "epochs=1")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "was", "now"),
+    [
+        (["dataset.seq_len=32"], "dataset", "'seq_len': 64", "'seq_len': 32"),
+        (["dataset.max_samples=6"], "dataset", "'max_samples': 8", "'max_samples': 6"),
+        (["early_exit_loss.curriculum=gradual"], "early_exit_loss", "'rotational'", "'gradual'"),
+        (["early_exit_loss.interval=3"], "early_exit_loss", "'interval': 2", "'interval': 3"),
+        (["early_exit_loss=null"], "early_exit_loss", "'rotational'", "None"),
+        (["layer_dropout.prob=0.3"], "layer_dropout", "0.2", "0.3"),
+        (["layer_dropout=null"], "layer_dropout", "{'prob': 0.2}", "None"),
+        (["batch_size=1"], "batch_size x gradient_accumulation_steps x data-parallel ranks", "2", "1"),
+        (["gradient_accumulation_steps=2"], "batch_size x gradient_accumulation_steps x data-parallel ranks", "2", "4"),
+        (["max_steps_per_epoch=3"], "steps in an epoch", "2", "3"),
+        (["shuffle=false"], "shuffle", "None", "False"),
+        (["model.norm_eps=1e-4"], "model", "'num_layers': 4", "'norm_eps': 0.0001"),
+        (["optimizer_in_bwd=true"], "optimizer_in_bwd", "None", "True"),
+        (["loss=torch.nn.CrossEntropyLoss"], "loss", "CEWithChunkedOutputLoss", "CrossEntropyLoss"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_another_run_is_refused(overrides, key, was, now, stopped):
+    """One ValueError that says what it was and what it is now; checkpoints and log stay as they were."""
+    before = written(stopped.parent)
+    with pytest.raises(ValueError) as caught:
+        LayerSkipFinetune(load_config(str(stopped), ["resume_from_checkpoint=true", *overrides])).setup()
+    message = " ".join(str(caught.value).split())
+    assert message.startswith(f"resume_from_checkpoint: {key} was ")
+    said_before, _, said_now = message.partition(" and is ")
+    assert was in said_before and now in said_now.partition(" now. ")[0]
+    assert message.endswith("set resume_from_checkpoint=false and another output_dir")
+    assert written(stopped.parent) == before
+
+
+@pytest.mark.xfail(strict=True, reason="the metric logger is built first, and writes the refused config")
+def test_a_refused_resume_leaves_the_runs_config(stopped):
+    config = stopped.parent / "out" / "torchtune_config.yaml"
+    before = config.read_text()
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: layer_dropout was"):
+        LayerSkipFinetune(load_config(str(stopped), ["resume_from_checkpoint=true", "layer_dropout.prob=0.7"])).setup()
+    assert config.read_text() == before
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpointer makes the folder, and nobody removes it")
+def test_a_finished_run_leaves_no_folder_behind(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder)
+    train(path)
+    train(path, "resume_from_checkpoint=true")
+    assert not (tmp_path / "out" / ".incomplete").exists()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="config.json and tokenizer are copied from the checkpoint resumed from, which is gone by then"
+)
+def test_a_resumed_run_that_threw_its_start_away_still_writes_whole_checkpoints(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, keep_last_n_checkpoints=1)
+    train(path)
+    train(path, "resume_from_checkpoint=true", "epochs=3")
+    assert {file.name for file in (tmp_path / "out" / "epoch_2").iterdir()} >= FILES
+    assert train(path, "resume_from_checkpoint=true", "epochs=4").step == 8
+
+
+def test_a_deeper_model_is_refused(stopped):
+    hf_config = json.dumps(HF_CONFIG | {"num_hidden_layers": 5})
+    overrides = ["resume_from_checkpoint=true", "model.num_layers=5", f"checkpointer.hf_config={hf_config}"]
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: model was .*'num_layers': 4.* and is .*: 5"):
+        LayerSkipFinetune(load_config(str(stopped), overrides)).setup()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the checkpoint's weights are read first")
+def test_another_run_is_refused_before_weights_are_read(stopped, monkeypatch):
+    def load(self, *args, **kwargs):
+        raise AssertionError("the weights are loaded before the mistake is found")
+
+    monkeypatch.setattr(torchtune_checkpointer.FullModelHFCheckpointer, "load_checkpoint", load)
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: shuffle"):
+        LayerSkipFinetune(load_config(str(stopped), ["resume_from_checkpoint=true", "shuffle=false"])).setup()
+
+
+def test_what_may_change_on_resume(stopped, tmp_path):
+    """Logging, saving, clipping, and a batch made otherwise of as many samples."""
+    again = keep_only(stopped.parent / "out", "epoch_0", tmp_path / "again")
+    train(
+        stopped, f"output_dir={again}", "resume_from_checkpoint=true", "batch_size=1", "gradient_accumulation_steps=2",
+        "log_every_n_steps=2", "save_every_n_steps=1", "keep_last_n_checkpoints=2", "clip_grad_norm=1.0",
+    )  # fmt: skip
+    assert sorted(losses(again)) == [4]
+    assert checkpoints(again) == ["step_3", "epoch_1"]
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def run_and_die(path: str, overrides: list[str], call: int, note: str) -> None:
+    """Train, and die by SIGKILL at the `call`-th step of writing checkpoints; a file that is written is left half.
+
+    The name of what was interrupted goes to the file `note`. Runs in a process of its own.
+    """
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    calls = itertools.count(1)
+
+    def wrap(owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            within_shards = name == "save" and not isinstance(args[1], str | Path)
+            if within_shards or next(calls) != call:
+                return function(*args, **kwargs)
+            if name in ("save", "save_file"):
+                function(*args, **kwargs)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            if name == "rmtree" and Path(args[0]).exists():
+                for file in [file for file in Path(args[0]).rglob("*") if file.is_file()][::2]:
+                    file.unlink()
+            if name == "write_data":
+                function(*args, **kwargs).wait()
+            Path(note).write_text(name)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (os, "rename"), (shutil, "rmtree"), (torch, "save"), (torchtune_checkpointer, "save_file"),
+        (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"),
+    ):  # fmt: skip
+        wrap(owner, name)
+    recipe = LayerSkipFinetune(load_config(path, overrides))
+    recipe.setup()
+    recipe.train()
+
+
+def whole_checkpoints(out: Path) -> list[str]:
+    """The names of the checkpoints, each of which must be whole."""
+    for path in [path for path in out.iterdir() if path.name.startswith(("step_", "epoch_"))]:
+        torch.load(path / "recipe_state.pt", weights_only=True)
+        if (path / ".metadata").exists():
+            assert (path / "__0_0.distcp").stat().st_size > 0
+        else:
+            assert FILES <= {file.name for file in path.iterdir()}
+            final_weights(path)
+    return checkpoints(out)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
+def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder):
+    """Run after run, each killed one call later than the one before; all of them together are the whole run."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, epochs=6, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
+        enable_async_checkpointing=asynchronous, **MOVING,
+    )  # fmt: skip
+    train(path, f"output_dir={tmp_path}/whole")
+    whole, out, interrupted = losses(tmp_path / "whole"), tmp_path / "out", []
+    out.mkdir()
+    for call in range(1, 11):  # there are six to eight calls for each checkpoint
+        resume = f"resume_from_checkpoint={'true' if whole_checkpoints(out) else 'false'}"
+        note = tmp_path / "note"
+        child = FORKS.Process(target=run_and_die, args=(str(path), [resume], call, str(note)))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        interrupted.append(note.read_text())
+        assert len(whole_checkpoints(out)) <= 3  # a third one just before the oldest goes
+    assert {"rename", "rmtree", "save"} <= set(interrupted)
+    assert ({"write_data", "finish"} if asynchronous else {"save_file"}) <= set(interrupted)
+    recipe = train(path, "resume_from_checkpoint=true")
+    assert recipe.checkpoints.resumed_from.name != "epoch_5"  # there was something left to do
+    lines = every_line(out)
+    assert {step for step, _ in lines} == set(whole) and len(lines) > len(whole)
+    for step, line in lines:
+        assert line == whole[step]
+    assert checkpoints(out) == ["step_23", "epoch_5"] and not (out / ".incomplete").exists()
+    end = final_weights(tmp_path / "whole" / "epoch_5")
+    assert all(torch.equal(end[name], value) for name, value in final_weights(out / "epoch_5").items())
+
+
+def kill_when(path: Path, overrides: list[str], moment) -> None:
+    """Start the real `tune run` and kill it when `moment()` is true."""
+    tune = str(Path(sys.executable).with_name("tune"))
+    command = [tune, "run", "layerskip_finetune", "--config", str(path), *overrides]
+    process = subprocess.Popen(command, cwd=path.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
+    """Three times: in the middle of a save, then at random; packed data, accumulation, gradual, as a user has it."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
+        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=60, max_steps_per_epoch=None,
+        save_every_n_steps=2, **MOVING,
+    )  # fmt: skip
+    length = "tokenizer.max_seq_len=48"
+    train(path, length, f"output_dir={tmp_path}/whole")
+    whole, out = losses(tmp_path / "whole"), tmp_path / "out"
+    out.mkdir()
+    chance = random.Random(0)
+    for kill in range(3):
+        before = checkpoints(out)
+        # Not before this run has written a checkpoint of its own.
+        wait = chance.uniform(0, 0.2)
+
+        def moment(before=before, wait=wait, kill=kill) -> bool:
+            if len({path.name for path in out.glob("*_*[0-9]")} - set(before)) < 1:
+                return False
+            if kill == 0:
+                return (out / ".incomplete").exists()
+            time.sleep(wait)
+            return True
+
+        kill_when(path, [length, f"resume_from_checkpoint={'true' if before else 'false'}"], moment)
+        assert whole_checkpoints(out)
+    train(path, length, "resume_from_checkpoint=true")
+    lines = every_line(out)
+    assert {step for step, _ in lines} == set(whole)
+    for step, line in lines:
+        assert line == whole[step]
+    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_59"

@@ -1,0 +1,156 @@
+"""`layerskip_benchmark tune=true`: what is predicted, what is measured, and the config that comes out."""
+
+import json
+
+import pytest
+import torch
+from configs import benchmark_config, generate_config, make_checkpoint
+from conftest import make_tiny
+
+from layerskip_recipes import generate, layerskip_decoder
+from layerskip_recipes.config import load_config
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+from layerskip_recipes.recipes.generate import check_config
+from layerskip_recipes.recipes.tuning import acceptance, choose, predict, probes, round_cost, write_config
+
+L = 6
+
+
+def small_layers(model):
+    """Late layers that change little, so that drafts are accepted now and then."""
+    for layer in model.layers[2:]:
+        for parameter in (layer.attn.output_proj.weight, layer.mlp.w2.weight):
+            parameter.data *= 0.3
+    return layerskip_decoder(model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_acceptance_is_that_of_the_positions(temperature):
+    """By hand: at each position sum min(p, q), and products of those that follow each other."""
+    model = small_layers(make_tiny())
+    sampler = Sampler(temperature, top_k=20)
+    prompts, new, longest = [[1, 2, 3], [5, 6, 7, 8]], 12, 4
+    rng = torch.Generator().manual_seed(0)
+    outputs = [
+        generate(model, p, new, temperature=temperature, top_k=20, rng=rng).tokens[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    found = acceptance(model, prompts, outputs, sampler, longest)
+    assert list(found) == [1, 2, 3, 4, 5]
+    for e, reach in found.items():
+        expected = [[] for _ in range(longest)]
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = torch.tensor([prompt + output])
+            with torch.no_grad():
+                logits = [model(tokens)[0], model(tokens, exit_layer=e)[0]]
+            overlap = []
+            for row in range(len(prompt), tokens.shape[1] - 1):
+                if temperature == 0:
+                    overlap.append(float(logits[0][row].argmax() == logits[1][row].argmax()))
+                    continue
+                p, q = (
+                    torch.where(x[row] >= x[row].topk(20).values[-1], x[row], -torch.inf).softmax(-1) for x in logits
+                )
+                overlap.append(torch.minimum(p, q).sum().item())
+            for start in range(len(overlap) - longest + 1):
+                for k in range(longest):
+                    expected[k].append(torch.tensor(overlap[start : start + k + 1]).prod().item())
+        assert reach == pytest.approx([sum(values) / len(values) for values in expected], abs=1e-4)
+        assert 0 < reach[0] <= 1
+    assert found[5][0] > found[1][0]  # the later exit knows more
+
+
+def test_the_prediction_of_tokens_is_what_decoding_does():
+    """Greedy, over many rounds: 1 + the sum of the reach is near the tokens that a round gave."""
+    model = small_layers(make_tiny())
+    prompts = [[i, i + 1, i + 2] for i in range(1, 60, 4)]
+    outputs = [generate(model, p, 60).tokens[0, 3:].tolist() for p in prompts]
+    reach = acceptance(model, prompts, outputs, Sampler(0.0))[4]
+    stats = [generate(model, p, 60, exit_layer=4, num_speculations=3).stats for p in prompts]
+    measured = sum(s.tokens - s.rows for s in stats) / sum(s.rounds for s in stats)
+    assert 1.2 < measured < 3.9
+    assert 1 + sum(reach[:3]) == pytest.approx(measured, rel=0.1)
+
+
+def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
+    """Layers of 1 ms, a head of 2, a verified position of 0.1 of a layer: seconds by the formula."""
+
+    def seconds(e, d):
+        return 1e-3 * (d * (e + 2) + (32 - e) * (1 + 0.1 * d) + 5)
+
+    cost = round_cost({pair: seconds(*pair) for pair in probes(32)})
+    reach = {e: [min(0.3 + 0.02 * e, 1) ** k for k in range(1, 13)] for e in range(1, 32)}
+    ranked = predict(reach, cost, step_s=0.036)
+    best = max(
+        ((e, d) for e in reach for d in range(1, 13)), key=lambda p: (1 + sum(reach[p[0]][: p[1]])) / seconds(*p)
+    )
+    assert (ranked[0].exit_layer, ranked[0].num_speculations) == best
+    first = ranked[0]
+    assert first.round_s == pytest.approx(seconds(*best))
+    assert first.speedup == pytest.approx(0.036 * (1 + sum(reach[best[0]][: best[1]])) / seconds(*best))
+    assert [pair.speedup for pair in ranked] == sorted((pair.speedup for pair in ranked), reverse=True)
+    chosen = choose(ranked, 4)
+    assert chosen[0] == first and len(chosen) == 4
+    for a in chosen:
+        for b in chosen:
+            assert a == b or a.exit_layer != b.exit_layer or abs(a.num_speculations - b.num_speculations) >= 3
+
+
+@pytest.mark.parametrize("best", [{"exit_layer": 3, "num_speculations": 5, "threshold": "auto"}, None])
+def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder):
+    """It loads, validates, keeps the user's keys, and sets the choice; null where nothing pays."""
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path, checkpoint, max_new_tokens=17)
+    write_config(tmp_path / "a" / "tuned.yaml", str(user), best, "because")
+    cfg = load_config(str(tmp_path / "a" / "tuned.yaml"))
+    check_config(cfg)
+    assert cfg.max_new_tokens == 17
+    assert cfg.self_speculation is None if best is None else cfg.self_speculation.exit_layer == 3
+    assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
+
+
+def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer_folder, capsys):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path / "user", checkpoint)
+    path = benchmark_config(
+        tmp_path, checkpoint, tune=True, tune_extends=str(user), max_new_tokens=24, temperatures=[0.0], repeats=1
+    )
+    recipe = LayerSkipBenchmark(load_config(str(path)))
+    recipe.setup()
+    recipe.tune()
+    report = recipe.benchmark()
+    rows = {row["name"]: row["speedup"]["median"] for row in report["results"] if row["kind"] == "variant"}
+    assert set(rows) == set(recipe.tuned) and any(name.endswith("_auto") for name in rows)
+    fastest = max(rows, key=rows.get)
+    cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
+    if rows[fastest] > 1:
+        assert dict(cfg.self_speculation) == {**load_config(str(user)).self_speculation, **recipe.tuned[fastest]}
+    else:
+        assert cfg.self_speculation is None
+    out = capsys.readouterr().out
+    assert "predicted" in out and "measured" in out
+    assert json.loads((tmp_path / "report" / "benchmark.json").read_text())["results"] == json.loads(
+        json.dumps(report["results"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tune_extends": None}, "^tune: True needs .*tune_extends=quickstart/generate"),
+        ({"tune_extends": "quickstart/generat"}, "^tune_extends: .*Nearest: quickstart/generate"),
+        ({"tune": 3}, "^tune: 3"),
+    ],
+)
+def test_mistakes(changes, message, tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    settings = {"tune": True, "tune_extends": "quickstart/generate"} | changes
+    with pytest.raises(ValueError, match=message):
+        LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
+
+
+def test_outputs_that_are_too_short(tmp_path, tokenizer_folder):
+    model = small_layers(make_tiny())
+    with pytest.raises(ValueError, match="max_new_tokens: no output has 13 tokens"):
+        acceptance(model, [[1, 2]], [[3, 4, 5]], Sampler(0.0))
