@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_errors import check
 from test_finetune import losses, read_log, train
+from test_resume import few_texts  # noqa: F401  a fixture of every test here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config as tune_config
