@@ -212,37 +212,36 @@ class _ExitLosses(torch.autograd.Function):
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
         leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
         # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
-        head_grads = [torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) for p in trained]
+        sums = [
+            torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) if p.requires_grad else None
+            for p in leaves
+        ]
         hidden_grads = []
         per_exit = []
         # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
             for weight, x in zip(weights, hidden, strict=True):
-                trains = wants_gradient and weight > 0 and (x.requires_grad or bool(trained))
+                trains = wants_gradient and weight > 0
                 x_grad = torch.zeros_like(x) if trains else None
                 exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
                 size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
                 for start in range(0, x.shape[0], size):
                     rows = slice(start, start + size)
-                    with torch.set_grad_enabled(trains):
-                        chunk = x[rows].detach().requires_grad_(trains)
-                        chunk_sum = loss.sum_of_chunk(head(chunk), labels[rows])
-                        if trains:
-                            grads = torch.autograd.grad(chunk_sum * (weight / count), [chunk, *trained])
-                            x_grad[rows] = grads[0]
-                            for total, grad in zip(head_grads, grads[1:], strict=True):
-                                total += grad
-                    exit_sum += chunk_sum.detach()
+                    if trains:
+                        chunk_sum, x_grad[rows] = _with_gradient(
+                            loss, head, leaves, sums, x[rows], labels[rows], weight / count
+                        )
+                    else:
+                        chunk_sum = loss.sum_of_chunk(head(x[rows]), labels[rows])
+                    exit_sum += chunk_sum
                 per_exit.append(exit_sum / count)
                 hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
         total = (per_exit * torch.tensor(weights, device=per_exit.device)).sum()
-        summed = iter(head_grads)
-        parameter_grads = (next(summed).to(p.dtype) if p.requires_grad else None for p in leaves)
-        ctx.grads = (*parameter_grads, *hidden_grads)
+        head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, leaves, strict=True))
+        ctx.grads = (*head_grads, *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
         return total, per_exit
 
@@ -251,3 +250,38 @@ class _ExitLosses(torch.autograd.Function):
         # In place, and then let go: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
         return (None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
+
+
+@torch.enable_grad()
+def _with_gradient(
+    loss: EarlyExitLoss,
+    head: Head,
+    leaves: list[torch.Tensor],
+    sums: list[torch.Tensor | None],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one chunk x [n, d], and the gradient of scale * loss by x.
+
+    The gradient by the head's leaves is added to `sums`, which has None for the frozen ones.
+    """
+    x = x.detach().requires_grad_()
+    h = head.normed(x)
+    apart = head.matrix  # a plain matrix: its gradient adds up in place, without a tensor of its size for each chunk
+    if apart is None:
+        chunk_sum = loss.sum_of_chunk(head.unembed(h), labels)
+        end, grad = chunk_sum, scale
+    else:
+        logits = head.unembed(h.detach()).detach().requires_grad_()
+        chunk_sum = loss.sum_of_chunk(logits, labels)
+        (of_logits,) = torch.autograd.grad(chunk_sum, logits, scale)
+        with torch.no_grad():
+            if sums[apart] is not None:
+                sums[apart].addmm_(of_logits.T, h)
+            end, grad = h, of_logits @ leaves[apart]
+    others = [i for i, total in enumerate(sums) if total is not None and i != apart]
+    x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
+    for i, of_leaf in zip(others, grads, strict=True):
+        sums[i] += of_leaf
+    return chunk_sum.detach(), x_grad

@@ -51,11 +51,23 @@ class Head:
             for (module, name), value in zip(self._places, own, strict=True):
                 module._parameters[name] = value
 
+    @property
+    def matrix(self) -> int | None:
+        """Where in `parameters` the output's matrix is, if the output is nothing but a product with it."""
+        plain = self.tied or (type(self.output) is nn.Linear and self.output.bias is None)
+        return self._places.index((self.output, "weight")) if plain else None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [n, v] in fp32 of hidden states [n, d]."""
-        h = self.norm.forward(x.unsqueeze(0))  # a batch of one: some heads want [b, s, d]
-        logits = F.linear(h, self.output.weight) if self.tied else self.output.forward(h)
-        return logits.squeeze(0).float()
+        return self.unembed(self.normed(x)).float()
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm of x [n, d]."""
+        return self.norm.forward(x.unsqueeze(0)).squeeze(0)  # a batch of one: some heads want [b, s, d]
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits [n, v] of normed states h [n, d]."""
+        return F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

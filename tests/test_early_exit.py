@@ -383,8 +383,8 @@ def test_logits_exist_one_chunk_at_a_time(family, layers, chunks, most, monkeypa
     model = layerskip_decoder(make_tiny(family))
     tokens, labels = batch(rows=4, length=30)
     rows_at_the_head = []
-    call = Head.__call__
-    monkeypatch.setattr(Head, "__call__", lambda self, x: rows_at_the_head.append(len(x)) or call(self, x))
+    unembed = Head.unembed
+    monkeypatch.setattr(Head, "unembed", lambda self, h: rows_at_the_head.append(len(h)) or unembed(self, h))
 
     class Saved:
         def __init__(self, tensor):

@@ -415,7 +415,7 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     """Three times: in the middle of a save, then at random; packed data, accumulation, gradual, as a user has it."""
     path = finetune_config(
         tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
-        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=60, max_steps_per_epoch=None,
+        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=25, max_steps_per_epoch=None,
         save_every_n_steps=2, **MOVING,
     )  # fmt: skip
     length = "tokenizer.max_seq_len=48"
@@ -443,4 +443,4 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     assert {step for step, _ in lines} == set(whole)
     for step, line in lines:
         assert line == whole[step]
-    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_59"
+    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_24"
