@@ -130,7 +130,8 @@ def finetuned(tmp_path_factory):
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
         *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}", "dataset.seq_len=128"),
-        *("max_steps_per_epoch=24", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
+        *("epochs=1", "max_steps_per_epoch=24", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
+        *("batch_size=2", "optimizer.lr=1e-4"),
         cwd=out,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -145,7 +146,7 @@ def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
         key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])]
         for key in ("loss_exit_6", "loss_final")
     }
-    # Untrained, exit 6 is at about 20 nats; the 240 steps of the config bring it below 9.
+    # Untrained, exit 6 is at about 20 nats; the steps of the config bring it to a third of that.
     assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 3
     assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5
 
