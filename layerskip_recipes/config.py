@@ -250,6 +250,10 @@ def main_of(steps: Callable[[], None]) -> None:
         if not is_ours(e):
             raise
         fail(e)
+    except RuntimeError as e:
+        if "Connection closed by peer" not in str(e):
+            raise
+        sys.exit(1)  # another rank ended, and said why
 
 
 def fail(error: ValueError) -> NoReturn:

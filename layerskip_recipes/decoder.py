@@ -10,6 +10,7 @@ Shapes: b batch, s sequence, d embedding, v vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,11 @@ class LayerSkipDecoder(TransformerDecoder):
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
         self.training = base.training
-        # QLoRA builders hang the hook that unpacks NF4 weights on the decoder itself.
+        # QLoRA builders hang the hook that unpacks NF4 weights on the decoder itself, and always unpack to bf16.
         self._state_dict_hooks.update(base._state_dict_hooks)
+        for hook in self._state_dict_hooks.values():
+            if isinstance(hook, partial):
+                hook.keywords["dtype"] = base.tok_embeddings.weight.dtype
         self.layer_dropout = layer_dropout
         # True while a generation engine has its own caches in the attention layers (kv_cache.py).
         self.decoding = False

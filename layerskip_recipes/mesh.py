@@ -23,6 +23,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.distributed import check_processes, num_processes, parallelize, tensor_parallel_plan
@@ -76,6 +77,11 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     """
     processes = num_processes()
     tensor = check_processes(OmegaConf.merge(cfg, {"tensor_parallel_dim": cfg.get("tensor_parallel_dim") or 1}), model)
+    if tensor > 1 and adapter_names(model):
+        raise ValueError(
+            f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
+            "(FSDP shards); for example tensor_parallel_dim=1"
+        )
     replicate, shard = cfg.get("data_parallel_replicate_dim") or 1, cfg.get("data_parallel_shard_dim") or -1
     check_number("data_parallel_replicate_dim", replicate, minimum=1, example=2)
     if shard != -1:
@@ -126,22 +132,24 @@ def rank_zero_first():
         dist.barrier()
 
 
-def checkpoint_layers(model: LayerSkipDecoder, every: int = 1) -> None:
-    """Activation checkpointing of each `every`-th layer: its activations are computed again in the backward pass."""
-    for layer in range(every - 1, len(model.layers), every):
+def checkpoint_layers(model: LayerSkipDecoder, every: int) -> None:
+    """Activation checkpointing of each `every`-th layer (0: none): the backward pass computes its activations again."""
+    for layer in range(every - 1, len(model.layers), every) if every else ():
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
 
 
-def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh) -> None:
+def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh, checkpoint_every: int) -> None:
     """Cut a decoder on the meta device into the parts of the ranks: matrices first, then what each rank keeps.
 
     Args:
-        model: changed in place; its wrappers for activation checkpointing are there already.
+        model: changed in place.
         cfg: `custom_sharded_layers`, `fsdp_cpu_offload`, `fsdp_reshard_after_forward`, `tensor_parallel_plan`.
         mesh: of several processes.
+        checkpoint_every: as for `checkpoint_layers`; between the two, since a plan names modules without wrappers.
     """
     if mesh.tensor > 1:
         parallelize(model, mesh.devices[TENSOR_PARALLEL], tensor_parallel_plan(cfg))
+    checkpoint_layers(model, checkpoint_every)
     if mesh.data_size > 1:
         named = list(cfg.get("custom_sharded_layers") or [])
         training.shard_model(
@@ -211,6 +219,8 @@ def alike(parameters: Any) -> list[list[nn.Parameter]]:
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """`torch.nn.utils.clip_grad_norm_` for parameters of several meshes. Returns the norm over all of them."""
     with_gradient = [p for p in model.parameters() if p.grad is not None]
+    if not with_gradient:  # all layers with adapters were dropped
+        return torch.zeros((), device=next(model.parameters()).device)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in alike(with_gradient)]
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     if math.isfinite(max_norm):

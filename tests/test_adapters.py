@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from configs import HF_CONFIG, SIZE, finetune_config, generate_config
+from configs import HF_CONFIG, SIZE, finetune_config, generate_config, make_checkpoint
 from conftest import run_tune
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -264,25 +264,24 @@ def test_no_gradient_of_the_frozen_head_is_computed(family, tmp_path, tokenizer_
     assert count_head_gradients(full) > 0
 
 
-def test_the_loss_asks_for_gradients_of_adapters_only(tmp_path, tokenizer_folder, monkeypatch):
+@pytest.mark.parametrize(("family", "builder"), [("llama3_2", {}), ("llama2", {"apply_lora_to_output": True})])
+def test_the_loss_asks_for_gradients_of_adapters_only(family, builder, tmp_path, tokenizer_folder, monkeypatch):
     """Of the hidden states, and of the head's adapter if it has one: never of the head and the norm."""
-    asked = []
-    grad = torch.autograd.grad
+    make_start(tmp_path / "start", family, tokenizer_folder)
+    path = adapter_config(tmp_path, tokenizer_folder, family, tmp_path / "start", builder, max_steps_per_epoch=1)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    name_of = {p.untyped_storage().data_ptr(): name for name, p in recipe.model.named_parameters()}
+    asked, grad = set(), torch.autograd.grad
 
     def recorded(outputs, inputs, *args, **kwargs):
-        asked.append([tuple(x.shape) for x in inputs])
+        for x in inputs if isinstance(inputs, list | tuple) else [inputs]:
+            asked.add(name_of.get(x.untyped_storage().data_ptr(), "hidden state"))
         return grad(outputs, inputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", recorded)
-    for family, builder, head in (
-        ("llama3_2", {}, []),
-        ("llama2", {"apply_lora_to_output": True}, [(3, 32), (300, 3)]),
-    ):
-        folder = tmp_path / family
-        make_start(folder / "start", family, tokenizer_folder)
-        train(adapter_config(folder, tokenizer_folder, family, folder / "start", builder, max_steps_per_epoch=1))
-        assert asked and all(sorted(shapes[1:]) == head and shapes[0][1] == 32 for shapes in asked)
-        asked.clear()
+    recipe.train()
+    assert asked == {"hidden state"} | ({"output.lora_a.weight", "output.lora_b.weight"} if builder else set())
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -416,12 +415,16 @@ def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(trained, t
     folder = generate_with(trained, tmp_path / "folder", trained.checkpoint)
     file = generate_with(trained, tmp_path / "file", trained.checkpoint / "adapter_model.pt")
     tokens = tokens_of(merged, "self_speculation=null")
-    assert len(set(tokens)) > 3
+    assert len(set(tokens)) > 2
     for path in (folder, file):
         assert tokens_of(path) == tokens_of(path, "self_speculation=null") == tokens
     early = ["self_speculation=null", "exit_layer=2"]
     assert tokens_of(folder, *early) == tokens_of(merged, *early) != tokens
-    context = list(LayerSkipGenerate(load_config(str(merged))).prompt_tokens[0])
+    recipe = LayerSkipGenerate(load_config(str(folder)))
+    recipe.setup()
+    for name, value in recipe.model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
+    context = list(recipe.prompt_tokens[0])
     prompt = len(context)
     for _ in tokens:
         with torch.no_grad():
@@ -525,16 +528,15 @@ def test_qlora_trains_adapters_on_nf4_weights(quantised):
             )
 
 
-def test_qloras_merged_checkpoint_is_the_formula_rounded_to_bf16(quantised):
-    """torchtune unpacks NF4 weights for a checkpoint in bf16: W and the sum may each be off by half of its last bit."""
+def test_qloras_merged_checkpoint_is_the_formula(quantised):
+    """With the NF4 weights unpacked, in the run's dtype."""
     merged, expected = read_hf(quantised.checkpoint, "llama3_2"), by_hand(quantised.start, quantised.adapters)
     assert set(merged) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(merged[name].float(), value, atol=2**-8, rtol=2**-7)
+        torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5)
         assert not torch.equal(value, quantised.start[name]) or name not in quantised.packed
 
 
-@pytest.mark.xfail(strict=True, reason="an fp32 run saves what was NF4 in bf16: other logits, two dtypes in a file")
 def test_qloras_merged_checkpoint_has_the_trained_models_logits(quantised):
     merged = read_hf(quantised.checkpoint, "llama3_2")
     quantised.recipe.model.eval()
@@ -620,6 +622,17 @@ def test_resume_gives_the_losses_of_the_run_that_never_stopped(family, builder, 
     assert losses(out) == {step: whole[step] for step in (3, 4, 5, 6)}
     again = torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
     assert set(again) == set(end) and all(torch.equal(again[name], end[name]) for name in end)
+
+
+@pytest.mark.xfail(strict=True, reason="nothing in the checkpoint says which weights its adapters belong to")
+def test_resume_on_other_weights_is_refused(tmp_path, tokenizer_folder):
+    """The adapters were trained on others."""
+    make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
+    make_checkpoint(tmp_path / "other", tokenizer_folder)
+    path = adapter_config(tmp_path, tokenizer_folder, "llama3_2", tmp_path / "start")
+    train(path)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint_dir.*start.*other"):
+        train(path, "resume_from_checkpoint=true", "epochs=2", f"checkpointer.checkpoint_dir={tmp_path}/other")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

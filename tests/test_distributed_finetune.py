@@ -5,6 +5,7 @@ The main case goes through `tune run`. The others would spend their time on its 
 each with the environment that torchrun gives them. Everything is run when a test first asks for it, once.
 """
 
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -82,12 +83,14 @@ CASES = {
     "LoRA": ("lora", 2, []),
     "DoRA": ("dora", 2, []),
     "QLoRA": ("qlora", 2, []),
-    "TP": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4"]),
+    "TP, fused": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "optimizer.fused=true"]),
+    "TP, checkpointed": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "ac_mode=full", *FEW]),
     "TP, tied, dropout": ("dropped", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
 }
-# name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes)
+# name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes,
+# overrides)
 RESUMED = {
     "1 to 2, whole": (None, "tied", "epoch_0", 2),
     "1 to 2, shards": (None, "tied", "step_8", 2),
@@ -98,6 +101,7 @@ RESUMED = {
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
+    "2 to 2, FSDP to TP": ("untied", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }
 L, PROB, SEED = SIZE["num_layers"], 0.6, 7
 # name: (overrides, how rank 0's last line begins, and what it says after that); rank 1 meets the last two not itself
@@ -254,34 +258,33 @@ def free_port():
 
 
 def rank(folder, job, number, port):
-    """One process of a job; what it prints goes to NAME.rankN.txt."""
+    """One process of a job; what it prints goes to NAME.rankN.txt. One that hangs says where, and ends."""
     world = str(job["processes"])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": world, "RANK": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": world, "LOCAL_RANK": str(number)}
     said = os.open(folder / f"{job['name']}.rank{number}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     RANKS[job["what"]](folder, *job["arguments"])
     distributed.end_processes()
 
 
 def launch(folder):
-    """Run the jobs of stdin. As under torchrun, a rank that fails ends the others. Writes one line for each job."""
+    """Run the jobs of stdin. As under torchrun, a rank that fails ends the others. Writes each job's exit codes."""
     fork = multiprocessing.get_context("fork")
     for job in map(json.loads, sys.stdin):
-        port, started, hung = free_port(), time.perf_counter(), False
+        port = free_port()
         ranks = [fork.Process(target=rank, args=(folder, job, number, port)) for number in range(job["processes"])]
         for process in ranks:
             process.start()
         while any(process.is_alive() for process in ranks):
             time.sleep(0.02)
-            hung = time.perf_counter() - started > LIMIT
-            if hung or any(process.exitcode for process in ranks):
+            if any(process.exitcode for process in ranks):
                 for process in ranks:
+                    process.join(3)  # many fail alike, and are not to be cut short
                     process.terminate()
-                    process.join(5)
-                    process.kill()
-        print(json.dumps({"codes": [process.exitcode for process in ranks], "hung": hung}), flush=True)
+        print(json.dumps([process.exitcode for process in ranks]), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the runs
@@ -385,9 +388,9 @@ def on_ranks(folder):
         if name not in done:
             job = {"name": name, "processes": processes, "what": what, "arguments": [*map(str, arguments)]}
             print(json.dumps(job), file=process.stdin, flush=True)
-            answer = next(line for line in process.stdout if line.startswith("{"))
+            codes = next(json.loads(line) for line in process.stdout if line.startswith("["))
             said = [(folder / f"{name}.rank{number}.txt").read_text() for number in range(processes)]
-            done[name] = SimpleNamespace(**json.loads(answer), said=said)
+            done[name] = SimpleNamespace(codes=codes, said=said)
         return done[name]
 
     yield run
@@ -396,7 +399,6 @@ def on_ranks(folder):
 
 
 def went_well(job):
-    assert not job.hung, job.said
     assert set(job.codes) == {0}, "\n".join(job.said)[-4000:]
 
 
@@ -477,26 +479,34 @@ def same_weights(one, other):
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("name", CASES)
+def but(known, names):
+    """The names as parameters, of which some are known to fail."""
+    return [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=known[n]) if n in known else ()) for n in names]
+
+
+TP_CHECKPOINTED = {"TP, checkpointed": "layers are wrapped before the plan looks for them by name"}
+BF16 = {"QLoRA": "one process writes the unpacked weights in bf16, several in fp32"}
+GROUPS = {"2 to 2, FSDP to TP": "the shards have one group of parameters, and two are looked for"}
+
+
+@pytest.mark.parametrize("name", but(TP_CHECKPOINTED, CASES))
 def test_no_split_changes_the_losses(several, name):
     """Nor anything else that is logged, in 20 steps or a few."""
     same_losses(*several(name), range(1, 5 if FEW[0] in CASES[name][2] else 21))
 
 
-BF16 = pytest.mark.xfail(strict=True, reason="one process writes the unpacked weights in bf16, several in fp32")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=BF16 if name == "QLoRA" else ()) for name in CASES])
+@pytest.mark.parametrize("name", but(TP_CHECKPOINTED | BF16, CASES))
 def test_no_split_changes_the_weights_at_the_end(several, name):
     same_weights(*several(name))
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resume_with_another_number_of_processes(one, several, on_ranks, name):
-    case, kind, checkpoint, processes = RESUMED[name]
+@pytest.mark.parametrize("name", but(GROUPS, RESUMED))
+def test_resume_with_other_processes(one, several, on_ranks, name):
+    case, kind, checkpoint, processes, *overrides = RESUMED[name]
     alone = one(kind)
     out = rewound(several(case)[1] if case else alone, checkpoint, alone.parent / name)
-    path, overrides = alone.parent / "finetune.yaml", [f"output_dir={out}", "resume_from_checkpoint=true"]
+    path = alone.parent / "finetune.yaml"
+    overrides += [f"output_dir={out}", "resume_from_checkpoint=true"]
     if processes == 1:
         train(path, "batch_size=4", *overrides)
     else:
@@ -615,7 +625,9 @@ def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, on_ranks):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-FOLLOWS = pytest.mark.xfail(reason="rank 1, which waits for rank 0, prints a traceback of gloo's lost connection")
+FOLLOWS = pytest.mark.xfail(
+    strict=True, reason="rank 1 waits for rank 0, and prints the traceback of a lost connection"
+)
 
 
 @pytest.fixture(scope="module")
@@ -641,7 +653,7 @@ def test_a_wrong_setting_is_one_line(folder, wrong, name):
     *before, last = job.said[0].splitlines()
     assert last.startswith("ValueError: " + begins) and then in last
     assert not any("Error" in line or "Traceback" in line for line in before)
-    assert job.codes[0] == 1 and not job.hung
+    assert job.codes[0] == 1
     if name not in RANK_ZERO_ALONE:
         assert job.codes[1] == 1 and job.said[1] == job.said[0]
     assert name == "other model" or not (folder / "wrong" / name).exists()

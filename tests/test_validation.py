@@ -509,6 +509,7 @@ BAD = [
         (f"layers_val={value}", "layers_val", shown, "Allowed: indices 0..3 and slices")
         for value, shown in {"9": "9", "null": "None", "[]": "[]", "first": "'first'", "2:2": "2:2"}.items()
     ),
+    ("dataset_val=null; layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
     ("dataset_val=3", "dataset_val", "3", "_component_"),
     ("dataset_val=[]", "dataset_val", "[]", "_component_"),
     ("dataset_val=heldout", "dataset_val._component_", "'heldout'", ""),

@@ -61,16 +61,15 @@ def build_model(
             ckpt.check_state_dict(meta, state)
     if cfg.get("compile"):
         training.compile_model(model, verbose=False)
-    every = layers_to_checkpoint(cfg)
-    if every:
-        meshes.checkpoint_layers(model, every)
     if several:
-        meshes.split(model, cfg, mesh)
+        meshes.split(model, cfg, mesh, layers_to_checkpoint(cfg))
         meshes.load(model, state or {}, device, dtype, offload=bool(cfg.get("fsdp_cpu_offload")))
-    elif state is None:
-        initialised(cfg, model)
     else:
-        model.load_state_dict(state)
+        meshes.checkpoint_layers(model, layers_to_checkpoint(cfg))
+        if state is None:
+            initialised(cfg, model)
+        else:
+            model.load_state_dict(state)
     return model.train()
 
 
@@ -138,14 +137,17 @@ class Optimizers:
 
     def state_dict(self, whole: bool) -> dict[str, Any]:
         """By parameter name: whole tensors on rank 0's CPU, or this rank's shards. On all ranks."""
-        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+        # Flattened, shards do not depend on how the parameters are grouped.
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=not whole)
         with meshes.quiet():
             return get_optimizer_state_dict(self.model, self.all, options=options)
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True) -> None:
         """Take up what `state_dict` gave, however many ranks it came from. On all ranks."""
         options = StateDictOptions(
-            full_state_dict=whole, broadcast_from_rank0=whole and torch.distributed.is_initialized()
+            full_state_dict=whole,
+            broadcast_from_rank0=whole and torch.distributed.is_initialized(),
+            flatten_optimizer_state_dict=not whole,
         )
         with meshes.quiet():
             set_optimizer_state_dict(self.model, self.all, state, options=options)
