@@ -3,18 +3,20 @@
 A model has adapters if its modules do; the recipe trains those, and everything else of it is frozen.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from safetensors.torch import load_file
+from omegaconf import DictConfig, ListConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
+from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.config import component_parameters
 
 ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
@@ -112,9 +114,48 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def correct_peft_form(folder: Path, model_type: str) -> None:
+    """Mend what torchtune 0.6.1 writes for PEFT: rows of q and k in Hugging Face's order, as their weights are.
+
+    It reorders B of every family, where Qwen2's weights are in that order already, and never DoRA's magnitudes.
+
+    Args:
+        folder: a checkpoint's, with PEFT's two files or without.
+        model_type: torchtune's name of the family.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        return
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    state = load_file(file)
+    for name, value in state.items():
+        count = next((number for module, number in heads.items() if module in name), None)
+        if count is None:
+            continue
+        if model_type == "QWEN2" and "lora_B" in name:
+            state[name] = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape).contiguous()
+        elif model_type != "QWEN2" and "magnitude" in name:
+            state[name] = value.view(count, -1, 2).transpose(1, 2).reshape(value.shape).contiguous()
+    save_file(state, file, metadata={"format": "pt"})
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether weights are NF4, as in QLoRA."""
     return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
+
+
+def check_lora_arguments(cfg: DictConfig) -> None:
+    """Raises a ValueError for a LoRA builder's arguments that torchtune itself stumbles over, or ignores."""
+    section = cfg.get("model")
+    section = section.get("base") or section if isinstance(section, DictConfig) else {}
+    check_number("model.lora_rank", section.get("lora_rank"), minimum=1, optional=True, example=8)
+    check_number(
+        "model.lora_alpha", section.get("lora_alpha"), minimum=0, above=True, integer=False, optional=True, example=16
+    )
+    modules = section.get("lora_attn_modules")
+    for name in modules if isinstance(modules, ListConfig) else ():
+        check_choice("model.lora_attn_modules", name, ("q_proj", "k_proj", "v_proj", "output_proj"))
 
 
 def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
@@ -154,6 +195,15 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune"
         ) from e
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
+    described, own = file.with_name("adapter_config.json"), adapter_config(model)
+    alpha = json.loads(described.read_text()).get("lora_alpha") if described.exists() else None
+    if alpha is not None and alpha != own["lora_alpha"]:
+        raise ValueError(
+            f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
+            f"example model.lora_alpha={alpha}"
+        )
     expected = get_adapter_params(model)
     for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
         if names:

@@ -21,7 +21,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from layerskip_recipes.adapters import adapter_names, read_adapters, without_adapters
 from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.settings import build
+from layerskip_recipes.settings import build, build_on_meta
 
 
 def is_scratch(section: DictConfig) -> bool:
@@ -70,10 +70,11 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
     if adapters is not None:
         check_text("checkpointer.adapter_checkpoint", adapters, "${output_dir}/epoch_0")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
-        has, lacks = ("adapters", "no file of them") if adapters is None else ("no adapters", "a file of them")
+        has = "adapters" if adapters is None else "no adapters"
         raise ValueError(
-            f"checkpointer.adapter_checkpoint: {adapters!r}, and the model of {cfg.model._component_} has {has}, so "
-            f"there is {lacks}. Give both, such as checkpointer.adapter_checkpoint=${{output_dir}}/epoch_0, or neither"
+            f"checkpointer.adapter_checkpoint: {adapters!r} does not fit the model of {cfg.model._component_}, which "
+            f"has {has}. Allowed: a LoRA model and its adapters, such as "
+            "checkpointer.adapter_checkpoint=${output_dir}/epoch_0, or neither"
         )
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
@@ -247,6 +248,7 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
     """
     checkpointer = reading_checkpointer(cfg)
     quantizer = build(cfg.get("quantizer"), "quantizer")
+    adapters = adapter_state(cfg, build_on_meta(cfg))
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
     state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
     with training.set_default_dtype(dtype), device:
@@ -255,7 +257,7 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
         model = quantizer.quantize(model).to(device=device, dtype=dtype)
         model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return model.eval()
-    state = with_adapters(cfg, model, state)
+    state = {**state, **adapters}
     check_state_dict(model, state)
     model.load_state_dict(state)
     without_adapters(model)
@@ -271,12 +273,10 @@ def reading_checkpointer(cfg: DictConfig) -> Any:
         return build(section, "checkpointer", output_dir=nowhere)
 
 
-def with_adapters(
-    cfg: DictConfig, model: LayerSkipDecoder, state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A checkpoint's state with the adapters of `checkpointer.adapter_checkpoint`, if the config names any."""
-    adapters = cfg.checkpointer.get("adapter_checkpoint")
-    return {**state, **(read_adapters(adapters, model) if adapters is not None else {})}
+def adapter_state(cfg: DictConfig, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters of `checkpointer.adapter_checkpoint`, for a model on any device; empty if the config names none."""
+    path = cfg.checkpointer.get("adapter_checkpoint")
+    return read_adapters(path, model) if path is not None else {}
 
 
 def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.nn.Module:

@@ -28,7 +28,7 @@ from torchtune import training
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.adapters import adapter_config, adapter_names, merged, without_adapters
-from layerskip_recipes.checkpoint import check_state_dict, read_weights, reading_checkpointer, with_adapters
+from layerskip_recipes.checkpoint import adapter_state, check_state_dict, read_weights, reading_checkpointer
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build, build_on_meta
@@ -156,7 +156,8 @@ def load_sharded_decoder(
         model = layerskip_decoder(build_on_meta(cfg))
     dim, state = check_processes(cfg, model), {}
     if is_rank_zero():
-        state = with_adapters(cfg, model, read_weights(reading_checkpointer(cfg)))
+        adapters = adapter_state(cfg, model)
+        state = {**read_weights(reading_checkpointer(cfg)), **adapters}
         check_state_dict(model, state)
         if adapter_names(model):
             state = merged(state, adapter_config(model))

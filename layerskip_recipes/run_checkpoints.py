@@ -7,6 +7,7 @@ writes its shards in the background (torch.distributed.checkpoint), only to resu
 
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torchtune import training
 
-from layerskip_recipes.adapters import ADAPTER_FILE
+from layerskip_recipes.adapters import ADAPTER_FILE, correct_peft_form
 from layerskip_recipes.checkpoint import checkpoint_files, is_scratch, read_weights
 from layerskip_recipes.distributed import is_rank_zero
 from layerskip_recipes.settings import build
@@ -27,6 +28,7 @@ from layerskip_recipes.settings import build
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
 REPLACED = "replaced_"
+WRITTEN = "written"  # when, in seconds: the files' own times do not survive a copy
 SHARDED = ".metadata"  # the file by which a checkpoint of shards is known
 
 Weights = Mapping[str, torch.Tensor]
@@ -74,34 +76,37 @@ class Checkpoints:
         if is_rank_zero():
             self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
 
-    def load(self) -> tuple[Weights | None, Weights | None, dict[str, Any] | None]:
-        """What the run starts from; of the weights and the optimizer rank 0 alone gets more than empty mappings.
+    def load_state(self) -> dict[str, Any] | None:
+        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0."""
+        if self.resumed_from is None:
+            return None
+        state: dict[str, Any] = {}
+        if is_rank_zero():
+            state = torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
+        optimizer = state.pop(training.OPT_KEY, None) or {}
+        if dist.is_initialized():
+            shared = [state]
+            dist.broadcast_object_list(shared, src=0)
+            state = shared[0]
+        return state | {training.OPT_KEY: optimizer}
+
+    def load_weights(self) -> tuple[Weights | None, Weights | None]:
+        """What the run starts from; other ranks than 0 get empty mappings.
 
         Returns:
-            The model's weights (None from scratch, and when the shards will bring them), the adapters' (None if fresh),
-            and the recipe's state (None unless resuming).
+            The model's weights (None from scratch) and the adapters' (None if fresh).
         """
         weights: Weights | None = None if self.from_scratch else {}
-        adapters, state = None, None
+        adapters = None
         if is_rank_zero():
             if self.from_scratch:
                 # A file that is written needs a place for each key: all go into the first shard.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
             else:
                 weights = read_weights(self._checkpointer)
-        if self.resumed_from is not None:
-            state = {}
-            if is_rank_zero():
-                state = torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
-            optimizer = state.pop(training.OPT_KEY, None) or {}
-            if dist.is_initialized():
-                shared = [state]
-                dist.broadcast_object_list(shared, src=0)
-                state = shared[0]
-            state[training.OPT_KEY] = optimizer
-            if self.adapters and not self.sharded:
-                adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
-        return weights, adapters, state
+        if self.adapters and self.resumed_from is not None and not self.sharded:
+            adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
+        return weights, adapters
 
     def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
@@ -115,9 +120,15 @@ class Checkpoints:
         self._clear()
         only = training.MODEL_KEY not in contents
         self._checkpointer.save_checkpoint(dict(contents), epoch=0, **({"adapter_only": True} if only else {}))
-        os.rename(self.staging / "epoch_0", self.staging / name)
-        torch.save(dict(state), self.staging / name / RECIPE_STATE)
+        folder = self.staging / "epoch_0"
+        os.rename(folder, self.staging / name)
+        folder = self.staging / name
+        correct_peft_form(folder, self._checkpointer._model_type.name)
+        torch.save(dict(state), folder / RECIPE_STATE)
         self._place(name)
+        # From there the next one takes config and tokenizer: where this run began may be thrown away.
+        if self._checkpointer._checkpoint_dir.parent == self.output_dir:
+            self._checkpointer._checkpoint_dir = self.output_dir / name
 
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
@@ -146,6 +157,8 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
+        if is_rank_zero() and self.staging.is_dir() and not any(self.staging.iterdir()):
+            self.staging.rmdir()  # the checkpointer made it
 
     def _clear(self) -> None:
         put_back(self.output_dir)
@@ -154,6 +167,7 @@ class Checkpoints:
 
     def _place(self, name: str) -> None:
         """Move a checkpoint that is complete to its place, and throw away the oldest ones."""
+        (self.staging / name / WRITTEN).write_text(repr(time.time()))
         place = self.output_dir / name
         if place.exists():
             os.rename(place, self.staging / f"{REPLACED}{name}")
@@ -190,7 +204,12 @@ def put_back(output_dir: Path) -> None:
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints under output_dir, the oldest first."""
     states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
-    return [path.parent for path in sorted(states, key=lambda path: path.stat().st_mtime_ns)]
+
+    def written(path: Path) -> float:
+        noted = path.with_name(WRITTEN)
+        return float(noted.read_text()) if noted.exists() else path.stat().st_mtime
+
+    return [path.parent for path in sorted(states, key=written)]
 
 
 def find_checkpoint(output_dir: Path) -> Path:

@@ -238,11 +238,11 @@ def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
         )
 
 
-def check_length(length: int, model: TransformerDecoder) -> None:
+def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -> None:
     """Raises a ValueError if a sample of a dataset is longer than the model takes."""
     if length > model.max_seq_len:
         raise ValueError(
-            f"dataset: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
+            f"{key}: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
             f"example tokenizer.max_seq_len={model.max_seq_len}"
         )
 

@@ -39,6 +39,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.recipes import finetune
+from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
 from layerskip_recipes.run_checkpoints import complete_checkpoints
 
 CPU = torch.device("cpu")
@@ -200,9 +201,7 @@ def split(family, cfg):
         model = layerskip_decoder(with_lora() if cfg.get("lora") else FAMILIES[family]())
     freeze_base(model)
     grid = mesh.make_mesh(cfg, model, CPU)
-    if cfg.get("ac_mode"):
-        mesh.checkpoint_layers(model)
-    mesh.split(model, cfg, grid)
+    mesh.split(model, cfg, grid, layers_to_checkpoint(cfg))
     mesh.load(model, weights, CPU, torch.float32, offload=False)
     return model.train()
 
@@ -479,28 +478,18 @@ def same_weights(one, other):
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-def but(known, names):
-    """The names as parameters, of which some are known to fail."""
-    return [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=known[n]) if n in known else ()) for n in names]
-
-
-TP_CHECKPOINTED = {"TP, checkpointed": "layers are wrapped before the plan looks for them by name"}
-BF16 = {"QLoRA": "one process writes the unpacked weights in bf16, several in fp32"}
-GROUPS = {"2 to 2, FSDP to TP": "the shards have one group of parameters, and two are looked for"}
-
-
-@pytest.mark.parametrize("name", but(TP_CHECKPOINTED, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_losses(several, name):
     """Nor anything else that is logged, in 20 steps or a few."""
     same_losses(*several(name), range(1, 5 if FEW[0] in CASES[name][2] else 21))
 
 
-@pytest.mark.parametrize("name", but(TP_CHECKPOINTED | BF16, CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_weights_at_the_end(several, name):
     same_weights(*several(name))
 
 
-@pytest.mark.parametrize("name", but(GROUPS, RESUMED))
+@pytest.mark.parametrize("name", RESUMED)
 def test_resume_with_other_processes(one, several, on_ranks, name):
     case, kind, checkpoint, processes, *overrides = RESUMED[name]
     alone = one(kind)
@@ -625,11 +614,6 @@ def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, on_ranks):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-FOLLOWS = pytest.mark.xfail(
-    strict=True, reason="rank 1 waits for rank 0, and prints the traceback of a lost connection"
-)
-
-
 @pytest.fixture(scope="module")
 def wrong(folder, tokenizer_folder, on_ranks, dropout_config):
     """The job of a case of WRONG. It has no weights but for one: to read these is a mistake with words of its own."""
@@ -659,7 +643,6 @@ def test_a_wrong_setting_is_one_line(folder, wrong, name):
     assert name == "other model" or not (folder / "wrong" / name).exists()
 
 
-@FOLLOWS
 @pytest.mark.parametrize("name", RANK_ZERO_ALONE)
 def test_who_waits_for_rank_zero_adds_nothing(wrong, name):
     assert "Traceback" not in wrong(name).said[1]

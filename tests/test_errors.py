@@ -220,7 +220,7 @@ FINETUNE = [
         "cuda",
     ),
     # Torchtune keys of other recipes.
-    ("custom_sharded_layers=[outptu]", "custom_sharded_layers", "'outptu'", "tok_embeddings"),
+    ("custom_sharded_layers=[outputx]", "custom_sharded_layers", "'outputx'", "tok_embeddings"),
     ("custom_sharded_layers=output", "custom_sharded_layers", "'output'", "[tok_embeddings,output]"),
     ("fsdp_cpu_offload=true", "fsdp_cpu_offload", "True", "fsdp_cpu_offload=false"),
     ("fsdp={cpu_offload: true}", "fsdp", "True", "fsdp_cpu_offload"),

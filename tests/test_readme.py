@@ -63,7 +63,9 @@ QUICKSTART = {
     "quickstart/finetune": ["max_steps_per_epoch=2", "log_every_n_steps=1"],
     "quickstart/generate": ["max_new_tokens=6", "prompts.count=2"],
     "quickstart/eval": ["max_batches=1"],
-    "quickstart/benchmark": ["max_new_tokens=16", "prompts.count=2", "repeats=1", "temperatures=[0.0]", "compile=false"],
+    "quickstart/benchmark": [
+        *("max_new_tokens=16", "prompts.count=2", "repeats=1", "temperatures=[0.0]", "compile=false"),
+    ],
 }
 
 

@@ -139,7 +139,7 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     ("changes", "message"),
     [
         ({"tune_extends": None}, "^tune: True needs .*tune_extends=quickstart/generate"),
-        ({"tune_extends": "quickstart/generat"}, "^tune_extends: .*Nearest: quickstart/generate"),
+        ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
         ({"tune": 3}, "^tune: 3"),
     ],
 )

@@ -231,7 +231,6 @@ def test_the_logged_config_has_versions_and_curriculum(loss, steps, exits, tmp_p
         assert sorted(int(name.split("_")[2]) for name in line if name.startswith("loss_exit_")) == on
 
 
-@pytest.mark.xfail(strict=True, reason="the steps after the first 100000 are not looked at")
 def test_the_curriculum_of_a_long_gradual_run_is_logged_to_its_end():
     """Sets that appear late too, up to 16 of them: T = 800000 and L = 4 are 100000 steps a layer."""
     from layerskip_recipes.recipes.finetune_log import curriculum
@@ -301,7 +300,6 @@ def test_a_resumed_run_compares_with_the_first_start(good, tmp_path, caplog):
     assert not warnings_of(caplog, good, worse, "optimizer.lr=1e-5", f"output_dir={tmp_path}/new")
 
 
-@pytest.mark.xfail(strict=True, reason="nan > x is False: a last layer that is nothing but NaN gives no warning")
 def test_the_warning_if_the_last_layer_is_not_finite(good, tmp_path, caplog):
     """The update of the very last step ruins it; there is no step after it that would stop."""
     overrides = ["optimizer.lr=1e18", "max_steps_per_epoch=1", f"output_dir={tmp_path}/out"]
@@ -445,9 +443,7 @@ def gradients_explode_at(step: int, monkeypatch) -> None:
     [
         "1.0",
         "inf",
-        pytest.param("null", marks=pytest.mark.xfail(
-            strict=True, reason="without clip_grad_norm NaN weights are saved, and the samples of the next step named"
-        )),
+        "null",
     ],
 )  # fmt: skip
 def test_a_gradient_that_is_not_finite(clip, start, tmp_path, tokenizer_folder, monkeypatch):
@@ -509,7 +505,7 @@ BAD = [
         (f"layers_val={value}", "layers_val", shown, "Allowed: indices 0..3 and slices")
         for value, shown in {"9": "9", "null": "None", "[]": "[]", "first": "'first'", "2:2": "2:2"}.items()
     ),
-    ("dataset_val=null; layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
+    ("dataset_val=null; layers_val=9", "layers_val", "9", "dataset_val"),
     ("dataset_val=3", "dataset_val", "3", "_component_"),
     ("dataset_val=[]", "dataset_val", "[]", "_component_"),
     ("dataset_val=heldout", "dataset_val._component_", "'heldout'", ""),
@@ -519,9 +515,8 @@ BAD = [
     ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
     ("run_val_every_n_step=3", "run_val_every_n_step", "unknown key", "Nearest: run_val_every_n_steps"),
     defect("dataset_val.split=test", "dataset_val", "'test'", "train, heldout", reason="it says dataset.split"),
-    defect("dataset_val.seq_len=0", "dataset_val", "0", "1 or more", reason="it says dataset.seq_len"),
-    defect("dataset_val.seq_len=1000", "dataset_val", "1000", "128",
-           reason="it says dataset, and only when the first validation runs, after the weights are loaded"),
+    ("dataset_val.seq_len=0", "dataset_val", "0", "1 or more"),
+    ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
 ]  # fmt: skip
 
 

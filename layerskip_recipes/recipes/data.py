@@ -33,19 +33,20 @@ def check_collate_fn(key: str, value: Any) -> None:
         check_component(section, key, positional=1, given=["padding_idx", "ignore_idx"])
 
 
-def load_data(cfg: DictConfig, tokenizer: Any, ignore_index: int) -> tuple[Dataset, Callable]:
+def load_data(cfg: DictConfig, tokenizer: Any, ignore_index: int, key: str = "dataset") -> tuple[Dataset, Callable]:
     """The dataset of a config, and what makes a batch of its samples.
 
     Args:
         cfg: `dataset` and `collate_fn` are read; packed datasets have a collator of their own.
         tokenizer: for the datasets, and its pad_id for the padding.
         ignore_index: the label of what is padded.
+        key: of the dataset in the config.
 
     Raises:
         ValueError: if a dataset refuses its arguments.
     """
-    sections = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
-    datasets = [build(section, "dataset", tokenizer) for section in sections]
+    sections = cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]
+    datasets = [build(section, key, tokenizer) for section in sections]
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
     if getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections):
         return dataset, padded_collate_packed

@@ -99,15 +99,14 @@ class LayerSkipFinetune:
             self.validation = Validation(cfg, tokenizer, self.meta, self.mesh)
         self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
 
-        self.log = RunLog(cfg, self.loss, len(self.meta.layers), self.total_steps)
         self.checkpoints = Checkpoints(cfg, adapters=bool(adapter_names(self.meta)))
-        weights, adapters, state = self.checkpoints.load()
-        run = described(cfg, self.data)
+        state, self.run = self.checkpoints.load_state(), described(cfg, self.data)
         if state is not None:
-            same_run(state["run"], run)
+            same_run(state["run"], self.run)
             self.seed = self.data.seed = state[training.SEED_KEY]
-        self.run = run
         self.step = state["step"] if state else 0
+        self.log = RunLog(cfg, self.loss, len(self.meta.layers), self.total_steps)
+        weights, adapters = self.checkpoints.load_weights()
         self.model = build_model(cfg, self.device, self.dtype, self.mesh, self.meta, weights, adapters, self.seed)
         del weights, adapters
         dropout = layer_dropout_section(cfg, self.model.num_layers, self.seed, cfg.get("batch_size", 1))
@@ -188,9 +187,12 @@ class LayerSkipFinetune:
         metrics: dict[str, Any] = {}
         if not in_backward:
             training.scale_grads(self.model, self.mesh.data_size / everywhere)
-            if self.cfg.get("clip_grad_norm") is not None:
-                metrics["grad_norm"] = clip_gradients(self.model, float(self.cfg.clip_grad_norm))
-        self._check_finite(sums, metrics)
+            clip = self.cfg.get("clip_grad_norm")
+            norm = clip_gradients(self.model, math.inf if clip is None else float(clip))
+            metrics |= {} if clip is None else {"grad_norm": norm}
+        else:
+            norm = torch.zeros((), device=self.device)
+        self._check_finite(sums[1], norm)
         self.optimizers.step()
         metrics["lr"] = self.optimizers.lr
         self.optimizers.step_schedule()
@@ -215,20 +217,19 @@ class LayerSkipFinetune:
             f"{metrics['tokens_per_second_per_gpu']:.0f} tok/s"
         )
 
-    def _check_finite(self, sums: torch.Tensor, metrics: dict[str, Any]) -> None:
-        """Stop before weights become NaN; the one wait for the device in a step.
+    def _check_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Stop before weights become NaN (an optimizer in backward moved them already); a step's one wait.
 
         Raises:
             ValueError: with the step and the samples of its batch.
         """
-        norm = metrics.get("grad_norm", torch.zeros((), device=self.device))
-        if not math.isfinite((sums[1] + norm).item()):
-            what = "loss" if not sums[1].isfinite() else "gradient norm"
+        if not math.isfinite((loss + norm).item()):
+            what = "loss" if not loss.isfinite() else "gradient norm"
             raise ValueError(
                 f"{what}: not finite at step {self.step + 1}, with samples "
                 f"{self.data.samples(self.step)} of the dataset. The last checkpoint under "
-                f"{self.cfg.output_dir!r} is whole; for example optimizer.lr={self.optimizers.lr / 2:.2g}, or leave "
-                "those samples out"
+                f"{self.cfg.output_dir!r} is whole; for example resume_from_checkpoint=true "
+                f"optimizer.lr={self.optimizers.lr / 2:.2g}"
             )
 
     def _validate(self) -> None:

@@ -5,7 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
-from layerskip_recipes.adapters import adapter_names, check_adapters
+from layerskip_recipes.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.checkpoint import check_checkpointer, checkpoint_files, is_scratch
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.early_exit import EarlyExitLoss
@@ -125,6 +125,10 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
     for key, needs in (
         ("run_val_every_n_steps", "dataset_val"),
+        ("batch_size_val", "dataset_val"),
+        ("max_batches_val", "dataset_val"),
+        ("layers_val", "dataset_val"),
+        ("val_loss_margin", "dataset_val"),
         ("enable_async_checkpointing", "save_every_n_steps"),
         ("ac_option", "ac_mode"),
     ):
@@ -139,6 +143,7 @@ def check_config(cfg: DictConfig) -> None:
         )
     _check_optimizer(cfg)
 
+    check_lora_arguments(cfg)
     model = build_on_meta(cfg)
     check_adapters(cfg, model)
     check_checkpointer(cfg, model, trains=True)

@@ -57,15 +57,15 @@ def versions() -> dict[str, str]:
 
 
 def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
-    """T, L and the exits whose loss is on, at the steps where that set first appears (16 of them at most)."""
+    """T, L and the exits whose loss is on, at the steps where that set first appears."""
     sets: dict[str, list[int]] = {}
-    for step in range(min(total_steps, 100_000)):
+    # A rotation has as many sets as its interval; the gradual curriculum changes L times up to T/2.
+    changes = {-(-k * total_steps // (2 * num_layers)) for k in range(num_layers + 1)}
+    gradual = loss.curriculum == "gradual"
+    for step in sorted(changes) if gradual else range(min(total_steps, loss.interval)):
         on = [layer + 1 for layer, enabled in enumerate(loss.enabled(num_layers, step, total_steps)) if enabled]
-        if on in sets.values() or len(sets) == 16:
-            if loss.curriculum != "gradual" or len(sets) == 16:
-                break
-            continue
-        sets[f"step {step + 1}"] = on
+        if on not in sets.values():
+            sets[f"step {step + 1}"] = on
     return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
 
 
@@ -76,6 +76,7 @@ def described(cfg: DictConfig, data: TrainingData) -> dict[str, Any]:
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in kept.items()
     }
+    plain["tokenizer.max_seq_len"] = cfg.tokenizer.get("max_seq_len")
     plain["samples in the dataset"] = data.num_samples
     plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
     plain["steps in an epoch"] = data.steps_per_epoch

@@ -143,7 +143,15 @@ class Optimizers:
             return get_optimizer_state_dict(self.model, self.all, options=options)
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True) -> None:
-        """Take up what `state_dict` gave, however many ranks it came from. On all ranks."""
+        """Take up what `state_dict` gave, however many ranks it came from. On all ranks.
+
+        Only what the optimizer learned: the learning rate and its like stay the config's.
+        """
+        groups = [group for one in self.all for group in one.param_groups]
+        own = [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            for group in groups
+        ]
         options = StateDictOptions(
             full_state_dict=whole,
             broadcast_from_rank0=whole and torch.distributed.is_initialized(),
@@ -151,6 +159,9 @@ class Optimizers:
         )
         with meshes.quiet():
             set_optimizer_state_dict(self.model, self.all, state, options=options)
+        groups = [group for one in self.all for group in one.param_groups]
+        for group, settings in zip(groups, own, strict=True):
+            group.update(settings)
 
 
 def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Module, device: torch.device) -> dict:

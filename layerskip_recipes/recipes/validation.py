@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader, DistributedSampler
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
@@ -15,6 +15,7 @@ from layerskip_recipes.exit_quality import exit_quality
 from layerskip_recipes.layers import select_layers
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.recipes.data import load_data
+from layerskip_recipes.settings import check_length
 
 log = utils.get_logger("INFO")
 
@@ -44,10 +45,10 @@ class Validation:
         last = len(model.layers)
         chosen = select_layers(cfg.get("layers_val", ":"), last, key="layers_val")
         self.exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {last})
-        section = OmegaConf.create({"dataset": cfg.dataset_val, "collate_fn": cfg.get("collate_fn")})
-        dataset, collate = load_data(section, tokenizer, ignore_index=-100)
+        dataset, collate = load_data(cfg, tokenizer, ignore_index=-100, key="dataset_val")
         if len(dataset) < mesh.data_size:
             raise ValueError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
+        check_length(len(dataset[0]["tokens"]), model, key="dataset_val")
         # The last sample again where ranks have one less than others: all of them must run the same walks.
         sampler = DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False)
         self.batches = DataLoader(
@@ -83,7 +84,7 @@ class Validation:
         final = quality[self.exits[-1]]["loss"]
         if self.first is None:
             self.first = final
-        if final > self.first * (1 + self.margin) and is_rank_zero():
+        if not final <= self.first * (1 + self.margin) and is_rank_zero():  # NaN too
             log.warning(
                 f"val_loss_final: {final:.4f} after step {step} is {final / self.first - 1:.1%} worse than at the "
                 f"start ({self.first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
