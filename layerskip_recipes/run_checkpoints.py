@@ -142,7 +142,7 @@ class Checkpoints:
         if is_rank_zero():
             self._clear()
         place = self.staging / name
-        future = dcp.async_save(shards, checkpoint_id=str(place), process_group=self._group)
+        future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         if is_rank_zero():
             self._pending = _after(future, lambda: (torch.save(dict(state), place / RECIPE_STATE), self._place(name)))
         else:
@@ -176,6 +176,13 @@ class Checkpoints:
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
                 os.rename(old, self.staging / f"old_{old.name}")  # at once: half a checkpoint is never there
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of what lies on the CPU: torch 2.6 writes it as it is by then, and the training goes on."""
+    if isinstance(value, dict):
+        return {key: _snapshot(part) for key, part in value.items()}
+    return value.detach().clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
 
 
 def _after(future: Future, then: Callable[[], Any]) -> Future:
