@@ -73,8 +73,7 @@ class Checkpoints:
         # Shards are written while the run goes on, so their writers talk in a group of their own.
         asynchronous = cfg.get("enable_async_checkpointing") and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if asynchronous else None
-        if is_rank_zero():
-            self._checkpointer = build(section, "checkpointer", output_dir=str(self.staging))
+        self._section = section
 
     def load_state(self) -> dict[str, Any] | None:
         """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0."""
@@ -99,6 +98,8 @@ class Checkpoints:
         weights: Weights | None = None if self.from_scratch else {}
         adapters = None
         if is_rank_zero():
+            # Not before: it makes its folder.
+            self._checkpointer = build(self._section, "checkpointer", output_dir=str(self.staging))
             if self.from_scratch:
                 # A file that is written needs a place for each key: all go into the first shard.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
