@@ -172,6 +172,7 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     out = finetuned[0]
     run = run_tune(
         *("run", "layerskip_generate", "--config", "smollm2/135M_generate_layerskip", f"output_dir={out}"),
+        f"checkpointer.checkpoint_dir={out}/epoch_0",
         *("max_new_tokens=24", "self_speculation.num_speculations=3"),
         cwd=out,
     )
