@@ -124,7 +124,7 @@ def correct_peft_form(folder: Path, model_type: str) -> None:
         model_type: torchtune's name of the family.
     """
     file = folder / "adapter_model.safetensors"
-    if not file.exists():
+    if not (file.exists() and (folder / "config.json").exists()):
         return
     config = json.loads((folder / "config.json").read_text())
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -138,11 +138,6 @@ def correct_peft_form(folder: Path, model_type: str) -> None:
         elif model_type != "QWEN2" and "magnitude" in name:
             state[name] = value.view(count, -1, 2).transpose(1, 2).reshape(value.shape).contiguous()
     save_file(state, file, metadata={"format": "pt"})
-
-
-def is_quantised(model: nn.Module) -> bool:
-    """Whether weights are NF4, as in QLoRA."""
-    return any(isinstance(parameter, NF4Tensor) for parameter in model.parameters())
 
 
 def check_lora_arguments(cfg: DictConfig) -> None:

@@ -621,7 +621,6 @@ def test_resume_gives_the_losses_of_the_run_that_never_stopped(family, builder, 
     assert set(again) == set(end) and all(torch.equal(again[name], end[name]) for name in end)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing in the checkpoint says which weights its adapters belong to")
 def test_resume_on_other_weights_is_refused(tmp_path, tokenizer_folder):
     """The adapters were trained on others."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)

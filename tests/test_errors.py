@@ -236,6 +236,12 @@ FINETUNE = [
     ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
     ("run_val_every_n_steps=5", "run_val_every_n_steps", "5", "dataset_val"),
     ("dataset_val=3", "dataset_val", "3", "_component_"),
+    (
+        "dataset_val={_component_: layerskip_recipes.quickstart.StdlibDataset, split: test}",
+        "dataset_val",
+        "'test'",
+        "train, heldout",
+    ),
     ("layers_val=0::9x", "layers_val", "'0::9x'", "dataset_val"),
     ("val_loss_margin=-1", "val_loss_margin", "-1", "0 or more"),
     ("fsdp_cpu_offload=${nowhere}", "fsdp_cpu_offload", "'nowhere'", "not found"),

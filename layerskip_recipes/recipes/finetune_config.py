@@ -133,7 +133,7 @@ def check_config(cfg: DictConfig) -> None:
         ("ac_option", "ac_mode"),
     ):
         if cfg.get(key) and cfg.get(needs) is None:
-            raise ValueError(f"{key}: {cfg[key]!r} does nothing without {needs}; set that, or {key}=null")
+            raise ValueError(f"{key}: {cfg[key]!r} does nothing without {needs}; set that, or leave it out: ~{key}")
     if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
         raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:

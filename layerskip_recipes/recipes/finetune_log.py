@@ -69,13 +69,15 @@ def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[s
     return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
 
 
-def described(cfg: DictConfig, data: TrainingData) -> dict[str, Any]:
+def described(cfg: DictConfig, data: TrainingData, adapters: bool) -> dict[str, Any]:
     """What must be the same in a run that resumes this one."""
     kept = {key: cfg.get(key) for key in KEPT}
     plain = {
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in kept.items()
     }
+    if adapters:  # they belong to the weights that they were trained on
+        plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
     plain["tokenizer.max_seq_len"] = cfg.tokenizer.get("max_seq_len")
     plain["samples in the dataset"] = data.num_samples
     plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
