@@ -1,4 +1,4 @@
-"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; `cost` and `export`."""
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; cost, export, results."""
 
 import argparse
 import shutil
@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
 from layerskip_recipes.export import export
-from layerskip_recipes.recipes import benchmark, eval, finetune_config, generate
+from layerskip_recipes.recipes import benchmark_config, eval, finetune_config, generate
+from layerskip_recipes.results import MODELS, write_results
 from layerskip_recipes.training_cost import compare
 
 
@@ -54,7 +55,7 @@ def validate(cfg: DictConfig) -> str:
         "layerskip_finetune": finetune_config,
         "layerskip_generate": generate,
         "layerskip_eval": eval,
-        "layerskip_benchmark": benchmark,
+        "layerskip_benchmark": benchmark_config,
     }
 
     def misfit(recipe: str) -> int:
@@ -94,6 +95,10 @@ def main() -> None:
     out.add_argument("folder", help="where to write; must not exist")
     out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")
     out.add_argument("--draft", type=int, metavar="E", help="only the first E layers, with norm and head")
+    page = commands.add_parser("results", help="measure cost, quality and speed on this machine, and write the page")
+    page.add_argument("file", help="where to write the page, Markdown; pictures stand beside it")
+    page.add_argument("models", nargs="+", metavar="MODEL[=FOLDER]", help=f"{' or '.join(MODELS)}, with its output_dir")
+    page.add_argument("--work", default="results", help="where what was measured is kept (default results)")
     args = parser.parse_args()
 
     def steps() -> None:
@@ -109,6 +114,8 @@ def main() -> None:
             compare(args.name, args.overrides, **options)
         elif args.command == "export":
             print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
+        elif args.command == "results":
+            print(f"Written to {write_results(args.file, args.models, args.work)}")
         elif args.command == "cat":
             print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
         else:

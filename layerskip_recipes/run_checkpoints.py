@@ -76,7 +76,11 @@ class Checkpoints:
         self._section = section
 
     def load_state(self) -> dict[str, Any] | None:
-        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0."""
+        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0.
+
+        Raises:
+            ValueError: if another recipe wrote it.
+        """
         if self.resumed_from is None:
             return None
         state: dict[str, Any] = {}
@@ -87,6 +91,12 @@ class Checkpoints:
             shared = [state]
             dist.broadcast_object_list(shared, src=0)
             state = shared[0]
+        if "run" not in state:
+            raise ValueError(
+                f"resume_from_checkpoint: {str(self.resumed_from)!r} was not written by this version of "
+                "layerskip_finetune. To begin with its weights set resume_from_checkpoint=false, another output_dir, "
+                f"and checkpointer.checkpoint_dir={self.resumed_from}"
+            )
         return state | {training.OPT_KEY: optimizer}
 
     def load_weights(self) -> tuple[Weights | None, Weights | None]:

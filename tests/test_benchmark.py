@@ -20,6 +20,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes import benchmark, peers
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark, Run, figures
+from layerskip_recipes.recipes.benchmark_config import SETTINGS
 from layerskip_recipes.recipes.report import draft_figures
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -128,6 +129,27 @@ def test_greedy_outputs_are_the_same_in_all_ways(report):
     assert {row["identical"] for row in rows(report, 0.8).values()} == {None}
 
 
+def test_outputs_are_compared_with_references(path, capsys):
+    """One reference is what the model says, decoded; the other is something else."""
+    recipe, _ = run(path, "temperatures=[0.0]", "repeats=1")
+    said = recipe.tokenizer.decode(recipe.runs[0.0, "baseline"][0].outputs[0])
+    lines = [{"prompt": "def main(", "response": said}, {"prompt": "import os", "response": "nothing of the kind"}]
+    prompts = path.parent / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ask = ["metrics=[exact_match,rouge1]", "temperatures=[0.0]", "repeats=2", f"prompt_file={prompts}"]
+    recipe, report = run(path, *ask, "variants.shallow.early_exit=1")
+    table = rows(report, 0.0)
+    for name in ("baseline", "chain", "tree"):
+        assert table[name]["metrics"]["exact_match"] == 0.5
+        assert table[name]["metrics"]["rouge1"] == pytest.approx(0.5, abs=0.02)
+    assert table["shallow"]["metrics"]["exact_match"] == 0
+    assert "| exact_match | rouge1 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^metrics: rouge1 needs references, and prompt 1 of 2 has none"):
+        LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge1]"]))
+    with pytest.raises(ValueError, match=r"^metrics: 'rouge' is unknown"):
+        LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge]"]))
+
+
 def test_repeats_sample_anew_and_ways_take_turns(path, monkeypatch):
     """Baseline, chain, tree; then again for the next prompt: after a warm-up of two lengths."""
     seen = []
@@ -163,7 +185,7 @@ def test_a_batch_of_two_lengths_and_an_exit_without_verification(path):
 
 def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
     """In the middle of the second repeat: turns that are not complete count in no way."""
-    calls, whole = [], LayerSkipBenchmark._run
+    calls, whole = [], LayerSkipBenchmark.run
 
     def until(self, *args):
         calls.append(args)
@@ -171,7 +193,7 @@ def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(LayerSkipBenchmark, "_run", until)
+    monkeypatch.setattr(LayerSkipBenchmark, "run", until)
     monkeypatch.setattr("sys.argv", ["layerskip_benchmark", "--config", str(path)])
     with pytest.raises(SystemExit) as caught:
         benchmark.main()
@@ -316,7 +338,7 @@ ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}", "${
 
 def test_odd_values_are_taken_or_refused_by_key(path):
     """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""
-    keys = {*benchmark.SETTINGS} - {"model", "checkpointer", "tokenizer"} | {"variants.chain", "variants.x"}
+    keys = {*SETTINGS} - {"model", "checkpointer", "tokenizer"} | {"variants.chain", "variants.x"}
     keys |= {f"variants.chain.{key}" for key in ("exit_layer", "num_speculations", "threshold", "early_exit")}
     wrong = []
     for override in [f"{key}={value}" for key in sorted(keys) for value in ODD]:

@@ -281,6 +281,15 @@ def test_a_deeper_model_is_refused(stopped):
         LayerSkipFinetune(load_config(str(stopped), overrides)).setup()
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(stopped, tmp_path):
+    """torchtune's recipes write a recipe_state.pt too, of another form."""
+    shutil.copytree(stopped.parent / "out", tmp_path / "out")
+    torch.save({"epochs_run": 1, "seed": 0, "optimizer": {}}, next(tmp_path.rglob("recipe_state.pt")))
+    cfg = load_config(str(stopped), ["resume_from_checkpoint=true", f"output_dir={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* not written by .*checkpointer.checkpoint_dir="):
+        LayerSkipFinetune(cfg).setup()
+
+
 def test_another_run_is_refused_before_weights_are_read(stopped, monkeypatch):
     def load(self, *args, **kwargs):
         raise AssertionError("the weights are loaded before the mistake is found")

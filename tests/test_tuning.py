@@ -121,11 +121,11 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     recipe.tune()
     report = recipe.benchmark()
     rows = {row["name"]: row["speedup"]["median"] for row in report["results"] if row["kind"] == "variant"}
-    assert set(rows) == set(recipe.tuned) and any(name.endswith("_auto") for name in rows)
+    assert set(rows) == set(recipe.variants) and any(name.endswith("_auto") for name in rows)
     fastest = max(rows, key=rows.get)
     cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
     if rows[fastest] > 1:
-        assert dict(cfg.self_speculation) == {**load_config(str(user)).self_speculation, **recipe.tuned[fastest]}
+        assert dict(cfg.self_speculation) == {**load_config(str(user)).self_speculation, **recipe.variants[fastest]}
     else:
         assert cfg.self_speculation is None
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,10 @@ COLUMNS = {
 }
 
 
+def _metric(name: str, row: dict[str, Any]) -> str:
+    return show(row["metrics"][name], ".3f")
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table for each temperature, with where and how it was measured."""
     cfg = report["config"]
@@ -151,10 +156,12 @@ def markdown(report: dict[str, Any]) -> str:
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
         *(["\nInterrupted: not all repeats are in."] if report["interrupted"] else []),
     ]
+    metrics = {name: partial(_metric, name) for name in cfg.get("metrics") or []}
+    columns = COLUMNS | metrics
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
-        lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         rows = [row for row in report["results"] if row["temperature"] == temperature]
-        lines += [f"| {' | '.join(column(row) for column in COLUMNS.values())} |" for row in rows]
+        lines += [f"| {' | '.join(column(row) for column in columns.values())} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

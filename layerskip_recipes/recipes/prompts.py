@@ -1,8 +1,8 @@
 """The prompts of a generation config: from the config, a text or JSONL file, or standard input; and their tokens."""
 
-import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,30 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.data import Message
 
 from layerskip_recipes.settings import build
+from layerskip_recipes.tasks import json_lines
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
 
 
-def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and what its answer is compared with.
+
+    Args:
+        prompt: raw text, or roles for the chat template: {"user": ..., "system": ...}.
+        response: the reference; None if there is none.
+    """
+
+    prompt: str | dict[str, str]
+    response: str | None = None
+
+
+def read_examples(cfg: DictConfig) -> list[Example]:
     """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
 
-    `prompt_file` (a text, JSONL with {"prompt": ...} per line, or "-" for standard input) replaces `prompt` (a string,
-    a mapping with `user` and perhaps `system`, or a list of these), and that replaces `prompts` (a component that
-    returns them).
+    `prompt_file` (a text, JSONL with {"prompt": ...} per line and perhaps "response": ..., or "-" for standard input)
+    replaces `prompt` (a string, a mapping with `user` and perhaps `system`, or a list of these), and that replaces
+    `prompts` (a component that returns prompts, or mappings as in the JSONL).
 
     Raises:
         ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
@@ -27,13 +41,21 @@ def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
     if cfg.get("prompt_file") is not None:
         return _read_prompt_file(cfg.prompt_file)
     if cfg.get("prompt") is None:
-        return [_check_prompt(prompt, "prompts") for prompt in build(cfg.prompts, "prompts")]
+        items = build(cfg.prompts, "prompts")
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
+        return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     prompt = cfg.prompt
     prompts = OmegaConf.to_container(prompt) if isinstance(prompt, DictConfig | ListConfig) else prompt
-    return [_check_prompt(p, "prompt") for p in (prompts if isinstance(prompts, list) else [prompts])]
+    return [Example(_check_prompt(p, "prompt")) for p in (prompts if isinstance(prompts, list) else [prompts])]
 
 
-def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
+def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
+    """The prompts of `read_examples` without their references."""
+    return [example.prompt for example in read_examples(cfg)]
+
+
+def _read_prompt_file(name: str) -> list[Example]:
     try:
         content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -41,22 +63,27 @@ def _read_prompt_file(name: str) -> list[str | dict[str, str]]:
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
         ) from e
     if not name.endswith(".jsonl"):
-        return [_check_prompt(content, "prompt_file")]
-    prompts, broken = [], []
-    for at, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_check_prompt(json.loads(line)["prompt"], f"prompt_file line {at}"))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            broken.append((at, line))
-    if broken:
-        at, line = broken[0]
-        others = f" (also lines {', '.join(str(at) for at, _ in broken[1:9])})" if len(broken) > 1 else ""
-        raise ValueError(f'prompt_file line {at}: {line[:60]!r} is not of the form {{"prompt": "text"}}{others}')
-    if not prompts:
+        return [Example(_check_prompt(content, "prompt_file"))]
+    lines = json_lines(content, "prompt_file")
+    if not lines:
         raise ValueError(f"prompt_file: {name!r} holds no prompt")
-    return prompts
+    return [_with_reference(line, f"prompt_file line {at}") for at, line in lines.items()]
+
+
+def _example(item: Any, key: str) -> Example:
+    """A component's item: a prompt, or one with its reference."""
+    if isinstance(item, Mapping) and {"prompt", "response"} & set(item):
+        return _with_reference(item, key)
+    return Example(_check_prompt(item, key))
+
+
+def _with_reference(item: Mapping[str, Any], key: str) -> Example:
+    response = item.get("response")
+    if "prompt" not in item:
+        raise ValueError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
+    if response is not None and not isinstance(response, str):
+        raise ValueError(f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}')
+    return Example(_check_prompt(item["prompt"], key), response)
 
 
 def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:

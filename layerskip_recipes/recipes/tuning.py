@@ -4,14 +4,20 @@ One pass over the baseline's outputs says how many drafted tokens each exit woul
 what a round costs; together they predict the speed of every pair. The best few are then measured like any variant.
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 
 from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.generation import GenerationStats, Speculation
 from layerskip_recipes.generation.sampling import Sampler, next_token_probs
+
+if TYPE_CHECKING:
+    from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 
 LONGEST = 12  # the longest draft that is considered
 
@@ -131,10 +137,81 @@ def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 def write_config(path: Path, extends: str, best: dict[str, Any] | None, why: str) -> None:
     """A generation config that extends the user's with the choice; None: autoregressive decoding is fastest."""
-    lines = [f"# Written by layerskip_benchmark tune=true: {why}", f"extends: {extends}", ""]
+    lines = [f"# Written by layerskip_benchmark: {why}", f"extends: {extends}", ""]
     if best is None:
         lines.append("self_speculation: null")
     else:
         lines += ["self_speculation:", *(f"  {key}: {value}" for key, value in best.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+
+
+# ---- with the benchmark ----
+
+
+def observe(bench: "LayerSkipBenchmark", temperature: float) -> tuple[dict[int, list[float]], float]:
+    """Decode all prompts autoregressively.
+
+    Returns:
+        How far each exit's drafts would have reached (see `acceptance`), and the seconds of a step.
+    """
+    batches = [bench.batches[0], *bench.batches]  # the first time warms up
+    runs = [bench.run("baseline", None, temperature, batch, bench.seed) for batch in batches][1:]
+    outputs = [row for rows, _ in runs for row in rows]
+    stats = sum((stats for _, stats in runs), GenerationStats())
+    reach = acceptance(bench.model, bench.prompts, outputs, bench.sampler(temperature))
+    return reach, stats.decode_s / stats.rounds
+
+
+def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dict[str, Prediction]]:
+    """Predict every pair, print the best.
+
+    Returns:
+        The few pairs to measure as sections of `variants`, the best one also with an automatic threshold; and what was
+        predicted of them.
+    """
+    temperature = bench.temperatures[0]
+    reach, step_s = observe(bench, temperature)
+    timed = {}
+    for pair in probes(bench.model.num_layers):
+        batches = [bench.batches[0], *bench.batches]
+        turns = [bench.run("probe", Speculation(*pair), temperature, batch, bench.seed)[1] for batch in batches]
+        timed[pair] = statistics.median(t.decode_s / t.rounds for t in turns[1:] if t.rounds)
+    ranked = predict(reach, round_cost(timed), step_s)
+    print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
+    for pair in ranked[:10]:
+        print(f"{pair.name:<18}{pair.tokens_per_round:>15.2f}{1000 * pair.round_s:>12.2f}{pair.speedup:>9.2f}x")
+    chosen = choose(ranked)
+    sections: dict[str, dict[str, Any]] = {
+        pair.name: {"exit_layer": pair.exit_layer, "num_speculations": pair.num_speculations} for pair in chosen
+    }
+    best = chosen[0]
+    longer = min(best.num_speculations + 2, LONGEST)
+    sections[f"exit{best.exit_layer}_auto"] = {
+        "exit_layer": best.exit_layer,
+        "num_speculations": longer,
+        "threshold": "auto",
+    }
+    return sections, {pair.name: pair for pair in chosen}
+
+
+def write_choice(bench: "LayerSkipBenchmark", report: dict[str, Any]) -> None:
+    """Print prediction beside measurement, and write the config of the fastest."""
+    temperature = bench.temperatures[0]
+    rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
+    measured = {name: rows[name]["speedup"]["median"] for name in bench.variants if name in rows}
+    print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
+    for name, speedup in measured.items():
+        pair = bench.predicted.get(name)
+        print(f"{name:<18}{f'{pair.speedup:.2f}x' if pair else '':>10}{speedup:>9.2f}x")
+    best = max(measured, key=measured.__getitem__)
+    write_fastest(
+        bench.cfg, best, bench.variants[best], measured[best], f"temperature {temperature}, {report['device']}"
+    )
+
+
+def write_fastest(cfg: DictConfig, name: str, section: dict[str, Any], speedup: float, where: str) -> None:
+    """The config of the fastest way of those measured; autoregressive if that is faster than all."""
+    path = Path(cfg.get("tune_file") or Path(cfg.report_dir) / "tuned.yaml")
+    write_config(path, cfg.tune_extends, section if speedup > 1 else None, f"{name} at {speedup:.2f}x, {where}")
+    print(f"fastest: {name if speedup > 1 else 'autoregressive'}; written to {path}")

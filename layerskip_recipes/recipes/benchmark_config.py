@@ -1,0 +1,166 @@
+"""The config of `layerskip_benchmark`: which keys there are, and all that can be wrong on any machine."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes import settings
+from layerskip_recipes.checks import check_number
+from layerskip_recipes.config import find_config
+from layerskip_recipes.decoder import layerskip_decoder
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.recipes.decoding import check_speculation, self_speculation
+from layerskip_recipes.recipes.peers import PEERS, check_peers
+from layerskip_recipes.recipes.sweep import check_sweep
+from layerskip_recipes.recipes.tuning import LONGEST
+
+BASELINE = "baseline"
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def check_temperatures(key: str, value: Any) -> None:
+    """Raises a ValueError unless it is a list of different numbers of 0 or more."""
+    if not isinstance(value, ListConfig) or not value or len(set(map(str, value))) < len(value):
+        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for "
+                         f"example {key}=[0.0,0.8]")  # fmt: skip
+    for temperature in value:
+        check_number(key, temperature, minimum=0, integer=False, example="[0.0,0.8]")
+
+
+SETTINGS = settings.COMMON | {
+    "prompt": settings.anything,
+    "prompts": settings.component(optional=True),
+    "prompt_file": settings.text("prompts.jsonl"),
+    "max_new_tokens": settings.number(minimum=2, example=128),
+    "temperatures": check_temperatures,
+    **dict.fromkeys(FILTERS, settings.anything),
+    "compile": settings.one_of(True, False),
+    "repeats": settings.number(minimum=1, example=3),
+    "batch_size": settings.number(minimum=1),
+    "variants": settings.anything,
+    "peers": settings.list_of(str, "[torchtune]"),
+    "metrics": settings.list_of(str, "[rougeL]"),
+    "stop_strings": settings.list_of(str, "[END]"),
+    "report_dir": settings.text("benchmark", optional=False),
+    "picture": settings.text("benchmark.png"),
+    "sweep": settings.anything,
+    "tune": settings.flag,
+    "tune_extends": settings.text("quickstart/generate"),
+    "tune_file": settings.text("tuned.yaml"),
+    "enable_kv_cache": settings.one_of(True, None),
+}
+REQUIRED = ("variants", "report_dir")
+REFUSED = {
+    "temperature": "temperatures lists them",
+    "self_speculation": "variants lists what is compared",
+    "exit_layer": "variants lists what is compared",
+    "quantizer": "all ways decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
+    "tensor_parallel_plan": "it measures one device",
+    "tensor_parallel_dim": "it measures one device",
+}
+
+
+def early_exit_variant(early_exit: int | None = None) -> dict[str, int | None]:
+    """A variant that takes all tokens from an exit, without verification: fast, and another output."""
+    return {"early_exit": early_exit}
+
+
+def read_variants(cfg: DictConfig, model: TransformerDecoder) -> dict[str, dict[str, Any]]:
+    """The variants by name: {"early_exit": E}, or what `check_speculation` makes of a section. null drops one.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    given = cfg.get("variants")
+    sections = {k: v for k, v in given.items() if v is not None} if isinstance(given, DictConfig) else {}
+    example = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
+    if not sections:
+        raise ValueError(f"variants: {given!r} has nothing to compare. Allowed: sections by names; {example}")
+    variants = {}
+    for name, section in sections.items():
+        key = f"variants.{name}"
+        if name == BASELINE or name in PEERS:
+            raise ValueError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {example}")
+        if not isinstance(section, DictConfig):
+            raise ValueError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {example}")
+        if "early_exit" in section:
+            variants[name] = settings.check_section(section, key, early_exit_variant)
+            model.check_exit(section.early_exit, f"{key}.early_exit")
+            continue
+        settings.check_section(section, key, self_speculation)
+        for needed, value in (("exit_layer", 3), ("num_speculations", 5)):
+            if section.get(needed) is None:
+                raise ValueError(f"{key}.{needed}: missing; for example {key}.{needed}={value}, or for all tokens from "
+                                 f"an exit, without verification, {key}={{early_exit: 3}}")  # fmt: skip
+        variants[name] = check_speculation(section, model, key)
+    return variants
+
+
+def first_draft(variants: dict[str, dict[str, Any]]) -> tuple[int, int] | None:
+    """Exit layer and draft length of the first variant that drafts."""
+    for values in variants.values():
+        if "early_exit" not in values:
+            exits = values["exit_layer"]
+            return exits[0] if isinstance(exits, list) else exits, values["num_speculations"]
+    return None
+
+
+def sampler_of(cfg: DictConfig, temperature: float, rng: torch.Generator | None = None) -> Sampler:
+    """How tokens are chosen at a temperature."""
+    return Sampler(temperature, **{key: cfg[key] for key in FILTERS if cfg.get(key) is not None}, rng=rng)
+
+
+def check_config(cfg: DictConfig) -> None:
+    """All of a benchmark config that can be wrong on any machine.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    settings.check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
+    sampler = sampler_of(cfg, 0.0)
+    model = layerskip_decoder(settings.build_on_meta(cfg))
+    ckpt.check_checkpointer(cfg, model)
+    check_peers(cfg.get("peers") or [], sampler, cfg.get("batch_size", 1), first_draft(read_variants(cfg, model)))
+    if cfg.get("sweep") is not None:
+        check_sweep(cfg.sweep, model, cfg.get("max_new_tokens", 128))
+    chooses = [key for key in ("tune", "sweep") if cfg.get(key) not in (None, False)]
+    if len(chooses) > 1:
+        raise ValueError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
+    for key in chooses:
+        _check_choice(cfg, key, len(model.layers))
+    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
+        raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
+
+
+def _check_choice(cfg: DictConfig, key: str, layers: int) -> None:
+    """Raises a ValueError if `tune` or `sweep` have nothing to choose from, or nothing that they could write."""
+    if cfg.get("tune_extends") is not None:
+        find_config(cfg.tune_extends, key="tune_extends")
+    elif key == "tune":
+        raise ValueError(f"tune: {cfg.tune} needs the generation config that it extends; for example "
+                         "tune_extends=quickstart/generate")  # fmt: skip
+    if key == "tune" and layers < 4:
+        raise ValueError(f"tune: a model of {layers} layers has nothing to choose. Set tune=false")
+    if cfg.get("max_new_tokens", 128) <= LONGEST:
+        raise ValueError(
+            f"max_new_tokens: {cfg.max_new_tokens} is too short to see drafts of {LONGEST} tokens accepted. Allowed "
+            f"with {key}: {LONGEST + 1} or more; for example max_new_tokens=128"
+        )
+    if cfg.get("repetition_penalty") not in (None, 1):
+        raise ValueError(
+            f"repetition_penalty: {cfg.repetition_penalty} is not allowed with {key}, which takes acceptance from the "
+            "text as it is. Set repetition_penalty=null"
+        )
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raises a ValueError if it is no folder and cannot become one. Nothing is made here."""
+    path = folder.absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")

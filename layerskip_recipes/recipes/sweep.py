@@ -1,0 +1,335 @@
+"""`layerskip_benchmark sweep=...`: exit layers, draft lengths and thresholds, each pair measured; CSV, JSON, heat map.
+
+The cell that promises most is measured next, in turns with autoregressive decoding, until none that is left can beat
+what was measured. Every cell goes into a journal as soon as it is measured: an interrupted sweep continues from there.
+"""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from omegaconf import OmegaConf
+from torchtune import utils
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.checks import check_choice, check_number
+from layerskip_recipes.generation import Speculation
+from layerskip_recipes.generation.adaptive import check_threshold
+from layerskip_recipes.recipes.benchmark_report import by_repeat, speedups, total
+from layerskip_recipes.recipes.tuning import LONGEST, observe, write_fastest
+from layerskip_recipes.settings import check_section
+
+if TYPE_CHECKING:
+    from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+
+log = utils.get_logger("INFO")
+
+# Drafts begin after rejections, where the text is harder or easier than on the mean, and clocks are noisy: a cell is
+# given up only if it would have to be better than expected by this factor.
+SLACK = 1.1
+# What may differ between a sweep and its continuation.
+FREE = ("report_dir", "picture", "tune_extends", "tune_file", "variants", "peers", "output_dir", "sweep", "metrics")
+
+
+def sweep_section(
+    exit_layers: Sequence[int] | None = None,
+    num_speculations: Sequence[int] = (1, 2, 3, 4, 6, 8, 10, 12),
+    thresholds: Sequence[float | str | None] = (None,),
+    prune: bool = True,
+) -> dict[str, Any]:
+    """The keys of the `sweep` section.
+
+    Args:
+        exit_layers: the E to try; None: all but the last layer.
+        num_speculations: the draft lengths to try.
+        thresholds: of confidence, each with every pair; null drafts the whole length.
+        prune: leave out what cannot win.
+    """
+    return dict(locals())
+
+
+def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) -> dict[str, Any]:
+    """The section's values, complete.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    values = sweep_section(**check_section(section, "sweep", sweep_section))
+    if values["exit_layers"] is None:
+        values["exit_layers"] = range(1, len(model.layers))
+    for key in ("exit_layers", "num_speculations", "thresholds"):
+        listed = values[key] = list(values[key]) if isinstance(values[key], Sequence) else []
+        if not listed or isinstance(section.get(key), str) or len(set(map(str, listed))) < len(listed):
+            raise ValueError(f"sweep.{key}: {section.get(key)!r} is no list of different values; for example "
+                             "sweep.exit_layers=[2,4,8] sweep.num_speculations=[2,4,6]")  # fmt: skip
+    for exit_layer in values["exit_layers"]:
+        model.check_exit(exit_layer, "sweep.exit_layers")
+    for length in values["num_speculations"]:
+        limit = min(LONGEST, max_new_tokens - 1)
+        check_number("sweep.num_speculations", length, minimum=1, maximum=limit, example="[2,4,6]")
+    for threshold in values["thresholds"]:
+        check_threshold(threshold, "sweep.thresholds")
+    check_choice("sweep.prune", values["prune"], (True, False))
+    return values
+
+
+# ---- what is measured, and what cannot win ----
+
+
+class Cell(NamedTuple):
+    """A way of drafting."""
+
+    exit_layer: int
+    num_speculations: int
+    threshold: float | str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the tuner's variants."""
+        chain = f"exit{self.exit_layer}_draft{self.num_speculations}"
+        return chain if self.threshold is None else f"{chain}_threshold{self.threshold}"
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """As a `self_speculation` section."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a cell: speed-ups over the autoregressive runs beside it, by repeat, and the seconds of a round's parts."""
+
+    speedups: list[float]
+    tokens_per_second: float
+    tokens_per_round: float
+    acceptance_rate: float
+    drafted_per_round: float
+    draft_step_s: float
+    verify_s: float
+    rest_s: float
+    identical: bool | None
+
+    @property
+    def speedup(self) -> float:
+        """The median."""
+        return statistics.median(self.speedups)
+
+
+def promise(
+    cell: Cell, reach: Mapping[int, Sequence[float]], step_s: float, measured: Mapping[Cell, Measured]
+) -> float:
+    """The speed-up that a cell can have at most: the tokens of its rounds, over the least seconds of a round.
+
+    A round runs every layer at least once, so it costs no less than a step. Where its exit was measured with other
+    drafts, more is known: a step of the draft costs the same, and the verification at least in proportion to its
+    positions. A threshold can at best draft nothing that is rejected.
+
+    Args:
+        cell: not measured yet.
+        reach: of each exit, the probability that the first 1, 2, .. drafts are accepted (`tuning.acceptance`).
+        step_s: seconds of an autoregressive step.
+        measured: cells without threshold tell about their exit.
+    """
+    accepted = (
+        sum(reach[cell.exit_layer][: cell.num_speculations]) if cell.exit_layer in reach else cell.num_speculations
+    )
+    drafts = cell.num_speculations if cell.threshold is None else accepted
+    seconds = step_s
+    for (exit_layer, length, threshold), known in measured.items():
+        if exit_layer == cell.exit_layer and threshold is None:
+            verify_s = known.verify_s * min(1.0, (drafts + 1) / (length + 1))
+            seconds = max(seconds, drafts * known.draft_step_s + verify_s + known.rest_s)
+    return SLACK * (1 + accepted) * step_s / seconds
+
+
+def best_of(measured: Mapping[Cell, Measured]) -> Cell | None:
+    """The fastest cell."""
+    return max(measured, key=lambda cell: measured[cell].speedup, default=None)
+
+
+# ---- the journal ----
+
+
+class Journal:
+    """Measured cells in a file, a JSON line each, after a line that says of which sweep.
+
+    Args:
+        path: of the file; it is begun if it is not there.
+        sweep: what must be the same in a sweep that continues.
+
+    Raises:
+        ValueError: if the file is of another sweep.
+    """
+
+    def __init__(self, path: Path, sweep: dict[str, Any]) -> None:
+        self.path = path
+        self.cells: dict[float, dict[Cell, Measured]] = {}
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a torn last line has no end
+        sweep = json.loads(json.dumps(sweep))
+        if lines:
+            before = json.loads(lines[0])
+            changed = [key for key in {**before, **sweep} if before.get(key) != sweep.get(key)]
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"report_dir: {str(path)!r} is a sweep with {key}={before.get(key)!r}, and here it is "
+                    f"{sweep.get(key)!r}. Give another report_dir, or delete the file"
+                )
+            log.info("%s: %d cells were measured before", path, len(lines) - 1)
+        for line in lines[1:]:
+            entry = json.loads(line)
+            cell, at = Cell(*entry.pop("cell")), entry.pop("temperature")
+            self.cells.setdefault(at, {})[cell] = Measured(**entry)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines or [json.dumps(sweep)]))
+
+    def add(self, temperature: float, cell: Cell, measured: Measured) -> None:
+        """Write it down."""
+        self.cells.setdefault(temperature, {})[cell] = measured
+        with self.path.open("a") as file:
+            file.write(json.dumps({"temperature": temperature, "cell": cell, **asdict(measured)}) + "\n")
+
+
+# ---- with the benchmark ----
+
+
+def sweep(bench: "LayerSkipBenchmark") -> dict[str, Any]:
+    """Measure, write sweep.csv, sweep.json, sweep.png and, with tune_extends, the config of the fastest.
+
+    Returns:
+        The report; "interrupted" after Ctrl-C, with what there is by then.
+    """
+    cfg, folder = bench.cfg, Path(bench.cfg.report_dir)
+    values = check_sweep(cfg.sweep, bench.model, bench.limit)
+    pairs = [(e, d) for e in values["exit_layers"] for d in values["num_speculations"]]
+    cells = [Cell(*pair, threshold) for threshold in values["thresholds"] for pair in pairs]
+    kept = OmegaConf.to_container(cfg, resolve=True)
+    where = bench.circumstances()
+    fixed = {key: kept[key] for key in kept if key not in FREE} | {key: where[key] for key in ("device", "versions")}
+    journal = Journal(folder / "sweep.jsonl", fixed)
+    interrupted = False
+    try:
+        for temperature in bench.temperatures:
+            _measure(bench, temperature, cells, values["prune"], journal)
+    except KeyboardInterrupt:
+        interrupted = True
+        log.warning("interrupted: the same command continues")
+    measured = {temperature: journal.cells.get(temperature, {}) for temperature in bench.temperatures}
+    report = bench.circumstances() | {"interrupted": interrupted, "cells": rows(measured, cells)}
+    files = {"csv": folder / "sweep.csv", "json": folder / "sweep.json", "picture": folder / "sweep.png"}
+    files["json"].write_text(json.dumps(report, indent=1) + "\n")
+    with files["csv"].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(report["cells"][0]))
+        writer.writeheader()
+        writer.writerows(report["cells"])
+    heat_map(measured, values, files["picture"], title=str(cfg.checkpointer.checkpoint_dir))
+    for temperature, there in measured.items():
+        best = best_of(there)
+        if best is not None:
+            print(f"temperature {temperature}: {best.name} at {there[best].speedup:.2f}x is the fastest of "
+                  f"{len(there)} measured; {len(cells) - len(set(there) & set(cells))} were left out")  # fmt: skip
+    first = measured[bench.temperatures[0]]
+    if cfg.get("tune_extends") is not None and first and not interrupted:
+        best = best_of(first)
+        at = f"temperature {bench.temperatures[0]}, {report['device']}"
+        write_fastest(cfg, best.name, best.section, first[best].speedup, at)
+    print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)
+    return report
+
+
+def _measure(
+    bench: "LayerSkipBenchmark", temperature: float, cells: Sequence[Cell], prune: bool, journal: Journal
+) -> None:
+    """All cells at a temperature, the most promising first, as long as one promises more than the best so far."""
+    reach, step_s = observe(bench, temperature)
+    measured = journal.cells.setdefault(temperature, {})
+    while left := [cell for cell in cells if cell not in measured]:
+        promised = {cell: promise(cell, reach, step_s, measured) for cell in left}
+        cell = max(left, key=promised.__getitem__)
+        best = best_of(measured)
+        if prune and best is not None and promised[cell] < max(measured[best].speedup, 1.0):
+            return
+        found = measure(bench, temperature, cell)
+        journal.add(temperature, cell, found)
+        print(
+            f"temperature {temperature}, {len(measured)} of at most {len(cells)}: {cell.name} {found.speedup:.2f}x, "
+            f"{found.tokens_per_round:.2f} tokens a round, at most {promised[cell]:.2f}x was promised",
+            flush=True,
+        )
+
+
+def measure(bench: "LayerSkipBenchmark", temperature: float, cell: Cell) -> Measured:
+    """A cell in turns with autoregressive decoding."""
+    ways = {"baseline": None, cell.name: Speculation(*cell[:2], threshold=cell.threshold)}
+    turns = [turn for turn in bench.take_turns(ways, temperature) if turn]
+    plain, ours = ([turn[name] for turn in turns] for name in ways)
+    stats = total(ours)
+    rounds = sum(stats.rounds_accepting.values())
+    return Measured(
+        speedups=[ratio for ratio in speedups(by_repeat(ours), by_repeat(plain)) if ratio],
+        tokens_per_second=stats.tokens_per_second,
+        tokens_per_round=(stats.tokens - stats.rows) / rounds,
+        acceptance_rate=stats.acceptance_rate,
+        drafted_per_round=stats.drafted / rounds,
+        draft_step_s=stats.draft_s / stats.draft_steps,
+        verify_s=stats.verify_s / stats.rounds,
+        rest_s=stats.accept_s / stats.rounds,
+        identical=all(a.outputs == b.outputs for a, b in zip(plain, ours, strict=True)) if temperature == 0 else None,
+    )
+
+
+# ---- what is written ----
+
+
+def rows(measured: Mapping[float, Mapping[Cell, Measured]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A row for every cell at every temperature; those that were left out have no figures."""
+    found = []
+    for temperature, there in measured.items():
+        for cell in [*cells, *(cell for cell in there if cell not in cells)]:
+            known = there.get(cell)
+            figures = asdict(known) if known else dict.fromkeys(Measured.__dataclass_fields__)
+            of_repeats = figures.pop("speedups") or [None]
+            spread = {
+                "speedup": known and known.speedup,
+                "speedup_min": min(of_repeats) if known else None,
+                "speedup_max": max(of_repeats) if known else None,
+            }
+            found.append({"temperature": temperature, **cell._asdict(), **spread, **figures})
+    return found
+
+
+def heat_map(
+    measured: Mapping[float, Mapping[Cell, Measured]], values: Mapping[str, Any], path: Path, title: str
+) -> None:
+    """A PNG: speed-up by exit and draft length, a panel for each temperature and threshold; grey was left out."""
+    from matplotlib.figure import Figure  # a second to import, and only here
+
+    exits, lengths = sorted(values["exit_layers"]), sorted(values["num_speculations"])
+    panels = [(temperature, threshold) for temperature in measured for threshold in values["thresholds"]]
+    size = (1.5 + 0.6 * len(lengths) * len(panels), 1.6 + 0.3 * len(exits))
+    figure = Figure(figsize=size, layout="constrained")
+    for panel, (temperature, threshold) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        there = measured[temperature]
+        grid = [
+            [there[cell].speedup if (cell := Cell(e, d, threshold)) in there else float("nan") for d in lengths]
+            for e in exits
+        ]
+        panel.set_facecolor("lightgrey")
+        panel.imshow(grid, aspect="auto", cmap="viridis", origin="lower")
+        middle = statistics.median([x for row in grid for x in row if x == x] or [0.0])
+        for y, row in enumerate(grid):
+            for x, speedup in enumerate(row):
+                if speedup == speedup:
+                    colour = "black" if speedup > middle else "white"
+                    panel.text(x, y, f"{speedup:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        panel.set_xticks(range(len(lengths)), lengths)
+        panel.set_yticks(range(len(exits)), exits)
+        panel.set_xlabel("drafted tokens")
+        panel.set_ylabel("exit layer (layers run)")
+        panel.set_title(f"temperature {temperature}" + (f", threshold {threshold}" if threshold is not None else ""))
+    figure.suptitle(f"speed-up, {title}", fontsize=9)
+    figure.savefig(path, dpi=120)

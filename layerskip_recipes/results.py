@@ -1,0 +1,270 @@
+"""`layerskip results FILE`: every figure that we report, measured anew on this machine, as one page.
+
+Each part is a command that a reader can run alone. What a part prints or writes is kept in a working folder, and a part
+whose result is there is not run again: an interrupted page continues.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerskip_recipes.recipes.benchmark_report import show
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: configs, and the folder of the training's checkpoints.
+
+    Args:
+        configs: what the names of its configs begin with.
+        finetune: the config of its training.
+        checkpoint: the folder that the training ends with.
+        trains: whether the page may train it, if that folder is not there.
+        before: the checkpointer section of the model before its training, for the table of exits.
+        cost: options of `layerskip cost`.
+        sweep: overrides of the sweep.
+    """
+
+    configs: str
+    finetune: str
+    checkpoint: str
+    trains: bool = False
+    before: str = ""
+    cost: Sequence[str] = ()
+    sweep: Sequence[str] = ()
+
+
+MODELS = {
+    "quickstart": Model(
+        "quickstart/", "quickstart/finetune", "epoch_0", trains=True, cost=["--batch", "8", "--seq-len", "256"]
+    ),
+    "smollm2": Model(
+        "smollm2/135M_",
+        "smollm2/135M_full_single_device_layerskip",
+        "epoch_4",
+        cost=["float32_matmul_precision=highest", "--steps", "3", "--repeats", "1"],
+        sweep=["sweep.exit_layers=[2,4,6,8,10,12,14,18,22,26]", "sweep.num_speculations=[1,2,3,4,6,8]"],
+    ),
+}
+# Both choose for uncompiled steps: a graph for each of many cells would take an hour to compile.
+EAGER = ["compile=false", "temperatures=[0.0]", "peers=[]"]
+
+
+def parts(model: Model, folder: Path, work: Path, pictures: Path) -> dict[str, tuple[list[str], Path]]:
+    """The commands by name, in their order, each with the file that its figures are in."""
+    here = f"output_dir={folder}"
+
+    def recipe(name: str, config: str, *overrides: str) -> list[str]:
+        return ["tune", "run", f"layerskip_{name}", "--config", model.configs + config, here, *overrides]
+
+    exits, sweep, tune = work / "exits.json", work / "sweep", work / "tune"
+    chosen = f"{model.configs}generate" if model.configs == "quickstart/" else f"{model.configs}generate_layerskip"
+    return {
+        "cost": (["layerskip", "cost", model.finetune, *model.cost], work / "cost.log"),
+        "eval": (recipe("eval", "eval", f"report={exits}", f"picture={pictures}_exits.png"), exits),
+        "benchmark": (
+            recipe("benchmark", "benchmark", f"report_dir={work / 'speed'}", f"picture={pictures}_speed.png"),
+            work / "speed" / "benchmark.json",
+        ),
+        "sweep": (
+            recipe("benchmark", "benchmark", *EAGER, "sweep={}", *model.sweep, f"report_dir={sweep}"),
+            sweep / "sweep.json",
+        ),
+        "tune": (
+            recipe("benchmark", "benchmark", *EAGER, "tune=true", f"tune_extends={chosen}", f"report_dir={tune}"),
+            tune / "benchmark.json",
+        ),
+    }
+
+
+def run_part(command: Sequence[str], result: Path) -> Any:
+    """Run a command unless its result is there.
+
+    Returns:
+        The JSON document in the result; of a .log, to which the command's output goes, in its last line.
+
+    Raises:
+        ValueError: if the command fails, with the end of what it said.
+    """
+    if not result.exists():
+        result.parent.mkdir(parents=True, exist_ok=True)
+        print(f"+ {shlex.join(command)}", flush=True)
+        # The programs of this environment, also where it is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
+        if done.returncode:
+            raise ValueError(f"results: {shlex.join(command)!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
+        if result.suffix == ".log":
+            result.write_text(done.stdout)
+    text = result.read_text().strip()
+    return json.loads(text.splitlines()[-1] if result.suffix == ".log" else text)
+
+
+def write_results(file: str, models: Sequence[str], work: str = "results") -> Path:
+    """Measure, and write the page with its pictures beside it.
+
+    Args:
+        file: of the page, Markdown.
+        models: names of `MODELS`, each perhaps with =FOLDER, the output_dir of its training.
+        work: where what was measured is kept.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: for a model that is unknown or has no checkpoint, or a part that fails.
+    """
+    page, chosen = Path(file), {}
+    for given in models:
+        name, _, folder = given.partition("=")
+        if name not in MODELS:
+            raise ValueError(f"results: {name!r} is unknown. Allowed: {', '.join(MODELS)}; for example quickstart")
+        chosen[name] = Path(folder or Path(work) / name).absolute()
+        model = MODELS[name]
+        if not model.trains and not (chosen[name] / model.checkpoint).is_dir():
+            raise ValueError(
+                f"results: {name} needs {chosen[name] / model.checkpoint}. First: tune run layerskip_finetune --config "
+                f"{model.finetune} output_dir={chosen[name]}"
+            )
+    if not page.parent.is_dir():
+        raise ValueError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
+    lines = ["# Results\n", _HEAD.format(command=shlex.join(["layerskip", "results", file, *models]))]
+    for name, folder in chosen.items():
+        model = MODELS[name]
+        if model.trains and not (folder / model.checkpoint).is_dir():
+            command = ["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"]
+            print(f"+ {shlex.join(command)}", flush=True)
+            subprocess.run(command, check=True, capture_output=True)
+        lines += section(name, model, folder, Path(work).absolute() / f"{name}_figures", page.absolute())
+    page.write_text("\n".join(lines) + "\n")
+    return page
+
+
+_HEAD = """Made by one command, which trains the quickstart's model if it is not there:
+
+    {command}
+
+Speeds are medians of the repeats, with their range; every way decodes the same prompts in the same process in turns.
+Not measured: what needs a GPU, and peers that are not installed (each table says which)."""
+
+
+def section(name: str, model: Model, folder: Path, work: Path, page: Path) -> list[str]:
+    """The page's part for a model."""
+    pictures = page.with_name(f"{page.stem}_{name}")
+    commands = parts(model, folder, work, pictures)
+    found = {part: run_part(*command) for part, command in commands.items()}
+    shutil.copy(work / "sweep" / "sweep.png", f"{pictures}_sweep.png")
+    where = found["benchmark"]
+    lines = [
+        f"\n## {name}\n",
+        f"{where['device']}, {where['threads']} threads, {where['memory_bandwidth'] / 1e9:.1f} GB/s, "
+        f"{where['config']['dtype']}; {', '.join(map(' '.join, where['versions'].items()))}; {where['date']}.",
+    ]
+    writers: dict[str, tuple[str, Callable]] = {
+        "cost": ("A training step", cost_table),
+        "eval": ("Quality by exit", exits_table),
+        "benchmark": ("Generation", speed_tables),
+        "sweep": ("Exit layers and draft lengths", sweep_lines),
+        "tune": ("What the tuner says", tune_table),
+    }
+    for part, (title, write) in writers.items():
+        shown = [word.replace(f"{Path.cwd()}/", "") for word in commands[part][0]]
+        lines += [f"\n### {title}\n", f"    {shlex.join(shown)}\n", *write(found[part])]
+        picture = {"eval": "exits", "benchmark": "speed", "sweep": "sweep"}.get(part)
+        if picture:
+            lines.append(f"\n![{title.lower()}]({pictures.name}_{picture}.png)")
+    best, chosen = fastest_cell(found["sweep"]), fastest_way(found["tune"])
+    lines.append(
+        f"\nThe tuner's choice, {chosen[0]} at {chosen[1]:.2f}x, against the best of the sweep, {best[0]} at "
+        f"{best[1]:.2f}x: {chosen[1] / best[1]:.2f} of it."
+    )
+    return lines
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
+
+
+def cost_table(cost: Mapping[str, Any]) -> list[str]:
+    """Seconds and memory of a step, and the ratios that matter."""
+    rows = [[way, f"{of['seconds']:.3f}", f"{of['peak_gb']:.2f}"] for way, of in cost["figures"].items()]
+    ratios = [f"- {what}: {ratio:.2f}" for what, ratio in cost["ratios"].items()]
+    head = f"{cost['batch']} x {cost['seq_len']} random tokens, exits of layers {cost['layers']} and the last.\n"
+    return [head, *table(["way", "s / step", "peak GB"], rows), "", *ratios]
+
+
+def exits_table(report: Mapping[str, Any]) -> list[str]:
+    """Loss and agreement by exit."""
+    rows = [
+        [e, *(f"{of[key]:.3f}" for key in ("loss", "accuracy", "agreement")), f"{of['accepted_length']:.2f}"]
+        for e, of in report["exits"].items()
+    ]
+    return table(["exit", "loss, nats", "accuracy", "agreement", "accepted length"], rows)
+
+
+def speed_tables(report: Mapping[str, Any]) -> list[str]:
+    """A table of ways for each temperature."""
+    compiled = "compiled" if report["compiled"] else "not compiled"
+    lines = [
+        f"{report['prompts']} prompts x {report['max_new_tokens']} tokens, batch {report['batch_size']}, "
+        f"{report['repeats']} repeats, {compiled}."
+    ]
+    lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
+    columns = ["way", "tokens/s", "speed-up", "not looping", "loops", "acceptance", "ideal", "efficiency", "identical"]
+    for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
+        rows = [
+            [
+                f"{row['name']}, {row['setting']}" if row["setting"] else row["name"],
+                show(row["tokens_per_second"], ".1f"),
+                show(row["speedup"], ".2f"),
+                show(row["speedup_not_looping"], ".2f"),
+                f"{row['looping_outputs']} of {row['outputs']}",
+                *(show(row[key], ".2f") for key in ("acceptance_rate", "ideal_speedup", "engine_efficiency")),
+                {True: "yes", False: "no", None: "-"}[row["identical"]],
+            ]
+            for row in report["results"]
+            if row["temperature"] == temperature
+        ]
+        lines += [f"\nTemperature {temperature}:\n", *table(columns, rows)]
+    return lines
+
+
+def fastest_cell(report: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and speed-up of the best cell of a sweep."""
+    cell = max((row for row in report["cells"] if row["speedup"] is not None), key=lambda row: row["speedup"])
+    return f"exit {cell['exit_layer']} with {cell['num_speculations']} drafts", cell["speedup"]
+
+
+def sweep_lines(report: Mapping[str, Any]) -> list[str]:
+    """How many cells were measured."""
+    measured = [row for row in report["cells"] if row["speedup"] is not None]
+    name, speedup = fastest_cell(report)
+    return [
+        f"Not compiled, greedy. {len(measured)} of {len(report['cells'])} pairs measured, the others could not win. "
+        f"Fastest: {name}, {speedup:.2f}x."
+    ]
+
+
+def fastest_way(report: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and speed-up of the best variant of a benchmark."""
+    rows = [row for row in report["results"] if row["kind"] == "variant" and row["speedup"]]
+    best = max(rows, key=lambda row: row["speedup"]["median"])
+    return best["name"], best["speedup"]["median"]
+
+
+def tune_table(report: Mapping[str, Any]) -> list[str]:
+    """Prediction beside measurement."""
+    rows = [
+        [row["name"], show(row["predicted_speedup"], ".2f"), show(row["speedup"], ".2f")]
+        for row in report["results"]
+        if row["kind"] == "variant"
+    ]
+    return table(["way", "predicted", "measured"], rows)

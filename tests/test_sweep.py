@@ -1,0 +1,179 @@
+"""`layerskip_benchmark sweep=...`: which cells are measured, what is written, and going on after a stop.
+
+The best of a sweep is compared with the best of all cells by a cost formula in the test.
+"""
+
+import csv
+import json
+
+import pytest
+from configs import benchmark_config, generate_config, make_checkpoint
+
+from layerskip_recipes.config import load_config
+from layerskip_recipes.recipes import sweep
+from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+from layerskip_recipes.recipes.sweep import Cell, Journal, Measured, best_of, promise
+
+L, STEP = 16, 0.016
+# A layer takes 1 ms, a head too; a further position of a verification a tenth of that.
+LAYER, HEAD, POSITION = 0.9e-3, 1e-3, 0.1e-3
+
+
+def reach_of(rate):
+    return {e: [rate(e) ** k for k in range(1, 13)] for e in range(1, L)}
+
+
+def cost(e, d):
+    """Seconds of a draft step and of a verification."""
+    return e * LAYER + HEAD, (L - e) * (LAYER + d * POSITION) + HEAD
+
+
+def truth(cell, reach):
+    draft_s, verify_s = cost(*cell[:2])
+    tokens = 1 + sum(reach[cell.exit_layer][: cell.num_speculations])
+    speedup = tokens * STEP / (cell.num_speculations * draft_s + verify_s + 1e-4)
+    return Measured([speedup], speedup / STEP, tokens, 0.5, cell.num_speculations, draft_s, verify_s, 1e-4, None)
+
+
+def test_a_promise_by_hand():
+    reach = {4: [0.8, 0.6, 0.4]}
+    nothing_known = promise(Cell(4, 2), reach, STEP, {})
+    assert nothing_known == pytest.approx(1.1 * 2.4)  # a round costs a step at least
+    known = Measured([1.0], 1.0, 1.0, 0.5, 1, draft_step_s=0.006, verify_s=0.010, rest_s=0.001, identical=None)
+    # Three drafts of 6 ms, a verification of at least 10 ms, as of two positions, and 1 ms.
+    assert promise(Cell(4, 3), reach, STEP, {Cell(4, 1): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.029)
+    # Shorter than what is known: 1 of 3 positions more, 10 ms * 2 / 4, but no less than a step.
+    assert promise(Cell(4, 1), reach, STEP, {Cell(4, 3): known}) == pytest.approx(1.1 * 1.8)
+    # Another exit, or a threshold, tells nothing of it.
+    others = {Cell(5, 3): known, Cell(4, 3, 0.5): known}
+    assert promise(Cell(4, 3), reach, STEP, others) == pytest.approx(1.1 * 2.8)
+    # With a threshold no more is drafted than accepted: 1.8 of 3.
+    assert promise(Cell(4, 3, 0.5), reach, STEP, {Cell(4, 3): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.0188)
+
+
+@pytest.mark.parametrize("rate", [lambda e: 0.3 + 0.04 * e, lambda e: 0.9, lambda e: e / L, lambda e: 0.05])
+def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
+    """Against all cells by the formula; and far from all are measured."""
+    reach = reach_of(rate)
+    cells = [Cell(e, d) for e in range(1, L) for d in (1, 2, 3, 4, 6, 8, 10, 12)]
+    best = max(truth(cell, reach).speedup for cell in cells)
+    monkeypatch.setattr(sweep, "observe", lambda bench, temperature: (reach, STEP))
+    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, reach))
+    journals = {prune: Journal(tmp_path / f"{prune}.jsonl", {}) for prune in (True, False)}
+    for prune, journal in journals.items():
+        sweep._measure(None, 0.0, cells, prune, journal)
+    found = journals[True].cells[0.0]
+    assert found[best_of(found)].speedup == (best if best > 1 else pytest.approx(best, rel=0.2))
+    assert len(found) < 0.75 * len(cells)
+    assert journals[False].cells[0.0].keys() == set(cells)
+
+
+def test_a_journal_is_read_again(tmp_path):
+    path = tmp_path / "x" / "sweep.jsonl"
+    journal = Journal(path, {"seed": 0, "prompt": ["a"]})
+    first, second = truth(Cell(2, 3), reach_of(lambda e: 0.5)), truth(Cell(3, 1), reach_of(lambda e: 0.5))
+    journal.add(0.0, Cell(2, 3), first)
+    journal.add(0.8, Cell(3, 1, "auto"), second)
+    expected = {0.0: {Cell(2, 3): first}, 0.8: {Cell(3, 1, "auto"): second}}
+    assert Journal(path, {"seed": 0, "prompt": ["a"]}).cells == expected
+    whole = path.read_text()
+    path.write_text(whole[:-20])  # killed while it wrote
+    again = Journal(path, {"seed": 0, "prompt": ["a"]})
+    assert again.cells == {0.0: {Cell(2, 3): first}}
+    again.add(0.8, Cell(3, 1, "auto"), second)
+    assert path.read_text() == whole
+    with pytest.raises(ValueError, match=r"^report_dir: .*sweep.jsonl' is a sweep with seed=0, and here it is 1"):
+        Journal(path, {"seed": 1, "prompt": ["a"]})
+    assert path.read_text() == whole
+
+
+@pytest.fixture
+def path(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path / "user", checkpoint)
+    section = {"exit_layers": [1, 3], "num_speculations": [1, 4], "thresholds": [None, 0.5], "prune": False}
+    return benchmark_config(
+        tmp_path,
+        checkpoint,
+        sweep=section,
+        prompt="def main(",
+        tune_extends=str(user),
+        max_new_tokens=16,
+        temperatures=[0.0],
+        repeats=2,
+        peers=["torchtune"],
+    )
+
+
+def run(path, *overrides):
+    recipe = LayerSkipBenchmark(load_config(str(path), list(overrides)))
+    recipe.setup()
+    return recipe.sweep()
+
+
+def test_the_recipe(path, monkeypatch, capsys):
+    """Stopped after three cells, it goes on with the other five; and then nothing is left to measure."""
+    folder, measured, real = path.parent / "report", [], sweep.measure
+
+    def until_three(bench, temperature, cell):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return real(bench, temperature, cell)
+
+    monkeypatch.setattr(sweep, "measure", until_three)
+    report = run(path)
+    assert report["interrupted"] is True and sum(row["speedup"] is not None for row in report["cells"]) == 3
+    assert not (folder / "tuned.yaml").exists()
+    monkeypatch.setattr(sweep, "measure", lambda *given: measured.append(given[2]) or real(*given))
+    report = run(path)
+    every = {Cell(e, d, t) for e in (1, 3) for d in (1, 4) for t in (None, 0.5)}
+    assert len(measured) == 8 and set(measured) == every and report["interrupted"] is False
+    table = {Cell(row["exit_layer"], row["num_speculations"], row["threshold"]): row for row in report["cells"]}
+    assert table.keys() == every
+    for cell, row in table.items():
+        assert row["identical"] is True and row["speedup_min"] <= row["speedup"] <= row["speedup_max"]
+        assert row["tokens_per_round"] == pytest.approx(1 + row["acceptance_rate"] * row["drafted_per_round"])
+        assert row["drafted_per_round"] <= cell.num_speculations
+    with (folder / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["speedup"]) for line in lines] == [row["speedup"] for row in report["cells"]]
+    assert json.loads((folder / "sweep.json").read_text())["cells"] == report["cells"]
+    assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    fastest = max(table, key=lambda cell: table[cell]["speedup"])
+    cfg = load_config(str(folder / "tuned.yaml"))
+    if table[fastest]["speedup"] > 1:
+        assert {**load_config(str(path.parent / "user/generate.yaml")).self_speculation, **fastest.section} == dict(
+            cfg.self_speculation
+        )
+    else:
+        assert cfg.self_speculation is None
+    assert f"{fastest.name} at {table[fastest]['speedup']:.2f}x is the fastest of 8" in capsys.readouterr().out
+    run(path, "sweep.num_speculations=[4]")  # another part of the same sweep
+    assert len(measured) == 8
+    with pytest.raises(ValueError, match="is a sweep with max_new_tokens=16"):
+        run(path, "max_new_tokens=17")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sweep.exit_layers=[1,9]"], r"^sweep.exit_layers: 9 .*1\.\.4"),
+        (["sweep.exit_layers=[]"], r"^sweep.exit_layers: \[\] is no list"),
+        (["sweep.num_speculations=4"], "^sweep.num_speculations: 4 is no list"),
+        (["sweep.num_speculations=[4,4]"], "^sweep.num_speculations: .*different"),
+        (["sweep.num_speculations=[13]"], "^sweep.num_speculations: 13 .*12"),
+        (["sweep.thresholds=[1.5]"], "^sweep.thresholds: 1.5 .*0 to 1"),
+        (["sweep.prune=3"], "^sweep.prune: 3"),
+        (["sweep.exits=[1]"], "^sweep.exits: .*Nearest: exit_layers"),
+        (["sweep=3"], "^sweep: 3"),
+        (["tune=true"], "^tune: it cannot go with sweep"),
+        (["tune_extends=nowhere"], "^tune_extends: 'nowhere'"),
+        (["max_new_tokens=12", "sweep.num_speculations=[2]"], "^max_new_tokens: 12 is too short"),
+        (["repetition_penalty=1.2", "peers=[]"], "^repetition_penalty: 1.2 is not allowed with sweep"),
+    ],
+)
+def test_mistakes(overrides, message, path):
+    with pytest.raises(ValueError, match=message):
+        LayerSkipBenchmark(load_config(str(path), overrides))
+    assert not (path.parent / "report").exists()
