@@ -211,7 +211,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             raise ValueError("messages: this tokenizer takes text only, and one of them has an image")
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
         if not add_end_tokens:
-            tokens = self.encode(self._render_prompt(turns), add_bos=False, add_eos=False)
+            tokens = self.encode(self.render_prompt(turns), add_bos=False, add_eos=False)
             return self._truncate(tokens, [True] * len(tokens), None)
 
         text = self._render(turns)
@@ -245,7 +245,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             **self._template_tokens,
         )
 
-    def _render_prompt(self, turns: list[dict]) -> str:
+    def render_prompt(self, turns: list[dict]) -> str:
         if turns[-1]["role"] != "assistant":
             return self._render(turns, add_generation_prompt=True)
         if not turns[-1]["content"]:  # torchtune's way to ask for a reply

@@ -88,7 +88,8 @@ def shortened(command: list[str], folder: Path) -> list[str]:
         return command
     name = command[command.index("--config") + 1]
     if name in QUICKSTART:
-        return [*command, "model.num_layers=4", *QUICKSTART[name]]
+        few = ["sweep.exit_layers=[1,2]", "sweep.num_speculations=[2]"] if "sweep={}" in command else []
+        return [*command, *few, "model.num_layers=4", *QUICKSTART[name]]
     tiny = OmegaConf.to_container(OmegaConf.load(folder / "my_generate.yaml"))
     if "layerskip_generate" in command:
         keep = ("model", "checkpointer", "tokenizer", "device", "dtype")

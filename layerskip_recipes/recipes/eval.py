@@ -1,6 +1,8 @@
-"""`tune run layerskip_eval`: how good is each exit? Loss, perplexity and agreement with the last layer, with a picture.
+"""`tune run layerskip_eval`: how good is a checkpoint, and each of its exits? Wiring only.
 
-One pass over the data serves all exits; the heads run exit by exit and in chunks of tokens, as in training.
+On a dataset: loss, perplexity and agreement with the last layer of every exit, with a picture. One pass over the data
+serves all exits; the heads run exit by exit and in chunks of tokens, as in training (exit_quality.py). Besides, or
+instead: tasks of the lm-evaluation-harness (harness.py), HumanEval (human_eval.py).
 """
 
 import json
@@ -8,44 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from torchtune import training
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import build_recipe, main_of
+from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.exit_quality import exit_quality
+from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.layers import select_layers
-from layerskip_recipes.recipes.data import check_collate_fn, check_dataset, load_data
+from layerskip_recipes.recipes.answers import Answers
+from layerskip_recipes.recipes.data import load_data
+from layerskip_recipes.recipes.decoding import check_speculation
+from layerskip_recipes.recipes.eval_config import SETTINGS, check_measured, checkpoints, harness, task_folders
+from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
 from layerskip_recipes.settings import (
-    COMMON,
-    anything,
     build,
     build_on_meta,
     check_device,
     check_dtype,
     check_one_process,
+    check_section,
     check_settings,
     check_vocabulary,
-    component,
-    number,
-    text,
 )
 
-SETTINGS = COMMON | {
-    "quantizer": component(optional=True),
-    "dataset": check_dataset,
-    "collate_fn": check_collate_fn,
-    "batch_size": number(minimum=1),
-    "max_batches": number(minimum=1, optional=True),
-    "layers": anything,
-    "num_speculations": number(minimum=1),
-    "compare": anything,
-    "picture": text("exits.png"),
-    "report": text("exits.json"),
-}
-REQUIRED = ("dataset",)
+REQUIRED = ()  # one of dataset, tasks, human_eval is: `check_measured`
 
 
 def plot_exits(measured: dict[str, dict[int, dict[str, float]]], path: Path, title: str) -> None:
@@ -77,9 +69,16 @@ def check_config(cfg: DictConfig) -> None:
         ValueError: the key, what was given, what is allowed.
     """
     check_settings(cfg, SETTINGS, {}, REQUIRED)
-    model = build_on_meta(cfg)
+    check_measured(cfg)
+    model = layerskip_decoder(build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
-    select_layers(cfg.get("layers", ":"), len(model.layers))
+    select_layers(cfg.get("layers", ":"), model.num_layers)
+    if cfg.get("human_eval") is not None:
+        HumanEval(**check_section(cfg.human_eval, "human_eval", HumanEval))
+    if cfg.get("self_speculation") is not None:
+        check_speculation(cfg.self_speculation, model)
+    if cfg.get("exit_layer") is not None:
+        model.check_exit(cfg.exit_layer)
     for name, other in checkpoints(cfg).items():
         try:
             ckpt.check_checkpointer(other, model)
@@ -87,29 +86,17 @@ def check_config(cfg: DictConfig) -> None:
             raise ValueError(f"compare.{name}: {e}") from e
 
 
-def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The config once for its own checkpoint, and once for each of `compare`, by name.
-
-    Raises:
-        ValueError: if `compare` is no mapping of names to parts of the checkpointer section.
-    """
-    compare = OmegaConf.create({}) if cfg.get("compare") is None else cfg.compare
-    if not isinstance(compare, DictConfig) or not all(isinstance(part, DictConfig) for part in compare.values()):
-        raise ValueError(
-            f"compare: {compare!r} is not allowed. Allowed: names with what differs in the checkpointer section; for "
-            'example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
-        )
-    others = {str(name): OmegaConf.merge(cfg, {"checkpointer": section}) for name, section in compare.items()}
-    return {Path(str(cfg.checkpointer.get("checkpoint_dir"))).name: cfg} | others
-
-
 class LayerSkipEval:
-    """Measures the exits of a checkpoint on a dataset.
+    """Measures a checkpoint: its exits on a dataset, tasks, HumanEval.
 
     Args:
-        cfg: model, checkpointer, tokenizer, dataset, batch_size, max_batches, layers (the layers whose output is an
-            exit, ":" for all), num_speculations (d of the accepted length), compare (other checkpoints by name),
-            picture and report (paths of a PNG and a JSON document, null for none).
+        cfg: model, checkpointer, tokenizer, batch_size, compare (other checkpoints by name), report (path of a JSON
+            document), and what is measured, one or more of
+            dataset: with max_batches, layers (the layers whose output is an exit, ":" for all), num_speculations (d of
+                the accepted length), picture (path of a PNG);
+            tasks: of lm-eval, with task_path (folders of task files), num_fewshot, limit (documents of each);
+            human_eval: file, execute, timeout, memory_mb, count, temperature;
+            and for both of these exit_layer or self_speculation, and max_new_tokens.
 
     Raises:
         ValueError: for a wrong setting, before any weight is loaded.
@@ -125,36 +112,74 @@ class LayerSkipEval:
             ckpt.require_weights(one)
         check_one_process()
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
-        training.set_seed(seed=cfg.get("seed"))
+        self.max_new_tokens = cfg.get("max_new_tokens") or 256
+        self.seed = training.set_seed(seed=cfg.get("seed"))
 
     def setup(self) -> None:
         """The data, then the model. Those to compare with come one after the other, in `evaluate`."""
         cfg = self.cfg
-        tokenizer = build(cfg.tokenizer, "tokenizer")
-        check_vocabulary(tokenizer, build_on_meta(cfg))
-        dataset, collate = load_data(cfg, tokenizer, ignore_index=-100)
-        self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
+        self.tokenizer = build(cfg.tokenizer, "tokenizer")
+        model = layerskip_decoder(build_on_meta(cfg))
+        check_vocabulary(self.tokenizer, model)
+        self.batches = self.tasks = self.problems = None
+        if cfg.get("dataset") is not None:
+            dataset, collate = load_data(cfg, self.tokenizer, ignore_index=-100)
+            self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
+            self.total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
+        self.draft = None
+        if cfg.get("self_speculation") is not None:
+            self.draft = check_speculation(cfg.self_speculation, model)
+        if cfg.get("tasks") is not None:
+            self._setup_tasks(model)
+        if cfg.get("human_eval") is not None:
+            self._setup_human_eval(model)
         self.model = ckpt.load_decoder(cfg, self.device, self.dtype)
 
+    def _setup_tasks(self, model: LayerSkipDecoder) -> None:
+        """The tasks with their documents."""
+        cfg = self.cfg
+        if cfg.get("apply_chat_template") and not hasattr(self.tokenizer, "chat_template"):
+            raise ValueError(
+                f"apply_chat_template: true, and {type(self.tokenizer).__name__} makes no text of a chat. Allowed: "
+                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, or apply_chat_template=false"
+            )
+        folders = task_folders("task_path", cfg.get("task_path"))
+        self.tasks = harness().load_tasks(
+            list(cfg.tasks), folders, cfg.get("num_fewshot"), self.max_new_tokens, model.max_seq_len
+        )
+
+    def _setup_human_eval(self, model: LayerSkipDecoder) -> None:
+        """The problems; and whether programs run here at all."""
+        self.section = HumanEval(**check_section(self.cfg.human_eval, "human_eval", HumanEval))
+        self.problems = read_problems(self.section.file, self.section.count)
+        lengths = [len(self.tokenizer.encode(problem.prompt, add_eos=False)) for problem in self.problems]
+        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+        check_execution(self.section)
+
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print a table of each, write picture and report.
+        """Measure every checkpoint, print tables of each, write picture and report.
 
         Returns:
             The report, which is also printed as the last line.
         """
         cfg = self.cfg
-        total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
-        own, *others = checkpoints(cfg)
-        measured = {own: self._measure(own, total)}
-        for name in others:
-            del self.model  # one at a time in memory
-            self.model = ckpt.load_decoder(checkpoints(cfg)[name], self.device, self.dtype)
-            measured[name] = self._measure(name, total)
-        report: dict[str, Any] = {"exits": measured[own], "batches": total}
-        if others:
-            report["compare"] = {name: measured[name] for name in others}
+        measured = {}
+        for name, one in checkpoints(cfg).items():
+            if measured:
+                del self.model  # one at a time in memory
+                self.model = ckpt.load_decoder(one, self.device, self.dtype)
+            print(f"\n{name}")
+            measured[name] = self._measure(name)
+        own, *others = measured
+        report: dict[str, Any] = dict(measured[own])
+        if self.batches is not None:
+            report["batches"] = self.total
+        for what in measured[own] if others else ():
+            key = "compare" if what == "exits" else f"compare_{what}"
+            report[key] = {name: measured[name][what] for name in others}
         if cfg.get("picture"):
-            plot_exits(measured, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {total} batches")
+            exits = {name: of_name["exits"] for name, of_name in measured.items()}
+            plot_exits(exits, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {self.total} batches")
             report["picture"] = cfg.picture
             print(f"picture: {cfg.picture}")
         if cfg.get("report"):
@@ -163,18 +188,38 @@ class LayerSkipEval:
         print(json.dumps(report), flush=True)
         return report
 
-    def _measure(self, name: str, total: int) -> dict[int, dict[str, float]]:
-        """The model's table, and its quality by exit."""
+    def _measure(self, name: str) -> dict[str, Any]:
+        """All that the config asks for, of the model that is loaded: "exits", "tasks", "human_eval"."""
+        cfg, measured = self.cfg, {}
+        if self.batches is not None:
+            measured["exits"] = self._measure_exits(name)
+        answers = Answers(
+            self.model,
+            self.tokenizer,
+            batch_size=cfg.get("batch_size", 1),
+            exit_layer=cfg.get("exit_layer"),
+            draft=self.draft,
+            seed=self.seed,
+        )
+        if self.tasks is not None:
+            lm = harness().LayerSkipLM(answers, self.max_new_tokens)
+            chat = bool(cfg.get("apply_chat_template"))
+            measured["tasks"] = harness().run_tasks(lm, self.tasks, cfg.get("limit"), chat)
+        if self.problems is not None:
+            measured["human_eval"] = pass_at_1(answers, self.problems, self.section, self.max_new_tokens)
+        return measured
+
+    def _measure_exits(self, name: str) -> dict[int, dict[str, float]]:
+        """The quality by exit, also printed as a table."""
         cfg, model = self.cfg, self.model
-        progress = tqdm(self.batches, total=total, desc=name)
-        batches = (batch for batch, _ in zip(progress, range(total), strict=False))
+        progress = tqdm(self.batches, total=self.total, desc=name)
+        batches = (batch for batch, _ in zip(progress, range(self.total), strict=False))
         chosen = select_layers(cfg.get("layers", ":"), model.num_layers)
         exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {model.num_layers})
         draft = cfg.get("num_speculations", 6)
         quality = exit_quality(model, batches, exits, self.device, num_speculations=draft)
         progress.close()
-        print(f"\n{name}")
-        print(f"{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10} {f'of {draft}':>6}")
+        print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10} {f'of {draft}':>6}")
         for e, q in quality.items():
             print(
                 f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f} "
@@ -184,9 +229,10 @@ class LayerSkipEval:
 
 
 def main() -> None:
-    """Measure loss and agreement with the last layer at every exit of a model.
+    """Measure a model: every exit's loss and agreement with the last layer, lm-eval's tasks, HumanEval.
 
     tune run layerskip_eval --config quickstart/eval
+    tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
     """
 
     def steps() -> None:
