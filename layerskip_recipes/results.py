@@ -20,34 +20,40 @@ from layerskip_recipes.recipes.benchmark_report import show
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: configs, and the folder of the training's checkpoints.
+    """What is measured.
 
     Args:
-        configs: what the names of its configs begin with.
+        configs: what the names of its configs begin with, in front of "eval" and "benchmark".
         finetune: the config of its training.
+        generate: the generation config that the tuner extends.
         checkpoint: the folder that the training ends with.
         trains: whether the page may train it, if that folder is not there.
-        before: the checkpointer section of the model before its training, for the table of exits.
         cost: options of `layerskip cost`.
         sweep: overrides of the sweep.
     """
 
     configs: str
     finetune: str
+    generate: str
     checkpoint: str
     trains: bool = False
-    before: str = ""
     cost: Sequence[str] = ()
     sweep: Sequence[str] = ()
 
 
 MODELS = {
     "quickstart": Model(
-        "quickstart/", "quickstart/finetune", "epoch_0", trains=True, cost=["--batch", "8", "--seq-len", "256"]
+        "quickstart/",
+        "quickstart/finetune",
+        "quickstart/generate",
+        "epoch_0",
+        trains=True,
+        cost=["--batch", "8", "--seq-len", "256"],
     ),
     "smollm2": Model(
         "smollm2/135M_",
         "smollm2/135M_full_single_device_layerskip",
+        "smollm2/135M_generate_layerskip",
         "epoch_4",
         cost=["float32_matmul_precision=highest", "--steps", "3", "--repeats", "1"],
         sweep=["sweep.exit_layers=[2,4,6,8,10,12,14,18,22,26]", "sweep.num_speculations=[1,2,3,4,6,8]"],
@@ -65,7 +71,7 @@ def parts(model: Model, folder: Path, work: Path, pictures: Path) -> dict[str, t
         return ["tune", "run", f"layerskip_{name}", "--config", model.configs + config, here, *overrides]
 
     exits, sweep, tune = work / "exits.json", work / "sweep", work / "tune"
-    chosen = f"{model.configs}generate" if model.configs == "quickstart/" else f"{model.configs}generate_layerskip"
+    extends = ["tune=true", f"tune_extends={model.generate}"]
     return {
         "cost": (["layerskip", "cost", model.finetune, *model.cost], work / "cost.log"),
         "eval": (recipe("eval", "eval", f"report={exits}", f"picture={pictures}_exits.png"), exits),
@@ -77,10 +83,7 @@ def parts(model: Model, folder: Path, work: Path, pictures: Path) -> dict[str, t
             recipe("benchmark", "benchmark", *EAGER, "sweep={}", *model.sweep, f"report_dir={sweep}"),
             sweep / "sweep.json",
         ),
-        "tune": (
-            recipe("benchmark", "benchmark", *EAGER, "tune=true", f"tune_extends={chosen}", f"report_dir={tune}"),
-            tune / "benchmark.json",
-        ),
+        "tune": (recipe("benchmark", "benchmark", *EAGER, *extends, f"report_dir={tune}"), tune / "benchmark.json"),
     }
 
 

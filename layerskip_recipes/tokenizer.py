@@ -246,6 +246,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         )
 
     def render_prompt(self, turns: list[dict]) -> str:
+        """The text of a conversation up to where the reply begins: behind the last turn, or in an assistant's."""
         if turns[-1]["role"] != "assistant":
             return self._render(turns, add_generation_prompt=True)
         if not turns[-1]["content"]:  # torchtune's way to ask for a reply

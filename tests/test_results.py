@@ -1,0 +1,125 @@
+"""`layerskip results`: the page has what the commands measured, and runs only those whose result is not there.
+
+The commands' results come from the recipes themselves, run here on a tiny model; the page's numbers are looked up in
+them.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from configs import benchmark_config, generate_config, make_checkpoint
+
+from layerskip_recipes import results
+from layerskip_recipes.config import load_config
+from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+from layerskip_recipes.results import write_results
+
+COST = {
+    "figures": {"ours": {"seconds": 1.25, "peak_gb": 2.5}, "torchtune": {"seconds": 1.5, "peak_gb": 3.75}},
+    "ratios": {"last layer / torchtune's, time": 0.83},
+    **{"batch": 8, "seq_len": 256, "layers": "0::4"},
+}
+EXITS = {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, tokenizer_folder):
+    """What the benchmark's three commands write, by their report_dir."""
+    folder = tmp_path_factory.mktemp("measured")
+    checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
+    user = generate_config(folder / "user", checkpoint)
+    few = {"max_new_tokens": 16, "temperatures": [0.0], "repeats": 1, "prompt": "def main("}
+    extra = {"speed": {}, "tune": {"tune": True, "tune_extends": str(user)}}
+    extra["sweep"] = {"sweep": {"exit_layers": [1, 2], "num_speculations": [2], "prune": False}}
+    for name, settings in extra.items():
+        report = {"report_dir": str(folder / name), "picture": str(folder / name / "picture.png")}
+        path = benchmark_config(folder / f"{name}_config", checkpoint, **few, **settings, **report)
+        recipe = LayerSkipBenchmark(load_config(str(path)))
+        recipe.setup()
+        if name == "tune":
+            recipe.tune()
+        recipe.sweep() if name == "sweep" else recipe.benchmark()
+    return folder
+
+
+@pytest.fixture
+def commands(measured, tmp_path, monkeypatch):
+    """The commands that were run; they write what was measured."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    ran = []
+
+    def run(command, **kwargs):
+        ran.append(command)
+        values = dict(word.split("=", 1) for word in command if "=" in word)
+        if "layerskip_finetune" in command:
+            Path(values["output_dir"], "epoch_0").mkdir(parents=True)
+        elif "layerskip_eval" in command:
+            Path(values["report"]).write_text(json.dumps(EXITS))
+        elif "layerskip_benchmark" in command:
+            target = Path(values["report_dir"])
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (measured / target.name).iterdir():
+                (target / file.name).write_bytes(file.read_bytes())
+        return subprocess.CompletedProcess(command, 0, f"a table\n{json.dumps(COST)}\n", "")
+
+    monkeypatch.setattr(results.subprocess, "run", run)
+    return ran
+
+
+def test_the_page(commands, measured, tmp_path):
+    page = write_results("docs/results.md", ["quickstart"])
+    assert [c[0] if c[0] == "layerskip" else c[2] for c in commands] == [
+        "layerskip_finetune", "layerskip", "layerskip_eval", *["layerskip_benchmark"] * 3,
+    ]  # fmt: skip
+    text = page.read_text()
+    assert "layerskip results docs/results.md quickstart" in text
+    assert "| ours | 1.250 | 2.50 |" in text and "- last layer / torchtune's, time: 0.83" in text
+    assert "| 2 | 3.125 | 0.250 | 0.375 | 0.75 |" in text
+    benchmark = json.loads((measured / "speed" / "benchmark.json").read_text())
+    for row in benchmark["results"]:
+        assert f"| {row['name']} | {row['tokens_per_second']['median']:.1f} |" in text
+    cells = json.loads((measured / "sweep" / "sweep.json").read_text())["cells"]
+    best = max(cells, key=lambda cell: cell["speedup"])
+    assert f"Fastest: exit {best['exit_layer']} with 2 drafts, {best['speedup']:.2f}x." in text
+    tuned = [
+        r for r in json.loads((measured / "tune" / "benchmark.json").read_text())["results"] if r["kind"] != "baseline"
+    ]
+    for row in tuned:
+        predicted = f"{row['predicted_speedup']:.2f}" if row["predicted_speedup"] else "-"
+        assert f"| {row['name']} | {predicted} | {row['speedup']['median']:.2f} |" in text
+    assert all(row["predicted_speedup"] for row in tuned if not row["name"].endswith("auto"))
+    fastest = max(tuned, key=lambda row: row["speedup"]["median"])["speedup"]["median"]
+    assert f"{fastest / best['speedup']:.2f} of it." in text
+    assert (tmp_path / "docs" / "results_quickstart_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert str(tmp_path) not in text  # paths of this machine help nobody
+    # What is there is not measured again; what is missing is.
+    (tmp_path / "results/quickstart_figures/exits.json").unlink()
+    del commands[:]
+    assert write_results("docs/results.md", ["quickstart"]).read_text() == text
+    assert [c[2] for c in commands] == ["layerskip_eval"]
+
+
+def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "ValueError: device: 'cuda' is not there\n")
+    (tmp_path / "results/quickstart/epoch_0").mkdir(parents=True)
+    monkeypatch.setattr(results.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ValueError, match=r"results: 'layerskip cost .* failed: .*'cuda' is not there"):
+        write_results("docs/results.md", ["quickstart"])
+    assert not (tmp_path / "docs/results.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "models", "message"),
+    [
+        ("docs/results.md", ["llama"], "^results: 'llama' is unknown. Allowed: quickstart, smollm2"),
+        ("docs/results.md", ["smollm2=/nowhere"], "^results: smollm2 needs /nowhere/epoch_4. First: tune run"),
+        ("nowhere/results.md", ["quickstart"], "^results: 'nowhere' is no folder"),
+    ],
+)
+def test_mistakes(file, models, message, commands):
+    with pytest.raises(ValueError, match=message):
+        write_results(file, models)
+    assert not commands
