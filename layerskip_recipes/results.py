@@ -30,6 +30,7 @@ class Model:
         trains: whether the page may train it, if that folder is not there.
         cost: options of `layerskip cost`.
         sweep: overrides of the sweep.
+        batch: overrides of the benchmark in batches; none: no such part.
     """
 
     configs: str
@@ -39,8 +40,11 @@ class Model:
     trains: bool = False
     cost: Sequence[str] = ()
     sweep: Sequence[str] = ()
+    batch: Sequence[str] = ()
 
 
+# A tree, a threshold and a vocabulary for drafts do no more in a batch than alone.
+CHAIN_ONLY = [f"variants.{name}=null" for name in ("tree", "adaptive", "draft_vocabulary", "lookup")]
 MODELS = {
     "quickstart": Model(
         "quickstart/",
@@ -49,6 +53,8 @@ MODELS = {
         "epoch_0",
         trains=True,
         cost=["--batch", "8", "--seq-len", "256"],
+        sweep=["repeats=1"],
+        batch=["batch_size=8", "temperatures=[0.0]", "peers=[torchtune,transformers]", *CHAIN_ONLY],
     ),
     "smollm2": Model(
         "smollm2/135M_",
@@ -56,7 +62,7 @@ MODELS = {
         "smollm2/135M_generate_layerskip",
         "epoch_4",
         cost=["float32_matmul_precision=highest", "--steps", "3", "--repeats", "1"],
-        sweep=["sweep.exit_layers=[2,4,6,8,10,12,14,18,22,26]", "sweep.num_speculations=[1,2,3,4,6,8]"],
+        sweep=["repeats=1", "sweep.exit_layers=[2,4,6,8,12,16,20,24,28]", "sweep.num_speculations=[1,2,3,4,6,8]"],
     ),
 }
 # Both choose for uncompiled steps: a graph for each of many cells would take an hour to compile.
@@ -65,25 +71,26 @@ EAGER = ["compile=false", "temperatures=[0.0]", "peers=[]"]
 
 def parts(model: Model, folder: Path, work: Path, pictures: Path) -> dict[str, tuple[list[str], Path]]:
     """The commands by name, in their order, each with the file that its figures are in."""
-    here = f"output_dir={folder}"
 
-    def recipe(name: str, config: str, *overrides: str) -> list[str]:
-        return ["tune", "run", f"layerskip_{name}", "--config", model.configs + config, here, *overrides]
+    def recipe(name: str, *overrides: str) -> list[str]:
+        config = ["--config", f"{model.configs}{name}", f"output_dir={folder}"]
+        return ["tune", "run", f"layerskip_{name}", *config, *overrides]
 
-    exits, sweep, tune = work / "exits.json", work / "sweep", work / "tune"
-    extends = ["tune=true", f"tune_extends={model.generate}"]
+    def benchmark(part: str, *overrides: str) -> tuple[list[str], Path]:
+        places = [f"report_dir={work / part}", f"picture={pictures}_{part}.png"]
+        return recipe("benchmark", *overrides, *places), work / part / "benchmark.json"
+
+    exits, sweep = work / "exits.json", work / "sweep"
     return {
         "cost": (["layerskip", "cost", model.finetune, *model.cost], work / "cost.log"),
-        "eval": (recipe("eval", "eval", f"report={exits}", f"picture={pictures}_exits.png"), exits),
-        "benchmark": (
-            recipe("benchmark", "benchmark", f"report_dir={work / 'speed'}", f"picture={pictures}_speed.png"),
-            work / "speed" / "benchmark.json",
-        ),
+        "eval": (recipe("eval", f"report={exits}", f"picture={pictures}_eval.png"), exits),
+        "benchmark": benchmark("benchmark"),
+        **({"batch": benchmark("batch", *model.batch)} if model.batch else {}),
         "sweep": (
-            recipe("benchmark", "benchmark", *EAGER, "sweep={}", *model.sweep, f"report_dir={sweep}"),
+            recipe("benchmark", *EAGER, "sweep={}", *model.sweep, f"report_dir={sweep}", f"picture={sweep}/sweep.png"),
             sweep / "sweep.json",
         ),
-        "tune": (recipe("benchmark", "benchmark", *EAGER, *extends, f"report_dir={tune}"), tune / "benchmark.json"),
+        "tune": benchmark("tune", *EAGER, "tune=true", f"tune_extends={model.generate}"),
     }
 
 
@@ -174,15 +181,17 @@ def section(name: str, model: Model, folder: Path, work: Path, page: Path) -> li
         "cost": ("A training step", cost_table),
         "eval": ("Quality by exit", exits_table),
         "benchmark": ("Generation", speed_tables),
+        "batch": ("Generation in batches", speed_tables),
         "sweep": ("Exit layers and draft lengths", sweep_lines),
         "tune": ("What the tuner says", tune_table),
     }
     for part, (title, write) in writers.items():
+        if part not in found:
+            continue
         shown = [word.replace(f"{Path.cwd()}/", "") for word in commands[part][0]]
         lines += [f"\n### {title}\n", f"    {shlex.join(shown)}\n", *write(found[part])]
-        picture = {"eval": "exits", "benchmark": "speed", "sweep": "sweep"}.get(part)
-        if picture:
-            lines.append(f"\n![{title.lower()}]({pictures.name}_{picture}.png)")
+        if part != "cost":
+            lines.append(f"\n![{title.lower()}]({pictures.name}_{part}.png)")
     best, chosen = fastest_cell(found["sweep"]), fastest_way(found["tune"])
     lines.append(
         f"\nThe tuner's choice, {chosen[0]} at {chosen[1]:.2f}x, against the best of the sweep, {best[0]} at "

@@ -31,7 +31,7 @@ def measured(tmp_path_factory, tokenizer_folder):
     checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
     user = generate_config(folder / "user", checkpoint)
     few = {"max_new_tokens": 16, "temperatures": [0.0], "repeats": 1, "prompt": "def main("}
-    extra = {"speed": {}, "tune": {"tune": True, "tune_extends": str(user)}}
+    extra = {"benchmark": {}, "tune": {"tune": True, "tune_extends": str(user)}}
     extra["sweep"] = {"sweep": {"exit_layers": [1, 2], "num_speculations": [2], "prune": False}}
     for name, settings in extra.items():
         report = {"report_dir": str(folder / name), "picture": str(folder / name / "picture.png")}
@@ -61,7 +61,7 @@ def commands(measured, tmp_path, monkeypatch):
         elif "layerskip_benchmark" in command:
             target = Path(values["report_dir"])
             target.mkdir(parents=True, exist_ok=True)
-            for file in (measured / target.name).iterdir():
+            for file in (measured / target.name.replace("batch", "benchmark")).iterdir():
                 (target / file.name).write_bytes(file.read_bytes())
         return subprocess.CompletedProcess(command, 0, f"a table\n{json.dumps(COST)}\n", "")
 
@@ -72,13 +72,13 @@ def commands(measured, tmp_path, monkeypatch):
 def test_the_page(commands, measured, tmp_path):
     page = write_results("docs/results.md", ["quickstart"])
     assert [c[0] if c[0] == "layerskip" else c[2] for c in commands] == [
-        "layerskip_finetune", "layerskip", "layerskip_eval", *["layerskip_benchmark"] * 3,
+        "layerskip_finetune", "layerskip", "layerskip_eval", *["layerskip_benchmark"] * 4,
     ]  # fmt: skip
     text = page.read_text()
     assert "layerskip results docs/results.md quickstart" in text
     assert "| ours | 1.250 | 2.50 |" in text and "- last layer / torchtune's, time: 0.83" in text
     assert "| 2 | 3.125 | 0.250 | 0.375 | 0.75 |" in text
-    benchmark = json.loads((measured / "speed" / "benchmark.json").read_text())
+    benchmark = json.loads((measured / "benchmark" / "benchmark.json").read_text())
     for row in benchmark["results"]:
         assert f"| {row['name']} | {row['tokens_per_second']['median']:.1f} |" in text
     cells = json.loads((measured / "sweep" / "sweep.json").read_text())["cells"]

@@ -32,7 +32,8 @@ log = utils.get_logger("INFO")
 # given up only if it would have to be better than expected by this factor.
 SLACK = 1.1
 # What may differ between a sweep and its continuation.
-FREE = ("report_dir", "picture", "tune_extends", "tune_file", "variants", "peers", "output_dir", "sweep", "metrics")
+FREE = ("report_dir", "picture", "tune_extends", "tune_file", "variants", "peers", "output_dir", "sweep")
+FREE += ("metrics", "stop_strings", "tune")
 
 
 def sweep_section(
@@ -220,13 +221,16 @@ def sweep(bench: "LayerSkipBenchmark") -> dict[str, Any]:
         log.warning("interrupted: the same command continues")
     measured = {temperature: journal.cells.get(temperature, {}) for temperature in bench.temperatures}
     report = bench.circumstances() | {"interrupted": interrupted, "cells": rows(measured, cells)}
-    files = {"csv": folder / "sweep.csv", "json": folder / "sweep.json", "picture": folder / "sweep.png"}
+    files = {"csv": folder / "sweep.csv", "json": folder / "sweep.json"}
     files["json"].write_text(json.dumps(report, indent=1) + "\n")
     with files["csv"].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(report["cells"][0]))
         writer.writeheader()
         writer.writerows(report["cells"])
-    heat_map(measured, values, files["picture"], title=str(cfg.checkpointer.checkpoint_dir))
+    if cfg.get("picture"):
+        # Beside the benchmark's picture, not in its place.
+        files["picture"] = Path(cfg.picture).with_name("sweep.png")
+        heat_map(measured, values, files["picture"], title=str(cfg.checkpointer.checkpoint_dir))
     for temperature, there in measured.items():
         best = best_of(there)
         if best is not None:
@@ -332,4 +336,5 @@ def heat_map(
         panel.set_ylabel("exit layer (layers run)")
         panel.set_title(f"temperature {temperature}" + (f", threshold {threshold}" if threshold is not None else ""))
     figure.suptitle(f"speed-up, {title}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
