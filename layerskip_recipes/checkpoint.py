@@ -21,7 +21,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from layerskip_recipes.adapters import adapter_names, read_adapters, without_adapters
 from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.settings import build, build_on_meta
+from layerskip_recipes.settings import build, build_on_meta, check_device, check_dtype
 
 
 def is_scratch(section: DictConfig) -> bool:
@@ -153,6 +153,21 @@ def require_weights(cfg: DictConfig) -> None:
     """Raises a ValueError if the checkpointer section names no weights: only training can start without."""
     if is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer):
         raise ValueError("checkpointer.checkpoint_files: missing, the weights; for example [model.safetensors]")
+
+
+def ready(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a recipe that reads weights, after what only this machine can tell; sets the precision of
+    matrix products.
+
+    Raises:
+        ValueError: for a device or dtype that is not here, or files that are missing.
+    """
+    device = check_device(cfg)
+    dtype = check_dtype(cfg, device)
+    check_checkpoint_files(cfg)
+    require_weights(cfg)
+    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+    return device, dtype
 
 
 def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:

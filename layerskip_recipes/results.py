@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip_recipes.recipes.benchmark_report import show
+from layerskip_recipes.recipes.benchmark_report import COLUMNS, show
 
 
 @dataclass(frozen=True)
@@ -69,50 +69,66 @@ MODELS = {
 EAGER = ["compile=false", "temperatures=[0.0]", "peers=[]"]
 
 
-def parts(model: Model, folder: Path, work: Path, pictures: Path) -> dict[str, tuple[list[str], Path]]:
-    """The commands by name, in their order, each with the file that its figures are in."""
+def parts(model: Model, folder: Path, work: Path) -> dict[str, tuple[list[str], Path]]:
+    """The commands by name, in order, each with the file that its figures are in; pictures are `work`/NAME.png."""
 
     def recipe(name: str, *overrides: str) -> list[str]:
         config = ["--config", f"{model.configs}{name}", f"output_dir={folder}"]
         return ["tune", "run", f"layerskip_{name}", *config, *overrides]
 
     def benchmark(part: str, *overrides: str) -> tuple[list[str], Path]:
-        places = [f"report_dir={work / part}", f"picture={pictures}_{part}.png"]
+        places = [f"report_dir={work / part}", f"picture={work / part}.png"]
         return recipe("benchmark", *overrides, *places), work / part / "benchmark.json"
 
-    exits, sweep = work / "exits.json", work / "sweep"
+    exits = work / "exits.json"
+    sweep, _ = benchmark("sweep", *EAGER, "sweep={}", *model.sweep)
     return {
         "cost": (["layerskip", "cost", model.finetune, *model.cost], work / "cost.log"),
-        "eval": (recipe("eval", f"report={exits}", f"picture={pictures}_eval.png"), exits),
+        "eval": (recipe("eval", f"report={exits}", f"picture={work}/eval.png"), exits),
         "benchmark": benchmark("benchmark"),
         **({"batch": benchmark("batch", *model.batch)} if model.batch else {}),
-        "sweep": (
-            recipe("benchmark", *EAGER, "sweep={}", *model.sweep, f"report_dir={sweep}", f"picture={sweep}/sweep.png"),
-            sweep / "sweep.json",
-        ),
+        "sweep": (sweep, work / "sweep" / "sweep.json"),
         "tune": benchmark("tune", *EAGER, "tune=true", f"tune_extends={model.generate}"),
     }
 
 
-def run_part(command: Sequence[str], result: Path) -> Any:
-    """Run a command unless its result is there.
+def run(command: Sequence[str]) -> str:
+    """Run a command; returns its output, raises a ValueError with the end of what it said if it fails."""
+    print(f"+ {shlex.join(command)}", flush=True)
+    # The programs of this environment, also where it is not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
+    if done.returncode:
+        raise ValueError(f"results: {shlex.join(command)!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
+    return done.stdout
+
+
+def run_part(command: Sequence[str], result: Path, checkpoint: Path) -> Any:
+    """Run a command, unless its result is there: of the same command, whole, and of the same weights.
+
+    Args:
+        command: what to run.
+        result: the file with its figures; to a .log goes what it prints.
+        checkpoint: whose weights it measures.
 
     Returns:
-        The JSON document in the result; of a .log, to which the command's output goes, in its last line.
+        The JSON document in the result, of a .log in its last line.
 
     Raises:
-        ValueError: if the command fails, with the end of what it said.
+        ValueError: if the command fails.
     """
-    if not result.exists():
+    weights = {file.name: file.stat().st_mtime for file in sorted(checkpoint.glob("model*"))}
+    told, of = result.with_suffix(".command"), json.dumps({"command": list(command), "weights": weights})
+    if not (result.exists() and told.exists() and told.read_text() == of and not _read(result).get("interrupted")):
+        output = run(command)
         result.parent.mkdir(parents=True, exist_ok=True)
-        print(f"+ {shlex.join(command)}", flush=True)
-        # The programs of this environment, also where it is not activated.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
-        if done.returncode:
-            raise ValueError(f"results: {shlex.join(command)!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
         if result.suffix == ".log":
-            result.write_text(done.stdout)
+            result.write_text(output)
+        told.write_text(of)
+    return _read(result)
+
+
+def _read(result: Path) -> dict[str, Any]:
     text = result.read_text().strip()
     return json.loads(text.splitlines()[-1] if result.suffix == ".log" else text)
 
@@ -145,14 +161,13 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
             )
     if not page.parent.is_dir():
         raise ValueError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
-    lines = ["# Results\n", _HEAD.format(command=shlex.join(["layerskip", "results", file, *models]))]
+    command = ["layerskip", "results", file, *models, *(["--work", work] if work != "results" else [])]
+    lines = ["# Results\n", _HEAD.format(command=shlex.join(command))]
     for name, folder in chosen.items():
         model = MODELS[name]
-        if model.trains and not (folder / model.checkpoint).is_dir():
-            command = ["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"]
-            print(f"+ {shlex.join(command)}", flush=True)
-            subprocess.run(command, check=True, capture_output=True)
-        lines += section(name, model, folder, Path(work).absolute() / f"{name}_figures", page.absolute())
+        if not (folder / model.checkpoint).is_dir():
+            run(["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"])
+        lines += section(name, model, folder, Path(work).absolute() / f"{name}_figures", page)
     page.write_text("\n".join(lines) + "\n")
     return page
 
@@ -161,16 +176,14 @@ _HEAD = """Made by one command, which trains the quickstart's model if it is not
 
     {command}
 
-Speeds are medians of the repeats, with their range; every way decodes the same prompts in the same process in turns.
-Not measured: what needs a GPU, and peers that are not installed (each table says which)."""
+Speeds are medians of the repeats, with their range if there are several; every way decodes the same prompts in the
+same process in turns. Not measured: what needs a GPU where there is none, and peers that are not installed."""
 
 
 def section(name: str, model: Model, folder: Path, work: Path, page: Path) -> list[str]:
-    """The page's part for a model."""
-    pictures = page.with_name(f"{page.stem}_{name}")
-    commands = parts(model, folder, work, pictures)
-    found = {part: run_part(*command) for part, command in commands.items()}
-    shutil.copy(work / "sweep" / "sweep.png", f"{pictures}_sweep.png")
+    """The page's part for a model; copies the pictures."""
+    commands = parts(model, folder, work)
+    found = {part: run_part(*command, folder / model.checkpoint) for part, command in commands.items()}
     where = found["benchmark"]
     lines = [
         f"\n## {name}\n",
@@ -191,7 +204,9 @@ def section(name: str, model: Model, folder: Path, work: Path, page: Path) -> li
         shown = [word.replace(f"{Path.cwd()}/", "") for word in commands[part][0]]
         lines += [f"\n### {title}\n", f"    {shlex.join(shown)}\n", *write(found[part])]
         if part != "cost":
-            lines.append(f"\n![{title.lower()}]({pictures.name}_{part}.png)")
+            picture = f"{page.stem}_{name}_{part}.png"
+            shutil.copy(work / f"{part}.png", page.with_name(picture))
+            lines.append(f"\n![{title.lower()}]({picture})")
     best, chosen = fastest_cell(found["sweep"]), fastest_way(found["tune"])
     lines.append(
         f"\nThe tuner's choice, {chosen[0]} at {chosen[1]:.2f}x, against the best of the sweep, {best[0]} at "
@@ -230,22 +245,11 @@ def speed_tables(report: Mapping[str, Any]) -> list[str]:
         f"{report['repeats']} repeats, {compiled}."
     ]
     lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
-    columns = ["way", "tokens/s", "speed-up", "not looping", "loops", "acceptance", "ideal", "efficiency", "identical"]
+    shown = ("way", "tokens/s", "speed-up", "not looping", "loops", "acceptance", "ideal", "efficiency", "identical")
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
-        rows = [
-            [
-                f"{row['name']}, {row['setting']}" if row["setting"] else row["name"],
-                show(row["tokens_per_second"], ".1f"),
-                show(row["speedup"], ".2f"),
-                show(row["speedup_not_looping"], ".2f"),
-                f"{row['looping_outputs']} of {row['outputs']}",
-                *(show(row[key], ".2f") for key in ("acceptance_rate", "ideal_speedup", "engine_efficiency")),
-                {True: "yes", False: "no", None: "-"}[row["identical"]],
-            ]
-            for row in report["results"]
-            if row["temperature"] == temperature
-        ]
-        lines += [f"\nTemperature {temperature}:\n", *table(columns, rows)]
+        of_temperature = [row for row in report["results"] if row["temperature"] == temperature]
+        rows = [[COLUMNS[column](row) for column in shown] for row in of_temperature]
+        lines += [f"\nTemperature {temperature}:\n", *table(shown, rows)]
     return lines
 
 

@@ -310,7 +310,8 @@ def json_lines(content: str, key: str) -> dict[int, dict[str, Any]]:
     return objects
 
 
-def _read_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
+def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
+    """`json_lines` of a file, decompressed if its name ends with .gz; raises a ValueError if it cannot be read."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             content = file.read()
@@ -320,7 +321,7 @@ def _read_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
 
 
 def _rows(path: str, key: str) -> Iterator[Row]:
-    return ((f"{path!r} line {at}", line) for at, line in _read_lines(path, key).items())
+    return ((f"{path!r} line {at}", line) for at, line in read_json_lines(path, key).items())
 
 
 def _load(source: str, split: str, seed: int | None) -> Iterator[Row]:
@@ -330,7 +331,7 @@ def _load(source: str, split: str, seed: int | None) -> Iterator[Row]:
     check_number("prompts.seed", seed, minimum=0, optional=True)
     rows: Any
     if source.endswith(JSON_LINES):
-        kind, rows = "line", _read_lines(source, "prompts.source")
+        kind, rows = "line", read_json_lines(source, "prompts.source")
         order = list(rows)
     else:
         kind, rows = "row", _load_table(source, split)

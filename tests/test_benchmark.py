@@ -194,7 +194,10 @@ def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
         return whole(self, *args)
 
     monkeypatch.setattr(LayerSkipBenchmark, "run", until)
-    monkeypatch.setattr("sys.argv", ["layerskip_benchmark", "--config", str(path)])
+    prompts = path.parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def main(", "response": "x"}\n{"prompt": "import os", "response": "y"}\n')
+    asked = ["metrics=[exact_match]", f"prompt_file={prompts}"]
+    monkeypatch.setattr("sys.argv", ["layerskip_benchmark", "--config", str(path), *asked])
     with pytest.raises(SystemExit) as caught:
         benchmark.main()
     assert caught.value.code == 130

@@ -444,6 +444,7 @@ EVAL = [
     ("num_speculations=0", "num_speculations", "0", "1 or more"),
     ("compare=3", "compare", "3", "checkpoint_dir"),
     ("compare={a: 3}", "compare", "3", "checkpoint_dir"),
+    ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),

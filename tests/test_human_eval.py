@@ -74,7 +74,7 @@ def test_a_program_by_its_outcome(body, outcome):
     timeout = 1.0 if outcome == "timed out" else 2.5
     found = run_program(Problem(**PROBLEM).program(body), timeout, 256)
     assert found.startswith(outcome)
-    assert time.perf_counter() - started < timeout + 0.5
+    assert time.perf_counter() - started < 30  # far less than the program would sleep
 
 
 @pytest.mark.parametrize("end", ["return 2", "time.sleep(60)"])
@@ -177,13 +177,13 @@ def test_the_recipe_runs_what_the_model_writes(tmp_path, checkpoint, tokenizer_f
         ("~human_eval.file", r"human_eval\.file: None.*HumanEval\.jsonl\.gz"),
         ("human_eval.file=nowhere.jsonl", r"human_eval\.file: 'nowhere\.jsonl' cannot be read"),
         ("human_eval.file=p.jsonl.gz", r"human_eval\.file: 'p\.jsonl\.gz' cannot be read"),
-        ("human_eval.file=broken.jsonl", r"human_eval\.file line 2: 'nonsense' is no JSON"),
+        ("human_eval.file=broken.jsonl", r"human_eval\.file: 'broken.jsonl' line 2: 'nonsense' is no JSON"),
         (
             "human_eval.file=lacking.jsonl",
-            r"human_eval\.file line 1: test is missing.*task_id, prompt, entry_point, test",
+            r"human_eval\.file: '.*' line 1: test is missing.*task_id, prompt, entry_point, test",
         ),
-        ("human_eval.file=twice.jsonl", r"human_eval\.file line 2: task_id 't/0' is there a second time"),
-        ("human_eval.file=name.jsonl", r"human_eval\.file line 1: entry_point 'f\(\)' is no name"),
+        ("human_eval.file=twice.jsonl", r"human_eval\.file: '.*' line 2: task_id 't/0' is there a second time"),
+        ("human_eval.file=name.jsonl", r"human_eval\.file: '.*' line 1: entry_point 'f\(\)' is no name"),
         ("human_eval.file=empty.jsonl", r"human_eval\.file: 'empty\.jsonl' holds no problem"),
         ("human_eval.timeout=0", r"human_eval\.timeout: 0 is not allowed.*above 0"),
         ("human_eval.memory_mb=1", r"human_eval: an empty program does not run within .*memory_mb=1 "),

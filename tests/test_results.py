@@ -5,6 +5,7 @@ them.
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def commands(measured, tmp_path, monkeypatch):
         values = dict(word.split("=", 1) for word in command if "=" in word)
         if "layerskip_finetune" in command:
             Path(values["output_dir"], "epoch_0").mkdir(parents=True)
+            Path(values["output_dir"], "epoch_0", "model.safetensors").write_text("weights")
         elif "layerskip_eval" in command:
             Path(values["report"]).write_text(json.dumps(EXITS))
         elif "layerskip_benchmark" in command:
@@ -63,17 +65,21 @@ def commands(measured, tmp_path, monkeypatch):
             target.mkdir(parents=True, exist_ok=True)
             for file in (measured / target.name.replace("batch", "benchmark")).iterdir():
                 (target / file.name).write_bytes(file.read_bytes())
+        if "picture" in values:
+            Path(values["picture"]).write_bytes(b"a picture")
         return subprocess.CompletedProcess(command, 0, f"a table\n{json.dumps(COST)}\n", "")
 
     monkeypatch.setattr(results.subprocess, "run", run)
     return ran
 
 
+def kinds(commands: list[list[str]]) -> list[str]:
+    return [command[0] if command[0] == "layerskip" else command[2].removeprefix("layerskip_") for command in commands]
+
+
 def test_the_page(commands, measured, tmp_path):
     page = write_results("docs/results.md", ["quickstart"])
-    assert [c[0] if c[0] == "layerskip" else c[2] for c in commands] == [
-        "layerskip_finetune", "layerskip", "layerskip_eval", *["layerskip_benchmark"] * 4,
-    ]  # fmt: skip
+    assert kinds(commands) == ["finetune", "layerskip", "eval", *["benchmark"] * 4]
     text = page.read_text()
     assert "layerskip results docs/results.md quickstart" in text
     assert "| ours | 1.250 | 2.50 |" in text and "- last layer / torchtune's, time: 0.83" in text
@@ -93,21 +99,40 @@ def test_the_page(commands, measured, tmp_path):
     assert all(row["predicted_speedup"] for row in tuned if not row["name"].endswith("auto"))
     fastest = max(tuned, key=lambda row: row["speedup"]["median"])["speedup"]["median"]
     assert f"{fastest / best['speedup']:.2f} of it." in text
-    assert (tmp_path / "docs" / "results_quickstart_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / "docs" / picture).read_bytes() == b"a picture"
     assert str(tmp_path) not in text  # paths of this machine help nobody
-    # What is there is not measured again; what is missing is.
-    (tmp_path / "results/quickstart_figures/exits.json").unlink()
-    del commands[:]
-    assert write_results("docs/results.md", ["quickstart"]).read_text() == text
-    assert [c[2] for c in commands] == ["layerskip_eval"]
+
+
+def test_what_was_measured_is_not_measured_again(commands, tmp_path):
+    """As long as it is whole, and of the same command and weights."""
+    text = write_results("docs/results.md", ["quickstart"]).read_text()
+    figures = tmp_path / "results" / "quickstart_figures"
+
+    def again(*models: str, page: str = "docs/results.md") -> list[str]:
+        del commands[:]
+        write_results(page, models or ["quickstart"])
+        return kinds(commands)
+
+    assert again() == [] and (tmp_path / "docs/results.md").read_text() == text
+    assert again(page="docs/other.md") == [] and (tmp_path / "docs/other_quickstart_eval.png").exists()
+    (figures / "exits.json").unlink()
+    assert again() == ["eval"]
+    sweep = figures / "sweep" / "sweep.json"
+    sweep.write_text(json.dumps(json.loads(sweep.read_text()) | {"interrupted": True}))
+    assert again() == ["benchmark"] and "sweep={}" in commands[0]
+    assert again("quickstart=elsewhere") == ["finetune", "layerskip", "eval", *["benchmark"] * 4]
+    (tmp_path / "elsewhere/epoch_0/model.safetensors").unlink()  # trained anew
+    assert again("quickstart=elsewhere") == ["layerskip", "eval", *["benchmark"] * 4]
 
 
 def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 1, "", "ValueError: device: 'cuda' is not there\n")
-    (tmp_path / "results/quickstart/epoch_0").mkdir(parents=True)
     monkeypatch.setattr(results.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(ValueError, match=r"results: 'layerskip cost .* failed: .*'cuda' is not there"):
-        write_results("docs/results.md", ["quickstart"])
+    for command in ("tune run layerskip_finetune", "layerskip cost"):
+        with pytest.raises(ValueError, match=rf"results: '{command} .* failed: .*'cuda' is not there"):
+            write_results("docs/results.md", ["quickstart"])
+        (tmp_path / "results/quickstart/epoch_0").mkdir(parents=True, exist_ok=True)
     assert not (tmp_path / "docs/results.md").exists()
 
 

@@ -4,7 +4,9 @@ The best of a sweep is compared with the best of all cells by a cost formula in 
 """
 
 import csv
+import itertools
 import json
+import os
 
 import pytest
 from configs import benchmark_config, generate_config, make_checkpoint
@@ -12,6 +14,8 @@ from configs import benchmark_config, generate_config, make_checkpoint
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes import sweep
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+from layerskip_recipes.recipes.decoding import self_speculation
+from layerskip_recipes.recipes.generate import check_config
 from layerskip_recipes.recipes.sweep import Cell, Journal, Measured, best_of, promise
 
 L, STEP = 16, 0.016
@@ -28,42 +32,45 @@ def cost(e, d):
     return e * LAYER + HEAD, (L - e) * (LAYER + d * POSITION) + HEAD
 
 
-def truth(cell, reach):
-    draft_s, verify_s = cost(*cell[:2])
+def truth(cell, reach, step_s=STEP):
+    """What is measured, by the formulas; on a slower machine everything takes longer."""
+    slower = step_s / STEP
+    draft_s, verify_s = (slower * seconds for seconds in cost(*cell[:2]))
     tokens = 1 + sum(reach[cell.exit_layer][: cell.num_speculations])
-    speedup = tokens * STEP / (cell.num_speculations * draft_s + verify_s + 1e-4)
-    return Measured([speedup], speedup / STEP, tokens, 0.5, cell.num_speculations, draft_s, verify_s, 1e-4, None)
+    speedup = tokens * step_s / (cell.num_speculations * draft_s + verify_s + slower * 1e-4)
+    rest = {"step_s": step_s, "draft_step_s": draft_s, "verify_s": verify_s, "rest_s": slower * 1e-4}
+    return Measured([speedup], speedup / step_s, tokens, 0.5, cell.num_speculations, **rest, identical=None)
 
 
 def test_a_promise_by_hand():
     reach = {4: [0.8, 0.6, 0.4]}
-    nothing_known = promise(Cell(4, 2), reach, STEP, {})
-    assert nothing_known == pytest.approx(1.1 * 2.4)  # a round costs a step at least
-    known = Measured([1.0], 1.0, 1.0, 0.5, 1, draft_step_s=0.006, verify_s=0.010, rest_s=0.001, identical=None)
+    assert promise(Cell(4, 2), reach, {}) == pytest.approx(1.1 * 2.4)  # a round costs a step at least
+    seconds = {"step_s": 0.016, "draft_step_s": 0.006, "verify_s": 0.010, "rest_s": 0.001}
+    known = Measured([1.0], 1.0, 1.0, 0.5, 1, **seconds, identical=None)
     # Three drafts of 6 ms, a verification of at least 10 ms, as of two positions, and 1 ms.
-    assert promise(Cell(4, 3), reach, STEP, {Cell(4, 1): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.029)
+    assert promise(Cell(4, 3), reach, {Cell(4, 1): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.029)
     # Shorter than what is known: 1 of 3 positions more, 10 ms * 2 / 4, but no less than a step.
-    assert promise(Cell(4, 1), reach, STEP, {Cell(4, 3): known}) == pytest.approx(1.1 * 1.8)
+    assert promise(Cell(4, 1), reach, {Cell(4, 3): known}) == pytest.approx(1.1 * 1.8)
     # Another exit, or a threshold, tells nothing of it.
     others = {Cell(5, 3): known, Cell(4, 3, 0.5): known}
-    assert promise(Cell(4, 3), reach, STEP, others) == pytest.approx(1.1 * 2.8)
+    assert promise(Cell(4, 3), reach, others) == pytest.approx(1.1 * 2.8)
     # With a threshold no more is drafted than accepted: 1.8 of 3.
-    assert promise(Cell(4, 3, 0.5), reach, STEP, {Cell(4, 3): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.0188)
+    assert promise(Cell(4, 3, 0.5), reach, {Cell(4, 3): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.0188)
 
 
 @pytest.mark.parametrize("rate", [lambda e: 0.3 + 0.04 * e, lambda e: 0.9, lambda e: e / L, lambda e: 0.05])
 def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
-    """Against all cells by the formula; and far from all are measured."""
-    reach = reach_of(rate)
+    """Against all cells by the formula, on a machine that gets slower and faster; and far from all are measured."""
+    reach, speeds = reach_of(rate), itertools.cycle([1.0, 1.5, 0.7])
     cells = [Cell(e, d) for e in range(1, L) for d in (1, 2, 3, 4, 6, 8, 10, 12)]
     best = max(truth(cell, reach).speedup for cell in cells)
-    monkeypatch.setattr(sweep, "observe", lambda bench, temperature: (reach, STEP))
-    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, reach))
+    monkeypatch.setattr(sweep, "observe", lambda bench, temperature, longest: (reach, STEP))
+    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, reach, STEP * next(speeds)))
     journals = {prune: Journal(tmp_path / f"{prune}.jsonl", {}) for prune in (True, False)}
     for prune, journal in journals.items():
         sweep._measure(None, 0.0, cells, prune, journal)
     found = journals[True].cells[0.0]
-    assert found[best_of(found)].speedup == (best if best > 1 else pytest.approx(best, rel=0.2))
+    assert found[best_of(found)].speedup == pytest.approx(best, rel=1e-9 if best > 1 else 0.2)
     assert len(found) < 0.75 * len(cells)
     assert journals[False].cells[0.0].keys() == set(cells)
 
@@ -85,6 +92,10 @@ def test_a_journal_is_read_again(tmp_path):
     with pytest.raises(ValueError, match=r"^report_dir: .*sweep.jsonl' is a sweep with seed=0, and here it is 1"):
         Journal(path, {"seed": 1, "prompt": ["a"]})
     assert path.read_text() == whole
+    for broken in ("{", "{}", "[]", '{"cell": [2, 3], "temperature": 0}', '{"cell": [1, 2, 3, 4], "temperature": 0}'):
+        path.write_text(whole + broken + "\n")
+        with pytest.raises(ValueError, match=r"^report_dir: line 4 of '.*sweep.jsonl' is none of a sweep"):
+            Journal(path, {"seed": 0, "prompt": ["a"]})
 
 
 @pytest.fixture
@@ -142,17 +153,33 @@ def test_the_recipe(path, monkeypatch, capsys):
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     fastest = max(table, key=lambda cell: table[cell]["speedup"])
     cfg = load_config(str(folder / "tuned.yaml"))
+    check_config(cfg)
     if table[fastest]["speedup"] > 1:
-        assert {**load_config(str(path.parent / "user/generate.yaml")).self_speculation, **fastest.section} == dict(
-            cfg.self_speculation
-        )
+        assert dict(cfg.self_speculation) == self_speculation(**fastest.section)
     else:
         assert cfg.self_speculation is None
     assert f"{fastest.name} at {table[fastest]['speedup']:.2f}x is the fastest of 8" in capsys.readouterr().out
     run(path, "sweep.num_speculations=[4]")  # another part of the same sweep
     assert len(measured) == 8
     with pytest.raises(ValueError, match="is a sweep with max_new_tokens=16"):
-        run(path, "max_new_tokens=17")
+        LayerSkipBenchmark(load_config(str(path), ["max_new_tokens=17"]))
+    run(path, "sweep.num_speculations=[4]", "sweep.exit_layers=[1]", "temperatures=[0.0,0.8]")
+    assert [cell[:2] for cell in measured[8:]] == [(1, 4), (1, 4)]  # at the other temperature
+    os.utime(path.parent / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="is a sweep with size and time of the weights="):
+        LayerSkipBenchmark(load_config(str(path)))
+
+
+def test_batches_and_texts_that_end(path):
+    """Rows of different lengths together, whose texts end early; and one token is nothing to draft from."""
+    asked = ["prompt=[def main(, import os, class, x]", "batch_size=2", "sweep.thresholds=[null]"]
+    ends = path.parent / "model" / "generation_config.json"
+    ends.write_text(json.dumps({"eos_token_id": list(range(0, 300, 5))}))
+    report = run(path, *asked)
+    assert all(row["identical"] for row in report["cells"])
+    ends.write_text(json.dumps({"eos_token_id": list(range(300))}))
+    with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
+        run(path, f"report_dir={path.parent / 'other'}")
 
 
 @pytest.mark.parametrize(
@@ -169,11 +196,18 @@ def test_the_recipe(path, monkeypatch, capsys):
         (["sweep=3"], "^sweep: 3"),
         (["tune=true"], "^tune: it cannot go with sweep"),
         (["tune_extends=nowhere"], "^tune_extends: 'nowhere'"),
-        (["max_new_tokens=12", "sweep.num_speculations=[2]"], "^max_new_tokens: 12 is too short"),
+        (["sweep.thresholds=[0,0.0]"], "^sweep.thresholds: .*different"),
+        (["temperatures=[0,0.0]"], "^temperatures: .*different"),
+        (["tune_extends=null", "tune_file=x.yaml"], "^tune_file: x.yaml needs tune_extends"),
+        (["sweep=null"], "^tune_extends: .* needs tune or sweep"),
+        (["tune_file=${tune_extends}"], "^tune_extends: .* is the file that is written"),
+        (["tune_file=benchmark.yaml/x/y.yaml"], "^tune_file: 'benchmark.yaml/x' cannot be written"),
+        (["metrics=[rouge1]"], r"^metrics: \['rouge1'\] is not for a sweep"),
         (["repetition_penalty=1.2", "peers=[]"], "^repetition_penalty: 1.2 is not allowed with sweep"),
     ],
 )
-def test_mistakes(overrides, message, path):
+def test_mistakes(overrides, message, path, monkeypatch):
+    monkeypatch.chdir(path.parent)
     with pytest.raises(ValueError, match=message):
         LayerSkipBenchmark(load_config(str(path), overrides))
     assert not (path.parent / "report").exists()

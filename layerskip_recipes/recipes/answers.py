@@ -14,7 +14,7 @@ from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.decoding import build_speculation
-from layerskip_recipes.recipes.stream import TextStream
+from layerskip_recipes.recipes.stream import TextStream, follow
 
 
 class Answers:
@@ -78,19 +78,11 @@ class Answers:
                 sampler=replace(sampler or Sampler(), rng=rng),
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
             )
-            texts |= zip(batch, self._follow(generation, stops), strict=True)
+            rows = [TextStream(self.tokenizer, generation.stop_tokens, stops) for _ in batch]
+            follow(generation, rows)
+            texts |= {i: row.text(tokens) for i, row, tokens in zip(batch, rows, generation.generated, strict=True)}
             stats = stats + generation.stats
         return [texts[i] for i in range(len(prompts))], stats
-
-    def _follow(self, generation: Generation, stops: Sequence[str]) -> list[str]:
-        """Run a generation to its end, ending rows at stop strings; the text of each row."""
-        rows = [TextStream(self.tokenizer, generation.stop_tokens, stops) for _ in generation.prompts]
-        for new in generation:
-            for row, output in enumerate(rows):
-                if new[row] and output.cut(generation.generated[row], len(new[row])):
-                    generation.finished[row] = True
-        generation.stats.tokens = sum(map(len, generation.generated))
-        return [output.text(tokens) for output, tokens in zip(rows, generation.generated, strict=True)]
 
 
 def speed(stats: GenerationStats) -> dict[str, Any]:

@@ -37,16 +37,15 @@ from layerskip_recipes.recipes.benchmark_config import (
     check_folder,
     first_draft,
     read_variants,
-    sampler_of,
 )
 from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
-from layerskip_recipes.recipes.decoding import build_speculation
+from layerskip_recipes.recipes.decoding import build_speculation, sampler_of
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers
 from layerskip_recipes.recipes.prompts import read_examples, to_tokens
 from layerskip_recipes.recipes.stream import TextStream
-from layerskip_recipes.recipes.sweep import check_sweep, sweep
+from layerskip_recipes.recipes.sweep import check_sweep, read_journal, sweep
 from layerskip_recipes.recipes.text_metrics import check_metrics, text_metrics
-from layerskip_recipes.recipes.tuning import LONGEST, Prediction, propose, write_choice
+from layerskip_recipes.recipes.tuning import LONGEST, Prediction, config_path, propose, write_choice
 
 log = utils.get_logger("INFO")
 
@@ -69,15 +68,11 @@ class LayerSkipBenchmark:
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
         self.cfg = cfg
-        self.device = settings.check_device(cfg)
-        self.dtype = settings.check_dtype(cfg, self.device)
-        ckpt.check_checkpoint_files(cfg)
-        ckpt.require_weights(cfg)
-        check_peer_files(cfg.get("peers") or [], cfg.checkpointer.get("checkpoint_dir"))
+        self.device, self.dtype = ckpt.ready(cfg)
         check_folder("report_dir", Path(cfg.report_dir))
         check_folder("picture", Path(cfg.get("picture") or cfg.report_dir).parent)
+        check_folder("tune_file", config_path(cfg).parent)
         settings.check_one_process()
-        torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.seed = training.set_seed(seed=cfg.get("seed"))
         self.limit, self.repeats = cfg.get("max_new_tokens", 128), cfg.get("repeats", 3)
         self.temperatures = list(cfg.get("temperatures", [0.0, 0.8]))
@@ -102,6 +97,9 @@ class LayerSkipBenchmark:
         drafted = [tree.nodes for tree in trees] + [LONGEST if cfg.get("tune") else 1]
         if cfg.get("sweep") is not None:
             drafted += check_sweep(cfg.sweep, model, self.limit)["num_speculations"]
+            read_journal(self)
+        else:
+            check_peer_files(cfg.get("peers") or [], cfg.checkpointer.get("checkpoint_dir"))
         self.reserve = max(lengths) + self.limit + max(drafted)
         rows = cfg.get("batch_size", 1)
         if len(self.prompts) % rows:
@@ -243,8 +241,9 @@ class LayerSkipBenchmark:
             return {}
         text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.get("stop_strings") or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
-        responses = [example.response for example in self.examples]
-        return {"metrics": text_metrics(names, outputs, responses * (len(outputs) // len(responses)))}
+        # Always in the order of the prompts; after Ctrl-C the last repeat has fewer.
+        references = [self.examples[i % len(self.examples)].response for i in range(len(outputs))]
+        return {"metrics": text_metrics(names, outputs, references)}
 
     def sampler(self, temperature: float, rng: torch.Generator | None = None) -> Sampler:
         """How tokens are chosen at a temperature."""

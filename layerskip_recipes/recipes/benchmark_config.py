@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, ListConfig
 from torchtune.modules import TransformerDecoder
 
@@ -13,19 +12,18 @@ from layerskip_recipes import settings
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config
 from layerskip_recipes.decoder import layerskip_decoder
-from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.recipes.decoding import check_speculation, self_speculation
+from layerskip_recipes.recipes.decoding import FILTERS, check_speculation, sampler_of, self_speculation
 from layerskip_recipes.recipes.peers import PEERS, check_peers
 from layerskip_recipes.recipes.sweep import check_sweep
-from layerskip_recipes.recipes.tuning import LONGEST
+from layerskip_recipes.recipes.tuning import config_path
 
 BASELINE = "baseline"
-FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def check_temperatures(key: str, value: Any) -> None:
     """Raises a ValueError unless it is a list of different numbers of 0 or more."""
-    if not isinstance(value, ListConfig) or not value or len(set(map(str, value))) < len(value):
+    listed = list(value) if isinstance(value, ListConfig) else []
+    if not listed or any(temperature in listed[:at] for at, temperature in enumerate(listed)):
         raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for "
                          f"example {key}=[0.0,0.8]")  # fmt: skip
     for temperature in value:
@@ -76,6 +74,8 @@ def read_variants(cfg: DictConfig, model: TransformerDecoder) -> dict[str, dict[
     Raises:
         ValueError: the key, what was given, what is allowed.
     """
+    if cfg.get("sweep") is not None:
+        return {}  # it measures other things
     given = cfg.get("variants")
     sections = {k: v for k, v in given.items() if v is not None} if isinstance(given, DictConfig) else {}
     example = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
@@ -110,11 +110,6 @@ def first_draft(variants: dict[str, dict[str, Any]]) -> tuple[int, int] | None:
     return None
 
 
-def sampler_of(cfg: DictConfig, temperature: float, rng: torch.Generator | None = None) -> Sampler:
-    """How tokens are chosen at a temperature."""
-    return Sampler(temperature, **{key: cfg[key] for key in FILTERS if cfg.get(key) is not None}, rng=rng)
-
-
 def check_config(cfg: DictConfig) -> None:
     """All of a benchmark config that can be wrong on any machine.
 
@@ -125,37 +120,45 @@ def check_config(cfg: DictConfig) -> None:
     sampler = sampler_of(cfg, 0.0)
     model = layerskip_decoder(settings.build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
-    check_peers(cfg.get("peers") or [], sampler, cfg.get("batch_size", 1), first_draft(read_variants(cfg, model)))
+    variants = read_variants(cfg, model)
+    if cfg.get("sweep") is None:
+        check_peers(cfg.get("peers") or [], sampler, cfg.get("batch_size", 1), first_draft(variants))
     if cfg.get("sweep") is not None:
         check_sweep(cfg.sweep, model, cfg.get("max_new_tokens", 128))
-    chooses = [key for key in ("tune", "sweep") if cfg.get(key) not in (None, False)]
-    if len(chooses) > 1:
-        raise ValueError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
-    for key in chooses:
-        _check_choice(cfg, key, len(model.layers))
+    _check_choice(cfg, len(model.layers))
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
 
 
-def _check_choice(cfg: DictConfig, key: str, layers: int) -> None:
-    """Raises a ValueError if `tune` or `sweep` have nothing to choose from, or nothing that they could write."""
-    if cfg.get("tune_extends") is not None:
-        find_config(cfg.tune_extends, key="tune_extends")
-    elif key == "tune":
+def _check_choice(cfg: DictConfig, layers: int) -> None:
+    """Raises a ValueError for settings of `tune` and `sweep` that do not go together."""
+    chooses = [key for key in ("tune", "sweep") if cfg.get(key) not in (None, False)]
+    if len(chooses) > 1:
+        raise ValueError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
+    if chooses == ["tune"] and cfg.get("tune_extends") is None:
         raise ValueError(f"tune: {cfg.tune} needs the generation config that it extends; for example "
                          "tune_extends=quickstart/generate")  # fmt: skip
-    if key == "tune" and layers < 4:
+    if chooses == ["tune"] and layers < 4:
         raise ValueError(f"tune: a model of {layers} layers has nothing to choose. Set tune=false")
-    if cfg.get("max_new_tokens", 128) <= LONGEST:
-        raise ValueError(
-            f"max_new_tokens: {cfg.max_new_tokens} is too short to see drafts of {LONGEST} tokens accepted. Allowed "
-            f"with {key}: {LONGEST + 1} or more; for example max_new_tokens=128"
-        )
+    needs = {"tune_extends": chooses, "tune_file": chooses and cfg.get("tune_extends")}
+    for key, there in needs.items():
+        if cfg.get(key) is not None and not there:
+            wants = "tune or sweep" if not chooses else "tune_extends"
+            raise ValueError(f"{key}: {cfg[key]} needs {wants}, which is not there. Set {key}=null")
+    if cfg.get("tune_extends") is not None:
+        extended = find_config(cfg.tune_extends, key="tune_extends")
+        if extended == config_path(cfg).resolve():
+            raise ValueError(f"tune_extends: {cfg.tune_extends} is the file that is written. Give another tune_file")
+    if not chooses:
+        return
     if cfg.get("repetition_penalty") not in (None, 1):
         raise ValueError(
-            f"repetition_penalty: {cfg.repetition_penalty} is not allowed with {key}, which takes acceptance from the "
-            "text as it is. Set repetition_penalty=null"
+            f"repetition_penalty: {cfg.repetition_penalty} is not allowed with {chooses[0]}, which takes acceptance "
+            "from the text as it is. Set repetition_penalty=null"
         )
+    for key in ("metrics", "stop_strings") if chooses == ["sweep"] else ():
+        if cfg.get(key) is not None:
+            raise ValueError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
 
 
 def check_folder(key: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The `self_speculation` section of a config, for generation and benchmark: its checks, and what it builds."""
+"""How a config says to decode: the sampler, and the `self_speculation` section with its checks and what it builds."""
 
 import copy
 from collections import Counter
@@ -14,7 +14,16 @@ from layerskip_recipes.checkpoint import quantise
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import Speculation
+from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.settings import check_component, check_section
+
+# What a sampler takes beside the temperature.
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def sampler_of(cfg: DictConfig, temperature: float, rng: torch.Generator | None = None) -> Sampler:
+    """The sampler of a config at a temperature; raises a ValueError for a setting out of range."""
+    return Sampler(temperature, **{key: cfg[key] for key in FILTERS if cfg.get(key) is not None}, rng=rng)
 
 
 def self_speculation(

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from torchtune import training
@@ -29,8 +28,6 @@ from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pas
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
-    check_device,
-    check_dtype,
     check_one_process,
     check_section,
     check_settings,
@@ -105,13 +102,9 @@ class LayerSkipEval:
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
         self.cfg = cfg
-        self.device = check_device(cfg)
-        self.dtype = check_dtype(cfg, self.device)
         for one in checkpoints(cfg).values():
-            ckpt.check_checkpoint_files(one)
-            ckpt.require_weights(one)
+            self.device, self.dtype = ckpt.ready(one)
         check_one_process()
-        torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.max_new_tokens = cfg.get("max_new_tokens") or 256
         self.seed = training.set_seed(seed=cfg.get("seed"))
 

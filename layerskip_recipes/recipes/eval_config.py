@@ -100,4 +100,8 @@ def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
             'example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
         )
     others = {str(name): OmegaConf.merge(cfg, {"checkpointer": section}) for name, section in compare.items()}
-    return {Path(str(cfg.checkpointer.get("checkpoint_dir"))).name: cfg} | others
+    own = Path(str(cfg.checkpointer.get("checkpoint_dir"))).name
+    if own in others:
+        raise ValueError(f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
+                         f'"compare={{before: ...}}"')  # fmt: skip
+    return {own: cfg} | others

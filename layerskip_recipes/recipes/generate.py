@@ -30,17 +30,15 @@ from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.kv_cache import check_cache_fits
-from layerskip_recipes.recipes.decoding import build_speculation, check_speculation
+from layerskip_recipes.recipes.decoding import build_speculation, check_speculation, sampler_of
 from layerskip_recipes.recipes.prompts import INTERACTIVE, read_prompts, to_tokens
 from layerskip_recipes.recipes.report import Totals, make_report, print_report
-from layerskip_recipes.recipes.stream import TextStream
+from layerskip_recipes.recipes.stream import TextStream, follow
 from layerskip_recipes.settings import (
     COMMON,
     anything,
     build,
     build_on_meta,
-    check_device,
-    check_dtype,
     check_section,
     check_settings,
     check_vocabulary,
@@ -93,15 +91,7 @@ def benchmark(compare: bool = False) -> bool:
 
 def make_sampler(cfg: DictConfig, rng: torch.Generator | None = None) -> Sampler:
     """The sampler of a config; raises a ValueError for a setting out of range."""
-    penalty = cfg.get("repetition_penalty")
-    return Sampler(
-        cfg.get("temperature", 0.0),
-        cfg.get("top_k"),
-        cfg.get("top_p"),
-        cfg.get("min_p"),
-        1.0 if penalty is None else penalty,
-        rng,
-    )
+    return sampler_of(cfg, cfg.get("temperature", 0.0), rng)
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -162,11 +152,7 @@ class LayerSkipGenerate:
         check_config(cfg)
         self.cfg = cfg
         log.setLevel(cfg.get("log_level", "INFO"))
-        self.device = check_device(cfg)
-        self.dtype = check_dtype(cfg, self.device)
-        ckpt.check_checkpoint_files(cfg)
-        ckpt.require_weights(cfg)
-        torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+        self.device, self.dtype = ckpt.ready(cfg)
         self.max_new_tokens = cfg.get("max_new_tokens", 128)
         self.batch_size = cfg.get("batch_size") or 1
         self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
@@ -300,14 +286,7 @@ class LayerSkipGenerate:
         )
 
     def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
-        """Run a generation to its end, ending rows at stop strings, printing the text of `shown`."""
-        for new in generation:
-            for row, output in enumerate(texts):
-                if new[row] and output.cut(generation.generated[row], len(new[row])):
-                    generation.finished[row] = True
-            if shown is not None and self.cfg.get("stream", True):
-                shown.show(generation.generated[0], last=generation.finished[0])
-        generation.stats.tokens = sum(map(len, generation.generated))
+        follow(generation, texts, shown if self.cfg.get("stream", True) else None)
 
     def _print_head(self, i: int) -> None:
         prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]

@@ -24,18 +24,14 @@ from tqdm import tqdm
 from layerskip_recipes.generation import GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.answers import Answers, speed
+from layerskip_recipes.recipes.decoding import FILTERS
 from layerskip_recipes.settings import nearest
 
 log = logging.getLogger(__name__)
 
 HEAD_TOKENS = 512  # whose logits exist at a time
-LIMITS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # lm-eval's names, the first one counts
-FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
+# lm-eval's names; the first that is there counts.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 # ---- tasks ----

@@ -5,18 +5,15 @@ an empty folder, without environment and input. That stops accidents, not attack
 unless the config says `execute: true`.
 """
 
-import gzip
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +21,7 @@ from tqdm import tqdm
 from layerskip_recipes.checks import check_choice, check_number, check_text
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.answers import Answers, speed
+from layerskip_recipes.tasks import read_json_lines
 
 # What follows the function is not the answer (section 2.1 of the paper).
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -104,35 +102,26 @@ def read_problems(file: str, count: int | None = None) -> list[Problem]:
     Raises:
         ValueError: if it cannot be read, or a line is broken: its number, and the field.
     """
-    try:
-        content = Path(file).read_bytes()
-        text = (gzip.decompress(content) if file.endswith(".gz") else content).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-        raise ValueError(f"human_eval.file: {file!r} cannot be read ({e}); for example HumanEval.jsonl.gz") from e
     problems: dict[str, Problem] = {}
-    for at, line in enumerate(text.split("\n"), 1):
-        if line.strip() and (count is None or len(problems) < count):
-            problem = _problem(line, f"human_eval.file line {at}")
-            if problem.task_id in problems:
-                raise ValueError(f"human_eval.file line {at}: task_id {problem.task_id!r} is there a second time")
-            problems[problem.task_id] = problem
+    for at, line in islice(read_json_lines(file, "human_eval.file").items(), count):
+        where = f"human_eval.file: {file!r} line {at}"
+        problem = _problem(line, where)
+        if problem.task_id in problems:
+            raise ValueError(f"{where}: task_id {problem.task_id!r} is there a second time")
+        problems[problem.task_id] = problem
     if not problems:
         raise ValueError(f"human_eval.file: {file!r} holds no problem; for example HumanEval.jsonl.gz")
     return list(problems.values())
 
 
-def _problem(line: str, where: str) -> Problem:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: {line[:60]!r} is no JSON ({e})") from e
+def _problem(line: Mapping[str, Any], where: str) -> Problem:
     names = [field.name for field in fields(Problem)]
     for name in names:
-        if not isinstance(content, dict) or not isinstance(content.get(name), str) or not content[name]:
+        if not isinstance(line.get(name), str) or not line[name]:
             raise ValueError(f"{where}: {name} is missing, or no text. Each line needs {', '.join(names)}")
-    if not content["entry_point"].isidentifier():
-        raise ValueError(f"{where}: entry_point {content['entry_point']!r} is no name of a function")
-    return Problem(**{name: content[name] for name in names})
+    if not line["entry_point"].isidentifier():
+        raise ValueError(f"{where}: entry_point {line['entry_point']!r} is no name of a function")
+    return Problem(**{name: line[name] for name in names})
 
 
 def run_program(source: str, timeout: float, memory_mb: int) -> str:

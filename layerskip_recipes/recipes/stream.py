@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from layerskip_recipes.generation import Generation
+
 DIM, PLAIN, SAVE, RESTORE = "\x1b[2m", "\x1b[0m", "\x1b[s", "\x1b[u\x1b[J"
 
 
@@ -60,3 +62,20 @@ class TextStream:
         # Across a line's end the cursor could not be brought back when the screen scrolls.
         print(f"{SAVE}{DIM}{text.partition(chr(10))[0]}{PLAIN}", end="", flush=True)
         self.draft_is_shown = True
+
+
+def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStream | None = None) -> None:
+    """Run a generation to its end, ending rows at stop strings.
+
+    Args:
+        generation: not yet begun; its statistics count what is kept.
+        texts: one for each row.
+        shown: prints the first row as it grows.
+    """
+    for new in generation:
+        for row, output in enumerate(texts):
+            if new[row] and output.cut(generation.generated[row], len(new[row])):
+                generation.finished[row] = True
+        if shown is not None:
+            shown.show(generation.generated[0], last=generation.finished[0])
+    generation.stats.tokens = sum(map(len, generation.generated))

@@ -5,21 +5,25 @@ what was measured. Every cell goes into a journal as soon as it is measured: an 
 """
 
 import csv
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from omegaconf import OmegaConf
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.checkpoint import checkpoint_files
 from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.generation import Speculation
 from layerskip_recipes.generation.adaptive import check_threshold
-from layerskip_recipes.recipes.benchmark_report import by_repeat, speedups, total
+from layerskip_recipes.recipes.benchmark_report import by_repeat, device_name, speedups, total
 from layerskip_recipes.recipes.tuning import LONGEST, observe, write_fastest
 from layerskip_recipes.settings import check_section
 
@@ -32,8 +36,9 @@ log = utils.get_logger("INFO")
 # given up only if it would have to be better than expected by this factor.
 SLACK = 1.1
 # What may differ between a sweep and its continuation.
-FREE = ("report_dir", "picture", "tune_extends", "tune_file", "variants", "peers", "output_dir", "sweep")
-FREE += ("metrics", "stop_strings", "tune")
+FREE = ("report_dir", "picture", "output_dir", "tune_extends", "tune_file", "variants", "peers", "sweep")
+FREE += ("temperatures",)
+FORMAT = 1  # of the journal
 
 
 def sweep_section(
@@ -63,8 +68,9 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
     if values["exit_layers"] is None:
         values["exit_layers"] = range(1, len(model.layers))
     for key in ("exit_layers", "num_speculations", "thresholds"):
-        listed = values[key] = list(values[key]) if isinstance(values[key], Sequence) else []
-        if not listed or isinstance(section.get(key), str) or len(set(map(str, listed))) < len(listed):
+        listed = list(values[key]) if isinstance(values[key], Sequence) and not isinstance(values[key], str) else []
+        values[key] = listed
+        if not listed or any(value in listed[:at] for at, value in enumerate(listed)):
             raise ValueError(f"sweep.{key}: {section.get(key)!r} is no list of different values; for example "
                              "sweep.exit_layers=[2,4,8] sweep.num_speculations=[2,4,6]")  # fmt: skip
     for exit_layer in values["exit_layers"]:
@@ -102,13 +108,14 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a cell: speed-ups over the autoregressive runs beside it, by repeat, and the seconds of a round's parts."""
+    """Of a cell: speed-ups over the autoregressive runs beside it, by repeat; seconds of their step, and of a round."""
 
     speedups: list[float]
     tokens_per_second: float
     tokens_per_round: float
     acceptance_rate: float
     drafted_per_round: float
+    step_s: float
     draft_step_s: float
     verify_s: float
     rest_s: float
@@ -120,10 +127,8 @@ class Measured:
         return statistics.median(self.speedups)
 
 
-def promise(
-    cell: Cell, reach: Mapping[int, Sequence[float]], step_s: float, measured: Mapping[Cell, Measured]
-) -> float:
-    """The speed-up that a cell can have at most: the tokens of its rounds, over the least seconds of a round.
+def promise(cell: Cell, reach: Mapping[int, Sequence[float]], measured: Mapping[Cell, Measured]) -> float:
+    """The speed-up that a cell can have at most: the tokens of its rounds, over the least cost of a round in steps.
 
     A round runs every layer at least once, so it costs no less than a step. Where its exit was measured with other
     drafts, more is known: a step of the draft costs the same, and the verification at least in proportion to its
@@ -132,19 +137,17 @@ def promise(
     Args:
         cell: not measured yet.
         reach: of each exit, the probability that the first 1, 2, .. drafts are accepted (`tuning.acceptance`).
-        step_s: seconds of an autoregressive step.
         measured: cells without threshold tell about their exit.
     """
-    accepted = (
-        sum(reach[cell.exit_layer][: cell.num_speculations]) if cell.exit_layer in reach else cell.num_speculations
-    )
+    of_exit = reach.get(cell.exit_layer, [1.0] * cell.num_speculations)  # the last layer drafts its own tokens
+    accepted = sum(of_exit[: cell.num_speculations])
     drafts = cell.num_speculations if cell.threshold is None else accepted
-    seconds = step_s
+    steps = 1.0
     for (exit_layer, length, threshold), known in measured.items():
         if exit_layer == cell.exit_layer and threshold is None:
             verify_s = known.verify_s * min(1.0, (drafts + 1) / (length + 1))
-            seconds = max(seconds, drafts * known.draft_step_s + verify_s + known.rest_s)
-    return SLACK * (1 + accepted) * step_s / seconds
+            steps = max(steps, (drafts * known.draft_step_s + verify_s + known.rest_s) / known.step_s)
+    return SLACK * (1 + accepted) / steps
 
 
 def best_of(measured: Mapping[Cell, Measured]) -> Cell | None:
@@ -156,43 +159,77 @@ def best_of(measured: Mapping[Cell, Measured]) -> Cell | None:
 
 
 class Journal:
-    """Measured cells in a file, a JSON line each, after a line that says of which sweep.
+    """Measured cells in a file, a JSON line each, after a line that says of which sweep. Nothing is written before the
+    first cell.
 
     Args:
-        path: of the file; it is begun if it is not there.
+        path: of the file.
         sweep: what must be the same in a sweep that continues.
 
     Raises:
-        ValueError: if the file is of another sweep.
+        ValueError: if the file is of another sweep, or a line of it is broken.
     """
 
     def __init__(self, path: Path, sweep: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self.sweep = path, json.loads(json.dumps(sweep))
         self.cells: dict[float, dict[Cell, Measured]] = {}
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a torn last line has no end
-        sweep = json.loads(json.dumps(sweep))
-        if lines:
-            before = json.loads(lines[0])
-            changed = [key for key in {**before, **sweep} if before.get(key) != sweep.get(key)]
-            if changed:
-                key = changed[0]
+        text = path.read_text() if path.exists() else ""
+        self.whole = text[: text.rfind("\n") + 1]  # a last line without end was torn off
+        for at, line in enumerate(self.whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                if at == 1:
+                    self._check(entry)
+                    continue
+                cell, temperature = Cell(*entry.pop("cell")), entry.pop("temperature")
+                self.cells.setdefault(temperature, {})[cell] = Measured(**entry)
+            except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as e:
+                raise ValueError(f"report_dir: line {at} of {str(path)!r} is none of a sweep ({e}). Delete it") from e
+        if self.cells:
+            log.info("%s: %d cells were measured before", path, sum(map(len, self.cells.values())))
+
+    def _check(self, before: dict[str, Any]) -> None:
+        for key in {**before, **self.sweep}:
+            if before.get(key) != self.sweep.get(key):
                 raise ValueError(
-                    f"report_dir: {str(path)!r} is a sweep with {key}={before.get(key)!r}, and here it is "
-                    f"{sweep.get(key)!r}. Give another report_dir, or delete the file"
+                    f"report_dir: {str(self.path)!r} is a sweep with {key}={before.get(key)!r}, and here it is "
+                    f"{self.sweep.get(key)!r}. Give another report_dir, or delete the file"
                 )
-            log.info("%s: %d cells were measured before", path, len(lines) - 1)
-        for line in lines[1:]:
-            entry = json.loads(line)
-            cell, at = Cell(*entry.pop("cell")), entry.pop("temperature")
-            self.cells.setdefault(at, {})[cell] = Measured(**entry)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in lines or [json.dumps(sweep)]))
 
     def add(self, temperature: float, cell: Cell, measured: Measured) -> None:
         """Write it down."""
         self.cells.setdefault(temperature, {})[cell] = measured
-        with self.path.open("a") as file:
-            file.write(json.dumps({"temperature": temperature, "cell": cell, **asdict(measured)}) + "\n")
+        line = json.dumps({"temperature": temperature, "cell": cell, **asdict(measured)})
+        if self.whole is None:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
+            return
+        # The first one of this process: without a torn line, and never half a file.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text((self.whole or json.dumps(self.sweep) + "\n") + line + "\n")
+        new.replace(self.path)
+        self.whole = None
+
+
+def read_journal(bench: "LayerSkipBenchmark") -> Journal:
+    """The journal of a benchmark's sweep, in its report_dir.
+
+    Raises:
+        ValueError: if there is one of another sweep.
+    """
+    kept = OmegaConf.to_container(bench.cfg, resolve=True)
+    section = bench.cfg.checkpointer
+    folder, files = Path(section.get("checkpoint_dir", "")), checkpoint_files(section)
+    weights = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime] for name in files}
+    prompts = hashlib.sha256(json.dumps(bench.prompts).encode()).hexdigest()
+    versions = {name: version(name) for name in ("torch", "torchtune", "torchao")}
+    here = {"device": device_name(bench.device), "threads": torch.get_num_threads(), "versions": versions}
+    config = {key: kept[key] for key in kept if key not in FREE}
+    return Journal(
+        Path(bench.cfg.report_dir) / "sweep.jsonl",
+        {"format": FORMAT, **config, **here, "size and time of the weights": weights, "hash of the prompts": prompts},
+    )
 
 
 # ---- with the benchmark ----
@@ -208,10 +245,7 @@ def sweep(bench: "LayerSkipBenchmark") -> dict[str, Any]:
     values = check_sweep(cfg.sweep, bench.model, bench.limit)
     pairs = [(e, d) for e in values["exit_layers"] for d in values["num_speculations"]]
     cells = [Cell(*pair, threshold) for threshold in values["thresholds"] for pair in pairs]
-    kept = OmegaConf.to_container(cfg, resolve=True)
-    where = bench.circumstances()
-    fixed = {key: kept[key] for key in kept if key not in FREE} | {key: where[key] for key in ("device", "versions")}
-    journal = Journal(folder / "sweep.jsonl", fixed)
+    journal = read_journal(bench)
     interrupted = False
     try:
         for temperature in bench.temperatures:
@@ -219,7 +253,10 @@ def sweep(bench: "LayerSkipBenchmark") -> dict[str, Any]:
     except KeyboardInterrupt:
         interrupted = True
         log.warning("interrupted: the same command continues")
-    measured = {temperature: journal.cells.get(temperature, {}) for temperature in bench.temperatures}
+    # A sweep that continues may ask for fewer cells.
+    before = {temperature: journal.cells.get(temperature, {}) for temperature in bench.temperatures}
+    measured = {t: {cell: there[cell] for cell in cells if cell in there} for t, there in before.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     report = bench.circumstances() | {"interrupted": interrupted, "cells": rows(measured, cells)}
     files = {"csv": folder / "sweep.csv", "json": folder / "sweep.json"}
     files["json"].write_text(json.dumps(report, indent=1) + "\n")
@@ -228,14 +265,16 @@ def sweep(bench: "LayerSkipBenchmark") -> dict[str, Any]:
         writer.writeheader()
         writer.writerows(report["cells"])
     if cfg.get("picture"):
-        # Beside the benchmark's picture, not in its place.
-        files["picture"] = Path(cfg.picture).with_name("sweep.png")
+        files["picture"] = Path(cfg.picture).with_name("sweep.png")  # not in the place of the benchmark's
         heat_map(measured, values, files["picture"], title=str(cfg.checkpointer.checkpoint_dir))
     for temperature, there in measured.items():
         best = best_of(there)
         if best is not None:
-            print(f"temperature {temperature}: {best.name} at {there[best].speedup:.2f}x is the fastest of "
-                  f"{len(there)} measured; {len(cells) - len(set(there) & set(cells))} were left out")  # fmt: skip
+            left = f"{len(cells) - len(there)} {'are missing' if interrupted else 'cannot win'}"
+            print(
+                f"temperature {temperature}: {best.name} at {there[best].speedup:.2f}x is the fastest of {len(there)} "
+                f"measured; {left}"
+            )
     first = measured[bench.temperatures[0]]
     if cfg.get("tune_extends") is not None and first and not interrupted:
         best = best_of(first)
@@ -249,10 +288,11 @@ def _measure(
     bench: "LayerSkipBenchmark", temperature: float, cells: Sequence[Cell], prune: bool, journal: Journal
 ) -> None:
     """All cells at a temperature, the most promising first, as long as one promises more than the best so far."""
-    reach, step_s = observe(bench, temperature)
     measured = journal.cells.setdefault(temperature, {})
+    reach = None
     while left := [cell for cell in cells if cell not in measured]:
-        promised = {cell: promise(cell, reach, step_s, measured) for cell in left}
+        reach = reach or observe(bench, temperature, longest=max(cell.num_speculations for cell in cells))[0]
+        promised = {cell: promise(cell, reach, measured) for cell in left}
         cell = max(left, key=promised.__getitem__)
         best = best_of(measured)
         if prune and best is not None and promised[cell] < max(measured[best].speedup, 1.0):
@@ -271,15 +311,20 @@ def measure(bench: "LayerSkipBenchmark", temperature: float, cell: Cell) -> Meas
     ways = {"baseline": None, cell.name: Speculation(*cell[:2], threshold=cell.threshold)}
     turns = [turn for turn in bench.take_turns(ways, temperature) if turn]
     plain, ours = ([turn[name] for turn in turns] for name in ways)
-    stats = total(ours)
+    stats, of_plain = total(ours), total(plain)
     rounds = sum(stats.rounds_accepting.values())
+    if not rounds:
+        raise ValueError(
+            "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
+        )
     return Measured(
         speedups=[ratio for ratio in speedups(by_repeat(ours), by_repeat(plain)) if ratio],
         tokens_per_second=stats.tokens_per_second,
         tokens_per_round=(stats.tokens - stats.rows) / rounds,
         acceptance_rate=stats.acceptance_rate,
         drafted_per_round=stats.drafted / rounds,
-        draft_step_s=stats.draft_s / stats.draft_steps,
+        step_s=of_plain.decode_s / of_plain.rounds,
+        draft_step_s=stats.draft_s / max(stats.draft_steps, 1),
         verify_s=stats.verify_s / stats.rounds,
         rest_s=stats.accept_s / stats.rounds,
         identical=all(a.outputs == b.outputs for a, b in zip(plain, ours, strict=True)) if temperature == 0 else None,
@@ -293,7 +338,7 @@ def rows(measured: Mapping[float, Mapping[Cell, Measured]], cells: Sequence[Cell
     """A row for every cell at every temperature; those that were left out have no figures."""
     found = []
     for temperature, there in measured.items():
-        for cell in [*cells, *(cell for cell in there if cell not in cells)]:
+        for cell in cells:
             known = there.get(cell)
             figures = asdict(known) if known else dict.fromkeys(Measured.__dataclass_fields__)
             of_repeats = figures.pop("speedups") or [None]

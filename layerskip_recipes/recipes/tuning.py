@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import yaml
 from omegaconf import DictConfig
 
+from layerskip_recipes.config import find_config, our_configs, torchtune_configs
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import GenerationStats, Speculation
 from layerskip_recipes.generation.sampling import Sampler, next_token_probs
+from layerskip_recipes.recipes.decoding import self_speculation
 
 if TYPE_CHECKING:
     from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
@@ -58,33 +61,44 @@ def acceptance(
 
     Returns:
         {E: [the mean probability that the first 1, 2, .. longest drafted tokens are all accepted]} for E in 1 .. L-1.
+
+    Raises:
+        ValueError: if every output ended with its first token.
     """
     device = model.tok_embeddings.weight.device
     exits = list(range(1, model.num_layers))
-    sums, count = torch.zeros(len(exits), longest, dtype=torch.float64), 0
+    sums = torch.zeros(len(exits), longest, dtype=torch.float64)
+    counts = torch.zeros(longest, dtype=torch.float64)  # the positions from which so many tokens follow
     for prompt, output in zip(prompts, outputs, strict=True):
-        if len(output) < longest + 1:
-            continue
         tokens = torch.tensor([[*prompt, *output]], device=device)
         final, hidden = model.hidden_states(tokens, exits)
         # Row i gives the (i+1)-th token of the output; the first one comes from the prompt and is not drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
-        whole = _distribution(model.unembed(final[:, rows])[0], sampler)
-        count += len(output) - longest
+        drafted = len(output) - 1
+        lengths = range(min(longest, drafted))
+        counts[: len(lengths)] += torch.tensor([drafted - k for k in lengths], dtype=torch.float64)
+        whole = model.unembed(final[:, rows])[0]
         for i, e in enumerate(exits):
-            q = _distribution(model.unembed(hidden[e][:, rows])[0], sampler)
-            accepted = torch.minimum(whole, q).sum(-1).double()
-            sums[i] += accepted.unfold(0, longest, 1).cumprod(-1).sum(0).cpu()
-    if count == 0:
-        raise ValueError(f"max_new_tokens: no output has {longest + 1} tokens, too few to tune on; for example 128")
-    return {e: (sums[i] / count).tolist() for i, e in enumerate(exits)}
+            accepted = _accepted(whole, model.unembed(hidden[e][:, rows])[0], sampler).double().cpu()
+            for k in lengths:
+                sums[i, k] += accepted.unfold(0, k + 1, 1).prod(-1).sum()
+    if counts[0] == 0:
+        raise ValueError(
+            "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
+        )
+    # Drafts longer than any text reach nowhere.
+    return {e: (sums[i] / counts.clamp(min=1)).tolist() for i, e in enumerate(exits)}
 
 
-def _distribution(logits: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-    """[n, v] probabilities; greedy: all on the largest."""
+def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> torch.Tensor:
+    """[n], the probability at each position that a draft is accepted; logits [n, v]."""
     if sampler.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    return next_token_probs(logits, sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
+        return (whole.argmax(-1) == draft.argmax(-1)).float()
+    p, q = (
+        next_token_probs(logits, sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
+        for logits in (whole, draft)
+    )
+    return torch.minimum(p, q).sum(-1)
 
 
 def probes(num_layers: int) -> list[tuple[int, int]]:
@@ -118,8 +132,8 @@ def predict(reach: dict[int, list[float]], cost: torch.Tensor, step_s: float) ->
         for d, accepted in enumerate(probabilities, start=1):
             tokens += accepted
             seconds = float(cost @ torch.tensor([1, e, d, e * d], dtype=torch.float64))
-            if seconds > 0:
-                found.append(Prediction(e, d, tokens, seconds, tokens * step_s / seconds))
+            seconds = max(seconds, step_s)  # every layer runs once at least
+            found.append(Prediction(e, d, tokens, seconds, tokens * step_s / seconds))
     return sorted(found, key=lambda pair: -pair.speedup)
 
 
@@ -136,20 +150,34 @@ def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 
 def write_config(path: Path, extends: str, best: dict[str, Any] | None, why: str) -> None:
-    """A generation config that extends the user's with the choice; None: autoregressive decoding is fastest."""
-    lines = [f"# Written by layerskip_benchmark: {why}", f"extends: {extends}", ""]
-    if best is None:
-        lines.append("self_speculation: null")
-    else:
-        lines += ["self_speculation:", *(f"  {key}: {value}" for key, value in best.items())]
+    """A generation config that extends the user's with the choice.
+
+    Args:
+        path: of the file.
+        extends: a config's name or path.
+        best: keys of `self_speculation`; None: autoregressive decoding is fastest.
+        why: for its first line.
+    """
+    # From everywhere: a path of the user's is relative to where the command was given.
+    known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
+    content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    # All keys, since those that are left out would be the user's, and were not measured.
+    content["self_speculation"] = None if best is None else self_speculation(**best)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(f"# Written by layerskip_benchmark: {why}\n{yaml.safe_dump(content, sort_keys=False)}")
+
+
+def config_path(cfg: DictConfig) -> Path:
+    """Where the config goes."""
+    return Path(cfg.get("tune_file") or Path(cfg.report_dir) / "tuned.yaml")
 
 
 # ---- with the benchmark ----
 
 
-def observe(bench: "LayerSkipBenchmark", temperature: float) -> tuple[dict[int, list[float]], float]:
+def observe(
+    bench: "LayerSkipBenchmark", temperature: float, longest: int = LONGEST
+) -> tuple[dict[int, list[float]], float]:
     """Decode all prompts autoregressively.
 
     Returns:
@@ -159,7 +187,7 @@ def observe(bench: "LayerSkipBenchmark", temperature: float) -> tuple[dict[int, 
     runs = [bench.run("baseline", None, temperature, batch, bench.seed) for batch in batches][1:]
     outputs = [row for rows, _ in runs for row in rows]
     stats = sum((stats for _, stats in runs), GenerationStats())
-    reach = acceptance(bench.model, bench.prompts, outputs, bench.sampler(temperature))
+    reach = acceptance(bench.model, bench.prompts, outputs, bench.sampler(temperature), longest)
     return reach, stats.decode_s / stats.rounds
 
 
@@ -199,7 +227,7 @@ def write_choice(bench: "LayerSkipBenchmark", report: dict[str, Any]) -> None:
     """Print prediction beside measurement, and write the config of the fastest."""
     temperature = bench.temperatures[0]
     rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
-    measured = {name: rows[name]["speedup"]["median"] for name in bench.variants if name in rows}
+    measured = {name: rows[name]["speedup"]["median"] for name in bench.variants if rows[name]["speedup"]}
     print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
     for name, speedup in measured.items():
         pair = bench.predicted.get(name)
@@ -212,6 +240,6 @@ def write_choice(bench: "LayerSkipBenchmark", report: dict[str, Any]) -> None:
 
 def write_fastest(cfg: DictConfig, name: str, section: dict[str, Any], speedup: float, where: str) -> None:
     """The config of the fastest way of those measured; autoregressive if that is faster than all."""
-    path = Path(cfg.get("tune_file") or Path(cfg.report_dir) / "tuned.yaml")
+    path = config_path(cfg)
     write_config(path, cfg.tune_extends, section if speedup > 1 else None, f"{name} at {speedup:.2f}x, {where}")
     print(f"fastest: {name if speedup > 1 else 'autoregressive'}; written to {path}")
