@@ -144,6 +144,12 @@ def test_every_key_of_the_sections_is_in_the_readme():
         assert f"`early_exit_loss.{name}`" in README
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/results.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).is_file(), target
+
+
 def test_the_file_map_is_the_tree():
     """Each module of the package is in the README's map, and nothing else is."""
     (section,) = re.findall(r"## Where things are\n\n```\n(.*?)```", README, flags=re.S)

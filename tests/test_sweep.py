@@ -16,7 +16,8 @@ from layerskip_recipes.recipes import sweep
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import self_speculation
 from layerskip_recipes.recipes.generate import check_config
-from layerskip_recipes.recipes.sweep import Cell, Journal, Measured, best_of, promise
+from layerskip_recipes.recipes.sweep import best_of, promise
+from layerskip_recipes.recipes.sweep_files import Cell, Journal, Measured
 
 L, STEP = 16, 0.016
 # A layer takes 1 ms, a head too; a further position of a verification a tenth of that.

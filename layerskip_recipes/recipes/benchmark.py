@@ -43,7 +43,8 @@ from layerskip_recipes.recipes.decoding import build_speculation, sampler_of
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers
 from layerskip_recipes.recipes.prompts import read_examples, to_tokens
 from layerskip_recipes.recipes.stream import TextStream
-from layerskip_recipes.recipes.sweep import check_sweep, read_journal, sweep
+from layerskip_recipes.recipes.sweep import check_sweep, sweep
+from layerskip_recipes.recipes.sweep_files import read_journal
 from layerskip_recipes.recipes.text_metrics import check_metrics, text_metrics
 from layerskip_recipes.recipes.tuning import LONGEST, Prediction, config_path, propose, write_choice
 
