@@ -49,8 +49,12 @@ class LayerCache:
     def _write(buffer: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
         if at.shape[0] == 1:
             buffer.index_copy_(2, at[0], values)
-        else:
+        elif not torch.compiler.is_compiling():
             buffer.scatter_(2, at[:, None, :, None].expand_as(values), values)
+        else:
+            # A compiled scatter_ would be done on a copy of the whole buffer.
+            rows, heads = (torch.arange(size, device=at.device) for size in buffer.shape[:2])
+            buffer.index_put_((rows[:, None, None], heads[:, None], at[:, None]), values)
 
 
 class DecodingCache:

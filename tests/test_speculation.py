@@ -18,6 +18,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, Speculation, engine, generate
+from layerskip_recipes.generation.adaptive import Chooser
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.kv_cache import DecodingCache, cached_attention
 
@@ -218,12 +219,33 @@ def test_several_exits_are_all_tried_and_remembered():
     )
 
 
-def test_auto_tries_both_lengths():
+def test_auto_tries_both_lengths_and_no_draft():
     model = model_of("llama3_2")
     generation = run(model, [PROMPT], 60, speculation=Speculation(2, 4, threshold="auto"))
     assert generation.generated == [plain(model, PROMPT, 60)]
-    assert set(generation.stats.arms) == {"fixed exit 2", "adaptive exit 2"}
+    assert set(generation.stats.arms) == {"fixed exit 2", "adaptive exit 2", "plain"}
     assert min(generation.stats.arms.values()) >= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_auto_drafts_nothing_where_drafts_are_slow(temperature, monkeypatch):
+    """By a clock of the test's: whatever drafts takes a second a token, a plain round one in all."""
+    model, learn = model_of("llama3_2"), Chooser.learn
+
+    def timed(self, arm, tokens, seconds):
+        learn(self, arm, tokens, 1.0 if arm.kind == "plain" else 8.0 * tokens)
+
+    monkeypatch.setattr(Chooser, "learn", timed)
+    rng = torch.Generator().manual_seed(0)
+    sampler = Sampler(temperature, rng=rng)
+    generation = run(model, [PROMPT, PROMPT[:3]], 60, speculation=Speculation(2, 4, threshold="auto"), sampler=sampler)
+    stats = generation.stats
+    assert stats.arms["plain"] > 0.6 * stats.rounds > 20
+    # A round without a draft is one token of each row.
+    drafted = stats.rounds - stats.arms["plain"]
+    assert stats.draft_steps <= 4 * drafted and [len(row) for row in generation.generated] == [60, 60]
+    if temperature == 0:
+        assert generation.generated == [plain(model, PROMPT, 60), plain(model, PROMPT[:3], 60)]
 
 
 # ---- what is drafted ----

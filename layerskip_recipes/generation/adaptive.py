@@ -14,7 +14,8 @@ class Arm:
     """A way to do a round.
 
     Args:
-        kind: "fixed" drafts num_speculations tokens, "adaptive" stops by confidence, "lookup" drafts from the text.
+        kind: "fixed" drafts num_speculations tokens, "adaptive" stops by confidence, "lookup" drafts from the text,
+            "plain" drafts nothing.
         exit_layer: E.
     """
 
@@ -192,6 +193,8 @@ class Policy:
     def __init__(self, exits: Sequence[int], threshold: float | str | None = None, lookup: bool = False) -> None:
         kinds = {None: ("fixed",), "auto": ("fixed", "adaptive")}.get(check_threshold(threshold), ("adaptive",))
         self.arms = [Arm(kind, exit_layer) for exit_layer in exits for kind in kinds]
+        if threshold == "auto" and exits:  # where no draft pays, the best one has no token
+            self.arms.append(Arm("plain", exits[0]))
         self.lookup = Arm("lookup", exits[0]) if lookup and exits else None
         self.chooser = Chooser()
         self.lengths = {e: DraftLength("auto" if threshold is None else threshold) for e in exits}

@@ -227,7 +227,7 @@ class Generation:
         start, slots = self._where(steps.tree.nodes)
         confidences = None
         with self.clock.phase("draft"):
-            if depth == 0:
+            if depth == 0 or arm.kind == "plain":
                 draft = Draft(self.last[:, None], None, None)
             elif arm.kind == "lookup":
                 draft = Draft(torch.cat([self.last[:, None], looked_up[:, :depth]], 1), None, None)
@@ -386,7 +386,7 @@ class Generation:
     def _count_round(self, arm: Arm, draft: Draft, slots: torch.Tensor, n: int) -> None:
         """Statistics of a round: its kind, and what its steps read."""
         e, depth = arm.exit_layer, self.model.num_layers
-        self.stats.arms[f"{arm.kind} exit {e}" if arm.kind != "lookup" else "lookup"] += 1
+        self.stats.arms[f"{arm.kind} exit {e}" if arm.kind in ("fixed", "adaptive") else arm.kind] += 1
         if draft.hidden is None:
             self._count_bytes(slots, [(depth, 1)])
             return
