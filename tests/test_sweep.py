@@ -24,8 +24,8 @@ L, STEP = 16, 0.016
 LAYER, HEAD, POSITION = 0.9e-3, 1e-3, 0.1e-3
 
 
-def reach_of(rate):
-    return {e: [rate(e) ** k for k in range(1, 13)] for e in range(1, L)}
+def tokens_of(rate):
+    return {e: [sum(rate(e) ** k for k in range(d + 1)) for d in range(1, 13)] for e in range(1, L)}
 
 
 def cost(e, d):
@@ -33,40 +33,40 @@ def cost(e, d):
     return e * LAYER + HEAD, (L - e) * (LAYER + d * POSITION) + HEAD
 
 
-def truth(cell, reach, step_s=STEP):
+def truth(cell, tokens, step_s=STEP):
     """What is measured, by the formulas; on a slower machine everything takes longer."""
     slower = step_s / STEP
     draft_s, verify_s = (slower * seconds for seconds in cost(*cell[:2]))
-    tokens = 1 + sum(reach[cell.exit_layer][: cell.num_speculations])
-    speedup = tokens * step_s / (cell.num_speculations * draft_s + verify_s + slower * 1e-4)
+    count = tokens[cell.exit_layer][cell.num_speculations - 1]
+    speedup = count * step_s / (cell.num_speculations * draft_s + verify_s + slower * 1e-4)
     rest = {"step_s": step_s, "draft_step_s": draft_s, "verify_s": verify_s, "rest_s": slower * 1e-4}
-    return Measured([speedup], speedup / step_s, tokens, 0.5, cell.num_speculations, **rest, identical=None)
+    return Measured([speedup], speedup / step_s, count, 0.5, cell.num_speculations, **rest, identical=None)
 
 
 def test_a_promise_by_hand():
-    reach = {4: [0.8, 0.6, 0.4]}
-    assert promise(Cell(4, 2), reach, {}) == pytest.approx(1.1 * 2.4)  # a round costs a step at least
+    tokens = {4: [1.8, 2.4, 2.8]}
+    assert promise(Cell(4, 2), tokens, {}) == pytest.approx(1.1 * 2.4)  # a round costs a step at least
     seconds = {"step_s": 0.016, "draft_step_s": 0.006, "verify_s": 0.010, "rest_s": 0.001}
     known = Measured([1.0], 1.0, 1.0, 0.5, 1, **seconds, identical=None)
     # Three drafts of 6 ms, a verification of at least 10 ms, as of two positions, and 1 ms.
-    assert promise(Cell(4, 3), reach, {Cell(4, 1): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.029)
+    assert promise(Cell(4, 3), tokens, {Cell(4, 1): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.029)
     # Shorter than what is known: 1 of 3 positions more, 10 ms * 2 / 4, but no less than a step.
-    assert promise(Cell(4, 1), reach, {Cell(4, 3): known}) == pytest.approx(1.1 * 1.8)
+    assert promise(Cell(4, 1), tokens, {Cell(4, 3): known}) == pytest.approx(1.1 * 1.8)
     # Another exit, or a threshold, tells nothing of it.
     others = {Cell(5, 3): known, Cell(4, 3, 0.5): known}
-    assert promise(Cell(4, 3), reach, others) == pytest.approx(1.1 * 2.8)
+    assert promise(Cell(4, 3), tokens, others) == pytest.approx(1.1 * 2.8)
     # With a threshold no more is drafted than accepted: 1.8 of 3.
-    assert promise(Cell(4, 3, 0.5), reach, {Cell(4, 3): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.0188)
+    assert promise(Cell(4, 3, 0.5), tokens, {Cell(4, 3): known}) == pytest.approx(1.1 * 2.8 * 0.016 / 0.0188)
 
 
 @pytest.mark.parametrize("rate", [lambda e: 0.3 + 0.04 * e, lambda e: 0.9, lambda e: e / L, lambda e: 0.05])
 def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
     """Against all cells by the formula, on a machine that gets slower and faster; and far from all are measured."""
-    reach, speeds = reach_of(rate), itertools.cycle([1.0, 1.5, 0.7])
+    tokens, speeds = tokens_of(rate), itertools.cycle([1.0, 1.5, 0.7])
     cells = [Cell(e, d) for e in range(1, L) for d in (1, 2, 3, 4, 6, 8, 10, 12)]
-    best = max(truth(cell, reach).speedup for cell in cells)
-    monkeypatch.setattr(sweep, "observe", lambda bench, temperature, longest: (reach, STEP))
-    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, reach, STEP * next(speeds)))
+    best = max(truth(cell, tokens).speedup for cell in cells)
+    monkeypatch.setattr(sweep, "observe", lambda bench, temperature, longest: (tokens, STEP))
+    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, tokens, STEP * next(speeds)))
     journals = {prune: Journal(tmp_path / f"{prune}.jsonl", {}) for prune in (True, False)}
     for prune, journal in journals.items():
         sweep._measure(None, 0.0, cells, prune, journal)
@@ -79,7 +79,7 @@ def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
 def test_a_journal_is_read_again(tmp_path):
     path = tmp_path / "x" / "sweep.jsonl"
     journal = Journal(path, {"seed": 0, "prompt": ["a"]})
-    first, second = truth(Cell(2, 3), reach_of(lambda e: 0.5)), truth(Cell(3, 1), reach_of(lambda e: 0.5))
+    first, second = truth(Cell(2, 3), tokens_of(lambda e: 0.5)), truth(Cell(3, 1), tokens_of(lambda e: 0.5))
     journal.add(0.0, Cell(2, 3), first)
     journal.add(0.8, Cell(3, 1, "auto"), second)
     expected = {0.0: {Cell(2, 3): first}, 0.8: {Cell(3, 1, "auto"): second}}

@@ -1,6 +1,7 @@
 """`layerskip_benchmark tune=true`: what is predicted, what is measured, and the config that comes out."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import self_speculation
 from layerskip_recipes.recipes.generate import check_config
-from layerskip_recipes.recipes.tuning import acceptance, choose, predict, probes, round_cost, write_config
+from layerskip_recipes.recipes.tuning import (
+    choose,
+    count_rounds,
+    predict,
+    probes,
+    round_cost,
+    round_tokens,
+    write_config,
+)
 
 L = 6
 
@@ -26,9 +35,23 @@ def small_layers(model):
     return layerskip_decoder(model)
 
 
+def rounds_by_chance(overlap, d, generator):
+    """The rounds of one writing of the text: each draft stands or not by a die."""
+    at, rounds = 0, 0
+    while at < len(overlap):
+        rounds += 1
+        for _ in range(d):
+            at += 1
+            if at > len(overlap) or generator.random() >= overlap[at - 1]:
+                break
+        else:
+            at += 1
+    return rounds
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_acceptance_is_that_of_the_positions(temperature):
-    """By hand: at each position sum min(p, q), and products of those that follow each other."""
+def test_the_tokens_of_a_round(temperature):
+    """By hand: sum min(p, q) at each position, and rounds played by dice (greedy: no chance)."""
     model = small_layers(make_tiny())
     sampler = Sampler(temperature, top_k=20)
     prompts, new, longest = [[1, 2, 3], [5, 6, 7, 8]], 12, 4
@@ -37,11 +60,12 @@ def test_acceptance_is_that_of_the_positions(temperature):
         generate(model, p, new, temperature=temperature, top_k=20, rng=rng).tokens[0, len(p) :].tolist()
         for p in prompts
     ]
-    outputs[1] = outputs[1][:3]  # a text that ends early tells of short drafts only
-    found = acceptance(model, prompts, outputs, sampler, longest)
+    outputs[1] = outputs[1][:3]  # a text that ends early
+    found = round_tokens(model, prompts, outputs, sampler, longest)
     assert list(found) == [1, 2, 3, 4, 5]
-    for e, reach in found.items():
-        expected = [[] for _ in range(longest)]
+    games = 1 if temperature == 0 else 3000
+    for e, of_exit in found.items():
+        overlaps = []
         for prompt, output in zip(prompts, outputs, strict=True):
             tokens = torch.tensor([prompt + output])
             with torch.no_grad():
@@ -55,24 +79,34 @@ def test_acceptance_is_that_of_the_positions(temperature):
                     torch.where(x[row] >= x[row].topk(20).values[-1], x[row], -torch.inf).softmax(-1) for x in logits
                 )
                 overlap.append(torch.minimum(p, q).sum().item())
-            for k in range(longest):
-                for start in range(len(overlap) - k):
-                    expected[k].append(torch.tensor(overlap[start : start + k + 1]).prod().item())
-        assert reach == pytest.approx([sum(values) / len(values) for values in expected], abs=1e-4)
-        assert 0 < reach[0] <= 1
+            overlaps.append(overlap)
+        for d in range(1, longest + 1):
+            generator = random.Random(d)
+            played = [rounds_by_chance(o, d, generator) for _ in range(games) for o in overlaps]
+            expected = games * sum(map(len, overlaps)) / sum(played)
+            assert of_exit[d - 1] == pytest.approx(expected, rel=1e-6 if temperature == 0 else 0.02)
     assert found[5][0] > found[1][0]  # the later exit knows more
 
 
+def test_rounds_by_hand():
+    assert count_rounds([1, 1, 1, 1, 1, 1], 2) == 2  # three tokens each
+    assert count_rounds([0, 0, 0], 4) == 3
+    assert count_rounds([1, 1, 0, 1], 4) == 2  # rejected at the third, one more
+    assert count_rounds([0.5, 1], 1) == 1 + 0.5  # half of the time the first one is rejected
+    assert count_rounds([], 3) == 0
+
+
 def test_the_prediction_of_tokens_is_what_decoding_does():
-    """Greedy, over many rounds: 1 + the sum of the reach is near the tokens that a round gave."""
+    """Greedy, the same rounds."""
     model = small_layers(make_tiny())
     prompts = [[i, i + 1, i + 2] for i in range(1, 60, 4)]
     outputs = [generate(model, p, 60).tokens[0, 3:].tolist() for p in prompts]
-    reach = acceptance(model, prompts, outputs, Sampler(0.0))[4]
-    stats = [generate(model, p, 60, exit_layer=4, num_speculations=3).stats for p in prompts]
-    measured = sum(s.tokens - s.rows for s in stats) / sum(s.rounds for s in stats)
-    assert 1.2 < measured < 3.9
-    assert 1 + sum(reach[:3]) == pytest.approx(measured, rel=0.1)
+    found = round_tokens(model, prompts, outputs, Sampler(0.0))[4]
+    for d in (1, 3, 8):
+        stats = [generate(model, p, 60, exit_layer=4, num_speculations=d).stats for p in prompts]
+        measured = sum(s.tokens - s.rows for s in stats) / sum(s.rounds for s in stats)
+        assert 1.2 < measured < d + 1
+        assert found[d - 1] == pytest.approx(measured)
 
 
 def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
@@ -82,15 +116,13 @@ def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
         return 1e-3 * (d * (e + 2) + (32 - e) * (1 + 0.1 * d) + 5)
 
     cost = round_cost({pair: seconds(*pair) for pair in probes(32)})
-    reach = {e: [min(0.3 + 0.02 * e, 1) ** k for k in range(1, 13)] for e in range(1, 32)}
-    ranked = predict(reach, cost, step_s=0.036)
-    best = max(
-        ((e, d) for e in reach for d in range(1, 13)), key=lambda p: (1 + sum(reach[p[0]][: p[1]])) / seconds(*p)
-    )
+    tokens = {e: [sum(min(0.3 + 0.02 * e, 1) ** k for k in range(d + 1)) for d in range(1, 13)] for e in range(1, 32)}
+    ranked = predict(tokens, cost, step_s=0.036)
+    best = max(((e, d) for e in tokens for d in range(1, 13)), key=lambda p: tokens[p[0]][p[1] - 1] / seconds(*p))
     assert (ranked[0].exit_layer, ranked[0].num_speculations) == best
     first = ranked[0]
     assert first.round_s == pytest.approx(seconds(*best))
-    assert first.speedup == pytest.approx(0.036 * (1 + sum(reach[best[0]][: best[1]])) / seconds(*best))
+    assert first.speedup == pytest.approx(0.036 * tokens[best[0]][best[1] - 1] / seconds(*best))
     assert [pair.speedup for pair in ranked] == sorted((pair.speedup for pair in ranked), reverse=True)
     chosen = choose(ranked, 4)
     assert chosen[0] == first and len(chosen) == 4
@@ -168,4 +200,4 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
 def test_outputs_of_one_token():
     model = small_layers(make_tiny())
     with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
-        acceptance(model, [[1, 2]], [[3]], Sampler(0.0))
+        round_tokens(model, [[1, 2]], [[3]], Sampler(0.0))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = utils.get_logger("INFO")
 
-# Drafts begin after rejections, where the text is harder or easier than on the mean, and clocks are noisy: a cell is
-# given up only if it would have to be better than expected by this factor.
+# Other samples have other acceptance, and clocks are noisy: a cell is given up only if it would have to be better than
+# expected by this factor.
 SLACK = 1.1
 
 
@@ -78,7 +78,7 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
 # ---- what is measured, and what cannot win ----
 
 
-def promise(cell: Cell, reach: Mapping[int, Sequence[float]], measured: Mapping[Cell, Measured]) -> float:
+def promise(cell: Cell, tokens: Mapping[int, Sequence[float]], measured: Mapping[Cell, Measured]) -> float:
     """The speed-up that a cell can have at most: the tokens of its rounds, over the least cost of a round in steps.
 
     A round runs every layer at least once, so it costs no less than a step. Where its exit was measured with other
@@ -87,18 +87,18 @@ def promise(cell: Cell, reach: Mapping[int, Sequence[float]], measured: Mapping[
 
     Args:
         cell: not measured yet.
-        reach: of each exit, the probability that the first 1, 2, .. drafts are accepted (`tuning.acceptance`).
+        tokens: of a round with 1, 2, .. drafts, by exit (`tuning.round_tokens`).
         measured: cells without threshold tell about their exit.
     """
-    of_exit = reach.get(cell.exit_layer, [1.0] * cell.num_speculations)  # the last layer drafts its own tokens
-    accepted = sum(of_exit[: cell.num_speculations])
-    drafts = cell.num_speculations if cell.threshold is None else accepted
+    length = cell.num_speculations
+    count = tokens[cell.exit_layer][length - 1] if cell.exit_layer in tokens else length + 1  # the last layer's own
+    drafts = length if cell.threshold is None else count - 1
     steps = 1.0
-    for (exit_layer, length, threshold), known in measured.items():
-        if exit_layer == cell.exit_layer and threshold is None:
-            verify_s = known.verify_s * min(1.0, (drafts + 1) / (length + 1))
+    for other, known in measured.items():
+        if other.exit_layer == cell.exit_layer and other.threshold is None:
+            verify_s = known.verify_s * min(1.0, (drafts + 1) / (other.num_speculations + 1))
             steps = max(steps, (drafts * known.draft_step_s + verify_s + known.rest_s) / known.step_s)
-    return SLACK * (1 + accepted) / steps
+    return SLACK * count / steps
 
 
 def best_of(measured: Mapping[Cell, Measured]) -> Cell | None:
@@ -163,10 +163,10 @@ def _measure(
 ) -> None:
     """All cells at a temperature, the most promising first, as long as one promises more than the best so far."""
     measured = journal.cells.setdefault(temperature, {})
-    reach = None
+    tokens = None
     while left := [cell for cell in cells if cell not in measured]:
-        reach = reach or observe(bench, temperature, longest=max(cell.num_speculations for cell in cells))[0]
-        promised = {cell: promise(cell, reach, measured) for cell in left}
+        tokens = tokens or observe(bench, temperature, longest=max(cell.num_speculations for cell in cells))[0]
+        promised = {cell: promise(cell, tokens, measured) for cell in left}
         cell = max(left, key=promised.__getitem__)
         best = best_of(measured)
         if prune and best is not None and promised[cell] < max(measured[best].speedup, 1.0):

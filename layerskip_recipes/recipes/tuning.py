@@ -1,7 +1,7 @@
 """`layerskip_benchmark tune=true`: which exit layer and draft length are fastest on this machine?
 
-One pass over the baseline's outputs says how many drafted tokens each exit would get accepted; a few short probes say
-what a round costs; together they predict the speed of every pair. The best few are then measured like any variant.
+One pass over the baseline's outputs says how many tokens a round of each exit would give; a few short probes say what
+it costs; together they predict the speed of every pair. The best few are then measured like any variant.
 """
 
 import statistics
@@ -41,17 +41,17 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def acceptance(
+def round_tokens(
     model: LayerSkipDecoder,
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
     sampler: Sampler,
     longest: int = LONGEST,
 ) -> dict[int, list[float]]:
-    """How far drafts reach, on what the whole model wrote: one pass for all exits.
+    """Tokens of a round by exit and draft length, on what the whole model wrote: one pass for all exits.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v) (greedy: 1 or 0). From a position on, k
-    tokens in a row are accepted with the product of k of them.
+    A token drafted from q is accepted with probability sum_v min(p_v, q_v) (greedy: 1 or 0, and the rounds are those
+    that decoding has).
 
     Args:
         model: the decoder, in eval mode.
@@ -60,34 +60,51 @@ def acceptance(
         longest: the longest draft.
 
     Returns:
-        {E: [the mean probability that the first 1, 2, .. longest drafted tokens are all accepted]} for E in 1 .. L-1.
+        {E: [tokens of a round with 1, 2, .. longest drafts]} for E in 1 .. L-1.
 
     Raises:
         ValueError: if every output ended with its first token.
     """
     device = model.tok_embeddings.weight.device
     exits = list(range(1, model.num_layers))
-    sums = torch.zeros(len(exits), longest, dtype=torch.float64)
-    counts = torch.zeros(longest, dtype=torch.float64)  # the positions from which so many tokens follow
+    rounds, drafted = {e: [0.0] * longest for e in exits}, 0
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = torch.tensor([[*prompt, *output]], device=device)
         final, hidden = model.hidden_states(tokens, exits)
         # Row i gives the (i+1)-th token of the output; the first one comes from the prompt and is not drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
-        drafted = len(output) - 1
-        lengths = range(min(longest, drafted))
-        counts[: len(lengths)] += torch.tensor([drafted - k for k in lengths], dtype=torch.float64)
+        drafted += len(output) - 1
         whole = model.unembed(final[:, rows])[0]
-        for i, e in enumerate(exits):
-            accepted = _accepted(whole, model.unembed(hidden[e][:, rows])[0], sampler).double().cpu()
-            for k in lengths:
-                sums[i, k] += accepted.unfold(0, k + 1, 1).prod(-1).sum()
-    if counts[0] == 0:
+        for e in exits:
+            accepted = _accepted(whole, model.unembed(hidden[e][:, rows])[0], sampler).tolist()
+            for d in range(1, longest + 1):
+                rounds[e][d - 1] += count_rounds(accepted, d)
+    if not drafted:
         raise ValueError(
             "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
         )
-    # Drafts longer than any text reach nowhere.
-    return {e: (sums[i] / counts.clamp(min=1)).tolist() for i, e in enumerate(exits)}
+    return {e: [drafted / count for count in counts] for e, counts in rounds.items()}
+
+
+def count_rounds(accepted: Sequence[float], num_speculations: int) -> float:
+    """Rounds in which a text is written, in expectation.
+
+    A round that begins at token i accepts k drafts and rejects the next with a_i .. a_(i+k-1) (1 - a_(i+k)), and the
+    round after it begins at i + k + 1.
+
+    Args:
+        accepted: a, for each token of the text the probability that its draft is accepted.
+        num_speculations: d.
+    """
+    end = len(accepted)
+    begins = [1.0, *[0.0] * end]  # the probability that a round begins at a token
+    for i in range(end):
+        stands = begins[i]
+        for k in range(min(num_speculations, end - i)):
+            begins[i + k + 1] += stands * (1 - accepted[i + k])
+            stands *= accepted[i + k]
+        begins[min(i + num_speculations + 1, end)] += stands
+    return sum(begins[:end])
 
 
 def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> torch.Tensor:
@@ -118,22 +135,20 @@ def round_cost(timed: dict[tuple[int, int], float]) -> torch.Tensor:
     return torch.linalg.solve(features, torch.tensor(list(timed.values()), dtype=torch.float64))
 
 
-def predict(reach: dict[int, list[float]], cost: torch.Tensor, step_s: float) -> list[Prediction]:
-    """All pairs, the fastest first: tokens of a round 1 + sum_k P(first k accepted), over the seconds of a round.
+def predict(tokens: dict[int, list[float]], cost: torch.Tensor, step_s: float) -> list[Prediction]:
+    """All pairs, the fastest first: tokens of a round over its seconds.
 
     Args:
-        reach: of `acceptance`.
+        tokens: of `round_tokens`.
         cost: of `round_cost`.
         step_s: seconds of an autoregressive step.
     """
     found = []
-    for e, probabilities in reach.items():
-        tokens = 1.0
-        for d, accepted in enumerate(probabilities, start=1):
-            tokens += accepted
+    for e, of_exit in tokens.items():
+        for d, count in enumerate(of_exit, start=1):
             seconds = float(cost @ torch.tensor([1, e, d, e * d], dtype=torch.float64))
             seconds = max(seconds, step_s)  # every layer runs once at least
-            found.append(Prediction(e, d, tokens, seconds, tokens * step_s / seconds))
+            found.append(Prediction(e, d, count, seconds, count * step_s / seconds))
     return sorted(found, key=lambda pair: -pair.speedup)
 
 
@@ -181,14 +196,14 @@ def observe(
     """Decode all prompts autoregressively.
 
     Returns:
-        How far each exit's drafts would have reached (see `acceptance`), and the seconds of a step.
+        The tokens of a round by exit and draft length (see `round_tokens`), and the seconds of a step.
     """
     batches = [bench.batches[0], *bench.batches]  # the first time warms up
     runs = [bench.run("baseline", None, temperature, batch, bench.seed) for batch in batches][1:]
     outputs = [row for rows, _ in runs for row in rows]
     stats = sum((stats for _, stats in runs), GenerationStats())
-    reach = acceptance(bench.model, bench.prompts, outputs, bench.sampler(temperature), longest)
-    return reach, stats.decode_s / stats.rounds
+    tokens = round_tokens(bench.model, bench.prompts, outputs, bench.sampler(temperature), longest)
+    return tokens, stats.decode_s / stats.rounds
 
 
 def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dict[str, Prediction]]:
@@ -199,13 +214,13 @@ def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dic
         predicted of them.
     """
     temperature = bench.temperatures[0]
-    reach, step_s = observe(bench, temperature)
+    tokens, step_s = observe(bench, temperature)
     timed = {}
     for pair in probes(bench.model.num_layers):
         batches = [bench.batches[0], *bench.batches]
         turns = [bench.run("probe", Speculation(*pair), temperature, batch, bench.seed)[1] for batch in batches]
         timed[pair] = statistics.median(t.decode_s / t.rounds for t in turns[1:] if t.rounds)
-    ranked = predict(reach, round_cost(timed), step_s)
+    ranked = predict(tokens, round_cost(timed), step_s)
     print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
     for pair in ranked[:10]:
         print(f"{pair.name:<18}{pair.tokens_per_round:>15.2f}{1000 * pair.round_s:>12.2f}{pair.speedup:>9.2f}x")
