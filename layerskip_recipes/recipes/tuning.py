@@ -120,7 +120,8 @@ def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> tor
 
 def probes(num_layers: int) -> list[tuple[int, int]]:
     """The (exit layer, draft length) pairs whose rounds are timed: enough to fit `round_cost`."""
-    early, late = max(num_layers // 8, 1), max(num_layers // 2, 2)
+    early = max(num_layers // 8, 1)
+    late = max(num_layers - early, 2)  # the others are between them
     return [(e, d) for e in (early, late) for d in (2, 8)]
 
 
