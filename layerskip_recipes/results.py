@@ -53,7 +53,7 @@ MODELS = {
         "epoch_0",
         trains=True,
         cost=["--batch", "8", "--seq-len", "256"],
-        sweep=["repeats=1"],
+        sweep=["repeats=1", "sweep.exit_layers=[1,2,3,4,5,6,8,12,16]", "sweep.num_speculations=[2,4,6,8,12]"],
         batch=["batch_size=8", "temperatures=[0.0]", "peers=[torchtune,transformers]", *CHAIN_ONLY],
     ),
     "smollm2": Model(
