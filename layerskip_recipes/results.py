@@ -152,7 +152,7 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
         name, _, folder = given.partition("=")
         if name not in MODELS:
             raise ValueError(f"results: {name!r} is unknown. Allowed: {', '.join(MODELS)}; for example quickstart")
-        chosen[name] = Path(folder or Path(work) / name).absolute()
+        chosen[name] = Path(folder or Path(work) / name)
         model = MODELS[name]
         if not model.trains and not (chosen[name] / model.checkpoint).is_dir():
             raise ValueError(
@@ -167,7 +167,7 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
         model = MODELS[name]
         if not (folder / model.checkpoint).is_dir():
             run(["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"])
-        lines += section(name, model, folder, Path(work).absolute() / f"{name}_figures", page)
+        lines += section(name, model, folder, Path(work) / f"{name}_figures", page)
     page.write_text("\n".join(lines) + "\n")
     return page
 
@@ -201,8 +201,7 @@ def section(name: str, model: Model, folder: Path, work: Path, page: Path) -> li
     for part, (title, write) in writers.items():
         if part not in found:
             continue
-        shown = [word.replace(f"{Path.cwd()}/", "") for word in commands[part][0]]
-        lines += [f"\n### {title}\n", f"    {shlex.join(shown)}\n", *write(found[part])]
+        lines += [f"\n### {title}\n", f"    {shlex.join(commands[part][0])}\n", *write(found[part])]
         if part != "cost":
             picture = f"{page.stem}_{name}_{part}.png"
             shutil.copy(work / f"{part}.png", page.with_name(picture))

@@ -19,7 +19,7 @@ from layerskip_recipes.generation import Speculation
 from layerskip_recipes.generation.adaptive import check_threshold
 from layerskip_recipes.recipes.benchmark_report import by_repeat, speedups, total
 from layerskip_recipes.recipes.sweep_files import Cell, Journal, Measured, heat_map, read_journal, rows
-from layerskip_recipes.recipes.tuning import LONGEST, observe, write_fastest
+from layerskip_recipes.recipes.tuning import LONGEST, NOTHING_TO_DRAFT, observe, write_fastest
 from layerskip_recipes.settings import check_section
 
 if TYPE_CHECKING:
@@ -188,9 +188,7 @@ def measure(bench: "LayerSkipBenchmark", temperature: float, cell: Cell) -> Meas
     stats, of_plain = total(ours), total(plain)
     rounds = sum(stats.rounds_accepting.values())
     if not rounds:
-        raise ValueError(
-            "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
-        )
+        raise ValueError(NOTHING_TO_DRAFT)
     return Measured(
         speedups=[ratio for ratio in speedups(by_repeat(ours), by_repeat(plain)) if ratio],
         tokens_per_second=stats.tokens_per_second,

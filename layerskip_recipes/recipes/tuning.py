@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 
 LONGEST = 12  # the longest draft that is considered
+NOTHING_TO_DRAFT = (
+    "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
+)
 
 
 class Prediction(NamedTuple):
@@ -80,9 +83,7 @@ def round_tokens(
             for d in range(1, longest + 1):
                 rounds[e][d - 1] += count_rounds(accepted, d)
     if not drafted:
-        raise ValueError(
-            "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
-        )
+        raise ValueError(NOTHING_TO_DRAFT)
     return {e: [drafted / count for count in counts] for e, counts in rounds.items()}
 
 
