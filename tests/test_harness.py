@@ -374,5 +374,5 @@ def test_without_lm_eval(tmp_path, checkpoint, tasks, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
-    with pytest.raises(ValueError, match=re.escape('pip install "layerskip-recipes[eval]"')):
+    with pytest.raises(ValueError, match=re.escape('pip install "lm-eval>=0.4.12,<0.5"')):
         LayerSkipEval(load_config(str(path))).setup()

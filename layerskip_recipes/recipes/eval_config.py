@@ -33,7 +33,7 @@ def harness() -> ModuleType:
     try:
         from layerskip_recipes.recipes import harness
     except ImportError as e:
-        raise ValueError(f'tasks: lm-eval is missing ({e}). It comes with pip install "layerskip-recipes[eval]"') from e
+        raise ValueError(f'tasks: lm-eval is missing ({e}). For example: pip install "lm-eval>=0.4.12,<0.5"') from e
     return harness
 
 
