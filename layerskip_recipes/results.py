@@ -255,7 +255,7 @@ def speed_tables(report: Mapping[str, Any]) -> list[str]:
 def fastest_cell(report: Mapping[str, Any]) -> tuple[str, float]:
     """Name and speed-up of the best cell of a sweep."""
     cell = max((row for row in report["cells"] if row["speedup"] is not None), key=lambda row: row["speedup"])
-    return f"exit {cell['exit_layer']} with {cell['num_speculations']} drafts", cell["speedup"]
+    return f"exit {cell['exit_layer']} with drafts of {cell['num_speculations']}", cell["speedup"]
 
 
 def sweep_lines(report: Mapping[str, Any]) -> list[str]:

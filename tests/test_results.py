@@ -89,7 +89,7 @@ def test_the_page(commands, measured, tmp_path):
         assert f"| {row['name']} | {row['tokens_per_second']['median']:.1f} |" in text
     cells = json.loads((measured / "sweep" / "sweep.json").read_text())["cells"]
     best = max(cells, key=lambda cell: cell["speedup"])
-    assert f"Fastest: exit {best['exit_layer']} with 2 drafts, {best['speedup']:.2f}x." in text
+    assert f"Fastest: exit {best['exit_layer']} with drafts of 2, {best['speedup']:.2f}x." in text
     tuned = [
         r for r in json.loads((measured / "tune" / "benchmark.json").read_text())["results"] if r["kind"] != "baseline"
     ]
