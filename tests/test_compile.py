@@ -6,12 +6,14 @@ from collections import Counter
 import pytest
 import torch
 from test_speculation import PROMPTS, plain
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, Speculation, compiling, generate
 from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.engine import compiled_steps
+from layerskip_recipes.generation.few_rows import FewRows, load_kernel
 from layerskip_recipes.generation.sampling import Sampler
 
 needs_compiler = pytest.mark.skipif(
@@ -138,6 +140,64 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
     assert compiled_steps(model, CPU) is steps
     model.to(torch.float64)
     assert compiled_steps(model, CPU) is not steps
+
+
+@needs_compiler
+@pytest.mark.parametrize("k", [3, 16, 17, 576])
+@pytest.mark.parametrize("n", [1, 5, 64, 130])
+def test_products_of_few_rows(n, k):
+    """x W^T, and each row of it to the last bit what it is alone."""
+    load_kernel()
+    generator = torch.Generator().manual_seed(n * k)
+    x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
+    alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
+    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=1e-4, rtol=1e-4)
+    for rows in range(1, 22):
+        assert torch.equal(torch.ops.layerskip.linear(x[:rows], w), alone[:rows])
+    assert torch.equal(torch.ops.layerskip.linear(x.T.contiguous().T, w), alone)
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x, w.T)
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x.double(), w.double())
+
+
+@needs_compiler
+def test_which_products_of_a_graph_are_of_few_rows():
+    """Those of 1 .. 32 rows with a weight as it is stored, in fp32, with a bias or without; the results stay."""
+    load_kernel()
+    x, w, bias = torch.randn(7, 12), torch.randn(5, 12), torch.randn(5)
+    cases = {
+        "linear": (lambda x, w, b: x @ w.T, (x, w, bias), True),
+        "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
+        "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
+        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(33, 12), w, bias), False),
+        "double": (lambda x, w, b: x @ w.T, (x.double(), w.double(), bias), False),
+        "no transposed weight": (lambda x, w, b: x @ w, (x, w.T.contiguous(), bias), False),
+        "a computed weight": (lambda x, w, b: x @ (2 * w).T, (x, w, bias), False),
+        "a column-major weight": (lambda x, w, b: x @ w.T, (x, w.T.contiguous().T, bias), False),
+    }
+    for case, (function, inputs, ours) in cases.items():
+        graph = make_fx(function, tracing_mode="fake")(*inputs)
+        for node in graph.graph.nodes:  # as inductor has it by then
+            if node.target is torch.ops.aten.t.default:
+                node.target, node.args = torch.ops.aten.permute.default, (node.args[0], [1, 0])
+        FewRows()(graph.graph)
+        graph.recompile()
+        targets = {node.target for node in graph.graph.nodes}
+        assert (torch.ops.layerskip.linear.default in targets) == ours, case
+        assert targets.isdisjoint({torch.ops.aten.mm.default, torch.ops.aten.addmm.default}) == ours, case
+        torch.testing.assert_close(graph(*inputs), function(*inputs), msg=lambda text, case=case: f"{case}: {text}")
+
+
+@needs_compiler
+def test_compiled_steps_use_products_of_few_rows(small):
+    """Each round all seven of a layer, and the head: two drafts through a layer, and all drafts through both."""
+    speculation = Speculation(**WAYS["chain"])
+    run(small, SHORT[:1], 9, speculation=speculation)
+    with torch.profiler.profile() as profile:
+        generation = run(small, SHORT[:1], 9, speculation=speculation)
+    calls = Counter(event.name for event in profile.events())
+    assert calls["layerskip::linear"] == generation.stats.rounds * (2 * (7 + 1) + (7 + 7 + 1)) > 0
 
 
 @needs_compiler

@@ -66,8 +66,8 @@ class CompiledSteps:
         started = time.perf_counter()
         if self.device.type != "cuda" and slots is not None:
             torch._dynamo.mark_dynamic(slots, 0)
-        graph = _compiled(step.__func__, len(self.graphs), self.device)
         try:
+            graph = _compiled(step.__func__, len(self.graphs), self.device)
             out = graph(step.__self__, *args)
         except Exception as e:
             # Nothing ran yet: compilation comes first. A machine without a C++ compiler ends here.
@@ -91,6 +91,11 @@ def _compiled(function: Callable, number: int, device: torch.device) -> Callable
         options["triton.cudagraphs"] = True
     elif device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+        from layerskip_recipes.generation.few_rows import FewRows, load_kernel
+
+        load_kernel()
+        # The shapes hold by the key of the graph; to check each tensor again takes 5% of a small model's step.
+        options |= {"post_grad_custom_pre_pass": FewRows(), "size_asserts": False}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Older versions of torch do not know all of them, and are a little slower.

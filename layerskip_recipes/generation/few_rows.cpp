@@ -1,0 +1,97 @@
+// y = x W^T for few rows of x, in fp32.
+//
+// A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
+// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x. An element of y is
+// summed in one order whatever the number of rows: verification computes what plain steps compute, to the last bit.
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+
+namespace {
+
+using Vector = at::vec::Vectorized<float>;
+constexpr int LANES = Vector::size();
+constexpr int BLOCK = 8;  // rows of x at a time
+
+// The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
+// the other would take as long as what is summed, where a row of W is short.
+template <int COUNT>
+inline Vector sums(const std::array<Vector, COUNT>& v) {
+  if constexpr (COUNT == 1) {
+    return v[0];
+  } else {
+    std::array<Vector, COUNT / 2> half;
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT / 2; i++) {
+      const auto [even, odd] = at::vec::deinterleave2(v[2 * i], v[2 * i + 1]);
+      half[i] = even + odd;
+    }
+    return sums<COUNT / 2>(half);
+  }
+}
+
+// M rows of x by N rows of w, all of width k, M * N <= LANES; y has rows of length stride.
+template <int M, int N>
+void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
+  std::array<Vector, LANES> total;
+#pragma GCC unroll 16
+  for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES)
+    for (int n = 0; n < N; n++) {
+      const Vector weights = Vector::loadu(w + n * k + i);
+      for (int m = 0; m < M; m++)
+        total[m * N + n] = at::vec::fmadd(weights, Vector::loadu(x + m * k + i), total[m * N + n]);
+    }
+  float out[LANES];
+  sums<LANES>(total).store(out);
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) {
+      float rest = 0;
+      for (int64_t j = i; j < k; j++) rest += w[n * k + j] * x[m * k + j];
+      y[m * stride + n] = out[m * N + n] + rest;
+    }
+}
+
+// `rows` <= M rows of x by all `columns` rows of w.
+template <int M>
+void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t stride) {
+  if constexpr (M > 1) {
+    if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, stride);
+  }
+  constexpr int N = std::max(LANES / M, 1);
+  int64_t n = 0;
+  for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, stride);
+  for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);
+}
+
+// rows [m, k], w [n, k] contiguous -> [m, n].
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& w) {
+  TORCH_CHECK(w.is_contiguous() && rows.size(1) == w.size(1));
+  const at::Tensor x = rows.contiguous();
+  const int64_t m = x.size(0), k = x.size(1), n = w.size(0);
+  at::Tensor out = at::empty({m, n}, x.options());
+  const float *xs = x.const_data_ptr<float>(), *ws = w.const_data_ptr<float>();
+  float* ys = out.mutable_data_ptr<float>();
+  // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
+  const int64_t grain = std::max<int64_t>((m < 4 ? 16384 : 8192) / k, 1);
+  at::parallel_for(0, n, grain, [&](int64_t first, int64_t end) {
+    for (int64_t at = first; at < end; at += grain)
+      for (int64_t row = 0; row < m; row += BLOCK)
+        block<BLOCK>(
+            std::min<int64_t>(BLOCK, m - row), xs + row * k, ws + at * k, ys + row * n + at, k,
+            std::min(grain, end - at), n);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(layerskip, library) { library.def("linear(Tensor x, Tensor weight) -> Tensor"); }
+TORCH_LIBRARY_IMPL(layerskip, CPU, library) { library.impl("linear", linear); }
