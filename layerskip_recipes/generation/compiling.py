@@ -98,7 +98,7 @@ def _compiled(function: Callable, number: int, device: torch.device) -> Callable
         options |= {"post_grad_custom_pre_pass": FewRows(), "size_asserts": False}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    # Older versions of torch do not know all of them, and are a little slower.
+    # Older versions of torch do not know all of them (2.6 drops passes over the graph), and are slower.
     known = [*torch._inductor.list_options(), "guard_filter_fn"]
     options = {name: value for name, value in options.items() if name in known}
     return torch.compile(copy, fullgraph=True, options=options)

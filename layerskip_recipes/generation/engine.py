@@ -244,15 +244,7 @@ class Generation:
         chain = draft.parents is None
         b, n = len(self.prompts), draft.tokens.shape[1] - 1 if chain else depth
         with self.clock.phase("verify"):
-            uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
-            noise = self.sampler.noise((b, self._vocabulary(steps, full=True)), self.device)
-            if chain:
-                logits = self._run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
-            else:
-                parts = (draft.tokens, draft.hidden, draft.ancestors)
-                logits = self._run(steps, "tree_logits", slots, *parts, start, slots)
-            name = "accept_chain" if chain else "accept_tree"
-            outcome = self._run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
+            outcome = self._verify(steps, draft, start, slots, n)
             outcome = self.agree(outcome)
         self.last = outcome[:, 1].clone()
         # The only host synchronisation of the round.
@@ -273,6 +265,22 @@ class Generation:
             seconds = time.perf_counter() - started - (self.compile_s - compiled)
             policy.chooser.learn(arm, sum(map(len, kept)), self._agreed(seconds))
         return kept
+
+    def _verify(self, steps: Steps, draft: Draft, start: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
+        """[b, 2 + n]: how many of n drafted tokens stand, the next token, the drafted tokens."""
+        chain = draft.parents is None
+        if chain and self.sampler.greedy and self.seen is None:
+            return self._run(steps, "verify_greedily", slots, draft.tokens, draft.hidden, start, slots)
+        b = len(self.prompts)
+        uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
+        noise = self.sampler.noise((b, self._vocabulary(steps, full=True)), self.device)
+        if chain:
+            logits = self._run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
+        else:
+            parts = (draft.tokens, draft.hidden, draft.ancestors)
+            logits = self._run(steps, "tree_logits", slots, *parts, start, slots)
+        name = "accept_chain" if chain else "accept_tree"
+        return self._run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
 
     def _draft_adaptively(self, steps: Steps, arm: Arm, start: torch.Tensor, slots: torch.Tensor):
         """A chain that stops by its confidences; they cost a host synchronisation for each drafted token."""
@@ -322,11 +330,10 @@ class Generation:
     def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
         """A step, by its compiled graph if there is one for it."""
         step = getattr(steps, name)
-        # A graph for the few operations of a greedy acceptance would cost as much as it saves.
-        if self.compiled is None or (name == "accept_chain" and self.sampler.greedy):
+        if self.compiled is None:
             return step(*args)
         key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, id(steps.drafter)]
-        if name == "chain_logits":  # the only one for drafts of any length
+        if name in ("chain_logits", "verify_greedily"):  # those for drafts of any length
             key += [args[0].shape[1], args[1] is None]
         elif name != "plain_logits":
             key += [steps.tree]

@@ -233,6 +233,11 @@ class Steps:
             accepted, following = accept_sampled(drafted, q, scores, uniform, noise)
         return torch.cat([accepted[:, None], following[:, None], drafted], 1)
 
+    def verify_greedily(self, tokens, hidden, start, slots):
+        """`chain_logits` and `accept_chain` in one, for one graph: there is no setting in a greedy choice."""
+        logits = self.chain_logits(tokens, hidden, start, slots)
+        return self.accept_chain(logits, Draft(tokens, hidden, None), start, None, None, None)
+
     def tree_logits(self, tokens, hidden, ancestors, start, slots):
         """As `chain_logits`, for the nodes of a tree: tokens [b, k], hidden [b, expanded, d], ancestors [b, k, k]."""
         at, positions = start[:, None] + self.count[: self.tree.nodes], start[:, None] + self.levels
