@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchao.dtypes.nf4tensor import NF4Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
 from layerskip_recipes.checks import check_choice, check_number
@@ -57,7 +57,11 @@ def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int
         state[f"{name}.lora_a.weight"] = a
         state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
         if hasattr(module, "magnitude"):
-            state[f"{name}.magnitude"] = torch.linalg.norm(base[f"{name}.weight"].float(), dim=1).to(a.dtype)
+            weight = base[f"{name}.weight"]
+            if isinstance(module.weight, NF4Tensor):  # the rows that the model will have
+                weight = to_nf4(weight.to(a.dtype), module.weight.block_size, module.weight.scaler_block_size)
+                weight = weight.get_original_weight()
+            state[f"{name}.magnitude"] = torch.linalg.norm(weight.float(), dim=1).to(a.dtype)
     return state
 
 
@@ -98,7 +102,9 @@ def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict
 def without_adapters(model: nn.Module) -> nn.Module:
     """The model with plain linear layers: adapters merged into the weights, NF4 ones unpacked; changed in place."""
     modules = adapter_modules(model)
-    state = merged(model.state_dict(), adapter_config(model)) if modules else {}
+    # On the CPU, where NF4 weights are unpacked to.
+    state = {name: value.cpu() for name, value in model.state_dict().items()} if modules else {}
+    state = merged(state, adapter_config(model)) if modules else {}
     for name, module in list(model.named_modules()):
         packed = isinstance(getattr(module, "weight", None), NF4Tensor)
         if name not in modules and not packed:
@@ -107,8 +113,9 @@ def without_adapters(model: nn.Module) -> nn.Module:
         bias = state.get(f"{name}.bias") if name in modules else module.bias
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        linear.weight = nn.Parameter(weight.to(device=module.weight.device, dtype=module.weight.dtype))
-        linear.bias = None if bias is None else nn.Parameter(bias)
+        place = {"device": module.weight.device, "dtype": module.weight.dtype}
+        linear.weight = nn.Parameter(weight.to(**place))
+        linear.bias = None if bias is None else nn.Parameter(bias.to(**place))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     return model

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
 from layerskip_recipes.export import export
-from layerskip_recipes.recipes import benchmark_config, eval, finetune_config, generate
+from layerskip_recipes.recipes import benchmark_config, eval, finetune_config, generate_config
 from layerskip_recipes.results import MODELS, write_results
 from layerskip_recipes.training_cost import compare
 
@@ -53,7 +53,7 @@ def validate(cfg: DictConfig) -> str:
     """
     recipes = {
         "layerskip_finetune": finetune_config,
-        "layerskip_generate": generate,
+        "layerskip_generate": generate_config,
         "layerskip_eval": eval,
         "layerskip_benchmark": benchmark_config,
     }

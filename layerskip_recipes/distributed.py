@@ -79,6 +79,14 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, any that can be pickled, on all ranks."""
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
 def agree(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor (same shape, dtype and kind of device on all ranks): ranks that take it cannot diverge."""
     if not dist.is_initialized():

@@ -46,7 +46,7 @@ def exit_quality(
         ValueError: if no label counts, or a sample is longer than the model takes.
     """
     exits = sorted(exits)
-    sums = torch.zeros(len(exits), 6, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(exits), 6, dtype=_exact(device), device=device)
     for batch in batches:
         utils.batch_to_device(batch, device)
         check_length(batch["tokens"].shape[1], model)
@@ -68,6 +68,11 @@ def exit_quality(
     return quality
 
 
+def _exact(device: torch.device) -> torch.dtype:
+    """The longest floating-point numbers of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _sums(
     model: LayerSkipDecoder,
     labels: torch.Tensor,
@@ -82,7 +87,7 @@ def _sums(
     counts = labels != ignore_index
     labels, final = labels[counts], final[counts]
     states = [x[counts] for x in hidden.values()]
-    sums = torch.zeros(len(states), 6, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(len(states), 6, dtype=_exact(labels.device), device=labels.device)
     sums[:, 3] = len(labels)
     agrees = torch.zeros(len(states), *counts.shape, dtype=torch.bool, device=labels.device)
     flat = torch.zeros(len(states), len(labels), dtype=torch.bool, device=labels.device)

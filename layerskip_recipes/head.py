@@ -54,7 +54,9 @@ class Head:
     @property
     def matrix(self) -> int | None:
         """Where in `parameters` the output's matrix is, if the output is nothing but a product with it."""
-        plain = self.tied or (type(self.output) is nn.Linear and self.output.bias is None)
+        # FSDP gives a module that is sharded on its own a class of its own.
+        linear = isinstance(self.output, nn.Linear) and type(self.output).forward is nn.Linear.forward
+        plain = self.tied or (linear and self.output.bias is None)
         return self._places.index((self.output, "weight")) if plain else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,6 +80,8 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
+    # With fsdp_cpu_offload it lies on the CPU, but where FSDP's own hook brings it.
+    parameter = parameter.to(mesh.device_type)
     shared = [name == TENSOR_PARALLEL for name in mesh.mesh_dim_names]
     gathered = parameter.full_tensor(grad_placements=[Replicate() if same else Partial() for same in shared])
     if gathered.requires_grad:

@@ -183,13 +183,14 @@ def is_plain_attention(layer: nn.Module) -> bool:
 def check_cache_fits(
     model: TransformerDecoder, rows: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raises a ValueError if the caches of so many rows and positions are larger than the device's free memory."""
+    """Raises a ValueError if the caches of so many rows and positions are larger than memory: free on a GPU, all of a
+    CPU's."""
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
     row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return

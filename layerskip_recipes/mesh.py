@@ -108,6 +108,11 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
             "without them fsdp_cpu_offload=false"
         )
+    if cfg.get("fsdp_cpu_offload") and left == 1:
+        raise ValueError(
+            f"fsdp_cpu_offload: True needs ranks to shard over, and tensor_parallel_dim {tensor} takes all of "
+            f"{processes}; fsdp_cpu_offload=false"
+        )
     return replicate, left // replicate, tensor
 
 

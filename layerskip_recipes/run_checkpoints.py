@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 
 from layerskip_recipes.adapters import ADAPTER_FILE, correct_peft_form
 from layerskip_recipes.checkpoint import checkpoint_files, is_scratch, read_weights
-from layerskip_recipes.distributed import is_rank_zero
+from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
 from layerskip_recipes.settings import build
 
 RECIPE_STATE = "recipe_state.pt"
@@ -87,10 +88,7 @@ class Checkpoints:
         if is_rank_zero():
             state = torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
         optimizer = state.pop(training.OPT_KEY, None) or {}
-        if dist.is_initialized():
-            shared = [state]
-            dist.broadcast_object_list(shared, src=0)
-            state = shared[0]
+        state = from_rank_zero(state)
         if "run" not in state:
             raise ValueError(
                 f"resume_from_checkpoint: {str(self.resumed_from)!r} was not written by this version of "
@@ -159,9 +157,20 @@ class Checkpoints:
         else:
             self._pending = future
 
-    def load_shards(self, shards: dict[str, Any]) -> None:
-        """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them."""
-        dcp.load(shards, checkpoint_id=str(self.resumed_from))
+    def load_shards(self, shards: dict[str, Any]) -> list[str]:
+        """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them.
+
+        Returns:
+            The parameters whose optimizer had no state yet: what is there of it stays as it is.
+        """
+        reader = dcp.FileSystemReader(str(self.resumed_from))
+        written = reader.read_metadata().state_dict_metadata
+        if any(f"model.{name}" not in written for name in shards["model"]):
+            raise ValueError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
+        # The state's names are state.PARAMETER.WHAT.
+        absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
+        dcp.load(shards, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(absent)))
+        return sorted({name.removeprefix("state.").rpartition(".")[0] for name in absent})
 
     def finish(self) -> None:
         """Wait for the shards that are being written, and raise what went wrong with them."""
@@ -236,7 +245,7 @@ def find_checkpoint(output_dir: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    found: list[Any] = [None]
+    found = None
     if is_rank_zero():
         put_back(output_dir)
         complete = complete_checkpoints(output_dir)
@@ -245,7 +254,5 @@ def find_checkpoint(output_dir: Path) -> Path:
                 f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE} or step_*/{RECIPE_STATE}) "
                 f"under output_dir {str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
             )
-        found = [complete[-1]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        found = complete[-1]
+    return from_rank_zero(found)

@@ -203,7 +203,11 @@ def build(section: DictConfig | None, key: str, *args: Any, **kwargs: Any) -> An
 
 
 def check_device(cfg: DictConfig) -> torch.device:
-    """The device of `cfg.device` (null: the best there is); raises a ValueError if it is not on this machine."""
+    """The device of `cfg.device` (null: the best there is), from here on the current one.
+
+    Raises:
+        ValueError: if it is not on this machine.
+    """
     there = ["cpu"]
     for name in ("cuda", "mps", "xpu"):
         backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
@@ -216,6 +220,8 @@ def check_device(cfg: DictConfig) -> torch.device:
         raise ValueError(
             f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
         )
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))  # torchtune and torch say "cuda" in places
     return torch.device(wanted)
 
 

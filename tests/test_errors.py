@@ -19,8 +19,8 @@ from layerskip_recipes.recipes import eval as evaluation
 from layerskip_recipes.recipes import finetune_config as settings
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
-from layerskip_recipes.recipes.generate import SETTINGS as GENERATE_KEYS
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
+from layerskip_recipes.recipes.generate_config import SETTINGS as GENERATE_KEYS
 
 RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
 
@@ -230,6 +230,15 @@ FINETUNE = [
     ("ac_mode=selective", "ac_option", "missing", "ac_option=2"),
     ("ac_mode=op", "ac_mode", "'op'", "full, selective"),
     ("ac_option=2", "ac_option", "2", "ac_mode"),
+    ("ac_mode=full; ac_option=2", "ac_option", "2", "ac_mode=selective"),
+    (
+        "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",
+        "tensor_parallel_plan",
+        "does nothing",
+        "tensor_parallel_dim",
+    ),
+    ("loss={_component_: torch.nn.CrossEntropyLoss, ignore_index: 0}", "loss.ignore_index", "0", "-100"),
+    ("init_std=0.02", "init_std", "0.02", "scratch_checkpointer"),
     ("save_adapter_weights_only=true", "save_adapter_weights_only", "True", "save_adapter_weights_only=false"),
     ("save_every_n_steps=0", "save_every_n_steps", "0", "1 or more"),
     ("keep_last_n_checkpoints=0", "keep_last_n_checkpoints", "0", "1 or more"),
@@ -408,6 +417,22 @@ GENERATE = [
     ("quantizer._component_=torch.nn.Relu", "quantizer._component_", "'torch.nn.Relu'", "Relu"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
     ("optimizer.lr=1", "optimizer", "unknown key", ""),
+    ("system_prompt=be", "system_prompt", "'be'", "prompt.system="),
+    ("prompt=interactive; batch_size=2", "batch_size", "2", "batch_size=1"),
+    ("prompt=interactive; output_file=a.jsonl", "output_file", "'a.jsonl'", "output_file=null"),
+    (
+        "prompt=interactive; self_speculation.draft_vocabulary=9",
+        "self_speculation.draft_vocabulary",
+        "9",
+        "self_speculation.draft_vocabulary_file=corpus.txt",
+    ),
+    ("output_file=nowhere/a.jsonl", "output_file", "'nowhere/a.jsonl'", "answers.jsonl"),
+    (
+        "self_speculation.draft_vocabulary=1; self_speculation.tree_width=2",
+        "self_speculation.draft_vocabulary",
+        "1 ids",
+        "at least 2",
+    ),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=3", "prompt", "3", "prompt.user="),
     ('prompt=""', "prompt", "''", "prompt.user="),

@@ -264,6 +264,41 @@ def test_ctrl_c_ends_with_the_report_so_far(path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
 
 
+def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
+    """It comes after the baseline's second prompt, before ours."""
+    recipe = LayerSkipGenerate(load_config(str(path), ["prompt=[a, b, c]", "benchmark.compare=true"]))
+    recipe.setup()
+    calls = []
+
+    def interrupted(batch, limit, plain=False, run=recipe._run, **kwargs):
+        calls.append((*batch, plain))
+        if calls[2:] == [(0, True), (0, False), (1, True), (1, False)]:
+            raise KeyboardInterrupt
+        return run(batch, limit, plain=plain, **kwargs)
+
+    monkeypatch.setattr(recipe, "_run", interrupted)
+    report = recipe.generate()
+    assert (report["prompts"], report["identical"]) == (1, True)
+    assert report["baseline_tokens"] == report["tokens"]
+
+
+def test_each_answer_is_printed_once(path, capsys):
+    """A batch that is left with one prompt, too."""
+    run(path, "prompt=[one, two, three]", "batch_size=2")
+    out = capsys.readouterr().out
+    assert [out.count(f"--- prompt {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_a_conversation_has_no_baseline(path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=interactive", "benchmark.compare=true"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    report = recipe.generate()
+    assert report["prompts"] == 1 and "identical" not in report
+
+
 def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     """On a terminal: without what is between saving and restoring the cursor, the text is the accepted text."""
     run(path)

@@ -15,7 +15,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes import sweep
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import self_speculation
-from layerskip_recipes.recipes.generate import check_config
+from layerskip_recipes.recipes.generate_config import check_config
 from layerskip_recipes.recipes.sweep import best_of, promise
 from layerskip_recipes.recipes.sweep_files import Cell, Journal, Measured
 

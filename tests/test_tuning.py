@@ -13,7 +13,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import self_speculation
-from layerskip_recipes.recipes.generate import check_config
+from layerskip_recipes.recipes.generate_config import check_config
 from layerskip_recipes.recipes.tuning import (
     choose,
     count_rounds,

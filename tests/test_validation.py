@@ -356,7 +356,8 @@ def test_a_poisonous_sample_stops_the_run_and_is_named(poisoned, tmp_path):
     assert last.startswith(f"ValueError: loss: not finite at step {step}, with samples {named} of the dataset.")
     assert sample in named and "Traceback" not in run.stderr
     out = tmp_path / "out"
-    assert str(out) in last and "optimizer.lr=0.0005" in last
+    assert f"The last checkpoint under {str(out)!r} is whole; for example resume_from_checkpoint=true" in last
+    assert "optimizer.lr=0.0005" in last
     assert checkpoints(out) == [f"step_{n}" for n in range(1, step)]
     assert sorted(read_log(out)) == list(range(1, step))
     assert all(math.isfinite(line["loss"]) for line in read_log(out).values())
@@ -419,7 +420,21 @@ def test_a_learning_rate_that_explodes(start, tmp_path, tokenizer_folder):
     path = finetune_config(tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), shuffle=False)
     recipe = LayerSkipFinetune(load_config(str(path), ["optimizer.lr=1e18"]))
     recipe.setup()
-    with pytest.raises(ValueError, match=r"^loss: not finite at step 2, with samples \[2, 3\].*lr=5e\+17"):
+    with pytest.raises(ValueError, match=r"^loss: not finite at step 2, with samples \[2, 3\].*lr=5e\+17") as error:
+        recipe.train()
+    assert "There is no checkpoint under" in str(error.value) and "resume_from" not in str(error.value)
+
+
+def test_the_rate_to_try_next_is_half_of_the_configs_not_of_the_schedules(start, tmp_path, tokenizer_folder):
+    warm_up = {"_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 9}
+    path = finetune_config(
+        tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), shuffle=False, lr_scheduler=warm_up
+    )
+    recipe = LayerSkipFinetune(load_config(str(path), ["optimizer.lr=1e-3"]))
+    recipe.setup()
+    with torch.no_grad():
+        recipe.model.tok_embeddings.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"not finite at step 1.*optimizer.lr=0.0005"):
         recipe.train()
 
 

@@ -26,6 +26,11 @@ def rounded(length: int, device: torch.device, least: int = 256) -> int:
     return -(-length // 64) * 64
 
 
+def cache_length(needed: int) -> int:
+    """The slots of a cache for compiled steps, which know its size: those of few sizes."""
+    return max(256, 1 << (needed - 1).bit_length())
+
+
 class CompiledSteps:
     """The graphs of one model, by what they depend on.
 
@@ -72,6 +77,7 @@ class CompiledSteps:
         except Exception as e:
             # Nothing ran yet: compilation comes first. A machine without a C++ compiler ends here.
             self.failed = True
+            self.seconds += time.perf_counter() - started
             log.warning(
                 "compile: not possible here, going on without (%s)", (str(e).strip() or repr(e)).splitlines()[0][:200]
             )

@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.adaptive import Arm, LookUp
-from layerskip_recipes.generation.compiling import CompiledSteps, rounded
+from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.stats import GenerationStats
@@ -247,7 +247,7 @@ class Generation:
             outcome = self._verify(steps, draft, start, slots, n)
             outcome = self.agree(outcome)
         self.last = outcome[:, 1].clone()
-        # The only host synchronisation of the round.
+        # The only time in a round that the host waits for the device.
         rows = outcome.tolist()
 
         running = [not done for done in self.finished]
@@ -363,8 +363,7 @@ class Generation:
         rows = len(self.prompts)
         if self.compiled is None:
             return DecodingCache(self.model, rows, needed, self.device)
-        size = max(256, 1 << (needed - 1).bit_length())
-        return self.compiled.cache(self.model, rows, size)
+        return self.compiled.cache(self.model, rows, cache_length(needed))
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
@@ -411,7 +410,8 @@ class Generation:
     ) -> None:
         """passes and drafts: (layers, times), with the head of each; `more` layers without one."""
         if not self.sizes:
-            head = tensor_bytes(self.model.tok_embeddings.weight)
+            output = self.model.output
+            head = tensor_bytes((self.model.tok_embeddings if isinstance(output, TiedLinear) else output).weight)
             draft_head = head if self.draft_head is None else tensor_bytes(self.draft_head.weight)
             self.sizes = {
                 "slot": slot_bytes(self.cache),

@@ -17,7 +17,7 @@ namespace {
 
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
-constexpr int BLOCK = 8;  // rows of x at a time
+constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
 
 // The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
 // the other would take as long as what is summed, where a row of W is short.
@@ -36,9 +36,10 @@ inline Vector sums(const std::array<Vector, COUNT>& v) {
   }
 }
 
-// M rows of x by N rows of w, all of width k, M * N <= LANES; y has rows of length stride.
+// M rows of x by N rows of w, all of width k; y has rows of length stride.
 template <int M, int N>
 void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
+  static_assert(M * N <= LANES);
   std::array<Vector, LANES> total;
 #pragma GCC unroll 16
   for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
@@ -65,7 +66,7 @@ void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, in
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, stride);
   }
-  constexpr int N = std::max(LANES / M, 1);
+  constexpr int N = LANES / M;
   int64_t n = 0;
   for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, stride);
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);

@@ -7,7 +7,7 @@ Imported only where steps are compiled: inductor takes a second to import.
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._inductor.codecache import CppCodeCache
@@ -21,8 +21,8 @@ aten = torch.ops.aten
 class _Library(CppCodeCache):
     """Inductor's compiler and its cache on disk, with torch's headers and libraries."""
 
-    cache: dict[str, Any] = {}
-    cpp_compile_command_flags = {"include_pytorch": True, "shared": True}
+    cache: ClassVar[dict[str, Any]] = {}
+    cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}
 
 
 @cache

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.recipes.decoding import build_speculation
+from layerskip_recipes.recipes.decoding import build_speculation, with_vocabulary
 from layerskip_recipes.recipes.stream import TextStream, follow
 
 
@@ -63,7 +63,10 @@ class Answers:
         Raises:
             ValueError: if a prompt is empty, or does not fit the model together with the new tokens.
         """
-        speculation = build_speculation(self.draft, self.model, self.tokenizer, prompts) if self.draft else None
+        speculation = None
+        if self.draft:
+            draft = with_vocabulary(self.draft, self.model, self.tokenizer, prompts)
+            speculation = build_speculation(draft, self.model)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         texts, stats = {}, GenerationStats()

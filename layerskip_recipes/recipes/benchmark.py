@@ -39,7 +39,7 @@ from layerskip_recipes.recipes.benchmark_config import (
     read_variants,
 )
 from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
-from layerskip_recipes.recipes.decoding import build_speculation, sampler_of
+from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, with_vocabulary
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers
 from layerskip_recipes.recipes.prompts import read_examples, to_tokens
 from layerskip_recipes.recipes.stream import TextStream
@@ -85,6 +85,12 @@ class LayerSkipBenchmark:
         self.examples = read_examples(cfg)
         check_metrics(cfg.get("metrics") or [], self.examples)
         self.prompts = [to_tokens(example.prompt, self.tokenizer) for example in self.examples]
+        self.variants = {
+            name: with_vocabulary(values, model, self.tokenizer, self.prompts, f"variants.{name}")
+            if "early_exit" not in values
+            else values
+            for name, values in self.variants.items()
+        }
         trees = [
             DraftTree(values["num_speculations"], values["tree_width"], values["tree_children"], temperature == 0)
             for values in self.variants.values()
@@ -141,7 +147,7 @@ class LayerSkipBenchmark:
 
     def _speculation(self, name: str, values: dict[str, Any]) -> Speculation:
         try:
-            return build_speculation(values, self.model, self.tokenizer, self.prompts)
+            return build_speculation(values, self.model)
         except ValueError as e:
             raise ValueError(str(e).replace("self_speculation", f"variants.{name}")) from e
 

@@ -15,6 +15,7 @@ from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.settings import check_component, check_section
 
 # What a sampler takes beside the temperature.
@@ -104,36 +105,60 @@ def _speculation(values: dict[str, Any], vocabulary: Any, drafter: LayerSkipDeco
     return Speculation(**plain, draft_vocabulary=vocabulary, drafter=drafter)
 
 
-def build_speculation(
-    values: dict[str, Any], model: LayerSkipDecoder, tokenizer: Any, prompts: Sequence[Sequence[int]]
-) -> Speculation:
-    """The speculation of checked values, with its draft vocabulary and quantised layers.
+def spare_slots(values: dict[str, Any], greedy: bool) -> int:
+    """The slots of a draft tree; 0 for a chain, whose drafts stand where text will."""
+    tree = DraftTree(values["num_speculations"], values["tree_width"], values["tree_children"], greedy)
+    return 0 if tree.is_chain else tree.nodes
+
+
+def with_vocabulary(
+    values: dict[str, Any],
+    model: LayerSkipDecoder,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    key: str = "self_speculation",
+) -> dict[str, Any]:
+    """The values with the ids of the draft vocabulary in place of their number.
 
     Args:
         values: of `check_speculation`.
-        model: with its weights.
+        model: the decoder, on any device.
         tokenizer: for draft_vocabulary_file.
         prompts: tokens of the prompts, counted if there is no such file.
+        key: the section's name, for messages.
 
     Raises:
-        ValueError: if the quantiser does not work on this device, or the vocabulary is too small for the tree.
+        ValueError: if there are too few for the tree.
     """
-    vocabulary = values["draft_vocabulary"]
-    if isinstance(vocabulary, int):
-        texts = prompts
-        if values["draft_vocabulary_file"] is not None:
-            text = Path(values["draft_vocabulary_file"]).read_text(encoding="utf-8", errors="replace")
-            texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
-        counts = Counter(token for tokens in texts for token in tokens)
-        vocabulary = [token for token, _ in counts.most_common(vocabulary)]
+    number = values["draft_vocabulary"]
+    if not isinstance(number, int):
+        return values
+    texts = prompts
+    if values["draft_vocabulary_file"] is not None:
+        text = Path(values["draft_vocabulary_file"]).read_text(encoding="utf-8", errors="replace")
+        texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
+    counts = Counter(token for tokens in texts for token in tokens)
+    vocabulary = [token for token, _ in counts.most_common(number)]
+    _speculation(values, vocabulary).check(model, f"{key}.")
+    return values | {"draft_vocabulary": vocabulary}
+
+
+def build_speculation(values: dict[str, Any], model: LayerSkipDecoder) -> Speculation:
+    """The speculation of checked values, with its quantised layers.
+
+    Args:
+        values: of `with_vocabulary`.
+        model: with its weights.
+
+    Raises:
+        ValueError: if the quantiser does not work on this device.
+    """
     drafter = None
     if values["draft_quantizer"] is not None:
         exits = values["exit_layer"]
         depth = max(exits) if isinstance(exits, list) else exits
         drafter = quantised_drafter(model, depth, values["draft_quantizer"])
-    speculation = _speculation(values, vocabulary, drafter)
-    speculation.check(model, "self_speculation.")
-    return speculation
+    return _speculation(values, values["draft_vocabulary"], drafter)
 
 
 def quantised_drafter(model: LayerSkipDecoder, depth: int, quantizer: DictConfig) -> LayerSkipDecoder:

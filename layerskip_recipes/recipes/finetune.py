@@ -21,14 +21,14 @@ from tqdm import tqdm
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.config import build_recipe, main_of
-from layerskip_recipes.distributed import end_processes, init_processes, is_rank_zero, num_processes
+from layerskip_recipes.distributed import end_processes, from_rank_zero, init_processes, is_rank_zero, num_processes
 from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first
 from layerskip_recipes.recipes.data import TrainingData
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
 from layerskip_recipes.recipes.finetune_log import RunLog, described, same_run
 from layerskip_recipes.recipes.finetune_model import Optimizers, build_model, checkpoint_contents
 from layerskip_recipes.recipes.validation import Validation
-from layerskip_recipes.run_checkpoints import Checkpoints, find_checkpoint
+from layerskip_recipes.run_checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
@@ -76,10 +76,7 @@ class LayerSkipFinetune:
     def _seed(self) -> int:
         """Seed all generators, each rank's differently; what ranks must do alike is seeded by what this returns."""
         seed = training.set_seed(seed=self.cfg.get("seed"), debug_mode=self.cfg.get("cudnn_deterministic_mode"))
-        shared = [seed]
-        if dist.is_initialized():
-            dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+        return from_rank_zero(seed)
 
     def setup(self) -> None:
         """Everything that training needs: data first, since a mistake there costs no loaded weights."""
@@ -112,6 +109,10 @@ class LayerSkipFinetune:
         del weights, adapters
         dropout = layer_dropout_section(cfg, self.model.num_layers, self.seed, cfg.get("batch_size", 1))
         self.model.layer_dropout = dropout or self.model.layer_dropout
+        if self.model.layer_dropout is not None:
+            # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
+            limit = 2 * cfg.get("batch_size", 1) + 2
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         if cfg.get("compile"):
             self.loss.sum_of_chunk = torch.compile(self.loss.sum_of_chunk, dynamic=True)
         self.offloading = training.get_act_offloading_ctx_manager(
@@ -226,11 +227,13 @@ class LayerSkipFinetune:
         """
         if not math.isfinite((loss + norm).item()):
             what = "loss" if not loss.isfinite() else "gradient norm"
+            there = bool(complete_checkpoints(Path(self.cfg.output_dir)))
+            of = repr(self.cfg.output_dir)
+            last = f"The last checkpoint under {of} is whole" if there else f"There is no checkpoint under {of} yet"
             raise ValueError(
-                f"{what}: not finite at step {self.step + 1}, with samples "
-                f"{self.data.samples(self.step)} of the dataset. The last checkpoint under "
-                f"{self.cfg.output_dir!r} is whole; for example resume_from_checkpoint=true "
-                f"optimizer.lr={self.optimizers.lr / 2:.2g}"
+                f"{what}: not finite at step {self.step + 1}, with samples {self.data.samples(self.step)} of the "
+                f"dataset. {last}; for example {'resume_from_checkpoint=true ' if there else ''}"
+                f"optimizer.lr={self.optimizers.base_lr / 2:.2g}"
             )
 
     def _validate(self) -> None:
@@ -259,7 +262,8 @@ class LayerSkipFinetune:
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer; data and curriculum follow from seed and step."""
-        mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state()}
+        kind = self.device.type
+        mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state(), "device_type": kind}
         generators = [mine]
         if dist.is_initialized():
             generators = [None] * dist.get_world_size()
@@ -277,8 +281,8 @@ class LayerSkipFinetune:
         """Take up the state of the stopped run."""
         if self.checkpoints.sharded:
             shards = {"model": self._trained(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
-            self.checkpoints.load_shards(shards)
-            self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False)
+            never_stepped = self.checkpoints.load_shards(shards)
+            self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
         self.validation.load_state_dict(state["validation"])
@@ -286,7 +290,8 @@ class LayerSkipFinetune:
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(generators):  # with more ranks than before, the new ones keep their own seed
             torch.set_rng_state(generators[rank]["cpu"])
-            self._device_rng().set_rng_state(generators[rank]["device"])
+            if generators[rank].get("device_type", self.device.type) == self.device.type:
+                self._device_rng().set_rng_state(generators[rank]["device"])
 
     def _device_rng(self) -> Any:
         """The module with the random state of the device: torch.cuda, torch.mps, torch.xpu, or torch itself."""

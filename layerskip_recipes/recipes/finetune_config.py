@@ -136,6 +136,15 @@ def check_config(cfg: DictConfig) -> None:
             raise ValueError(f"{key}: {cfg[key]!r} does nothing without {needs}; set that, or leave it out: ~{key}")
     if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
         raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
+    if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:
+        raise ValueError(f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option")
+    if cfg.get("tensor_parallel_plan") is not None and cfg.get("tensor_parallel_dim") is None:
+        raise ValueError("tensor_parallel_plan: does nothing without tensor_parallel_dim; for example 2")
+    if cfg.get("init_std") is not None and not is_scratch(cfg.checkpointer):
+        raise ValueError(
+            f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
+            "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
+        )
     if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
         raise ValueError(
             f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
@@ -206,6 +215,10 @@ def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
     """The `early_exit_loss` section over the `loss` section, checked and built. Without the former: the last exit."""
     base = build(cfg.loss, "loss")
     given = {"ignore_index": getattr(base, "ignore_index", -100)}
+    if given["ignore_index"] != -100:
+        raise ValueError(
+            f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"
+        )
     if isinstance(base, torch.nn.CrossEntropyLoss):
         check_number("loss.label_smoothing", base.label_smoothing, minimum=0, maximum=1, integer=False)
         given["label_smoothing"] = base.label_smoothing

@@ -1,5 +1,6 @@
 """What a finetune config trains: the model over the ranks, its optimizer and schedule, and their states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import mesh as meshes
 from layerskip_recipes.adapters import adapter_config, adapter_names, freeze_base, fresh_adapters, merged
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.distributed import is_rank_zero
+from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.run_checkpoints import Weights
 
@@ -57,7 +58,7 @@ def build_model(
                 state = initialised(cfg, layerskip_decoder(config.instantiate(cfg.model))).state_dict()
         elif state is not None:
             if adapter_names(meta):
-                state |= fresh_adapters(meta, state, seed) if adapters is None else adapters
+                state |= fresh_adapters(model, state, seed) if adapters is None else adapters
             ckpt.check_state_dict(meta, state)
     if cfg.get("compile"):
         training.compile_model(model, verbose=False)
@@ -124,6 +125,11 @@ class Optimizers:
         """The learning rate now."""
         return float(self.all[0].param_groups[0]["lr"])
 
+    @property
+    def base_lr(self) -> float:
+        """The learning rate of the config, which a schedule scales."""
+        return self.all[0].param_groups[0]["initial_lr"]
+
     def step(self) -> None:
         """Update the weights; in backward they are already."""
         if not self.in_backward:
@@ -142,11 +148,25 @@ class Optimizers:
         with meshes.quiet():
             return get_optimizer_state_dict(self.model, self.all, options=options)
 
-    def load_state_dict(self, state: dict[str, Any], whole: bool = True) -> None:
+    def load_state_dict(self, state: dict[str, Any], whole: bool = True, never_stepped: Sequence[str] = ()) -> None:
         """Take up what `state_dict` gave, however many ranks it came from. On all ranks.
 
         Only what the optimizer learned: the learning rate and its like stay the config's.
+
+        Args:
+            state: whole tensors on rank 0, or this rank's shards.
+            whole: which of them.
+            never_stepped: of shards, the parameters that had no state when they were written. For whole tensors that
+                is seen here. Layers that were dropped in each step so far have none, and get none.
         """
+        trained = {clean_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        if whole:
+            never_stepped = from_rank_zero([name for name in trained if name not in state.get("state", {})])
+            if never_stepped:
+                # torch wants a state of each, or it refuses all.
+                fresh = self.state_dict(whole=True)
+                if is_rank_zero():
+                    state["state"] |= {name: fresh["state"][name] for name in never_stepped}
         groups = [group for one in self.all for group in one.param_groups]
         own = [
             {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
@@ -162,6 +182,14 @@ class Optimizers:
         groups = [group for one in self.all for group in one.param_groups]
         for group, settings in zip(groups, own, strict=True):
             group.update(settings)
+        for one in self.all:
+            for name in never_stepped:
+                one.state.pop(trained[name], None)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name as checkpoints have it, without the wrappers of checkpointing and compilation."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Module, device: torch.device) -> dict:
@@ -178,14 +206,15 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
     if torch.distributed.is_initialized():
         state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=only)
     else:
-        state = model.state_dict()
+        # QLoRA's weights arrive on the CPU, unpacked; what they merge with has to be there too.
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
     if not is_rank_zero():
         return {}
     if not adapters:
         return {training.MODEL_KEY: state}
     described = adapter_config(meta)
     contents = {
-        training.ADAPTER_KEY: {name: state[name].detach().cpu() for name in adapters},
+        training.ADAPTER_KEY: {name: state[name] for name in adapters},
         training.ADAPTER_CONFIG: described,
     }
     return contents | ({} if only else {training.MODEL_KEY: merged(state, described)})

@@ -14,12 +14,10 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 from layerskip_recipes import checkpoint as ckpt
-from layerskip_recipes.checks import check_choice
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.distributed import (
     agree,
-    check_processes,
     end_processes,
     init_processes,
     is_rank_zero,
@@ -27,115 +25,27 @@ from layerskip_recipes.distributed import (
     num_processes,
 )
 from layerskip_recipes.generation import Generation, GenerationStats
-from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.compiling import cache_length
 from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.kv_cache import check_cache_fits
-from layerskip_recipes.recipes.decoding import build_speculation, check_speculation, sampler_of
-from layerskip_recipes.recipes.prompts import INTERACTIVE, read_prompts, to_tokens
+from layerskip_recipes.recipes.decoding import (
+    build_speculation,
+    check_speculation,
+    spare_slots,
+    with_vocabulary,
+)
+from layerskip_recipes.recipes.generate_config import benchmark, check_config, is_conversation, make_sampler
+from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
 from layerskip_recipes.recipes.report import Totals, make_report, print_report
 from layerskip_recipes.recipes.stream import TextStream, follow
 from layerskip_recipes.settings import (
-    COMMON,
-    anything,
     build,
     build_on_meta,
     check_section,
-    check_settings,
     check_vocabulary,
-    component,
-    flag,
-    list_of,
-    number,
-    one_of,
-    text,
 )
 
 log = utils.get_logger("INFO")
-
-SETTINGS = COMMON | {
-    "quantizer": component(optional=True),
-    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
-    "prompt": anything,
-    "prompts": component(optional=True),
-    "prompt_file": text("prompts.jsonl"),
-    "system_prompt": text("Answer briefly."),
-    "output_file": text("answers.jsonl"),
-    "batch_size": number(minimum=1, example=8),
-    "max_new_tokens": number(minimum=1, example=128),
-    "temperature": anything,
-    "top_k": anything,
-    "top_p": anything,
-    "min_p": anything,
-    "repetition_penalty": anything,
-    "stop_tokens": list_of(int, "[2]"),
-    "stop_strings": list_of(str, "[END]"),
-    "stream": one_of(True, False, "draft"),
-    "exit_layer": anything,
-    "self_speculation": anything,
-    "benchmark": anything,
-    "compile": flag,
-    "enable_kv_cache": one_of(True, None),
-    "tensor_parallel_plan": component(optional=True),
-    "tensor_parallel_dim": number(minimum=1, example=2),
-    "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
-}
-REQUIRED = ()
-REFUSED: dict[str, str] = {}
-
-
-def benchmark(compare: bool = False) -> bool:
-    """The `benchmark` section: whether the autoregressive baseline runs too."""
-    check_choice("benchmark.compare", compare, (True, False))
-    return compare
-
-
-def make_sampler(cfg: DictConfig, rng: torch.Generator | None = None) -> Sampler:
-    """The sampler of a config; raises a ValueError for a setting out of range."""
-    return sampler_of(cfg, cfg.get("temperature", 0.0), rng)
-
-
-def check_config(cfg: DictConfig) -> None:
-    """All of a generation config that can be wrong on any machine.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    check_settings(cfg, SETTINGS, REFUSED)
-    make_sampler(cfg)
-    benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
-    model = layerskip_decoder(build_on_meta(cfg))
-    ckpt.check_checkpointer(cfg, model)
-    if cfg.get("self_speculation") is not None:
-        check_speculation(cfg.self_speculation, model)
-        if cfg.get("exit_layer") is not None:
-            raise ValueError(
-                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
-                f"exit_layer={cfg.exit_layer} self_speculation=null"
-            )
-    elif cfg.get("exit_layer") is not None:
-        model.check_exit(cfg.exit_layer)
-    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
-        raise ValueError(
-            'prompt: missing. Give prompt="text", prompt.user="question", prompt=interactive, or prompt_file=FILE '
-            "(- reads stdin)"
-        )
-    check_processes(cfg, model)
-    if num_processes() > 1:
-        _check_alone(cfg)
-
-
-def _check_alone(cfg: DictConfig) -> None:
-    """Raises a ValueError for what works in one process only."""
-    quantizer = cfg.self_speculation.get("draft_quantizer") if cfg.get("self_speculation") is not None else None
-    alone = {
-        "compile": cfg.get("compile") or None,
-        "self_speculation.draft_quantizer": quantizer,
-        "prompt": INTERACTIVE if cfg.get("prompt") == INTERACTIVE else None,
-        "prompt_file": "-" if cfg.get("prompt_file") == "-" else None,
-    }
-    for key, value in alone.items():
-        if value is not None:
-            raise ValueError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")
 
 
 class LayerSkipGenerate:
@@ -155,7 +65,11 @@ class LayerSkipGenerate:
         self.device, self.dtype = ckpt.ready(cfg)
         self.max_new_tokens = cfg.get("max_new_tokens", 128)
         self.batch_size = cfg.get("batch_size") or 1
+        self.interactive = is_conversation(cfg)
         self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
+        if self.compare and self.interactive:
+            self.compare = False
+            log.info("benchmark.compare: no baseline runs beside a conversation")
         model = layerskip_decoder(build_on_meta(cfg))
         self.draft = None
         if cfg.get("self_speculation") is not None:
@@ -163,14 +77,21 @@ class LayerSkipGenerate:
         self.exit_layer = cfg.get("exit_layer")
         self.tokenizer = build(cfg.tokenizer, "tokenizer")
         check_vocabulary(self.tokenizer, model)
-        self.interactive = cfg.get("prompt") == INTERACTIVE and cfg.get("prompt_file") is None
         self.prompts = [] if self.interactive else read_prompts(cfg)
         self.prompt_tokens = [to_tokens(prompt, self.tokenizer) for prompt in self.prompts]
+        self.spare = 0
+        if self.draft is not None:
+            self.draft = with_vocabulary(self.draft, model, self.tokenizer, self.prompt_tokens)
+            self.spare = spare_slots(self.draft, make_sampler(cfg).greedy)
         if not self.interactive:
             lengths = [len(tokens) for tokens in self.prompt_tokens]
-            check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+            check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
             rows = min(self.batch_size, len(lengths))
-            check_cache_fits(model, rows, max(lengths) + self.max_new_tokens, self.dtype, self.device)
+            room = max(lengths) + self.max_new_tokens
+            # The same for all batches, so that compiled steps know one size.
+            self.reserve = room + 64 if cfg.get("compile") else None
+            slots = cache_length(self.reserve) if self.reserve else room
+            check_cache_fits(model, rows, slots, self.dtype, self.device)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.stop_strings = list(cfg.get("stop_strings") or [])
         # Before the seed: processes that draw one share it.
@@ -192,7 +113,7 @@ class LayerSkipGenerate:
             self.model = ckpt.load_decoder(self.cfg, self.device, self.dtype)
         self.speculation = None
         if self.draft is not None:
-            self.speculation = build_speculation(self.draft, self.model, self.tokenizer, self.prompt_tokens)
+            self.speculation = build_speculation(self.draft, self.model)
 
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
@@ -237,9 +158,11 @@ class LayerSkipGenerate:
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
         with Results(self) as results:
             for batch in batches:
-                if self.compare:
-                    baseline.add(*self._run(batch, self.max_new_tokens, plain=True))
-                outputs, stats = self._run(batch, self.max_new_tokens, stream=len(batch) == 1)
+                plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
+                outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
+                # Both or, after Ctrl-C, none: they are compared.
+                if plain is not None:
+                    baseline.add(*plain)
                 ours.add(outputs, stats)
                 results.add(outputs)
 
@@ -253,9 +176,7 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        # The same room for all, so that compiled steps know one size.
-        room = max(map(len, self.prompt_tokens)) + self.max_new_tokens + 64 if self.cfg.get("compile") else None
-        generation = self._generation(prompts, limit, rng, plain, shown, reserve=room)
+        generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
         self._follow(generation, texts, shown)
         if shown is not None:
             print("" if self.cfg.get("stream", True) else shown.text(generation.generated[0]), flush=True)
@@ -302,7 +223,7 @@ class LayerSkipGenerate:
             history += [Message(role="user", content=question), Message(role="assistant", content="")]
             tokens = to_tokens(history, self.tokenizer)
             try:
-                check_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens")
+                check_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens", spare=self.spare)
             except ValueError as e:
                 log.warning("the conversation is over: %s", e)
                 return

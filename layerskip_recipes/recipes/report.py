@@ -41,6 +41,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         device: for memory and its bandwidth.
     """
     stats, straight = ours.stats, ours.straight
+    peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
     bandwidth = memory_bandwidth(device)
     per_second = stats.tokens_per_second
     moved = None if stats.bytes_per_token is None or not per_second else stats.bytes_per_token * per_second
@@ -60,14 +61,14 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "acceptance_by_position": stats.acceptance_by_position,
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.arms),
-        "accepted_per_round": stats.accepted / stats.rounds if stats.drafted else None,
+        "accepted_per_round": over(stats.accepted, row_rounds(stats)) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
         "looping_outputs": ours.looping,
         "acceptance_rate_not_looping": straight.acceptance_rate,
         "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
         "share_of_memory_bandwidth": moved / bandwidth if moved else None,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak,
     }
     if baseline is None:
         return report
@@ -98,14 +99,13 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
         baseline: of autoregressive decoding.
         speedup: measured.
     """
-    # Rounds by rows: a row takes part until it has finished. What does not draft has a token in each.
-    row_rounds = sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
-    d, steps = over(stats.drafted, row_rounds), over(stats.draft_steps, stats.rounds)
+    rounds = row_rounds(stats)
+    d, steps = over(stats.drafted, rounds), over(stats.draft_steps, stats.rounds)
     plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
     ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
     return {
-        "tokens_per_round": over(stats.tokens - stats.rows, row_rounds) if stats.rounds else None,
+        "tokens_per_round": over(stats.tokens - stats.rows, rounds) if stats.rounds else None,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
@@ -116,6 +116,11 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
         "ideal_speedup": ideal,
         "engine_efficiency": speedup / ideal if speedup and ideal else None,
     }
+
+
+def row_rounds(stats: GenerationStats) -> int:
+    """Rounds by rows: a row takes part until it has finished. What does not draft has a token in each."""
+    return sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
 
 
 def over(a: float, b: float) -> float | None:
@@ -178,8 +183,8 @@ def print_report(report: dict[str, Any]) -> None:
         )
         if report["ideal_speedup"]:
             print(
-                f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of {report['draft_cost']:.3f}; "
-                f"engine efficiency {report['engine_efficiency']:.2f}"
+                f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of "
+                f"{show(report['draft_cost'], '.3f')}; engine efficiency {show(report['engine_efficiency'], '.2f')}"
             )
         same = {True: "yes", False: "NO", None: "- (sampling)"}[report["identical"]]
         print(f"identical output   {same}")

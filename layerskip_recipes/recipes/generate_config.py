@@ -1,0 +1,162 @@
+"""What a generation config may say: every key with its check, and what goes together."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torchtune.modules import TiedLinear
+
+from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.checks import check_choice
+from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.distributed import check_processes, num_processes
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.recipes.decoding import check_speculation, sampler_of
+from layerskip_recipes.recipes.prompts import INTERACTIVE
+from layerskip_recipes.settings import (
+    COMMON,
+    anything,
+    build_on_meta,
+    check_section,
+    check_settings,
+    component,
+    flag,
+    list_of,
+    number,
+    one_of,
+    text,
+)
+
+SETTINGS = COMMON | {
+    "quantizer": component(optional=True),
+    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
+    "prompt": anything,
+    "prompts": component(optional=True),
+    "prompt_file": text("prompts.jsonl"),
+    "system_prompt": text("Answer briefly."),
+    "output_file": text("answers.jsonl"),
+    "batch_size": number(minimum=1, example=8),
+    "max_new_tokens": number(minimum=1, example=128),
+    "temperature": anything,
+    "top_k": anything,
+    "top_p": anything,
+    "min_p": anything,
+    "repetition_penalty": anything,
+    "stop_tokens": list_of(int, "[2]"),
+    "stop_strings": list_of(str, "[END]"),
+    "stream": one_of(True, False, "draft"),
+    "exit_layer": anything,
+    "self_speculation": anything,
+    "benchmark": anything,
+    "compile": flag,
+    "enable_kv_cache": one_of(True, None),
+    "tensor_parallel_plan": component(optional=True),
+    "tensor_parallel_dim": number(minimum=1, example=2),
+    "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
+}
+REQUIRED = ()
+REFUSED: dict[str, str] = {}
+
+
+def benchmark(compare: bool = False) -> bool:
+    """The `benchmark` section: whether the autoregressive baseline runs too."""
+    check_choice("benchmark.compare", compare, (True, False))
+    return compare
+
+
+def make_sampler(cfg: DictConfig, rng: torch.Generator | None = None) -> Sampler:
+    """The sampler of a config; raises a ValueError for a setting out of range."""
+    return sampler_of(cfg, cfg.get("temperature", 0.0), rng)
+
+
+def check_config(cfg: DictConfig) -> None:
+    """All of a generation config that can be wrong on any machine.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    check_settings(cfg, SETTINGS, REFUSED)
+    make_sampler(cfg)
+    benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
+    model = layerskip_decoder(build_on_meta(cfg))
+    ckpt.check_checkpointer(cfg, model)
+    if cfg.get("self_speculation") is not None:
+        check_speculation(cfg.self_speculation, model)
+        if cfg.get("exit_layer") is not None:
+            raise ValueError(
+                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
+                f"exit_layer={cfg.exit_layer} self_speculation=null"
+            )
+    elif cfg.get("exit_layer") is not None:
+        model.check_exit(cfg.exit_layer)
+    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
+        raise ValueError(
+            'prompt: missing. Give prompt="text", prompt.user="question", prompt=interactive, or prompt_file=FILE '
+            "(- reads stdin)"
+        )
+    _check_conversation(cfg)
+    check_output_file(cfg.get("output_file"))
+    parallel = check_processes(cfg, model)
+    _check_draft_head(cfg, model, parallel)
+    if num_processes() > 1:
+        _check_alone(cfg)
+
+
+def is_conversation(cfg: DictConfig) -> bool:
+    """Whether the prompts are typed."""
+    return cfg.get("prompt") == INTERACTIVE and cfg.get("prompt_file") is None
+
+
+def _check_conversation(cfg: DictConfig) -> None:
+    """Raises a ValueError for what goes only with a conversation, or not with one."""
+    if not is_conversation(cfg):
+        if cfg.get("system_prompt") is not None:
+            raise ValueError(
+                f"system_prompt: {cfg.system_prompt!r} is for prompt=interactive. For one prompt: prompt.user=QUESTION "
+                f"prompt.system={cfg.system_prompt!r}"
+            )
+        return
+    if (cfg.get("batch_size") or 1) > 1:
+        raise ValueError(f"batch_size: {cfg.batch_size} does not go with prompt=interactive; batch_size=1")
+    if cfg.get("output_file") is not None:
+        raise ValueError(
+            f"output_file: {cfg.output_file!r} does not go with prompt=interactive; output_file=null, or a prompt_file"
+        )
+    speculation = cfg.get("self_speculation") or {}
+    if isinstance(speculation.get("draft_vocabulary"), int) and speculation.get("draft_vocabulary_file") is None:
+        raise ValueError(
+            f"self_speculation.draft_vocabulary: {speculation.draft_vocabulary} tokens are counted in the prompts, and "
+            "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
+        )
+
+
+def _check_draft_head(cfg: DictConfig, model: LayerSkipDecoder, parallel: int) -> None:
+    """Raises a ValueError for a draft vocabulary where the head's rows cannot be taken."""
+    section = cfg.get("self_speculation") or {}
+    packed = cfg.get("quantizer") is not None and not isinstance(model.output, TiedLinear)
+    if section.get("draft_vocabulary") is not None and (packed or parallel > 1):
+        why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
+        raise ValueError(
+            f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
+            "self_speculation.draft_vocabulary=null"
+        )
+
+
+def check_output_file(name: str | None) -> None:
+    """Raises a ValueError if there can be no such file."""
+    if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        raise ValueError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
+
+
+def _check_alone(cfg: DictConfig) -> None:
+    """Raises a ValueError for what works in one process only."""
+    quantizer = cfg.self_speculation.get("draft_quantizer") if cfg.get("self_speculation") is not None else None
+    alone = {
+        "compile": cfg.get("compile") or None,
+        "self_speculation.draft_quantizer": quantizer,
+        "prompt": INTERACTIVE if cfg.get("prompt") == INTERACTIVE else None,
+        "prompt_file": "-" if cfg.get("prompt_file") == "-" else None,
+    }
+    for key, value in alone.items():
+        if value is not None:
+            raise ValueError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")
