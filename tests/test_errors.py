@@ -231,12 +231,6 @@ FINETUNE = [
     ("ac_mode=op", "ac_mode", "'op'", "full, selective"),
     ("ac_option=2", "ac_option", "2", "ac_mode"),
     ("ac_mode=full; ac_option=2", "ac_option", "2", "ac_mode=selective"),
-    (
-        "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan",
-        "tensor_parallel_plan",
-        "does nothing",
-        "tensor_parallel_dim",
-    ),
     ("loss={_component_: torch.nn.CrossEntropyLoss, ignore_index: 0}", "loss.ignore_index", "0", "-100"),
     ("init_std=0.02", "init_std", "0.02", "scratch_checkpointer"),
     ("save_adapter_weights_only=true", "save_adapter_weights_only", "True", "save_adapter_weights_only=false"),

@@ -138,8 +138,6 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:
         raise ValueError(f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option")
-    if cfg.get("tensor_parallel_plan") is not None and cfg.get("tensor_parallel_dim") is None:
-        raise ValueError("tensor_parallel_plan: does nothing without tensor_parallel_dim; for example 2")
     if cfg.get("init_std") is not None and not is_scratch(cfg.checkpointer):
         raise ValueError(
             f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
