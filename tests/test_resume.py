@@ -145,6 +145,10 @@ RUNS = {
     "shards, 8-bit AdamW": {
         "enable_async_checkpointing": True, "optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2},
     },
+    "SGD without momentum": {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-2}},
+    "shards, SGD without momentum": {
+        "enable_async_checkpointing": True, "optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-2},
+    },
     "a layer without a step": {"layer_dropout": {"prob": 1.0, "layers_scale": "step"}},
     "shards, a layer without a step": {
         "enable_async_checkpointing": True, "layer_dropout": {"prob": 1.0, "layers_scale": "step"},

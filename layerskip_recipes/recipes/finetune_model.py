@@ -159,6 +159,9 @@ class Optimizers:
             never_stepped: of shards, the parameters that had no state when they were written. For whole tensors that
                 is seen here. Layers that were dropped in each step so far have none, and get none.
         """
+        learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
+        if not learned:  # as of SGD without momentum, which torch does not load
+            return
         trained = {clean_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         if whole:
             never_stepped = from_rank_zero([name for name in trained if name not in state.get("state", {})])
