@@ -29,6 +29,7 @@ def test_the_wheel_has_entry_modules_and_all_configs(installed):
     assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval")} <= names
     configs = {p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes" / "configs").rglob("*.yaml")}
     assert {f"layerskip_recipes/{name}" for name in configs} <= names
+    assert "layerskip_recipes/generation/few_rows.cpp" in names
     assert not any(name.startswith(("recipes/", "tests/")) for name in names)
 
 
