@@ -170,7 +170,8 @@ class Checkpoints:
         # The state's names are state.PARAMETER.WHAT.
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
         dcp.load(shards, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(absent)))
-        return sorted({name.removeprefix("state.").rpartition(".")[0] for name in absent})
+        states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
+        return sorted({name.rpartition(".")[0] for name in states})
 
     def finish(self) -> None:
         """Wait for the shards that are being written, and raise what went wrong with them."""

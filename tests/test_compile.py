@@ -152,12 +152,13 @@ def test_products_of_few_rows(n, k):
     x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
     alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
     torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=1e-4, rtol=1e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        torch.set_num_threads(2)
         for rows in range(1, 22):
             assert torch.equal(torch.ops.layerskip.linear(x[:rows], w), alone[:rows])
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert torch.equal(torch.ops.layerskip.linear(x.T.contiguous().T, w), alone)
     with pytest.raises(RuntimeError):
         torch.ops.layerskip.linear(x, w.T)
