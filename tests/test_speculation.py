@@ -498,11 +498,11 @@ def test_sampled_drafts_that_stop_by_their_confidence():
 @pytest.mark.parametrize("variant", ["chain", "tree", "narrow", "vocabulary", "threshold 0.15", "drafter"])
 def test_the_generator_alone_decides(variant):
     """The same seed gives the same tokens, another seed others; the global generator is neither used nor moved."""
-    model, before = model_of("llama3_2"), torch.get_rng_state()
-    outputs = []
-    for seed in (1, 1, 2):
+    model, outputs = model_of("llama3_2"), []
+    speculations = [speculation_of(variant, model) for _ in range(3)]
+    before = torch.get_rng_state()
+    for seed, speculation in zip((1, 1, 2), speculations, strict=True):
         sampler = Sampler(1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, rng=rng(seed))
-        speculation = speculation_of(variant, model)
         outputs.append(run(model, PROMPTS[:2], 16, sampler=sampler, speculation=speculation).generated)
     assert outputs[0] == outputs[1] != outputs[2]
     assert torch.equal(torch.get_rng_state(), before)

@@ -9,10 +9,10 @@ What a step computes stands in steps.py, trees of drafts in tree.py, what a roun
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
 
 import torch
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.adaptive import Arm, LookUp
@@ -21,7 +21,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
-from layerskip_recipes.generation.timing import Clock, layer_bytes, slot_bytes, tensor_bytes
+from layerskip_recipes.generation.timing import Clock, Reads
 from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
 
@@ -94,7 +94,6 @@ class Generation:
         self.steps: dict[tuple[int, int], Steps] = {}
         self.drafter = (speculation and speculation.drafter) or self.model
         self.draft_head: DraftHead | None = None
-        self.sizes: dict[str, Any] = {}
         self.started = False
 
     @torch.inference_mode()
@@ -133,6 +132,11 @@ class Generation:
     def _depth(self) -> int:
         """The layers that run over the text."""
         return self.model.num_layers if self.speculation is not None else self.exit_layer
+
+    @cached_property
+    def reads(self) -> Reads:
+        """Made in the first round: only then there are a cache and a draft head to measure."""
+        return Reads(self.model, self.cache, self.drafter, self.draft_head)
 
     @property
     def compile_s(self) -> float:
@@ -208,7 +212,7 @@ class Generation:
         noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
         logits = self._run(steps, "plain_logits", slots, self.last, start, slots)
         self.last = self.agree(steps.choose(logits, noise, self.seen))
-        self._count_bytes(slots, [(self.exit_layer, 1)])
+        self.reads.count(self.stats, len(slots), self.exit_layer)
         return self._keep([[token] for token in self.last.tolist()])
 
     def _round(self) -> list[list[int]]:
@@ -393,38 +397,10 @@ class Generation:
         """Statistics of a round: its kind, and what its steps read."""
         e, depth = arm.exit_layer, self.model.num_layers
         self.stats.arms[f"{arm.kind} exit {e}" if arm.kind in ("fixed", "adaptive") else arm.kind] += 1
-        if draft.hidden is None:
-            self._count_bytes(slots, [(depth, 1)])
-            return
-        self.stats.draft_steps += n
-        shares = self.drafter is self.model
-        late = depth - e if shares else depth
-        self._count_bytes(slots, [(late, 1)], drafts=[(e, n)], more=e if shares else 0)
-
-    def _count_bytes(
-        self,
-        slots: torch.Tensor,
-        passes: list[tuple[int, int]],
-        drafts: Sequence[tuple[int, int]] = (),
-        more: int = 0,
-    ) -> None:
-        """passes and drafts: (layers, times), with the head of each; `more` layers without one."""
-        if not self.sizes:
-            output = self.model.output
-            head = tensor_bytes((self.model.tok_embeddings if isinstance(output, TiedLinear) else output).weight)
-            draft_head = head if self.draft_head is None else tensor_bytes(self.draft_head.weight)
-            self.sizes = {
-                "slot": slot_bytes(self.cache),
-                "model": (layer_bytes(self.model), head),
-                "draft": (layer_bytes(self.drafter), draft_head),
-            }
-        walks = [*(("model", *walk) for walk in passes), *(("draft", *walk) for walk in drafts)]
-        for whose, layers, times in walks:
-            layer, head = self.sizes[whose]
-            self.stats.weight_bytes += times * (layers * layer + head)
-            self.stats.cache_bytes += times * layers * self.sizes["slot"] * slots.shape[0]
-        self.stats.weight_bytes += more * self.sizes["model"][0]
-        self.stats.cache_bytes += more * self.sizes["slot"] * slots.shape[0]
+        self.reads.count(self.stats, len(slots), depth)
+        if draft.hidden is not None:
+            self.stats.draft_steps += n
+            self.reads.count(self.stats, len(slots), e, times=n, draft=True)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.stats import GenerationStats
@@ -58,15 +60,35 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def layer_bytes(model: LayerSkipDecoder) -> int:
-    """The weights of a layer."""
-    return sum(tensor_bytes(p) for p in model.layers[0].parameters())
+def _weight_bytes(module: object) -> int:
+    """The weights of a module; a head that is a plain function has none that are known."""
+    return sum(tensor_bytes(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
 
 
-def slot_bytes(cache: DecodingCache) -> int:
-    """One slot of a layer's cache, in all rows."""
-    first = cache.layers[0]
-    return 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
+class Reads:
+    """What steps read from memory: the weights of their layers and heads, and the slots of the cache.
+
+    Args:
+        model: the model; cache: its cache, allocated, in all rows.
+        drafter: the model that drafts; the same one if it drafts itself.
+        draft_head: the rows of the head that drafts use; None: all.
+    """
+
+    def __init__(
+        self, model: LayerSkipDecoder, cache: DecodingCache, drafter: LayerSkipDecoder, draft_head: nn.Module | None
+    ) -> None:
+        head = _weight_bytes(model.tok_embeddings if isinstance(model.output, TiedLinear) else model.output)
+        self.full = (_weight_bytes(model.layers[0]), head)
+        draft_head_bytes = head if draft_head is None else tensor_bytes(draft_head.weight)
+        self.draft = (_weight_bytes(drafter.layers[0]), draft_head_bytes)
+        first = cache.layers[0]
+        self.slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
+
+    def count(self, stats: GenerationStats, slots: int, layers: int, times: int = 1, draft: bool = False) -> None:
+        """Add `times` steps of so many layers and a head, whose attention sees so many slots."""
+        layer, head = self.draft if draft else self.full
+        stats.weight_bytes += times * (layers * layer + head)
+        stats.cache_bytes += times * layers * slots * self.slot
 
 
 @torch.inference_mode()
