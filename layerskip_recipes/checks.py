@@ -1,12 +1,14 @@
 """Is a setting what it must be? Each check raises one ValueError: the key, the value given, what is allowed."""
 
 import math
+import os
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
+PICTURES = (".png", ".pdf", ".svg")  # what a picture's name may end in
 
 
 def check_number(
@@ -51,6 +53,27 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         shown = [{None: "null", True: "true", False: "false"}.get(choice, str(choice)) for choice in choices]
         raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {', '.join(shown)}; for example {key}={shown[0]}")
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raises a ValueError if it is no folder and cannot become one. Nothing is made here."""
+    path = folder.absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
+
+
+def check_file(key: str, name: str, endings: Iterable[str] = ()) -> None:
+    """Raises a ValueError if no file of that name can be written, or its name has none of the endings, if any."""
+    path, endings = Path(name), list(endings)
+    if endings and path.suffix not in endings:
+        raise ValueError(
+            f"{key}: {name!r} is no such file. Allowed: names that end in {', '.join(endings)}; for example "
+            f"{key}={path.stem or key}{endings[0]}"
+        )
+    check_folder(key, path.parent)
+    if path.is_dir():
+        raise ValueError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
 
 
 def check_text(key: str, value: Any, example: str) -> None:

@@ -62,9 +62,10 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
             given = f"{os.environ.get('LOCAL_WORLD_SIZE')} processes for {count} GPUs"
             raise _wrong("nproc_per_node", given, f"1..{count}", count)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The others wait while rank 0 reads the checkpoint. For a rank that fails torchrun ends the others at once.
+    # The others wait while rank 0 packs a dataset, reads or writes a checkpoint of some hundred gigabytes, which takes
+    # hours. For a rank that fails torchrun ends the others at once.
     backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     return dist.get_rank()
 
 

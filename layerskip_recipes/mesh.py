@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.distributed import check_processes, num_processes, parallelize, tensor_parallel_plan
 from layerskip_recipes.head import TENSOR_PARALLEL
-from layerskip_recipes.settings import nearest
+from layerskip_recipes.settings import check_device, nearest
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
             "(FSDP shards); for example tensor_parallel_dim=1"
         )
-    replicate, shard = cfg.get("data_parallel_replicate_dim") or 1, cfg.get("data_parallel_shard_dim") or -1
+    replicate, shard = cfg.get("data_parallel_replicate_dim") or 1, cfg.get("data_parallel_shard_dim")
+    shard = -1 if shard is None else shard
     check_number("data_parallel_replicate_dim", replicate, minimum=1, example=2)
     if shard != -1:
         check_number("data_parallel_shard_dim", shard, minimum=1, example=-1)
@@ -95,15 +95,33 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             f"{processes}; "
             "for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
-    modules = {name for name, _ in model.named_modules()} | {"output"}
-    for name in cfg.get("custom_sharded_layers") or []:
+    if replicate > 1 and cfg.model.get("quantize_base", "qlora" in cfg.model._component_):
+        raise ValueError(
+            f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
+            "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"
+        )
+    named = list(cfg.get("custom_sharded_layers") or [])
+    if (
+        processes > 1
+        and cfg.get("optimizer_in_bwd")
+        and "tok_embeddings" in named
+        and isinstance(model.output, TiedLinear)
+    ):
+        raise ValueError(
+            "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
+            "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
+            "tok_embeddings out"
+        )
+    # FSDP gathers in a forward, which a list of layers lacks. A tied head is no module; torchtune's configs name it.
+    modules = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)} | {"output"}
+    for name in named:
         if name not in modules:
             raise ValueError(
                 f"custom_sharded_layers: {name!r} is no module of the model. "
                 f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
                 "custom_sharded_layers=[tok_embeddings,output]"
             )
-    if cfg.get("fsdp_cpu_offload") and (processes == 1 or cfg.get("device") == "cpu"):
+    if cfg.get("fsdp_cpu_offload") and (processes == 1 or check_device(cfg).type == "cpu"):
         raise ValueError(
             "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
             "without them fsdp_cpu_offload=false"
@@ -143,6 +161,11 @@ def checkpoint_layers(model: LayerSkipDecoder, every: int) -> None:
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
 
 
+def clean_name(name: str) -> str:
+    """A parameter's name as checkpoints have it, without the wrappers of checkpointing and compilation."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh, checkpoint_every: int) -> None:
     """Cut a decoder on the meta device into the parts of the ranks: matrices first, then what each rank keeps.
 
@@ -159,7 +182,7 @@ def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh, checkpoint_every
         named = list(cfg.get("custom_sharded_layers") or [])
         training.shard_model(
             model,
-            [partial(training.get_shard_conditions, names_to_match=named)],
+            [lambda name, module: training.get_shard_conditions(clean_name(name), module, names_to_match=named)],
             cpu_offload=bool(cfg.get("fsdp_cpu_offload")),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True) is not False,
             dp_mesh=mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],

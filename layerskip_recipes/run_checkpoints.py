@@ -134,10 +134,10 @@ class Checkpoints:
         folder = self.staging / name
         correct_peft_form(folder, self._checkpointer._model_type.name)
         torch.save(dict(state), folder / RECIPE_STATE)
-        self._place(name)
         # From there the next one takes config and tokenizer: where this run began may be thrown away.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
+        self._place(name)
 
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
@@ -150,6 +150,8 @@ class Checkpoints:
         self.finish()
         if is_rank_zero():
             self._clear()
+        if dist.is_initialized():
+            dist.barrier()  # or a rank writes into what is being cleared
         place = self.staging / name
         future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         if is_rank_zero():
@@ -194,7 +196,10 @@ class Checkpoints:
             os.rename(place, self.staging / f"{REPLACED}{name}")
         os.rename(self.staging / name, place)
         if self.keep:
+            source = self._checkpointer._checkpoint_dir  # of the next whole checkpoint's config and tokenizer
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
+                if old == source:
+                    continue
                 os.rename(old, self.staging / f"old_{old.name}")  # at once: half a checkpoint is never there
         shutil.rmtree(self.staging, ignore_errors=True)
 

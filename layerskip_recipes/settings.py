@@ -62,7 +62,7 @@ def anything(key: str, value: Any) -> None:
 
 
 flag = one_of(True, False, None)
-SEED = number(minimum=0, maximum=2**32 - 1, optional=True)
+SEED = number(minimum=0, maximum=2**31 - 1, optional=True)  # each rank adds its number to it
 # What every recipe takes.
 COMMON: dict[str, Check] = {
     "output_dir": text("/tmp/layerskip"),

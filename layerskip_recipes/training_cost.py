@@ -19,12 +19,15 @@ from torchtune import config, training
 from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
+from layerskip_recipes.adapters import freeze_base
 from layerskip_recipes.config import load_config
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.layers import select_layers
+from layerskip_recipes.mesh import checkpoint_layers
 from layerskip_recipes.recipes.finetune_config import check_config
+from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
 from layerskip_recipes.settings import build_on_meta, check_device, check_dtype
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,6 +68,8 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
         base = config.instantiate(cfg.model)
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (batch, seq_len + 1))
     model = layerskip_decoder(base)
+    freeze_base(model)
+    checkpoint_layers(model, layers_to_checkpoint(cfg))
     if way == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
@@ -81,7 +86,7 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
     if way == "ours, dropout":
         model.layer_dropout = LayerDropout(depth, prob, "uniform", batch_size=batch)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     before, seconds = _memory(device), []
     model.train()
     for _ in range(steps + 1):
@@ -124,7 +129,9 @@ def compare(
             command = [sys.executable, "-m", "layerskip_recipes.training_cost", json.dumps(job)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise ValueError(f"cost: {way!r} failed: {done.stderr.strip().splitlines()[-1]}")
+                killed = f"killed by signal {-done.returncode}, probably for memory; try a smaller --batch or --seq-len"
+                said = killed if done.returncode < 0 else (done.stderr.strip() or "no message").splitlines()[-1]
+                raise ValueError(f"cost: {way!r} failed: {said}")
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
     figures = {
         way: {

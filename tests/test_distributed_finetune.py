@@ -41,6 +41,7 @@ from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.recipes import finetune
 from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
 from layerskip_recipes.run_checkpoints import complete_checkpoints
+from layerskip_recipes.settings import build_on_meta
 
 CPU = torch.device("cpu")
 COSINE = {
@@ -75,6 +76,7 @@ CASES = {
     "gathered weights kept": ("tied", 2, ["fsdp_reshard_after_forward=false"]),
     "selective checkpointing": ("tied", 2, ["ac_mode=selective", "ac_option=2"]),
     "full checkpointing": ("tied", 2, ["ac_mode=full"]),
+    "part of a checkpointed layer apart": ("tied", 2, ["custom_sharded_layers=[layers.1.mlp]", "ac_mode=full", *FEW]),
     "fused": ("tied", 2, ["optimizer.fused=true"]),
     "accumulation": ("tied", 2, ["batch_size=1", "gradient_accumulation_steps=2"]),
     "optimizer in backward": ("in_backward", 2, []),
@@ -245,6 +247,25 @@ def counts_rank(folder):
 
 
 RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradients_rank, rows_rank, counts_rank)}
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "message"),
+    [
+        (QLORA, {"data_parallel_replicate_dim": 2}, "data_parallel_replicate_dim: 2 does not go with QLoRA"),
+        (
+            MODEL,
+            {"optimizer_in_bwd": True, "custom_sharded_layers": ["tok_embeddings"]},
+            "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",
+        ),
+    ],
+)
+def test_splits_that_would_go_wrong_are_refused(model, keys, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = OmegaConf.create({"model": model, **keys})
+    with pytest.raises(ValueError) as error:
+        mesh.mesh_sizes(cfg, build_on_meta(cfg))
+    assert str(error.value).startswith(message)
 
 
 # ----------------------------------------------------------------------------------------------------- the launcher

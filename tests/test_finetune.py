@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from configs import MODEL, finetune_config, make_checkpoint
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
+from torchtune.data import padded_collate_packed
 from torchtune.models.convert_weights import tune_to_meta
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import enabled_exits, exit_weights
+from layerskip_recipes.recipes.data import limit_samples, packed_with_dense_mask
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
 
 UNTIED = {
@@ -250,6 +253,37 @@ def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_fold
     recipe = train(path, "tokenizer.max_seq_len=100")
     assert len(recipe.data.dataset) == 60
     assert all(line["loss"] > 0 for line in read_log(tmp_path / "two" / "out").values())
+
+
+@pytest.mark.parametrize(
+    ("limit", "packed", "expected"),
+    [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64), (65, False, ValueError)],
+)
+def test_samples_are_cut_at_the_models_length(limit, packed, expected):
+    """Not so packs, whose length the user has to say."""
+    cfg = OmegaConf.create({"dataset": {"packed": packed}})
+    tokenizer, model = SimpleNamespace(max_seq_len=limit), SimpleNamespace(max_seq_len=64)
+    if expected is ValueError:
+        with pytest.raises(ValueError, match=r"^tokenizer\.max_seq_len: 65 is more than .* 64; for example"):
+            limit_samples(cfg, tokenizer, model)
+    else:
+        limit_samples(cfg, tokenizer, model)
+        assert tokenizer.max_seq_len == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there torchtune's mask is a BlockMask")
+def test_packed_batches_are_torchtunes():
+    samples = [
+        {
+            "tokens": torch.arange(6) + 10 * row,
+            "labels": torch.arange(6) + 10 * row + 1,
+            "input_pos": torch.tensor([i for length in lengths for i in range(length)]),
+            "seq_lens": torch.tensor(lengths),
+        }
+        for row, lengths in enumerate([[2, 4], [1, 2, 3]])
+    ]
+    ours, theirs = packed_with_dense_mask(samples), padded_collate_packed(samples)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_folder):

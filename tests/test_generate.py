@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -430,3 +431,34 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     both = evaluate(checkpoint=checkpoint, compare={"other": {"checkpoint_dir": str(other)}}, report=str(report))
     assert both["exits"] == alone[checkpoint] != alone[other] == both["compare"]["other"]
     assert json.loads(report.read_text()) == json.loads(json.dumps(both))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
+def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
+    report = tmp_path / "exits.json"
+    compare = {"other": {"checkpoint_dir": str(checkpoint)}}
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, compare=compare, report=str(report)))))
+    recipe.setup()
+    exits_of = recipe._measure_exits
+
+    def first_only(name):
+        if name == "other":
+            raise error
+        return exits_of(name)
+
+    monkeypatch.setattr(recipe, "_measure_exits", first_only)
+    with nullcontext() if error is KeyboardInterrupt else pytest.raises(RuntimeError, match="is broken"):
+        recipe.evaluate()
+    found = json.loads(report.read_text())
+    assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+@pytest.mark.parametrize("changes", [{"report": "folder"}, {"report": "file/exits.json"}, {"picture": "exits.txt"}])
+def test_eval_checks_what_it_will_write(tmp_path, checkpoint, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    [(key, value)] = changes.items()
+    with pytest.raises(ValueError, match=rf"^{key}: '{value}' |^{key}: 'file' cannot be written"):
+        LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, **changes))))

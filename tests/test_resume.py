@@ -282,6 +282,32 @@ def test_a_resumed_run_that_threw_its_start_away_still_writes_whole_checkpoints(
     assert train(path, "resume_from_checkpoint=true", "epochs=4").step == 8
 
 
+def test_shards_do_not_throw_away_the_config_of_the_next_whole_checkpoint(tmp_path, tokenizer_folder):
+    """It is copied from the checkpoint that the run began with, which is older than all that are kept."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, keep_last_n_checkpoints=1, save_every_n_steps=1, enable_async_checkpointing=True
+    )
+    train(path, "max_steps_per_epoch=3")
+    train(path, "max_steps_per_epoch=3", "resume_from_checkpoint=true", "epochs=2")
+    out = tmp_path / "out"
+    assert [folder.name for folder in out.glob("*_*")] == ["epoch_1"]
+    assert {file.name for file in (out / "epoch_1").iterdir()} >= FILES
+
+
+def test_another_optimizer_is_refused(stopped):
+    overrides = ["resume_from_checkpoint=true", "optimizer={_component_: torch.optim.SGD, lr: 0.1}"]
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: optimizer\._component_ was '.*AdamW' and is '.*SGD'"
+    ):
+        LayerSkipFinetune(load_config(str(stopped), overrides)).setup()
+
+
+def test_the_models_length_said_or_not_is_the_same_run(stopped):
+    """Without a limit of the tokenizer's own, samples are cut at the model's length."""
+    limit = [f"tokenizer.max_seq_len={MODEL['max_seq_len']}"]
+    LayerSkipFinetune(load_config(str(stopped), ["resume_from_checkpoint=true", *limit])).setup()
+
+
 def test_a_deeper_model_is_refused(stopped):
     hf_config = json.dumps(HF_CONFIG | {"num_hidden_layers": 5})
     overrides = ["resume_from_checkpoint=true", "model.num_layers=5", f"checkpointer.hf_config={hf_config}"]

@@ -13,6 +13,7 @@ from torchtune.config import instantiate
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, padded_collate_sft
 from torchtune.datasets import PackedDataset, SFTDataset, chat_dataset, instruct_dataset, text_completion_dataset
 
+from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.tokenizer import hf_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
@@ -141,6 +142,25 @@ def test_tokens_are_those_of_transformers(make_folder, kind, name, turns):
         assert tokenizer.decode(tokens, skip_special_tokens=skip) == reference.decode(tokens, skip_special_tokens=skip)
     assert tokenizer.vocab_size == len(reference)
     assert tokenizer.pad_id == reference.pad_token_id and tokenizer.eos_id == reference.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_goes_on_from_its_prompt_to_the_letter(make_folder, kind, capsys):
+    """Cut anywhere, a text and its continuation make the whole: no space of an indentation is lost between them."""
+    text = "def two(x):\n    four = two  plus\n    return four"
+    tokenizer = hf_tokenizer(make_folder(kind, adds_bos=True))
+    tokens = tokenizer.encode(text, add_eos=False)
+    earlier = tokenizer.encode("What is it?")  # with its end, before which nothing counts
+    for at in range(1, len(tokens)):
+        for prompt in (tokens[:at], [*earlier, *tokens[:at]]):
+            stream = TextStream(tokenizer, tokenizer.stop_tokens, prompt=prompt)
+            assert tokenizer.decode(tokens[:at]) + stream.text([*tokens[at:], tokenizer.eos_id]) == text
+        for end in range(at + 1, len(tokens) + 1):
+            stream.show(tokens[at:end], last=end == len(tokens))
+        assert tokenizer.decode(tokens[:at]) + capsys.readouterr().out == text
+    ends = TextStream(tokenizer, stop_strings=["   four"], prompt=tokens[:1])
+    kept = tokens[1:]
+    assert ends.cut(kept, len(kept)) and ends.text(kept) == text.partition("   four")[0]
 
 
 @pytest.mark.parametrize("name", ["chatml", "strict", "moving"])

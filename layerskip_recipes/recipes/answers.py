@@ -81,7 +81,7 @@ class Answers:
                 sampler=replace(sampler or Sampler(), rng=rng),
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
             )
-            rows = [TextStream(self.tokenizer, generation.stop_tokens, stops) for _ in batch]
+            rows = [TextStream(self.tokenizer, generation.stop_tokens, stops, prompts[i]) for i in batch]
             follow(generation, rows)
             texts |= {i: row.text(tokens) for i, row, tokens in zip(batch, rows, generation.generated, strict=True)}
             stats = stats + generation.stats

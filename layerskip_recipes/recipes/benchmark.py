@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import settings
+from layerskip_recipes.checks import PICTURES, check_file, check_folder
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, Speculation
@@ -34,7 +35,6 @@ from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.recipes.benchmark_config import (
     BASELINE,
     check_config,
-    check_folder,
     first_draft,
     read_variants,
 )
@@ -71,7 +71,8 @@ class LayerSkipBenchmark:
         self.cfg = cfg
         self.device, self.dtype = ckpt.ready(cfg)
         check_folder("report_dir", Path(cfg.report_dir))
-        check_folder("picture", Path(cfg.get("picture") or cfg.report_dir).parent)
+        if cfg.get("picture"):
+            check_file("picture", cfg.picture, PICTURES)
         check_folder("tune_file", config_path(cfg).parent)
         settings.check_one_process()
         self.seed = training.set_seed(seed=cfg.get("seed"))

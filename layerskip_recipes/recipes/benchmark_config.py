@@ -1,7 +1,5 @@
 """The config of `layerskip_benchmark`: which keys there are, and all that can be wrong on any machine."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -159,11 +157,3 @@ def _check_choice(cfg: DictConfig, layers: int) -> None:
     for key in ("metrics", "stop_strings") if chooses == ["sweep"] else ():
         if cfg.get(key) is not None:
             raise ValueError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
-
-
-def check_folder(key: str, folder: Path) -> None:
-    """Raises a ValueError if it is no folder and cannot become one. Nothing is made here."""
-    path = folder.absolute()
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")

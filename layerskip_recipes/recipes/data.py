@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.attention_utils import create_block_causal_mask
 
+from layerskip_recipes.kv_cache import is_plain_attention
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
 
@@ -19,8 +22,13 @@ PADDED = "torchtune.data.padded_collate_sft"
 
 def check_dataset(key: str, value: Any) -> None:
     """Raises a ValueError unless value is a dataset's section or a list of them."""
-    for section in value if isinstance(value, ListConfig) and value else [value]:
+    sections = list(value) if isinstance(value, ListConfig) and value else [value]
+    for section in sections:
         check_component(section, key, positional=1)
+    if len({bool(section.get("packed")) for section in sections}) > 1:
+        raise ValueError(
+            f"{key}: some are packed and some are not. Allowed: all or none; for example packed: false in each"
+        )
 
 
 def check_collate_fn(key: str, value: Any) -> None:
@@ -33,23 +41,61 @@ def check_collate_fn(key: str, value: Any) -> None:
         check_component(section, key, positional=1, given=["padding_idx", "ignore_idx"])
 
 
-def load_data(cfg: DictConfig, tokenizer: Any, ignore_index: int, key: str = "dataset") -> tuple[Dataset, Callable]:
+def sections_of(cfg: DictConfig, key: str = "dataset") -> list[DictConfig]:
+    """The datasets of a config, one or several."""
+    return list(cfg[key]) if isinstance(cfg[key], ListConfig) else [cfg[key]]
+
+
+def limit_samples(cfg: DictConfig, tokenizer: Any, model: TransformerDecoder) -> None:
+    """Let a tokenizer without a limit cut samples at the model's length: one that is longer would end the training.
+
+    Packs are of the tokenizer's length, which the user has to say.
+
+    Raises:
+        ValueError: if its limit is above the model's.
+    """
+    limit = getattr(tokenizer, "max_seq_len", 0)
+    if limit is None and not any(section.get("packed") for section in sections_of(cfg)):
+        tokenizer.max_seq_len = model.max_seq_len
+    elif limit and limit > model.max_seq_len:
+        raise ValueError(
+            f"tokenizer.max_seq_len: {limit} is more than the model's max_seq_len {model.max_seq_len}; for example "
+            f"tokenizer.max_seq_len={model.max_seq_len}"
+        )
+
+
+def packed_with_dense_mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """`padded_collate_packed` with a mask for any attention; where there is a GPU its own is for flex attention."""
+    stacked = {key: torch.stack([sample[key] for sample in batch]) for key in ("tokens", "labels", "input_pos")}
+    return stacked | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in batch])}
+
+
+def load_data(
+    cfg: DictConfig,
+    tokenizer: Any,
+    model: TransformerDecoder,
+    device: torch.device,
+    ignore_index: int = -100,
+    key: str = "dataset",
+) -> tuple[Dataset, Callable]:
     """The dataset of a config, and what makes a batch of its samples.
 
     Args:
         cfg: `dataset` and `collate_fn` are read; packed datasets have a collator of their own.
         tokenizer: for the datasets, and its pad_id for the padding.
+        model, device: whose attention takes the masks of packed samples.
         ignore_index: the label of what is padded.
         key: of the dataset in the config.
 
     Raises:
         ValueError: if a dataset refuses its arguments.
     """
-    sections = cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]
+    sections = sections_of(cfg, key)
     datasets = [build(section, key, tokenizer) for section in sections]
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
     if getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections):
-        return dataset, padded_collate_packed
+        flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
+        return dataset, padded_collate_packed if flex else packed_with_dense_mask
     collate = _get_component_from_path(cfg.get("collate_fn") or PADDED)
     return dataset, partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
 
@@ -61,8 +107,7 @@ class TrainingData:
 
     Args:
         cfg: `dataset`, `collate_fn`, `batch_size`, `gradient_accumulation_steps`, `shuffle`, `max_steps_per_epoch`.
-        tokenizer: for the datasets.
-        ignore_index: the label of what is padded.
+        tokenizer, model, device, ignore_index: see `load_data`.
         mesh: each data-parallel rank takes every n-th sample.
         seed: of the order; the same on all ranks.
 
@@ -70,8 +115,17 @@ class TrainingData:
         ValueError: if the samples make no step.
     """
 
-    def __init__(self, cfg: DictConfig, tokenizer: Any, ignore_index: int, mesh: Mesh, seed: int) -> None:
-        self.dataset, self._collate = load_data(cfg, tokenizer, ignore_index)
+    def __init__(
+        self,
+        cfg: DictConfig,
+        tokenizer: Any,
+        model: TransformerDecoder,
+        device: torch.device,
+        ignore_index: int,
+        mesh: Mesh,
+        seed: int,
+    ) -> None:
+        self.dataset, self._collate = load_data(cfg, tokenizer, model, device, ignore_index)
         self.num_samples = len(self.dataset)
         self.batch_size, accumulation = cfg.get("batch_size", 1), cfg.get("gradient_accumulation_steps", 1)
         self.shuffle, self.seed, self.mesh = bool(cfg.get("shuffle", True)), seed, mesh

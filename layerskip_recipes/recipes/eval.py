@@ -11,10 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
-from torchtune import training
+from torchtune import training, utils
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
+from layerskip_recipes.checks import PICTURES, check_file
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.exit_quality import exit_quality
@@ -33,6 +34,8 @@ from layerskip_recipes.settings import (
     check_settings,
     check_vocabulary,
 )
+
+log = utils.get_logger("INFO")
 
 REQUIRED = ()  # one of dataset, tasks, human_eval is: `check_measured`
 
@@ -102,6 +105,10 @@ class LayerSkipEval:
     def __init__(self, cfg: DictConfig) -> None:
         check_config(cfg)
         self.cfg = cfg
+        if cfg.get("report"):
+            check_file("report", cfg.report, [".json"])
+        if cfg.get("picture"):
+            check_file("picture", cfg.picture, PICTURES)
         for one in checkpoints(cfg).values():
             self.device, self.dtype = ckpt.ready(one)
         check_one_process()
@@ -116,7 +123,7 @@ class LayerSkipEval:
         check_vocabulary(self.tokenizer, model)
         self.batches = self.tasks = self.problems = None
         if cfg.get("dataset") is not None:
-            dataset, collate = load_data(cfg, self.tokenizer, ignore_index=-100)
+            dataset, collate = load_data(cfg, self.tokenizer, model, self.device)
             self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
             self.total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
         self.draft = None
@@ -150,40 +157,50 @@ class LayerSkipEval:
         check_execution(self.section)
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print tables of each, write picture and report.
+        """Measure every checkpoint, print tables of each, write report and picture; of what there is, after an error.
 
         Returns:
             The report, which is also printed as the last line.
         """
+        measured: dict[str, dict[str, Any]] = {}
+        try:
+            for name, one in checkpoints(self.cfg).items():
+                if measured:
+                    del self.model  # one at a time in memory
+                    self.model = ckpt.load_decoder(one, self.device, self.dtype)
+                print(f"\n{name}")
+                self._measure(name, measured.setdefault(name, {}))
+        except KeyboardInterrupt:
+            log.warning("interrupted: the report says what was measured by then")
+        finally:
+            report = self._report(measured)
+        return report
+
+    def _report(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """To the file, the picture and standard output: what was measured, by checkpoint, the config's own first."""
         cfg = self.cfg
-        measured = {}
-        for name, one in checkpoints(cfg).items():
-            if measured:
-                del self.model  # one at a time in memory
-                self.model = ckpt.load_decoder(one, self.device, self.dtype)
-            print(f"\n{name}")
-            measured[name] = self._measure(name)
         own, *others = measured
         report: dict[str, Any] = dict(measured[own])
         if self.batches is not None:
             report["batches"] = self.total
         for what in measured[own] if others else ():
             key = "compare" if what == "exits" else f"compare_{what}"
-            report[key] = {name: measured[name][what] for name in others}
-        if cfg.get("picture"):
-            exits = {name: of_name["exits"] for name, of_name in measured.items()}
-            plot_exits(exits, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {self.total} batches")
+            report[key] = {name: measured[name][what] for name in others if what in measured[name]}
+        exits = {name: of_name["exits"] for name, of_name in measured.items() if "exits" in of_name}
+        if cfg.get("picture") and exits:
             report["picture"] = cfg.picture
-            print(f"picture: {cfg.picture}")
         if cfg.get("report"):
             Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
             Path(cfg.report).write_text(json.dumps(report, indent=2) + "\n")
+        if "picture" in report:
+            plot_exits(exits, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {self.total} batches")
+            print(f"picture: {cfg.picture}")
         print(json.dumps(report), flush=True)
         return report
 
-    def _measure(self, name: str) -> dict[str, Any]:
+    def _measure(self, name: str, measured: dict[str, Any]) -> None:
         """All that the config asks for, of the model that is loaded: "exits", "tasks", "human_eval"."""
-        cfg, measured = self.cfg, {}
+        cfg = self.cfg
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
         answers = Answers(
@@ -200,7 +217,6 @@ class LayerSkipEval:
             measured["tasks"] = harness().run_tasks(lm, self.tasks, cfg.get("limit"), chat)
         if self.problems is not None:
             measured["human_eval"] = pass_at_1(answers, self.problems, self.section, self.max_new_tokens)
-        return measured
 
     def _measure_exits(self, name: str) -> dict[int, dict[str, float]]:
         """The quality by exit, also printed as a table."""

@@ -23,7 +23,7 @@ from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.distributed import end_processes, from_rank_zero, init_processes, is_rank_zero, num_processes
 from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first
-from layerskip_recipes.recipes.data import TrainingData
+from layerskip_recipes.recipes.data import TrainingData, limit_samples
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
 from layerskip_recipes.recipes.finetune_log import RunLog, described, same_run
 from layerskip_recipes.recipes.finetune_model import Optimizers, build_model, checkpoint_contents
@@ -60,6 +60,8 @@ class LayerSkipFinetune:
             raise ValueError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
         mesh_sizes(cfg, build_on_meta(cfg))
         init_processes(self.device.type, with_cpu=bool(cfg.get("fsdp_cpu_offload")))
+        if cfg.get("fsdp_cpu_offload"):
+            training.set_torch_num_threads()  # the optimizer runs on the CPU, where torchrun leaves one thread
         if num_processes() > 1:
             self.device = check_device(cfg)  # each process has a GPU of its own now
         if is_rank_zero():
@@ -91,14 +93,17 @@ class LayerSkipFinetune:
             tokenizer = build(cfg.tokenizer, "tokenizer")
             ckpt.check_tokenizer_dir(cfg)
             check_vocabulary(tokenizer, self.meta)
-            self.data = TrainingData(cfg, tokenizer, self.loss.ignore_index, self.mesh, self.seed)
+            limit_samples(cfg, tokenizer, self.meta)
+            self.data = TrainingData(
+                cfg, tokenizer, self.meta, self.device, self.loss.ignore_index, self.mesh, self.seed
+            )
             check_length(self.data.first_length, self.meta)
-            self.validation = Validation(cfg, tokenizer, self.meta, self.mesh)
+            self.validation = Validation(cfg, tokenizer, self.meta, self.device, self.mesh)
         self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
 
         adapted = bool(adapter_names(self.meta))
         self.checkpoints = Checkpoints(cfg, adapted)
-        state, self.run = self.checkpoints.load_state(), described(cfg, self.data, adapted)
+        state, self.run = self.checkpoints.load_state(), described(cfg, self.data, tokenizer, adapted)
         if state is not None:
             same_run(state["run"], self.run)
             self.seed = self.data.seed = state[training.SEED_KEY]

@@ -69,7 +69,7 @@ def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[s
     return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
 
 
-def described(cfg: DictConfig, data: TrainingData, adapters: bool) -> dict[str, Any]:
+def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: bool) -> dict[str, Any]:
     """What must be the same in a run that resumes this one."""
     kept = {key: cfg.get(key) for key in KEPT}
     plain = {
@@ -78,7 +78,8 @@ def described(cfg: DictConfig, data: TrainingData, adapters: bool) -> dict[str, 
     }
     if adapters:  # they belong to the weights that they were trained on
         plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
-    plain["tokenizer.max_seq_len"] = cfg.tokenizer.get("max_seq_len")
+    plain["optimizer._component_"] = cfg.optimizer._component_  # its state is of no use to another one
+    plain["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     plain["samples in the dataset"] = data.num_samples
     plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
     plain["steps in an epoch"] = data.steps_per_epoch
@@ -88,8 +89,8 @@ def described(cfg: DictConfig, data: TrainingData, adapters: bool) -> dict[str, 
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
     for key, value in now.items():
-        if before.get(key) != value:
+        if before.get(key, value) != value:  # an earlier version may not have noted it
             raise ValueError(
-                f"resume_from_checkpoint: {key} was {before.get(key)!r} and is {value!r} now. A resumed run goes on as "
+                f"resume_from_checkpoint: {key} was {before[key]!r} and is {value!r} now. A resumed run goes on as "
                 "it began; to start anew set resume_from_checkpoint=false and another output_dir"
             )

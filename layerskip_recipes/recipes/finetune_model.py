@@ -19,7 +19,7 @@ from layerskip_recipes import mesh as meshes
 from layerskip_recipes.adapters import adapter_config, adapter_names, freeze_base, fresh_adapters, merged
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
-from layerskip_recipes.mesh import Mesh
+from layerskip_recipes.mesh import Mesh, clean_name
 from layerskip_recipes.run_checkpoints import Weights
 
 
@@ -188,11 +188,6 @@ class Optimizers:
         for one in self.all:
             for name in never_stepped:
                 one.state.pop(trained[name], None)
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name as checkpoints have it, without the wrappers of checkpointing and compilation."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Module, device: torch.device) -> dict:

@@ -172,7 +172,7 @@ class LayerSkipGenerate:
         """The prompts of a batch: the tokens of each up to a stop, and what it took; streams a single one."""
         rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
         prompts = [self.prompt_tokens[i] for i in batch]
-        texts = [TextStream(self.tokenizer, self.stop_tokens, self.stop_strings) for _ in batch]
+        texts = [self.text_of(i) for i in batch]
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
@@ -208,6 +208,11 @@ class LayerSkipGenerate:
 
     def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
         follow(generation, texts, shown if self.cfg.get("stream", True) else None)
+
+    def text_of(self, i: int) -> TextStream:
+        """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
+        goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
+        return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
 
     def _print_head(self, i: int) -> None:
         prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
@@ -295,7 +300,7 @@ class Results:
         recipe = self.recipe
         if not recipe.shows:
             return
-        answer = TextStream(recipe.tokenizer, recipe.stop_tokens, recipe.stop_strings).text(tokens)
+        answer = recipe.text_of(i).text(tokens)
         if recipe.batch_size > 1:  # a single one was printed while it grew
             recipe._print_head(i)
             print(answer, flush=True)

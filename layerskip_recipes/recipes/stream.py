@@ -15,29 +15,48 @@ class TextStream:
         tokenizer: decodes.
         stop_tokens: they end an output and are not shown.
         stop_strings: an output ends before the first of them.
+        prompt: the tokens of a text that the output goes on from, whose end it must fit to the letter: what
+            SentencePiece decodes alone loses its first space, which is an indentation in a program.
     """
 
-    def __init__(self, tokenizer: Any, stop_tokens: Sequence[int] = (), stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_tokens: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
+        # A few are enough; none before the end of an earlier text, where some tokenizers stop decoding.
+        tail = list(prompt[-8:])
+        begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
+        self.before = tail[begin:]
+        self.before_text = tokenizer.decode(self.before) if self.before else ""
         self.stop_tokens = stop_tokens
         self.stop_strings = stop_strings
         self.shown = ""
         self.tokens: list[int] = []
         self.draft_is_shown = False
 
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text = self.tokenizer.decode([*self.before, *tokens])
+        if not text.startswith(self.before_text):  # a tokenizer whose texts depend on what follows
+            return self.tokenizer.decode(list(tokens))
+        return text[len(self.before_text) :]
+
     def text(self, tokens: Sequence[int]) -> str:
         """Without the stop token, cut before a stop string."""
         if tokens and tokens[-1] in self.stop_tokens:
             tokens = tokens[:-1]
-        text = self.tokenizer.decode(list(tokens))
+        text = self._decode(tokens)
         return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
 
     def cut(self, tokens: list[int], new: int) -> bool:
         """Shorten tokens to the first prefix whose text holds a stop string; only the last `new` are in question."""
-        if not self.stop_strings or not any(s in self.tokenizer.decode(tokens) for s in self.stop_strings):
+        if not self.stop_strings or not any(s in self._decode(tokens) for s in self.stop_strings):
             return False
         for length in range(len(tokens) - new + 1, len(tokens) + 1):
-            text = self.tokenizer.decode(tokens[:length])
+            text = self._decode(tokens[:length])
             if any(s in text for s in self.stop_strings):
                 del tokens[length:]
                 return True
@@ -58,7 +77,7 @@ class TextStream:
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
-        text = self.tokenizer.decode([*self.tokens, *drafts[0]])[len(self.shown) :]
+        text = self._decode([*self.tokens, *drafts[0]])[len(self.shown) :]
         # Across a line's end the cursor could not be brought back when the screen scrolls.
         print(f"{SAVE}{DIM}{text.partition(chr(10))[0]}{PLAIN}", end="", flush=True)
         self.draft_is_shown = True

@@ -27,14 +27,16 @@ class Validation:
         cfg: `dataset_val` (null: no validation), `run_val_every_n_steps` (null: at the start and the end only),
             `batch_size_val`, `max_batches_val`, `layers_val` and `val_loss_margin` are read.
         tokenizer: for the data.
-        model: of the config, on any device.
+        model: of the config, on any device; device: where it will be.
         mesh: each data-parallel rank measures a part of the data.
 
     Raises:
         ValueError: if the data is no batch for each rank.
     """
 
-    def __init__(self, cfg: DictConfig, tokenizer: Any, model: TransformerDecoder, mesh: Mesh) -> None:
+    def __init__(
+        self, cfg: DictConfig, tokenizer: Any, model: TransformerDecoder, device: torch.device, mesh: Mesh
+    ) -> None:
         self.on = cfg.get("dataset_val") is not None
         self.every = cfg.get("run_val_every_n_steps")
         self.margin = cfg.get("val_loss_margin", 0.05)
@@ -45,7 +47,7 @@ class Validation:
         last = len(model.layers)
         chosen = select_layers(cfg.get("layers_val", ":"), last, key="layers_val")
         self.exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {last})
-        dataset, collate = load_data(cfg, tokenizer, ignore_index=-100, key="dataset_val")
+        dataset, collate = load_data(cfg, tokenizer, model, device, key="dataset_val")
         if len(dataset) < mesh.data_size:
             raise ValueError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
         check_length(len(dataset[0]["tokens"]), model, key="dataset_val")
