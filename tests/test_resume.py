@@ -290,8 +290,15 @@ def test_shards_do_not_throw_away_the_config_of_the_next_whole_checkpoint(tmp_pa
     train(path, "max_steps_per_epoch=3")
     train(path, "max_steps_per_epoch=3", "resume_from_checkpoint=true", "epochs=2")
     out = tmp_path / "out"
-    assert [folder.name for folder in out.glob("*_*")] == ["epoch_1"]
+    assert [state.parent.name for state in out.glob("*/recipe_state.pt")] == ["epoch_1"]
     assert {file.name for file in (out / "epoch_1").iterdir()} >= FILES
+
+
+def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):
+    with pytest.raises(
+        ValueError, match=r"^keep_last_n_checkpoints: 1 would throw away .* epoch_0\. Allowed: another "
+    ):
+        LayerSkipFinetune(load_config(str(stopped), ["keep_last_n_checkpoints=1"]))
 
 
 def test_another_optimizer_is_refused(stopped):

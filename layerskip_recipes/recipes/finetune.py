@@ -68,12 +68,28 @@ class LayerSkipFinetune:
             ckpt.check_output_dir(cfg)
             if not cfg.get("resume_from_checkpoint"):
                 ckpt.check_checkpoint_files(cfg, writes=True)
+                self._check_other_runs()
         if cfg.get("resume_from_checkpoint"):
             find_checkpoint(Path(cfg.output_dir))
         common_utils._use_low_cpu_ram = bool(cfg.get("low_cpu_ram"))  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
         self.accumulation = cfg.get("gradient_accumulation_steps", 1)
         self.seed = self._seed()
+
+    def _check_other_runs(self) -> None:
+        """Raises a ValueError if a run that starts anew would throw away an earlier run's checkpoints."""
+        there = [folder.name for folder in complete_checkpoints(Path(self.cfg.output_dir))]
+        if there and self.cfg.get("keep_last_n_checkpoints"):
+            raise ValueError(
+                f"keep_last_n_checkpoints: {self.cfg.keep_last_n_checkpoints} would throw away an earlier run's "
+                f"checkpoints under output_dir {self.cfg.output_dir!r}, {', '.join(there)}. Allowed: another "
+                "output_dir, or to go on with that run: resume_from_checkpoint=true"
+            )
+        if there:
+            log.warning(
+                f"{self.cfg.output_dir} has checkpoints of an earlier run, {', '.join(there)}: those of the same name "
+                "will be replaced"
+            )
 
     def _seed(self) -> int:
         """Seed all generators, each rank's differently; what ranks must do alike is seeded by what this returns."""
