@@ -307,6 +307,8 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
     """
     how = build(quantizer, key)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
+    # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds.
+    precision = torch.get_float32_matmul_precision()
     try:
         if hasattr(how, "quantize"):
             module = how.quantize(module)
@@ -319,4 +321,6 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
                 linear(torch.zeros(1, linear.in_features, device=device, dtype=dtype))
     except Exception as e:  # torchao's kernels fail in many ways
         raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return module

@@ -12,6 +12,7 @@ Shapes: b batch, s sequence, d embedding, v vocabulary.
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from omegaconf import OmegaConf
@@ -220,6 +221,19 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(take_rows(part, rows, batch_size) for part in value)
     return value
+
+
+_WALKED: WeakKeyDictionary[TransformerDecoder, LayerSkipDecoder] = WeakKeyDictionary()
+
+
+def walked(model: TransformerDecoder) -> LayerSkipDecoder:
+    """The model, or the `LayerSkipDecoder` around a plain one: always the same, compiled graphs stay with it."""
+    if isinstance(model, LayerSkipDecoder):
+        return model
+    if model not in _WALKED:
+        _WALKED[model] = LayerSkipDecoder(model)
+    _WALKED[model].training = model.training
+    return _WALKED[model]
 
 
 def layerskip_decoder(

@@ -17,11 +17,20 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from layerskip_recipes.decoder import LayerSkipDecoder
 
 
+class Place:
+    """Where the next tokens stand; what all layers' caches share. It refers to none: caches are freed at once."""
+
+    def __init__(self, max_len: int) -> None:
+        self.max_len = max_len
+        self.at: torch.Tensor | None = None
+        self.end = 0
+
+
 class LayerCache:
     """Keys and values of one layer; takes the place of `attn.kv_cache` in torchtune's attention."""
 
-    def __init__(self, cache: "DecodingCache") -> None:
-        self.cache = cache
+    def __init__(self, place: "Place") -> None:
+        self.place = place
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
 
@@ -29,15 +38,15 @@ class LayerCache:
         """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return all that is filled."""
         if self.k is None:
             # Allocated by what arrives: the number of heads differs between attention classes and under sharding.
-            shape = (*k.shape[:2], self.cache.max_len, k.shape[3])
+            shape = (*k.shape[:2], self.place.max_len, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
             if k.is_cuda:
-                # CUDA graphs write into it where it is.
-                torch._dynamo.mark_static_address(self.k)
-                torch._dynamo.mark_static_address(self.v)
-        self._write(self.k, self.cache.at, k)
-        self._write(self.v, self.cache.at, v)
-        return self.k[:, :, : self.cache.end], self.v[:, :, : self.cache.end]
+                # CUDA graphs write into it where it is. Unguarded: a graph takes the buffers of its call.
+                torch._dynamo.mark_static_address(self.k, guard=False)
+                torch._dynamo.mark_static_address(self.v, guard=False)
+        self._write(self.k, self.place.at, k)
+        self._write(self.v, self.place.at, v)
+        return self.k[:, :, : self.place.end], self.v[:, :, : self.place.end]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """What stands at the slots `source` [b, n] goes to the slots `target` [b, n]."""
@@ -74,12 +83,11 @@ class DecodingCache:
         self.rows = rows
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=device)
-        self.layers = [LayerCache(self) for _ in model.layers]
+        self.place = Place(max_len)
+        self.layers = [LayerCache(self.place) for _ in model.layers]
         # The tokens of each row whose keys and values stand at slots 0, 1, ...: a later prompt goes on from them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.depth = 0  # in the first so many layers
-        self.at: torch.Tensor | None = None
-        self.end = 0
         self.users = [model]
 
     def share(self, drafter: LayerSkipDecoder) -> None:
@@ -105,7 +113,7 @@ class DecodingCache:
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """The next tokens stand at the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
-        self.at, self.end = at, end
+        self.place.at, self.place.end = at, end
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """In all layers, see `LayerCache.move`."""
@@ -181,13 +189,13 @@ def is_plain_attention(layer: nn.Module) -> bool:
 
 
 def check_cache_fits(
-    model: TransformerDecoder, rows: int, length: int, dtype: torch.dtype, device: torch.device
+    model: TransformerDecoder, rows: int, length: int, dtype: torch.dtype, device: torch.device, parallel: int = 1
 ) -> None:
     """Raises a ValueError if the caches of so many rows and positions are larger than memory: free on a GPU, all of a
-    CPU's."""
+    CPU's. `parallel` ranks share each layer's heads."""
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
-    row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize
+    row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize // parallel
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif "SC_PHYS_PAGES" in os.sysconf_names:

@@ -240,6 +240,17 @@ def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
     assert last.stats.reused_tokens == 0 and last.generated == again.generated
 
 
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_a_text_that_begins_at_the_end_of_its_cache(way):
+    """The first length that is compiled is the largest of its cache, and still not the only one."""
+    model, prompt = make_small(), tuple(range(2, 27)) * 8
+    speculation = Speculation(**WAYS[way]) if WAYS[way] else None
+    generation = run(model, [prompt], 30, speculation=speculation)
+    assert not model.compiled_steps.failed
+    assert generation.generated == [plain(model, prompt, 30)]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no compiler\nand more"), AssertionError()], ids=["message", "none"])
 def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
     """One line says so, once; the tokens are right, and later calls do not try again."""

@@ -386,6 +386,13 @@ GENERATE = [
         "threshold=null",
     ),
     ("self_speculation.prompt_lookup=0", "self_speculation.prompt_lookup", "0", "1 or more"),
+    (
+        "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig; "
+        "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
+        "self_speculation.draft_quantizer",
+        "beside quantizer",
+        "quantizer=null",
+    ),
     ("self_speculation.draft_vocabulary=0", "self_speculation.draft_vocabulary", "0", "1 or more"),
     ("self_speculation.draft_vocabulary=[]", "self_speculation.draft_vocabulary", "0 ids", "at least 1"),
     ("self_speculation.draft_vocabulary=[1,300]", "self_speculation.draft_vocabulary", "300", "0..299"),

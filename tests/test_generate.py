@@ -364,6 +364,18 @@ def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
     assert prompts(tmp_path / "two.jsonl") == ["import sys\n", {"user": "hi", "system": "be brief"}]
 
 
+def test_what_a_prompt_takes_from_other_keys_is_filled_in(path):
+    cfg = load_config(str(path), ["prompt=null", 'prompt.user="Tell me about ${max_new_tokens} ${tokenizer.path}"'])
+    assert LayerSkipGenerate(cfg).prompts == [{"user": f"Tell me about {cfg.max_new_tokens} {cfg.tokenizer.path}"}]
+
+
+def test_the_tokenizers_limit_of_a_training_cuts_no_prompt(path):
+    limited = LayerSkipGenerate(load_config(str(path), ["prompt='x = 1 + 2 + 3 + 4'", "tokenizer.max_seq_len=4"]))
+    free = LayerSkipGenerate(load_config(str(path), ["prompt='x = 1 + 2 + 3 + 4'"]))
+    assert limited.prompt_tokens == free.prompt_tokens and len(free.prompt_tokens[0]) > 4
+    assert limited.tokenizer.max_seq_len == 4
+
+
 def test_a_chat_prompt_goes_through_the_template(path, checkpoint, tmp_path):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<reply>{% endif %}"

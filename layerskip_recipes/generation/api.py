@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_num_speculations
@@ -85,8 +84,6 @@ def generate(
             raise ValueError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
         if num_speculations is None:
             raise ValueError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    # Not yet known to be a layer-skip decoder, but the graphs and caches have to stay with the one that is.
-    model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
     drafting = num_speculations is not None
     generation = Generation(
         model,

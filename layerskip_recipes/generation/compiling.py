@@ -27,8 +27,11 @@ def rounded(length: int, device: torch.device, least: int = 256) -> int:
 
 
 def cache_length(needed: int) -> int:
-    """The slots of a cache for compiled steps, which know its size: those of few sizes."""
-    return max(256, 1 << (needed - 1).bit_length())
+    """The slots of a cache for compiled steps, which know its size: those of few sizes.
+
+    More than any length that attention sees: one that is the cache's own would not be dynamic.
+    """
+    return max(256, 1 << (needed - 1).bit_length()) + 64
 
 
 class CompiledSteps:
@@ -41,6 +44,7 @@ class CompiledSteps:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.graphs: dict[Hashable, Callable] = {}
+        self.captured: set[Hashable] = set()
         self.failed = False
         self.seconds = 0.0
         self._cache: DecodingCache | None = None
@@ -66,9 +70,15 @@ class CompiledSteps:
         if self.device.type == "cuda" and slots is not None:
             key = (key, slots.shape[0])
         graph = self.graphs.get(key)
-        if graph is not None:
-            return graph(step.__self__, *args)
         started = time.perf_counter()
+        if graph is not None:
+            out = graph(step.__self__, *args)
+            if self.device.type == "cuda" and key not in self.captured:
+                # The first call ran it, the second one made a CUDA graph of it.
+                torch.cuda.synchronize()
+                self.captured.add(key)
+                self.seconds += time.perf_counter() - started
+            return out
         if self.device.type != "cuda" and slots is not None:
             torch._dynamo.mark_dynamic(slots, 0)
         try:

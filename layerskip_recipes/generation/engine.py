@@ -14,11 +14,11 @@ from functools import cached_property
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.decoder import LayerSkipDecoder, walked
 from layerskip_recipes.generation.adaptive import Arm, LookUp
 from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation import Speculation, check_lengths
+from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_tokens
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
 from layerskip_recipes.generation.timing import Clock, Reads
@@ -57,7 +57,7 @@ class Generation:
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
-        self.model = model if isinstance(model, LayerSkipDecoder) else LayerSkipDecoder(model)
+        self.model = walked(model)
         self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
         self.speculation = speculation
@@ -74,9 +74,12 @@ class Generation:
             )
         nodes = self.tree.nodes if self.tree else 1
         lengths = [len(prompt) for prompt in self.prompts]
+        check_tokens(self.model, self.prompts)
         check_lengths(
             self.model, lengths, max_generated_tokens, spare=0 if self.tree is None or self.tree.is_chain else nodes
         )
+        if isinstance(stop_tokens, int):
+            raise ValueError(f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]")
         self.stop_tokens = {int(token) for token in stop_tokens}
         self.device = self.model.tok_embeddings.weight.device
         self.compiled = compiled_steps(self.model, self.device) if compile else None
@@ -85,11 +88,13 @@ class Generation:
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
         self.stats = GenerationStats(rows=len(self.prompts))
-        self.clock = Clock(self.device, lambda: self.compile_s)
+        compiled = self.compiled
+        self.clock = Clock(self.device, lambda: compiled.seconds if compiled else 0.0)
         # The last generated token is never an input; drafts behind a row's limit have slots of their own.
-        needed = max(max(len(p) for p in self.prompts) + self.limit + nodes, reserve or 0)
-        if cache is None or cache.rows != len(self.prompts) or cache.max_len < needed:
-            cache = self._new_cache(needed)
+        needed = max(lengths) + self.limit + nodes
+        least = needed if self.compiled is None else cache_length(needed)
+        if cache is None or cache.rows != len(self.prompts) or cache.max_len < least:
+            cache = self._new_cache(max(needed, reserve or 0))
         self.cache = cache
         self.steps: dict[tuple[int, int], Steps] = {}
         self.drafter = (speculation and speculation.drafter) or self.model
@@ -100,8 +105,12 @@ class Generation:
     def __iter__(self) -> Iterator[list[list[int]]]:
         if self.started:
             raise RuntimeError("a Generation runs once; make another one to generate again")
+        if self.model.decoding:
+            raise RuntimeError("another Generation of this model has not ended: iterate it to its end, or close() it")
         self.started = True
-        was_training = self.model.training
+        # Logits in one piece, whatever a training left.
+        was_training, chunks = self.model.training, self.model.num_output_chunks
+        self.model.num_output_chunks = 0
         self.model.eval()
         if self.drafter is not self.model:
             self.drafter.eval()
@@ -127,6 +136,7 @@ class Generation:
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
             self.cache.users = [self.model]
             self.model.train(was_training)
+            self.model.num_output_chunks = chunks
 
     @property
     def _depth(self) -> int:
@@ -163,7 +173,7 @@ class Generation:
             if depth:
                 tree = replace(self.tree, depth=depth)
                 if speculation.draft_vocabulary is not None:
-                    self.draft_head = self.draft_head or DraftHead(self.model, speculation.draft_vocabulary)
+                    self.draft_head = self.draft_head or DraftHead.of(self.model, speculation.draft_vocabulary)
                     head = self.draft_head
             drafter = self.drafter if depth else None
             self.steps[exit_layer, depth] = Steps(self.model, self.cache, self.sampler, exit_layer, tree, drafter, head)

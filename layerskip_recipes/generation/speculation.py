@@ -141,3 +141,11 @@ def check_lengths(
             f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
             f"{limit - longest}, for example {key}={limit - longest}"
         )
+
+
+def check_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises a ValueError for a token that the model does not know: on a GPU it would end the process."""
+    known = model.tok_embeddings.num_embeddings
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < known:
+            raise ValueError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")

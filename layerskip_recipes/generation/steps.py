@@ -30,6 +30,10 @@ class Draft(NamedTuple):
     ancestors: torch.Tensor | None = None  # [b, k, k] bool
 
 
+def _head(model: LayerSkipDecoder) -> nn.Module:
+    return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
+
+
 class DraftHead(nn.Module):
     """g of the draft on a part of the vocabulary: the head matrix's rows of those tokens, copied once.
 
@@ -43,7 +47,7 @@ class DraftHead(nn.Module):
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        output = model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
+        output = _head(model)
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ValueError(
@@ -55,6 +59,26 @@ class DraftHead(nn.Module):
         self.weight = output.weight.detach()[vocabulary]
         bias = getattr(output, "bias", None)
         self.bias = None if bias is None else bias.detach()[vocabulary]
+
+    @staticmethod
+    def of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> "DraftHead":
+        """As the constructor; but the model's last one again if it has that vocabulary, with the weights of now.
+
+        It stays where it is in memory, by which CUDA graphs know it.
+        """
+        output, wanted = _head(model), torch.as_tensor(vocabulary).unique().cpu()
+        (kept,) = getattr(model, "draft_head", (None,))
+        if (
+            kept is None
+            or (kept.weight.device, kept.weight.dtype) != (output.weight.device, output.weight.dtype)
+            or not torch.equal(kept.vocabulary.cpu(), wanted)
+        ):
+            model.draft_head = (DraftHead(model, wanted),)  # in a tuple: it is no part of the model
+        else:
+            kept.weight.copy_(output.weight[kept.vocabulary])
+            if kept.bias is not None:
+                kept.bias.copy_(output.bias[kept.vocabulary])
+        return model.draft_head[0]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""
@@ -294,7 +318,7 @@ class Steps:
             # Drafts behind a row's limit are cut later; a position that the model knows is good enough for them.
             input_pos=positions.clamp(max=self.last_position),
         )
-        self.cache.at = None
+        self.cache.place.at = None
         return out
 
     def _draft_scores(self, x, seen):

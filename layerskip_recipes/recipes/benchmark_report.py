@@ -80,7 +80,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "verify_s_per_round": over(stats.verify_s, stats.rounds) if drafts else None,
         "rest_s_per_round": over(stats.accept_s, stats.rounds) if drafts else None,
         "bytes_per_token": per_token,
-        "share_of_memory_bandwidth": per_token * rate["median"] / bandwidth if per_token and rate else None,
+        "share_of_memory_bandwidth": over(per_token * rate["median"], bandwidth) if per_token and rate else None,
         "prefill_s": over(stats.prefill_s, len(runs)),
         "per_repeat": [
             {

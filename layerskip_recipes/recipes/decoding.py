@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint import quantise
 from layerskip_recipes.checks import check_number
@@ -159,6 +159,29 @@ def build_speculation(values: dict[str, Any], model: LayerSkipDecoder) -> Specul
         depth = max(exits) if isinstance(exits, list) else exits
         drafter = quantised_drafter(model, depth, values["draft_quantizer"])
     return _speculation(values, values["draft_vocabulary"], drafter)
+
+
+def check_draft_fits(cfg: DictConfig, model: TransformerDecoder, parallel: int = 1) -> None:
+    """Raises a ValueError for drafts that a quantised or split model does not allow.
+
+    Args:
+        cfg: `self_speculation` and `quantizer` are read.
+        model: of the config, on any device.
+        parallel: the ranks that share each matrix.
+    """
+    section, quantizer = cfg.get("self_speculation") or {}, cfg.get("quantizer")
+    packed = quantizer is not None and not isinstance(model.output, TiedLinear)
+    if section.get("draft_vocabulary") is not None and (packed or parallel > 1):
+        why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
+        raise ValueError(
+            f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
+            "self_speculation.draft_vocabulary=null"
+        )
+    if section.get("draft_quantizer") is not None and quantizer is not None:
+        raise ValueError(
+            "self_speculation.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
+            "Set one of them null; for example quantizer=null"
+        )
 
 
 def quantised_drafter(model: LayerSkipDecoder, depth: int, quantizer: DictConfig) -> LayerSkipDecoder:

@@ -23,7 +23,7 @@ from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.data import load_data
-from layerskip_recipes.recipes.decoding import check_speculation
+from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation
 from layerskip_recipes.recipes.eval_config import SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
 from layerskip_recipes.settings import (
@@ -77,6 +77,7 @@ def check_config(cfg: DictConfig) -> None:
         HumanEval(**check_section(cfg.human_eval, "human_eval", HumanEval))
     if cfg.get("self_speculation") is not None:
         check_speculation(cfg.self_speculation, model)
+        check_draft_fits(cfg, model)
     if cfg.get("exit_layer") is not None:
         model.check_exit(cfg.exit_layer)
     for name, other in checkpoints(cfg).items():

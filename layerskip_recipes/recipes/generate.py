@@ -18,6 +18,7 @@ from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.distributed import (
     agree,
+    check_processes,
     end_processes,
     init_processes,
     is_rank_zero,
@@ -91,13 +92,15 @@ class LayerSkipGenerate:
             # The same for all batches, so that compiled steps know one size.
             self.reserve = room + 64 if cfg.get("compile") else None
             slots = cache_length(self.reserve) if self.reserve else room
-            check_cache_fits(model, rows, slots, self.dtype, self.device)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.stop_strings = list(cfg.get("stop_strings") or [])
         # Before the seed: processes that draw one share it.
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        if not self.interactive:
+            # Not before each process has its GPU.
+            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel=check_processes(cfg, model))
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.shows = is_rank_zero()
 

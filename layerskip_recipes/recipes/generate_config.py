@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torchtune.modules import TiedLinear
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.checks import check_choice
-from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.distributed import check_processes, num_processes
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.recipes.decoding import check_speculation, sampler_of
+from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation, sampler_of
 from layerskip_recipes.recipes.prompts import INTERACTIVE
 from layerskip_recipes.settings import (
     COMMON,
@@ -51,7 +50,7 @@ SETTINGS = COMMON | {
     "compile": flag,
     "enable_kv_cache": one_of(True, None),
     "tensor_parallel_plan": component(optional=True),
-    "tensor_parallel_dim": number(minimum=1, example=2),
+    "tensor_parallel_dim": number(minimum=1, optional=True, example=2),
     "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
 }
 REQUIRED = ()
@@ -97,7 +96,7 @@ def check_config(cfg: DictConfig) -> None:
     _check_conversation(cfg)
     check_output_file(cfg.get("output_file"))
     parallel = check_processes(cfg, model)
-    _check_draft_head(cfg, model, parallel)
+    check_draft_fits(cfg, model, parallel)
     if num_processes() > 1:
         _check_alone(cfg)
 
@@ -127,18 +126,6 @@ def _check_conversation(cfg: DictConfig) -> None:
         raise ValueError(
             f"self_speculation.draft_vocabulary: {speculation.draft_vocabulary} tokens are counted in the prompts, and "
             "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
-        )
-
-
-def _check_draft_head(cfg: DictConfig, model: LayerSkipDecoder, parallel: int) -> None:
-    """Raises a ValueError for a draft vocabulary where the head's rows cannot be taken."""
-    section = cfg.get("self_speculation") or {}
-    packed = cfg.get("quantizer") is not None and not isinstance(model.output, TiedLinear)
-    if section.get("draft_vocabulary") is not None and (packed or parallel > 1):
-        why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        raise ValueError(
-            f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
-            "self_speculation.draft_vocabulary=null"
         )
 
 

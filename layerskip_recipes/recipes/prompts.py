@@ -46,7 +46,7 @@ def read_examples(cfg: DictConfig) -> list[Example]:
             raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
         return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     prompt = cfg.prompt
-    prompts = OmegaConf.to_container(prompt) if isinstance(prompt, DictConfig | ListConfig) else prompt
+    prompts = OmegaConf.to_container(prompt, resolve=True) if isinstance(prompt, DictConfig | ListConfig) else prompt
     return [Example(_check_prompt(p, "prompt")) for p in (prompts if isinstance(prompts, list) else [prompts])]
 
 
@@ -111,7 +111,10 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
     Raises:
         ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know.
     """
+    limit = getattr(tokenizer, "max_seq_len", None)
     try:
+        if limit is not None:
+            tokenizer.max_seq_len = None  # of the training: here a cut would take the question's end, without a word
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, add_bos=True, add_eos=False)
         messages = prompt
@@ -121,3 +124,6 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         return tokenizer({"messages": messages}, inference=True)["tokens"]
     except Exception as e:
         raise ValueError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
+    finally:
+        if limit is not None:
+            tokenizer.max_seq_len = limit

@@ -67,7 +67,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "acceptance_rate_not_looping": straight.acceptance_rate,
         "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
-        "share_of_memory_bandwidth": moved / bandwidth if moved else None,
+        "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,
         "peak_memory_bytes": peak,
     }
     if baseline is None:

@@ -1,0 +1,129 @@
+"""What generations leave with a model and take from each other: caches, draft heads, settings; what is freed when."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import make_tiny
+from omegaconf import OmegaConf
+from test_generation import PROMPT, greedy, make_model, model_of
+
+from layerskip_recipes.checkpoint import quantise
+from layerskip_recipes.generation import Generation, Speculation, generate, timing
+from layerskip_recipes.kv_cache import check_cache_fits
+
+TOKENS = greedy("llama3_2", PROMPT, 12)
+
+
+def run(model, prompt=PROMPT, count=12, **kwargs):
+    generation = Generation(model, [prompt], count, **kwargs)
+    for _ in generation:
+        pass
+    return generation
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(2, 3), Speculation(2, 2, draft_vocabulary=[5, 8, 17])])
+def test_a_finished_generation_is_freed_at_once(speculation):
+    """Without Python's search for cycles, which counts objects and not what they hold of a GPU's memory."""
+    gc.disable()
+    try:
+        generation = run(make_model(), speculation=speculation)
+        cache, buffer = weakref.ref(generation.cache), weakref.ref(generation.cache.layers[0].k)
+        del generation
+        assert cache() is None and buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_conversation_keeps_its_cache_while_it_fits():
+    """Whatever room a new one would be given."""
+    first = run(model_of("llama3_2"), reserve=60)
+    longer = [*PROMPT, *first.generated[0], 3]
+    second = run(model_of("llama3_2"), longer, cache=first.cache, reserve=120)
+    assert second.cache is first.cache and second.stats.reused_tokens == len(longer) - 2
+    third = run(model_of("llama3_2"), longer, count=50, cache=first.cache, reserve=120)
+    assert third.cache is not first.cache and third.cache.max_len == 120
+
+
+def test_one_generation_of_a_model_at_a_time():
+    """They have the attention layers' caches to themselves; one that is closed gives them back."""
+    model = make_model()
+    begun = iter(Generation(model, [PROMPT], 12))
+    next(begun)
+    with pytest.raises(RuntimeError, match=r"another Generation of this model has not ended.*close\(\)"):
+        run(model)
+    begun.close()
+    assert run(model).generated == [TOKENS]
+    assert not model.decoding and all(layer.attn.kv_cache is None for layer in model.layers)
+
+
+def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():
+    model, other = make_model("llama3"), make_model("llama3")
+    with torch.no_grad():
+        other.output.weight.copy_(other.output.weight.flip(0))
+    drafts = Speculation(2, 3, draft_vocabulary=range(0, 97, 2))
+    first = run(model, speculation=drafts).draft_head
+    with torch.no_grad():
+        model.output.weight.copy_(other.output.weight)
+    again, fresh = run(model, speculation=drafts), run(other, speculation=drafts)
+    assert again.draft_head is first and again.draft_head.weight.data_ptr() == first.weight.data_ptr()
+    assert torch.equal(again.draft_head.weight, fresh.draft_head.weight)
+    assert again.stats.accepted == fresh.stats.accepted and again.generated == fresh.generated
+    less = run(model, speculation=Speculation(2, 3, draft_vocabulary=[1, 2]))
+    assert less.draft_head is not first and less.draft_head.weight.shape[0] == 2
+    assert not any("draft_head" in name for name in model.state_dict())
+
+
+def test_a_plain_decoder_keeps_its_graphs():
+    base = make_tiny("llama3_2")
+    first, second = (generate(base, torch.tensor(PROMPT), 6, compile=True) for _ in range(2))
+    assert first.stats.compile_s > 0 == second.stats.compile_s and torch.equal(first.tokens, second.tokens)
+    walker = weakref.ref(Generation(base, [PROMPT], 6).model)
+    base.train()
+    generate(base, torch.tensor(PROMPT), 6)
+    assert base.training and base.layers[0].training
+    del base
+    gc.collect()
+    assert walker() is None
+
+
+def test_output_chunks_of_a_training_do_not_matter_and_stay():
+    model = make_model()
+    model.set_num_output_chunks(4)
+    assert run(model).generated == [TOKENS] and model.num_output_chunks == 4
+
+
+@pytest.mark.parametrize("token", [-1, 97])
+def test_a_token_that_the_model_does_not_know(token):
+    with pytest.raises(ValueError, match=rf"^prompt: {token} is no token of this model\. Allowed: 0\.\.96"):
+        generate(model_of("llama3_2"), torch.tensor([1, token]), 4)
+
+
+def test_stop_tokens_are_a_list():
+    with pytest.raises(ValueError, match=r"^stop_tokens: 2 is not allowed\. Allowed: a list; for example \[2\]"):
+        generate(model_of("llama3_2"), torch.tensor(PROMPT), 4, stop_tokens=2)
+
+
+def test_a_quantiser_leaves_the_precision_of_other_products():
+    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    before = torch.get_float32_matmul_precision()
+    quantise(make_model().layers, quantizer, "quantizer")
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+def test_a_full_device_has_no_known_bandwidth(monkeypatch):
+    def ones(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert timing.memory_bandwidth(torch.device("cpu")) == 0
+
+
+def test_ranks_that_share_heads_share_their_caches(monkeypatch):
+    """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row."""
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 100_000, "SC_PAGE_SIZE": 1}.get)
+    arguments = model_of("llama3_2"), 2, 100, torch.float32, torch.device("cpu")
+    with pytest.raises(ValueError, match=r"^batch_size: the caches of 2 rows .*up to 1;"):
+        check_cache_fits(*arguments)
+    check_cache_fits(*arguments, parallel=2)
