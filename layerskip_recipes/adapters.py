@@ -176,6 +176,11 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
         )
 
 
+def adapter_file(path: str) -> Path:
+    """The file of `checkpointer.adapter_checkpoint`, which may name its folder."""
+    return Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
+
+
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters in torchtune's form from a checkpoint's folder or its adapter_model.pt.
 
@@ -186,8 +191,7 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if they are not there, or not this model's.
     """
-    file = Path(path)
-    file = file / ADAPTER_FILE if file.is_dir() else file
+    file = adapter_file(path)
     key = "checkpointer.adapter_checkpoint"
     if not file.is_file():
         raise ValueError(f"{key}: {path!r} is neither an {ADAPTER_FILE} nor a folder with one")

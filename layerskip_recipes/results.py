@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip_recipes.recipes.benchmark_report import COLUMNS, show
+import torch
+from torchtune import utils
+
+from layerskip_recipes.recipes.benchmark_report import COLUMNS, device_name, show
+from layerskip_recipes.recipes.finetune_log import package_versions
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def run(command: Sequence[str]) -> str:
 
 
 def run_part(command: Sequence[str], result: Path, checkpoint: Path) -> Any:
-    """Run a command, unless its result is there: of the same command, whole, and of the same weights.
+    """Run a command, unless its result is there: whole, of the same command, weights, machine and versions.
 
     Args:
         command: what to run.
@@ -118,7 +122,9 @@ def run_part(command: Sequence[str], result: Path, checkpoint: Path) -> Any:
         ValueError: if the command fails.
     """
     weights = {file.name: file.stat().st_mtime for file in sorted(checkpoint.glob("model*"))}
-    told, of = result.with_suffix(".command"), json.dumps({"command": list(command), "weights": weights})
+    where = {"device": device_name(utils.get_device(None)), "threads": torch.get_num_threads(), **package_versions()}
+    told = result.with_suffix(".command")
+    of = json.dumps({"command": list(command), "weights": weights, "where": where})
     if not (result.exists() and told.exists() and told.read_text() == of and not _read(result).get("interrupted")):
         output = run(command)
         result.parent.mkdir(parents=True, exist_ok=True)

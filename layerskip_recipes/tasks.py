@@ -185,13 +185,14 @@ def topv2(
     n_shot: int = 0,
     count: int | None = 100,
     seed: int | None = None,
-    prompt: str = "Utterance: {utterance}\nParse:",
-    response: str = " {semantic_parse}",
+    prompt: str = "{utterance}\n",
+    response: str = "{semantic_parse}",
     chat: bool = False,
 ) -> list[dict[str, Any]]:
     """TOPv2: what a user tells an assistant, to be parsed into nested intents and slots; for a model finetuned on it.
 
-    Ours: the templates (the finetuning must use the same), the first rows, and their number.
+    Ours: the templates (those of the config paper/topv2_1_5B; a finetuning of one's own must use the same), the first
+    rows, and their number.
 
     Args:
         source: a TSV file of the data set's own, or another with the columns utterance and semantic_parse.

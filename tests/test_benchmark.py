@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from configs import benchmark_config, make_checkpoint
+from configs import benchmark_config, generate_config, make_checkpoint
 from conftest import run_tune
+from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.checks import is_ours
@@ -291,6 +292,9 @@ WRONG = [
     ("picture=3", "picture", "3", "text"),
     ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
+    ("stop_strings=[END]", "stop_strings", "END", "metrics=[rougeL]"),
+    ("stream=true", "stream", "True", "stream=null"),
+    ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
     ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),
     ("variant=3", "variant", "unknown key", "Nearest: variants"),
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
@@ -359,5 +363,20 @@ def test_odd_values_are_taken_or_refused_by_key(path):
 def test_a_checkpoint_that_transformers_cannot_open():
     """Its folder has no config.json, which torchtune's own checkpointers do not need."""
     with pytest.raises(ValueError, match=r"^peers: transformers needs config.json .*'/nowhere'.* peers=\[torchtune\]"):
-        peers.check_peer_files(["torchtune", "transformers"], "/nowhere")
-    peers.check_peer_files(["torchtune"], None)
+        peers.check_peer_files(["torchtune", "transformers"], OmegaConf.create({"checkpoint_dir": "/nowhere"}))
+    peers.check_peer_files(["torchtune"], OmegaConf.create({}))
+
+
+def test_adapters_are_not_the_peers_model():
+    section = OmegaConf.create({"checkpoint_dir": "/base", "adapter_checkpoint": "/adapters"})
+    with pytest.raises(ValueError, match=r"^peers: torchtune would run the base without .*adapter_checkpoint"):
+        peers.check_peer_files(["torchtune"], section)
+    peers.check_peer_files([], section)
+
+
+def test_a_generation_config_becomes_a_benchmark(tmp_path, checkpoint):
+    """What means nothing here is switched off by null; the stop tokens count."""
+    user = generate_config(tmp_path, checkpoint, stop_tokens=[7], stream=False, benchmark={"compare": True})
+    own = ["self_speculation=null", "temperature=null", "benchmark=null", "stream=null", f"report_dir={tmp_path}"]
+    cfg = load_config(str(user), [*own, "variants.chain={exit_layer: 2, num_speculations: 2}"])
+    assert 7 in LayerSkipBenchmark(cfg).stop_tokens

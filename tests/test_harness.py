@@ -153,6 +153,16 @@ def test_answers_are_those_of_plain_greedy_decoding(way):
     assert (lm.stats["task"].drafted > 0) == (way == "speculation")
 
 
+def test_a_context_longer_than_the_sliding_window_loses_its_beginning():
+    """Of gemma2, whose cached attention is right up to its window of 64 tokens; the model itself takes 128."""
+    answers = Answers(layerskip_decoder(make_tiny("gemma2")), Letters())
+    lm = harness.LayerSkipLM(answers, max_new_tokens=9)
+    text = "ABCDEFGHIJ" * 10
+    found = lm.generate_until([request("generate_until", text, {"until": []})], disable_tqdm=True)
+    (expected,), _ = answers([Letters().encode(text, add_eos=False)[-(64 - 9) :]], 9, [])
+    assert found == [expected]
+
+
 def test_sampling_as_a_task_asks_for_it():
     """do_sample without a temperature is temperature 1; top_k=1 leaves nothing to chance; equal seeds, equal texts."""
     model, tokenizer = make_tiny(), Letters()

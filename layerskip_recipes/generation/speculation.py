@@ -105,6 +105,20 @@ def check_draft_vocabulary(
         raise ValueError(f"{prefix}draft_vocabulary: {bad} is no token of the model. {allowed}")
 
 
+def most_positions(model: TransformerDecoder, spare: int = 0) -> tuple[int, str]:
+    """How many positions of text and new tokens a model decodes with a cache, and what limits them.
+
+    Args:
+        model: the decoder.
+        spare: slots of a draft tree, which count where attention has a sliding window.
+    """
+    # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
+    # the window's size nothing is cut, so there it does no harm.
+    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
+    limits = [(w - spare, "the attention's sliding window") for w in windows if w]
+    return min([*limits, (model.max_seq_len, "max_seq_len")])
+
+
 def check_lengths(
     model: TransformerDecoder,
     prompt_lengths: Sequence[int],
@@ -119,19 +133,14 @@ def check_lengths(
         prompt_lengths: tokens of each prompt.
         max_generated_tokens: new tokens, at most.
         key: what an error message calls them.
-        spare: slots of a draft tree, which count where attention has a sliding window.
+        spare: see `most_positions`.
     """
     check_number(key, max_generated_tokens, minimum=1, example=128)
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ValueError("prompt: it has no token. Allowed: at least one token in each prompt")
     if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
         raise ValueError("model: generation supports decoders of self-attention layers only, no fusion layers")
-    # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
-    # the window's size nothing is cut, so there it does no harm.
-    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    limit, what = min(
-        [(w - spare, "the attention's sliding window") for w in windows if w] + [(model.max_seq_len, "max_seq_len")]
-    )
+    limit, what = most_positions(model, spare)
     longest = max(prompt_lengths)
     if longest + 1 > limit:
         raise ValueError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")

@@ -82,7 +82,7 @@ class LayerSkipBenchmark:
         self.variants = read_variants(cfg, model)
         self.tokenizer = settings.build(cfg.tokenizer, "tokenizer")
         settings.check_vocabulary(self.tokenizer, model)
-        self.stop_tokens = getattr(self.tokenizer, "stop_tokens", [])
+        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.examples = read_examples(cfg)
         check_metrics(cfg.get("metrics") or [], self.examples)
         self.prompts = [to_tokens(example.prompt, self.tokenizer) for example in self.examples]
@@ -107,7 +107,7 @@ class LayerSkipBenchmark:
             drafted += check_sweep(cfg.sweep, model, self.limit)["num_speculations"]
             read_journal(self)
         else:
-            check_peer_files(cfg.get("peers") or [], cfg.checkpointer.get("checkpoint_dir"))
+            check_peer_files(cfg.get("peers") or [], cfg.checkpointer)
         self.reserve = max(lengths) + self.limit + max(drafted)
         rows = cfg.get("batch_size", 1)
         if len(self.prompts) % rows:

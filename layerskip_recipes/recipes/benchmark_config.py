@@ -42,6 +42,7 @@ SETTINGS = settings.COMMON | {
     "peers": settings.list_of(str, "[torchtune]"),
     "metrics": settings.list_of(str, "[rougeL]"),
     "stop_strings": settings.list_of(str, "[END]"),
+    "stop_tokens": settings.list_of(int, "[2]"),
     "report_dir": settings.text("benchmark", optional=False),
     "picture": settings.text("benchmark.png"),
     "sweep": settings.anything,
@@ -56,6 +57,11 @@ REFUSED = {
     "self_speculation": "variants lists what is compared",
     "exit_layer": "variants lists what is compared",
     "quantizer": "all ways decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
+    "benchmark": "it always compares",
+    "stream": "it prints figures, no texts",
+    "output_file": "it keeps figures, no texts",
+    "system_prompt": "it has no conversation",
+    "log_level": "it says little",
     "tensor_parallel_plan": "it measures one device",
     "tensor_parallel_dim": "it measures one device",
 }
@@ -124,6 +130,11 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("sweep") is not None:
         check_sweep(cfg.sweep, model, cfg.get("max_new_tokens", 128))
     _check_choice(cfg, len(model.layers))
+    if cfg.get("stop_strings") and not cfg.get("metrics") and cfg.get("sweep") is None:
+        raise ValueError(
+            f"stop_strings: {list(cfg.stop_strings)} end texts for metrics, and there are none; for example "
+            "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
+        )
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
 

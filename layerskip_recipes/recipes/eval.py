@@ -19,7 +19,7 @@ from layerskip_recipes.checks import PICTURES, check_file
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.exit_quality import exit_quality
-from layerskip_recipes.generation.speculation import check_lengths
+from layerskip_recipes.generation.speculation import check_lengths, most_positions
 from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.data import load_data
@@ -146,7 +146,7 @@ class LayerSkipEval:
             )
         folders = task_folders("task_path", cfg.get("task_path"))
         self.tasks = harness().load_tasks(
-            list(cfg.tasks), folders, cfg.get("num_fewshot"), self.max_new_tokens, model.max_seq_len
+            list(cfg.tasks), folders, cfg.get("num_fewshot"), self.max_new_tokens, most_positions(model)[0]
         )
 
     def _setup_human_eval(self, model: LayerSkipDecoder) -> None:

@@ -45,10 +45,15 @@ class RunLog:
             self._logger.close()
 
 
-def versions() -> dict[str, str]:
-    """Of this code and what it stands on; in a git checkout its commit too."""
+def package_versions() -> dict[str, str]:
+    """Of this package and what it stands on."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
-    found = {name: version(name) for name in names} | {"python": platform.python_version()}
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def versions() -> dict[str, str]:
+    """Those of `package_versions`; in a git checkout its commit too."""
+    found = package_versions()
     if (PACKAGE.parent / ".git").exists():
         command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from layerskip_recipes.generation import GenerationStats
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.speculation import most_positions
 from layerskip_recipes.recipes.answers import Answers, speed
-from layerskip_recipes.recipes.decoding import FILTERS
+from layerskip_recipes.recipes.decoding import FILTERS, spare_slots
 from layerskip_recipes.settings import nearest
 
 log = logging.getLogger(__name__)
@@ -300,7 +301,8 @@ class LayerSkipLM(TemplateLM):
         found: dict[int, str] = {}
         for (task, _), group in alike.items():
             limit, stops, sampler = generation_settings(task, requests[group[0]].args[1], self.max_new_tokens)
-            room = self.max_length - limit
+            draft = self.answers.draft
+            room = most_positions(self.model, spare_slots(draft, sampler.greedy) if draft else 0)[0] - limit
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
             self._warn_of_cuts(map(len, prompts), room)
             texts, stats = self.answers([prompt[-room:] for prompt in prompts], limit, stops, sampler, name=task)

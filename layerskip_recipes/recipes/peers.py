@@ -290,8 +290,14 @@ def check_peers(names: Sequence[str], sampler: Sampler, rows: int, draft: tuple[
         )
 
 
-def check_peer_files(names: Sequence[str], folder: str | None) -> None:
-    """Raises a ValueError if a peer is asked for that cannot open the checkpoint's folder."""
+def check_peer_files(names: Sequence[str], section: DictConfig) -> None:
+    """Raises a ValueError if a peer is asked for that cannot open the checkpoint of a `checkpointer` section."""
+    folder = section.get("checkpoint_dir")
+    if names and section.get("adapter_checkpoint") is not None:
+        raise ValueError(
+            f"peers: {', '.join(names)} would run the base without checkpointer.adapter_checkpoint, another model. "
+            "Allowed: none, or the merged checkpoint with its plain model section; for example peers=[]"
+        )
     for name in names:
         if name.startswith("transformers") and not (folder and Path(folder, "config.json").is_file()):
             raise ValueError(

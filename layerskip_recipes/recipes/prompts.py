@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import utils
 from torchtune.data import Message
 
 from layerskip_recipes.settings import build
 from layerskip_recipes.tasks import json_lines
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
+
+
+log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def read_examples(cfg: DictConfig) -> list[Example]:
             raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
         return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     prompt = cfg.prompt
+    if cfg.get("prompts") is not None:
+        log.info("prompt: takes the place of prompts; for those set prompt=null")
     prompts = OmegaConf.to_container(prompt, resolve=True) if isinstance(prompt, DictConfig | ListConfig) else prompt
     return [Example(_check_prompt(p, "prompt")) for p in (prompts if isinstance(prompts, list) else [prompts])]
 

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torchtune import utils
 
+from layerskip_recipes.adapters import adapter_file
 from layerskip_recipes.checkpoint import checkpoint_files
 from layerskip_recipes.recipes.benchmark_report import device_name
 
@@ -133,9 +134,12 @@ def read_journal(bench: "LayerSkipBenchmark") -> Journal:
     kept = OmegaConf.to_container(bench.cfg, resolve=True)
     section = bench.cfg.checkpointer
     folder, files = Path(section.get("checkpoint_dir", "")), checkpoint_files(section)
-    weights = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime] for name in files}
+    paths = {name: folder / name for name in files}
+    if section.get("adapter_checkpoint") is not None:
+        paths["adapters"] = adapter_file(section.adapter_checkpoint)
+    weights = {name: [path.stat().st_size, path.stat().st_mtime] for name, path in paths.items()}
     prompts = hashlib.sha256(json.dumps(bench.prompts).encode()).hexdigest()
-    versions = {name: version(name) for name in ("torch", "torchtune", "torchao")}
+    versions = {name: version(name) for name in ("torch", "torchtune", "torchao", "layerskip-recipes")}
     here = {"device": device_name(bench.device), "threads": torch.get_num_threads(), "versions": versions}
     config = {key: kept[key] for key in kept if key not in FREE}
     return Journal(
