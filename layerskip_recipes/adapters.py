@@ -19,6 +19,7 @@ from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set
 from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.config import component_parameters
 
+BIASES = "scaled biases"  # beside torchtune's keys in what a checkpoint holds
 ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
 
 
@@ -80,6 +81,24 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The biases as the trained model has them: torchtune's DoRA scales W x + b as a whole. Empty without any.
+
+    Args:
+        state: of the model with adapters, on rank 0.
+        config: of `adapter_config`.
+    """
+    biases = {}
+    for name in (name.removesuffix(".magnitude") for name in state if name.endswith(".magnitude")):
+        if f"{name}.bias" in state:
+            b, a = state[f"{name}.lora_b.weight"], state[f"{name}.lora_a.weight"]
+            weight = state[f"{name}.weight"] + config["lora_alpha"] / config["r"] * b @ a
+            scale = state[f"{name}.magnitude"] / torch.linalg.norm(weight, dim=1)
+            biases[f"{name}.bias"] = state[f"{name}.bias"] * scale
+    return biases
+
+
+@torch.no_grad()
 def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The state_dict of the plain model: adapters merged into the weights, which are left as they are.
 
@@ -89,13 +108,7 @@ def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict
     """
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
     own = dict(state) | {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
-    for name in names:
-        magnitude, bias = state.get(f"{name}.magnitude"), state.get(f"{name}.bias")
-        if magnitude is not None and bias is not None:
-            # torchtune's DoRA scales W x + b as a whole, and its merge leaves b out.
-            b, a = state[f"{name}.lora_b.weight"], state[f"{name}.lora_a.weight"]
-            weight = state[f"{name}.weight"] + config["lora_alpha"] / config["r"] * b @ a
-            own[f"{name}.bias"] = bias * magnitude / torch.linalg.norm(weight, dim=1)
+    own |= scaled_biases(state, config)  # torchtune's merge leaves them as they were
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
 
@@ -121,14 +134,16 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def correct_peft_form(folder: Path, model_type: str) -> None:
+def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.Tensor]) -> None:
     """Mend what torchtune 0.6.1 writes for PEFT: rows of q and k in Hugging Face's order, as their weights are.
 
-    It reorders B of every family, where Qwen2's weights are in that order already, and never DoRA's magnitudes.
+    It reorders B of every family, where Qwen2's weights are in that order already, and never DoRA's magnitudes. And
+    PEFT's DoRA scales no biases: they go beside the adapters, as those that PEFT itself trained would.
 
     Args:
         folder: a checkpoint's, with PEFT's two files or without.
         model_type: torchtune's name of the family.
+        biases: of `scaled_biases`.
     """
     file = folder / "adapter_model.safetensors"
     if not (file.exists() and (folder / "config.json").exists()):
@@ -144,7 +159,13 @@ def correct_peft_form(folder: Path, model_type: str) -> None:
             state[name] = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape).contiguous()
         elif model_type != "QWEN2" and "magnitude" in name:
             state[name] = value.view(count, -1, 2).transpose(1, 2).reshape(value.shape).contiguous()
+    for name, value in biases.items():
+        module = name.removesuffix(".bias").replace(".attn.", ".self_attn.")  # only q, k and v of Qwen2 have one
+        state[f"base_model.model.model.{module}.base_layer.bias"] = value.contiguous()
     save_file(state, file, metadata={"format": "pt"})
+    if biases:
+        described = folder / "adapter_config.json"
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"bias": "lora_only"}))
 
 
 def check_lora_arguments(cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 
-from layerskip_recipes.adapters import ADAPTER_FILE, correct_peft_form
+from layerskip_recipes.adapters import ADAPTER_FILE, BIASES, correct_peft_form
 from layerskip_recipes.checkpoint import checkpoint_files, is_scratch, read_weights
 from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
 from layerskip_recipes.settings import build
@@ -122,17 +122,18 @@ class Checkpoints:
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
-            contents: torchtune's keys: the model's weights, the adapters', their config.
+            contents: torchtune's keys: the model's weights, the adapters', their config; and BIASES for PEFT's form.
             state: what a resumed run needs beside.
         """
         self.finish()
         self._clear()
-        only = training.MODEL_KEY not in contents
-        self._checkpointer.save_checkpoint(dict(contents), epoch=0, **({"adapter_only": True} if only else {}))
+        only, contents = training.MODEL_KEY not in contents, dict(contents)
+        biases = contents.pop(BIASES, {})
+        self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
         folder = self.staging / "epoch_0"
         os.rename(folder, self.staging / name)
         folder = self.staging / name
-        correct_peft_form(folder, self._checkpointer._model_type.name)
+        correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         torch.save(dict(state), folder / RECIPE_STATE)
         # From there the next one takes config and tokenizer: where this run began may be thrown away.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:

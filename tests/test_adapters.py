@@ -310,35 +310,27 @@ def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(train
             torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
 
 
-WRONG_PEFT = {
-    "qwen2 dora": "torchtune's DoRA scales the bias, PEFT's does not",
-}
-
-
-def xfail_wrong_peft(request, case: str) -> None:
-    """Marks a case whose PEFT form is known to be wrong."""
-    if case in WRONG_PEFT:
-        request.node.add_marker(pytest.mark.xfail(strict=True, reason=WRONG_PEFT[case]))
-
-
 def test_adapters_in_pefts_names(trained):
     """The safetensors file and the config beside it."""
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     modules = [f"model.layers.{layer}.{module}" for layer in range(4) for module in attention + mlp]
     modules += ["lm_head"] if trained.case == "llama2 output" else []
-    dora = "dora" in trained.case
+    dora, dora_with_biases = "dora" in trained.case, trained.case == "qwen2 dora"
     kinds = ["lora_A.weight", "lora_B.weight"] + (["lora_magnitude_vector"] if dora else [])
     state = load_file(trained.checkpoint / "adapter_model.safetensors")
-    assert set(state) == {f"base_model.model.{module}.{kind}" for module in modules for kind in kinds}
+    biases = {f"{module}.base_layer.bias" for module in modules if module[-6] in "qkv"} if dora_with_biases else set()
+    assert set(state) == {f"base_model.model.{name}" for name in biases} | {
+        f"base_model.model.{module}.{kind}" for module in modules for kind in kinds
+    }
     described = json.loads((trained.checkpoint / "adapter_config.json").read_text())
     assert set(described.pop("target_modules")) == {module.rpartition(".")[2] for module in modules}
-    assert described == {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"} | ({"use_dora": True} if dora else {})
+    expected = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"} | ({"use_dora": True} if dora else {})
+    assert described == expected | ({"bias": "lora_only"} if dora_with_biases else {})
 
 
-def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained, request):
-    """W + alpha/r B A, and DoRA's magnitudes as PEFT applies them (to the weight, not to the bias)."""
-    xfail_wrong_peft(request, trained.case)
+def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained):
+    """W + alpha/r B A, DoRA's magnitudes as PEFT applies them (to the weight alone), and biases in their place."""
     adapters = load_file(trained.checkpoint / "adapter_model.safetensors")
     start = load_file(trained.folder / "start" / "model.safetensors")
     merged = load_file(trained.checkpoint / "model-00001-of-00001.safetensors")
@@ -349,15 +341,15 @@ def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained
             weight = weight + ALPHA / RANK * adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
         if f"{module}.lora_magnitude_vector" in adapters:
             weight = weight * (adapters[f"{module}.lora_magnitude_vector"] / weight.norm(dim=1))[:, None]
+        weight = adapters.get(f"base_model.model.{name.removesuffix('.bias')}.base_layer.bias", weight)
         torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_peft_opens_the_adapters(trained, request, monkeypatch):
+def test_peft_opens_the_adapters(trained, monkeypatch):
     """On the model that the training started from, with the logits of the merged checkpoint."""
     peft = pytest.importorskip("peft")
     # It refuses torchao before 0.16, which torchtune needs, even where no weight is quantised.
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
-    xfail_wrong_peft(request, trained.case)
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(trained.folder / "start")

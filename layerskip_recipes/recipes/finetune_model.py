@@ -16,7 +16,15 @@ from torchtune import config, training
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import mesh as meshes
-from layerskip_recipes.adapters import adapter_config, adapter_names, freeze_base, fresh_adapters, merged
+from layerskip_recipes.adapters import (
+    BIASES,
+    adapter_config,
+    adapter_names,
+    freeze_base,
+    fresh_adapters,
+    merged,
+    scaled_biases,
+)
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
 from layerskip_recipes.mesh import Mesh, clean_name
@@ -201,8 +209,11 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
     """
     adapters = adapter_names(meta)
     only = bool(cfg.get("save_adapter_weights_only"))
+    names = set(meta.state_dict())
+    biases = any(name.endswith(".magnitude") and name.replace(".magnitude", ".bias") in names for name in adapters)
     if torch.distributed.is_initialized():
-        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=only)
+        gather_only = only and not biases
+        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=gather_only)
     else:
         # QLoRA's weights arrive on the CPU, unpacked; what they merge with has to be there too.
         state = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -214,5 +225,6 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
     contents = {
         training.ADAPTER_KEY: {name: state[name] for name in adapters},
         training.ADAPTER_CONFIG: described,
+        BIASES: scaled_biases(state, described) if biases else {},
     }
     return contents | ({} if only else {training.MODEL_KEY: merged(state, described)})
