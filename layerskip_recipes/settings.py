@@ -110,10 +110,10 @@ def check_settings(
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a setting of torchtune's asks for nothing: null, false, 1 process, or a section of such."""
+    """Whether a setting of torchtune's asks for nothing: null, false, 0, 1 process, or a section of such."""
     if isinstance(value, dict):
         return all(_is_off(part) for part in value.values())
-    return value is None or value is False or (value == 1 and value is not True)
+    return value is None or (isinstance(value, int | float) and value in (0, 1) and value is not True)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -71,14 +71,14 @@ QUICKSTART = {
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_folder):
-    """A folder to type commands in: the README's my.yaml, a generation config, and a tiny model for both."""
+    """A folder to type commands in: the README's files, and a tiny model to put in the place of theirs."""
     folder = tmp_path_factory.mktemp("readme")
-    (example,) = blocks("yaml")
-    (folder / "my.yaml").write_text(example)
+    for example in blocks("yaml"):
+        (folder / re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
     checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(checkpoint), "chat_template": template}
-    generate_config(folder, checkpoint, tokenizer=tokenizer, prompt={"user": "x"}).rename(folder / "my_generate.yaml")
+    generate_config(folder, checkpoint, tokenizer=tokenizer, prompt={"user": "x"}).rename(folder / "tiny.yaml")
     return folder
 
 
@@ -90,10 +90,18 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     if name in QUICKSTART:
         few = ["sweep.exit_layers=[1,2]", "sweep.num_speculations=[2]"] if "sweep={}" in command else []
         return [*command, *few, "model.num_layers=4", *QUICKSTART[name]]
-    tiny = OmegaConf.to_container(OmegaConf.load(folder / "my_generate.yaml"))
+    tiny = OmegaConf.to_container(OmegaConf.load(folder / "tiny.yaml"))
+    keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
+    model = flat({key: tiny[key] for key in keep})
     if "layerskip_generate" in command:
-        keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
-        return [*command, *flat({key: tiny[key] for key in keep}), "max_new_tokens=6", "self_speculation.exit_layer=2"]
+        draft = [] if name == "my_tuned.yaml" else ["self_speculation.exit_layer=2"]
+        return [*command, *model, "max_new_tokens=6", *draft]
+    if "layerskip_eval" in command:
+        data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
+        return [*command, *model, *flat({"dataset": data}), "max_batches=1"]
+    if "layerskip_benchmark" in command:
+        exits = ["variants.chain.exit_layer=2", "variants.lookup.exit_layer=2"]
+        return [*command, *model, *exits, "max_new_tokens=9", "repeats=1", "temperatures=[0.0]"]
     content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
     content |= {key: tiny[key] for key in ("model", "checkpointer", "tokenizer")}
     del content["checkpointer"]["output_dir"]  # stays ${output_dir}

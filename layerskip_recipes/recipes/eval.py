@@ -24,7 +24,7 @@ from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.data import load_data
 from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation
-from layerskip_recipes.recipes.eval_config import SETTINGS, check_measured, checkpoints, harness, task_folders
+from layerskip_recipes.recipes.eval_config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
 from layerskip_recipes.settings import (
     build,
@@ -68,7 +68,7 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: the key, what was given, what is allowed.
     """
-    check_settings(cfg, SETTINGS, {}, REQUIRED)
+    check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
     check_measured(cfg)
     model = layerskip_decoder(build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)

@@ -53,10 +53,17 @@ SETTINGS = COMMON | {
     "human_eval": anything,
     "exit_layer": anything,
     "self_speculation": anything,
-    "max_new_tokens": number(minimum=1, example=256),
+    "max_new_tokens": number(minimum=1, optional=True, example=256),
     "compare": anything,
     "picture": text("exits.png"),
     "report": text("exits.json"),
+}
+REFUSED = {
+    **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset, tasks or human_eval"),
+    "temperature": "tasks say it themselves, for HumanEval it is human_eval.temperature",
+    "benchmark": "a comparison is for layerskip_generate or layerskip_benchmark",
+    "stream": "it prints figures, no texts",
+    "compile": "its steps are not compiled",
 }
 # What is measured, and the settings that mean nothing without it.
 MEASURED = ("dataset", "tasks", "human_eval")
@@ -78,7 +85,7 @@ def check_measured(cfg: DictConfig) -> None:
         for key in keys:
             if cfg.get(key) is not None and all(cfg.get(need) is None for need in needed):
                 raise ValueError(
-                    f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Leave it out (~{key})"
+                    f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null"
                 )
     if cfg.get("exit_layer") is not None and cfg.get("self_speculation") is not None:
         raise ValueError(
