@@ -146,17 +146,22 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
 @pytest.mark.parametrize("k", [3, 16, 17, 576])
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
 def test_products_of_few_rows(n, k):
-    """x W^T, and each row of it to the last bit what it is alone."""
+    """x W^T, of several W side by side, and each row of it to the last bit what it is alone."""
     load_kernel()
     generator = torch.Generator().manual_seed(n * k)
     x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
     alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
     torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=1e-4, rtol=1e-4)
+    few, half = w[:3].contiguous(), w[n // 2 :].contiguous()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for rows in range(1, 22):
             assert torch.equal(torch.ops.layerskip.linear(x[:rows], w), alone[:rows])
+            two = torch.ops.layerskip.linear2(x[:rows], few, w)
+            assert torch.equal(two, torch.cat([alone[:rows, :3], alone[:rows]], 1))
+            three = torch.ops.layerskip.linear3(x[:rows], w, half, few)
+            assert torch.equal(three, torch.cat([alone[:rows], alone[:rows, n // 2 :], alone[:rows, :3]], 1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.ops.layerskip.linear(x.T.contiguous().T, w), alone)
@@ -174,6 +179,7 @@ def test_which_products_of_a_graph_are_of_few_rows():
     cases = {
         "linear": (lambda x, w, b: x @ w.T, (x, w, bias), True),
         "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
+        "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 12)), True),
         "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
         "many rows": (lambda x, w, b: x @ w.T, (torch.randn(33, 12), w, bias), False),
         "double": (lambda x, w, b: x @ w.T, (x.double(), w.double(), bias), False),
@@ -189,7 +195,8 @@ def test_which_products_of_a_graph_are_of_few_rows():
         FewRows()(graph.graph)
         graph.recompile()
         targets = {node.target for node in graph.graph.nodes}
-        assert (torch.ops.layerskip.linear.default in targets) == ours, case
+        few = torch.ops.layerskip.linear2 if case.startswith("two") else torch.ops.layerskip.linear
+        assert (few.default in targets) == ours, case
         assert targets.isdisjoint({torch.ops.aten.mm.default, torch.ops.aten.addmm.default}) == ours, case
         torch.testing.assert_close(graph(*inputs), function(*inputs), msg=lambda text, case=case: f"{case}: {text}")
 
@@ -197,13 +204,16 @@ def test_which_products_of_a_graph_are_of_few_rows():
 @needs_compiler
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
 def test_compiled_steps_use_products_of_few_rows(small):
-    """Each round all seven of a layer, and the head: two drafts through a layer, and all drafts through both."""
+    """Each round all seven of a layer, of which q, k and v are one, and gate and up; and the head: two drafts through a
+    layer, and all drafts through both."""
     speculation = Speculation(**WAYS["chain"])
     run(small, SHORT[:1], 9, speculation=speculation)
     with torch.profiler.profile() as profile:
         generation = run(small, SHORT[:1], 9, speculation=speculation)
     calls = Counter(event.name for event in profile.events())
-    assert calls["layerskip::linear"] == generation.stats.rounds * (2 * (7 + 1) + (7 + 7 + 1)) > 0
+    rounds, layers = generation.stats.rounds, 2 * 1 + 2
+    assert calls["layerskip::linear"] == rounds * (2 * layers + 2 + 1) > 0
+    assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
 
 
 @needs_compiler

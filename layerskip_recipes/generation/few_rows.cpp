@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
+#include <initializer_list>
 
 namespace {
 
@@ -72,27 +74,51 @@ void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, in
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);
 }
 
-// rows [m, k], w [n, k] contiguous -> [m, n].
-at::Tensor linear(const at::Tensor& rows, const at::Tensor& w) {
-  TORCH_CHECK(w.is_contiguous() && rows.size(1) == w.size(1));
+// rows [m, k], each of ws [n_i, k] contiguous -> [m, n_0 + n_1 + ..]: side by side what each gives alone.
+at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
   const at::Tensor x = rows.contiguous();
-  const int64_t m = x.size(0), k = x.size(1), n = w.size(0);
+  const int64_t m = x.size(0), k = x.size(1);
+  int64_t n = 0;
+  for (const at::Tensor& w : ws) {
+    TORCH_CHECK(w.is_contiguous() && w.size(1) == k);
+    n += w.size(0);
+  }
   at::Tensor out = at::empty({m, n}, x.options());
-  const float *xs = x.const_data_ptr<float>(), *ws = w.const_data_ptr<float>();
+  const float* xs = x.const_data_ptr<float>();
   float* ys = out.mutable_data_ptr<float>();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
   const int64_t grain = std::max<int64_t>((m < 4 ? 16384 : 8192) / k, 1);
   at::parallel_for(0, n, grain, [&](int64_t first, int64_t end) {
-    for (int64_t at = first; at < end; at += grain)
-      for (int64_t row = 0; row < m; row += BLOCK)
-        block<BLOCK>(
-            std::min<int64_t>(BLOCK, m - row), xs + row * k, ws + at * k, ys + row * n + at, k,
-            std::min(grain, end - at), n);
+    int64_t before = 0;  // columns of the matrices so far
+    for (const at::Tensor& w : ws) {
+      const int64_t last = std::min(end, before + w.size(0));
+      const float* from = w.const_data_ptr<float>() - before * k;
+      for (int64_t at = std::max(first, before); at < last; at += grain)
+        for (int64_t row = 0; row < m; row += BLOCK)
+          block<BLOCK>(
+              std::min<int64_t>(BLOCK, m - row), xs + row * k, from + at * k, ys + row * n + at, k,
+              std::min(grain, last - at), n);
+      before += w.size(0);
+    }
   });
   return out;
 }
 
+at::Tensor linear(const at::Tensor& x, const at::Tensor& a) { return products(x, {a}); }
+at::Tensor linear2(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) { return products(x, {a, b}); }
+at::Tensor linear3(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
+  return products(x, {a, b, c});
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(layerskip, library) { library.def("linear(Tensor x, Tensor weight) -> Tensor"); }
-TORCH_LIBRARY_IMPL(layerskip, CPU, library) { library.impl("linear", linear); }
+TORCH_LIBRARY_FRAGMENT(layerskip, library) {
+  library.def("linear(Tensor x, Tensor a) -> Tensor");
+  library.def("linear2(Tensor x, Tensor a, Tensor b) -> Tensor");
+  library.def("linear3(Tensor x, Tensor a, Tensor b, Tensor c) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(layerskip, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("linear2", linear2);
+  library.impl("linear3", linear3);
+}

@@ -17,6 +17,7 @@ from torch.library import register_fake
 MOST_ROWS = 32  # more are a BLAS's work
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default)
 
 
 class _Library(CppCodeCache):
@@ -28,22 +29,27 @@ class _Library(CppCodeCache):
 
 @cache
 def load_kernel() -> None:
-    """Compile few_rows.cpp, or find it compiled, and register `torch.ops.layerskip.linear`.
+    """Compile few_rows.cpp, or find it compiled, and register `torch.ops.layerskip.linear`, `linear2` and `linear3`.
 
-    Its arguments are x [m, k] and the weight [n, k], fp32, the result is x W^T [m, n].
+    Their arguments are x [m, k] and one to three weights [n_i, k], fp32; the result is x W^T of each, side by side,
+    [m, n_1 + ..].
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
     """
     _Library.load(SOURCE.read_text())
+    for name in ("linear", "linear2", "linear3"):
 
-    @register_fake("layerskip::linear")
-    def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
+        @register_fake(f"layerskip::{name}")
+        def _(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+            return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 class FewRows(CustomGraphPass):
-    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows and W is a weight in fp32, as it is stored."""
+    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows and W is a weight in fp32, as it is stored.
+
+    Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
+    """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         linear = torch.ops.layerskip.linear.default
@@ -58,6 +64,14 @@ class FewRows(CustomGraphPass):
                     product = graph.call_function(linear, (x, transposed.args[0]))
                 product.meta["val"] = node.meta["val"]
                 node.target, node.args = aten.add.Tensor, (product, bias)
+        alike: dict[Any, list[torch.fx.Node]] = {}
+        for node in graph.find_nodes(op="call_function", target=linear):
+            x = node.args[0]
+            same = (x.args[0], x.meta["val"].shape) if x.target in VIEWS else x
+            alike.setdefault(same, []).append(node)
+        for nodes in alike.values():
+            if len(nodes) in (2, 3):
+                _join(graph, nodes)
         graph.eliminate_dead_code()
 
     def uuid(self) -> str:
@@ -76,3 +90,19 @@ def _fits(x: torch.fx.Node, transposed: torch.fx.Node) -> bool:
         and weight.meta["val"].dtype == torch.float32
         and weight.meta["val"].is_contiguous()
     )
+
+
+def _join(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
+    """One product in place of several of the same x, and a slice of it in place of each."""
+    target = getattr(torch.ops.layerskip, f"linear{len(nodes)}").default
+    first, values = nodes[0], [node.meta["val"] for node in nodes]
+    with graph.inserting_before(first):
+        joined = graph.call_function(target, (first.args[0], *(node.args[1] for node in nodes)))
+        joined.meta["val"] = torch.cat(values, 1)
+        start = 0
+        for node, value in zip(nodes, values, strict=True):
+            end = start + value.shape[1]
+            part = graph.call_function(aten.slice.Tensor, (joined, 1, start, end))
+            part.meta["val"] = joined.meta["val"][:, start:end]
+            node.replace_all_uses_with(part)
+            start = end

@@ -84,9 +84,7 @@ def check_measured(cfg: DictConfig) -> None:
     for needed, keys in OF.items():
         for key in keys:
             if cfg.get(key) is not None and all(cfg.get(need) is None for need in needed):
-                raise ValueError(
-                    f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null"
-                )
+                raise ValueError(f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null")
     if cfg.get("exit_layer") is not None and cfg.get("self_speculation") is not None:
         raise ValueError(
             f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all answers from that exit: "
