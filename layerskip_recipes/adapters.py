@@ -198,8 +198,13 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def adapter_file(path: str) -> Path:
-    """The file of `checkpointer.adapter_checkpoint`, which may name its folder."""
-    return Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
+    """The file of `checkpointer.adapter_checkpoint`, which may name its folder; a ValueError if there is none."""
+    file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"checkpointer.adapter_checkpoint: {path!r} is neither an {ADAPTER_FILE} nor a folder with one"
+        )
+    return file
 
 
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,8 +219,6 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """
     file = adapter_file(path)
     key = "checkpointer.adapter_checkpoint"
-    if not file.is_file():
-        raise ValueError(f"{key}: {path!r} is neither an {ADAPTER_FILE} nor a folder with one")
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     except Exception as e:

@@ -66,9 +66,9 @@ def check_folder(key: str, folder: Path) -> None:
 def check_file(key: str, name: str, endings: Iterable[str] = ()) -> None:
     """Raises a ValueError if no file of that name can be written, or its name has none of the endings, if any."""
     path, endings = Path(name), list(endings)
-    if endings and path.suffix not in endings:
+    if endings and path.suffix.lower() not in endings:
         raise ValueError(
-            f"{key}: {name!r} is no such file. Allowed: names that end in {', '.join(endings)}; for example "
+            f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
             f"{key}={path.stem or key}{endings[0]}"
         )
     check_folder(key, path.parent)

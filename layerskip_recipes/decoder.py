@@ -223,6 +223,7 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     return value
 
 
+PARTS = ("tok_embeddings", "layers", "norm", "output")
 _WALKED: WeakKeyDictionary[TransformerDecoder, LayerSkipDecoder] = WeakKeyDictionary()
 
 
@@ -230,10 +231,11 @@ def walked(model: TransformerDecoder) -> LayerSkipDecoder:
     """The model, or the `LayerSkipDecoder` around a plain one: always the same, compiled graphs stay with it."""
     if isinstance(model, LayerSkipDecoder):
         return model
-    if model not in _WALKED:
-        _WALKED[model] = LayerSkipDecoder(model)
-    _WALKED[model].training = model.training
-    return _WALKED[model]
+    kept = _WALKED.get(model)
+    if kept is None or any(getattr(kept, part) is not getattr(model, part) for part in PARTS):
+        kept = _WALKED[model] = LayerSkipDecoder(model)
+    kept.training = model.training
+    return kept
 
 
 def layerskip_decoder(

@@ -84,7 +84,7 @@ def check_settings(
     Args:
         cfg: the config.
         settings: the keys that the recipe reads, each with its check.
-        refused: key of torchtune's -> why it is not honoured. Switched off (null, false, 1) such a key is fine.
+        refused: key of torchtune's -> why it is not honoured. Switched off (null, false, 0) such a key is fine.
         required: keys that must be there, beside the model, checkpointer, tokenizer and dtype.
 
     Raises:
@@ -99,7 +99,7 @@ def check_settings(
         if key in settings:
             settings[key](key, cfg[key])
         elif key in refused:
-            if not _is_off(value):
+            if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
                 raise ValueError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
         # A plain value may be the user's own variable, if an interpolation reads it.
         elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", unresolved):
@@ -110,10 +110,10 @@ def check_settings(
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a setting of torchtune's asks for nothing: null, false, 0, 1 process, or a section of such."""
+    """Whether a setting of torchtune's asks for nothing: null, false, 0, or a section of such."""
     if isinstance(value, dict):
         return all(_is_off(part) for part in value.values())
-    return value is None or (isinstance(value, int | float) and value in (0, 1) and value is not True)
+    return value is None or (isinstance(value, int | float) and value == 0)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -269,6 +269,10 @@ def test_samples_are_cut_at_the_models_length(limit, packed, expected):
     else:
         limit_samples(cfg, tokenizer, model)
         assert tokenizer.max_seq_len == expected
+        held_out = OmegaConf.create({"dataset": {}, "dataset_val": {"packed": packed}})
+        tokenizer.max_seq_len = limit
+        limit_samples(held_out, tokenizer, model)
+        assert tokenizer.max_seq_len == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there torchtune's mask is a BlockMask")

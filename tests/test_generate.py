@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from configs import MODEL, eval_config, generate_config, make_checkpoint
+from configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
@@ -462,8 +462,18 @@ def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, 
     with nullcontext() if error is KeyboardInterrupt else pytest.raises(RuntimeError, match="is broken"):
         recipe.evaluate()
     found = json.loads(report.read_text())
-    assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {}
+    assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {} and found["interrupted"] is True
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_an_evaluation_that_measured_nothing_leaves_the_last_report(tmp_path, checkpoint, monkeypatch):
+    (tmp_path / "exits.json").write_text("yesterday's")
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, report=str(tmp_path / "exits.json")))))
+    recipe.setup()
+    monkeypatch.setattr(recipe, "_measure_exits", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe.evaluate()
+    assert (tmp_path / "exits.json").read_text() == "yesterday's"
 
 
 @pytest.mark.parametrize("changes", [{"report": "folder"}, {"report": "file/exits.json"}, {"picture": "exits.txt"}])
@@ -474,3 +484,16 @@ def test_eval_checks_what_it_will_write(tmp_path, checkpoint, monkeypatch, chang
     [(key, value)] = changes.items()
     with pytest.raises(ValueError, match=rf"^{key}: '{value}' |^{key}: 'file' cannot be written"):
         LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, **changes))))
+
+
+def test_a_generation_config_becomes_an_evaluation(tmp_path, checkpoint, path):
+    """What means nothing here is switched off by null, and refused by its name where it is not."""
+    data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 64}
+    off = dict.fromkeys(
+        ("prompt", "self_speculation", "max_new_tokens", "benchmark", "top_k", "stop_strings", "stream")
+    )
+    own = write_yaml(tmp_path / "own.yaml", {"extends": str(path), "dataset": data, "temperature": 0.0, **off})
+    LayerSkipEval(load_config(str(own)))
+    for key, value in {"temperature": 1.0, "top_k": 1, "stop_tokens": [2], "prompt": "a"}.items():
+        with pytest.raises(ValueError, match=rf"^{key}: .* is not honoured by this recipe: .* Set {key}=null"):
+            LayerSkipEval(load_config(str(own), [f"{key}={value}"]))

@@ -88,6 +88,17 @@ def test_a_plain_decoder_keeps_its_graphs():
     assert walker() is None
 
 
+def test_a_plain_decoder_with_other_modules_is_another_model():
+    base = make_tiny("llama3_2")
+    before = generate(base, torch.tensor(PROMPT), 6)
+    base.layers = base.layers[:2]
+    assert torch.equal(
+        generate(base, torch.tensor(PROMPT), 6, exit_layer=2).tokens[:, : len(PROMPT)], before.tokens[:, :4]
+    )
+    with pytest.raises(ValueError, match=r"^exit_layer: 3 .*1\.\.2"):
+        generate(base, torch.tensor(PROMPT), 6, exit_layer=3)
+
+
 def test_output_chunks_of_a_training_do_not_matter_and_stay():
     model = make_model()
     model.set_num_output_chunks(4)

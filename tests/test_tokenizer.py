@@ -163,6 +163,17 @@ def test_an_output_goes_on_from_its_prompt_to_the_letter(make_folder, kind, caps
     assert ends.cut(kept, len(kept)) and ends.text(kept) == text.partition("   four")[0]
 
 
+def test_a_prompt_that_ends_in_bytes_leaves_the_output_whole():
+    """Characters that are no tokens are three byte tokens each; cut within one, none of them can be decoded."""
+    tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokens = list("క్షమించండి".encode())
+    assert tokenizer.decode(tokens) == "క్షమించండి"
+    for characters in range(1, 10):
+        stream = TextStream(tokenizer, prompt=tokens[: 3 * characters])
+        assert stream.text(tokens[3 * characters :]) == "క్షమించండి"[characters:]
+
+
 @pytest.mark.parametrize("name", ["chatml", "strict", "moving"])
 def test_a_begun_reply_is_continued(make_folder, name):
     transformers = pytest.importorskip("transformers")

@@ -106,7 +106,9 @@ class Generation:
         if self.started:
             raise RuntimeError("a Generation runs once; make another one to generate again")
         if self.model.decoding:
-            raise RuntimeError("another Generation of this model has not ended: iterate it to its end, or close() it")
+            raise RuntimeError(
+                "another Generation of this model has not ended: iterate it to its end, or close() its iterator"
+            )
         self.started = True
         # Logits in one piece, whatever a training left.
         was_training, chunks = self.model.training, self.model.num_output_chunks

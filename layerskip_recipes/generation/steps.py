@@ -70,6 +70,7 @@ class DraftHead(nn.Module):
         (kept,) = getattr(model, "draft_head", (None,))
         if (
             kept is None
+            or type(output.weight) is not nn.Parameter
             or (kept.weight.device, kept.weight.dtype) != (output.weight.device, output.weight.dtype)
             or not torch.equal(kept.vocabulary.cpu(), wanted)
         ):

@@ -55,7 +55,8 @@ def limit_samples(cfg: DictConfig, tokenizer: Any, model: TransformerDecoder) ->
         ValueError: if its limit is above the model's.
     """
     limit = getattr(tokenizer, "max_seq_len", 0)
-    if limit is None and not any(section.get("packed") for section in sections_of(cfg)):
+    given = [section for key in ("dataset", "dataset_val") if cfg.get(key) for section in sections_of(cfg, key)]
+    if limit is None and not any(section.get("packed") for section in given):
         tokenizer.max_seq_len = model.max_seq_len
     elif limit and limit > model.max_seq_len:
         raise ValueError(

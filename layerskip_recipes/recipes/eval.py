@@ -6,6 +6,7 @@ instead: tasks of the lm-evaluation-harness (harness.py), HumanEval (human_eval.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ class LayerSkipEval:
             The report, which is also printed as the last line.
         """
         measured: dict[str, dict[str, Any]] = {}
+        self.interrupted = True  # until all is measured
         try:
             for name, one in checkpoints(self.cfg).items():
                 if measured:
@@ -171,10 +173,11 @@ class LayerSkipEval:
                     self.model = ckpt.load_decoder(one, self.device, self.dtype)
                 print(f"\n{name}")
                 self._measure(name, measured.setdefault(name, {}))
+            self.interrupted = False
         except KeyboardInterrupt:
             log.warning("interrupted: the report says what was measured by then")
         finally:
-            report = self._report(measured)
+            report = self._report(measured) if any(measured.values()) else {}
         return report
 
     def _report(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -187,6 +190,8 @@ class LayerSkipEval:
         for what in measured[own] if others else ():
             key = "compare" if what == "exits" else f"compare_{what}"
             report[key] = {name: measured[name][what] for name in others if what in measured[name]}
+        if self.interrupted:
+            report["interrupted"] = True
         exits = {name: of_name["exits"] for name, of_name in measured.items() if "exits" in of_name}
         if cfg.get("picture") and exits:
             report["picture"] = cfg.picture
@@ -249,5 +254,7 @@ def main() -> None:
         recipe = build_recipe(LayerSkipEval, main.__doc__)
         recipe.setup()
         recipe.evaluate()
+        if recipe.interrupted:
+            sys.exit(130)
 
     main_of(steps)

@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from layerskip_recipes.recipes.data import check_collate_fn, check_dataset
-from layerskip_recipes.settings import COMMON, anything, component, flag, number, text
+from layerskip_recipes.recipes.decoding import FILTERS
+from layerskip_recipes.settings import COMMON, anything, component, flag, number, one_of, text
 
 
 def check_tasks(key: str, value: Any) -> None:
@@ -57,13 +58,20 @@ SETTINGS = COMMON | {
     "compare": anything,
     "picture": text("exits.png"),
     "report": text("exits.json"),
+    "enable_kv_cache": one_of(True, None),
 }
 REFUSED = {
     **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset, tasks or human_eval"),
     "temperature": "tasks say it themselves, for HumanEval it is human_eval.temperature",
     "benchmark": "a comparison is for layerskip_generate or layerskip_benchmark",
-    "stream": "it prints figures, no texts",
+    **dict.fromkeys(("stream", "output_file"), "it prints figures, no texts"),
+    **dict.fromkeys(FILTERS, "tasks say it themselves"),
+    **dict.fromkeys(("stop_tokens", "stop_strings"), "tasks say it themselves"),
+    **dict.fromkeys(("tensor_parallel_plan", "tensor_parallel_dim"), "it measures on one device"),
+    "system_prompt": "it has no conversation",
     "compile": "its steps are not compiled",
+    "log_level": "it says little",
+    "cudnn_deterministic_mode": "it trains nothing",
 }
 # What is measured, and the settings that mean nothing without it.
 MEASURED = ("dataset", "tasks", "human_eval")

@@ -94,7 +94,9 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
     for key, value in now.items():
-        if before.get(key, value) != value:  # an earlier version may not have noted it
+        # An earlier version did not note all of it, nor a length that is the model's.
+        noted = before.get(key, value)
+        if noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
             raise ValueError(
                 f"resume_from_checkpoint: {key} was {before[key]!r} and is {value!r} now. A resumed run goes on as "
                 "it began; to start anew set resume_from_checkpoint=false and another output_dir"

@@ -32,6 +32,9 @@ class TextStream:
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
         self.before = tail[begin:]
         self.before_text = tokenizer.decode(self.before) if self.before else ""
+        while "�" in self.before_text:  # it begins within a character, whose bytes are tokens
+            self.before = self.before[1:]
+            self.before_text = tokenizer.decode(self.before) if self.before else ""
         self.stop_tokens = stop_tokens
         self.stop_strings = stop_strings
         self.shown = ""
