@@ -409,6 +409,7 @@ class Generation:
         """Statistics of a round: its kind, and what its steps read."""
         e, depth = arm.exit_layer, self.model.num_layers
         self.stats.arms[f"{arm.kind} exit {e}" if arm.kind in ("fixed", "adaptive") else arm.kind] += 1
+        # The late pass over all drafts, and the early one of the last draft, which no head looked at yet.
         self.reads.count(self.stats, len(slots), depth)
         if draft.hidden is not None:
             self.stats.draft_steps += n

@@ -92,11 +92,11 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {
       const int64_t last = std::min(end, before + w.size(0));
-      const float* from = w.const_data_ptr<float>() - before * k;
+      const float* weights = w.const_data_ptr<float>();
       for (int64_t at = std::max(first, before); at < last; at += grain)
         for (int64_t row = 0; row < m; row += BLOCK)
           block<BLOCK>(
-              std::min<int64_t>(BLOCK, m - row), xs + row * k, from + at * k, ys + row * n + at, k,
+              std::min<int64_t>(BLOCK, m - row), xs + row * k, weights + (at - before) * k, ys + row * n + at, k,
               std::min(grain, last - at), n);
       before += w.size(0);
     }
