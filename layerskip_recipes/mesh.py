@@ -95,8 +95,9 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             f"{processes}; "
             "for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
-    builder = cfg.model.get("base") or cfg.model
-    if replicate > 1 and builder.get("quantize_base", "qlora" in builder._component_):
+    section = cfg.get("model") or {}
+    builder = section.get("base") or section
+    if replicate > 1 and builder.get("quantize_base", "qlora" in builder.get("_component_", "")):
         raise ValueError(
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"

@@ -344,7 +344,7 @@ def change(tasks, **keys) -> None:
         ("limit=0", r"limit: 0 is not allowed.*1 or more"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null", r"dataset: None, and neither tasks nor human_eval.*_component_.*tasks=.*human_eval="),
-        ("picture=exits.png", r"picture: exits.png needs dataset, .*~picture"),
+        ("picture=exits.png", r"picture: exits.png needs dataset, .*picture=null"),
     ],
 )
 def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, checkpoint, tasks, monkeypatch):
