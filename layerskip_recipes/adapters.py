@@ -116,7 +116,8 @@ def without_adapters(model: nn.Module) -> nn.Module:
     """The model with plain linear layers: adapters merged into the weights, NF4 ones unpacked; changed in place."""
     modules = adapter_modules(model)
     # On the CPU, where NF4 weights are unpacked to.
-    state = {name: value.cpu() for name, value in model.state_dict().items()} if modules else {}
+    state = model.state_dict() if modules else {}
+    state = {name: value if value.is_meta else value.cpu() for name, value in state.items()}
     state = merged(state, adapter_config(model)) if modules else {}
     for name, module in list(model.named_modules()):
         packed = isinstance(getattr(module, "weight", None), NF4Tensor)

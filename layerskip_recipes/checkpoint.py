@@ -285,7 +285,21 @@ def reading_checkpointer(cfg: DictConfig) -> Any:
     """The checkpointer of a config, to read with: where it would write does not matter."""
     section = OmegaConf.create({key: value for key, value in cfg.checkpointer.items() if key != "adapter_checkpoint"})
     with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
-        return build(section, "checkpointer", output_dir=nowhere)
+        return build_checkpointer(section, nowhere)
+
+
+def build_checkpointer(section: DictConfig, output_dir: str) -> Any:
+    """torchtune's checkpointer of a section, its own output_dir replaced.
+
+    Raises:
+        ValueError: if the section is wrong.
+    """
+    checkpointer = build(section, "checkpointer", output_dir=output_dir)
+    # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.
+    described = getattr(checkpointer, "_config", None) or {}
+    if "num_attention_heads" in described:
+        described.setdefault("num_key_value_heads", described["num_attention_heads"])
+    return checkpointer
 
 
 def adapter_state(cfg: DictConfig, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ def main() -> None:
     cp = commands.add_parser("cp", help="copy a config to a file")
     cp.add_argument("name")
     cp.add_argument("file")
-    cat = commands.add_parser("cat", help="print a config with its `extends` merged")
+    cat = commands.add_parser("cat", help="print a config with its `extends` merged, without comments")
     check = commands.add_parser("validate", help="check sections and components without loading weights")
     for command in (cat, check):
         command.add_argument("name", help="a config's name or path")

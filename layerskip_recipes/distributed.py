@@ -8,7 +8,6 @@ a verification gathers each of them once for all the tokens it verifies. All ran
 import math
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from itertools import pairwise
@@ -23,12 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput, PrepareModuleOutput, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import training
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
-from layerskip_recipes.adapters import adapter_config, adapter_names, merged, without_adapters
-from layerskip_recipes.checkpoint import adapter_state, check_state_dict, read_weights, reading_checkpointer
+from layerskip_recipes.adapters import adapter_names, without_adapters
+from layerskip_recipes.checkpoint import check_state_dict, load_decoder, read_weights, reading_checkpointer
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build, build_on_meta
@@ -39,6 +37,11 @@ Plan = Mapping[str, ParallelStyle]
 def num_processes() -> int:
     """How many processes torchrun started, known before `init_processes`; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+# One rank may pack a dataset, or read or write hundreds of gigabytes, for hours while the others wait. If it fails
+# torchrun ends them at once.
+TIMEOUT = timedelta(days=1)
 
 
 def init_processes(device_type: str, with_cpu: bool = False) -> int:
@@ -62,10 +65,8 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
             given = f"{os.environ.get('LOCAL_WORLD_SIZE')} processes for {count} GPUs"
             raise _wrong("nproc_per_node", given, f"1..{count}", count)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The others wait while rank 0 packs a dataset, reads or writes a checkpoint of some hundred gigabytes, which takes
-    # hours. For a rank that fails torchrun ends the others at once.
     backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    dist.init_process_group(backend, timeout=TIMEOUT)
     return dist.get_rank()
 
 
@@ -165,11 +166,12 @@ def load_sharded_decoder(
         model = layerskip_decoder(build_on_meta(cfg))
     dim, state = check_processes(cfg, model), {}
     if is_rank_zero():
-        adapters = adapter_state(cfg, model)
-        state = {**read_weights(reading_checkpointer(cfg)), **adapters}
-        check_state_dict(model, state)
         if adapter_names(model):
-            state = merged(state, adapter_config(model))
+            # As one process merges them: onto weights in this dtype, and with QLoRA onto what NF4 left of them.
+            state = load_decoder(cfg, torch.device("cpu"), dtype).state_dict()
+        else:
+            state = read_weights(reading_checkpointer(cfg))
+            check_state_dict(model, state)
     without_adapters(model)
     return shard_decoder(model, state, device, dtype, kept_layers, dim, tensor_parallel_plan(cfg))
 
@@ -255,25 +257,3 @@ def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:
             PrepareModuleOutput(output_layouts=Shard(-1), desired_output_layouts=Replicate()),
         ):
             parallelize_module(model.output.linear, mesh, style)
-
-
-class CountedCollectives(TorchDispatchMode):
-    """Counts this rank's collectives in a `with` block: `counts` by kind, {"all_gather": 8}. Slow: not for timed runs.
-
-    torch's own CommDebugMode fails on a decoder whose parts are called one by one.
-    """
-
-    KINDS = ("all_gather", "all_reduce", "reduce_scatter", "broadcast")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor makes plain operations of it, and those come here
-        if getattr(func, "namespace", None) in ("c10d", "_c10d_functional"):
-            # A kind has many names: _allgather_base_, all_gather_into_tensor, ...
-            name = func.__name__.replace("allgather", "all_gather").replace("allreduce", "all_reduce")
-            self.counts.update(kind for kind in self.KINDS if kind in name)
-        return func(*args, **(kwargs or {}))

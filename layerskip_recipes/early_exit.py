@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from layerskip_recipes.checks import check_choice, check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.exit_losses import ExitLosses, cross_entropy_
 from layerskip_recipes.head import Head
 from layerskip_recipes.layers import select_layers
 
@@ -173,7 +174,7 @@ class EarlyExitLoss:
 
         def losses(_: torch.Tensor, hidden: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             head = Head(model)
-            return _ExitLosses.apply(
+            return ExitLosses.apply(
                 self,
                 head,
                 labels.reshape(-1),
@@ -197,91 +198,10 @@ class EarlyExitLoss:
             reduction="sum",
         )
 
-
-class _ExitLosses(torch.autograd.Function):
-    """The weighted sum of the exits' losses, with the gradients taken chunk by chunk in the forward pass.
-
-    The weights are known beforehand, so each chunk's gradient is final as soon as its logits exist: one accumulator
-    serves the head for all exits, and each exit keeps a gradient of its hidden state's size.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, head, labels, weights, grad_enabled, *tensors):
-        parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        count = (labels != loss.ignore_index).sum().clamp(min=1)
-        wants_gradient = grad_enabled and any(ctx.needs_input_grad)
-        # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
-        leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
-        sums = [
-            torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) if p.requires_grad else None
-            for p in leaves
-        ]
-        hidden_grads = []
-        per_exit = []
-        # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
-        no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with head.using(leaves), no_hooks:
-            for weight, x in zip(weights, hidden, strict=True):
-                trains = wants_gradient and weight > 0
-                x_grad = torch.zeros_like(x) if trains else None
-                exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
-                size = min(loss.chunk_tokens, -(-x.shape[0] // loss.min_chunks))
-                for start in range(0, x.shape[0], size):
-                    rows = slice(start, start + size)
-                    if trains:
-                        chunk_sum, x_grad[rows] = _with_gradient(
-                            loss, head, leaves, sums, x[rows], labels[rows], weight / count
-                        )
-                    else:
-                        chunk_sum = loss.sum_of_chunk(head(x[rows]), labels[rows])
-                    exit_sum += chunk_sum
-                per_exit.append(exit_sum / count)
-                hidden_grads.append(x_grad)
-        per_exit = torch.stack(per_exit)
-        total = (per_exit * torch.tensor(weights, device=per_exit.device)).sum()
-        head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, leaves, strict=True))
-        ctx.grads = (*head_grads, *hidden_grads)
-        ctx.mark_non_differentiable(per_exit)
-        return total, per_exit
-
-    @staticmethod
-    def backward(ctx, grad_total, _):
-        # In place, and then let go: there is no second backward through the same loss.
-        grads, ctx.grads = ctx.grads, None
-        return (None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
-
-
-@torch.enable_grad()
-def _with_gradient(
-    loss: EarlyExitLoss,
-    head: Head,
-    leaves: list[torch.Tensor],
-    sums: list[torch.Tensor | None],
-    x: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one chunk x [n, d], and the gradient of scale * loss by x.
-
-    The gradient by the head's leaves is added to `sums`, which has None for the frozen ones.
-    """
-    x = x.detach().requires_grad_()
-    h = head.normed(x)
-    apart = head.matrix  # a plain matrix: its gradient adds up in place, without a tensor of its size for each chunk
-    if apart is None:
-        chunk_sum = loss.sum_of_chunk(head.unembed(h), labels)
-        end, grad = chunk_sum, scale
-    else:
-        logits = head.unembed(h.detach()).detach().requires_grad_()
-        chunk_sum = loss.sum_of_chunk(logits, labels)
-        (of_logits,) = torch.autograd.grad(chunk_sum, logits, scale)
-        with torch.no_grad():
-            if sums[apart] is not None:
-                sums[apart].addmm_(of_logits.T, h)
-            end, grad = h, of_logits @ leaves[apart]
-    others = [i for i, total in enumerate(sums) if total is not None and i != apart]
-    x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
-    for i, of_leaf in zip(others, grads, strict=True):
-        sums[i] += of_leaf
-    return chunk_sum.detach(), x_grad
+    def gradient_of_chunk(self, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As `sum_of_chunk`; besides, the gradient of scale times it takes the logits' place."""
+        wide = logits.float()
+        chunk_sum = cross_entropy_(wide, labels, scale, self.ignore_index, self.label_smoothing)
+        if wide is not logits:
+            logits.copy_(wide)
+        return chunk_sum

@@ -85,8 +85,9 @@ def _sums(
     """[exits, 6]: of each exit its loss, right choices, choices of the last layer, how many labels count, drafts'
     accepted tokens, and how many drafts."""
     counts = labels != ignore_index
-    labels, final = labels[counts], final[counts]
-    states = [x[counts] for x in hidden.values()]
+    at = counts.flatten().nonzero()[:, 0]  # once: on a GPU the host waits for it
+    labels, final = labels.flatten()[at], final.flatten(0, 1)[at]
+    states = [x.flatten(0, 1)[at] for x in hidden.values()]
     sums = torch.zeros(len(states), 6, dtype=_exact(labels.device), device=labels.device)
     sums[:, 3] = len(labels)
     agrees = torch.zeros(len(states), *counts.shape, dtype=torch.bool, device=labels.device)
@@ -105,7 +106,7 @@ def _sums(
     sums[:, 2] = flat.sum(1)
     # A draft from each position whose next d labels count.
     if counts.shape[1] >= num_speculations:
-        agrees[:, counts] = flat
+        agrees.flatten(1)[:, at] = flat
         whole = counts.unfold(1, num_speculations, 1).all(-1)
         sums[:, 4] = (agrees.unfold(2, num_speculations, 1).cumprod(-1).sum(-1) * whole).sum((1, 2))
         sums[:, 5] = whole.sum()

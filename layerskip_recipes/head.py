@@ -67,8 +67,10 @@ class Head:
         """The final norm of x [n, d]."""
         return self.norm.forward(x.unsqueeze(0)).squeeze(0)  # a batch of one: some heads want [b, s, d]
 
-    def unembed(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits [n, v] of normed states h [n, d]."""
+    def unembed(self, h: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [n, v] of normed states h [n, d]; in `out`, without autograd, if the output has a `matrix`."""
+        if out is not None:
+            return torch.mm(h, self.output.weight.T, out=out)
         return F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
 
 

@@ -176,6 +176,9 @@ def cached_attention(
     b, heads, s, dim = q.shape
     group = heads // k.shape[1]
     if mask is None and s > 1:
+        if group > 1 and q.is_cuda and (q.dtype == torch.float32 or dim > 256):
+            # There only the kernel that holds all scores knows grouped queries.
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     if mask is not None:
         mask = mask[:, None] if group == 1 else mask[:, None].repeat(1, 1, group, 1)

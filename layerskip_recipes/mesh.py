@@ -102,6 +102,16 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"
         )
+    if processes > 1 and cfg.get("low_cpu_ram"):
+        raise ValueError(
+            "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
+            "would write it at once. Set low_cpu_ram=false"
+        )
+    if cfg.get("fsdp_cpu_offload") and cfg.get("optimizer_in_bwd"):
+        raise ValueError(
+            "optimizer_in_bwd: True does not go with fsdp_cpu_offload, whose gradients may still be on their way when "
+            "it steps (pytorch 180666), and which keeps them off the GPU already. Set optimizer_in_bwd=false"
+        )
     named = list(cfg.get("custom_sharded_layers") or [])
     if (
         processes > 1

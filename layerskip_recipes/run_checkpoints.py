@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 
 from layerskip_recipes.adapters import ADAPTER_FILE, BIASES, correct_peft_form
-from layerskip_recipes.checkpoint import checkpoint_files, is_scratch, read_weights
-from layerskip_recipes.distributed import from_rank_zero, is_rank_zero
-from layerskip_recipes.settings import build
+from layerskip_recipes.checkpoint import build_checkpointer, checkpoint_files, is_scratch, read_weights
+from layerskip_recipes.distributed import TIMEOUT, from_rank_zero, is_rank_zero
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
@@ -56,7 +56,7 @@ class Checkpoints:
         self.staging = self.output_dir / STAGING
         self.keep = cfg.get("keep_last_n_checkpoints")
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
-        self.sharded = self.resumed_from is not None and (self.resumed_from / SHARDED).exists()
+        self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         self.adapters = adapters
         whole = self.resumed_from if not (adapters or self.sharded) else None
         section = cfg.checkpointer
@@ -73,7 +73,9 @@ class Checkpoints:
         self._pending: Future | None = None
         # Shards are written while the run goes on, so their writers talk in a group of their own.
         asynchronous = cfg.get("enable_async_checkpointing") and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo") if asynchronous else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if asynchronous else None
+        if asynchronous:
+            check_shared(self.output_dir)
         self._section = section
 
     def load_state(self) -> dict[str, Any] | None:
@@ -107,7 +109,7 @@ class Checkpoints:
         adapters = None
         if is_rank_zero():
             # Not before: it makes its folder.
-            self._checkpointer = build(self._section, "checkpointer", output_dir=str(self.staging))
+            self._checkpointer = build_checkpointer(self._section, str(self.staging))
             if self.from_scratch:
                 # A file that is written needs a place for each key: all go into the first shard.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
@@ -263,3 +265,20 @@ def find_checkpoint(output_dir: Path) -> Path:
             )
         found = complete[-1]
     return from_rank_zero(found)
+
+
+def check_shared(folder: Path) -> None:
+    """Raises a ValueError unless all ranks, on all machines, have the same folder: their shards go there together."""
+    marker = folder / f".{from_rank_zero(uuid4().hex)}"
+    if is_rank_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    dist.barrier()
+    seen: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, marker.exists())
+    marker.unlink(missing_ok=True)
+    if not all(seen):
+        raise ValueError(
+            f"output_dir: {str(folder)!r} is not one folder for all machines, and enable_async_checkpointing writes "
+            "each rank's shards there. Give one that they share, or enable_async_checkpointing=false"
+        )

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.gemma._component_builders import gemma
 from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.llama2._component_builders import llama2
@@ -54,6 +58,28 @@ def make_tiny(family: str = "llama3_2", seed: int = 0):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+class CountedCollectives(TorchDispatchMode):
+    """Counts this rank's collectives in a `with` block: `counts` by kind, {"all_gather": 8}. Slow: not for timed runs.
+
+    torch's own CommDebugMode fails on a decoder whose parts are called one by one.
+    """
+
+    KINDS = ("all_gather", "all_reduce", "reduce_scatter", "broadcast")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor makes plain operations of it, and those come here
+        if getattr(func, "namespace", None) in ("c10d", "_c10d_functional"):
+            # A kind has many names: _allgather_base_, all_gather_into_tensor, ...
+            name = func.__name__.replace("allgather", "all_gather").replace("allreduce", "all_reduce")
+            self.counts.update(kind for kind in self.KINDS if kind in name)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
-from conftest import FAMILIES, make_tiny, run_tune
+from conftest import FAMILIES, CountedCollectives, make_tiny, run_tune
 from conftest import SIZE as TINY
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -91,6 +91,10 @@ CASES = {
     "TP, tied, dropout": ("dropped", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
+    "compiled": ("tied", 2, ["compile=true", *FEW]),
+    "validated": ("validated", 2, FEW),
+    "validated, gathered weights kept": ("validated", 2, ["fsdp_reshard_after_forward=false", *FEW]),
+    "validated, TP": ("validated", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
 }
 # name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes,
 # overrides)
@@ -236,9 +240,9 @@ def counts_rank(folder):
         model = split(family, cfg)
         for curriculum, chunk in (("rotational", 512), (None, 512), (None, 3)):
             loss = EarlyExitLoss(scale=0.5, curriculum=curriculum, interval=9, chunk_tokens=chunk)
-            with distributed.CountedCollectives() as forward:
+            with CountedCollectives() as forward:
                 total, exits = loss(model, tokens, shifted(tokens), step=4, total_steps=9)
-            with distributed.CountedCollectives() as backward:
+            with CountedCollectives() as backward:
                 total.backward()
             counted = [forward.counts["all_gather"], backward.counts["all_gather"]]
             counts[f"{name}: {len(exits)} exits, chunks of {chunk}"] = counted
@@ -258,6 +262,12 @@ RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradien
             {"optimizer_in_bwd": True, "custom_sharded_layers": ["tok_embeddings"]},
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",
         ),
+        (
+            MODEL,
+            {"optimizer_in_bwd": True, "fsdp_cpu_offload": True},
+            "optimizer_in_bwd: True does not go with fsdp_cpu_offload",
+        ),
+        (QLORA, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
     ],
 )
 def test_splits_that_would_go_wrong_are_refused(model, keys, message, monkeypatch):
@@ -372,6 +382,10 @@ def config_changes(kind, folder, tokenizer):
         model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
         dropout = {"layer_dropout": {"prob": 0.5}}
         return {"model": model, "checkpointer": section, "tensor_parallel_plan": PLAN} | dropout
+    if kind == "validated":  # five samples, which no two ranks share evenly, as often as it trains
+        model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
+        held_out = {"dataset_val": texts(folder.parent) | {"split": "train[:5]"}, "run_val_every_n_steps": 1}
+        return {"model": model, "checkpointer": section, "tensor_parallel_plan": PLAN} | held_out
     if kind == "in_backward":
         return {"optimizer_in_bwd": True, "clip_grad_norm": None}
     return {}
@@ -501,8 +515,8 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_losses(several, name):
-    """Nor anything else that is logged, in 20 steps or a few."""
-    same_losses(*several(name), range(1, 5 if FEW[0] in CASES[name][2] else 21))
+    """Nor anything else that is logged, in 20 steps or a few; validation begins before the first."""
+    same_losses(*several(name), range(name.startswith("valid") ^ 1, 5 if FEW[0] in CASES[name][2] else 21))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -523,6 +537,26 @@ def test_resume_with_other_processes(one, several, on_ranks, name):
         went_well(on_ranks(name, 2, "train", "--config", path, *overrides))
     same_losses(alone, out, range(11 if checkpoint == "epoch_0" else 9, 21))
     same_weights(alone, out)
+
+
+@pytest.mark.parametrize("how", [[], ["enable_async_checkpointing=true"]], ids=["whole", "shards"])
+def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(folder, tokenizer_folder, on_ranks, how):
+    """Layer dropout, which all ranks draw alike, and the attention's, which each draws for itself."""
+    name = f"drawn {len(how)}"
+    model = MODEL | {"attn_dropout": 0.3}
+    path = finetune_config(
+        folder / name, tokenizer_folder, model=model, dataset=texts(folder), batch_size=2, save_every_n_steps=2,
+        layer_dropout={"prob": 0.5}, max_steps_per_epoch=5,
+    )  # fmt: skip
+    went_well(on_ranks(name, 2, "train", "--config", path, *how))
+    out = folder / name / "out"
+    again = rewound(out, "step_2", folder / name / "again")
+    resumed = [f"output_dir={again}", "resume_from_checkpoint=true", *how]
+    went_well(on_ranks(f"{name} again", 2, "train", "--config", path, *resumed))
+    never_stopped, later = losses(out), losses(again)
+    assert sorted(later) == [3, 4, 5]
+    assert all(later[step] == pytest.approx(never_stopped[step], abs=1e-6) for step in later)
+    same_weights(out, again)
 
 
 # --------------------------------------------------------------------------------------- layer dropout, by hand

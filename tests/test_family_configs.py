@@ -50,6 +50,19 @@ PAPER = {
 }
 
 
+# Exit and draft length of the authors' weights: the paper's for CNN/DM where its table has them, else their blog's and
+# their code's.
+RELEASED = {
+    "llama2_7B": (8, 12),
+    "llama2_13B": (15, 12),
+    "llama2_70B": (10, 6),
+    "codellama_7B": (4, 6),
+    "codellama_34B": (8, 6),
+    "llama3_8B": (4, 6),
+    "llama3_2_1B": (4, 6),
+}
+
+
 def family_configs() -> list[str]:
     """Those of ours that extend a config of torchtune's by its name."""
     return [name for name in our_configs() if name.partition("/")[0] in FAMILIES and "generate" not in name]
@@ -200,6 +213,27 @@ def test_the_papers_values(name):
     ):
         assert expected is None or given == expected
     assert OmegaConf.to_container(config, resolve=True)["tokenizer"]["max_seq_len"] == 4096
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_weights(name):
+    """The exit and the draft length, a download line of that folder, and a tokenizer that the folder has."""
+    config = load_config(f"facebook/layerskip_{name}")
+    drafts = config.self_speculation
+    assert (drafts.exit_layer, drafts.num_speculations) == RELEASED[name]
+    (repository, folder) = re.search(
+        r"^#   tune download (facebook/\S+) --output-dir (\S+) --hf-token <HF_TOKEN>$",
+        our_configs()[f"facebook/layerskip_{name}"].read_text(),
+        flags=re.M,
+    ).groups()
+    assert repository.replace("-", "").lower().endswith(name.replace("_", "").replace("32", "3.2").lower())
+    assert config.checkpointer.checkpoint_dir == folder == f"/tmp/{repository.partition('/')[2]}"
+    assert config.tokenizer.path == (folder if "llama3" in name else f"{folder}/tokenizer.model")
+
+
+def test_the_released_weights_are_all_there():
+    named = {f"facebook/layerskip_{name}" for name in RELEASED}
+    assert named == {name for name in our_configs() if name.startswith("facebook/layerskip")}
 
 
 def test_the_papers_configs_are_all_there():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from configs import MODEL, finetune_config, make_checkpoint
 from conftest import run_tune
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torchtune import config as tune_config
 from torchtune.data import padded_collate_packed
 from torchtune.models.convert_weights import tune_to_meta
@@ -217,13 +218,24 @@ def test_what_saves_memory_changes_no_loss(tmp_path, tokenizer_folder, override)
         assert plain[step] == pytest.approx(other[step], abs=1e-4)
 
 
-def test_compile_changes_no_loss(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None, max_steps_per_epoch=1)
-    train(path, f"output_dir={tmp_path}/plain")
-    train(path, f"output_dir={tmp_path}/other", "compile=true")
-    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+@pytest.mark.parametrize(
+    "override",
+    [
+        ["layer_dropout.prob=0.5"],
+        ["ac_mode=full", "loss=torch.nn.CrossEntropyLoss", "loss.label_smoothing=0.1"],
+    ],
+    ids=["dropout", "checkpointed, smoothed"],
+)
+def test_compile_changes_no_loss_and_no_gradient(tmp_path, tokenizer_folder, override):
+    """The losses of steps 2 and 3 and the norms follow from the gradients."""
+    path = finetune_config(tmp_path, tokenizer_folder, max_steps_per_epoch=3, clip_grad_norm=0.5)
+    train(path, f"output_dir={tmp_path}/plain", *override)
+    train(path, f"output_dir={tmp_path}/other", "compile=true", *override)
+    plain, other = read_log(tmp_path / "plain"), read_log(tmp_path / "other")
+    assert sorted(plain) == [1, 2, 3] and all(plain[step]["grad_norm"] > 0.5 for step in plain)
     for step in plain:
-        assert plain[step] == pytest.approx(other[step], abs=1e-3)
+        for key in plain[step].keys() - {"tokens_per_second_per_gpu"}:
+            assert plain[step][key] == pytest.approx(other[step][key], rel=1e-4), key
 
 
 def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_folder):
@@ -302,7 +314,8 @@ def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_fol
     train(path, "tokenizer.path=" + str(checkpoint))
     folder = tmp_path / "out" / "epoch_0"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert theirs.dtype == torch.bfloat16 or theirs.config.torch_dtype
+    assert theirs.dtype == torch.bfloat16
+    assert {t.dtype for file in folder.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
     ours = tune_config.instantiate(OmegaConf.create(MODEL))
     files = [p.name for p in folder.glob("*.safetensors")]
     ours.load_state_dict(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchao.quantization
 from configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
 from conftest import run_tune
 from omegaconf import OmegaConf
@@ -16,11 +17,14 @@ from torchtune import config as tune_config
 from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes import generate
+from layerskip_recipes.checkpoint import load_decoder
 from layerskip_recipes.config import load_config
+from layerskip_recipes.generation import Generation
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
 from layerskip_recipes.recipes.stream import TextStream
 
+CPU = torch.device("cpu")
 MODES = {
     "autoregressive": ["self_speculation=null"],
     "early exit": ["self_speculation=null", "exit_layer=3"],
@@ -60,7 +64,7 @@ def test_greedy_output_is_torchtunes(path, capsys):
     assert report["tokens"] == report["baseline_tokens"] == len(expected)
     assert report["identical"] is True and report["speedup"] > 0
     text = recipe.tokenizer.decode([token for token in expected if token not in recipe.stop_tokens])
-    assert text.splitlines()[0] in "\n".join(lines)
+    assert text.strip() and text in "\n".join(lines)
 
 
 def test_the_report_adds_up(path):
@@ -75,11 +79,17 @@ def test_the_report_adds_up(path):
 
 
 def test_early_exit_takes_all_tokens_from_that_exit(path):
-    recipe, report = run(path, *MODES["early exit"])
-    expected = generate(
-        recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24, exit_layer=3, stop_tokens=recipe.stop_tokens
-    )
-    assert report["tokens"] == expected.tokens.shape[1] - len(recipe.prompt_tokens[0])
+    """Chosen one by one from exit 3 of the whole text, without a cache."""
+    recipe, report = run(path, *MODES["early exit"], f"output_file={path.parent / 'out.jsonl'}")
+    tokens = list(recipe.prompt_tokens[0])
+    with torch.no_grad():
+        for _ in range(24):
+            tokens.append(recipe.model(torch.tensor([tokens]), exit_layer=3)[0, -1].argmax().item())
+            if tokens[-1] in recipe.stop_tokens:
+                break
+    (line,) = (path.parent / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == recipe.text_of(0).text(tokens[len(recipe.prompt_tokens[0]) :])
+    assert report["tokens"] == len(tokens) - len(recipe.prompt_tokens[0])
     assert report["acceptance_rate"] is None and report["drafted"] == 0
 
 
@@ -210,6 +220,37 @@ def test_the_report_says_how_near_to_the_ideal(path):
     assert report["draft_s"] + report["verify_s"] + report["accept_s"] == pytest.approx(report["decode_s"])
 
 
+@pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_quantised_weights_are_what_decodes(path, quantizer):
+    """The logits are those of a model that torchao quantises here; all layers' weights are torchao's."""
+    recipe, report = run(path, f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true")
+    assert report["identical"] is True
+    linears = [part for part in recipe.model.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 4 * 7 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    theirs = load_decoder(load_config(str(path)), CPU, torch.float32)
+    torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
+    tokens = torch.tensor([recipe.prompt_tokens[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(recipe.model(tokens), theirs(tokens))
+        assert not torch.equal(recipe.model(tokens), load_decoder(load_config(str(path)), CPU, torch.float32)(tokens))
+
+
+def test_a_quantised_draft_is_of_the_early_layers_only(path):
+    quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+    recipe, _ = run(path, quantizer)
+    drafter = recipe.speculation.drafter
+    assert len(drafter.layers) == recipe.speculation.exits[-1]
+    of = {name: [m.weight for m in part.layers.modules() if isinstance(m, torch.nn.Linear)] for name, part in
+          (("draft", drafter), ("model", recipe.model))}  # fmt: skip
+    assert all(type(weight) is not torch.nn.Parameter for weight in of["draft"])
+    assert all(type(weight) is torch.nn.Parameter for weight in of["model"])
+
+
+def test_a_quantiser_that_does_not_work_here_is_named(path):
+    with pytest.raises(ValueError, match=r"^quantizer: .*Float8WeightOnlyConfig does not work on cpu \("):
+        run(path, "quantizer._component_=torchao.quantization.Float8WeightOnlyConfig")
+
+
 def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     outputs = []
@@ -263,6 +304,30 @@ def test_ctrl_c_ends_with_the_report_so_far(path, monkeypatch, capsys):
     monkeypatch.setattr(recipe, "_run", interrupted)
     assert recipe.generate()["prompts"] == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypatch, capsys):
+    """In the second of three prompts, after two rounds; in a comparison it has no counterpart, and stays out."""
+    out = path.parent / "out.jsonl"
+    overrides = ["prompt=[a, b, c]", f"output_file={out}", f"benchmark.compare={str(compare).lower()}"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    rounds = []
+
+    def interrupted(self, round_=Generation._round):
+        rounds.append(self.prompts[0])
+        if rounds.count(recipe.prompt_tokens[1]) == 3:
+            raise KeyboardInterrupt
+        return round_(self)
+
+    monkeypatch.setattr(Generation, "_round", interrupted)
+    report = recipe.generate()
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert "interrupted" not in first and second["interrupted"] is True and second["prompt"] == "b"
+    assert 3 <= second["tokens"] < 24 and second["text"] in capsys.readouterr().out
+    assert report["prompts"] == 2 - compare
+    assert report["tokens"] == first["tokens"] + (0 if compare else second["tokens"])
 
 
 def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):

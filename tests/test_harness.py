@@ -18,8 +18,10 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.eval import LayerSkipEval
 
-harness = pytest.importorskip("layerskip_recipes.recipes.harness")
-from lm_eval.api.instance import Instance  # noqa: E402
+pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance
+
+from layerskip_recipes.recipes import harness
 
 QUESTIONS = [
     {"question": "import os", "choices": ["path", "sys.argv", "return self"], "answer": 0},

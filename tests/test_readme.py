@@ -3,6 +3,7 @@
 Only the size changes: overrides are appended that shorten a training, or put a tiny model in a gated one's place.
 """
 
+import doctest
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import pytest
 from configs import HF_CONFIG, MODEL, finetune_config, generate_config, make_checkpoint
 from omegaconf import OmegaConf
 
+from layerskip_recipes import decoder
 from layerskip_recipes.config import our_configs
+from layerskip_recipes.generation import api
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -130,6 +133,12 @@ def runs_here(command: str) -> bool:
 def test_config_header_command(command, workplace):
     run = shell(shortened(shlex.split(command), workplace), workplace)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)
+def test_examples_of_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 2 and result.failed == 0
 
 
 def test_python_example():

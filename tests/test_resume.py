@@ -440,7 +440,7 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, to
         note = tmp_path / "note"
         child = FORKS.Process(target=run_and_die, args=(str(path), [resume], few_texts, call, str(note)))
         child.start()
-        child.join(60)
+        child.join(600)
         assert child.exitcode == -signal.SIGKILL
         interrupted.append(note.read_text())
         assert len(whole_checkpoints(out)) <= 3  # a third one just before the oldest goes

@@ -65,10 +65,13 @@ def generate(
         ValueError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
 
     Example:
-        >>> from torchtune.models.llama3_2 import llama3_2_1b
-        >>> model = layerskip_decoder(llama3_2_1b())
-        >>> out = generate(model, torch.tensor([1, 2, 3]), 16, exit_layer=4, num_speculations=6)
-        >>> out.tokens.shape, out.stats.acceptance_rate
+        >>> from torchtune.models.llama3._component_builders import llama3
+        >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)
+        >>> out = generate(model, torch.tensor([1, 2, 3]), 16, exit_layer=2, num_speculations=6)
+        >>> out.tokens.shape
+        torch.Size([1, 19])
+        >>> out.stats.accepted <= out.stats.drafted
+        True
     """
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
         rows = [strip_left_padding(row, pad_id) for row in prompt.tolist()]

@@ -44,7 +44,8 @@ class CompiledSteps:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.graphs: dict[Hashable, Callable] = {}
-        self.captured: set[Hashable] = set()
+        self.path: tuple[Hashable, ...] = ()  # the steps of this round so far: a CUDA graph belongs to those before it
+        self.captured: set[tuple[Hashable, ...]] = set()
         self.failed = False
         self.seconds = 0.0
         self._cache: DecodingCache | None = None
@@ -55,6 +56,12 @@ class CompiledSteps:
             self._cache = DecodingCache(model, rows, max_len, self.device)
         self._cache.tokens = [[] for _ in range(rows)]
         return self._cache
+
+    def begin_round(self) -> None:
+        """CUDA graphs may use the memory of the last round's results again."""
+        self.path = ()
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
 
     def __call__(self, key: Hashable, step: Callable, slots: torch.Tensor | None, *args: Any) -> Any:
         """step(*args) by its graph, made at the first call; `seconds` counts what the first calls took.
@@ -67,25 +74,27 @@ class CompiledSteps:
         """
         if self.failed:
             return step(*args)
-        if self.device.type == "cuda" and slots is not None:
+        cuda = self.device.type == "cuda"
+        if cuda and slots is not None:
             key = (key, slots.shape[0])
+        self.path += (key,)
         graph = self.graphs.get(key)
+        # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
+        captures = cuda and graph is not None and self.path not in self.captured
+        if graph is not None and not captures:
+            return graph(step.__self__, *args)
         started = time.perf_counter()
-        if graph is not None:
-            out = graph(step.__self__, *args)
-            if self.device.type == "cuda" and key not in self.captured:
-                # The first call ran it, the second one made a CUDA graph of it.
-                torch.cuda.synchronize()
-                self.captured.add(key)
-                self.seconds += time.perf_counter() - started
-            return out
-        if self.device.type != "cuda" and slots is not None:
-            torch._dynamo.mark_dynamic(slots, 0)
         try:
-            graph = _compiled(step.__func__, len(self.graphs), self.device)
+            if graph is None:
+                if not cuda and slots is not None:
+                    torch._dynamo.mark_dynamic(slots, 0)
+                graph = _compiled(step.__func__, len(self.graphs), self.device)
             out = graph(step.__self__, *args)
+            if captures:
+                torch.cuda.synchronize(self.device)
+                self.captured.add(self.path)
         except Exception as e:
-            # Nothing ran yet: compilation comes first. A machine without a C++ compiler ends here.
+            # Compilation and capture come before the step runs. A machine without a C++ compiler ends here.
             self.failed = True
             self.seconds += time.perf_counter() - started
             log.warning(

@@ -218,18 +218,23 @@ class Generation:
 
     def _step(self) -> list[list[int]]:
         """One token of each row from exit E (E = L: the ordinary model)."""
-        self._begin()
+        if self.compiled is not None:
+            self.compiled.begin_round()
         steps = self._steps(self.exit_layer)
         start, slots = self._where(1)
         noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
         logits = self._run(steps, "plain_logits", slots, self.last, start, slots)
-        self.last = self.agree(steps.choose(logits, noise, self.seen))
+        if self.sampler.greedy:
+            self.last = self.agree(steps.choose(logits, noise, self.seen))
+        else:
+            self.last = self.agree(self._run(steps, "choose", slots, logits, noise, self.seen)).clone()
         self.reads.count(self.stats, len(slots), self.exit_layer)
         return self._keep([[token] for token in self.last.tolist()])
 
     def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
-        self._begin()
+        if self.compiled is not None:
+            self.compiled.begin_round()
         started, compiled = time.perf_counter(), self.compile_s
         looked_up = self._look_up() if self.speculation.prompt_lookup is not None else None
         policy = self.speculation.policy
@@ -277,9 +282,10 @@ class Generation:
                 if confidences is not None:
                     policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
         self._count_round(arm, draft, slots, n)
-        if policy.has_choice:
-            seconds = time.perf_counter() - started - (self.compile_s - compiled)
-            policy.chooser.learn(arm, sum(map(len, kept)), self._agreed(seconds))
+        # A round in which something was compiled says nothing about the next ones.
+        seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
+        if policy.has_choice and (seconds := self._agreed(seconds)):
+            policy.chooser.learn(arm, sum(map(len, kept)), seconds)
         return kept
 
     def _verify(self, steps: Steps, draft: Draft, start: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
@@ -317,7 +323,9 @@ class Generation:
             q.append(probs)
             for row, value in zip(confidences, self.agree(sure).tolist(), strict=True):
                 row.append(value)
-            length.timed(self._agreed(time.perf_counter() - started - (self.compile_s - compiled)))
+            seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
+            if seconds := self._agreed(seconds):
+                length.timed(seconds)
             of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
             # Each number of drafts that is verified needs a compiled graph: some are enough.
             may_stop = self.compiled is None or (i + 1) & i == 0
@@ -325,11 +333,6 @@ class Generation:
                 break
         q = None if q[0] is None else torch.stack(q, 1)
         return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
-
-    def _begin(self) -> None:
-        """CUDA graphs may use the memory of the last round's results again."""
-        if self.compiled is not None and self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
 
     def _agreed(self, seconds: float) -> float:
         """A time by rank 0's clock: what is chosen by time has to be the same on all processes."""
@@ -348,18 +351,19 @@ class Generation:
         step = getattr(steps, name)
         if self.compiled is None:
             return step(*args)
-        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, id(steps.drafter)]
+        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, steps.shares or steps.drafter]
         if name in ("chain_logits", "verify_greedily"):  # those for drafts of any length
             key += [args[0].shape[1], args[1] is None]
         elif name != "plain_logits":
             key += [steps.tree]
-        if name.startswith(("draft", "accept")):
+        if name.startswith(("draft", "accept", "choose")):
             sampler = self.sampler
             key += [sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty]
             key += [self._vocabulary(steps)]
         if name == "accept_chain":
             key += [args[1].tokens.shape[1], args[1].q is None]
-        return self.compiled(tuple(key), step, None if name.startswith("accept") else slots, *args)
+        sees_slots = not name.startswith(("accept", "choose"))
+        return self.compiled(tuple(key), step, slots if sees_slots else None, *args)
 
     def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""

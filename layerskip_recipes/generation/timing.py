@@ -22,7 +22,7 @@ class Clock:
     """
 
     def __init__(self, device: torch.device, compile_s: Callable[[], float]) -> None:
-        self.compile_s = compile_s
+        self.device, self.compile_s = device, compile_s
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = [] if device.type == "cuda" else None
         self.seconds = {"draft": 0.0, "verify": 0.0}
 
@@ -36,16 +36,17 @@ class Clock:
             return
         compiled = self.compile_s()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        stream = torch.cuda.current_stream(self.device)
+        begin.record(stream)
         yield
-        end.record()
+        end.record(stream)
         if self.compile_s() == compiled:
             self.events.append((name, begin, end))
 
     def read(self, stats: GenerationStats) -> None:
         """Add all phases so far to the statistics."""
         if self.events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             for name, begin, end in self.events:
                 self.seconds[name] += begin.elapsed_time(end) / 1000
             self.events.clear()

@@ -135,7 +135,8 @@ class LayerSkipFinetune:
             limit = 2 * cfg.get("batch_size", 1) + 2
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         if cfg.get("compile"):
-            self.loss.sum_of_chunk = torch.compile(self.loss.sum_of_chunk, dynamic=True)
+            for name in ("sum_of_chunk", "gradient_of_chunk"):
+                setattr(self.loss, name, torch.compile(getattr(self.loss, name), dynamic=True))
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, bool(cfg.get("enable_activation_offloading", False))
         )
@@ -226,7 +227,9 @@ class LayerSkipFinetune:
             metrics |= {"loss": loss, "loss_final": of_exits[-1]}
             metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
             metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
-            metrics["tokens_per_second_per_gpu"] = tokens.item() / (time.perf_counter() - started)
+            # A group that splits its matrices shares its samples.
+            speed = tokens.item() / self.mesh.tensor / (time.perf_counter() - started)
+            metrics["tokens_per_second_per_gpu"] = speed
             self._log(metrics)
 
     def _log(self, metrics: dict[str, Any]) -> None:

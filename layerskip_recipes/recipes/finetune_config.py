@@ -121,8 +121,6 @@ def check_config(cfg: DictConfig) -> None:
             raise ValueError(
                 f"clip_grad_norm: {cfg.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
             )
-    if cfg.get("enable_activation_offloading") and not layers_to_checkpoint(cfg):
-        raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
     for key, needs in (
         ("run_val_every_n_steps", "dataset_val"),
         ("batch_size_val", "dataset_val"),
@@ -138,6 +136,13 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:
         raise ValueError(f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option")
+    if cfg.get("enable_activation_offloading") and not layers_to_checkpoint(cfg):
+        raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
+    if cfg.get("enable_activation_offloading") and layers_to_checkpoint(cfg) != 1:
+        raise ValueError(
+            "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy weights "
+            f"away too. ac_option: {cfg.get('ac_option')}; for example ac_mode=full ac_option=null"
+        )
     if cfg.get("init_std") is not None and not is_scratch(cfg.checkpointer):
         raise ValueError(
             f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "

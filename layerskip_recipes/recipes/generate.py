@@ -101,6 +101,7 @@ class LayerSkipGenerate:
         if not self.interactive:
             # Not before each process has its GPU.
             check_cache_fits(model, rows, slots, self.dtype, self.device, parallel=check_processes(cfg, model))
+        self.interrupted = False
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.shows = is_rank_zero()
 
@@ -121,7 +122,7 @@ class LayerSkipGenerate:
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
 
-        Ctrl-C ends it with the report of what is done.
+        Ctrl-C ends it with the report of what is done, the text in progress included (but in no comparison).
 
         Returns:
             The report that is also printed as the last line.
@@ -133,7 +134,7 @@ class LayerSkipGenerate:
             else:
                 self._all_prompts(ours, baseline)
         except KeyboardInterrupt:
-            log.warning("interrupted: %d of %d prompts are done", len(ours.outputs), len(self.prompts))
+            log.warning("interrupted: the report is of %d of %d prompts", len(ours.outputs), len(self.prompts))
         report = {
             "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
             "num_speculations": None if self.draft is None else self.draft["num_speculations"],
@@ -164,10 +165,14 @@ class LayerSkipGenerate:
                 plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
                 outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
                 # Both or, after Ctrl-C, none: they are compared.
-                if plain is not None:
+                if plain is None:
+                    ours.add(outputs, stats)
+                elif not self.interrupted:
                     baseline.add(*plain)
-                ours.add(outputs, stats)
+                    ours.add(outputs, stats)
                 results.add(outputs)
+                if self.interrupted:
+                    raise KeyboardInterrupt
 
     def _run(
         self, batch: Sequence[int], limit: int, plain: bool = False, stream: bool = False
@@ -180,7 +185,12 @@ class LayerSkipGenerate:
         if shown is not None:
             self._print_head(batch[0])
         generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
-        self._follow(generation, texts, shown)
+        try:
+            self._follow(generation, texts, shown)
+        except KeyboardInterrupt:
+            if plain or not any(generation.generated):
+                raise
+            self.interrupted = True
         if shown is not None:
             print("" if self.cfg.get("stream", True) else shown.text(generation.generated[0]), flush=True)
         return dict(zip(batch, generation.generated, strict=True)), generation.stats
@@ -288,6 +298,7 @@ class Results:
 
     def add(self, outputs: dict[int, list[int]]) -> None:
         """A batch's outputs, by prompt."""
+        self.last = set(outputs)
         self.waiting |= outputs
         while self.next in self.waiting:
             self._write(self.next, self.waiting.pop(self.next))
@@ -309,6 +320,8 @@ class Results:
             print(answer, flush=True)
         if self.file is not None:
             line = {"index": i, "prompt": recipe.prompts[i], "text": answer, "tokens": len(tokens)}
+            if recipe.interrupted and i in self.last:
+                line["interrupted"] = True
             print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
 
 

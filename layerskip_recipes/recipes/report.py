@@ -49,6 +49,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "tokens": stats.tokens,
         "prefill_s": stats.prefill_s,
         "prefill_tokens": stats.prefill_tokens,
+        "reused_tokens": stats.reused_tokens,
         "decode_s": stats.decode_s,
         "draft_s": stats.draft_s,
         "verify_s": stats.verify_s,
@@ -150,7 +151,8 @@ def print_report(report: dict[str, Any]) -> None:
 
     print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
     print(f"tokens             {report['tokens']}")
-    print(f"prefill            {report['prefill_s']:.2f} s")
+    reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
+    print(f"prefill            {report['prefill_s']:.2f} s{reused}")
     compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
     print(
         f"decode             {report['decode_s']:.2f} s, {show(report['tokens_per_second'], '.1f')} tokens/s{compiled}"

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchtune import utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
@@ -18,6 +20,29 @@ from layerskip_recipes.recipes.data import load_data
 from layerskip_recipes.settings import check_length
 
 log = utils.get_logger("INFO")
+
+
+class Even(Dataset):
+    """The samples, and the first ones again without labels until each of `ranks` has as many: all run the same walks.
+
+    Args:
+        dataset: of {"tokens", "labels", ...}.
+        ranks: how many share it.
+    """
+
+    def __init__(self, dataset: Dataset, ranks: int) -> None:
+        self.dataset = dataset
+        self.length = -(-len(dataset) // ranks) * ranks
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i < len(self.dataset):
+            return self.dataset[i]
+        sample = self.dataset[i - len(self.dataset)]
+        none = [CROSS_ENTROPY_IGNORE_IDX] * len(sample["labels"])
+        return sample | {"labels": torch.tensor(none) if isinstance(sample["labels"], torch.Tensor) else none}
 
 
 class Validation:
@@ -51,7 +76,7 @@ class Validation:
         if len(dataset) < mesh.data_size:
             raise ValueError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
         check_length(len(dataset[0]["tokens"]), model, key="dataset_val")
-        # The last sample again where ranks have one less than others: all of them must run the same walks.
+        dataset = Even(dataset, mesh.data_size)
         sampler = DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False)
         self.batches = DataLoader(
             dataset,
@@ -82,6 +107,10 @@ class Validation:
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
         quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum)
         batches.close()
+        for module in model.modules():
+            # With fsdp_reshard_after_forward=false only a backward would do it, and checkpoints want the shards.
+            if isinstance(module, FSDPModule):
+                module.reshard()
         model.train()
         final = quality[self.exits[-1]]["loss"]
         if self.first is None:
