@@ -18,7 +18,7 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.adapters import adapter_names, read_adapters, without_adapters
+from layerskip_recipes.adapters import ADAPTER_FILE, adapter_file, adapter_names, read_adapters, without_adapters
 from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build, build_on_meta, check_device, check_dtype
@@ -129,6 +129,13 @@ def check_checkpoint_files(cfg: DictConfig, writes: bool = False) -> None:
         raise ValueError(
             f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
             f"There: {', '.join(there) or 'no weights'}"
+        )
+    adapters = section.get("adapter_checkpoint")
+    if adapters is not None and (folder / ADAPTER_FILE).is_file() and folder.samefile(adapter_file(adapters).parent):
+        raise ValueError(
+            f"checkpointer.adapter_checkpoint: {str(adapters)!r} lies beside the weights of checkpoint_dir, into "
+            "which a LoRA training merged these adapters: they would count twice. Allowed: the base model's "
+            "checkpoint_dir; or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
     if writes and Path(cfg.output_dir).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")

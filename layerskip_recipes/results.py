@@ -64,7 +64,7 @@ MODELS = {
         "smollm2/135M_",
         "smollm2/135M_full_single_device_layerskip",
         "smollm2/135M_generate_layerskip",
-        "epoch_4",
+        "epoch_7",
         cost=["float32_matmul_precision=highest", "--steps", "3", "--repeats", "1"],
         sweep=["repeats=1", "sweep.exit_layers=[2,4,6,8,12,16,20,24,28]", "sweep.num_speculations=[1,2,3,4,6,8]"],
     ),

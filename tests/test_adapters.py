@@ -564,6 +564,16 @@ def test_qlora_in_bf16(builder, tmp_path, tokenizer_folder):
     assert run.log[1]["loss"] != run.log[4]["loss"]
 
 
+def test_merged_weights_take_no_adapters(quantised, tmp_path):
+    """Their own would count twice."""
+    for place in (quantised.checkpoint, quantised.checkpoint / "adapter_model.pt"):
+        reads = reader(quantised.checkpoint, "llama3_2") | {"adapter_checkpoint": str(place), "output_dir": "x"}
+        section = adapted_section("llama3_2", **WIDE)
+        path = generate_config(tmp_path, quantised.checkpoint, model=section, checkpointer=reads)
+        with pytest.raises(ValueError, match=r"^checkpointer\.adapter_checkpoint: .* they would count twice"):
+            LayerSkipGenerate(load_config(str(path)))
+
+
 def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quantised, tmp_path):
     """NF4 weights are unpacked, so that decoding needs no other kernels."""
     with_adapters = generate_with(quantised, tmp_path / "adapters", quantised.checkpoint)

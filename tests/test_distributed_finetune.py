@@ -495,7 +495,7 @@ def same_losses(one, other, steps):
     one, other = losses(one), losses(other)
     assert sorted(other) == list(steps)
     for step in steps:
-        assert other[step] == pytest.approx(one[step], abs=1e-5)
+        assert other[step] == pytest.approx(one[step], abs=1e-5, rel=2e-6)  # a perplexity is large
 
 
 def same_weights(one, other):

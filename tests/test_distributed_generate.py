@@ -337,8 +337,10 @@ def test_adapters_are_merged_as_one_process_merges_them(tmp_path, tokenizer_fold
         }  # fmt: skip
         torch.manual_seed(0)
         model = config.instantiate(OmegaConf.create(section))
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and not isinstance(parameter, NF4Tensor):
+        for name, parameter in model.named_parameters():
+            if name.endswith("magnitude"):
+                torch.nn.init.uniform_(parameter, 1, 2)
+            elif parameter.dim() > 1 and not isinstance(parameter, NF4Tensor):
                 torch.nn.init.normal_(parameter, std=0.3)
         (folder := tmp_path / kind).mkdir()
         torch.save(get_adapter_params(model), folder / "adapter_model.pt")

@@ -314,7 +314,6 @@ def test_training_from_a_hugging_face_checkpoint_in_bf16(tmp_path, tokenizer_fol
     train(path, "tokenizer.path=" + str(checkpoint))
     folder = tmp_path / "out" / "epoch_0"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert theirs.dtype == torch.bfloat16
     assert {t.dtype for file in folder.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
     ours = tune_config.instantiate(OmegaConf.create(MODEL))
     files = [p.name for p in folder.glob("*.safetensors")]

@@ -140,7 +140,7 @@ def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):
     ("file", "models", "message"),
     [
         ("docs/results.md", ["llama"], "^results: 'llama' is unknown. Allowed: quickstart, smollm2"),
-        ("docs/results.md", ["smollm2=/nowhere"], "^results: smollm2 needs /nowhere/epoch_4. First: tune run"),
+        ("docs/results.md", ["smollm2=/nowhere"], "^results: smollm2 needs /nowhere/epoch_7. First: tune run"),
         ("nowhere/results.md", ["quickstart"], "^results: 'nowhere' is no folder"),
     ],
 )

@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.distributed import agree
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_num_speculations
@@ -97,6 +99,8 @@ def generate(
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
+        # Ranks that share a model choose alike; others may each have a model and prompts of their own.
+        agree=agree if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else None,
     )
     for _ in generation:
         pass
