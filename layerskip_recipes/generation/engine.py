@@ -282,9 +282,7 @@ class Generation:
                 if confidences is not None:
                     policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
         self._count_round(arm, draft, slots, n)
-        # A round in which something was compiled says nothing about the next ones.
-        seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
-        if policy.has_choice and (seconds := self._agreed(seconds)):
+        if policy.has_choice and (seconds := self._seconds(started, compiled)):
             policy.chooser.learn(arm, sum(map(len, kept)), seconds)
         return kept
 
@@ -323,8 +321,7 @@ class Generation:
             q.append(probs)
             for row, value in zip(confidences, self.agree(sure).tolist(), strict=True):
                 row.append(value)
-            seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
-            if seconds := self._agreed(seconds):
+            if seconds := self._seconds(started, compiled):
                 length.timed(seconds)
             of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
             # Each number of drafts that is verified needs a compiled graph: some are enough.
@@ -334,8 +331,12 @@ class Generation:
         q = None if q[0] is None else torch.stack(q, 1)
         return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
 
-    def _agreed(self, seconds: float) -> float:
-        """A time by rank 0's clock: what is chosen by time has to be the same on all processes."""
+    def _seconds(self, started: float, compiled: float) -> float:
+        """The time since then, by rank 0's clock: what is chosen by time has to be the same on all processes.
+
+        0 if something was compiled meanwhile, which says nothing about the next time.
+        """
+        seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
         if self.agree is _alone:
             return seconds
         return self.agree(torch.tensor(seconds, device=self.device, dtype=torch.float32)).item()
