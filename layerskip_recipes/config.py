@@ -239,6 +239,10 @@ def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
     return recipe(load_config(args.config, args.overrides))
 
 
+# What gloo says where a process that it waits for is no more; which of them is a matter of what was under way.
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
 def main_of(steps: Callable[[], None]) -> None:
     """Run a recipe's main. A user's mistake becomes one last line on stderr and exit status 1, without a traceback.
 
@@ -251,7 +255,7 @@ def main_of(steps: Callable[[], None]) -> None:
             raise
         fail(e)
     except RuntimeError as e:
-        if "Connection closed by peer" not in str(e):
+        if not ("gloo" in str(e) and any(lost in str(e) for lost in PEER_ENDED)):
             raise
         sys.exit(1)  # another rank ended, and said why
 

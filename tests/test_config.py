@@ -11,7 +11,7 @@ from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 
 from layerskip_recipes.cli import validate
-from layerskip_recipes.config import load_config, torchtune_configs
+from layerskip_recipes.config import load_config, main_of, torchtune_configs
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
 
 UPSTREAM = "torchtune.modules.early_exit_loss."
@@ -368,3 +368,29 @@ def test_validate_knows_which_recipe_a_config_is_for(tmp_path, tokenizer_folder)
     }
     for recipe, path in forms.items():
         assert validate(load_config(str(path))) == recipe
+
+
+# ------------------------------------------------------------------------------------------------- a recipe's main
+
+
+@pytest.mark.parametrize(
+    "lost", ["Connection closed by peer [127.0.0.1]:10980", "Read error [127.0.0.1]:10980: Connection reset by peer"]
+)
+def test_a_rank_whose_peer_ended_adds_nothing(lost, capsys):
+    """Both are what gloo says where rank 0 ended by an error of its own, depending on what was under way."""
+
+    def steps():
+        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {lost}. GLHF!")
+
+    with pytest.raises(SystemExit) as ended:
+        main_of(steps)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_other_connections_keep_their_traceback():
+    def steps():
+        raise RuntimeError("wandb: Connection reset by peer")
+
+    with pytest.raises(RuntimeError, match="wandb"):
+        main_of(steps)
