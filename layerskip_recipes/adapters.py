@@ -150,7 +150,8 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
     if not (file.exists() and (folder / "config.json").exists()):
         return
     config = json.loads((folder / "config.json").read_text())
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q_proj": config["num_attention_heads"]}
+    heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]  # Llama 1 does not say
     state = load_file(file)
     for name, value in state.items():
         count = next((number for module, number in heads.items() if module in name), None)
@@ -195,6 +196,11 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
         raise ValueError(
             f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
             "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
+        )
+    if names and cfg.checkpointer.get("safe_serialization") is False:
+        raise ValueError(
+            "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
+            "checkpointer.safe_serialization=true"
         )
 
 

@@ -1,8 +1,8 @@
 """Is a setting what it must be? Each check raises one ValueError: the key, the value given, what is allowed."""
 
+import dis
 import math
 import os
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,13 @@ def check_text(key: str, value: Any, example: str) -> None:
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether this package raised the error as a ValueError: then it says what a user did wrong."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return isinstance(error, ValueError) and raised_in.is_relative_to(PACKAGE)
+    """Whether a `raise` of this package made the error, a ValueError: then it says what a user did wrong.
+
+    One of a function in C, such as int(), has our line as its last too, but a call there.
+    """
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return isinstance(error, ValueError) and raised and Path(code.co_filename).is_relative_to(PACKAGE)

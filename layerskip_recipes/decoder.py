@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import config
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from layerskip_recipes.layer_dropout import IDLE, Kept, LayerDropout
 
@@ -126,6 +126,9 @@ class LayerSkipDecoder(TransformerDecoder):
         else:
             h = hidden
 
+        if mask is None and not self.decoding and not is_plain_attention(self.layers[0]):
+            # Gemma 2's attention would make it in each layer, on the host.
+            mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         of_sample = {
             "mask": mask,
             "encoder_input": encoder_input,
@@ -230,6 +233,11 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(take_rows(part, rows, batch_size) for part in value)
     return value
+
+
+def is_plain_attention(layer: nn.Module) -> bool:
+    """Whether a layer has torchtune's own attention, which needs no mask to be causal."""
+    return type(layer.attn) is MultiHeadAttention
 
 
 PARTS = ("tok_embeddings", "layers", "norm", "output")

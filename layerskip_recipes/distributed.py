@@ -187,8 +187,11 @@ class _LateLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self) -> None:
-        """Called once, for FSDP's hook before it, which makes this the root. Then each layer gathers itself."""
+    def forward(self, _: None) -> None:
+        """Called once, for FSDP's hook before it, which makes this the root. Then each layer gathers itself.
+
+        With an argument, since on a GPU the hook of torch before 2.13 looks at the first one.
+        """
 
 
 def shard_decoder(
@@ -236,7 +239,7 @@ def shard_decoder(
             model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
         )
     training.validate_no_params_on_meta_device(model)
-    late()
+    late(None)
     for layer in late.layers:
         # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,
         # could not be written outside of it.

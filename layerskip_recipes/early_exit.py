@@ -113,7 +113,6 @@ class EarlyExitLoss:
         ignore_index: the label that counts nowhere.
         label_smoothing: of the cross-entropy.
         chunk_tokens: the most tokens whose logits exist at a time.
-        min_chunks: the fewest chunks that the tokens of a batch are cut into.
 
     Raises:
         ValueError: if an argument is out of range (layers once the depth of the model is known).
@@ -129,15 +128,13 @@ class EarlyExitLoss:
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         chunk_tokens: int = 512,
-        min_chunks: int = 1,
     ) -> None:
         self.scale, self.scale_fn = scale, scale_fn
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         check_number("early_exit_loss.chunk_tokens", chunk_tokens, minimum=1, example=512)
-        check_number("early_exit_loss.min_chunks", min_chunks, minimum=1)
-        self.chunk_tokens, self.min_chunks = chunk_tokens, min_chunks
+        self.chunk_tokens = chunk_tokens
         enabled_exits(curriculum, 0, 1, 1, interval)
         exit_weights(1, [True], scale, scale_fn)
 
@@ -187,6 +184,11 @@ class EarlyExitLoss:
         # Inside of the walk, where a sharded model's own parameters are whole.
         total, per_exit = model(tokens, exits=exits, then=losses, **inputs)
         return total, dict(zip(exits, per_exit.unbind(), strict=True))
+
+    def compile(self) -> None:
+        """Compile what is done to the logits of a chunk."""
+        for name in ("sum_of_chunk", "gradient_of_chunk"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
     def sum_of_chunk(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in fp32, summed over the labels that count. logits [n, v], labels [n]."""

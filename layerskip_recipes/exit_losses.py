@@ -1,6 +1,7 @@
 """The losses of several exits and their gradients, chunk by chunk in the forward pass (used by early_exit.py).
 
-The logits of one chunk of tokens, in one buffer, are all that exists at a time: memory does not grow with the exits.
+The logits of one chunk of tokens, in one buffer, are all that exists at a time, whatever the number of exits. Each exit
+keeps its hidden state and that one's gradient, [b, s, d].
 """
 
 from typing import Any
@@ -58,13 +59,10 @@ class ExitLosses(torch.autograd.Function):
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
         leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        # Vectors (the norm's) add up in fp32: many small summands would vanish in bf16, and they cost no memory.
-        sums = [
-            torch.zeros_like(p, dtype=torch.float32 if p.dim() == 1 else p.dtype) if p.requires_grad else None
-            for p in leaves
-        ]
+        # They add up in fp32: there are as many summands as chunks of all exits, which in bf16 would vanish.
+        sums = [torch.zeros_like(p, dtype=torch.float32) if p.requires_grad else None for p in leaves]
         hidden_grads, per_exit = [], []
-        size = min(loss.chunk_tokens, -(-len(labels) // loss.min_chunks))
+        size = min(loss.chunk_tokens, len(labels))
         # The logits of all chunks in turn: memory of that size, taken anew for each, costs a CPU a tenth of the step.
         plain = head.matrix is not None
         logits = hidden[0].new_empty(size, leaves[head.matrix].shape[0]) if plain and wants_gradient else None
@@ -120,7 +118,7 @@ def _with_gradient(
     """
     x = x.detach().requires_grad_()
     h = head.normed(x)
-    apart = head.matrix  # a plain matrix: its gradient adds up in place, without a tensor of its size for each chunk
+    apart = head.matrix  # a plain matrix: in fp32 its gradient adds up without a tensor of its size for each chunk
     if apart is None:
         end = head.unembed(h)
         grad = end.detach().clone()
@@ -129,8 +127,10 @@ def _with_gradient(
         with torch.no_grad():
             logits = head.unembed(h, out=buffer[: len(h)])
             chunk_sum = loss.gradient_of_chunk(logits, labels, scale)
-            if sums[apart] is not None:
+            if sums[apart] is not None and sums[apart].dtype == h.dtype:
                 sums[apart].addmm_(logits.T, h)
+            elif sums[apart] is not None:
+                sums[apart] += logits.T @ h
             end, grad = h, logits @ leaves[apart]
     others = [i for i, total in enumerate(sums) if total is not None and i != apart]
     x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)

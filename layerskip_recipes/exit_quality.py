@@ -11,7 +11,7 @@ from torchtune import utils
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.head import Head
-from layerskip_recipes.settings import check_length
+from layerskip_recipes.settings import check_batch
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP could not use again in training
@@ -48,8 +48,8 @@ def exit_quality(
     exits = sorted(exits)
     sums = torch.zeros(len(exits), 6, dtype=_exact(device), device=device)
     for batch in batches:
+        check_batch(batch["tokens"], model)
         utils.batch_to_device(batch, device)
-        check_length(batch["tokens"].shape[1], model)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
         measure = partial(_sums, model, labels, ignore_index, chunk_tokens, num_speculations)
         sums += model(batch.pop("tokens"), exits=exits, then=measure, **batch)
@@ -86,8 +86,8 @@ def _sums(
     accepted tokens, and how many drafts."""
     counts = labels != ignore_index
     at = counts.flatten().nonzero()[:, 0]  # once: on a GPU the host waits for it
-    labels, final = labels.flatten()[at], final.flatten(0, 1)[at]
-    states = [x.flatten(0, 1)[at] for x in hidden.values()]
+    labels, final = labels.flatten()[at], final.flatten(0, 1)
+    states = [x.flatten(0, 1) for x in hidden.values()]
     sums = torch.zeros(len(states), 6, dtype=_exact(labels.device), device=labels.device)
     sums[:, 3] = len(labels)
     agrees = torch.zeros(len(states), *counts.shape, dtype=torch.bool, device=labels.device)
@@ -96,9 +96,9 @@ def _sums(
     with head.using(head.parameters):
         for start in range(0, len(labels), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            chosen = head(final[rows]).argmax(-1)
+            chosen = head(final[at[rows]]).argmax(-1)
             for exit_sums, agreed, x in zip(sums, flat, states, strict=True):
-                logits = head(x[rows])
+                logits = head(x[at[rows]])
                 top = logits.argmax(-1)
                 exit_sums[0] += F.cross_entropy(logits, labels[rows], reduction="sum")
                 exit_sums[1] += (top == labels[rows]).sum()

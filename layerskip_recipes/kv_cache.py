@@ -7,14 +7,15 @@ a draft tree have slots of their own behind the text; `move` brings an accepted 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention
 
 
 class Place:
@@ -69,8 +70,6 @@ class LayerCache:
 class DecodingCache:
     """The caches of all layers of a decoder, and the slots at which the next tokens stand.
 
-    A context manager: inside it the decoders' attention layers use these caches, afterwards what they had before.
-
     Args:
         model: the decoder.
         rows: b.
@@ -79,7 +78,6 @@ class DecodingCache:
     """
 
     def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, device: torch.device) -> None:
-        self.model = model
         self.rows = rows
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=device)
@@ -88,28 +86,22 @@ class DecodingCache:
         # The tokens of each row whose keys and values stand at slots 0, 1, ...: a later prompt goes on from them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.depth = 0  # in the first so many layers
-        self.users = [model]
 
-    def share(self, drafter: LayerSkipDecoder) -> None:
-        """Let another decoder's first layers use the same caches: a draft in another precision."""
-        self.users.append(drafter)
+    @contextmanager
+    def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
+        """Inside, the decoders' attention layers use these caches; afterwards what they had before.
 
-    def __enter__(self) -> "DecodingCache":
-        self._before = []
-        for user in self.users:
-            self._before.append((user, user.decoding, [_take_over(layer, cache) for layer, cache in self._pairs(user)]))
-            user.decoding = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Backwards: a drafter may have layers of the model, whose attention had this cache before.
-        for user, decoding, layers in reversed(self._before):
-            for (layer, _), before in zip(self._pairs(user), layers, strict=True):
-                _give_back(layer, before)
-            user.decoding = decoding
-
-    def _pairs(self, user: LayerSkipDecoder) -> Iterable[tuple[nn.Module, LayerCache]]:
-        return zip(user.layers, self.layers[: len(user.layers)], strict=True)
+        Of a decoder with fewer layers, such as a draft in another precision, they are the first ones.
+        """
+        with (
+            ExitStack() as afterwards
+        ):  # backwards: a drafter may have layers of the model, which are this cache's already
+            for decoder in decoders:
+                afterwards.callback(setattr, decoder, "decoding", decoder.decoding)
+                for layer, cache in zip(decoder.layers, self.layers[: len(decoder.layers)], strict=True):
+                    afterwards.callback(_give_back, layer, _take_over(layer, cache))
+                decoder.decoding = True
+            yield
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """The next tokens stand at the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
@@ -184,11 +176,6 @@ def cached_attention(
         mask = mask[:, None] if group == 1 else mask[:, None].repeat(1, 1, group, 1)
     q = q.reshape(b, k.shape[1], group * s, dim)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, heads, s, dim)
-
-
-def is_plain_attention(layer: nn.Module) -> bool:
-    """Whether a layer has torchtune's own attention, into which `cached_attention` fits."""
-    return type(layer.attn) is MultiHeadAttention
 
 
 def check_cache_fits(

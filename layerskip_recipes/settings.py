@@ -236,11 +236,24 @@ def check_one_process() -> None:
 
 def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
     """Raises a ValueError if a tokenizer has more tokens than the model's embedding."""
-    vocabulary = model.tok_embeddings.weight.shape[0]
-    if getattr(tokenizer, "vocab_size", 0) > vocabulary:
+    vocabulary, tokens = model.tok_embeddings.weight.shape[0], getattr(tokenizer, "vocab_size", 0)
+    if getattr(tokenizer, "image_id", None) == tokens - 1:
+        tokens -= 1  # Llama 3's has a last token that only models of images embed
+    if tokens > vocabulary:
         raise ValueError(
-            f"tokenizer: its {tokenizer.vocab_size} tokens do not fit the model's embedding of {vocabulary}. Take the "
-            "model's own tokenizer"
+            f"tokenizer: its {tokens} tokens do not fit the model's embedding of {vocabulary}. Take the model's own "
+            "tokenizer"
+        )
+
+
+def check_batch(tokens: torch.Tensor, model: TransformerDecoder) -> None:
+    """Raises a ValueError if tokens [b, s] of a dataset, still on the CPU, are more or others than the model takes."""
+    check_length(tokens.shape[1], model)
+    largest, vocabulary = int(tokens.max()), model.tok_embeddings.num_embeddings
+    if largest >= vocabulary:
+        raise ValueError(
+            f"dataset: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
+            "without images, and the model's own tokenizer"
         )
 
 

@@ -33,9 +33,11 @@ from layerskip_recipes.settings import build_on_meta, check_device, check_dtype
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def ours(model: Any, layers: str) -> Step:
+def ours(model: Any, layers: str, compiled: bool) -> Step:
     """Our early-exit loss on these layers, at each step; the last layer's alone with its number."""
     loss = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=256)
+    if compiled:
+        loss.compile()
     return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
 
 
@@ -65,7 +67,7 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
     torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
     torch.manual_seed(0)
     with training.set_default_dtype(check_dtype(cfg, device)), device:
-        base = config.instantiate(cfg.model)
+        base = config.instantiate(cfg.model.get("base") or cfg.model)
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (batch, seq_len + 1))
     model = layerskip_decoder(base)
     freeze_base(model)
@@ -73,15 +75,16 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
     if way == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
-    if cfg.get("compile"):
+    compiled = bool(cfg.get("compile"))
+    if compiled:
         training.compile_model(model, verbose=False)
     step = {
-        "ours": lambda: ours(model, str(depth - 1)),
-        "ours, exits": lambda: ours(model, layers),
-        "ours, dropout": lambda: ours(model, str(depth - 1)),
+        "ours": lambda: ours(model, str(depth - 1), compiled),
+        "ours, exits": lambda: ours(model, layers, compiled),
+        "ours, dropout": lambda: ours(model, str(depth - 1), compiled),
         "torchtune": lambda: torchtunes(base),
         "torchtune, exits": lambda: torchtunes_early_exit(base, layers),
-        "ours, one layer": lambda: ours(model, "0"),
+        "ours, one layer": lambda: ours(model, "0", compiled),
     }[way]()
     if way == "ours, dropout":
         model.layer_dropout = LayerDropout(depth, prob, "uniform", batch_size=batch)

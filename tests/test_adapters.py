@@ -26,6 +26,7 @@ from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.training import FullModelHFCheckpointer
 
+from layerskip_recipes.adapters import correct_peft_form
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
@@ -670,6 +671,7 @@ BAD = [
      "'qproj'", "q_proj"),
     ("adapters", "model.lora_attn_modules=[]", "model", "lora_attn_modules=[]", "q_proj"),
     ("adapters", "model.lora_dropout=2", "model", "lora_dropout=2", "between 0 and 1"),
+    ("adapters", "checkpointer.safe_serialization=false", "checkpointer.safe_serialization", "False", "=true"),
     ("adapters", "model.lora_rank=four", "model.lora_rank", "'four'", "lora_rank=8"),
     ("adapters", "model.lora_rnk=4", "model.lora_rnk", "no such argument", "lora_rank"),
     ("adapters", "~model.lora_rank", "model.lora_rank", "missing", "model.lora_rank="),
@@ -729,3 +731,14 @@ def test_the_adapters_of_another_model(override, message, adapter_paths):
     recipe = LayerSkipGenerate(load_config(str(adapter_paths["generate"]), [override]))
     with pytest.raises(ValueError, match=rf"^checkpointer\.adapter_checkpoint: .*{message}"):
         recipe.setup()
+
+
+def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
+    """Llama 1's: all heads have their own. DoRA's magnitudes of k go into Hugging Face's order by that number."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    magnitude = torch.arange(8.0)
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector.weight"
+    save_file({name: magnitude}, tmp_path / "adapter_model.safetensors")
+    correct_peft_form(tmp_path, "LLAMA2", {})
+    # Of each head the even rows, then the odd ones: torchtune rotates neighbours, Hugging Face halves.
+    assert load_file(tmp_path / "adapter_model.safetensors")[name].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

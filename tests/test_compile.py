@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation import Generation, Speculation, compiling, generate
+from layerskip_recipes.generation import Generation, GenerationStats, Speculation, compiling, generate
 from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.engine import compiled_steps
 from layerskip_recipes.generation.few_rows import FewRows, load_kernel
@@ -331,6 +331,30 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
     (warning,) = warnings
     assert warning.startswith("compile: ") and "\n" not in warning
     assert "no compiler" in warning or "AssertionError" in warning
+
+
+def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
+    """Under one name dynamo takes what differs between them for dynamic, for which there are no products of few rows."""
+    names = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: names.append(function.__code__.co_name) or function)
+    for rows in (1, 2):
+        run(make_small(), SHORT[:rows], 3)
+    assert len(names) == len(set(names)) == 2
+
+
+def test_rounds_that_compile_count_in_no_speed():
+    stats = GenerationStats(
+        tokens=13, rows=1, rounds=4, decode_s=2.0, compile_s=9.0, untimed_rounds=2, untimed_tokens=8
+    )
+    assert stats.tokens_per_second == 4 / 2.0 and stats.seconds_per_round == 2.0 / 2
+    assert GenerationStats(tokens=9, rows=1, rounds=1, untimed_rounds=1, untimed_tokens=8).tokens_per_second is None
+
+
+@needs_compiler
+def test_which_rounds_compile():
+    generation = run(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2))
+    assert generation.stats.untimed_rounds == 1
+    assert 0 < generation.stats.untimed_tokens <= 3
 
 
 def test_a_cache_serves_while_it_is_large_enough():

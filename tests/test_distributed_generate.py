@@ -135,6 +135,12 @@ def decode_worker(folder):
         with CountedCollectives() as counted:
             out = run(model, PROMPTS[0], **MODES[mode])
         result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens]
+    # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.
+    torch.manual_seed(dist.get_rank())
+    for how, (kept, dim) in SPLITS.items():
+        rngs = None, torch.Generator().manual_seed(dist.get_rank())
+        draws = [run(split("llama3", kept, dim), **MODES["speculative"], temperature=1.0, rng=rng) for rng in rngs]
+        result[f"own seeds/{how}"] = [out.tokens.tolist() for out in draws]
     result["agreed"] = distributed.agree(torch.tensor([5, dist.get_rank()])).tolist()
     return result
 
@@ -281,6 +287,15 @@ def test_sampled_tokens_of_one_process(decoded, how):
     for family in FAMILIES_HERE:
         alone = sampled(layerskip_decoder(make_tiny(family)))
         assert all(rank[f"{family}/{how}/sampled"] == alone for rank in decoded)
+
+
+@pytest.mark.parametrize("how", sorted(SPLITS.keys() - {"nothing_sharded"}))  # there each rank has a model of its own
+def test_ranks_with_seeds_of_their_own_draw_alike(decoded, how):
+    """By rank 0's generator: with tensor parallelism drafts that differ would be the sums of different tokens."""
+    rng = torch.Generator().manual_seed(0)
+    expected = run(layerskip_decoder(make_tiny("llama3")), **MODES["speculative"], temperature=1.0, rng=rng)
+    ours, theirs = (rank[f"own seeds/{how}"] for rank in decoded)
+    assert ours == theirs and ours[1] == expected.tokens.tolist()
 
 
 @pytest.mark.parametrize("how", SPLITS)

@@ -123,8 +123,6 @@ def test_other_scale_functions(scale_fn, f):
         {"chunk_tokens": -1},
         {"chunk_tokens": 0},
         {"chunk_tokens": True},
-        {"min_chunks": -1},
-        {"min_chunks": 0},
     ],
     ids=str,
 )
@@ -224,9 +222,7 @@ def test_the_gradient_takes_the_place_of_the_logits(size, label_smoothing):
     torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "chunks", [{}, {"chunk_tokens": 1}, {"chunk_tokens": 7}, {"min_chunks": 4}, {"min_chunks": 50}], ids=str
-)
+@pytest.mark.parametrize("chunks", [{}, {"chunk_tokens": 1}, {"chunk_tokens": 7}], ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1], ids="smoothing{}".format)
 @pytest.mark.parametrize("family", ["llama2", "llama3_2", "qwen2", "gemma", "gemma2"])
 def test_loss_and_gradients_are_those_of_plain_autograd(family, label_smoothing, chunks):
@@ -347,6 +343,22 @@ def test_bf16(family):
         assert error < 1.2 * usual < 0.2 * true[name].norm(), name
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
+def test_the_heads_gradient_in_bf16_is_that_of_any_chunks(family):
+    """Three thousand summands that add up in bf16 lose a tenth: the last ones are smaller than what it can add."""
+    model = layerskip_decoder(make_tiny(family).bfloat16())
+    tokens, labels = batch(rows=4, length=128)
+    head = "tok_embeddings.weight" if family == "llama3_2" else "output.weight"
+
+    def gradient(**chunks):
+        total, _ = EarlyExitLoss(curriculum=None, **chunks)(model, tokens, labels, step=0, total_steps=1)
+        return gradients(total, model)[head].float()
+
+    once, many = gradient(chunk_tokens=4 * 128), gradient(chunk_tokens=1)
+    assert (many - once).norm() < 0.01 * once.norm()
+
+
 @pytest.mark.parametrize(
     "curriculum", [{"curriculum": "rotational", "interval": 4}, {"curriculum": "gradual"}, {"curriculum": None}]
 )
@@ -394,8 +406,7 @@ def test_a_batch_without_labels_trains_nothing(tiny):
 
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])
 @pytest.mark.parametrize("layers", ["5", ":"], ids=["one exit", "six exits"])
-@pytest.mark.parametrize(("chunks", "most"), [({"chunk_tokens": 16}, 16), ({"min_chunks": 9}, 14)], ids=str)
-def test_logits_exist_one_chunk_at_a_time(family, layers, chunks, most, monkeypatch):
+def test_logits_exist_one_chunk_at_a_time(family, layers, monkeypatch):
     """Whatever the exits, the head sees one chunk at a time, and no logits are kept for the backward pass."""
     model = layerskip_decoder(make_tiny(family))
     tokens, labels = batch(rows=4, length=30)
@@ -416,10 +427,10 @@ def test_logits_exist_one_chunk_at_a_time(family, layers, chunks, most, monkeypa
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss_fn = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
+        loss_fn = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=16)
         loss, per_exit = loss_fn(model, tokens, labels, step=0, total_steps=1)
     assert sum(rows_at_the_head) == 120 * len(per_exit)
-    assert max(rows_at_the_head) == most
+    assert max(rows_at_the_head) == 16
     alive = [kept.tensor for kept in saved]
     assert len(alive) > 20  # those of the layers
     # The tied head's weight is [v, d]: only what ends in v can be logits.

@@ -14,6 +14,7 @@ from configs import MODEL, eval_config, finetune_config, generate_config, make_c
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
+from layerskip_recipes.checks import is_ours
 from layerskip_recipes.config import PACKAGE, load_config
 from layerskip_recipes.recipes import eval as evaluation
 from layerskip_recipes.recipes import finetune_config as settings
@@ -182,6 +183,15 @@ FINETUNE = [
     ("dataset.packd=true", "dataset.packd", "no such argument", "Allowed"),
     ("dataset.split=test", "dataset", "'test'", "train, heldout"),
     ("dataset.seq_len=0", "dataset", "0", "1"),
+    (
+        "dataset={_component_: torchtune.datasets.text_completion_dataset, source: json, streaming: true}",
+        "dataset.streaming",
+        "True",
+        "=false",
+    ),
+    ("dataset={_component_: test_errors.preferences}", "dataset", "chosen_input_ids", "chat_dataset"),
+    ("collate_fn=torchtune.data.padded_collate_dpo", "collate_fn", "'torchtune.data.padded_collate_dpo'", "_sft"),
+    ("curriculum=gradual", "curriculum", "'gradual'", "early_exit_loss.curriculum"),
     ("dataset.max_samples=-1", "dataset", "-1", "1"),
     ("dataset.seq_len=1000", "dataset", "1000", "128"),
     ("model.vocab_size=200", "tokenizer", "200", "own tokenizer"),
@@ -314,6 +324,11 @@ FINETUNE = [
         }.items()
     ),
 ]
+
+
+def preferences(tokenizer) -> list[dict]:
+    """A dataset of torchtune's preference recipes."""
+    return [{"chosen_input_ids": [1, 2], "chosen_labels": [1, 2]}] * 8
 
 
 @pytest.mark.parametrize(("overrides", "key", "given", "allowed"), FINETUNE)
@@ -678,3 +693,11 @@ def test_a_prompt_of_ones_own_replaces_the_configs(overrides, expected, paths, m
     monkeypatch.setattr("layerskip_recipes.quickstart.heldout_prompts", lambda count: ["a", "b"])
     change = ["prompt=null", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts", "prompts.count=2"]
     assert LayerSkipGenerate(load_config(str(paths["generate"]), [*change, *overrides])).prompts == expected
+
+
+def test_a_programming_error_is_no_users_mistake(tmp_path):
+    """A ValueError of int() or zip() within our code keeps its traceback: it says nothing about a config."""
+    for code in ("int('x')", "list(zip([1], [], strict=True))", "a, b = [1]", "raise ValueError('mine')"):
+        with pytest.raises(ValueError) as caught:
+            exec(compile(code, str(PACKAGE / "made_up.py"), "exec"))
+        assert is_ours(caught.value) == code.startswith("raise"), code

@@ -416,3 +416,21 @@ def test_weights_of_the_log_are_the_papers(tmp_path, tokenizer_folder):
         weights = exit_weights(4, on, 0.5)
         expected = sum(weights[e].item() * line[f"loss_exit_{e + 1}"] for e in range(4) if on[e])
         assert line["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def pictures(tokenizer):
+    """Samples with a token that only a model of images embeds."""
+    return [{"tokens": [1, 2, 300], "labels": [1, 2, 300]}] * 8
+
+
+def test_a_token_that_the_model_does_not_embed(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, dataset={"_component_": "test_finetune.pictures"})
+    with pytest.raises(ValueError, match=r"^dataset: a sample has token 300, and the model embeds 300"):
+        train(path)
+
+
+def test_the_logged_config_is_one_that_trains(tmp_path, tokenizer_folder):
+    train(finetune_config(tmp_path, tokenizer_folder))
+    logged = tmp_path / "out" / "torchtune_config.yaml"
+    assert "curriculum" in OmegaConf.load(logged)
+    assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2

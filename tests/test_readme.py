@@ -157,7 +157,7 @@ def test_every_key_of_the_sections_is_in_the_readme():
         assert f"`self_speculation.{name}`" in README
     for name in inspect.signature(LayerDropout).parameters.keys() - {"num_layers", "seed", "batch_size"}:
         assert f"`layer_dropout.{name}`" in README
-    for name in inspect.signature(EarlyExitLoss).parameters.keys() - {"ignore_index", "label_smoothing", "min_chunks"}:
+    for name in inspect.signature(EarlyExitLoss).parameters.keys() - {"ignore_index", "label_smoothing"}:
         assert f"`early_exit_loss.{name}`" in README
 
 

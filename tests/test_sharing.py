@@ -11,8 +11,10 @@ from test_generation import PROMPT, greedy, make_model, model_of
 
 from layerskip_recipes.checkpoint import quantise
 from layerskip_recipes.generation import Generation, Speculation, generate, timing
+from layerskip_recipes.generation.engine import compiled_steps
 from layerskip_recipes.kv_cache import check_cache_fits
 
+CPU = torch.device("cpu")
 TOKENS = greedy("llama3_2", PROMPT, 12)
 
 
@@ -34,6 +36,54 @@ def test_a_finished_generation_is_freed_at_once(speculation):
         assert cache() is None and buffer() is None
     finally:
         gc.enable()
+
+
+def test_a_model_with_compiled_steps_is_freed_at_once():
+    model = make_model()
+    run(model, compile=True, count=2)
+    weight, _ = weakref.ref(model.layers[0].attn.q_proj.weight), gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_caches_of_compiled_steps_by_rows():
+    """CUDA graphs know where they are: batches of several sizes in turns have each their own."""
+    model = make_model()
+    caches = {rows: compiled_steps(model, CPU).cache(model, rows, 300) for rows in (1, 8)}
+    for rows in (1, 8, 1):
+        assert compiled_steps(model, CPU).cache(model, rows, 200) is caches[rows]
+    assert compiled_steps(model, CPU).cache(model, 1, 301) is not caches[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_keep_their_modes(training):
+    """Such as a frozen layer's, in a model that is being trained; and a drafter's."""
+    model, drafter = make_model().train(training), make_tiny("llama3_2").train(training)
+    model.layers[1].eval()
+    drafter.layers[1].eval()
+    before = [module.training for decoder in (model, drafter) for module in decoder.modules()]
+    assert run(model, speculation=Speculation(2, 3, drafter=drafter)).generated == [TOKENS]
+    assert [module.training for decoder in (model, drafter) for module in decoder.modules()] == before
+
+
+def test_a_plain_decoder_drafts():
+    model, plain = make_model(), make_tiny("llama3_2")
+    plain.load_state_dict(model.state_dict())
+    out = generate(model, torch.tensor(PROMPT), 12, exit_layer=2, num_speculations=3, drafter=plain)
+    own = generate(model, torch.tensor(PROMPT), 12, exit_layer=2, num_speculations=3)
+    assert out.tokens[0, len(PROMPT) :].tolist() == TOKENS and out.stats.accepted == own.stats.accepted
+    assert plain.layers[0].attn.kv_cache is None
+
+
+def test_a_draft_vocabulary_of_all_tokens_and_none():
+    model = make_model("llama3")
+    for vocabulary in (range(97), None, range(97)):
+        drafts = Speculation(2, 3, draft_vocabulary=vocabulary)
+        assert run(model, speculation=drafts, compile=True).generated == [greedy("llama3", PROMPT, 12)]
 
 
 def test_a_conversation_keeps_its_cache_while_it_fits():

@@ -1,19 +1,26 @@
 """hf_tokenizer against transformers (tokens), against texts written down by hand (loss masks), and inside torchtune."""
 
+import base64
 import json
 import pickle
 import string
 from pathlib import Path
 
 import pytest
+import torch
+from configs import SIZE
 from jinja2 import TemplateError
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torchtune.config import instantiate
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, padded_collate_sft
 from torchtune.datasets import PackedDataset, SFTDataset, chat_dataset, instruct_dataset, text_completion_dataset
+from torchtune.models.llama3 import llama3_tokenizer
+from torchtune.models.llama3_2 import llama3_2_1b
+from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.recipes.stream import TextStream
+from layerskip_recipes.settings import check_vocabulary
 from layerskip_recipes.tokenizer import hf_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
@@ -386,3 +393,15 @@ def test_smollm2():
     assert tokens == reference.apply_chat_template(chat)["input_ids"]
     replies = [f"<|im_start|>assistant\n{turn['content']}<|im_end|>\n" for turn in chat if turn["role"] == "assistant"]
     assert trained_text(tokenizer, tokens, mask) == "".join(replies)
+
+
+def test_llama3s_own_tokenizer_fits_its_models(tmp_path):
+    """Its vocabulary counts <|image|>, 128256, for which models of text have no embedding: they have 0 .. 128255."""
+    ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tokenizer.model").write_text(ranks)
+    tokenizer = llama3_tokenizer(str(tmp_path / "tokenizer.model"))
+    assert tokenizer.vocab_size == 128257
+    with torch.device("meta"):
+        check_vocabulary(tokenizer, llama3_2_1b())
+        with pytest.raises(ValueError, match=r"^tokenizer: its 128256 tokens do not fit .* 128255"):
+            check_vocabulary(tokenizer, llama3_2(**SIZE | {"vocab_size": 128255}))

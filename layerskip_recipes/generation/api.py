@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.distributed import agree
+from layerskip_recipes.distributed import agree, from_rank_zero
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_num_speculations
@@ -90,6 +90,12 @@ def generate(
         if num_speculations is None:
             raise ValueError(f"{name}: needs num_speculations too, for example num_speculations=6")
     drafting = num_speculations is not None
+    # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
+    shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if shared and temperature:
+        if rng is None:
+            rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(int(torch.randint(2**31, ())))
+        rng.set_state(from_rank_zero(rng.get_state()))
     generation = Generation(
         model,
         rows,
@@ -99,8 +105,7 @@ def generate(
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
-        # Ranks that share a model choose alike; others may each have a model and prompts of their own.
-        agree=agree if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else None,
+        agree=agree if shared else None,
     )
     for _ in generation:
         pass

@@ -5,6 +5,7 @@ call costs no walk through the model's thousands of attributes. On a CPU the len
 graph for all of them; on a GPU steps are CUDA graphs, whose lengths are rounded to powers of two.
 """
 
+import itertools
 import time
 import types
 from collections.abc import Callable, Hashable
@@ -17,6 +18,7 @@ from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.kv_cache import DecodingCache
 
 log = utils.get_logger("INFO")
+_numbers = itertools.count()  # dynamo remembers shapes by a function's name, beyond the model that it was made for
 
 
 def rounded(length: int, device: torch.device, least: int = 256) -> int:
@@ -45,21 +47,22 @@ class CompiledSteps:
         self.device, self.dtype = device, dtype
         self.graphs: dict[Hashable, Callable] = {}
         self.path: tuple[Hashable, ...] = ()  # the steps of this round so far: a CUDA graph belongs to those before it
+        self.warming = False  # whether one of them was new: then the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
         self.failed = False
         self.seconds = 0.0
-        self._cache: DecodingCache | None = None
+        self._caches: dict[int, DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
-        """A cache of at least max_len slots: the last one again if it is large enough, since graphs know its size."""
-        if self._cache is None or self._cache.rows != rows or self._cache.max_len < max_len:
-            self._cache = DecodingCache(model, rows, max_len, self.device)
-        self._cache.tokens = [[] for _ in range(rows)]
-        return self._cache
+        """A cache of at least max_len slots: that of as many rows again if it is large enough, as graphs know it."""
+        if rows not in self._caches or self._caches[rows].max_len < max_len:
+            self._caches[rows] = DecodingCache(model, rows, max_len, self.device)
+        self._caches[rows].tokens = [[] for _ in range(rows)]
+        return self._caches[rows]
 
     def begin_round(self) -> None:
         """CUDA graphs may use the memory of the last round's results again."""
-        self.path = ()
+        self.path, self.warming = (), False
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -86,13 +89,15 @@ class CompiledSteps:
         started = time.perf_counter()
         try:
             if graph is None:
+                self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
-                graph = _compiled(step.__func__, len(self.graphs), self.device)
+                graph = _compiled(step.__func__, self.device)
             out = graph(step.__self__, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
-                self.captured.add(self.path)
+                if not self.warming:
+                    self.captured.add(self.path)
         except Exception as e:
             # Compilation and capture come before the step runs. A machine without a C++ compiler ends here.
             self.failed = True
@@ -106,9 +111,9 @@ class CompiledSteps:
         return out
 
 
-def _compiled(function: Callable, number: int, device: torch.device) -> Callable:
+def _compiled(function: Callable, device: torch.device) -> Callable:
     """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     options: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder, walked
+from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention, walked
 from layerskip_recipes.generation.adaptive import Arm, LookUp
 from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
@@ -23,7 +23,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
 from layerskip_recipes.generation.timing import Clock, Reads
 from layerskip_recipes.generation.tree import DraftTree
-from layerskip_recipes.kv_cache import DecodingCache, is_plain_attention, visible
+from layerskip_recipes.kv_cache import DecodingCache, visible
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
 
@@ -97,7 +97,9 @@ class Generation:
             cache = self._new_cache(max(needed, reserve or 0))
         self.cache = cache
         self.steps: dict[tuple[int, int], Steps] = {}
-        self.drafter = (speculation and speculation.drafter) or self.model
+        self.drafter = self.model
+        if speculation is not None and speculation.drafter is not None:
+            self.drafter = walked(speculation.drafter)
         self.draft_head: DraftHead | None = None
         self.started = False
 
@@ -111,14 +113,13 @@ class Generation:
             )
         self.started = True
         # Logits in one piece, whatever a training left.
-        was_training, chunks = self.model.training, self.model.num_output_chunks
-        self.model.num_output_chunks = 0
-        self.model.eval()
-        if self.drafter is not self.model:
-            self.drafter.eval()
-            self.cache.share(self.drafter)
+        users = list({id(user): user for user in (self.model, self.drafter)}.values())
+        training = [(module, module.training) for user in users for module in user.modules()]
+        chunks, self.model.num_output_chunks = self.model.num_output_chunks, 0
+        for user in users:
+            user.eval()
         try:
-            with self.cache:
+            with self.cache.used_by(*users):
                 self._prepare()
                 started = time.perf_counter()
                 new = self._prefill()
@@ -128,16 +129,20 @@ class Generation:
                     started, compiled = time.perf_counter(), self.compile_s
                     new = self._step() if self.speculation is None else self._round()
                     self.stats.rounds += 1
-                    self.stats.compile_s += self.compile_s - compiled
-                    self.stats.decode_s += time.perf_counter() - started - (self.compile_s - compiled)
+                    if self.compile_s == compiled:
+                        self.stats.decode_s += time.perf_counter() - started
+                    else:
+                        self.stats.compile_s += self.compile_s - compiled
+                        self.stats.untimed_rounds += 1
+                        self.stats.untimed_tokens += sum(map(len, new))
                     yield new
         finally:
             self.clock.read(self.stats)
             # What stands in the cache: all but the last token, which was never an input.
             if all(self.generated):
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
-            self.cache.users = [self.model]
-            self.model.train(was_training)
+            for module, was in training:
+                module.training = was
             self.model.num_output_chunks = chunks
 
     @property
@@ -360,7 +365,7 @@ class Generation:
         if name.startswith(("draft", "accept", "choose")):
             sampler = self.sampler
             key += [sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty]
-            key += [self._vocabulary(steps)]
+            key += [self._vocabulary(steps), steps.draft_head is None]
         if name == "accept_chain":
             key += [args[1].tokens.shape[1], args[1].q is None]
         sees_slots = not name.startswith(("accept", "choose"))

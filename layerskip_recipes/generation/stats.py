@@ -20,6 +20,8 @@ class GenerationStats:
     drafted: int = 0
     accepted: int = 0
     draft_steps: int = 0  # sequential ones; a tree's level is one
+    untimed_rounds: int = 0  # those that compiled something: their time says nothing, and is in no figure but compile_s
+    untimed_tokens: int = 0
     prefill_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, found in the cache
     prefill_s: float = 0.0
@@ -52,7 +54,14 @@ class GenerationStats:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens after each row's first, per second of decoding; None if there were none."""
-        return (self.tokens - self.rows) / self.decode_s if self.decode_s > 0 and self.tokens > self.rows else None
+        timed = self.tokens - self.rows - self.untimed_tokens
+        return timed / self.decode_s if self.decode_s > 0 and timed > 0 else None
+
+    @property
+    def seconds_per_round(self) -> float | None:
+        """Of those that compiled nothing; None if there were none."""
+        timed = self.rounds - self.untimed_rounds
+        return self.decode_s / timed if timed else None
 
     @property
     def accept_s(self) -> float:

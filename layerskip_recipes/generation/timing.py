@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder
@@ -62,8 +63,15 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def _weight_bytes(module: object) -> int:
-    """The weights of a module; a head that is a plain function has none that are known."""
-    return sum(tensor_bytes(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+    """The weights of a module as its steps read them, so with what is gathered for them; of a plain function none."""
+    return sum(tensor_bytes(p) * _gathered(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+
+
+def _gathered(weight: torch.Tensor) -> int:
+    """From how many ranks the parts of a weight come together before a step reads it."""
+    if not isinstance(weight, DTensor) or "shards" not in (weight.device_mesh.mesh_dim_names or ()):
+        return 1
+    return weight.device_mesh["shards"].size()
 
 
 class Reads:
@@ -97,7 +105,7 @@ def memory_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 
     """Bytes per second that the device reads: the best of a few sums over a large tensor; 0 if memory is too full."""
     try:
         data = torch.ones(megabytes * 2**18, device=device)
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # a CPU has no class of its own for it
         return 0.0
     best, times = float("inf"), 1 if device.type == "cpu" else 16  # so many that to launch them counts for nothing
     for _ in range(repeats):

@@ -13,7 +13,7 @@ from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from layerskip_recipes.kv_cache import is_plain_attention
+from layerskip_recipes.decoder import is_plain_attention
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
 
@@ -25,6 +25,8 @@ def check_dataset(key: str, value: Any) -> None:
     sections = list(value) if isinstance(value, ListConfig) and value else [value]
     for section in sections:
         check_component(section, key, positional=1)
+        if section.get("streaming"):
+            raise ValueError(f"{key}.streaming: True, but an epoch is a number of samples. Set {key}.streaming=false")
     if len({bool(section.get("packed")) for section in sections}) > 1:
         raise ValueError(
             f"{key}: some are packed and some are not. Allowed: all or none; for example packed: false in each"
@@ -97,8 +99,27 @@ def load_data(
     if getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections):
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
         return dataset, padded_collate_packed if flex else packed_with_dense_mask
-    collate = _get_component_from_path(cfg.get("collate_fn") or PADDED)
-    return dataset, partial(collate, padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
+    name = cfg.get("collate_fn") or PADDED
+    collate = partial(_get_component_from_path(name), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
+    needed = {"tokens", "labels"}
+    for part, section in zip(datasets, sections, strict=True):
+        sample = part[0] if len(part) else {}
+        if sample and not needed <= sample.keys():
+            raise ValueError(
+                f"{key}: samples of {section._component_} are {', '.join(sample)}. Allowed: samples with tokens and "
+                f"labels, such as those of torchtune.datasets.chat_dataset"
+            )
+    if len(dataset) and not _makes_batch(collate, dataset[0], needed):
+        raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; for example collate_fn={PADDED}")
+    return dataset, collate
+
+
+def _makes_batch(collate: Callable, sample: dict[str, Any], needed: set[str]) -> bool:
+    try:
+        batch = collate([sample])
+    except (KeyError, TypeError):  # it is for samples of another kind
+        return False
+    return isinstance(batch, dict) and needed <= batch.keys()
 
 
 class TrainingData:

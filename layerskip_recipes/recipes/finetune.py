@@ -32,6 +32,7 @@ from layerskip_recipes.run_checkpoints import Checkpoints, complete_checkpoints,
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
+    check_batch,
     check_device,
     check_dtype,
     check_length,
@@ -135,8 +136,7 @@ class LayerSkipFinetune:
             limit = 2 * cfg.get("batch_size", 1) + 2
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         if cfg.get("compile"):
-            for name in ("sum_of_chunk", "gradient_of_chunk"):
-                setattr(self.loss, name, torch.compile(getattr(self.loss, name), dynamic=True))
+            self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, bool(cfg.get("enable_activation_offloading", False))
         )
@@ -190,7 +190,7 @@ class LayerSkipFinetune:
         tokens, total, per_exit = torch.zeros((), device=self.device), 0.0, {}
         for _ in range(self.accumulation):
             batch = next(batches)
-            check_length(batch["tokens"].shape[1], self.model)
+            check_batch(batch["tokens"], self.model)
             utils.batch_to_device(batch, self.device)
             labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=self.loss.ignore_index)
             count = (labels != self.loss.ignore_index).sum()

@@ -1,5 +1,7 @@
 """What a finetune config may say: every key with its check, our two sections, and their names in torchtune."""
 
+from typing import Any
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -49,8 +51,16 @@ def _profiler(key: str, value: object) -> None:
         )
 
 
+def logged(key: str, value: Any) -> None:
+    """What RunLog adds to the config that it logs, which can be run again; a ValueError if it is anything else."""
+    if not isinstance(value, DictConfig) or not {"total_steps", "torch"} & value.keys():
+        raise ValueError(f"{key}: {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
+
+
 POSITIVE = number(minimum=1)
 SETTINGS = COMMON | {
+    "versions": logged,
+    "curriculum": logged,
     "output_dir": text("/tmp/layerskip", optional=False),
     "dataset": check_dataset,
     "shuffle": one_of(True, False),
@@ -229,9 +239,7 @@ def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
             raise ValueError(
                 f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
             )
-    elif isinstance(base, CEWithChunkedOutputLoss):
-        given["min_chunks"] = base.num_output_chunks
-    else:
+    elif not isinstance(base, CEWithChunkedOutputLoss):  # whose chunks are ours: chunk_tokens
         raise ValueError(
             f"loss._component_: {type(base).__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
             "torchtune.modules.loss.CEWithChunkedOutputLoss"
@@ -239,7 +247,7 @@ def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
     if cfg.get("early_exit_loss") is None:
         return EarlyExitLoss(curriculum=None, layers=str(num_layers - 1), **given)
     arguments = check_section(
-        cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=["ignore_index", "label_smoothing", "min_chunks"]
+        cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=["ignore_index", "label_smoothing"]
     )
     upstream = str(arguments.get("curriculum")) in UPSTREAM_CURRICULA
     arguments |= {

@@ -13,8 +13,10 @@ from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.recipes.data import TrainingData
 from layerskip_recipes.settings import build
 
-# What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change.
+# What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change, as what of
+# these is a matter of memory only.
 KEPT = ("model", "dataset", "collate_fn", "shuffle", "layer_dropout", "early_exit_loss", "loss", "optimizer_in_bwd")
+MEMORY_ONLY = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
 
 
 class RunLog:
@@ -81,6 +83,9 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in kept.items()
     }
+    for section, key in MEMORY_ONLY.items():
+        if isinstance(plain[section], dict):
+            plain[section].pop(key, None)
     if adapters:  # they belong to the weights that they were trained on
         plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
     plain["optimizer._component_"] = cfg.optimizer._component_  # its state is of no use to another one

@@ -160,6 +160,8 @@ class LayerSkipGenerate:
             # Warm-up, not counted: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
+            if self.interrupted:
+                raise KeyboardInterrupt
         with Results(self) as results:
             for batch in batches:
                 plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None

@@ -102,7 +102,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     """
     rounds = row_rounds(stats)
     d, steps = over(stats.drafted, rounds), over(stats.draft_steps, stats.rounds)
-    plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
+    plain_s, draft_s = baseline.seconds_per_round, over(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
     ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
     return {

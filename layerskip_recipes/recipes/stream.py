@@ -56,7 +56,10 @@ class TextStream:
 
     def cut(self, tokens: list[int], new: int) -> bool:
         """Shorten tokens to the first prefix whose text holds a stop string; only the last `new` are in question."""
-        if not self.stop_strings or not any(s in self._decode(tokens) for s in self.stop_strings):
+        if not self.stop_strings:
+            return False
+        text = self._decode(tokens)
+        if not any(s in text for s in self.stop_strings):
             return False
         for length in range(len(tokens) - new + 1, len(tokens) + 1):
             text = self._decode(tokens[:length])
@@ -90,7 +93,7 @@ def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStrea
     """Run a generation to its end, ending rows at stop strings.
 
     Args:
-        generation: not yet begun; its statistics count what is kept.
+        generation: not yet begun; of its statistics `tokens` is what is kept.
         texts: one for each row.
         shown: prints the first row as it grows.
     """
