@@ -1,6 +1,7 @@
 """The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; cost, export, results."""
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,23 @@ from layerskip_recipes.recipes import benchmark_config, eval, finetune_config, g
 from layerskip_recipes.results import MODELS, write_results
 from layerskip_recipes.training_cost import compare
 
+RECIPES = {
+    "layerskip_finetune": finetune_config,
+    "layerskip_benchmark": benchmark_config,
+    "layerskip_generate": generate_config,
+    "layerskip_eval": eval,
+}
+
 
 def list_configs() -> None:
-    """Our configs first, then torchtune's built-ins that a config can extend."""
+    """Our configs with their recipes first, then torchtune's built-ins that a config can extend."""
     print("layerskip configs")
-    for name in our_configs():
-        print(f"  {name}")
+    # The first command of its header names the recipe: merging them all takes seconds.
+    first_command = re.compile(rf"^# +tune run .*?\b({'|'.join(RECIPES)})\b", flags=re.M)
+    width = max(map(len, our_configs()), default=0)
+    for name, path in our_configs().items():
+        found = first_command.search(path.read_text(encoding="utf-8"))
+        print(f"  {name:<{width}}  {found[1] if found else ''}".rstrip())
     print("torchtune configs (for extends: and --config)")
     for name in sorted(torchtune_configs()):
         print(f"  {name}")
@@ -42,6 +54,18 @@ def copy_config(name: str, target: str) -> None:
     print(f"Copied to {path}")
 
 
+def recipe_of(cfg: DictConfig) -> str:
+    """The recipe that a config fits best: the fewest keys that it does not know; of equal ones the fewest that are
+    missing, then the fewest that it refuses, which may be inherited and switched off; then the first of RECIPES."""
+
+    def misfit(recipe: str) -> tuple[int, ...]:
+        module, keys = RECIPES[recipe], set(cfg)
+        unknown, refused = keys - {*module.SETTINGS, *module.REFUSED}, keys & {*module.REFUSED}
+        return tuple(map(len, (unknown, {*module.REQUIRED} - keys, refused)))
+
+    return min(RECIPES, key=misfit)
+
+
 def validate(cfg: DictConfig) -> str:
     """Check a config by the recipe that it is for: its sections, its keys, every component's arguments.
 
@@ -51,31 +75,23 @@ def validate(cfg: DictConfig) -> str:
     Raises:
         ValueError: the first thing that is wrong.
     """
-    recipes = {
-        "layerskip_finetune": finetune_config,
-        "layerskip_generate": generate_config,
-        "layerskip_eval": eval,
-        "layerskip_benchmark": benchmark_config,
-    }
-
-    def misfit(recipe: str) -> int:
-        """Keys that the recipe does not know, and keys that it misses."""
-        module = recipes[recipe]
-        return len(set(cfg) - set(module.SETTINGS)) + len(set(module.REQUIRED) - set(cfg))
-
-    name = min(recipes, key=misfit)
-    recipes[name].check_config(cfg)
+    name = recipe_of(cfg)
+    RECIPES[name].check_config(cfg)
     return name
 
 
 def main() -> None:
     """Entry point of the console script."""
-    parser = argparse.ArgumentParser(prog="layerskip", description="Configs of layerskip-recipes.")
+    parser = argparse.ArgumentParser(
+        prog="layerskip",
+        description="Configs of layerskip-recipes: list, copy, print and check them. What their training costs, "
+        "checkpoints for other programs, and all figures on one page.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="list the configs")
+    commands.add_parser("ls", help="list the configs, ours with their recipe")
     cp = commands.add_parser("cp", help="copy a config to a file")
-    cp.add_argument("name")
-    cp.add_argument("file")
+    cp.add_argument("name", help="a config's name or path")
+    cp.add_argument("file", help="where to copy it; a folder that exists gets it under its own name")
     cat = commands.add_parser("cat", help="print a config with its `extends` merged, without comments")
     check = commands.add_parser("validate", help="check sections and components without loading weights")
     for command in (cat, check):

@@ -4,13 +4,14 @@ first E layers with norm and head as a model of its own, to draft for the whole 
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from layerskip_recipes.checks import check_number
+from layerskip_recipes.checks import check_folder, check_number
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 INDEX = "model.safetensors.index.json"
@@ -40,23 +41,25 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         raise ValueError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))
     if not weights:
-        only = "only adapters; export a checkpoint with merged weights" if _has_adapters(source) else "no safetensors"
-        raise ValueError(f"export: {checkpoint!r} holds {only}, such as epoch_0 with save_adapter_weights_only=false")
+        raise ValueError(f"export: {checkpoint!r} holds {_without_weights(source)}")
     if target.exists():
         raise ValueError(f"export: {out!r} exists already; choose another folder")
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
-        if file.is_file() and beside and file.name != INDEX:
-            shutil.copy(file, target)
-    if draft is not None:
-        config = first_layers(config, draft)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _copy_weights(weights, target, draft or layers)
-    if exit_layer is not None:
-        generation = target / "generation_config.json"
-        settings = json.loads(generation.read_text()) if generation.exists() else {}
-        generation.write_text(json.dumps(settings | {"assistant_early_exit": exit_layer}, indent=2) + "\n")
+    check_folder("export", target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place and renamed into it: half a copy is never there.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
+        folder = Path(beside) / target.name
+        folder.mkdir()
+        _copy_files(source, folder)
+        if draft is not None:
+            config = first_layers(config, draft)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _copy_weights(weights, folder, draft or layers)
+        if exit_layer is not None:
+            generation = folder / "generation_config.json"
+            settings = json.loads(generation.read_text()) if generation.exists() else {}
+            generation.write_text(json.dumps(settings | {"assistant_early_exit": exit_layer}, indent=2) + "\n")
+        folder.rename(target)
     return target
 
 
@@ -79,8 +82,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _has_adapters(folder: Path) -> bool:
-    return any(folder.glob("adapter_model.*"))
+def _without_weights(folder: Path) -> str:
+    """What there is instead of the weights, and what to give."""
+    others = sorted(file.name for file in folder.glob("*.bin") if not file.name.startswith("adapter_"))
+    if others:
+        return (
+            f"{', '.join(others)} and no model*.safetensors. Give a folder that does, such as a finetuned epoch_0 with "
+            "checkpointer.safe_serialization=true"
+        )
+    if any(folder.glob("adapter_model.*")):
+        return (
+            "only adapters. Give a checkpoint with merged weights, such as epoch_0 with save_adapter_weights_only=false"
+        )
+    return "no model*.safetensors. Give a folder that does, such as a finetuned epoch_0"
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and settings; no weights and no adapters."""
+    for file in source.iterdir():
+        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
+        if file.is_file() and beside and file.name != INDEX:
+            shutil.copy(file, target)
 
 
 def _copy_weights(files: list[Path], target: Path, layers: int) -> None:

@@ -143,7 +143,7 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
     """Measure, and write the page with its pictures beside it.
 
     Args:
-        file: of the page, Markdown.
+        file: of the page, Markdown; what stands there behind the line BY_HAND is kept.
         models: names of `MODELS`, each perhaps with =FOLDER, the output_dir of its training.
         work: where what was measured is kept.
 
@@ -174,8 +174,17 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
         if not (folder / model.checkpoint).is_dir():
             run(["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"])
         lines += section(name, model, folder, Path(work) / f"{name}_figures", page)
-    page.write_text("\n".join(lines) + "\n")
+    page.write_text("\n".join(lines) + f"\n\n{by_hand(page)}")
     return page
+
+
+BY_HAND = "<!-- From here on written by hand: `layerskip results` keeps it. -->"
+
+
+def by_hand(page: Path) -> str:
+    """The end of a page, from its line BY_HAND on."""
+    _, _, kept = (page.read_text() if page.exists() else "").partition(BY_HAND)
+    return BY_HAND + (kept or "\n")
 
 
 _HEAD = """Made by one command, which trains the quickstart's model if it is not there:
@@ -250,7 +259,8 @@ def speed_tables(report: Mapping[str, Any]) -> list[str]:
         f"{report['repeats']} repeats, {compiled}."
     ]
     lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
-    shown = ("way", "tokens/s", "speed-up", "not looping", "loops", "acceptance", "ideal", "efficiency", "identical")
+    drafts = ("acceptance", "tokens/round", "ideal", "efficiency")
+    shown = ("way", "tokens/s", "speed-up", "not looping", "loops", *drafts, "identical")
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
         of_temperature = [row for row in report["results"] if row["temperature"] == temperature]
         rows = [[COLUMNS[column](row) for column in shown] for row in of_temperature]

@@ -18,6 +18,7 @@ from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.checks import is_ours
 from layerskip_recipes.config import load_config
+from layerskip_recipes.export import export
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes import benchmark, peers
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark, Run, figures
@@ -221,6 +222,67 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     assert "transformers is left out" in (path.parent / "report/benchmark.md").read_text()
 
 
+def of_torchtune(monkeypatch, fails) -> list[float]:
+    """Replaces the peer: what it decodes is nothing, and fails(call, temperature) says whether it raises.
+
+    Returns:
+        The temperatures of its calls; the first two of each temperature are its trial.
+    """
+    calls = []
+
+    def decode(prompts, sampler, seed):
+        calls.append(sampler.temperature)
+        if fails(len(calls), sampler.temperature):
+            raise MemoryError("no more\nmemory")
+        return [[1, 2] for _ in prompts], GenerationStats(tokens=2, rows=1, decode_s=1.0)
+
+    monkeypatch.setitem(peers.PEERS, "torchtune", lambda job: {"only": decode})
+    return calls
+
+
+def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypatch):
+    of_torchtune(monkeypatch, lambda call, temperature: temperature > 0)
+    _, report = run(path, "peers=[torchtune]", "repeats=1")
+    assert report["peers_left_out"] == {"torchtune": "RuntimeError: only: MemoryError: no more"}
+    assert [row["name"] for row in report["results"]] == ["baseline", "chain", "tree"] * 2
+
+
+def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
+    """In its trials (4 calls), in the warm-up and turns of the first temperature (2 + 4) it works; then no more."""
+    calls = of_torchtune(monkeypatch, lambda call, temperature: call > 4 + 6 + 3)
+    _, report = run(path, "peers=[torchtune]")
+    assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
+    assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
+    assert [(row["name"], row["outputs"]) for row in report["results"]] == [
+        *((name, 4) for name in ["baseline", "chain", "tree"] * 2)
+    ]
+    assert report["interrupted"] is False
+
+
+def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):
+    """In the second turn at the second temperature; an error before the first turn leaves the last report."""
+    calls, whole = [], LayerSkipBenchmark.run
+
+    def broken(self, *args):
+        calls.append(args)
+        if len(calls) > 12 + 6 + 3:  # of the repeats' four batches one
+            raise RuntimeError("out of memory")
+        return whole(self, *args)
+
+    monkeypatch.setattr(LayerSkipBenchmark, "run", broken)
+    file = path.parent / "report/benchmark.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(path, "repeats=1")
+    text = file.read_text()
+    report = json.loads(text)
+    assert report["interrupted"] is True
+    assert [(row["temperature"], row["outputs"]) for row in report["results"]] == [(0.0, 2)] * 3 + [(0.8, 1)] * 3
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["json"] == str(file)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(path)
+    assert file.read_text() == text
+
+
 def test_the_best_setting_of_a_peer_wins():
     """By the second call of each; a setting that fails is only noted."""
 
@@ -252,6 +314,17 @@ def test_looping_outputs_count_apart():
     assert row["speedup"] == pytest.approx({"median": (4 / 1.5 + 4) / 2, "min": 4 / 1.5, "max": 4.0})
     assert row["tokens_per_second_not_looping"] == {"median": 20.0, "min": 20.0, "max": 20.0}
     assert row["speedup_not_looping"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+
+
+def test_without_loops_the_same_prompts_are_compared():
+    """Both loop on another prompt, at the same rate; on the third one ours is twice as fast."""
+    straight, loop = list(range(20)), [1, 2] * 10
+    ours = [Run(0, [loop], stats(20, 0.5)), Run(0, [straight], stats(20, 2.0)), Run(0, [straight], stats(20, 1.0))]
+    base = [Run(0, [straight], stats(20, 0.5)), Run(0, [loop], stats(20, 2.0)), Run(0, [straight], stats(20, 2.0))]
+    row = figures(ours, base, greedy=False, bandwidth=1.0)
+    assert row["speedup_not_looping"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+    assert row["tokens_per_second_not_looping"]["median"] == pytest.approx(40 / 3)
+    assert figures(ours[:2], base[:2], greedy=False, bandwidth=1.0)["speedup_not_looping"] is None
 
 
 def test_drafts_that_are_looked_up_cost_no_step():
@@ -292,6 +365,7 @@ WRONG = [
     ("picture=3", "picture", "3", "text"),
     ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
+    ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
     ("stop_strings=[END]", "stop_strings", "END", "metrics=[rougeL]"),
     ("stream=true", "stream", "True", "stream=null"),
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
@@ -372,6 +446,19 @@ def test_adapters_are_not_the_peers_model():
     with pytest.raises(ValueError, match=r"^peers: torchtune would run the base without .*adapter_checkpoint"):
         peers.check_peer_files(["torchtune"], section)
     peers.check_peer_files([], section)
+
+
+def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
+    """A LoRA training's epoch_N has them beside the weights; what `layerskip export` makes of it has not."""
+    folder = make_checkpoint(tmp_path / "epoch_0", tokenizer_folder)
+    (folder / "adapter_config.json").write_text("{}")
+    section = OmegaConf.create({"checkpoint_dir": str(folder)})
+    for name in ("transformers", "transformers_early_exit"):
+        with pytest.raises(ValueError, match=rf"^peers: {name} would add the adapters .*`layerskip export {folder} "):
+            peers.check_peer_files(["torchtune", name], section)
+    peers.check_peer_files(["torchtune"], section)
+    exported = export(str(folder), str(tmp_path / "exported"))
+    peers.check_peer_files(["transformers"], OmegaConf.create({"checkpoint_dir": str(exported)}))
 
 
 def test_a_generation_config_becomes_a_benchmark(tmp_path, checkpoint):

@@ -1,6 +1,7 @@
 """The command line: `layerskip ls / cp / cat / validate`, and what `tune run` shows after a user's mistake."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from configs import finetune_config, generate_config, make_checkpoint, write_yam
 from conftest import run_tune
 
 import layerskip_recipes
-from layerskip_recipes.cli import main
+from layerskip_recipes.cli import main, recipe_of
 from layerskip_recipes.config import find_config, load_config, our_configs
 from layerskip_recipes.recipes import eval as evaluation
 from layerskip_recipes.recipes import finetune
@@ -50,8 +51,10 @@ def mistake(result: tuple[int, str, str]) -> str:
 def test_ls_names_what_the_other_commands_take(layerskip):
     """Ours first, none of the _*.yaml that are only there to be extended; each name leads to a file."""
     status, out, _ = layerskip("ls")
-    names = [line.strip() for line in out.splitlines() if line.startswith("  ")]
-    assert status == 0 and names[: len(our_configs())] == list(our_configs())
+    lines = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    names, ours = [line[0] for line in lines], len(our_configs())
+    assert status == 0 and names[:ours] == list(our_configs())
+    assert lines[:ours] == [[name, recipe_of(load_config(name))] for name in our_configs()]
     assert "llama3_2/1B_full_single_device" in names and not any("/_" in name for name in names)
     for name in names:
         assert find_config(name).is_file()
@@ -123,6 +126,33 @@ def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
     assert list(Path().iterdir()) == []
 
 
+def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
+    """Those that extend a generation config have its keys, switched off."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
+        Path(re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
+    layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
+    recipes = {"my": "finetune", "my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
+    for name, recipe in recipes.items():
+        status, out, err = layerskip("validate", f"{name}.yaml")
+        assert status == 0 and out == f"{name}.yaml: fine, for `tune run layerskip_{recipe}`\n", err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # What stays of the generation config is refused by the recipe that is meant.
+        ({"variants": {"chain": {"exit_layer": 3}}, "report_dir": "x"}, "self_speculation: .* variants lists"),
+        ({"variants": {"chain": {"exit_layer": 3}}, "self_speculation": None, "benchmark": None}, "report_dir: None"),
+        ({"tasks": ["arc_easy"], "temperature": 0.8}, "prompts: .* it measures a dataset, tasks or human_eval"),
+        ({"human_eval": {"file": "x"}}, "prompts: .* it measures"),
+    ],
+)
+def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, layerskip):
+    write_yaml(Path("mine.yaml"), {"extends": "quickstart/generate", **change})
+    assert re.search(message, mistake(layerskip("validate", "mine.yaml")))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -158,6 +188,12 @@ def test_help_names_the_commands(layerskip):
     assert status == 0 and all(
         f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "cost", "export")
     )
+
+
+def test_every_argument_has_a_help(layerskip):
+    _, out, _ = layerskip("cp", "--help")
+    assert re.search(r"^  name +a config's name", out, flags=re.M)
+    assert re.search(r"^  file +where to copy it", out, flags=re.M)
 
 
 def test_the_installed_command(tmp_path):

@@ -107,6 +107,7 @@ def test_lists_by_layer_are_cut():
         ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
         ({"out": "model"}, "'.*model' exists already"),
         ({"checkpoint": "nowhere"}, "'.*nowhere' is no Hugging Face folder"),
+        ({"out": "model/config.json/out"}, "export: .*config.json' is in the way"),
     ],
 )
 def test_a_mistake(options, message, checkpoint, tmp_path):
@@ -116,8 +117,31 @@ def test_a_mistake(options, message, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_alone_are_no_model(checkpoint, tmp_path):
-    (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="only adapters; export a checkpoint with merged weights"):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_model.safetensors", r"' holds only adapters\. Give a checkpoint with merged weights, such as "),
+        ("model-00001-of-00001.bin", r"' holds model-00001-of-00001.bin and no model\*.safetensors\. Give a folder "),
+        ("weights.pt", r"' holds no model\*.safetensors\. Give a folder that does, such as a finetuned epoch_0$"),
+    ],
+)
+def test_a_folder_without_the_weights(file, message, checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / file)
+    with pytest.raises(ValueError, match=rf"^export: '.*model{message}"):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not Path(tmp_path / "out").exists()
+
+
+def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    """So the same command works again, without being told that the folder exists."""
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    out = tmp_path / "exports" / "out"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("layerskip_recipes.export.save_file", full)
+        export(str(checkpoint), str(out))
+    assert list(out.parent.iterdir()) == []
+    assert load(export(str(checkpoint), str(out))).config.num_hidden_layers == 4
+    assert list(out.parent.iterdir()) == [out]

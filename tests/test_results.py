@@ -87,6 +87,9 @@ def test_the_page(commands, measured, tmp_path):
     benchmark = json.loads((measured / "benchmark" / "benchmark.json").read_text())
     for row in benchmark["results"]:
         assert f"| {row['name']} | {row['tokens_per_second']['median']:.1f} |" in text
+        if row["acceptance_rate"]:
+            assert f" | {row['acceptance_rate']:.2f} | {row['tokens_per_round']:.2f} | " in text
+    assert "| acceptance | tokens/round | ideal |" in text
     cells = json.loads((measured / "sweep" / "sweep.json").read_text())["cells"]
     best = max(cells, key=lambda cell: cell["speedup"])
     assert f"Fastest: exit {best['exit_layer']} with drafts of 2, {best['speedup']:.2f}x." in text
@@ -124,6 +127,16 @@ def test_what_was_measured_is_not_measured_again(commands, tmp_path):
     assert again("quickstart=elsewhere") == ["finetune", "layerskip", "eval", *["benchmark"] * 4]
     (tmp_path / "elsewhere/epoch_0/model.safetensors").unlink()  # trained anew
     assert again("quickstart=elsewhere") == ["layerskip", "eval", *["benchmark"] * 4]
+
+
+def test_what_was_written_by_hand_stays(commands, tmp_path):
+    page = tmp_path / "docs/results.md"
+    write_results("docs/results.md", ["quickstart"])
+    figures, mark = page.read_text(), results.BY_HAND
+    assert figures.endswith(f"\n\n{mark}\n")
+    page.write_text(f"old figures\n\n{mark}\n\n## What these figures say\n\nLittle.\n")
+    write_results("docs/results.md", ["quickstart"])
+    assert page.read_text() == f"{figures}\n## What these figures say\n\nLittle.\n"
 
 
 def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):

@@ -7,16 +7,20 @@ import csv
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from configs import benchmark_config, generate_config, make_checkpoint
+from conftest import make_tiny
+from omegaconf import OmegaConf
 
+from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes import sweep
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import self_speculation
 from layerskip_recipes.recipes.generate_config import check_config
-from layerskip_recipes.recipes.sweep import best_of, promise
+from layerskip_recipes.recipes.sweep import best_of, check_sweep, promise
 from layerskip_recipes.recipes.sweep_files import Cell, Journal, Measured
 
 L, STEP = 16, 0.016
@@ -173,7 +177,7 @@ def test_the_recipe(path, monkeypatch, capsys):
 
 def test_batches_and_texts_that_end(path):
     """Rows of different lengths together, whose texts end early; and one token is nothing to draft from."""
-    asked = ["prompt=[def main(, import os, class, x]", "batch_size=2", "sweep.thresholds=[null]"]
+    asked = ["prompt=[def main(, import os, class, x]", "batch_size=2", "sweep.thresholds=[null]", "tune_extends=null"]
     ends = path.parent / "model" / "generation_config.json"
     ends.write_text(json.dumps({"eos_token_id": list(range(0, 300, 5))}))
     report = run(path, *asked)
@@ -181,6 +185,26 @@ def test_batches_and_texts_that_end(path):
     ends.write_text(json.dumps({"eos_token_id": list(range(300))}))
     with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
         run(path, f"report_dir={path.parent / 'other'}")
+
+
+def test_lengths_that_nobody_gave_fit_the_new_tokens(path):
+    """A text of 8 tokens has room for 7 drafts behind its first one; lengths that were given are refused."""
+    model = layerskip_decoder(make_tiny())
+    assert check_sweep(OmegaConf.create({}), model, 8)["num_speculations"] == [1, 2, 3, 4, 6]
+    assert check_sweep(OmegaConf.create({}), model, 128)["num_speculations"] == [1, 2, 3, 4, 6, 8, 10, 12]
+    with pytest.raises(ValueError, match=r"^sweep.num_speculations: 8 .*1 to 7"):
+        check_sweep(OmegaConf.create({"num_speculations": [8]}), model, 8)
+    LayerSkipBenchmark(load_config(str(path), ["sweep={}", "max_new_tokens=8", "sweep.num_speculations=null"]))
+
+
+def test_a_complete_sweep_says_that_it_was_compiled(path, monkeypatch):
+    """Nothing is left to measure, so no step is compiled; where compiling failed it says so."""
+    monkeypatch.setattr(sweep, "_measure", lambda *_: None)
+    recipe = LayerSkipBenchmark(load_config(str(path), ["compile=true"]))
+    recipe.setup()
+    assert recipe.sweep()["compiled"] is True
+    recipe.model.compiled_steps = SimpleNamespace(failed=True)
+    assert recipe.sweep()["compiled"] is False
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -187,6 +188,9 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     [
         ({"tune_extends": None}, "^tune: True needs .*tune_extends=quickstart/generate"),
         ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
+        ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is no generation .*unknown"),
+        ({"temperatures": [0.8, 0.0]}, r"^tune_extends: .* has temperature=0.0, and tune .* 0.8.*temperatures=\[0.0\]"),
+        ({"batch_size": 2}, "^tune_extends: .* has batch_size=1, and tune would choose for 2.* batch_size=1"),
         ({"tune": 3}, "^tune: 3"),
     ],
 )
@@ -195,6 +199,34 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
     settings = {"tune": True, "tune_extends": "quickstart/generate"} | changes
     with pytest.raises(ValueError, match=message):
         LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
+
+
+SAMPLING = {"temperatures": [0.8], "top_k": 50}
+
+
+@pytest.mark.parametrize(
+    ("user", "changes", "wrong"),
+    [
+        ({"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0}, SAMPLING, None),
+        ({"temperature": 0.8, "top_k": 300}, SAMPLING, "top_k=300, and tune would choose for 50.* top_k=300"),
+        ({"temperature": 0.8}, SAMPLING, "top_k=null, and tune would choose for 50.* top_k=null"),
+        ({"temperature": 0.8, "top_k": 50, "top_p": 0.9}, SAMPLING, "top_p=0.9, and tune would choose for null"),
+        ({"top_k": 300}, {}, None),  # greedy: the likeliest one, of how many does not matter
+        ({"repetition_penalty": 1.2}, {}, "repetition_penalty=1.2, .*for example repetition_penalty=null there"),
+        ({"batch_size": 2}, {}, "batch_size=2, and tune would choose for 1.* batch_size=2"),
+        ({"compile": True}, {}, None),
+    ],
+)
+def test_the_choice_is_for_what_the_extended_config_decodes(user, changes, wrong, tmp_path, tokenizer_folder, caplog):
+    """It would stand there, with what was measured otherwise; compiling alone is only warned of."""
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    extended = generate_config(tmp_path / "user", checkpoint, **user)
+    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(extended), **changes)
+    caplog.set_level("WARNING")
+    with pytest.raises(ValueError, match=f"^tune_extends: .* has {wrong}") if wrong else nullcontext():
+        LayerSkipBenchmark(load_config(str(path)))
+    warned = [record.getMessage() for record in caplog.records if "tune_extends" in record.getMessage()]
+    assert [f"{extended} has compile=True, here it is False" in line for line in warned] == [True] * ("compile" in user)
 
 
 def test_outputs_of_one_token():

@@ -40,7 +40,7 @@ from layerskip_recipes.recipes.benchmark_config import (
 )
 from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
 from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, with_vocabulary
-from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers
+from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers, first_line
 from layerskip_recipes.recipes.prompts import read_examples, to_tokens
 from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.recipes.sweep import check_sweep, sweep
@@ -158,17 +158,19 @@ class LayerSkipBenchmark:
         self.ways = {BASELINE: None} | {name: Speculation(**section) for name, section in self.variants.items()}
 
     def benchmark(self) -> dict[str, Any]:
-        """Measure and write the report; after Ctrl-C with what there is by then."""
-        interrupted = False
+        """Measure and write the report; after Ctrl-C or an error with what there is by then."""
+        interrupted = True  # until all is measured
         try:
             with tqdm(total=len(self.temperatures) * (1 + self.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in self.temperatures:
                     self._measure(temperature, bar)
+            interrupted = False
         except KeyboardInterrupt:
-            interrupted = True
             log.warning("interrupted: the report has what was measured so far")
-        report = self._report(interrupted)
-        self._write(report)
+        finally:
+            report = self._report(interrupted)
+            if report["results"]:  # else the last report stays
+                self._write(report)
         if self.cfg.get("tune") and not interrupted:
             write_choice(self, report)
         return report
@@ -185,19 +187,43 @@ class LayerSkipBenchmark:
     def take_turns(self, ways: dict[str, Any], temperature: float) -> Iterator[dict[str, Run]]:
         """A warm-up of each way, then the repeats: for each batch of prompts what every way made of it.
 
+        Args:
+            ways: by name. A peer that fails is taken out, and left out of the report.
+            temperature: of all.
+
         Yields:
             The runs by name; nothing in the first one, after the warm-up.
         """
         # Two lengths, as torch compiles again for the second, and from then on for any.
         for batch in (min(self.batches, key=longest), max(self.batches, key=longest)):
-            for name, way in ways.items():
-                self.run(name, way, temperature, batch, self.seed)
+            self._turn(ways, temperature, batch, self.seed)
         yield {}
         for repeat in range(self.repeats):
             for i, batch in enumerate(self.batches):
                 # The same numbers for all ways, other ones in each repeat.
                 seed = self.seed + repeat * len(self.batches) + i
-                yield {name: Run(repeat, *self.run(name, way, temperature, batch, seed)) for name, way in ways.items()}
+                yield {name: Run(repeat, *made) for name, made in self._turn(ways, temperature, batch, seed).items()}
+
+    def _turn(self, ways: dict[str, Any], temperature: float, batch: list[list[int]], seed: int) -> dict[str, tuple]:
+        """One batch by every way, see `run`."""
+        made = {}
+        for name, way in list(ways.items()):
+            try:
+                made[name] = self.run(name, way, temperature, batch, seed)
+            except Exception as e:
+                if not isinstance(way, Peer):
+                    raise
+                del ways[name]
+                self._leave_out(name, f"{first_line(e)}, at temperature {temperature}")
+        return made
+
+    def _leave_out(self, name: str, why: str) -> None:
+        """Drop a peer that failed from all temperatures: what ran only in part compares with nothing."""
+        log.warning("peers: %s is left out (%s)", name, why)
+        self.left_out[name] = why
+        for temperature, peers in self.peers.items():
+            peers.pop(name, None)
+            self.runs.pop((temperature, name), None)
 
     def run(
         self, name: str, way: Any, temperature: float, batch: list[list[int]], seed: int
@@ -273,7 +299,8 @@ class LayerSkipBenchmark:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "memory_bandwidth": self.bandwidth,
-            "compiled": steps is not None and not steps.failed,
+            # No step ran where a sweep was complete before.
+            "compiled": self.cfg.get("compile", False) and not getattr(steps, "failed", False),
             "prompts": len(self.prompts),
             "prompt_tokens": statistics.mean(map(len, self.prompts)),
             "batch_size": len(self.batches[0]),

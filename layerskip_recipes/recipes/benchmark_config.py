@@ -3,17 +3,21 @@
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
+from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import settings
 from layerskip_recipes.checks import check_number
-from layerskip_recipes.config import find_config
+from layerskip_recipes.config import find_config, load_config
 from layerskip_recipes.decoder import layerskip_decoder
+from layerskip_recipes.recipes import generate_config
 from layerskip_recipes.recipes.decoding import FILTERS, check_speculation, sampler_of, self_speculation
 from layerskip_recipes.recipes.peers import PEERS, check_peers
 from layerskip_recipes.recipes.sweep import check_sweep
 from layerskip_recipes.recipes.tuning import config_path
+
+log = utils.get_logger("INFO")
 
 BASELINE = "baseline"
 
@@ -137,6 +141,11 @@ def check_config(cfg: DictConfig) -> None:
         )
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
         raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
+    if generate_config.is_conversation(cfg):
+        raise ValueError(
+            f"prompt: {cfg.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for example "
+            'prompt=["def main(", "import os"]'
+        )
 
 
 def _check_choice(cfg: DictConfig, layers: int) -> None:
@@ -168,3 +177,38 @@ def _check_choice(cfg: DictConfig, layers: int) -> None:
     for key in ("metrics", "stop_strings") if chooses == ["sweep"] else ():
         if cfg.get(key) is not None:
             raise ValueError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
+    if cfg.get("tune_extends") is not None:
+        _check_extended(cfg, chooses[0])
+
+
+def _check_extended(cfg: DictConfig, chooses: str) -> None:
+    """Raises a ValueError unless `tune_extends` is a generation config that decodes as it is measured here."""
+    name = cfg.tune_extends
+    try:
+        extended = load_config(name)
+        generate_config.check_config(extended)
+    except ValueError as e:
+        raise ValueError(
+            f"tune_extends: {name} is no generation config that works ({e}). For example "
+            "tune_extends=quickstart/generate"
+        ) from e
+    ours = _decoding(cfg, cfg.get("temperatures", [0.0])[0])
+    theirs = _decoding(extended, extended.get("temperature", 0.0))
+    for key, value in theirs.items():
+        if value != ours[key]:
+            value, here = ("null" if side is None else side for side in (value, ours[key]))
+            examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": "repetition_penalty=null there"}
+            raise ValueError(
+                f"tune_extends: {name} has {key}={value}, and {chooses} would choose for {here}. Allowed: the same in "
+                f"both; for example {examples.get(key, f'{key}={value}')}"
+            )
+    there, here = bool(extended.get("compile")), cfg.get("compile", False)
+    if there != here:  # quick, and rough
+        log.warning("tune_extends: %s has compile=%s, here it is %s: the choice may differ", name, there, here)
+
+
+def _decoding(cfg: DictConfig, temperature: float) -> dict[str, Any]:
+    """What decides beside the model which draft is fastest; None is off. Greedy decoding has no filters."""
+    off = {"repetition_penalty": 1} | ({"top_k": None, "top_p": 1, "min_p": 0} if temperature > 0 else {})
+    filters = {key: None if cfg.get(key) == nothing else cfg.get(key) for key, nothing in off.items()}
+    return {"temperature": temperature, "batch_size": cfg.get("batch_size") or 1, **filters}

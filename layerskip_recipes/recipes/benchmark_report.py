@@ -63,12 +63,15 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
     stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, straight=True)
     rate = spread([s.tokens_per_second for s in repeats])
     speedup = spread(speedups(repeats, by_repeat(baseline)))
+    # Where neither side loops: the same prompts on both.
+    pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
+    both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
     per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
     return {
         "tokens_per_second": rate,
         "tokens_per_second_not_looping": spread([s.tokens_per_second for s in straight]),
         "speedup": speedup,
-        "speedup_not_looping": spread(speedups(straight, by_repeat(baseline, straight=True))),
+        "speedup_not_looping": spread(speedups(*both)),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
         "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy else None,

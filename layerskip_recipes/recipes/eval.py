@@ -30,6 +30,7 @@ from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pas
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
+    check_component,
     check_one_process,
     check_section,
     check_settings,
@@ -82,6 +83,7 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("exit_layer") is not None:
         model.check_exit(cfg.exit_layer)
     for name, other in checkpoints(cfg).items():
+        check_component(other.checkpointer, f"compare.{name}", given=["output_dir"])
         try:
             ckpt.check_checkpointer(other, model)
         except ValueError as e:

@@ -112,9 +112,17 @@ def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
             f"compare: {compare!r} is not allowed. Allowed: names with what differs in the checkpointer section; for "
             'example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
         )
-    others = {str(name): OmegaConf.merge(cfg, {"checkpointer": section}) for name, section in compare.items()}
+    others = {str(name): _with_checkpointer(cfg, section) for name, section in compare.items()}
     own = Path(str(cfg.checkpointer.get("checkpoint_dir"))).name
     if own in others:
         raise ValueError(f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
                          f'"compare={{before: ...}}"')  # fmt: skip
     return {own: cfg} | others
+
+
+def _with_checkpointer(cfg: DictConfig, section: DictConfig) -> DictConfig:
+    """The config with other values in its checkpointer section."""
+    other = cfg.copy()
+    # Replaced, not merged: checkpoint_files may be a list in one, and a mapping in the other.
+    other.checkpointer = OmegaConf.to_container(cfg.checkpointer) | OmegaConf.to_container(section)
+    return other

@@ -299,10 +299,18 @@ def check_peer_files(names: Sequence[str], section: DictConfig) -> None:
             "Allowed: none, or the merged checkpoint with its plain model section; for example peers=[]"
         )
     for name in names:
-        if name.startswith("transformers") and not (folder and Path(folder, "config.json").is_file()):
+        if not name.startswith("transformers"):
+            continue
+        if not (folder and Path(folder, "config.json").is_file()):
             raise ValueError(
                 f"peers: {name} needs config.json in checkpointer.checkpoint_dir, and {folder!r} has none. Allowed: "
                 "peers that do not; for example peers=[torchtune]"
+            )
+        if Path(folder, "adapter_config.json").is_file():
+            raise ValueError(
+                f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {folder!r} to weights that have "
+                "them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
+                f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported"
             )
 
 
@@ -318,7 +326,7 @@ class Peer:
 def find_peers(
     names: Sequence[str], job: Job, samplers: dict[float, Sampler]
 ) -> tuple[dict[float, dict[str, Peer]], dict[str, str]]:
-    """The peers that run here, at each temperature in its best setting; and why the others do not run.
+    """The peers that run here at all temperatures, each in its best setting; and why the others do not run.
 
     Args:
         names: the peers asked for.
@@ -333,11 +341,13 @@ def find_peers(
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"{package} is not installed")
             settings = PEERS[name](job)
-            for temperature, sampler in samplers.items():
-                found[temperature][name] = _best(settings, job, sampler)
+            best = {temperature: _best(settings, job, sampler) for temperature, sampler in samplers.items()}
         except Exception as e:  # whatever another library says on this machine, our figures stand without it
-            left_out[name] = _first_line(e)
+            left_out[name] = first_line(e)
             log.warning("peers: %s is left out (%s)", name, left_out[name])
+        else:
+            for temperature, peer in best.items():
+                found[temperature][name] = peer
     return found, left_out
 
 
@@ -350,7 +360,7 @@ def _best(settings: dict[str, Decode], job: Job, sampler: Sampler) -> Peer:
                 _, stats = decode(job.prompts, sampler, 0)
             trial[setting] = stats.tokens_per_second or 0.0
         except Exception as e:  # such as a machine without a compiler
-            trial[setting] = _first_line(e)
+            trial[setting] = first_line(e)
     rates = {setting: rate for setting, rate in trial.items() if isinstance(rate, float)}
     if not rates:
         raise RuntimeError("; ".join(f"{setting}: {why}" for setting, why in trial.items()))
@@ -358,5 +368,6 @@ def _best(settings: dict[str, Decode], job: Job, sampler: Sampler) -> Peer:
     return Peer(settings[setting], setting, trial)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, briefly."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

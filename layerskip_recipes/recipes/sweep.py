@@ -30,11 +30,12 @@ log = utils.get_logger("INFO")
 # Other samples have other acceptance, and clocks are noisy: a cell is given up only if it would have to be better than
 # expected by this factor.
 SLACK = 1.1
+LENGTHS = (1, 2, 3, 4, 6, 8, 10, 12)
 
 
 def sweep_section(
     exit_layers: Sequence[int] | None = None,
-    num_speculations: Sequence[int] = (1, 2, 3, 4, 6, 8, 10, 12),
+    num_speculations: Sequence[int] | None = None,
     thresholds: Sequence[float | str | None] = (None,),
     prune: bool = True,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def sweep_section(
 
     Args:
         exit_layers: the E to try; None: all but the last layer.
-        num_speculations: the draft lengths to try.
+        num_speculations: the draft lengths to try; None: those of LENGTHS that max_new_tokens allows.
         thresholds: of confidence, each with every pair; null drafts the whole length.
         prune: leave out what cannot win.
     """
@@ -58,6 +59,9 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
     values = sweep_section(**check_section(section, "sweep", sweep_section))
     if values["exit_layers"] is None:
         values["exit_layers"] = range(1, len(model.layers))
+    limit = min(LONGEST, max_new_tokens - 1)
+    if values["num_speculations"] is None:
+        values["num_speculations"] = [length for length in LENGTHS if length <= limit]
     for key in ("exit_layers", "num_speculations", "thresholds"):
         listed = list(values[key]) if isinstance(values[key], Sequence) and not isinstance(values[key], str) else []
         values[key] = listed
@@ -67,7 +71,6 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
     for exit_layer in values["exit_layers"]:
         model.check_exit(exit_layer, "sweep.exit_layers")
     for length in values["num_speculations"]:
-        limit = min(LONGEST, max_new_tokens - 1)
         check_number("sweep.num_speculations", length, minimum=1, maximum=limit, example="[2,4,6]")
     for threshold in values["thresholds"]:
         check_threshold(threshold, "sweep.thresholds")
