@@ -19,9 +19,10 @@ from torchtune.generation import generate as torchtune_generate
 from layerskip_recipes import generate
 from layerskip_recipes.checkpoint import load_decoder
 from layerskip_recipes.config import load_config
-from layerskip_recipes.generation import Generation
+from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
+from layerskip_recipes.recipes.report import Totals
 from layerskip_recipes.recipes.stream import TextStream
 
 CPU = torch.device("cpu")
@@ -562,3 +563,15 @@ def test_a_generation_config_becomes_an_evaluation(tmp_path, checkpoint, path):
     for key, value in {"temperature": 1.0, "top_k": 1, "stop_tokens": [2], "prompt": "a"}.items():
         with pytest.raises(ValueError, match=rf"^{key}: .* is not honoured by this recipe: .* Set {key}=null"):
             LayerSkipEval(load_config(str(own), [f"{key}={value}"]))
+
+
+def test_what_does_not_loop_is_compared_on_the_same_prompts():
+    """Of three prompts one way loops on the first and the other on the second: the third is left, at twice the speed."""
+    loop, straight = [1, 2] * 20, list(range(40))
+    outputs = {0: (loop, straight), 1: (straight, loop), 2: (straight, straight)}
+    totals, seconds = (Totals(), Totals()), ((1.0, 3.0), (5.0, 1.0), (1.0, 2.0))
+    for i, both in outputs.items():
+        for of_way, mine, other, took in zip(totals, both, both[::-1], seconds[i], strict=True):
+            of_way.add({i: mine}, GenerationStats(tokens=41, rows=1, decode_s=took), beside=[other])
+    assert [of_way.straight.decode_s for of_way in totals] == [1.0, 2.0]
+    assert [of_way.looping for of_way in totals] == [1, 1]

@@ -170,8 +170,8 @@ class LayerSkipGenerate:
                 if plain is None:
                     ours.add(outputs, stats)
                 elif not self.interrupted:
-                    baseline.add(*plain)
-                    ours.add(outputs, stats)
+                    baseline.add(*plain, beside=outputs.values())
+                    ours.add(outputs, stats, beside=plain[0].values())
                 results.add(outputs)
                 if self.interrupted:
                     raise KeyboardInterrupt

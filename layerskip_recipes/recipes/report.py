@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +22,16 @@ class Totals:
     looping: int = 0
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, outputs: dict[int, list[int]], stats: GenerationStats) -> None:
-        """The outputs of one batch, by prompt, and what they took; a batch with a looping row counts as looping."""
+    def add(self, outputs: dict[int, list[int]], stats: GenerationStats, beside: Iterable[list[int]] = ()) -> None:
+        """The outputs of one batch, by prompt, and what they took.
+
+        A batch counts as looping if one of its outputs loops, or one of those `beside` that it is compared with.
+        """
         self.outputs |= outputs
         self.stats = self.stats + stats
         loops = sum(map(is_looping, outputs.values()))
         self.looping += loops
-        if not loops:
+        if not loops and not any(map(is_looping, beside)):
             self.straight = self.straight + stats
 
 
