@@ -334,7 +334,7 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
 
 
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
-    """Under one name dynamo takes what differs between them for dynamic, for which there are no products of few rows."""
+    """Under one name dynamo takes what differs between them for dynamic; then there are no products of few rows."""
     names = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: names.append(function.__code__.co_name) or function)
     for rows in (1, 2):

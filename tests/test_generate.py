@@ -566,7 +566,7 @@ def test_a_generation_config_becomes_an_evaluation(tmp_path, checkpoint, path):
 
 
 def test_what_does_not_loop_is_compared_on_the_same_prompts():
-    """Of three prompts one way loops on the first and the other on the second: the third is left, at twice the speed."""
+    """Of three prompts one way loops on the first and the other on the second: the third is left."""
     loop, straight = [1, 2] * 20, list(range(40))
     outputs = {0: (loop, straight), 1: (straight, loop), 2: (straight, straight)}
     totals, seconds = (Totals(), Totals()), ((1.0, 3.0), (5.0, 1.0), (1.0, 2.0))
