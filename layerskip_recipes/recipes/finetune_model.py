@@ -211,12 +211,13 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
     only = bool(cfg.get("save_adapter_weights_only"))
     names = set(meta.state_dict())
     biases = any(name.endswith(".magnitude") and name.replace(".magnitude", ".bias") in names for name in adapters)
+    adapters_only = only and not biases
     if torch.distributed.is_initialized():
-        gather_only = only and not biases
-        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=gather_only)
+        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=adapters_only)
     else:
         # QLoRA's weights arrive on the CPU, unpacked; what they merge with has to be there too.
-        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        state = model.state_dict()
+        state = {name: state[name].cpu() for name in (adapters if adapters_only else state)}
     if not is_rank_zero():
         return {}
     if not adapters:
