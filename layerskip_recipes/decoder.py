@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import config
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from layerskip_recipes.layer_dropout import IDLE, Kept, LayerDropout
@@ -126,8 +127,8 @@ class LayerSkipDecoder(TransformerDecoder):
         else:
             h = hidden
 
-        if mask is None and not self.decoding and not is_plain_attention(self.layers[0]):
-            # Gemma 2's attention would make it in each layer, on the host.
+        if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
+            # It would make it in each layer, on the host.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         of_sample = {
             "mask": mask,

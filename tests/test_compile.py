@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation import Generation, GenerationStats, Speculation, compiling, generate
+from layerskip_recipes.generation import Generation, Speculation, compiling, generate
 from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.engine import compiled_steps
 from layerskip_recipes.generation.few_rows import FewRows, load_kernel
@@ -342,19 +343,42 @@ def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     assert len(names) == len(set(names)) == 2
 
 
-def test_rounds_that_compile_count_in_no_speed():
-    stats = GenerationStats(
-        tokens=13, rows=1, rounds=4, decode_s=2.0, compile_s=9.0, untimed_rounds=2, untimed_tokens=8
-    )
-    assert stats.tokens_per_second == 4 / 2.0 and stats.seconds_per_round == 2.0 / 2
-    assert GenerationStats(tokens=9, rows=1, rounds=1, untimed_rounds=1, untimed_tokens=8).tokens_per_second is None
-
-
 @needs_compiler
-def test_which_rounds_compile():
-    generation = run(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2))
-    assert generation.stats.untimed_rounds == 1
-    assert 0 < generation.stats.untimed_tokens <= 3
+def test_rounds_that_compile_count_as_the_others_on_the_mean():
+    generation = Generation(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2), compile=True)
+    clock, after = generation.clock, []
+    for _ in generation:
+        after.append((generation.stats.decode_s, generation.stats.compile_s, sum(clock.seconds.values())))
+    rounds = len(after) - 1  # the first is the prefill
+    timed = sum(one[1] == before[1] for before, one in pairwise(after))
+    assert timed == rounds - 1 > 0 and after[1][0] == after[1][2] == 0 < after[1][1]
+    stats = generation.stats
+    assert stats.decode_s == pytest.approx(after[-1][0] * rounds / timed)
+    assert stats.draft_s + stats.verify_s == pytest.approx(after[-1][2] * rounds / timed)
+    assert stats.draft_s + stats.verify_s + stats.accept_s == pytest.approx(stats.decode_s)
+
+
+def test_a_path_with_a_new_step_is_captured_in_the_next_round(monkeypatch):
+    """CUDA graphs: where one step of a round runs for the first time, none after it is captured."""
+    for name in ("cuda.synchronize", "compiler.cudagraph_mark_step_begin"):
+        monkeypatch.setattr(f"torch.{name}", lambda *_: None)
+    monkeypatch.setattr(compiling, "_compiled", lambda function, device: function)
+
+    class Two:
+        def old(self):
+            pass
+
+        new = old
+
+    steps, two = CompiledSteps(torch.device("cuda"), torch.float32), Two()
+    captured = []
+    for names in (("old",), ("old",), ("new", "old"), ("new", "old"), ("new", "old")):
+        steps.begin_round()
+        for name in names:
+            steps(name, getattr(two, name), None)
+        captured.append(steps.captured.copy())
+    alone, both = {("old",)}, {("old",), ("new",), ("new", "old")}
+    assert captured == [set(), alone, alone, both, both]
 
 
 def test_a_cache_serves_while_it_is_large_enough():

@@ -374,10 +374,15 @@ def test_validate_knows_which_recipe_a_config_is_for(tmp_path, tokenizer_folder)
 
 
 @pytest.mark.parametrize(
-    "lost", ["Connection closed by peer [127.0.0.1]:10980", "Read error [127.0.0.1]:10980: Connection reset by peer"]
+    "lost",
+    [
+        "Connection closed by peer [127.0.0.1]:10980",
+        "Read error [127.0.0.1]:10980: Connection reset by peer",
+        "writev [127.0.0.1]:10980: Broken pipe",
+    ],
 )
 def test_a_rank_whose_peer_ended_adds_nothing(lost, capsys):
-    """Both are what gloo says where rank 0 ended by an error of its own, depending on what was under way."""
+    """They are what gloo says where rank 0 ended by an error of its own, depending on what was under way."""
 
     def steps():
         raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {lost}. GLHF!")

@@ -5,6 +5,7 @@ import torch
 import torchtune.generation
 from conftest import VOCAB, make_tiny
 from torch import nn
+from torchtune.modules import MultiHeadAttention
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 
 from layerskip_recipes import LayerSkipDecoder, layerskip_decoder
@@ -166,3 +167,25 @@ def test_caches_set_up_before_wrapping_serve_afterwards(tiny, tokens):
 
     output, _ = torchtune.generation.generate(layerskip_decoder(tiny).eval(), tokens, max_generated_tokens=8, top_k=1)
     assert torch.equal(output, expected)
+
+
+class OwnAttention(MultiHeadAttention):
+    """An attention that torchtune knows nothing of."""
+
+
+@pytest.mark.parametrize(("family", "makes"), [("gemma2", True), ("llama2", False)])
+def test_who_is_given_a_causal_mask(family, makes):
+    """Gemma 2's attention would make its own in each layer, on the host; any other one is called as torchtune does."""
+    base = make_tiny(family)
+    for layer in base.layers:
+        if not makes:
+            layer.attn.__class__ = OwnAttention
+    masks, tokens = [], torch.arange(1, 8)[None]
+    for layer in base.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["mask"]), with_kwargs=True)
+    expected = base(tokens)
+    masks.clear()
+    assert torch.equal(layerskip_decoder(base)(tokens), expected)
+    causal = torch.arange(7) <= torch.arange(7)[:, None]
+    assert len(masks) == len(base.layers)
+    assert all(torch.equal(mask, causal) if makes else mask is None for mask in masks)

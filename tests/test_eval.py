@@ -12,7 +12,10 @@ NAMED = ["model-00001-of-00001.safetensors"]
 COUNTED = {"filename_format": "model-{}-of-{}.safetensors", "max_filename": "00001"}
 
 
-@pytest.mark.parametrize(("own", "others"), [(NAMED, COUNTED), (COUNTED, NAMED)])
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [(NAMED, COUNTED), (COUNTED, NAMED), (COUNTED, {"max_filename": "00001"})],
+)
 def test_the_files_of_checkpoints_have_either_form(own, others, tmp_path, tokenizer_folder):
     folders = [make_checkpoint(tmp_path / name, tokenizer_folder) for name in ("own", "other")]
     for folder in folders:

@@ -262,7 +262,7 @@ def test_another_run_is_refused(overrides, key, was, now, stopped):
 def test_what_saves_memory_may_change(tmp_path, tokenizer_folder):
     """It is what a run needs that ended for want of it."""
     path = finetune_config(tmp_path, tokenizer_folder)
-    train(path)
+    train(path, "early_exit_loss.chunk_tokens=64")
     smaller = ["early_exit_loss.chunk_tokens=16", "loss.num_output_chunks=16"]
     assert train(path, "resume_from_checkpoint=true", "epochs=2", *smaller).step == 4
 

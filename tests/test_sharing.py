@@ -53,10 +53,13 @@ def test_a_model_with_compiled_steps_is_freed_at_once():
 def test_caches_of_compiled_steps_by_rows():
     """CUDA graphs know where they are: batches of several sizes in turns have each their own."""
     model = make_model()
-    caches = {rows: compiled_steps(model, CPU).cache(model, rows, 300) for rows in (1, 8)}
+    steps = compiled_steps(model, CPU)
+    caches = {rows: steps.cache(model, rows, 300) for rows in (1, 8)}
     for rows in (1, 8, 1):
-        assert compiled_steps(model, CPU).cache(model, rows, 200) is caches[rows]
-    assert compiled_steps(model, CPU).cache(model, 1, 301) is not caches[1]
+        assert steps.cache(model, rows, 200) is caches[rows]
+    assert steps.cache(model, 1, 301) is not caches[1] and steps.cache(model, 8, 300) is caches[8]
+    steps.cache(model, 3, 300)  # of three sizes the one that was used last is kept
+    assert steps.cache(model, 8, 300) is caches[8]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -55,7 +55,7 @@ def generate(
         repetition_penalty: above 1 makes tokens of the prompt and of the output less likely, see `penalise`.
         stop_tokens: a row ends with the first of them.
         pad_id: fills the output.
-        rng: on the model's device, for reproducible sampling.
+        rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
         compile: compile the steps; the graphs are kept with the model for later calls.
         **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
             `Speculation`.

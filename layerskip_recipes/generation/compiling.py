@@ -54,11 +54,16 @@ class CompiledSteps:
         self._caches: dict[int, DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
-        """A cache of at least max_len slots: that of as many rows again if it is large enough, as graphs know it."""
-        if rows not in self._caches or self._caches[rows].max_len < max_len:
-            self._caches[rows] = DecodingCache(model, rows, max_len, self.device)
-        self._caches[rows].tokens = [[] for _ in range(rows)]
-        return self._caches[rows]
+        """A cache of at least max_len slots: that of as many rows again if it is large enough, as graphs know it.
+
+        Two sizes are kept, such as those of full batches and of the last one.
+        """
+        kept = self._caches.pop(rows, None)
+        if kept is None or kept.max_len < max_len:
+            kept = DecodingCache(model, rows, max_len, self.device)
+        self._caches = dict([*self._caches.items()][-1:]) | {rows: kept}
+        kept.tokens = [[] for _ in range(rows)]
+        return kept
 
     def begin_round(self) -> None:
         """CUDA graphs may use the memory of the last round's results again."""

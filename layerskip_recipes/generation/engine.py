@@ -116,6 +116,7 @@ class Generation:
         users = list({id(user): user for user in (self.model, self.drafter)}.values())
         training = [(module, module.training) for user in users for module in user.modules()]
         chunks, self.model.num_output_chunks = self.model.num_output_chunks, 0
+        timed = 0  # rounds that compiled nothing
         for user in users:
             user.eval()
         try:
@@ -126,18 +127,19 @@ class Generation:
                 self.stats.prefill_s = time.perf_counter() - started
                 yield new
                 while not all(self.finished):
-                    started, compiled = time.perf_counter(), self.compile_s
+                    started, compiled, phases = time.perf_counter(), self.compile_s, self.clock.mark()
                     new = self._step() if self.speculation is None else self._round()
                     self.stats.rounds += 1
                     if self.compile_s == compiled:
                         self.stats.decode_s += time.perf_counter() - started
+                        timed += 1
                     else:
                         self.stats.compile_s += self.compile_s - compiled
-                        self.stats.untimed_rounds += 1
-                        self.stats.untimed_tokens += sum(map(len, new))
+                        self.clock.forget(phases)
                     yield new
         finally:
             self.clock.read(self.stats)
+            self.stats.scale_times(self.stats.rounds / timed if timed else 1.0)
             # What stands in the cache: all but the last token, which was never an input.
             if all(self.generated):
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]

@@ -11,7 +11,8 @@ class GenerationStats:
 
     `tokens` are the tokens generated, stop tokens included. `prefill_s` ends with the first token of each row on the
     host; `decode_s` covers the rest, so `tokens_per_second` leaves the first tokens out of its count. `draft_s` and
-    `verify_s` are parts of `decode_s`; on a GPU they are the device's own times. Compilation is only in `compile_s`.
+    `verify_s` are parts of `decode_s`; on a GPU they are the device's own times. Compilation is only in `compile_s`:
+    a round with it counts in the others as rounds without do on the mean.
     """
 
     tokens: int = 0
@@ -20,8 +21,6 @@ class GenerationStats:
     drafted: int = 0
     accepted: int = 0
     draft_steps: int = 0  # sequential ones; a tree's level is one
-    untimed_rounds: int = 0  # those that compiled something: their time says nothing, and is in no figure but compile_s
-    untimed_tokens: int = 0
     prefill_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, found in the cache
     prefill_s: float = 0.0
@@ -54,14 +53,7 @@ class GenerationStats:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens after each row's first, per second of decoding; None if there were none."""
-        timed = self.tokens - self.rows - self.untimed_tokens
-        return timed / self.decode_s if self.decode_s > 0 and timed > 0 else None
-
-    @property
-    def seconds_per_round(self) -> float | None:
-        """Of those that compiled nothing; None if there were none."""
-        timed = self.rounds - self.untimed_rounds
-        return self.decode_s / timed if timed else None
+        return (self.tokens - self.rows) / self.decode_s if self.decode_s > 0 and self.tokens > self.rows else None
 
     @property
     def accept_s(self) -> float:
@@ -81,6 +73,12 @@ class GenerationStats:
         self.rounds_accepting[accepted] += 1
         self.drafted_at.update(range(drafted))
         self.accepted_at.update(range(accepted))
+
+    def scale_times(self, factor: float) -> None:
+        """Of the rounds; such as from some rounds to all."""
+        self.decode_s, self.draft_s, self.verify_s = (
+            factor * seconds for seconds in (self.decode_s, self.draft_s, self.verify_s)
+        )
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

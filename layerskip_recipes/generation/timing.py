@@ -44,6 +44,16 @@ class Clock:
         if self.compile_s() == compiled:
             self.events.append((name, begin, end))
 
+    def mark(self) -> tuple[dict[str, float], int]:
+        """What there is by now, for `forget`."""
+        return dict(self.seconds), len(self.events or ())
+
+    def forget(self, mark: tuple[dict[str, float], int]) -> None:
+        """The phases since then, such as those of a round that compiled."""
+        self.seconds, events = dict(mark[0]), mark[1]
+        if self.events:
+            del self.events[events:]
+
     def read(self, stats: GenerationStats) -> None:
         """Add all phases so far to the statistics."""
         if self.events:

@@ -1,6 +1,6 @@
 """The `dataset` and `collate_fn` of a config: one torchtune dataset or several, packed or padded; in which order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
 
 PADDED = "torchtune.data.padded_collate_sft"
+COLLATE_EXAMPLE = f"for example collate_fn={PADDED}"
 
 
 def check_dataset(key: str, value: Any) -> None:
@@ -104,22 +105,20 @@ def load_data(
     needed = {"tokens", "labels"}
     for part, section in zip(datasets, sections, strict=True):
         sample = part[0] if len(part) else {}
-        if sample and not needed <= sample.keys():
+        if sample and not (isinstance(sample, Mapping) and needed <= sample.keys()):
+            what = ", ".join(sample) if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
             raise ValueError(
-                f"{key}: samples of {section._component_} are {', '.join(sample)}. Allowed: samples with tokens and "
-                f"labels, such as those of torchtune.datasets.chat_dataset"
+                f"{key}: samples of {section._component_} are {what}. Allowed: samples with tokens and labels, such as "
+                f"those of torchtune.datasets.chat_dataset"
             )
-    if len(dataset) and not _makes_batch(collate, dataset[0], needed):
-        raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; for example collate_fn={PADDED}")
+    if len(dataset):
+        try:
+            batch = collate([dataset[0]])
+        except (KeyError, TypeError) as e:  # it may be for samples of another kind
+            raise ValueError(f"collate_fn: {name!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
+        if not isinstance(batch, dict) or not needed <= batch.keys():
+            raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
     return dataset, collate
-
-
-def _makes_batch(collate: Callable, sample: dict[str, Any], needed: set[str]) -> bool:
-    try:
-        batch = collate([sample])
-    except (KeyError, TypeError):  # it is for samples of another kind
-        return False
-    return isinstance(batch, dict) and needed <= batch.keys()
 
 
 class TrainingData:

@@ -123,6 +123,9 @@ def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
 def _with_checkpointer(cfg: DictConfig, section: DictConfig) -> DictConfig:
     """The config with other values in its checkpointer section."""
     other = cfg.copy()
-    # Replaced, not merged: checkpoint_files may be a list in one, and a mapping in the other.
-    other.checkpointer = OmegaConf.to_container(cfg.checkpointer) | OmegaConf.to_container(section)
+    for key, value in section.items():
+        before = cfg.checkpointer.get(key)
+        # checkpoint_files may be a list in one, and a mapping in the other.
+        both = isinstance(before, DictConfig) and isinstance(value, DictConfig)
+        other.checkpointer[key] = OmegaConf.merge(before, value) if both else value
     return other

@@ -34,7 +34,7 @@ class RunLog:
         if is_rank_zero():
             self._logger = build(cfg.metric_logger, "metric_logger")
             extra = {"versions": versions(), "curriculum": curriculum(loss, num_layers, total_steps)}
-            self._logger.log_config(OmegaConf.merge(cfg, extra))
+            self._logger.log_config(OmegaConf.create(OmegaConf.to_container(cfg) | extra))
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """Log numbers of a step."""
@@ -83,9 +83,7 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in kept.items()
     }
-    for section, key in MEMORY_ONLY.items():
-        if isinstance(plain[section], dict):
-            plain[section].pop(key, None)
+    plain = _without_memory_only(plain)
     if adapters:  # they belong to the weights that they were trained on
         plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
     plain["optimizer._component_"] = cfg.optimizer._component_  # its state is of no use to another one
@@ -96,8 +94,18 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
     return plain
 
 
+def _without_memory_only(described: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        key: {name: value for name, value in section.items() if name != MEMORY_ONLY.get(key)}
+        for key, section in described.items()
+        if isinstance(section, dict)
+    }
+    return described | kept
+
+
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
+    before = _without_memory_only(before)
     for key, value in now.items():
         # An earlier version did not note all of it, nor a length that is the model's.
         noted = before.get(key, value)

@@ -18,21 +18,27 @@ class Totals:
     """What one way of decoding did over all prompts; the outputs that loop are counted apart."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
-    straight: GenerationStats = field(default_factory=GenerationStats)
+    straight: GenerationStats = field(default_factory=GenerationStats)  # of batches without loops
+    compared: GenerationStats = field(default_factory=GenerationStats)  # of those where nothing loops on either side
     looping: int = 0
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
     def add(self, outputs: dict[int, list[int]], stats: GenerationStats, beside: Iterable[list[int]] = ()) -> None:
         """The outputs of one batch, by prompt, and what they took.
 
-        A batch counts as looping if one of its outputs loops, or one of those `beside` that it is compared with.
+        Args:
+            outputs: of a batch; with one that loops all of it counts as looping.
+            stats: of the batch.
+            beside: what the batch is compared with.
         """
         self.outputs |= outputs
         self.stats = self.stats + stats
         loops = sum(map(is_looping, outputs.values()))
         self.looping += loops
-        if not loops and not any(map(is_looping, beside)):
+        if not loops:
             self.straight = self.straight + stats
+            if not any(map(is_looping, beside)):
+                self.compared = self.compared + stats
 
 
 def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "baseline_decode_s": baseline.stats.decode_s,
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
-        "speedup_not_looping": ratio(straight, baseline.straight),
+        "speedup_not_looping": ratio(ours.compared, baseline.compared),
         **{name: value for name, value in draft_figures(stats, baseline.stats, speedup).items() if name not in report},
         # Two samplings differ by chance; only greedy outputs can be the same tokens.
         "identical": ours.outputs == baseline.outputs if greedy else None,
@@ -106,7 +112,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     """
     rounds = row_rounds(stats)
     d, steps = over(stats.drafted, rounds), over(stats.draft_steps, stats.rounds)
-    plain_s, draft_s = baseline.seconds_per_round, over(stats.draft_s, stats.draft_steps)
+    plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
     ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
     return {
