@@ -109,7 +109,8 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     content |= {key: tiny[key] for key in ("model", "checkpointer", "tokenizer")}
     del content["checkpointer"]["output_dir"]  # stays ${output_dir}
     keep = ("model", "tokenizer", "dataset", "checkpointer", "batch_size", "max_steps_per_epoch", "device", "dtype")
-    return [*command, *flat({key: content[key] for key in keep}), f"output_dir={folder / 'out'}"]
+    few = ["gradient_accumulation_steps=1", f"output_dir={folder / 'out'}"]
+    return [*command, *flat({key: content[key] for key in keep}), *few]
 
 
 # The environment is there, the hub is not, the tests are running already, and test_cli.py runs `layerskip cost`.
