@@ -20,11 +20,12 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
+constexpr int AHEAD = 2048;  // so many weights ahead are on their way from memory while these are multiplied
 
 // The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
 // the other would take as long as what is summed, where a row of W is short.
 template <int COUNT>
-inline Vector sums(const std::array<Vector, COUNT>& v) {
+[[gnu::always_inline]] inline Vector sums(const std::array<Vector, COUNT>& v) {
   if constexpr (COUNT == 1) {
     return v[0];
   } else {
@@ -48,6 +49,7 @@ void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
   int64_t i = 0;
   for (; i + LANES <= k; i += LANES)
     for (int n = 0; n < N; n++) {
+      __builtin_prefetch(w + n * k + i + AHEAD);
       const Vector weights = Vector::loadu(w + n * k + i);
       for (int m = 0; m < M; m++)
         total[m * N + n] = at::vec::fmadd(weights, Vector::loadu(x + m * k + i), total[m * N + n]);
