@@ -1,8 +1,9 @@
-// y = x W^T for few rows of x, in fp32.
+// y = x W^T for few rows of x, and attention of few queries, in fp32.
 //
 // A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
-// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x. An element of y is
-// summed in one order whatever the number of rows: verification computes what plain steps compute, to the last bit.
+// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x; so are the keys and
+// values of attention. An element of y is summed in one order whatever the number of rows: verification computes what
+// plain steps compute, to the last bit.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -14,6 +15,7 @@
 #include <array>
 #include <functional>
 #include <initializer_list>
+#include <vector>
 
 namespace {
 
@@ -106,6 +108,71 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   return out;
 }
 
+// out = p v for M rows of p [M, slots] and C vectors of each row of v [slots, dim] and out [M, dim].
+template <int M, int C>
+void mix(const float* p, const float* v, float* out, int64_t slots, int64_t dim) {
+  std::array<Vector, M * C> total;
+#pragma GCC unroll 16
+  for (int j = 0; j < M * C; j++) total[j] = Vector(0.f);
+  for (int64_t slot = 0; slot < slots; slot++)
+    for (int c = 0; c < C; c++) {
+      __builtin_prefetch(v + slot * dim + c * LANES + AHEAD);
+      const Vector values = Vector::loadu(v + slot * dim + c * LANES);
+      for (int m = 0; m < M; m++)
+        total[m * C + c] = at::vec::fmadd(Vector(p[m * slots + slot]), values, total[m * C + c]);
+    }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) total[m * C + c].store(out + m * dim + c * LANES);
+}
+
+// `rows` <= M rows of p by all of v.
+template <int M>
+void mixture(int64_t rows, const float* p, const float* v, float* out, int64_t slots, int64_t dim) {
+  if constexpr (M > 1) {
+    if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim);
+  }
+  constexpr int C = std::min(LANES / M, 4);
+  int64_t at = 0;
+  for (; at + C * LANES <= dim; at += C * LANES) mix<M, C>(p, v + at, out + at, slots, dim);
+  for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim);
+}
+
+// softmax(scale q k^T + mask) v: q [b, h, s, d]; k, v [b, h, slots, d], the rows of a head one after the other;
+// mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d].
+at::Tensor attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
+  const int64_t b = q.size(0), h = q.size(1), s = q.size(2), d = q.size(3), slots = k.size(2);
+  TORCH_CHECK(d % LANES == 0 && k.stride(3) == 1 && k.stride(2) == d && v.stride(3) == 1 && v.stride(2) == d);
+  const at::Tensor queries = q.contiguous(), added = mask.expand({b, 1, s, slots}).contiguous();
+  at::Tensor out = at::empty({b, h, s, d}, q.options());
+  const float *qs = queries.const_data_ptr<float>(), *ks = k.const_data_ptr<float>();
+  const float *vs = v.const_data_ptr<float>(), *masks = added.const_data_ptr<float>();
+  float* ys = out.mutable_data_ptr<float>();
+  const Vector factor(static_cast<float>(scale));
+  at::parallel_for(0, b * h, 1, [&](int64_t first, int64_t end) {
+    std::vector<float> scores(BLOCK * slots);
+    for (int64_t head = first; head < end; head++)
+      for (int64_t row = 0; row < s; row += BLOCK) {
+        const int64_t rows = std::min<int64_t>(BLOCK, s - row), at = head * s + row;
+        const float* keys = ks + head / h * k.stride(0) + head % h * k.stride(1);
+        const float* values = vs + head / h * v.stride(0) + head % h * v.stride(1);
+        block<BLOCK>(rows, qs + at * d, keys, scores.data(), d, slots, slots);
+        for (int64_t m = 0; m < rows; m++) {
+          float* p = scores.data() + m * slots;
+          const float* seen = masks + (head / h * s + row + m) * slots;
+          at::vec::map2<float>([&](Vector x, Vector y) { return at::vec::fmadd(x, factor, y); }, p, p, seen, slots);
+          const float most =
+              at::vec::reduce_all<float>([](Vector& x, Vector& y) { return at::vec::maximum(x, y); }, p, slots);
+          at::vec::map<float>([&](Vector x) { return (x - Vector(most)).exp(); }, p, p, slots);
+          const float sum = at::vec::reduce_all<float>([](Vector& x, Vector& y) { return x + y; }, p, slots);
+          at::vec::map<float>([&](Vector x) { return x / Vector(sum); }, p, p, slots);
+        }
+        mixture<BLOCK>(rows, scores.data(), values, ys + at * d, slots, d);
+      }
+  });
+  return out;
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& a) { return products(x, {a}); }
 at::Tensor linear2(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) { return products(x, {a, b}); }
 at::Tensor linear3(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
@@ -115,11 +182,13 @@ at::Tensor linear3(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
+  library.def("attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
   library.def("linear(Tensor x, Tensor a) -> Tensor");
   library.def("linear2(Tensor x, Tensor a, Tensor b) -> Tensor");
   library.def("linear3(Tensor x, Tensor a, Tensor b, Tensor c) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerskip, CPU, library) {
+  library.impl("attention", attention);
   library.impl("linear", linear);
   library.impl("linear2", linear2);
   library.impl("linear3", linear3);

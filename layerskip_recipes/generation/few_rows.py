@@ -1,4 +1,4 @@
-"""Matrix products of a few rows on a CPU: compiled steps use few_rows.cpp for them, not the BLAS.
+"""Products and attention of a few rows on a CPU: compiled steps use few_rows.cpp for them, not the BLAS.
 
 A verification of 7 positions then costs little more than a step of one, as each weight is read once for all of them.
 Imported only where steps are compiled: inductor takes a second to import.
@@ -14,10 +14,11 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.library import register_fake
 
-MOST_ROWS = 32  # more are a BLAS's work
+MOST_ROWS = 64  # more are a BLAS's work
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default)
+SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class _Library(CppCodeCache):
@@ -29,10 +30,11 @@ class _Library(CppCodeCache):
 
 @cache
 def load_kernel() -> None:
-    """Compile few_rows.cpp, or find it compiled, and register `torch.ops.layerskip.linear`, `linear2` and `linear3`.
+    """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
 
-    Their arguments are x [m, k] and one to three weights [n_i, k], fp32; the result is x W^T of each, side by side,
-    [m, n_1 + ..].
+    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32; the result is x W^T of
+    each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v [b, h, slots, d], a mask to be added
+    [b or 1, 1, s, slots] and the scale of the scores.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -44,11 +46,16 @@ def load_kernel() -> None:
         def _(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
             return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
+    @register_fake("layerskip::attention")
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        return q.new_empty(q.shape)
+
 
 class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows and W is a weight in fp32, as it is stored.
 
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
+    Attention of so many queries over a cache is replaced too.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -72,6 +79,8 @@ class FewRows(CustomGraphPass):
         for nodes in alike.values():
             if len(nodes) in (2, 3):
                 _join(graph, nodes)
+        for node in graph.find_nodes(op="call_function", target=SDPA):
+            _attend(graph, node)
         graph.eliminate_dead_code()
 
     def uuid(self) -> str:
@@ -90,6 +99,27 @@ def _fits(x: torch.fx.Node, transposed: torch.fx.Node) -> bool:
         and weight.meta["val"].dtype == torch.float32
         and weight.meta["val"].is_contiguous()
     )
+
+
+def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Our attention in place of torch's, where it is that of few queries with a mask."""
+    q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
+    rows, width = q.shape[2:]
+    few = isinstance(rows, int) and rows <= MOST_ROWS
+    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % 16:
+        return
+    scale = node.kwargs.get("scale")
+    inputs = (*node.args, mask, width**-0.5 if scale is None else scale)
+    output = next(user for user in node.users if user.args[1] == 0)
+    if any(user.users for user in node.users if user is not output):  # its second result, for gradients
+        return
+    with graph.inserting_before(output):
+        ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
+    ours.meta["val"] = output.meta["val"]
+    output.replace_all_uses_with(ours)
+    # As it may draw random numbers, torch does not see that it is dead.
+    for dead in (*node.users, node):
+        graph.erase_node(dead)
 
 
 def _join(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
