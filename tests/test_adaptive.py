@@ -1,6 +1,5 @@
 """What rounds learn: look-ups against a search, draft lengths against the best fixed one, choices by made-up rates."""
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -159,33 +158,57 @@ def play(chooser, arms, rates, rounds, generator):
         arm = chooser.pick(arms)
         picked.append(arm)
         tokens = generator.randrange(1, 6)
-        chooser.learn(arm, tokens, tokens / rates[arm] * generator.uniform(0.8, 1.2))
+        chooser.learn(arm, tokens, 3 / rates[arm] * generator.uniform(0.8, 1.2))
     return picked
 
 
 @pytest.mark.parametrize("best", range(3))
 def test_the_fastest_arm_is_found(best):
+    """Each is tried four times, then the fastest runs, the others now and then."""
     rates = {arm: 150.0 if i == best else 100.0 + i for i, arm in enumerate(ARMS)}
     chooser = Chooser()
     picked = play(chooser, ARMS, rates, 412, random.Random(53))
     assert Counter(picked[:12]) == Counter(dict.fromkeys(ARMS, 4))
-    # Afterwards one round in 32 goes to another.
-    others = [i for i, arm in enumerate(picked[12:]) if arm != ARMS[best]]
-    assert len(others) == 412 // 32
-    assert {b - a for a, b in itertools.pairwise(others)} == {32}
-    assert {picked[12 + i] for i in others} == set(ARMS) - {ARMS[best]}
-    assert chooser.rate(ARMS[best]) == pytest.approx(150, rel=0.05)
+    counts = Counter(picked[12:])
+    assert counts[ARMS[best]] > 280 and all(counts[arm] for arm in ARMS)
+    assert chooser.rate(ARMS[best]) == pytest.approx(150, rel=0.1)
+
+
+def test_an_unlucky_trial_is_no_verdict():
+    """The machine was busy in the trial of the best arm: it runs again soon, and then always."""
+    generator, chooser = random.Random(57), Chooser()
+    rates = dict(zip(ARMS, (150.0, 100.0, 100.0), strict=True))
+    for arm in ARMS:
+        for late in (9.0, 0.0, 9.0, 0.0):
+            chooser.learn(arm, 3, 3 / rates[arm] + late * (arm is ARMS[0]))
+    assert chooser.rate(ARMS[0]) > 150 / 3  # not a hundredth of it
+    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[0]) > 40
+
+
+def test_what_arms_promise():
+    """rate (1 + margin / sqrt(weight)), where all weights fall with every round of any arm."""
+    chooser = Chooser(trial=1, memory=10, margin=1.0)
+    rounds = [(ARMS[0], 3, 0.3), (ARMS[1], 2, 0.25), (ARMS[0], 1, 0.2), (ARMS[0], 4, 0.3)]
+    for arm, tokens, seconds in rounds:
+        chooser.learn(arm, tokens, seconds)
+    kept = [0.9**age for age in (3, 2, 1, 0)]
+    first = (3 * kept[0] + 1 * kept[2] + 4) / (0.3 * kept[0] + 0.2 * kept[2] + 0.3)
+    promises = [first * (1 + 1 / (kept[0] + kept[2] + 1) ** 0.5), 2 / 0.25 * (1 + 1 / kept[1] ** 0.5)]
+    assert promises[0] < promises[1] and first > 2 / 0.25  # the slower one was seen less
+    assert chooser.pick(ARMS[:2]) == ARMS[1]
+    chooser.margin = 0.2
+    assert chooser.pick(ARMS[:2]) == ARMS[0]
 
 
 def test_a_change_of_the_rates_is_noticed():
     """The arm in use gets slow: others take over soon. Then another gets faster than it: that takes tries."""
     generator, chooser = random.Random(54), Chooser()
     rates = dict(zip(ARMS, (150.0, 100.0, 50.0), strict=True))
-    assert play(chooser, ARMS, rates, 200, generator)[-10:].count(ARMS[0]) >= 9
+    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[0]) > 40
     rates[ARMS[0]] = 40.0
-    assert play(chooser, ARMS, rates, 200, generator)[-31:].count(ARMS[1]) >= 29
+    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[1]) > 40
     rates[ARMS[2]] = 250.0
-    assert play(chooser, ARMS, rates, 1000, generator)[-31:].count(ARMS[2]) >= 29
+    assert play(chooser, ARMS, rates, 300, generator)[-50:].count(ARMS[2]) > 40
 
 
 def test_an_arm_that_is_not_offered_waits():
@@ -197,19 +220,19 @@ def test_an_arm_that_is_not_offered_waits():
         offered = [*ARMS[:2], lookup] if i % 3 == 0 else ARMS[:2]
         picked.append((i % 3 == 0, *play(chooser, offered, rates, 1, generator)))
     late = Counter(picked[100:])
-    assert late[True, lookup] > 60 and late[False, ARMS[0]] > 120 and late[False, lookup] == 0
+    assert late[True, lookup] > 60 and late[False, ARMS[0]] > 100 and late[False, lookup] == 0
 
 
 def test_the_only_arm_is_no_choice():
     chooser = Chooser()
-    assert all(chooser.pick(ARMS[:1]) == ARMS[0] for _ in range(40)) and chooser.rounds == 0
+    assert all(chooser.pick(ARMS[:1]) == ARMS[0] for _ in range(40))
     assert chooser.rate(ARMS[0]) == 0
 
 
 def test_the_rate_is_that_of_the_last_rounds():
     """Each round's weight is 1 - 1/64 of that after it; the rate is the ratio of the sums."""
     chooser, generator = Chooser(), random.Random(56)
-    rounds = [(generator.randrange(1, 9), generator.random()) for _ in range(50)]
+    rounds = [(generator.randrange(1, 9), generator.uniform(0.5, 1.2)) for _ in range(50)]
     for tokens, seconds in rounds:
         chooser.learn(ARMS[0], tokens, seconds)
     weights = [(63 / 64) ** (49 - i) for i in range(50)]

@@ -3,6 +3,7 @@
 All of it is lossless: it decides how much is drafted and by whom, never what is accepted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +27,10 @@ class Arm:
 @dataclass
 class _Record:
     rounds: int = 0
+    weight: float = 0.0  # of the rounds, the older the less; so are the sums
     tokens: float = 0.0
     seconds: float = 0.0
+    fastest: float = math.inf
 
     @property
     def rate(self) -> float:
@@ -35,41 +38,50 @@ class _Record:
 
 
 class Chooser:
-    """Which of several arms gives most tokens per second: each is tried, then the best runs, the others now and then.
+    """Which of several arms gives most tokens per second: each is tried, then the one that promises most runs.
+
+    What an arm promises is its rate and a margin, as the tokens of a round vary as much as their mean: discounted upper
+    confidence bounds (Garivier and Moulines, arXiv 0805.3415). What was measured loses its weight with every round, so
+    an arm that was unlucky, or a text that changed, gets another try.
 
     Args:
         trial: rounds of each arm before any choice.
-        again: every so many rounds another arm has one round, so that a change in the text is noticed.
         memory: rounds after which what was measured has lost two thirds of its weight.
+        margin: of an arm's rate, where one round speaks for it; of n rounds 1 / sqrt(n) of that.
+        slowest: a round counts as at most so many times the arm's fastest one: what else the machine did says nothing.
     """
 
-    def __init__(self, trial: int = 4, again: int = 32, memory: float = 64.0) -> None:
-        self.trial, self.again, self.memory = trial, again, memory
+    def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, slowest: float = 3.0) -> None:
+        self.trial, self.memory, self.margin, self.slowest = trial, memory, margin, slowest
         self.records: dict[Arm, _Record] = {}
-        self.rounds = 0
 
     def pick(self, arms: Sequence[Arm]) -> Arm:
         """One of the arms that the next round may use."""
-        if len(arms) == 1:
-            return arms[0]
-        self.rounds += 1
         records = [self.records.setdefault(arm, _Record()) for arm in arms]
         fewest = min(range(len(arms)), key=lambda i: records[i].rounds)
-        if records[fewest].rounds < self.trial or self.rounds % self.again == 0:
+        if records[fewest].rounds < self.trial:
             return arms[fewest]
-        return arms[max(range(len(arms)), key=lambda i: records[i].rate)]
+        return arms[max(range(len(arms)), key=lambda i: self._promise(records[i]))]
 
     def learn(self, arm: Arm, tokens: int, seconds: float) -> None:
         """A round of this arm gave so many tokens in so many seconds."""
         record = self.records.setdefault(arm, _Record())
-        keep = 1 - 1 / self.memory
+        for old in self.records.values():
+            for part in ("weight", "tokens", "seconds"):
+                setattr(old, part, getattr(old, part) * (1 - 1 / self.memory))
         record.rounds += 1
-        record.tokens = record.tokens * keep + tokens
-        record.seconds = record.seconds * keep + seconds
+        record.fastest = min(record.fastest, seconds)
+        record.weight += 1
+        record.tokens += tokens
+        most = self.slowest * record.fastest
+        record.seconds = min(record.seconds + min(seconds, most), record.weight * most)
 
     def rate(self, arm: Arm) -> float:
         """Tokens per second of an arm, 0 if it never ran."""
         return self.records.get(arm, _Record()).rate
+
+    def _promise(self, record: _Record) -> float:
+        return record.rate * (1 + self.margin / math.sqrt(record.weight))
 
 
 @dataclass

@@ -49,6 +49,7 @@ class CompiledSteps:
         self.path: tuple[Hashable, ...] = ()  # the steps of this round so far: a CUDA graph belongs to those before it
         self.warming = False  # whether one of them was new: then the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
+        self.bound: dict[Hashable, Callable] = {}  # the graphs with the inputs of this generation
         self.failed = False
         self.seconds = 0.0
         self._caches: dict[int, DecodingCache] = {}
@@ -64,6 +65,10 @@ class CompiledSteps:
         self._caches = dict([*self._caches.items()][-1:]) | {rows: kept}
         kept.tokens = [[] for _ in range(rows)]
         return kept
+
+    def release(self) -> None:
+        """A generation ended: its weights and caches are needed no more."""
+        self.bound.clear()
 
     def begin_round(self) -> None:
         """CUDA graphs may use the memory of the last round's results again."""
@@ -85,12 +90,15 @@ class CompiledSteps:
         cuda = self.device.type == "cuda"
         if cuda and slots is not None:
             key = (key, slots.shape[0])
+        length = None if slots is None else slots.shape[0]
+        if key in self.bound:
+            return self.bound[key](args, length)
         self.path += (key,)
         graph = self.graphs.get(key)
         # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
         captures = cuda and graph is not None and self.path not in self.captured
         if graph is not None and not captures:
-            return graph(step.__self__, *args)
+            return self._bind(key, graph, args, length, graph(step.__self__, *args))
         started = time.perf_counter()
         try:
             if graph is None:
@@ -113,6 +121,14 @@ class CompiledSteps:
             return step(*args)
         self.graphs[key] = graph
         self.seconds += time.perf_counter() - started
+        return self._bind(key, graph, args, length, out)
+
+    def _bind(self, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any) -> Any:
+        """Keep what the graph was called with for this generation's next calls; returns `out`."""
+        backend = getattr(graph, "backend", None)
+        bound = None if backend is None else backend.bind(args, length, out)
+        if bound is not None:
+            self.bound[key] = bound
         return out
 
 
@@ -131,9 +147,16 @@ def _compiled(function: Callable, device: torch.device) -> Callable:
         load_kernel()
         # The shapes hold by the key of the graph; to check each tensor again takes 5% of a small model's step.
         options |= {"post_grad_custom_pre_pass": FewRows(), "size_asserts": False}
-    if hasattr(torch.compiler, "skip_all_guards_unsafe"):
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     # Older versions of torch do not know all of them (2.6 drops passes over the graph), and are slower.
-    known = [*torch._inductor.list_options(), "guard_filter_fn"]
-    options = {name: value for name, value in options.items() if name in known}
-    return torch.compile(copy, fullgraph=True, options=options)
+    options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
+    guards = {}
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):
+        guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    if device.type != "cpu":
+        return torch.compile(copy, fullgraph=True, options=options | guards)
+    from layerskip_recipes.generation.bound import Backend
+
+    backend = Backend(options)
+    compiled = torch.compile(copy, fullgraph=True, backend=backend, options=guards)
+    compiled.backend = backend
+    return compiled

@@ -39,6 +39,15 @@ class Generation:
         agree: makes what a round chose the same on all processes.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
         on_draft: called with each round's drafted tokens, [b][n], before they are verified.
+
+    Example:
+        >>> from torchtune.models.llama3._component_builders import llama3
+        >>> from layerskip_recipes import Generation, Speculation
+        >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)
+        >>> generation = Generation(model, [[1, 2, 3]], 16, speculation=Speculation(exit_layer=2, num_speculations=6))
+        >>> text = [token for new in generation for token in new[0]]  # new: [b][n], what a round made final
+        >>> len(text), text == generation.generated[0]
+        (16, True)
     """
 
     def __init__(
@@ -116,7 +125,7 @@ class Generation:
         users = list({id(user): user for user in (self.model, self.drafter)}.values())
         training = [(module, module.training) for user in users for module in user.modules()]
         chunks, self.model.num_output_chunks = self.model.num_output_chunks, 0
-        timed = 0  # rounds that compiled nothing
+        timed, rest = 0, 0.0  # rounds that compiled nothing; of the others what was no compilation
         for user in users:
             user.eval()
         try:
@@ -134,15 +143,21 @@ class Generation:
                         self.stats.decode_s += time.perf_counter() - started
                         timed += 1
                     else:
+                        rest += time.perf_counter() - started - (self.compile_s - compiled)
                         self.stats.compile_s += self.compile_s - compiled
                         self.clock.forget(phases)
                     yield new
         finally:
             self.clock.read(self.stats)
-            self.stats.scale_times(self.stats.rounds / timed if timed else 1.0)
+            if timed:
+                self.stats.scale_times(self.stats.rounds / timed)
+            else:
+                self.stats.decode_s = rest
             # What stands in the cache: all but the last token, which was never an input.
             if all(self.generated):
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
+            if self.compiled is not None:
+                self.compiled.release()
             for module, was in training:
                 module.training = was
             self.model.num_output_chunks = chunks

@@ -1,0 +1,95 @@
+"""Calls of compiled steps without the walk to their inputs.
+
+torch.compile looks up each weight and each cache by its name at every call: a tenth of a small model's step. In one
+generation they stay the same, so after its first call a step gets those of that call, and only the arguments change.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+class Backend:
+    """Inductor as a backend of torch.compile, that remembers the last call of what it compiled.
+
+    Args:
+        options: of inductor.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.compiled: Callable | None = None
+        self.last: tuple[Sequence[Any], Sequence[torch.Tensor]] = ((), ())
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+        self.compiled = compile_fx(graph, inputs, config_patches=self.options)
+        return self._call
+
+    def _call(self, *inputs: Any) -> Sequence[torch.Tensor]:
+        outputs = self.compiled(*inputs)
+        self.last = (inputs, outputs)
+        return outputs
+
+    def bind(self, args: Sequence[Any], length: int | None, result: Any) -> "Bound | None":
+        """The last call's inputs for more calls like it; None if it is not clear where they come from.
+
+        Args:
+            args: of the step in that call.
+            length: the one that is dynamic, if there is one.
+            result: of the step in that call.
+        """
+        (inputs, outputs), self.last = self.last, ((), ())
+        argument = {id(leaf): i for i, leaf in enumerate(tree_leaves(args)) if isinstance(leaf, torch.Tensor)}
+        output = {id(tensor): i for i, tensor in enumerate(outputs)}
+        lengths = [i for i, value in enumerate(inputs) if not isinstance(value, torch.Tensor)]
+        leaves, structure = tree_flatten(result)
+        if any(inputs[i] != length for i in lengths) or any(
+            id(leaf) not in output and isinstance(leaf, torch.Tensor) for leaf in leaves
+        ):
+            return None
+        return Bound(
+            self.compiled,
+            list(inputs),
+            [(i, argument[id(value)]) for i, value in enumerate(inputs) if id(value) in argument],
+            lengths,
+            [output.get(id(leaf)) for leaf in leaves],
+            structure,
+        )
+
+
+class Bound:
+    """A compiled function with its weights and caches in place.
+
+    Args:
+        compiled: the function.
+        inputs: of its first call.
+        moving: which of them are which of the step's arguments.
+        lengths: which of them are the dynamic length.
+        outputs: for each part of the step's result, which of the function's outputs it is; None is None.
+        structure: of the step's result.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable,
+        inputs: list[Any],
+        moving: list[tuple[int, int]],
+        lengths: list[int],
+        outputs: list[int | None],
+        structure: Any,
+    ) -> None:
+        self.compiled, self.inputs, self.moving, self.lengths = compiled, inputs, moving, lengths
+        self.outputs, self.structure = outputs, structure
+
+    def __call__(self, args: Sequence[Any], length: int | None) -> Any:
+        """The step's result for other arguments of the same kinds."""
+        leaves = tree_leaves(args)
+        for i, argument in self.moving:
+            self.inputs[i] = leaves[argument]
+        for i in self.lengths:
+            self.inputs[i] = length
+        outputs = self.compiled(*self.inputs)
+        return tree_unflatten([None if i is None else outputs[i] for i in self.outputs], self.structure)
