@@ -2,7 +2,15 @@
 
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.early_exit import EarlyExitLoss
-from layerskip_recipes.generation import generate
+from layerskip_recipes.generation import Generation, Speculation, generate
 from layerskip_recipes.tokenizer import hf_tokenizer
 
-__all__ = ["EarlyExitLoss", "LayerSkipDecoder", "generate", "hf_tokenizer", "layerskip_decoder"]
+__all__ = [
+    "EarlyExitLoss",
+    "Generation",
+    "LayerSkipDecoder",
+    "Speculation",
+    "generate",
+    "hf_tokenizer",
+    "layerskip_decoder",
+]

@@ -71,9 +71,15 @@ def check_file(key: str, name: str, endings: Iterable[str] = ()) -> None:
             f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
             f"{key}={path.stem or key}{endings[0]}"
         )
-    check_folder(key, path.parent)
     if path.is_dir():
         raise ValueError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
+    if not path.exists():
+        check_folder(key, path.parent)
+    elif not os.access(path, os.W_OK):  # its folder does not matter then: /dev/stdout
+        raise ValueError(
+            f"{key}: {name!r} cannot be written, it is there and protected. Allowed: another file; for example "
+            f"{key}={path.with_stem(path.stem + '_2')}"
+        )
 
 
 def check_text(key: str, value: Any, example: str) -> None:

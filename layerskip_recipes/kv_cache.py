@@ -179,10 +179,25 @@ def cached_attention(
 
 
 def check_cache_fits(
-    model: TransformerDecoder, rows: int, length: int, dtype: torch.dtype, device: torch.device, parallel: int = 1
+    model: TransformerDecoder,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: int = 1,
+    weights: int = 0,
 ) -> None:
-    """Raises a ValueError if the caches of so many rows and positions are larger than memory: free on a GPU, all of a
-    CPU's. `parallel` ranks share each layer's heads."""
+    """Raises a ValueError if weights and caches are larger than memory: what is free on a GPU, all of a CPU's.
+
+    Args:
+        model: the decoder, on any device.
+        rows: b.
+        length: slots of each row: prompt, new tokens, drafts.
+        dtype: of the caches.
+        device: where they will be.
+        parallel: ranks that share each layer's heads.
+        weights: bytes that this process will load there, see `recipes.decoding.weight_bytes`.
+    """
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
     row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize // parallel
@@ -192,13 +207,26 @@ def check_cache_fits(
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    if rows * row > free:
-        fits = int(free // row)
-        example = f"for example batch_size={fits}" if fits else "fewer max_new_tokens"
+    left = free - weights
+    if rows * row <= left:
+        return
+    there = f"there are {free / 2**30:.1f}" + (f", of which weights take {weights / 2**30:.1f}" if weights else "")
+    takes = f"take {rows * row / 2**30:.1f} GiB, and {there}"
+    fits, positions = left // row, left * length // row
+    if positions < 1:
         raise ValueError(
-            f"batch_size: the caches of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, and "
-            f"there are {free / 2**30:.1f}. Allowed here: up to {fits}; {example}"
+            f"model: its weights take {weights / 2**30:.1f} GiB, and {there}. Allowed here: a model that leaves room "
+            "for caches; for example dtype=bf16, a quantizer, or more processes"
         )
+    if fits < 1:
+        raise ValueError(
+            f"max_new_tokens: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {positions} "
+            "positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller max_new_tokens"
+        )
+    raise ValueError(
+        f"batch_size: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for example "
+        f"batch_size={fits}"
+    )
 
 
 def _take_over(layer: nn.Module, cache: LayerCache) -> dict[str, object]:

@@ -284,8 +284,26 @@ def _cut(rows: Iterable[Row], prompt_words: int, response_words: int) -> Iterato
 # ---- from files to rows ----
 
 
+def try_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
+    """The objects of a JSONL text by the number of their line, from 1; a line that is none stays as it is, text.
+
+    Args:
+        content: the text; bytes that were no UTF-8 are surrogates in it. Empty lines are passed over.
+    """
+    objects: dict[int, dict[str, Any] | str] = {}
+    for at, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line.encode())
+        except (ValueError, RecursionError):
+            found = None
+        objects[at] = found if isinstance(found, dict) else line
+    return objects
+
+
 def json_lines(content: str, key: str) -> dict[int, dict[str, Any]]:
-    """The objects of a JSONL text by the number of their line, from 1; empty lines are passed over.
+    """`try_json_lines`, all of them objects.
 
     Args:
         content: the text.
@@ -294,27 +312,23 @@ def json_lines(content: str, key: str) -> dict[int, dict[str, Any]]:
     Raises:
         ValueError: if a line is no JSON object, with its number and those of the next ones.
     """
-    objects, broken = {}, []
-    for at, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            objects[at] = json.loads(line)
-        except json.JSONDecodeError:
-            objects[at] = None
-        if not isinstance(objects[at], dict):
-            broken.append((at, line))
+    objects = try_json_lines(content)
+    broken = [at for at, line in objects.items() if isinstance(line, str)]
     if broken:
-        at, line = broken[0]
-        others = f" (also lines {', '.join(str(at) for at, _ in broken[1:9])})" if len(broken) > 1 else ""
-        raise ValueError(f'{key} line {at}: {line[:60]!r} is no JSON object, such as {{"prompt": "text"}}{others}')
+        others = f" (also lines {', '.join(map(str, broken[1:9]))})" if len(broken) > 1 else ""
+        raise ValueError(f"{key} line {broken[0]}: {no_object(objects[broken[0]])}{others}")
     return objects
+
+
+def no_object(line: str) -> str:
+    """What is wrong with a line that is no JSON object."""
+    return f'{line[:60]!r} is no JSON object in UTF-8, such as {{"prompt": "text"}}'
 
 
 def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
     """`json_lines` of a file, decompressed if its name ends with .gz; raises a ValueError if it cannot be read."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             content = file.read()
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
         raise ValueError(f"{key}: {path!r} cannot be read ({e}). Give a file with a JSON object on each line") from e

@@ -2,7 +2,12 @@
 
 import io
 import json
+import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchao.quantization
-from configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
+from configs import MODEL, benchmark_config, eval_config, generate_config, make_checkpoint, write_yaml
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
@@ -20,8 +25,11 @@ from layerskip_recipes import generate
 from layerskip_recipes.checkpoint import load_decoder
 from layerskip_recipes.config import load_config
 from layerskip_recipes.generation import Generation, GenerationStats
+from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
+from layerskip_recipes.recipes.decoding import weight_bytes
 from layerskip_recipes.recipes.eval import LayerSkipEval
-from layerskip_recipes.recipes.generate import LayerSkipGenerate
+from layerskip_recipes.recipes.generate import LayerSkipGenerate, is_for_all
+from layerskip_recipes.recipes.generate_config import check_config
 from layerskip_recipes.recipes.report import Totals
 from layerskip_recipes.recipes.stream import TextStream
 
@@ -377,19 +385,174 @@ def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     assert re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown) == plain
 
 
-@pytest.mark.parametrize("mode", ["self-speculative", "autoregressive"])
-def test_two_processes_give_the_output_of_one(path, tmp_path, mode):
-    """Sharded over two gloo processes: the same text, printed once."""
-    outputs = []
-    for processes in ([], ["--nproc_per_node", "2"]):
-        done = run_tune(
-            "run", *processes, "layerskip_generate", "--config", str(path), *MODES[mode], cwd=tmp_path,
-            env={"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        outputs.append(done.stdout.split("\n--- ")[1])
-        assert done.stdout.count("--- prompt 1 of 1") == 1
-    assert outputs[0] == outputs[1]
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("shown", "draft", "seen"),
+    [
+        ("", "abcdefghijklmnop", "abcdefghi"),  # of ten columns the last stays free
+        ("abcd", "efghijklmnop", "efghi"),
+        ("abcd\nab", "cdefghijklmnop", "cdefghi"),
+        ("abcdefghijklm", "nopqrstuvwxyz", "nopqrs"),  # the terminal wrapped it
+        ("abcdefghij", "klm", ""),
+        ("ab日本", "日本語", "日"),  # two columns each
+        ("e\u0301" * 4, "abcdefgh", "abcde"),  # an accent takes none
+        ("a\tb", "cd", ""),
+        ("ab", "c\rd", "c"),
+        ("ab", "c\nd", "c"),
+        ("ab", "", ""),
+    ],
+)
+def test_a_draft_stays_in_its_line(shown, draft, seen, capsys, monkeypatch):
+    """On a terminal of ten columns, whose cursor could not come back from another row."""
+    monkeypatch.setenv("COLUMNS", "10")
+    stream = TextStream(Letters())
+    tokens = list(map(ord, shown))
+    for end in range(1, len(tokens) + 1):
+        stream.show(tokens[:end], last=False)
+    capsys.readouterr()
+    stream.show_draft([list(map(ord, draft))])
+    assert capsys.readouterr().out == f"\x1b[s\x1b[2m{seen}\x1b[0m"
+
+
+def test_a_draft_stays_in_the_line_of_the_prompts_mark(path, capsys, monkeypatch):
+    """Ten columns, of which ">>> " takes four: no more than five of a draft."""
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run(path, "stream=draft", "max_new_tokens=4")
+    first = re.search(r">>> (.*?)\x1b\[s\x1b\[2m(.*?)\x1b\[0m", capsys.readouterr().out, flags=re.S)
+    assert "\n" not in first[1] and len(first[1] + first[2]) <= 5
+
+
+def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
+    """It comes while a draft is verified: the screen ends with the accepted text, as the file has it."""
+    out = path.parent / "out.jsonl"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    recipe = LayerSkipGenerate(load_config(str(path), ["stream=draft", f"output_file={out}"]))
+    recipe.setup()
+    rounds = []
+
+    def interrupted(self, *args, verify=Generation._verify):
+        rounds.append(1)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return verify(self, *args)
+
+    monkeypatch.setattr(Generation, "_verify", interrupted)
+    recipe.generate()
+    shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+    assert shown.count("\x1b[2m") == shown.count("\x1b[u\x1b[J") == 3
+    text = json.loads(out.read_text())["text"]
+    assert text and re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<reply>{% endif %}"
+
+
+def test_a_question_that_does_not_fit_is_left_out(path, monkeypatch, caplog):
+    """The conversation goes on as if it had not been asked, and the message says how long one may be."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\n{'x' * 150}\nand now\n"))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    asked = []
+    monkeypatch.setattr(recipe, "_generation", lambda prompts, *a, old=recipe._generation, **k: asked.append(
+        prompts[0]) or old(prompts, *a, **k))  # fmt: skip
+    assert recipe.generate()["prompts"] == 2
+    assert "x" * 5 not in recipe.tokenizer.decode(asked[1]) and recipe.tokenizer.decode(asked[1]).endswith(
+        "and now<reply>"
+    )
+    (message,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    room = int(re.search(r"at most (\d+) tokens", message)[1])
+    # After it "and now" was asked: the question's tokens take what is left of the 128.
+    question = len(recipe.tokenizer.encode("and now", add_bos=False, add_eos=False))
+    assert room == 128 - 8 - (len(asked[1]) - question)
+
+
+def test_a_conversation_ends_where_no_question_fits(path, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" * 30))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=16"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    report = recipe.generate()
+    assert 1 <= report["prompts"] < 128 // 16
+    assert [r.getMessage().partition(":")[0] for r in caplog.records].count("the conversation is over") == 1
+
+
+def test_what_a_template_refuses_ends_no_conversation(path, monkeypatch, caplog):
+    """The question is left out, and the report comes as ever. What it refuses from the start is refused before."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nbad\nand now\n"))
+    refuses = (
+        "{% if messages[-1].content == 'bad' or messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    overrides = [f"tokenizer.chat_template={json.dumps(refuses + CHAT)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert recipe.generate()["prompts"] == 2
+    assert sum("left out" in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(ValueError, match=r"the tokenizer refuses .*: no$"):
+        LayerSkipGenerate(load_config(str(path), [*overrides, "system_prompt=be"]))
+
+
+def test_other_ranks_log_errors_only(monkeypatch):
+    def logged(rank, level):
+        monkeypatch.setenv("RANK", rank)
+        return is_for_all(logging.makeLogRecord({"levelno": level}))
+
+    assert logged("0", logging.INFO) and logged("1", logging.ERROR) and logged("3", logging.CRITICAL)
+    assert not logged("1", logging.INFO) and not logged("1", logging.WARNING)
+
+
+def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
+    """A real `tune run`, in the midst of more prompts than it gets to."""
+    file = tmp_path / "many.jsonl"
+    file.write_text('{"prompt": "def main("}\n' * 20_000)
+    command = [
+        Path(sys.executable).with_name("tune"),
+        "run",
+        "layerskip_generate",
+        "--config",
+        path,
+        f"prompt_file={file}",
+    ]
+    with subprocess.Popen(
+        [*map(str, command), "max_new_tokens=64"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not process.stdout.readline().startswith("--- prompt 3 of 20000"):
+            assert process.poll() is None, process.stderr.read()[-2000:]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-2000:]
+    assert 2 <= json.loads(out.splitlines()[-1])["prompts"] < 20_000
+    assert err.count("interrupted") == 1 and "Traceback" not in err
+
+
+def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
+    """Sharded over two gloo processes, with drafts and without: the same text, printed once, as what is logged."""
+    overrides = ["benchmark.compare=true", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts"]
+    _, alone = run(path, *overrides)
+    text = capsys.readouterr().out.split("\n--- ")[1]
+    done = run_tune(
+        "run", "--nproc_per_node", "2", "layerskip_generate", "--config", str(path), *overrides, cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n--- ")[1] == text and done.stdout.count("--- prompt 1 of 1") == 1
+    report = json.loads(done.stdout.splitlines()[-1])
+    for key in ("identical", "tokens", "rounds", "accepted", "baseline_tokens"):
+        assert report[key] == alone[key]
+    assert report["identical"] is True
+    assert done.stderr.count("prompt: takes the place of prompts") == 1
 
 
 @pytest.mark.parametrize(
@@ -410,10 +573,180 @@ def test_what_works_in_one_process_only_is_refused_in_several(path, monkeypatch,
         LayerSkipGenerate(load_config(str(path), [override]))
 
 
-def test_a_batch_that_does_not_fit_is_refused(path, monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 10)
-    with pytest.raises(ValueError, match=r"^batch_size: the caches of 2 rows .*up to \d+"):
-        LayerSkipGenerate(load_config(str(path), ["batch_size=2", "prompt=[a, b]"]))
+def test_a_prompt_file_beside_prompt_interactive_is_for_several_processes(path, monkeypatch, tmp_path):
+    """The file takes the place of the conversation."""
+    (tmp_path / "one.txt").write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_config(load_config(str(path), ["prompt=interactive", f"prompt_file={tmp_path / 'one.txt'}"]))
+
+
+# Of the tiny model: 9,600 for the embedding, which is the head too, and for each of 4 layers 32 x 32 (q), 2 x 16 x 32
+# (k, v), 32 x 32 (output), 3 x 32 x 48 (MLP) and 2 x 32 (norms); 32 of the last norm.
+LAYER, REST = 1024 + 1024 + 1024 + 4608 + 64, 9600 + 32
+# Of a slot of the cache: 4 layers x 2 (keys, values) x 1 head x 16, in fp32.
+SLOT = 4 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
+def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compiled, draft):
+    """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know."""
+    overrides = ["batch_size=2", "prompt=[a, b]", f"compile={str(compiled).lower()}", *filter(None, [draft])]
+    nodes = {"": 4, "self_speculation=null": 1}.get(draft, 6)
+    slots = 256 + 64 if compiled else 1 + 24 + nodes
+    weights = 4 * (4 * LAYER + REST)
+
+    def with_memory(memory):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        return LayerSkipGenerate(load_config(str(path), overrides))
+
+    with_memory(weights + 2 * slots * SLOT)
+    message = r"^batch_size: the caches of 2 rows .* weights take .* up to 1; for example batch_size=1$"
+    with pytest.raises(ValueError, match=message):
+        with_memory(weights + 2 * slots * SLOT - 1)
+    message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
+    with pytest.raises(ValueError, match=message):
+        with_memory(weights + slots * SLOT - 1)
+    with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
+        with_memory(weights)
+
+
+def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):
+    """The deepest draft of its variants counts: a sampled tree with its root and 2 x (1 + 2) nodes, and the drafts."""
+    variants = {"tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2}}
+    path = benchmark_config(tmp_path, checkpoint, prompt=["a", "b"], batch_size=2, variants=variants)
+    need = 4 * (4 * LAYER + REST) + 2 * (1 + 16 + 7) * SLOT
+
+    def with_memory(memory):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        LayerSkipBenchmark(load_config(str(path)))
+
+    with_memory(need)
+    with pytest.raises(ValueError, match=r"^batch_size: .* up to 1; for example batch_size=1$"):
+        with_memory(need - 1)
+
+
+@pytest.mark.parametrize(("kept", "shards", "parallel", "bytes_"), [
+    (0, 1, 1, 2 * (4 * LAYER + REST)),
+    (2, 1, 1, 2 * (4 * LAYER + REST)),
+    (2, 2, 1, 2 * (2 * LAYER + REST + LAYER)),
+    (0, 4, 1, 2 * (REST + LAYER)),
+    (2, 2, 2, 2 * (2 * LAYER + REST + LAYER) // 2),
+])  # fmt: skip
+def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
+    """In bf16: layers below the exit whole, the others sharded; matrices split by tensor parallelism."""
+    with torch.device("meta"):
+        model = tune_config.instantiate(OmegaConf.create(MODEL))
+    assert weight_bytes(model, torch.bfloat16, kept, shards, parallel) == bytes_
+
+
+LINES = [
+    '{"prompt": "a = 1"}',
+    '{"prompt: "b"}',
+    "",
+    '{"prompt": ""}',
+    '{"prompt": "x = 2"}',
+    json.dumps({"prompt": "long " * 99}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bad_prompts_are_skipped_and_have_their_place(path, tmp_path, capsys, caplog, size):
+    """Broken, empty and too long, after a byte order mark; the answers to the others are those that they have alone."""
+    file, out, good = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "good.jsonl"))
+    file.write_text("\n".join(LINES), encoding="utf-8-sig")
+    _, report = run(path, f"prompt_file={file}", "on_bad_prompt=skip", f"output_file={out}", f"batch_size={size}")
+    run(path, "prompt=[a = 1, x = 2]", f"output_file={good}", f"batch_size={size}")
+    alone = [
+        json.loads(line) | {"index": index} for line, index in zip(good.read_text().splitlines(), (0, 3), strict=True)
+    ]
+    first, broken, empty, last, long = map(json.loads, out.read_text().splitlines())
+    assert [first, last] == alone and (report["prompts"], report["skipped"]) == (2, 3)
+    for at, (line, number, what) in enumerate(
+        [(broken, 2, "no JSON"), (empty, 4, "empty"), (long, 6, "128 (max_seq_len)")], 1
+    ):
+        assert line == {"index": at + (at == 3), "line": number, "error": line["error"]}
+        assert what in line["error"] and f"line {number}" in line["error"]
+        assert [record.getMessage() for record in caplog.records].count(f"skipped: {line['error']}") == 1
+
+
+def test_a_bad_prompt_is_an_error_that_names_its_line(path, tmp_path):
+    """Of several that of the longest prompt, since what is allowed for it is enough for all."""
+    file = tmp_path / "prompts.jsonl"
+
+    def refused(lines, *overrides):
+        file.write_text("\n".join(lines))
+        with pytest.raises(ValueError) as caught:
+            LayerSkipGenerate(load_config(str(path), [f"prompt_file={file}", *overrides]))
+        return str(caught.value)
+
+    message = refused([*LINES, '{"prompt": "' + "a" * 110 + '"}'], "max_new_tokens=120")
+    assert message.startswith("prompt: its ") and message.endswith(
+        "(prompt_file line 6) (also lines 2, 4, 7). on_bad_prompt=skip answers the rest"
+    )
+    message = refused(LINES[:2])
+    assert message.startswith('prompt_file line 2: \'{"prompt: "b"}\' is no JSON object')
+    assert message.endswith(". on_bad_prompt=skip answers the rest")
+    assert "on_bad_prompt" not in refused(LINES[1:2], "on_bad_prompt=skip")  # nothing else to answer
+    template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
+    asked = [{"user": "a"}, {"user": "a", "system": "b"}]
+    message = refused(
+        [json.dumps({"prompt": chat}) for chat in asked], f"tokenizer.chat_template={json.dumps(template)}"
+    )
+    assert "no system (prompt_file line 2)." in message
+
+
+def test_bytes_that_are_no_utf8_break_their_line_only(path, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "a\xff"}\n{"prompt": "\xc3\xa9"}\n')
+    recipe = LayerSkipGenerate(load_config(str(path), [f"prompt_file={file}", "on_bad_prompt=skip"]))
+    assert recipe.prompts == ["", "é"] and "prompt_file line 1: " in recipe.examples[0].error
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(path, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text("a", encoding="utf-8-sig")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa"))
+    for name in (tmp_path / "one.txt", "-"):
+        assert LayerSkipGenerate(load_config(str(path), [f"prompt_file={name}"])).prompts == ["a"]
+
+
+def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
+    """By whatever name: a link to it, or the same file by another path."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    vocabulary = [
+        "self_speculation.draft_vocabulary=9",
+        f"self_speculation.draft_vocabulary_file={tmp_path / 'a.jsonl'}",
+    ]
+    for overrides, key in (
+        ([f"prompt_file={tmp_path / 'a.jsonl'}"], "prompt_file"),
+        (vocabulary, vocabulary[1].split("=")[0]),
+    ):
+        for name in ("a.jsonl", "link.jsonl", f"../{tmp_path.name}/a.jsonl"):
+            with pytest.raises(
+                ValueError, match=rf"^output_file: .* would overwrite {re.escape(key)}\. .*=answers\.jsonl"
+            ):
+                LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={tmp_path / name}"]))
+    assert (tmp_path / "a.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_output_file_that_cannot_be_written(path, tmp_path, monkeypatch, there):
+    """A folder or a file without permission, which root, who may run this, would have."""
+    protected = tmp_path / "folder"
+    protected.mkdir()
+    if there:
+        (protected / "a.jsonl").touch()
+    access = os.access
+    monkeypatch.setattr("os.access", lambda name, mode: not Path(name).is_relative_to(protected) and access(name, mode))
+    with pytest.raises(ValueError, match=r"^output_file: .* cannot be written"):
+        LayerSkipGenerate(load_config(str(path), [f"output_file={protected / 'a.jsonl'}"]))
+
+
+def test_an_existing_output_file_needs_no_folder(path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr("os.access", lambda name, mode: Path(name) != Path("/dev") and access(name, mode))
+    check_config(load_config(str(path), ["output_file=/dev/null"]))
 
 
 def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):

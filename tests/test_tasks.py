@@ -147,6 +147,11 @@ def test_what_a_hub_name_needs(monkeypatch):
     ]
 
 
+def test_a_byte_order_mark_before_the_first_line():
+    Path("bom.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8-sig")
+    assert tasks.jsonl("bom.jsonl", **TEMPLATES) == tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES)
+
+
 # ---- as the recipes read them ----
 
 
@@ -165,6 +170,12 @@ def test_examples_of_a_config():
     assert read_examples(file) == [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
     assert read_prompts(file) == ["a", {"user": "c"}, "d", "e"]
     assert read_examples(OmegaConf.create({"prompt": ["a", {"user": "b"}]})) == [Example("a"), Example({"user": "b"})]
+
+
+def test_an_example_knows_its_line():
+    """Empty lines count, as in an editor."""
+    Path("p.jsonl").write_text('\n{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [example.line for example in read_examples(OmegaConf.create({"prompt_file": "p.jsonl"}))] == [2, 4]
 
 
 def test_items_of_a_component(monkeypatch):

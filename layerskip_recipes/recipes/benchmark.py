@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from layerskip_recipes.checks import PICTURES, check_file, check_folder
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, Speculation
+from layerskip_recipes.generation.compiling import cache_length
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import check_lengths
 from layerskip_recipes.generation.timing import memory_bandwidth
-from layerskip_recipes.generation.tree import DraftTree
+from layerskip_recipes.kv_cache import check_cache_fits
 from layerskip_recipes.recipes.benchmark_config import (
     BASELINE,
     check_config,
@@ -39,9 +41,9 @@ from layerskip_recipes.recipes.benchmark_config import (
     read_variants,
 )
 from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
-from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, with_vocabulary
+from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, tree_of, weight_bytes, with_vocabulary
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers, first_line
-from layerskip_recipes.recipes.prompts import read_examples, to_tokens
+from layerskip_recipes.recipes.prompts import encode, read_examples, refuse_bad
 from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.recipes.sweep import check_sweep, sweep
 from layerskip_recipes.recipes.sweep_files import read_journal
@@ -83,24 +85,23 @@ class LayerSkipBenchmark:
         self.tokenizer = settings.build(cfg.tokenizer, "tokenizer")
         settings.check_vocabulary(self.tokenizer, model)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
-        self.examples = read_examples(cfg)
+        trees = [
+            tree_of(values, greedy=temperature == 0)
+            for values in self.variants.values()
+            for temperature in self.temperatures
+            if "early_exit" not in values
+        ]
+        spare = max((tree.nodes for tree in trees if not tree.is_chain), default=0)
+        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
+        self.examples, self.prompts = encode(read_examples(cfg), self.tokenizer, check)
+        refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
         check_metrics(cfg.get("metrics") or [], self.examples)
-        self.prompts = [to_tokens(example.prompt, self.tokenizer) for example in self.examples]
         self.variants = {
             name: with_vocabulary(values, model, self.tokenizer, self.prompts, f"variants.{name}")
             if "early_exit" not in values
             else values
             for name, values in self.variants.items()
         }
-        trees = [
-            DraftTree(values["num_speculations"], values["tree_width"], values["tree_children"], temperature == 0)
-            for values in self.variants.values()
-            for temperature in self.temperatures
-            if "early_exit" not in values
-        ]
-        spare = max((tree.nodes for tree in trees if not tree.is_chain), default=0)
-        lengths = [len(tokens) for tokens in self.prompts]
-        check_lengths(model, lengths, self.limit, key="max_new_tokens", spare=spare)
         # One size of the cache for all ways: compiled steps are made for a size.
         drafted = [tree.nodes for tree in trees] + [LONGEST if cfg.get("tune") else 1]
         if cfg.get("sweep") is not None:
@@ -108,13 +109,15 @@ class LayerSkipBenchmark:
             read_journal(self)
         else:
             check_peer_files(cfg.get("peers") or [], cfg.checkpointer)
-        self.reserve = max(lengths) + self.limit + max(drafted)
+        self.reserve = longest(self.prompts) + self.limit + max(drafted)
         rows = cfg.get("batch_size", 1)
         if len(self.prompts) % rows:
             raise ValueError(
                 f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
                 "measurement. Allowed: a number that does; for example batch_size=1"
             )
+        slots = cache_length(self.reserve) if cfg.get("compile", False) else self.reserve
+        check_cache_fits(model, rows, slots, self.dtype, self.device, weights=weight_bytes(model, self.dtype))
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.predicted: dict[str, Prediction] = {}
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)

@@ -64,6 +64,7 @@ REFUSED = {
     "benchmark": "it always compares",
     "stream": "it prints figures, no texts",
     "output_file": "it keeps figures, no texts",
+    "on_bad_prompt": "it measures all prompts or none",
     "system_prompt": "it has no conversation",
     "log_level": "it says little",
     "tensor_parallel_plan": "it measures one device",

@@ -105,10 +105,32 @@ def _speculation(values: dict[str, Any], vocabulary: Any, drafter: LayerSkipDeco
     return Speculation(**plain, draft_vocabulary=vocabulary, drafter=drafter)
 
 
+def tree_of(values: dict[str, Any], greedy: bool) -> DraftTree:
+    """The shape of a round's drafts; of a chain too."""
+    return DraftTree(values["num_speculations"], values["tree_width"], values["tree_children"], greedy)
+
+
 def spare_slots(values: dict[str, Any], greedy: bool) -> int:
     """The slots of a draft tree; 0 for a chain, whose drafts stand where text will."""
-    tree = DraftTree(values["num_speculations"], values["tree_width"], values["tree_children"], greedy)
+    tree = tree_of(values, greedy)
     return 0 if tree.is_chain else tree.nodes
+
+
+def weight_bytes(
+    model: TransformerDecoder, dtype: torch.dtype, kept_layers: int = 0, shards: int = 1, parallel: int = 1
+) -> int:
+    """The bytes of the weights that each process holds, see `distributed.shard_decoder`.
+
+    Args:
+        model: the decoder, on any device, not yet split.
+        dtype: of the weights.
+        kept_layers: the layers below it are whole on every process.
+        shards: processes over which the others are sharded.
+        parallel: processes that share each matrix.
+    """
+    late = sum(parameter.numel() for parameter in model.layers[kept_layers:].parameters())
+    early = sum(parameter.numel() for parameter in model.parameters()) - late
+    return (early + late // shards) // parallel * dtype.itemsize
 
 
 def with_vocabulary(

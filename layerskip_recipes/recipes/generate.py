@@ -4,6 +4,8 @@ The decoding lives in `generation/`; here are batches, streaming, chat, the comp
 """
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
 from torchtune.data import Message
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.config import build_recipe, main_of
@@ -27,16 +30,18 @@ from layerskip_recipes.distributed import (
 )
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.compiling import cache_length
-from layerskip_recipes.generation.speculation import check_lengths
+from layerskip_recipes.generation.speculation import check_lengths, most_positions
 from layerskip_recipes.kv_cache import check_cache_fits
 from layerskip_recipes.recipes.decoding import (
     build_speculation,
     check_speculation,
     spare_slots,
+    tree_of,
+    weight_bytes,
     with_vocabulary,
 )
 from layerskip_recipes.recipes.generate_config import benchmark, check_config, is_conversation, make_sampler
-from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
+from layerskip_recipes.recipes.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.recipes.report import Totals, make_report, print_report
 from layerskip_recipes.recipes.stream import TextStream, follow
 from layerskip_recipes.settings import (
@@ -47,6 +52,14 @@ from layerskip_recipes.settings import (
 )
 
 log = utils.get_logger("INFO")
+
+
+def is_for_all(record: logging.LogRecord) -> bool:
+    """Whether a process logs a record: the first one does, others errors only, which they may have alone."""
+    return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
+
+
+log.addFilter(is_for_all)
 
 
 class LayerSkipGenerate:
@@ -78,20 +91,36 @@ class LayerSkipGenerate:
         self.exit_layer = cfg.get("exit_layer")
         self.tokenizer = build(cfg.tokenizer, "tokenizer")
         check_vocabulary(self.tokenizer, model)
-        self.prompts = [] if self.interactive else read_prompts(cfg)
-        self.prompt_tokens = [to_tokens(prompt, self.tokenizer) for prompt in self.prompts]
-        self.spare = 0
-        if self.draft is not None:
-            self.draft = with_vocabulary(self.draft, model, self.tokenizer, self.prompt_tokens)
-            self.spare = spare_slots(self.draft, make_sampler(cfg).greedy)
-        if not self.interactive:
+        greedy = make_sampler(cfg).greedy
+        self.spare = spare_slots(self.draft, greedy) if self.draft is not None else 0
+        self.examples: list[Example] = []
+        self.prompt_tokens: list[list[int]] = []
+        if self.interactive:
+            self._tokens_of([], "?")  # a template that refuses the system prompt says so now
+        else:
+            self.examples, self.prompt_tokens = encode(
+                try_examples(cfg), self.tokenizer, lambda lengths: self._check_lengths(model, lengths)
+            )
+        self.prompts = [example.prompt for example in self.examples]
+        self.good = [i for i, example in enumerate(self.examples) if example.error is None]
+        self.bad = [i for i, example in enumerate(self.examples) if example.error is not None]
+        if cfg.get("on_bad_prompt") != "skip" or not self.good:
             lengths = [len(tokens) for tokens in self.prompt_tokens]
-            check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
-            rows = min(self.batch_size, len(lengths))
-            room = max(lengths) + self.max_new_tokens
+            refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
+        for i in self.bad:
+            log.warning("skipped: %s", self.examples[i].error)
+        if self.draft is not None:
+            tokens = [self.prompt_tokens[i] for i in self.good]
+            self.draft = with_vocabulary(self.draft, model, self.tokenizer, tokens)
+        if not self.interactive:
+            rows = min(self.batch_size, len(self.good))
+            nodes = tree_of(self.draft, greedy).nodes if self.draft is not None else 1
+            room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
-            self.reserve = room + 64 if cfg.get("compile") else None
-            slots = cache_length(self.reserve) if self.reserve else room
+            self.reserve = room + max(64, nodes) if cfg.get("compile") else None
+            slots = cache_length(self.reserve) if self.reserve else room + nodes
+        exits = [self.exit_layer or 0] if self.draft is None else self.draft["exit_layer"]
+        self.kept_layers = max(exits) if isinstance(exits, list) else exits
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         self.stop_strings = list(cfg.get("stop_strings") or [])
         # Before the seed: processes that draw one share it.
@@ -100,7 +129,11 @@ class LayerSkipGenerate:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if not self.interactive:
             # Not before each process has its GPU.
-            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel=check_processes(cfg, model))
+            parallel = check_processes(cfg, model)
+            weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            # Only the quantizer knows how many they will be.
+            weights = 0 if cfg.get("quantizer") is not None else weights
+            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights)
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
         self.shows = is_rank_zero()
@@ -110,9 +143,7 @@ class LayerSkipGenerate:
         if self.shows:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg)
         if num_processes() > 1:
-            exits = [self.exit_layer or 0] if self.draft is None else self.draft["exit_layer"]
-            kept = max(exits) if isinstance(exits, list) else exits
-            self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, kept)
+            self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, self.kept_layers)
         else:
             self.model = ckpt.load_decoder(self.cfg, self.device, self.dtype)
         self.speculation = None
@@ -134,6 +165,7 @@ class LayerSkipGenerate:
             else:
                 self._all_prompts(ours, baseline)
         except KeyboardInterrupt:
+            self.interrupted = True
             log.warning("interrupted: the report is of %d of %d prompts", len(ours.outputs), len(self.prompts))
         report = {
             "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
@@ -141,6 +173,7 @@ class LayerSkipGenerate:
             "temperature": self.cfg.get("temperature", 0.0),
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
+            "skipped": len(self.bad),
             **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
         }
         steps = getattr(self.model, "compiled_steps", None)
@@ -152,10 +185,10 @@ class LayerSkipGenerate:
         return report
 
     def _all_prompts(self, ours: Totals, baseline: Totals) -> None:
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompt_tokens[i]))
+        order = sorted(self.good, key=lambda i: len(self.prompt_tokens[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         if self.batch_size == 1:
-            batches = [[i] for i in range(len(self.prompts))]
+            batches = [[i] for i in self.good]
         if self.compare:
             # Warm-up, not counted: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
@@ -186,6 +219,7 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
+            shown.column = len(">>> ")
         generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
         try:
             self._follow(generation, texts, shown)
@@ -237,16 +271,19 @@ class LayerSkipGenerate:
 
     def _chat(self, ours: Totals) -> None:
         """Questions from standard input, answers to standard output; the cache keeps the conversation so far."""
-        history = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.get("system_prompt") else []
+        history: list[Message] = []
         cache = None
         for turn, question in enumerate(_questions()):
-            history += [Message(role="user", content=question), Message(role="assistant", content="")]
-            tokens = to_tokens(history, self.tokenizer)
             try:
-                check_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens", spare=self.spare)
+                tokens = self._tokens_of(history, question)
+                self._check_lengths(self.model, [len(tokens)])
             except ValueError as e:
-                log.warning("the conversation is over: %s", e)
-                return
+                room = self._room_for_question(history)
+                if room < 1:
+                    log.warning("the conversation is over: %s", e)
+                    return
+                log.warning("the question is left out, of at most %d tokens here: %s", room, e)
+                continue
             rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
@@ -260,8 +297,27 @@ class LayerSkipGenerate:
                 log.warning("interrupted")
             cache = generation.cache
             print("" if self.cfg.get("stream", True) else answer.text(generation.generated[0]), flush=True)
-            history[-1] = Message(role="assistant", content=answer.text(generation.generated[0]))
+            history.append(Message(role="user", content=question))
+            history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
             ours.add({turn: generation.generated[0]}, generation.stats)
+
+    def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
+        """Raises a ValueError unless prompts of these lengths fit the model."""
+        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
+
+    def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
+        """A conversation so far, after the system prompt, with a question; raises a ValueError if it is refused."""
+        system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.get("system_prompt") else []
+        turn = [Message(role="user", content=question), Message(role="assistant", content="")]
+        return to_tokens([*system, *history, *turn], self.tokenizer)
+
+    def _room_for_question(self, history: Sequence[Message]) -> int:
+        """How many tokens a question may have after this conversation; less than 1 if none can follow."""
+        try:
+            shortest = len(self._tokens_of(history, "?"))
+        except ValueError:
+            return 0
+        return most_positions(self.model, self.spare)[0] - self.max_new_tokens - shortest + 1
 
 
 def _questions() -> Iterator[str]:
@@ -281,11 +337,12 @@ class Results:
     """The answers in the order of the prompts, whatever the order of the batches: to stdout and `output_file`.
 
     A context manager; what is there at its end is written, so an interrupted run loses nothing that it finished.
+    A prompt that is skipped has a line in the file too, with its error.
     """
 
     def __init__(self, recipe: LayerSkipGenerate) -> None:
         self.recipe = recipe
-        self.waiting: dict[int, list[int]] = {}
+        self.waiting: dict[int, list[int]] = {i: [] for i in recipe.bad}
         self.next = 0
         self.file = None
 
@@ -316,6 +373,12 @@ class Results:
         recipe = self.recipe
         if not recipe.shows:
             return
+        example = recipe.examples[i]
+        if example.error is not None:
+            if self.file is not None:
+                line = {"index": i, "line": example.line, "error": example.error}
+                print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
+            return
         answer = recipe.text_of(i).text(tokens)
         if recipe.batch_size > 1:  # a single one was printed while it grew
             recipe._print_head(i)
@@ -340,5 +403,7 @@ def main() -> None:
         recipe.setup()
         recipe.generate()
         end_processes()
+        if recipe.interrupted:
+            sys.exit(130)  # what a shell expects after Ctrl-C
 
     main_of(steps)

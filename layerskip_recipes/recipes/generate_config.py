@@ -1,12 +1,13 @@
 """What a generation config may say: every key with its check, and what goes together."""
 
+import os
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from layerskip_recipes import checkpoint as ckpt
-from layerskip_recipes.checks import check_choice
+from layerskip_recipes.checks import check_choice, check_file
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.distributed import check_processes, num_processes
 from layerskip_recipes.generation.sampling import Sampler
@@ -33,6 +34,7 @@ SETTINGS = COMMON | {
     "prompts": component(optional=True),
     "prompt_file": text("prompts.jsonl"),
     "system_prompt": text("Answer briefly."),
+    "on_bad_prompt": one_of("error", "skip", None),
     "output_file": text("answers.jsonl"),
     "batch_size": number(minimum=1, example=8),
     "max_new_tokens": number(minimum=1, example=128),
@@ -94,7 +96,7 @@ def check_config(cfg: DictConfig) -> None:
             "(- reads stdin)"
         )
     _check_conversation(cfg)
-    check_output_file(cfg.get("output_file"))
+    check_output_file(cfg)
     parallel = check_processes(cfg, model)
     check_draft_fits(cfg, model, parallel)
     if num_processes() > 1:
@@ -129,10 +131,23 @@ def _check_conversation(cfg: DictConfig) -> None:
         )
 
 
-def check_output_file(name: str | None) -> None:
-    """Raises a ValueError if there can be no such file."""
-    if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+def check_output_file(cfg: DictConfig) -> None:
+    """Raises a ValueError if `output_file` cannot be written, or is a file that the run reads."""
+    name = cfg.get("output_file")
+    if name is None:
+        return
+    if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
         raise ValueError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
+    check_file("output_file", name)
+    speculation = cfg.get("self_speculation") or {}
+    inputs = {
+        "prompt_file": cfg.get("prompt_file"),
+        "self_speculation.draft_vocabulary_file": speculation.get("draft_vocabulary_file"),
+    }
+    for key, read in inputs.items():
+        if read is not None and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
+            raise ValueError(f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
+                             "output_file=answers.jsonl")  # fmt: skip
 
 
 def _check_alone(cfg: DictConfig) -> None:
@@ -141,7 +156,7 @@ def _check_alone(cfg: DictConfig) -> None:
     alone = {
         "compile": cfg.get("compile") or None,
         "self_speculation.draft_quantizer": quantizer,
-        "prompt": INTERACTIVE if cfg.get("prompt") == INTERACTIVE else None,
+        "prompt": INTERACTIVE if is_conversation(cfg) else None,
         "prompt_file": "-" if cfg.get("prompt_file") == "-" else None,
     }
     for key, value in alone.items():

@@ -1,8 +1,8 @@
 """The prompts of a generation config: from the config, a text or JSONL file, or standard input; and their tokens."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from torchtune import utils
 from torchtune.data import Message
 
 from layerskip_recipes.settings import build
-from layerskip_recipes.tasks import json_lines
+from layerskip_recipes.tasks import no_object, try_json_lines
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
-
 
 log = utils.get_logger("INFO")
 
@@ -26,10 +25,14 @@ class Example:
     Args:
         prompt: raw text, or roles for the chat template: {"user": ..., "system": ...}.
         response: the reference; None if there is none.
+        line: its line in a JSONL file, from 1; None elsewhere.
+        error: why it cannot be answered; None: nothing is wrong so far.
     """
 
     prompt: str | dict[str, str]
     response: str | None = None
+    line: int | None = field(default=None, compare=False)
+    error: str | None = None
 
 
 def read_examples(cfg: DictConfig) -> list[Example]:
@@ -42,18 +45,29 @@ def read_examples(cfg: DictConfig) -> list[Example]:
     Raises:
         ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
     """
+    examples = try_examples(cfg)
+    refuse_bad(examples)
+    return examples
+
+
+def try_examples(cfg: DictConfig) -> list[Example]:
+    """`read_examples`, but a prompt that is broken is there too, with its error.
+
+    Raises:
+        ValueError: if there are no prompts to read.
+    """
     if cfg.get("prompt_file") is not None:
         return _read_prompt_file(cfg.prompt_file)
     if cfg.get("prompt") is None:
         items = build(cfg.prompts, "prompts")
         if not isinstance(items, list | tuple):
             raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
-        return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
+        return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     prompt = cfg.prompt
     if cfg.get("prompts") is not None:
         log.info("prompt: takes the place of prompts; for those set prompt=null")
     prompts = OmegaConf.to_container(prompt, resolve=True) if isinstance(prompt, DictConfig | ListConfig) else prompt
-    return [Example(_check_prompt(p, "prompt")) for p in (prompts if isinstance(prompts, list) else [prompts])]
+    return [_tried(_plain, item, "prompt") for item in (prompts if isinstance(prompts, list) else [prompts])]
 
 
 def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
@@ -61,29 +75,97 @@ def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
     return [example.prompt for example in read_examples(cfg)]
 
 
+def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
+    """Raises a ValueError if an example has an error: that of the longest prompt, and the lines of the others.
+
+    Args:
+        examples: of `try_examples` or `encode`.
+        lengths: tokens of each, if they are known: what is allowed for the longest is enough for all.
+        hint: the end of the message, if other examples are fine.
+    """
+    bad = [i for i, example in enumerate(examples) if example.error is not None]
+    if not bad:
+        return
+    worst = max(bad, key=lambda i: lengths[i] if lengths else 0)
+    lines = [str(examples[i].line) for i in bad if i != worst and examples[i].line is not None]
+    others = f" (also lines {', '.join(lines[:8])})" if lines else ""
+    raise ValueError(f"{examples[worst].error}{others}{hint if len(bad) < len(examples) else ''}")
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
+) -> tuple[list[Example], list[list[int]]]:
+    """The tokens of each prompt; an example that cannot be decoded gets its error.
+
+    Args:
+        examples: of `try_examples`.
+        tokenizer: of the model.
+        check: raises a ValueError if prompts of these lengths do not fit the model, or there are none.
+
+    Returns:
+        The examples, and their tokens: [] of one that is broken.
+    """
+    if not examples:
+        check([])
+    checked, tokens = [], []
+    for example in examples:
+        made: list[int] = []
+        if example.error is None:
+            try:
+                made = to_tokens(example.prompt, tokenizer)
+                check([len(made)])
+            except ValueError as e:
+                where = "" if example.line is None else f" (prompt_file line {example.line})"
+                example = replace(example, error=f"{e}{where}")
+        checked.append(example)
+        tokens.append(made)
+    return checked, tokens
+
+
 def _read_prompt_file(name: str) -> list[Example]:
+    lines = name.endswith(".jsonl")
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        # A byte that is no UTF-8 breaks a line of JSONL, not the file.
+        content = (
+            sys.stdin.read()
+            if name == "-"
+            else Path(name).read_text(encoding="utf-8", errors="surrogateescape" if lines else "strict")
+        )
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
         ) from e
-    if not name.endswith(".jsonl"):
-        return [Example(_check_prompt(content, "prompt_file"))]
-    lines = json_lines(content, "prompt_file")
+    content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
     if not lines:
+        return [_tried(_plain, content, "prompt_file")]
+    found = try_json_lines(content)
+    if not found:
         raise ValueError(f"prompt_file: {name!r} holds no prompt")
-    return [_with_reference(line, f"prompt_file line {at}") for at, line in lines.items()]
+    return [_tried(_with_reference, line, f"prompt_file line {at}", at) for at, line in found.items()]
+
+
+def _tried(make: Callable[[Any, str], Example], item: Any, key: str, line: int | None = None) -> Example:
+    """The example of an item, or one with its error."""
+    try:
+        return replace(make(item, key), line=line)
+    except ValueError as e:
+        return Example("", line=line, error=str(e))
+
+
+def _plain(item: Any, key: str) -> Example:
+    return Example(_check_prompt(item, key))
 
 
 def _example(item: Any, key: str) -> Example:
     """A component's item: a prompt, or one with its reference."""
     if isinstance(item, Mapping) and {"prompt", "response"} & set(item):
         return _with_reference(item, key)
-    return Example(_check_prompt(item, key))
+    return _plain(item, key)
 
 
-def _with_reference(item: Mapping[str, Any], key: str) -> Example:
+def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
+    if isinstance(item, str):
+        raise ValueError(f"{key}: {no_object(item)}")
     response = item.get("response")
     if "prompt" not in item:
         raise ValueError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')

@@ -1,11 +1,42 @@
 """Generated tokens as text: where it ends, and how it is shown while it grows."""
 
+import shutil
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from layerskip_recipes.generation import Generation
 
 DIM, PLAIN, SAVE, RESTORE = "\x1b[2m", "\x1b[0m", "\x1b[s", "\x1b[u\x1b[J"
+TAB = 8  # columns from one tab stop to the next
+
+
+def columns_of(character: str) -> int:
+    """How many columns of a terminal a character takes; a tab the most that it can."""
+    if character == "\t":
+        return TAB
+    if unicodedata.combining(character) or unicodedata.category(character).startswith("C"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def column_after(text: str, column: int, width: int) -> int:
+    """The column of the cursor after a text that a terminal wraps.
+
+    Args:
+        text: what is printed.
+        column: before it, from 0.
+        width: columns of the terminal.
+    """
+    for character in text:
+        if character in "\r\n":
+            column = 0
+        elif character == "\t":
+            column = min(column - column % TAB + TAB, width - 1)
+        else:
+            takes = columns_of(character)
+            column = takes if column + takes > width else column + takes
+    return column
 
 
 class TextStream:
@@ -17,6 +48,7 @@ class TextStream:
         stop_strings: an output ends before the first of them.
         prompt: the tokens of a text that the output goes on from, whose end it must fit to the letter: what
             SentencePiece decodes alone loses its first space, which is an indentation in a program.
+        column: of the cursor where the output begins to be shown, from 0.
     """
 
     def __init__(
@@ -25,6 +57,7 @@ class TextStream:
         stop_tokens: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         prompt: Sequence[int] = (),
+        column: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         # A few are enough; none before the end of an earlier text, where some tokenizers stop decoding.
@@ -40,6 +73,7 @@ class TextStream:
         self.shown = ""
         self.tokens: list[int] = []
         self.draft_is_shown = False
+        self.column = column
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self.tokenizer.decode([*self.before, *tokens])
@@ -76,17 +110,20 @@ class TextStream:
             text = text.rstrip("�")
             held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             text = text[: len(text) - held]
-        erase = RESTORE if self.draft_is_shown else ""
+        erase, new = RESTORE if self.draft_is_shown else "", text[len(self.shown) :]
         self.draft_is_shown = False
-        print(erase + text[len(self.shown) :], end="", flush=True)
+        print(erase + new, end="", flush=True)
+        self.column = column_after(new, self.column, shutil.get_terminal_size().columns)
         self.shown = max(self.shown, text, key=len)
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
         text = self._decode([*self.tokens, *drafts[0]])[len(self.shown) :]
-        # Across a line's end the cursor could not be brought back when the screen scrolls.
-        print(f"{SAVE}{DIM}{text.partition(chr(10))[0]}{PLAIN}", end="", flush=True)
-        self.draft_is_shown = True
+        # Across a line's end the cursor could not be brought back when the screen scrolls. The last column stays free.
+        line, room = next(iter(text.splitlines()), ""), shutil.get_terminal_size().columns - 1 - self.column
+        end = next((i for i in range(len(line)) if sum(map(columns_of, line[: i + 1])) > room), len(line))
+        self.draft_is_shown = True  # before it is: Ctrl-C may come between
+        print(f"{SAVE}{DIM}{line[:end]}{PLAIN}", end="", flush=True)
 
 
 def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStream | None = None) -> None:
@@ -95,12 +132,17 @@ def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStrea
     Args:
         generation: not yet begun; of its statistics `tokens` is what is kept.
         texts: one for each row.
-        shown: prints the first row as it grows.
+        shown: prints the first row as it grows; after Ctrl-C too the text that stands, and no draft, is seen last.
     """
-    for new in generation:
-        for row, output in enumerate(texts):
-            if new[row] and output.cut(generation.generated[row], len(new[row])):
-                generation.finished[row] = True
+    try:
+        for new in generation:
+            for row, output in enumerate(texts):
+                if new[row] and output.cut(generation.generated[row], len(new[row])):
+                    generation.finished[row] = True
+            if shown is not None:
+                shown.show(generation.generated[0], last=generation.finished[0])
+    except KeyboardInterrupt:
         if shown is not None:
-            shown.show(generation.generated[0], last=generation.finished[0])
+            shown.show(generation.generated[0], last=True)
+        raise
     generation.stats.tokens = sum(map(len, generation.generated))
