@@ -6,8 +6,11 @@ A LayerSkip config is any torchtune config plus plain sections of ours. What may
 import argparse
 import difflib
 import inspect
+import logging
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +19,7 @@ import torchtune
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torchtune import utils
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
@@ -77,7 +81,7 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # in C, where there is one
     """YAML as OmegaConf reads it (2e-5 is a number, no dates), but without numbers of base 60 and leading zeros,
     which would read the layers 1:5 as 65 and the file number 00003 as 3; and a key that stands twice is an error."""
 
@@ -228,18 +232,25 @@ def _remove(cfg: dict[str, Any], key: str) -> None:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+def is_for_all(record: logging.LogRecord) -> bool:
+    """Whether a process logs a record: the first one does, others errors only, which they may have alone."""
+    return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
+
+
 def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
     """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")
     args, unknown = parser.parse_known_args()
+    utils.get_logger("INFO").addFilter(is_for_all)
     if unknown:
         raise ValueError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
     return recipe(load_config(args.config, args.overrides))
 
 
-# What gloo says where a process that it waits for is no more; which of them is a matter of what was under way.
+# What gloo says where a process that it waits for is no more, or the network to it; which is a matter of what was
+# under way.
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -257,10 +268,20 @@ def main_of(steps: Callable[[], None]) -> None:
     except RuntimeError as e:
         if not ("gloo" in str(e) and any(lost in str(e) for lost in PEER_ENDED)):
             raise
-        sys.exit(1)  # another rank ended, and said why
+        # The usual case: another rank said why it ended, and torchrun ends this one before it says more.
+        time.sleep(2)
+        first = str(e).splitlines()[0]
+        print(f"RuntimeError: another process ended or cannot be reached: {first}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # while it loads, say; where there are figures to print, recipes stop by themselves
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(error: ValueError) -> NoReturn:
     """Print the error as the last line on stderr and exit with status 1."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        # A mistake that all processes find is said by the first one, and torchrun ends this one meanwhile.
+        time.sleep(5)
     print(f"ValueError: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(1)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
@@ -75,6 +76,12 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
         ValueError: if they do not fit the number of processes, or a key needs more of them.
     """
     processes = num_processes()
+    if processes > 1 and cfg.get("tensor_parallel_plan") is not None and cfg.get("tensor_parallel_dim") is None:
+        raise ValueError(
+            f"tensor_parallel_plan: {cfg.tensor_parallel_plan._component_} does nothing without tensor_parallel_dim. "
+            f"Set that, or leave it out: ~tensor_parallel_plan; for example tensor_parallel_dim={processes}, or 1 to "
+            "shard only"
+        )
     tensor = check_processes(OmegaConf.merge(cfg, {"tensor_parallel_dim": cfg.get("tensor_parallel_dim") or 1}), model)
     if tensor > 1 and adapter_names(model):
         raise ValueError(
@@ -106,6 +113,11 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
         raise ValueError(
             "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
             "would write it at once. Set low_cpu_ram=false"
+        )
+    if processes > 1 and str((cfg.get("optimizer") or {}).get("_component_", "")).startswith("torchao."):
+        raise ValueError(
+            f"optimizer: {cfg.optimizer._component_} works with one process: torch cannot gather its 8- or 4-bit state "
+            "for a checkpoint. For example optimizer._component_=torch.optim.AdamW"
         )
     if cfg.get("fsdp_cpu_offload") and cfg.get("optimizer_in_bwd"):
         raise ValueError(
@@ -199,6 +211,13 @@ def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh, checkpoint_every
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True) is not False,
             dp_mesh=mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights after a forward without backward: the optimizer and checkpoints want the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def load(

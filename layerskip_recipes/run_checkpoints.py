@@ -77,6 +77,8 @@ class Checkpoints:
         if asynchronous:
             check_shared(self.output_dir)
         self._section = section
+        # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
+        self.waits = str(cfg.optimizer._component_).startswith("torchao.")
 
     def load_state(self) -> dict[str, Any] | None:
         """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0.
@@ -145,6 +147,8 @@ class Checkpoints:
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
 
+        In the background, but with torchao's optimizers.
+
         Args:
             name: `step_N`.
             shards: a state_dict of sharded tensors.
@@ -156,7 +160,12 @@ class Checkpoints:
         if dist.is_initialized():
             dist.barrier()  # or a rank writes into what is being cleared
         place = self.staging / name
-        future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
+        if self.waits:
+            dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
+            future: Future = Future()
+            future.set_result(None)
+        else:
+            future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         if is_rank_zero():
             self._pending = _after(future, lambda: (torch.save(dict(state), place / RECIPE_STATE), self._place(name)))
         else:

@@ -94,7 +94,6 @@ def check_settings(
         content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
         raise ValueError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
-    unresolved = OmegaConf.to_yaml(cfg)
     for key, value in content.items():
         if key in settings:
             settings[key](key, cfg[key])
@@ -102,7 +101,7 @@ def check_settings(
             if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
                 raise ValueError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
         # A plain value may be the user's own variable, if an interpolation reads it.
-        elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", unresolved):
+        elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", OmegaConf.to_yaml(cfg)):
             raise ValueError(f"{key}: unknown key. {nearest(key, settings)}")
     for key in ("model", "checkpointer", "tokenizer", "dtype", *required):
         if key not in content:

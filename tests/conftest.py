@@ -1,12 +1,17 @@
 """Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
 
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,6 +29,25 @@ from torchtune.models.qwen2._component_builders import qwen2
 # Tiny models are faster on one thread: on a busy machine four times, where threads wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What inductor compiles is kept for one test run and found by all of its processes: xdist's workers inherit the
+# folder. An empty one costs half a minute before the first graph, for probes and headers.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerskip-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+# With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
+# two files of several processes each shall not run beside each other.
+LONGEST_FIRST = (
+    *("test_readme", "test_distributed_finetune", "test_real", "test_resume", "test_compile", "test_speculation"),
+    *("test_finetune", "test_distributed_generate", "test_generate", "test_errors", "test_adapters", "test_harness"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, each as it is."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 VOCAB = 97
 SIZE = {
@@ -94,19 +118,41 @@ def any_family(request):
     return make_tiny(request.param)
 
 
-def run_tune(*args: str, cwd: Path, env: dict | None = None, timeout: int = 600) -> subprocess.CompletedProcess:
-    """`tune ARGS` as a user starts it, in the environment that runs the tests."""
-    tune = Path(sys.executable).with_name("tune")
+def run_command(
+    name: str, *args: str, cwd: Path, env: dict | None = None, timeout: int = 600, cold: bool = False
+) -> subprocess.CompletedProcess:
+    """`tune ARGS` or `layerskip ARGS` as a user types it, in the environment that runs the tests, without the hub.
+
+    Args:
+        env: variables beside those of this process; then it starts cold, as some are read at import.
+        timeout: in seconds.
+        cold: in a process of its own. Else in a fork of one that has imported all of it, which saves 5 seconds. Not
+            where CUDA may be, which knows no forks.
+    """
+    command = [str(Path(sys.executable).with_name(name)), *args]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
-    return subprocess.run(
-        [str(tune), *args],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+    if cold or env or sys.platform != "linux" or torch.cuda.is_available():
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    (done,) = forks.run(command, cwd, [environment], timeout)
+    return done
+
+
+run_tune = functools.partial(run_command, "tune")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_megabytes():
+    """Measuring the memory's speed takes a second for each report, but for those of `tune run`."""
+    from layerskip_recipes.recipes import benchmark, report
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (benchmark, report):
+            measure = functools.partial(module.memory_bandwidth, megabytes=8)
+            patch.setattr(module, "memory_bandwidth", measure)
+        yield
 
 
 @pytest.fixture(scope="session")

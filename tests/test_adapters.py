@@ -3,6 +3,7 @@
 Expected values: torchtune's plain builders with weights that are put together here, W + alpha/r B A and DoRA's formula.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -17,19 +18,20 @@ from conftest import run_tune
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_errors import check
-from test_finetune import losses, read_log, train
-from test_resume import few_texts  # noqa: F401  a fixture of every test here
+from test_finetune import few_texts, losses, read_log, train  # noqa: F401  one is a fixture of every test here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config as tune_config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.modules import common_utils
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.adapters import correct_peft_form
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+from layerskip_recipes.recipes.finetune_model import checkpoint_contents
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
 
 SHAPE = {key: value for key, value in SIZE.items() if key not in ("rope_base", "scale_factor")}
@@ -161,24 +163,41 @@ def read_hf(folder: Path, family: str) -> dict:
     return FullModelHFCheckpointer(str(folder), files, family.upper(), nowhere).load_checkpoint()["model"]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def trained(request, tmp_path_factory, tokenizer_folder) -> SimpleNamespace:
-    """A run of each case: its start, its recipe, its first weights, its config, its checkpoint."""
-    family, builder = CASES[request.param]
-    folder = tmp_path_factory.mktemp("adapters")
-    start = make_start(folder / "start", family, tokenizer_folder)
-    path = adapter_config(folder, tokenizer_folder, family, folder / "start", builder)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    first = {name: value.clone() for name, value in recipe.model.state_dict().items()}
-    recipe.train()
-    recipe.cleanup()
-    return SimpleNamespace(
-        case=request.param, family=family, folder=folder, path=path, start=start, first=first, recipe=recipe,
-        log=read_log(folder / "out"), checkpoint=folder / "out" / "epoch_0",
-        adapters=torch.load(folder / "out" / "epoch_0" / "adapter_model.pt", weights_only=True),
-        plain=EveryExit(plain_section(family)),
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory, tokenizer_folder):
+    """The run of a case, once: its start, its recipe, its first weights, its config, its checkpoint."""
+
+    @functools.cache
+    def run(case: str) -> SimpleNamespace:
+        family, builder = CASES[case]
+        folder = tmp_path_factory.mktemp("adapters")
+        start = make_start(folder / "start", family, tokenizer_folder)
+        path = adapter_config(folder, tokenizer_folder, family, folder / "start", builder)
+        recipe = LayerSkipFinetune(load_config(str(path)))
+        recipe.setup()
+        first = {name: value.clone() for name, value in recipe.model.state_dict().items()}
+        recipe.train()
+        recipe.cleanup()
+        return SimpleNamespace(
+            case=case, family=family, folder=folder, path=path, start=start, first=first, recipe=recipe,
+            log=read_log(folder / "out"), checkpoint=folder / "out" / "epoch_0",
+            adapters=torch.load(folder / "out" / "epoch_0" / "adapter_model.pt", weights_only=True),
+            plain=EveryExit(plain_section(family)),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(params=CASES)
+def trained(request, run_of) -> SimpleNamespace:
+    """Each of them."""
+    return run_of(request.param)
+
+
+@pytest.fixture(params=["llama3_2 dora", "llama2 output", "qwen2 dora"])
+def read(request, run_of) -> SimpleNamespace:
+    """For what is made of a checkpoint: those with more than A and B, whose formulas all five are held to."""
+    return run_of(request.param)
 
 
 # ------------------------------------------------------------------------------------------------------- what trains
@@ -229,7 +248,7 @@ def test_only_adapters_change(trained):
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the tensors of some shapes that come into being, other than views of what is there."""
+    """Counts the plain tensors of some shapes that come into being, other than views of what is there."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -237,9 +256,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and tuple(out.shape) in self.shapes:
-            self.count += out.untyped_storage().data_ptr() not in inputs
+        inputs, made = (
+            {x.untyped_storage().data_ptr(): x.shape for x in tensors if type(x) in (torch.Tensor, torch.nn.Parameter)}
+            for tensors in (args, [out])
+        )
+        self.count += sum(tuple(shape) in self.shapes for place, shape in made.items() if place not in inputs)
         return out
 
 
@@ -360,20 +381,20 @@ def test_peft_opens_the_adapters(trained, monkeypatch):
         torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_adapters_only(trained, tmp_path):
+def test_adapters_only(read, tmp_path):
     """The same adapters in both forms, and no weights beside them."""
-    train(trained.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
+    train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
     folder = tmp_path / "out" / "epoch_0"
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_model.pt", "adapter_model.safetensors", "adapter_config.json", "recipe_state.pt"} <= files
     assert not [name for name in files if name.startswith("model")]
-    assert (folder / "adapter_config.json").read_text() == (trained.checkpoint / "adapter_config.json").read_text()
+    assert (folder / "adapter_config.json").read_text() == (read.checkpoint / "adapter_config.json").read_text()
     state = torch.load(folder / "adapter_model.pt", weights_only=True)
-    both = load_file(folder / "adapter_model.safetensors"), load_file(trained.checkpoint / "adapter_model.safetensors")
-    for ours, theirs in ((state, trained.adapters), both):
+    both = load_file(folder / "adapter_model.safetensors"), load_file(read.checkpoint / "adapter_model.safetensors")
+    for ours, theirs in ((state, read.adapters), both):
         assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    path = generate_with(trained, tmp_path, folder)
-    assert tokens_of(path) == tokens_of(generate_with(trained, tmp_path, trained.checkpoint))
+    path = generate_with(read, tmp_path, folder)
+    assert tokens_of(path) == tokens_of(generate_with(read, tmp_path, read.checkpoint))
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -398,12 +419,12 @@ def tokens_of(path: Path, *overrides: str) -> list[int]:
     return recipe._run([0], recipe.max_new_tokens)[0][0]
 
 
-def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(trained, tmp_path):
+def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_path):
     """From a folder and from the file; self-speculative, autoregressive, from an exit. Also those of plain PyTorch."""
-    weights = by_hand(trained.start, trained.adapters)
-    merged = generate_with(trained, tmp_path / "merged", None)
-    folder = generate_with(trained, tmp_path / "folder", trained.checkpoint)
-    file = generate_with(trained, tmp_path / "file", trained.checkpoint / "adapter_model.pt")
+    weights = by_hand(read.start, read.adapters)
+    merged = generate_with(read, tmp_path / "merged", None)
+    folder = generate_with(read, tmp_path / "folder", read.checkpoint)
+    file = generate_with(read, tmp_path / "file", read.checkpoint / "adapter_model.pt")
     tokens = tokens_of(merged, "self_speculation=null")
     assert len(set(tokens)) > 2
     for path in (folder, file):
@@ -418,16 +439,16 @@ def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(trained, t
     prompt = len(context)
     for _ in tokens:
         with torch.no_grad():
-            context.append(trained.plain.logits(weights, torch.tensor([context]))[-1][0, -1].argmax().item())
+            context.append(read.plain.logits(weights, torch.tensor([context]))[-1][0, -1].argmax().item())
     assert tokens == context[prompt:]
 
 
-def test_evaluation_with_adapters(trained, tmp_path):
+def test_evaluation_with_adapters(read, tmp_path):
     """Each exit's figures are those of the merged checkpoint."""
-    dataset = OmegaConf.load(trained.path).dataset
+    dataset = OmegaConf.load(read.path).dataset
     found = []
-    for adapters in (trained.checkpoint, None):
-        config = OmegaConf.load(generate_with(trained, tmp_path, adapters))
+    for adapters in (read.checkpoint, None):
+        config = OmegaConf.load(generate_with(read, tmp_path, adapters))
         kept = {key: config[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype", "seed")}
         OmegaConf.save(kept | {"dataset": dataset, "batch_size": 2}, tmp_path / "eval.yaml")
         recipe = LayerSkipEval(load_config(str(tmp_path / "eval.yaml")))
@@ -460,6 +481,7 @@ def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):
 
 # NF4 packs 64 x 256 numbers at a time.
 WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
+WIDE_SHAPE = {key: WIDE[key] for key in SHAPE}
 WIDE_PLAIN = plain_section("llama3_2") | WIDE
 WIDE_HF = {
     "num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256,
@@ -584,6 +606,20 @@ def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quan
     assert len(set(tokens)) > 3
 
 
+def test_a_checkpoint_of_adapters_alone_unpacks_no_weights(quantised):
+    """Nor copies any: no tensor of a weight's shape comes into being."""
+    recipe = quantised.recipe
+    cfg = OmegaConf.merge(recipe.cfg, {"save_adapter_weights_only": True})
+    with Allocations((256, 256), (128, 256), (300, 256)) as made:
+        contents = checkpoint_contents(cfg, recipe.model, recipe.meta, torch.device("cpu"))
+    assert made.count == 0 and "model" not in contents
+    assert set(contents["adapter"]) == set(quantised.adapters)
+    assert all(torch.equal(value, quantised.adapters[name]) for name, value in contents["adapter"].items())
+    with Allocations((256, 256)) as made:
+        checkpoint_contents(recipe.cfg, recipe.model, recipe.meta, torch.device("cpu"))
+    assert made.count > 0
+
+
 # ------------------------------------------------------------------------------------------------------------ resume
 
 
@@ -593,14 +629,19 @@ def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quan
         ("llama3_2", {}, []),
         ("qwen2", {"use_dora": True}, ["save_adapter_weights_only=true"]),
         ("llama2", {"apply_lora_to_output": True}, ["enable_async_checkpointing=true"]),
-        ("llama3_2", WIDE | {"quantize_base": True}, []),
+        ("llama3_2", WIDE_SHAPE | {"quantize_base": True}, []),
+        # torchtune's llama3_2 takes no notice of low_cpu_ram.
+        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["low_cpu_ram=true", "enable_async_checkpointing=true"]),
     ],
-    ids=["lora", "dora, adapters only", "lora in shards", "qlora"],
+    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards with little memory"],
 )
-def test_resume_gives_the_losses_of_the_run_that_never_stopped(family, builder, overrides, tmp_path, tokenizer_folder):
+def test_resume_gives_the_losses_of_the_run_that_never_stopped(
+    family, builder, overrides, tmp_path, tokenizer_folder, monkeypatch
+):
     """From the middle of the first epoch, with dropout in the adapters and of layers: the very losses and weights."""
+    monkeypatch.setattr(common_utils, "_use_low_cpu_ram", False)  # what the recipe makes of it goes with the test
     wide = "quantize_base" in builder
-    start = (WIDE_PLAIN, WIDE_HF) if wide else (None, {})
+    start = (plain_section(family) | WIDE_SHAPE, WIDE_HF) if wide else (None, {})
     make_start(tmp_path / "start", family, tokenizer_folder, start[0], **start[1])
     path = adapter_config(
         tmp_path, tokenizer_folder, family, tmp_path / "start", builder | {"lora_dropout": 0.3}, epochs=2, shuffle=True,

@@ -1,17 +1,20 @@
 """The command line: `layerskip ls / cp / cat / validate`, and what `tune run` shows after a user's mistake."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from configs import finetune_config, generate_config, make_checkpoint, write_yaml
 from conftest import run_tune
 
 import layerskip_recipes
+from layerskip_recipes import training_cost
 from layerskip_recipes.cli import main, recipe_of
 from layerskip_recipes.config import find_config, load_config, our_configs
 from layerskip_recipes.recipes import eval as evaluation
@@ -89,13 +92,22 @@ def test_cp_into_a_file(layerskip):
     assert "'file/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "file/mine.yaml"))
 
 
-def test_cost_compares_ours_with_torchtunes(layerskip):
-    """Every way has figures, and the ratios are those of the figures."""
+def test_cost_compares_ours_with_torchtunes(layerskip, monkeypatch):
+    """Every way has figures, and the ratios are those of the figures. The first way's process is a real one."""
+    start, started = subprocess.run, []
+
+    def run(command, **kwargs):
+        started.append(command)
+        if len(started) == 1:
+            return start(command, **kwargs)
+        return forks.run(command[1:], Path.cwd(), [os.environ])[0]
+
+    monkeypatch.setattr(training_cost.subprocess, "run", run)
     options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
     status, out, _ = layerskip("cost", "quickstart/finetune", "model.num_layers=3", "--layers", "0", *options)
     report = json.loads(out.splitlines()[-1])
     figures = report["figures"]
-    assert status == 0
+    assert status == 0 and len(started) == 6
     assert set(figures) == {"ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer"}
     assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
     time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]

@@ -1,9 +1,9 @@
 """Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
 
-import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, Speculation, compiling, generate
 from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.engine import compiled_steps
-from layerskip_recipes.generation.few_rows import FewRows, load_kernel
+from layerskip_recipes.generation.few_rows import MOST_ROWS, FewRows, load_kernel
 from layerskip_recipes.generation.sampling import Sampler
 
 needs_compiler = pytest.mark.skipif(
@@ -27,13 +27,15 @@ needs_compiler = pytest.mark.skipif(
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
 VOCAB = 31
+# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache.
+END = [tuple(range(start, start + 25)) * 8 for start in (2, 5)]
 SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
 LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
 
 
-def make_small(**changes):
+def make_small():
     torch.manual_seed(80)
-    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES | changes)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -46,12 +48,10 @@ def small():
     return make_small()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    """Nothing compiled before is found, nothing stays."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """Steps are called as they are, and count as compiled all the same."""
+    monkeypatch.setattr(compiling, "_compiled", lambda function, device: function)
 
 
 def run(model, prompts, count, *, compile=True, **arguments):
@@ -71,9 +71,12 @@ WAYS = {
 @needs_compiler
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_and_nothing_compiled_twice(small, way):
-    """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs."""
+    """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
+
+    Also where the first text begins at the end of its cache: that length is not taken for the only one.
+    """
     graphs, seconds, accepted = None, small.compiled_steps.seconds if hasattr(small, "compiled_steps") else 0.0, 0
-    for prompts, count in ((SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
+    for prompts, count in ((END, 30), (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
         speculation = Speculation(**WAYS[way]) if WAYS[way] else None
         expected = [plain(small, prompt, count) for prompt in prompts]
         generation = run(small, prompts, count, speculation=speculation)
@@ -179,7 +182,7 @@ def test_products_of_few_rows(n, k):
 
 @needs_compiler
 def test_which_products_of_a_graph_are_of_few_rows():
-    """Those of 1 .. 32 rows with a weight as it is stored, in fp32, with a bias or without; the results stay."""
+    """Those of 1 .. MOST_ROWS rows with a weight as it is stored, in fp32, with a bias or without; the results stay."""
     load_kernel()
     x, w, bias = torch.randn(7, 12), torch.randn(5, 12), torch.randn(5)
     cases = {
@@ -187,7 +190,7 @@ def test_which_products_of_a_graph_are_of_few_rows():
         "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
         "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 12)), True),
         "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
-        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(33, 12), w, bias), False),
+        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(MOST_ROWS + 1, 12), w, bias), False),
         "double": (lambda x, w, b: x @ w.T, (x.double(), w.double(), bias), False),
         "no transposed weight": (lambda x, w, b: x @ w, (x, w.T.contiguous(), bias), False),
         "a computed weight": (lambda x, w, b: x @ (2 * w).T, (x, w, bias), False),
@@ -213,11 +216,12 @@ def test_compiled_steps_use_products_of_few_rows(small):
     """Each round all seven of a layer, of which q, k and v are one, and gate and up; and the head: two drafts through a
     layer, and all drafts through both."""
     speculation = Speculation(**WAYS["chain"])
-    run(small, SHORT[:1], 9, speculation=speculation)
+    run(small, SHORT, 9, speculation=speculation)
+    generation = Generation(small, SHORT, 9, compile=True, speculation=speculation)
     with torch.profiler.profile() as profile:
-        generation = run(small, SHORT[:1], 9, speculation=speculation)
+        rounds = len(list(generation)) - 1  # the first is the prefill
     calls = Counter(event.name for event in profile.events())
-    rounds, layers = generation.stats.rounds, 2 * 1 + 2
+    layers = 2 * 1 + 2
     assert calls["layerskip::linear"] == rounds * (2 * layers + 2 + 1) > 0
     assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
 
@@ -262,31 +266,29 @@ sys.path.insert(0, {tests!r})
 from torch._dynamo.utils import counters
 import test_compile as t
 model = t.make_small()
-out = t.generate(model, t.torch.tensor(t.SHORT[0]), 9, compile=True, exit_layer=1, num_speculations=2)
+for prompts, count in ((t.END, 30), (t.SHORT, 9)):
+    generation = t.run(model, prompts, count, speculation=t.Speculation(**t.WAYS["chain"]))
 assert not model.compiled_steps.failed
-print(out.tokens.tolist(), counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+found = counters["inductor"]
+print(generation.generated, len(model.compiled_steps.graphs), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
 """
 
 
 @needs_compiler
-def test_a_second_run_finds_the_compiled_code(tmp_path):
-    """In another process, by torch's own counts."""
+def test_a_second_run_finds_the_compiled_code(small):
+    """In another process, by torch's own counts; this one has compiled the same graphs."""
+    speculation = Speculation(**WAYS["chain"])
+    run(small, END, 30, speculation=speculation)
+    tokens = run(small, SHORT, 9, speculation=speculation).generated
     program = SECOND_RUN.format(tests=str(Path(__file__).parent))
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        said.append(done.stdout.rsplit(maxsplit=2))
-    (tokens, hits, misses), (again, later_hits, later_misses) = said
-    assert tokens == again
-    assert (int(hits), int(later_misses)) == (0, 0) and int(misses) == int(later_hits) >= 2
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again, graphs, hits, misses = done.stdout.rsplit(maxsplit=3)
+    assert again == str(tokens)
+    assert int(hits) == int(graphs) >= 2 and int(misses) == 0
 
 
-@needs_compiler
-def test_what_was_compiled_in_a_round_teaches_nothing():
+def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):
     """Neither which way is fast nor how long a draft step takes: rounds that compiled are left out."""
     model, speculation = make_small(), Speculation([1, 2], 2, threshold="auto")
     compiled, learnt = [], []
@@ -299,17 +301,6 @@ def test_what_was_compiled_in_a_round_teaches_nothing():
         before = generation.compile_s
     assert sum(compiled[1:]) >= 4 and len(learnt) == len(compiled) - 1 - sum(compiled[1:])
     assert all(seconds > 0 for _, _, seconds in learnt)
-
-
-@needs_compiler
-@pytest.mark.parametrize("way", WAYS)
-def test_a_text_that_begins_at_the_end_of_its_cache(way):
-    """The first length that is compiled is the largest of its cache, and still not the only one."""
-    model, prompt = make_small(num_kv_heads=2), tuple(range(2, 27)) * 8
-    speculation = Speculation(**WAYS[way]) if WAYS[way] else None
-    generation = run(model, [prompt], 30, speculation=speculation)
-    assert not model.compiled_steps.failed
-    assert generation.generated == [plain(model, prompt, 30)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no compiler\nand more"), AssertionError()], ids=["message", "none"])
@@ -343,8 +334,7 @@ def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     assert len(names) == len(set(names)) == 2
 
 
-@needs_compiler
-def test_rounds_that_compile_count_as_the_others_on_the_mean():
+def test_rounds_that_compile_count_as_the_others_on_the_mean(not_compiled):
     generation = Generation(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2), compile=True)
     clock, after = generation.clock, []
     for _ in generation:
@@ -358,11 +348,24 @@ def test_rounds_that_compile_count_as_the_others_on_the_mean():
     assert stats.draft_s + stats.verify_s + stats.accept_s == pytest.approx(stats.decode_s)
 
 
-def test_a_path_with_a_new_step_is_captured_in_the_next_round(monkeypatch):
+def test_where_each_round_compiles_the_rest_of_their_time_counts(not_compiled, monkeypatch):
+    """Else there would be tokens without a time."""
+    keep = Generation._keep
+    monkeypatch.setattr(Generation, "_keep", lambda *args: (time.sleep(0.05), keep(*args))[1])
+    generation = Generation(make_small(), SHORT[:1], 2, speculation=Speculation(1, 2), compile=True)
+    started = time.perf_counter()
+    for _ in generation:
+        pass
+    stats = generation.stats
+    assert stats.rounds == 1 and stats.compile_s > 0
+    assert 0.05 <= stats.decode_s < time.perf_counter() - started - stats.compile_s
+    assert stats.draft_s == stats.verify_s == 0 and stats.tokens_per_second > 0
+
+
+def test_a_path_with_a_new_step_is_captured_in_the_next_round(not_compiled, monkeypatch):
     """CUDA graphs: where one step of a round runs for the first time, none after it is captured."""
     for name in ("cuda.synchronize", "compiler.cudagraph_mark_step_begin"):
         monkeypatch.setattr(f"torch.{name}", lambda *_: None)
-    monkeypatch.setattr(compiling, "_compiled", lambda function, device: function)
 
     class Two:
         def old(self):

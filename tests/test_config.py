@@ -2,16 +2,18 @@
 
 import importlib.util
 import re
+import time
 from pathlib import Path
 
 import pytest
 from configs import eval_config, finetune_config, generate_config, make_checkpoint, write_yaml
 from omegaconf import OmegaConf
+from test_finetune import few_texts  # noqa: F401  a fixture of every test
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 
 from layerskip_recipes.cli import validate
-from layerskip_recipes.config import load_config, main_of, torchtune_configs
+from layerskip_recipes.config import fail, load_config, main_of, torchtune_configs
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
 
 UPSTREAM = "torchtune.modules.early_exit_loss."
@@ -381,16 +383,42 @@ def test_validate_knows_which_recipe_a_config_is_for(tmp_path, tokenizer_folder)
         "writev [127.0.0.1]:10980: Broken pipe",
     ],
 )
-def test_a_rank_whose_peer_ended_adds_nothing(lost, capsys):
-    """They are what gloo says where rank 0 ended by an error of its own, depending on what was under way."""
+def test_a_rank_whose_peer_ended_says_so_after_a_while(lost, capsys, monkeypatch):
+    """They are what gloo says where rank 0 ended by an error of its own, depending on what was under way. Then
+    torchrun ends this rank in the while; where the network broke, or another machine's rank died, nobody says it else.
+    """
+    before, said = [], f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {lost}. GLHF!"
+    monkeypatch.setattr(time, "sleep", lambda seconds: before.append((seconds, capsys.readouterr().err)))
 
     def steps():
-        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {lost}. GLHF!")
+        raise RuntimeError(f"{said}\nmore of it")
 
     with pytest.raises(SystemExit) as ended:
         main_of(steps)
     assert ended.value.code == 1
-    assert capsys.readouterr().err == ""
+    assert before == [(2, "")]
+    assert capsys.readouterr().err == f"RuntimeError: another process ended or cannot be reached: {said}\n"
+
+
+def test_ctrl_c_while_it_loads_is_one_line(capsys):
+    def steps():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        main_of(steps)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [5])])
+def test_a_mistake_is_said_by_the_first_process(rank, waits, capsys, monkeypatch):
+    """The others leave it time, in which torchrun ends them; what only one of them finds is said after that."""
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as ended:
+        fail(ValueError("key: no\nvalue"))
+    assert ended.value.code == 1 and waited == waits
+    assert capsys.readouterr().err == "ValueError: key: no value\n"
 
 
 def test_other_connections_keep_their_traceback():

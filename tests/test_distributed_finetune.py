@@ -39,7 +39,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
 from layerskip_recipes.recipes import finetune
-from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
+from layerskip_recipes.recipes.finetune_model import checkpoint_contents, layers_to_checkpoint
 from layerskip_recipes.run_checkpoints import complete_checkpoints
 from layerskip_recipes.settings import build_on_meta
 
@@ -48,11 +48,12 @@ COSINE = {
     "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
     "num_warmup_steps": 2,
 }
-# 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1.
+# 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1; where nothing is resumed fewer.
 STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 10, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
-FEW = ["epochs=1", "max_steps_per_epoch=4"]  # where 20 are slow
+FEW = ["max_steps_per_epoch=4"]
 SAVES = ["save_every_n_steps=4", "enable_async_checkpointing=true"]  # shards there, and the whole after each epoch
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+UNSPLIT = {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}  # a plan for the cases that set another number
 LORA = {
     "_component_": "torchtune.models.llama3_2._component_builders.lora_llama3_2",
     "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
@@ -72,22 +73,23 @@ GEMMA2 = {
 # name: (config, processes, overrides)
 CASES = {
     "tune run": ("tied", 2, []),
-    "embedding apart": ("tied", 2, ["custom_sharded_layers=[tok_embeddings]"]),
-    "gathered weights kept": ("tied", 2, ["fsdp_reshard_after_forward=false"]),
-    "selective checkpointing": ("tied", 2, ["ac_mode=selective", "ac_option=2"]),
-    "full checkpointing": ("tied", 2, ["ac_mode=full"]),
-    "part of a checkpointed layer apart": ("tied", 2, ["custom_sharded_layers=[layers.1.mlp]", "ac_mode=full", *FEW]),
-    "fused": ("tied", 2, ["optimizer.fused=true"]),
-    "accumulation": ("tied", 2, ["batch_size=1", "gradient_accumulation_steps=2"]),
+    "embedding apart, fused": ("tied", 2, ["custom_sharded_layers=[tok_embeddings]", "optimizer.fused=true", *FEW]),
+    "gathered weights kept, accumulation": (
+        "tied", 2, ["fsdp_reshard_after_forward=false", "batch_size=1", "gradient_accumulation_steps=2", *FEW],
+    ),
+    "every second layer checkpointed, part of one apart": (
+        "tied", 2, ["ac_mode=selective", "ac_option=2", "custom_sharded_layers=[layers.1.mlp]", *FEW],
+    ),
+    "full checkpointing": ("tied", 2, ["ac_mode=full", *FEW]),
     "optimizer in backward": ("in_backward", 2, []),
-    "untied": ("untied", 2, []),
-    "embedding and head apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
-    "capped head": ("gemma2", 2, []),
+    "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
+    "capped head": ("gemma2", 2, FEW),
     "LoRA": ("lora", 2, []),
-    "DoRA": ("dora", 2, []),
-    "QLoRA": ("qlora", 2, []),
-    "TP, fused": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "optimizer.fused=true"]),
-    "TP, checkpointed": ("untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "ac_mode=full", *FEW]),
+    "DoRA": ("dora", 2, FEW),
+    "QLoRA": ("qlora", 2, FEW),
+    "TP, fused, checkpointed": (
+        "untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "optimizer.fused=true", "ac_mode=full", *FEW],
+    ),
     "TP, tied, dropout": ("dropped", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
@@ -95,7 +97,7 @@ CASES = {
     "validated": ("validated", 2, FEW),
     "validated, gathered weights kept": ("validated", 2, ["fsdp_reshard_after_forward=false", *FEW]),
     "validated, TP": ("validated", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
-}
+}  # fmt: skip
 # name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes,
 # overrides)
 RESUMED = {
@@ -108,7 +110,7 @@ RESUMED = {
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
-    "2 to 2, FSDP to TP": ("untied", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
+    "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }
 L, PROB, SEED = SIZE["num_layers"], 0.6, 7
 # name: (overrides, how rank 0's last line begins, and what it says after that); rank 1 meets the last two not itself
@@ -233,7 +235,8 @@ def rows_rank(folder):
 
 
 def counts_rank(folder):
-    """all_gathers of a forward, and of its backward, by the exits and chunks of the loss, to counts.json."""
+    """all_gathers of a forward, and of its backward, by the exits and chunks of the loss, to counts.json; and those of
+    a checkpoint of adapters alone, with what rank 0 writes, to adapters.pt."""
     distributed.init_processes("cpu")
     tokens, counts = some_tokens()[0], {}
     for name, (family, cfg, _) in COUNTED.items():
@@ -246,8 +249,20 @@ def counts_rank(folder):
                 total.backward()
             counted = [forward.counts["all_gather"], backward.counts["all_gather"]]
             counts[f"{name}: {len(exits)} exits, chunks of {chunk}"] = counted
+    with torch.device("meta"):
+        meta = with_lora()
+    model = split("llama3", {"lora": True, "ac_mode": "full", "fsdp_reshard_after_forward": False})
+    model(tokens)
+    assert not any(isinstance(p, DTensor) for p in model.parameters())  # gathered, and no backward lets go of them
+    mesh.reshard(model)
+    with CountedCollectives() as saved:
+        cfg = OmegaConf.create({"save_adapter_weights_only": True})
+        written = checkpoint_contents(cfg, model, meta, CPU)
     if dist.get_rank() == 0:
         (folder / "counts.json").write_text(json.dumps(counts))
+        torch.save((saved.counts["all_gather"], written), folder / "adapters.pt")
+    else:
+        assert written == {}
 
 
 RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradients_rank, rows_rank, counts_rank)}
@@ -267,15 +282,39 @@ RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradien
             {"optimizer_in_bwd": True, "fsdp_cpu_offload": True},
             "optimizer_in_bwd: True does not go with fsdp_cpu_offload",
         ),
+        (
+            MODEL,
+            {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}},
+            "optimizer: torchao.optim.AdamW8bit works with one process",
+        ),
         (QLORA, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
+        (
+            MODEL,
+            {"tensor_parallel_plan": PLAN},
+            "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_dim",
+        ),
     ],
 )
-def test_splits_that_would_go_wrong_are_refused(model, keys, message, monkeypatch):
+def test_splits_that_would_go_wrong_or_do_nothing_are_refused(model, keys, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = OmegaConf.create({"model": model, **keys})
     with pytest.raises(ValueError) as error:
         mesh.mesh_sizes(cfg, build_on_meta(cfg))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "sizes"),
+    [
+        ("2", UNSPLIT, (1, 2, 1)),
+        ("2", {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, (1, 1, 2)),
+        ("1", {"tensor_parallel_plan": PLAN}, (1, 1, 1)),  # on one device it waits for more
+    ],
+)
+def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    cfg = OmegaConf.create({"model": MODEL | {"num_kv_heads": 2}, **keys})
+    assert mesh.mesh_sizes(cfg, build_on_meta(cfg)) == sizes
 
 
 # ----------------------------------------------------------------------------------------------------- the launcher
@@ -377,15 +416,15 @@ def config_changes(kind, folder, tokenizer):
         return {"model": GEMMA2, "checkpointer": scratch("GEMMA2", tokenizer, head_dim=16)}
     if kind == "untied":
         model, section = UNTIED | {"num_kv_heads": 2}, scratch("LLAMA2", tokenizer, num_key_value_heads=2)
-        return {"model": model, "checkpointer": section, "tensor_parallel_plan": PLAN}
+        return {"model": model, "checkpointer": section} | UNSPLIT
     if kind == "dropped":
         model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
         dropout = {"layer_dropout": {"prob": 0.5}}
-        return {"model": model, "checkpointer": section, "tensor_parallel_plan": PLAN} | dropout
+        return {"model": model, "checkpointer": section} | UNSPLIT | dropout
     if kind == "validated":  # five samples, which no two ranks share evenly, as often as it trains
         model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
         held_out = {"dataset_val": texts(folder.parent) | {"split": "train[:5]"}, "run_val_every_n_steps": 1}
-        return {"model": model, "checkpointer": section, "tensor_parallel_plan": PLAN} | held_out
+        return {"model": model, "checkpointer": section} | UNSPLIT | held_out
     if kind == "in_backward":
         return {"optimizer_in_bwd": True, "clip_grad_norm": None}
     return {}
@@ -515,8 +554,8 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_losses(several, name):
-    """Nor anything else that is logged, in 20 steps or a few; validation begins before the first."""
-    same_losses(*several(name), range(name.startswith("valid") ^ 1, 5 if FEW[0] in CASES[name][2] else 21))
+    """Nor anything else that is logged, in 20 steps or 8; validation begins before the first."""
+    same_losses(*several(name), range(name.startswith("valid") ^ 1, 9 if FEW[0] in CASES[name][2] else 21))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -666,6 +705,17 @@ def test_the_head_is_gathered_once_for_all_exits_and_chunks(folder, on_ranks):
         assert len(backward) == 1 and (backward == {0}) == (name == "untied, kept")
 
 
+def test_a_checkpoint_of_adapters_alone_gathers_nothing_else(folder, on_ranks):
+    """A and B of q, v and three matrices of the MLP in each of 6 layers, as rank 0 alone had them."""
+    went_well(on_ranks("counts", 2, "counts"))
+    gathered, written = torch.load(folder / "adapters.pt")
+    start = tiny("llama3", lora=True).state_dict()
+    expected = {name: value for name, value in start.items() if "lora" in name}
+    assert gathered == len(expected) == 2 * 5 * 6
+    assert set(written) == {"adapter", "adapter_config", "scaled biases"} and set(written["adapter"]) == set(expected)
+    assert all(torch.equal(written["adapter"][name], value) for name, value in expected.items())
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
@@ -675,7 +725,7 @@ def wrong(folder, tokenizer_folder, on_ranks, dropout_config):
     (folder / "broken").mkdir()
     for file in ("config.json", "model.safetensors"):
         (folder / "broken" / file).write_bytes(b"{}")
-    sections = {"dataset": texts(folder), "checkpointer": checkpointer(folder / "broken"), "tensor_parallel_plan": PLAN}
+    sections = {"dataset": texts(folder), "checkpointer": checkpointer(folder / "broken")} | UNSPLIT
     broken = finetune_config(folder / "wrong", tokenizer_folder, **sections)
 
     def run(name):

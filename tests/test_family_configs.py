@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes import settings
 from layerskip_recipes.cli import validate
 from layerskip_recipes.config import load_config, our_configs, torchtune_configs
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
@@ -97,11 +98,22 @@ def on_meta(name: str) -> TransformerDecoder:
     return build_on_meta(merged(name))
 
 
-def is_finetune(name: str) -> bool:
-    return "optimizer" in merged(name)
+@pytest.fixture(scope="module", autouse=True)
+def each_model_once():
+    """The meta device's models, which many configs have alike."""
+    build = settings.build
+
+    @cache
+    def built(section: str, key: str) -> TransformerDecoder:
+        return build(OmegaConf.create(section), key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "build", lambda section, key: built(OmegaConf.to_yaml(section, resolve=True), key))
+        yield
 
 
-FINETUNE = [name for name in our_configs() if is_finetune(name)]
+# By its header, so that a run of other tests need not merge them all; that it is right is tested below.
+FINETUNE = [name for name in our_configs() if re.search("^#   tune run .*layerskip_finetune", header(name), flags=re.M)]
 
 
 # ------------------------------------------------------------------------------------------------------- every config

@@ -23,12 +23,12 @@ from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes import generate
 from layerskip_recipes.checkpoint import load_decoder
-from layerskip_recipes.config import load_config
+from layerskip_recipes.config import is_for_all, load_config
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 from layerskip_recipes.recipes.decoding import weight_bytes
 from layerskip_recipes.recipes.eval import LayerSkipEval
-from layerskip_recipes.recipes.generate import LayerSkipGenerate, is_for_all
+from layerskip_recipes.recipes.generate import LayerSkipGenerate
 from layerskip_recipes.recipes.generate_config import check_config
 from layerskip_recipes.recipes.report import Totals
 from layerskip_recipes.recipes.stream import TextStream

@@ -10,6 +10,7 @@ import yaml
 from configs import MODEL, eval_config, make_checkpoint
 from conftest import make_tiny
 from omegaconf import OmegaConf
+from test_finetune import few_texts  # noqa: F401  a fixture of every test
 from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
@@ -17,6 +18,7 @@ from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.eval import LayerSkipEval
+from layerskip_recipes.recipes.eval_config import OF
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -346,7 +348,6 @@ def change(tasks, **keys) -> None:
         ("limit=0", r"limit: 0 is not allowed.*1 or more"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null", r"dataset: None, and neither tasks nor human_eval.*_component_.*tasks=.*human_eval="),
-        ("picture=exits.png", r"picture: exits.png needs dataset, .*picture=null"),
     ],
 )
 def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, checkpoint, tasks, monkeypatch):
@@ -356,6 +357,38 @@ def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, che
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
     with pytest.raises(ValueError, match=message):
         LayerSkipEval(load_config(str(path), overrides.split("; "))).setup()
+
+
+VALUES = {  # one for each key that means nothing without something to measure
+    "collate_fn": "torchtune.data.padded_collate_sft",
+    "max_batches": 1,
+    "layers": "1::2",
+    "num_speculations": 3,
+    "picture": "exits.png",
+    "task_path": "tasks",
+    "num_fewshot": 1,
+    "limit": 1,
+    "apply_chat_template": True,
+    "exit_layer": 2,
+    "self_speculation": "{exit_layer: 2, num_speculations: 3}",
+    "max_new_tokens": 8,
+}
+
+
+@pytest.mark.parametrize(("needed", "key"), [(needed, key) for needed, keys in OF.items() for key in keys])
+def test_what_means_nothing_alone_is_refused_and_its_advice_works(needed, key, tmp_path, checkpoint, tasks):
+    absent = {"dataset": None, "task_path": None, "max_new_tokens": None}
+    changes = absent | {"tasks": ["tiny_text"]} if needed == ("dataset",) else {}
+    path = str(eval_config(tmp_path, checkpoint, **changes))
+    with pytest.raises(ValueError, match=rf"^{key}: .* needs {' or '.join(needed)}, .* Set {key}=null$") as error:
+        LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}"]))
+    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("Set ")[2]]))
+
+
+def test_null_means_what_no_key_means(tmp_path, checkpoint):
+    """All exits, and the accepted length of 6."""
+    path = eval_config(tmp_path, checkpoint)
+    assert evaluate(path, "layers=null", "num_speculations=null")[1] == evaluate(path)[1]
 
 
 @pytest.mark.parametrize(

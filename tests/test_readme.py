@@ -5,19 +5,18 @@ Only the size changes: overrides are appended that shorten a training, or put a 
 
 import doctest
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from configs import HF_CONFIG, MODEL, finetune_config, generate_config, make_checkpoint
+from conftest import run_command
 from omegaconf import OmegaConf
 
 from layerskip_recipes import decoder
-from layerskip_recipes.config import our_configs
+from layerskip_recipes.config import load_config, our_configs
 from layerskip_recipes.generation import api
 
 ROOT = Path(__file__).parent.parent
@@ -54,17 +53,12 @@ def flat(content: dict, prefix: str = "") -> list[str]:
     return overrides
 
 
-def shell(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-        timeout=900, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
+# In processes of their own, as a user starts them; the others are forks.
+COLD = [f"tune run layerskip_{recipe} --config quickstart/{recipe}" for recipe in ("finetune", "generate", "eval")]
+# A compiled draft is one graph of num_speculations steps.
 QUICKSTART = {
     "quickstart/finetune": ["max_steps_per_epoch=2", "log_every_n_steps=1"],
-    "quickstart/generate": ["max_new_tokens=6", "prompts.count=2"],
+    "quickstart/generate": ["max_new_tokens=6", "prompts.count=2", "self_speculation.num_speculations=2"],
     "quickstart/eval": ["max_batches=1"],
     "quickstart/benchmark": [
         *("max_new_tokens=16", "prompts.count=2", "repeats=1", "temperatures=[0.0]", "compile=false"),
@@ -97,8 +91,8 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
     model = flat({key: tiny[key] for key in keep})
     if "layerskip_generate" in command:
-        draft = [] if name == "my_tuned.yaml" else ["self_speculation.exit_layer=2"]
-        return [*command, *model, "max_new_tokens=6", *draft]
+        draft = ["self_speculation.exit_layer=2", "self_speculation.num_speculations=2"]
+        return [*command, *model, "max_new_tokens=6", *([] if name == "my_tuned.yaml" else draft)]
     if "layerskip_eval" in command:
         data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
         return [*command, *model, *flat({"dataset": data}), "max_batches=1"]
@@ -113,15 +107,36 @@ def shortened(command: list[str], folder: Path) -> list[str]:
     return [*command, *flat({key: content[key] for key in keep}), *few]
 
 
+@pytest.fixture(scope="module")
+def run(workplace):
+    """Runs a command in its small form. Of those that mean the same then, the first one's result serves all."""
+    finished: dict[str, subprocess.CompletedProcess] = {}
+
+    def run(command: str) -> subprocess.CompletedProcess:
+        words = shortened(shlex.split(command), workplace)
+        meaning = command
+        if "--config" in words:
+            place = words.index("--config") + 1
+            merged = load_config(words[place], words[place + 1 :])
+            meaning = f"{words[:place]}\n{OmegaConf.to_yaml(merged, sort_keys=True)}"
+        if meaning not in finished:
+            finished[meaning] = run_command(*words, cwd=workplace, timeout=900, cold=command in COLD)
+        return finished[meaning]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        yield run
+
+
 # The environment is there, the hub is not, the tests are running already, and test_cli.py runs `layerskip cost`.
 NOT_HERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "tune download", "layerskip cost")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(NOT_HERE)])
-def test_readme_command(command, workplace):
+def test_readme_command(command, run):
     """In the README's order; the quickstart's checkpoint serves the commands after it."""
-    run = shell(shortened(shlex.split(command), workplace), workplace)
-    assert run.returncode == 0, run.stderr[-3000:]
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def runs_here(command: str) -> bool:
@@ -131,9 +146,9 @@ def runs_here(command: str) -> bool:
 
 
 @pytest.mark.parametrize("command", [c for c in header_commands() if runs_here(c) and c not in commands()])
-def test_config_header_command(command, workplace):
-    run = shell(shortened(shlex.split(command), workplace), workplace)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_config_header_command(command, run):
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)

@@ -19,9 +19,11 @@ import pytest
 import torch
 import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from configs import HF_CONFIG, MODEL, finetune_config
+from conftest import run_tune
 from safetensors.torch import load_file
-from test_finetune import losses, train
+from test_finetune import eager, few_texts, losses, train  # noqa: F401  two are fixtures
 from torch.distributed.checkpoint import FileSystemWriter
+from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.utils import get_logger
 
 from layerskip_recipes import quickstart
@@ -45,15 +47,6 @@ MOVING = {
     "shuffle": True,
 }
 FILES = {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json", "recipe_state.pt"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_texts(tokenizer_folder):
-    """Reading all of the standard library takes longer than these trainings; the tokenizer is there already."""
-    some = dict(list(quickstart.stdlib_texts("heldout").items())[:3])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "stdlib_texts", lambda split: some)
-        yield some
 
 
 def every_line(out: Path) -> list[tuple[int, dict[str, float]]]:
@@ -134,18 +127,21 @@ def packed(folder: Path) -> dict:
     }  # fmt: skip
 
 
+# So wide that some of its state is whole blocks of 8 bits.
+EIGHT_BIT = {
+    "model": MODEL | {"attn_dropout": 0.1, "intermediate_dim": 128},
+    "optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2},
+}
 RUNS = {
     "packed data, accumulation, gradual": {
         "packed": True, "gradient_accumulation_steps": 2, "clip_grad_norm": 1.0,
         "early_exit_loss": {"scale": 0.5, "curriculum": "gradual"},
     },
-    "8-bit AdamW, rotational": {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2}},
+    "8-bit AdamW, rotational": EIGHT_BIT,
     "optimizer in backward": {"optimizer_in_bwd": True},
     "shards, accumulation": {"enable_async_checkpointing": True, "gradient_accumulation_steps": 2},
-    "shards, 8-bit AdamW": {
-        "enable_async_checkpointing": True, "optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-2},
-    },
     "SGD without momentum": {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-2}},
+    "shards, 8-bit AdamW": EIGHT_BIT | {"enable_async_checkpointing": True},
     "shards, SGD without momentum": {
         "enable_async_checkpointing": True, "optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-2},
     },
@@ -155,20 +151,23 @@ RUNS = {
     },
     "no seed given": {"seed": None},
 }  # fmt: skip
+# From the middle of the first epoch, from its end and from the middle of the third: three runs from all of them, the
+# others in turns from one; those in shards from shards, which an epoch's end has not.
+POINTS = (("step_1", 1), ("epoch_0", 2), ("step_5", 5))
+FROM_ALL = ("packed data, accumulation, gradual", "optimizer in backward", "shards, accumulation")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder):
-    """From the middle of the first epoch, from its end and from the middle of the third: every loss and the weights.
-
-    The learning rate of each step is the schedule's, also where it is a tensor (torchao).
-    """
+def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder, eager):  # noqa: F811
+    """Every loss and the weights. The learning rate of each step is the schedule's, also as a tensor (torchao)."""
     changes = MOVING | RUNS[name]
     overrides = []
     if changes.pop("packed", False):
         changes["dataset"], overrides = packed(tmp_path), ["tokenizer.max_seq_len=48"]
     path = finetune_config(tmp_path, tokenizer_folder, epochs=3, save_every_n_steps=1, **changes)
-    train(path, *overrides)
+    recipe = train(path, *overrides)
+    kinds = {type(value) for state in recipe.optimizers.all[0].state.values() for value in state.values()}
+    assert (OptimState8bit in kinds) == ("8-bit" in name)
     out = tmp_path / "out"
     whole, end = losses(out), final_weights(out / "epoch_2")
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
@@ -176,7 +175,8 @@ def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder):
         warm, progress = (step - 1) / 3, (step - 4) / 3
         expected = 1e-2 * (warm if step <= 3 else 0.5 * (1 + math.cos(math.pi * progress)))
         assert line["lr"] == pytest.approx(expected, rel=1e-6)
-    for checkpoint, done in (("step_1", 1), ("epoch_0", 2), ("step_5", 5)):
+    turn = list(RUNS).index(name) % 3
+    for checkpoint, done in POINTS if name in FROM_ALL else POINTS[turn : turn + 1]:
         again = keep_only(out, checkpoint, tmp_path / checkpoint)
         recipe = train(path, *overrides, f"output_dir={again}", "resume_from_checkpoint=true")
         assert losses(again) == {step: whole[step] for step in range(done + 1, 7)}
@@ -434,10 +434,10 @@ def whole_checkpoints(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
-def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):
+def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):  # noqa: F811
     """Run after run, each killed one call later than the one before; all of them together are the whole run."""
     path = finetune_config(
-        tmp_path, tokenizer_folder, epochs=6, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
+        tmp_path, tokenizer_folder, epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
         enable_async_checkpointing=asynchronous, **MOVING,
     )  # fmt: skip
     train(path, f"output_dir={tmp_path}/whole")
@@ -455,14 +455,14 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, to
     assert {"rename", "rmtree", "save"} <= set(interrupted)
     assert ({"write_data", "finish"} if asynchronous else {"save_file"}) <= set(interrupted)
     newest = checkpoints(out)[-1]
-    assert train(path, "resume_from_checkpoint=true").checkpoints.resumed_from.name == newest != "epoch_5"
+    assert train(path, "resume_from_checkpoint=true").checkpoints.resumed_from.name == newest != "epoch_3"
     lines = every_line(out)
     assert {step for step, _ in lines} == set(whole) and len(lines) > len(whole)
     for step, line in lines:
         assert line == whole[step]
-    assert checkpoints(out) == ["step_23", "epoch_5"] and not (out / ".incomplete").exists()
-    end = final_weights(tmp_path / "whole" / "epoch_5")
-    assert all(torch.equal(end[name], value) for name, value in final_weights(out / "epoch_5").items())
+    assert checkpoints(out) == ["step_15", "epoch_3"] and not (out / ".incomplete").exists()
+    end = final_weights(tmp_path / "whole" / "epoch_3")
+    assert all(torch.equal(end[name], value) for name, value in final_weights(out / "epoch_3").items())
 
 
 def kill_when(path: Path, overrides: list[str], moment) -> None:
@@ -482,7 +482,7 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     """Three times: in the middle of a save, then at random; packed data, accumulation, gradual, as a user has it."""
     path = finetune_config(
         tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
-        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=25, max_steps_per_epoch=None,
+        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=10, max_steps_per_epoch=None,
         save_every_n_steps=2, **MOVING,
     )  # fmt: skip
     length = "tokenizer.max_seq_len=48"
@@ -493,7 +493,7 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     for kill in range(3):
         before = checkpoints(out)
         # Not before this run has written a checkpoint of its own.
-        wait = chance.uniform(0, 0.2)
+        wait = chance.uniform(0, 0.1)
 
         def moment(before=before, wait=wait, kill=kill) -> bool:
             if len({path.name for path in out.glob("*_*[0-9]")} - set(before)) < 1:
@@ -505,9 +505,14 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
 
         kill_when(path, [length, f"resume_from_checkpoint={'true' if before else 'false'}"], moment)
         assert whole_checkpoints(out)
-    train(path, length, "resume_from_checkpoint=true")
+    newest = out / checkpoints(out)[-1]
+    done = torch.load(newest / "recipe_state.pt", weights_only=True)["step"]
+    command = ["run", "layerskip_finetune", "--config", str(path), length, "resume_from_checkpoint=true"]
+    run = run_tune(*command, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"Resumed from {newest}: {done} of {len(whole)} steps done." in run.stderr
     lines = every_line(out)
     assert {step for step, _ in lines} == set(whole)
     for step, line in lines:
         assert line == whole[step]
-    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_24"
+    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_9"

@@ -104,9 +104,11 @@ def load_data(
     collate = partial(_get_component_from_path(name), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
     needed = {"tokens", "labels"}
     for part, section in zip(datasets, sections, strict=True):
-        sample = part[0] if len(part) else {}
-        if sample and not (isinstance(sample, Mapping) and needed <= sample.keys()):
-            what = ", ".join(sample) if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+        sample = part[0] if len(part) else dict.fromkeys(needed)
+        if not (isinstance(sample, Mapping) and needed <= sample.keys()):
+            what = f"a {type(sample).__name__}"
+            if isinstance(sample, Mapping):
+                what = ", ".join(map(str, sample)) or "empty"
             raise ValueError(
                 f"{key}: samples of {section._component_} are {what}. Allowed: samples with tokens and labels, such as "
                 f"those of torchtune.datasets.chat_dataset"

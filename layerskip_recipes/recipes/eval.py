@@ -20,13 +20,15 @@ from layerskip_recipes.checks import PICTURES, check_file
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.exit_quality import exit_quality
+from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import check_lengths, most_positions
-from layerskip_recipes.layers import select_layers
+from layerskip_recipes.kv_cache import check_cache_fits
 from layerskip_recipes.recipes.answers import Answers
 from layerskip_recipes.recipes.data import load_data
-from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation
+from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation, tree_of, weight_bytes
 from layerskip_recipes.recipes.eval_config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
+from layerskip_recipes.recipes.validation import chosen_exits
 from layerskip_recipes.settings import (
     build,
     build_on_meta,
@@ -74,7 +76,7 @@ def check_config(cfg: DictConfig) -> None:
     check_measured(cfg)
     model = layerskip_decoder(build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
-    select_layers(cfg.get("layers", ":"), model.num_layers)
+    chosen_exits(cfg, "layers", model.num_layers)
     if cfg.get("human_eval") is not None:
         HumanEval(**check_section(cfg.human_eval, "human_eval", HumanEval))
     if cfg.get("self_speculation") is not None:
@@ -158,6 +160,10 @@ class LayerSkipEval:
         self.problems = read_problems(self.section.file, self.section.count)
         lengths = [len(self.tokenizer.encode(problem.prompt, add_eos=False)) for problem in self.problems]
         check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+        nodes = tree_of(self.draft, Sampler(self.section.temperature).greedy).nodes if self.draft else 1
+        weights = 0 if self.cfg.get("quantizer") else weight_bytes(model, self.dtype)
+        slots = max(lengths) + self.max_new_tokens + nodes
+        check_cache_fits(model, self.cfg.get("batch_size") or 1, slots, self.dtype, self.device, weights=weights)
         check_execution(self.section)
 
     def evaluate(self) -> dict[str, Any]:
@@ -231,9 +237,8 @@ class LayerSkipEval:
         cfg, model = self.cfg, self.model
         progress = tqdm(self.batches, total=self.total, desc=name)
         batches = (batch for batch, _ in zip(progress, range(self.total), strict=False))
-        chosen = select_layers(cfg.get("layers", ":"), model.num_layers)
-        exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {model.num_layers})
-        draft = cfg.get("num_speculations", 6)
+        draft = cfg.get("num_speculations") or 6
+        exits = chosen_exits(cfg, "layers", model.num_layers)
         quality = exit_quality(model, batches, exits, self.device, num_speculations=draft)
         progress.close()
         print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10} {f'of {draft}':>6}")

@@ -45,7 +45,7 @@ SETTINGS = COMMON | {
     "batch_size": number(minimum=1),
     "max_batches": number(minimum=1, optional=True),
     "layers": anything,
-    "num_speculations": number(minimum=1),
+    "num_speculations": number(minimum=1, optional=True, example=6),
     "tasks": check_tasks,
     "task_path": task_folders,
     "num_fewshot": number(minimum=0, optional=True),
@@ -63,6 +63,7 @@ SETTINGS = COMMON | {
 REFUSED = {
     **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset, tasks or human_eval"),
     "temperature": "tasks say it themselves, for HumanEval it is human_eval.temperature",
+    "on_bad_prompt": "it answers no prompts of a config",
     "benchmark": "a comparison is for layerskip_generate or layerskip_benchmark",
     **dict.fromkeys(("stream", "output_file"), "it prints figures, no texts"),
     **dict.fromkeys(FILTERS, "tasks say it themselves"),

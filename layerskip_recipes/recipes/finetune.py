@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from torchtune.modules import common_utils
+from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
@@ -22,11 +23,11 @@ from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes.adapters import adapter_names
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.distributed import end_processes, from_rank_zero, init_processes, is_rank_zero, num_processes
-from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first
+from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
 from layerskip_recipes.recipes.data import TrainingData, limit_samples
 from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
 from layerskip_recipes.recipes.finetune_log import RunLog, described, same_run
-from layerskip_recipes.recipes.finetune_model import Optimizers, build_model, checkpoint_contents
+from layerskip_recipes.recipes.finetune_model import Optimizers, adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.recipes.validation import Validation
 from layerskip_recipes.run_checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.settings import (
@@ -106,6 +107,12 @@ class LayerSkipFinetune:
             self.meta = build_on_meta(cfg)
         self.mesh = make_mesh(cfg, self.meta, self.device)
         self.loss = loss_section(cfg, len(self.meta.layers))
+        chunks, default = cfg.loss.get("num_output_chunks"), CEWithChunkedOutputLoss().num_output_chunks
+        if chunks not in (None, default) and is_rank_zero():
+            log.warning(
+                f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
+                f"early_exit_loss.chunk_tokens tokens, {self.loss.chunk_tokens}"
+            )
         with rank_zero_first():
             tokenizer = build(cfg.tokenizer, "tokenizer")
             ckpt.check_tokenizer_dir(cfg)
@@ -203,6 +210,8 @@ class LayerSkipFinetune:
             weight = self.mesh.data_size * count / self.mesh.sum(count.float()).clamp(min=1) if in_backward else count
             if loss.requires_grad:  # not so if all layers with adapters are dropped
                 (loss * weight).backward()
+            else:
+                reshard(self.model)
             tokens = tokens + count
             total = total + loss.detach() * count
             per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
@@ -280,9 +289,8 @@ class LayerSkipFinetune:
             log.info(f"Checkpoint after step {self.step}: {Path(self.cfg.output_dir) / name}")
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """This rank's part of the weights that change."""
-        adapters = adapter_names(self.meta)
-        return {name: value for name, value in self.model.state_dict().items() if not adapters or name in adapters}
+        """This rank's part of the weights that change, to be written or filled in place."""
+        return adapter_parameters(self.model, self.meta) or self.model.state_dict()
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer; data and curriculum follow from seed and step."""

@@ -12,9 +12,9 @@ from layerskip_recipes.checkpoint import check_checkpointer, checkpoint_files, i
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
-from layerskip_recipes.layers import select_layers
 from layerskip_recipes.recipes.data import check_collate_fn, check_dataset
 from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
+from layerskip_recipes.recipes.validation import chosen_exits
 from layerskip_recipes.settings import (
     COMMON,
     anything,
@@ -176,7 +176,7 @@ def check_config(cfg: DictConfig) -> None:
         )
     if adapter_names(model) and cfg.get("optimizer_in_bwd"):
         raise ValueError("optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false")
-    select_layers(cfg.get("layers_val", ":"), len(model.layers), key="layers_val")
+    chosen_exits(cfg, "layers_val", len(model.layers))
     if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
         raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
     layer_dropout_section(cfg, len(model.layers), seed=0)

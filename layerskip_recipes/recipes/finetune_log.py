@@ -14,9 +14,9 @@ from layerskip_recipes.recipes.data import TrainingData
 from layerskip_recipes.settings import build
 
 # What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change, as what of
-# these is a matter of memory only.
+# these is a matter of memory only, or of nothing: chunk_tokens takes the place of num_output_chunks.
 KEPT = ("model", "dataset", "collate_fn", "shuffle", "layer_dropout", "early_exit_loss", "loss", "optimizer_in_bwd")
-MEMORY_ONLY = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
+FREE = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
 
 
 class RunLog:
@@ -83,7 +83,7 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in kept.items()
     }
-    plain = _without_memory_only(plain)
+    plain = _without_free(plain)
     if adapters:  # they belong to the weights that they were trained on
         plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
     plain["optimizer._component_"] = cfg.optimizer._component_  # its state is of no use to another one
@@ -94,9 +94,9 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
     return plain
 
 
-def _without_memory_only(described: dict[str, Any]) -> dict[str, Any]:
+def _without_free(described: dict[str, Any]) -> dict[str, Any]:
     kept = {
-        key: {name: value for name, value in section.items() if name != MEMORY_ONLY.get(key)}
+        key: {name: value for name, value in section.items() if name != FREE.get(key)}
         for key, section in described.items()
         if isinstance(section, dict)
     }
@@ -105,7 +105,7 @@ def _without_memory_only(described: dict[str, Any]) -> dict[str, Any]:
 
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
-    before = _without_memory_only(before)
+    before = _without_free(before)
     for key, value in now.items():
         # An earlier version did not note all of it, nor a length that is the model's.
         noted = before.get(key, value)

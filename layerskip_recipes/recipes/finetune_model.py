@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchtune import config, training
 
@@ -198,6 +199,19 @@ class Optimizers:
                 one.state.pop(trained[name], None)
 
 
+def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's part of the adapters, by the names that checkpoints have; empty for a model without any.
+
+    The parameters themselves. A state_dict unpacks NF4 weights, and with low_cpu_ram all of it is a copy.
+
+    Args:
+        model: as it is trained.
+        meta: the same model before it was split or wrapped.
+    """
+    names = set(adapter_names(meta))
+    return {name: p.detach() for n, p in model.named_parameters() if (name := clean_name(n)) in names}
+
+
 def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Module, device: torch.device) -> dict:
     """What a checkpoint of the whole model holds, in torchtune's keys, on rank 0; gathered on all ranks.
 
@@ -212,12 +226,18 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
     names = set(meta.state_dict())
     biases = any(name.endswith(".magnitude") and name.replace(".magnitude", ".bias") in names for name in adapters)
     adapters_only = only and not biases
-    if torch.distributed.is_initialized():
-        state = training.gather_cpu_state_dict(model, is_rank_zero(), device, adapter_weights_only=adapters_only)
+    state: dict[str, torch.Tensor] = {}
+    if adapters_only:
+        for name, part in adapter_parameters(model, meta).items():
+            part = part.to(device)  # where offloaded parts are gathered
+            value = part.full_tensor() if isinstance(part, DTensor) else part
+            if is_rank_zero():
+                state[name] = value.cpu()
+    elif torch.distributed.is_initialized():
+        state = training.gather_cpu_state_dict(model, is_rank_zero(), device)
     else:
         # QLoRA's weights arrive on the CPU, unpacked; what they merge with has to be there too.
-        state = model.state_dict()
-        state = {name: state[name].cpu() for name in (adapters if adapters_only else state)}
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
     if not is_rank_zero():
         return {}
     if not adapters:

@@ -4,8 +4,6 @@ The decoding lives in `generation/`; here are batches, streaming, chat, the comp
 """
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -52,14 +50,6 @@ from layerskip_recipes.settings import (
 )
 
 log = utils.get_logger("INFO")
-
-
-def is_for_all(record: logging.LogRecord) -> bool:
-    """Whether a process logs a record: the first one does, others errors only, which they may have alone."""
-    return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
-
-
-log.addFilter(is_for_all)
 
 
 class LayerSkipGenerate:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
@@ -15,11 +14,27 @@ from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.distributed import is_rank_zero
 from layerskip_recipes.exit_quality import exit_quality
 from layerskip_recipes.layers import select_layers
-from layerskip_recipes.mesh import Mesh
+from layerskip_recipes.mesh import Mesh, reshard
 from layerskip_recipes.recipes.data import load_data
 from layerskip_recipes.settings import check_length
 
 log = utils.get_logger("INFO")
+
+
+def chosen_exits(cfg: DictConfig, key: str, num_layers: int) -> list[int]:
+    """The exits behind the layers that a key chooses (null: all), and the last one, in order.
+
+    Args:
+        cfg: `key` is read.
+        key: of a selection as in `select_layers`.
+        num_layers: L.
+
+    Raises:
+        ValueError: if the selection is wrong.
+    """
+    layers = ":" if cfg.get(key) is None else cfg[key]
+    chosen = select_layers(layers, num_layers, key=key)
+    return sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {num_layers})
 
 
 class Even(Dataset):
@@ -69,9 +84,7 @@ class Validation:
         self.first: float | None = None  # the last layer's loss at the start
         if not self.on:
             return
-        last = len(model.layers)
-        chosen = select_layers(cfg.get("layers_val", ":"), last, key="layers_val")
-        self.exits = sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {last})
+        self.exits = chosen_exits(cfg, "layers_val", len(model.layers))
         dataset, collate = load_data(cfg, tokenizer, model, device, key="dataset_val")
         if len(dataset) < mesh.data_size:
             raise ValueError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
@@ -107,10 +120,7 @@ class Validation:
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
         quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum)
         batches.close()
-        for module in model.modules():
-            # With fsdp_reshard_after_forward=false only a backward would do it, and checkpoints want the shards.
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
         model.train()
         final = quality[self.exits[-1]]["loss"]
         if self.first is None:
