@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny
 
-from layerskip_recipes.generation.bound import Backend, Bound
+from layerskip_recipes.generation.bound import Backend, Bound, LastCall
 from layerskip_recipes.generation.engine import Generation, compiled_steps
 from layerskip_recipes.generation.speculation import Speculation
 
@@ -37,19 +37,19 @@ class Owner:
 
 
 def compiled(function, owner, *args):
-    backend = Backend({})
+    last = LastCall()
     torch._dynamo.mark_dynamic(args[1], 0)
-    call = torch.compile(function, fullgraph=True, backend=backend)
-    return backend, call(owner, *args)
+    call = torch.compile(function, fullgraph=True, backend=Backend({}, last))
+    return last, call(owner, *args)
 
 
 def test_other_arguments_and_lengths_of_the_same_step():
     """The result's form, with its None; the step still changes what it changed; the function is not looked at again."""
     owner = Owner()
     x, slots = torch.tensor([1.0, 0.0, 2.0]), torch.arange(5)
-    backend, result = compiled(Owner.step, owner, x, slots)
-    bound = backend.bind((x, slots), 5, result)
-    assert backend.last == ((), ())
+    last, result = compiled(Owner.step, owner, x, slots)
+    bound = last.bind((x, slots), 5, result)
+    assert (last.function, last.inputs, last.outputs) == (None, (), ())
     for length in (5, 7, 4):
         x, slots = torch.randn(3), torch.arange(length)
         result = bound((x, slots), length)
@@ -60,10 +60,10 @@ def test_other_arguments_and_lengths_of_the_same_step():
 
 def test_a_result_or_a_length_from_elsewhere_is_not_bound():
     owner, x, slots = Owner(), torch.ones(3), torch.arange(5)
-    backend, result = compiled(Owner.same, owner, x, slots)
-    assert result[0] is x and backend.bind((x, slots), 5, result) is None
-    backend, result = compiled(Owner.step, owner, x, slots)
-    assert backend.bind((x, slots), 6, result) is None
+    last, result = compiled(Owner.same, owner, x, slots)
+    assert result[0] is x and last.bind((x, slots), 5, result) is None
+    last, result = compiled(Owner.step, owner, x, slots)
+    assert last.bind((x, slots), 6, result) is None
 
 
 @pytest.mark.parametrize("drafts", [None, 2])

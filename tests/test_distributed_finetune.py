@@ -477,7 +477,7 @@ def went_well(job):
 
 def tune_on_two(path, *overrides):
     command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-    return run_tune(*command, *overrides, cwd=path.parent, env={"OMP_NUM_THREADS": "1"}, timeout=LIMIT)
+    return run_tune(*command, *overrides, cwd=path.parent, timeout=LIMIT)
 
 
 def saves(case, kind):

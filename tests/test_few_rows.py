@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.few_rows import MOST_ROWS, SDPA, FewRows, load_kernel
+from layerskip_recipes.generation.few_rows import MOST_QUERIES, SDPA, FewRows, load_kernel
 from layerskip_recipes.generation.speculation import Speculation
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -71,16 +71,16 @@ def test_one_mask_for_all_rows_and_what_is_refused():
 
 
 def test_which_attention_of_a_graph_is_of_few_queries():
-    """That of 1 .. MOST_ROWS queries with a mask, in fp32, whose heads are of whole vectors; the results stay."""
+    """That of 1 .. MOST_QUERIES queries with a mask, in fp32, whose heads are of whole vectors; the results stay."""
     load_kernel()
 
     def inputs(s=5, d=32):
-        return example(1, 2, s, d, 80, torch.Generator().manual_seed(s))
+        return example(1, 2, s, d, 300, torch.Generator().manual_seed(s))
 
     cases = {
         "few": (inputs(), (), True),
         "a scale": (inputs(), (0.3,), True),
-        "many": (inputs(s=MOST_ROWS + 1), (), False),
+        "many": (inputs(s=MOST_QUERIES + 1), (), False),
         "narrow": (inputs(d=8), (), False),
         "double": ([x.double() for x in inputs()], (), False),
         "no mask": ((*inputs()[:3], None), (), False),

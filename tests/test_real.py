@@ -41,12 +41,12 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
     model, tokenizer = smollm2
     ways = ((None, None), (2, 1), (9, 4), (15, 8), (30, 3))
     for prompt, of_this in ((prompts[0], ways), (prompts[1], ways[1:3]), (prompts[2], ways[3:])):
-        cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 24}
+        cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 16}
         with local_kv_cache(model, device=torch.device("cpu"), **cache):
             expected, _ = torchtune_generate(
                 model,
                 prompt,
-                max_generated_tokens=24,
+                max_generated_tokens=16,
                 temperature=1.0,
                 top_k=1,
                 stop_tokens=tokenizer.stop_tokens,
@@ -56,7 +56,7 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
             out = generate(
                 model,
                 prompt,
-                24,
+                16,
                 exit_layer=exit_layer,
                 num_speculations=num_speculations,
                 stop_tokens=tokenizer.stop_tokens,
@@ -139,8 +139,8 @@ def finetuned(tmp_path_factory):
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
         *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}"),
-        *("dataset.seq_len=64", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
-        *("epochs=1", "max_steps_per_epoch=24", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
+        *("dataset.seq_len=128", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
+        *("epochs=1", "max_steps_per_epoch=16", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
         *("batch_size=2", "optimizer.lr=1e-4"),
         cwd=out,
     )
@@ -156,8 +156,8 @@ def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
         key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])]
         for key in ("loss_exit_6", "loss_final")
     }
-    # Untrained, exit 6 is at about 20 nats; the steps of the config bring it to a third of that.
-    assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 3
+    # Untrained, exit 6 is at about 19 nats; the config's steps bring it to a third of that. A mean is known to 0.6.
+    assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 2
     assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5
 
 

@@ -4,6 +4,7 @@ All of it is lossless: it decides how much is drafted and by whom, never what is
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,14 +28,16 @@ class Arm:
 @dataclass
 class _Record:
     rounds: int = 0
-    weight: float = 0.0  # of the rounds, the older the less; so are the sums
-    tokens: float = 0.0
-    seconds: float = 0.0
-    fastest: float = math.inf
+    weight: float = 0.0  # of the rounds, the older the less
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Without the slowest eighth of the rounds: what else the machine did says nothing."""
+        count = len(self.recent)
+        kept = sorted(self.recent)[: count - (count + 4) // 8]
+        seconds = sum(seconds for seconds, _ in kept)
+        return sum(tokens for _, tokens in kept) / seconds if seconds else 0.0
 
 
 class Chooser:
@@ -46,13 +49,12 @@ class Chooser:
 
     Args:
         trial: rounds of each arm before any choice.
-        memory: rounds after which what was measured has lost two thirds of its weight.
+        memory: rounds of any arm after which a round has lost two thirds of its weight.
         margin: of an arm's rate, where one round speaks for it; of n rounds 1 / sqrt(n) of that.
-        slowest: a round counts as at most so many times the arm's fastest one: what else the machine did says nothing.
     """
 
-    def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, slowest: float = 3.0) -> None:
-        self.trial, self.memory, self.margin, self.slowest = trial, memory, margin, slowest
+    def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7) -> None:
+        self.trial, self.memory, self.margin = trial, memory, margin
         self.records: dict[Arm, _Record] = {}
 
     def pick(self, arms: Sequence[Arm]) -> Arm:
@@ -67,14 +69,10 @@ class Chooser:
         """A round of this arm gave so many tokens in so many seconds."""
         record = self.records.setdefault(arm, _Record())
         for old in self.records.values():
-            for part in ("weight", "tokens", "seconds"):
-                setattr(old, part, getattr(old, part) * (1 - 1 / self.memory))
+            old.weight *= 1 - 1 / self.memory
         record.rounds += 1
-        record.fastest = min(record.fastest, seconds)
         record.weight += 1
-        record.tokens += tokens
-        most = self.slowest * record.fastest
-        record.seconds = min(record.seconds + min(seconds, most), record.weight * most)
+        record.recent.append((seconds, tokens))
 
     def rate(self, arm: Arm) -> float:
         """Tokens per second of an arm, 0 if it never ran."""

@@ -4,6 +4,7 @@ torch.compile looks up each weight and each cache by its name at every call: a t
 generation they stay the same, so after its first call a step gets those of that call, and only the arguments change.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,36 +13,28 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
-class Backend:
-    """Inductor as a backend of torch.compile, that remembers the last call of what it compiled.
+class LastCall:
+    """The last call of a compiled function, its inputs and outputs; kept with the step that torch.compile made."""
 
-    Args:
-        options: of inductor.
-    """
+    def __init__(self) -> None:
+        self.forget()
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.compiled: Callable | None = None
-        self.last: tuple[Sequence[Any], Sequence[torch.Tensor]] = ((), ())
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-        self.compiled = compile_fx(graph, inputs, config_patches=self.options)
-        return self._call
-
-    def _call(self, *inputs: Any) -> Sequence[torch.Tensor]:
-        outputs = self.compiled(*inputs)
-        self.last = (inputs, outputs)
-        return outputs
+    def forget(self) -> None:
+        """Weights and caches are freed."""
+        self.function: Callable | None = None
+        self.inputs: Sequence[Any] = ()
+        self.outputs: Sequence[torch.Tensor] = ()
 
     def bind(self, args: Sequence[Any], length: int | None, result: Any) -> "Bound | None":
-        """The last call's inputs for more calls like it; None if it is not clear where they come from.
+        """The inputs for more calls like it; None if it is not clear where they come from. The call is forgotten.
 
         Args:
             args: of the step in that call.
             length: the one that is dynamic, if there is one.
             result: of the step in that call.
         """
-        (inputs, outputs), self.last = self.last, ((), ())
+        function, inputs, outputs = self.function, self.inputs, self.outputs
+        self.forget()
         argument = {id(leaf): i for i, leaf in enumerate(tree_leaves(args)) if isinstance(leaf, torch.Tensor)}
         output = {id(tensor): i for i, tensor in enumerate(outputs)}
         lengths = [i for i, value in enumerate(inputs) if not isinstance(value, torch.Tensor)]
@@ -51,13 +44,37 @@ class Backend:
         ):
             return None
         return Bound(
-            self.compiled,
+            function,
             list(inputs),
             [(i, argument[id(value)]) for i, value in enumerate(inputs) if id(value) in argument],
             lengths,
             [output.get(id(leaf)) for leaf in leaves],
             structure,
         )
+
+
+class Backend:
+    """Inductor as a backend of torch.compile that notes the calls of what it compiled.
+
+    torch keeps backends as long as the process, so this one refers to nothing that it made.
+
+    Args:
+        options: of inductor.
+        last: where the last call is noted.
+    """
+
+    def __init__(self, options: dict[str, Any], last: LastCall) -> None:
+        self.options, self.last = options, weakref.ref(last)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+        function, last = compile_fx(graph, inputs, config_patches=self.options), self.last()
+
+        def call(*inputs: Any) -> Sequence[torch.Tensor]:
+            outputs = function(*inputs)
+            last.function, last.inputs, last.outputs = function, inputs, outputs
+            return outputs
+
+        return call
 
 
 class Bound:

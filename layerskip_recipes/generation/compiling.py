@@ -125,8 +125,8 @@ class CompiledSteps:
 
     def _bind(self, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any) -> Any:
         """Keep what the graph was called with for this generation's next calls; returns `out`."""
-        backend = getattr(graph, "backend", None)
-        bound = None if backend is None else backend.bind(args, length, out)
+        last = getattr(graph, "last", None)
+        bound = None if last is None else last.bind(args, length, out)
         if bound is not None:
             self.bound[key] = bound
         return out
@@ -154,9 +154,9 @@ def _compiled(function: Callable, device: torch.device) -> Callable:
         guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if device.type != "cpu":
         return torch.compile(copy, fullgraph=True, options=options | guards)
-    from layerskip_recipes.generation.bound import Backend
+    from layerskip_recipes.generation.bound import Backend, LastCall
 
-    backend = Backend(options)
-    compiled = torch.compile(copy, fullgraph=True, backend=backend, options=guards)
-    compiled.backend = backend
+    last = LastCall()
+    compiled = torch.compile(copy, fullgraph=True, backend=Backend(options, last), options=guards)
+    compiled.last = last
     return compiled

@@ -304,7 +304,8 @@ class Generation:
                 if confidences is not None:
                     policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
         self._count_round(arm, draft, slots, n)
-        if policy.has_choice and (seconds := self._seconds(started, compiled)):
+        # A draft cut at the limit says nothing about others.
+        if policy.has_choice and depth == self.tree.depth and (seconds := self._seconds(started, compiled)):
             policy.chooser.learn(arm, sum(map(len, kept)), seconds)
         return kept
 

@@ -17,6 +17,7 @@ from torch.library import register_fake
 MOST_ROWS = 64  # more are a BLAS's work
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
+MOST_QUERIES = 256  # those of all heads that share a key head
 VIEWS = (aten.view.default, aten.reshape.default)
 SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -55,7 +56,7 @@ class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows and W is a weight in fp32, as it is stored.
 
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
-    Attention of so many queries over a cache is replaced too.
+    Attention of few queries over a cache is replaced too.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -105,7 +106,7 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     """Our attention in place of torch's, where it is that of few queries with a mask."""
     q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
     rows, width = q.shape[2:]
-    few = isinstance(rows, int) and rows <= MOST_ROWS
+    few = isinstance(rows, int) and rows <= MOST_QUERIES
     if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % 16:
         return
     scale = node.kwargs.get("scale")

@@ -163,7 +163,8 @@ class LayerSkipEval:
         nodes = tree_of(self.draft, Sampler(self.section.temperature).greedy).nodes if self.draft else 1
         weights = 0 if self.cfg.get("quantizer") else weight_bytes(model, self.dtype)
         slots = max(lengths) + self.max_new_tokens + nodes
-        check_cache_fits(model, self.cfg.get("batch_size") or 1, slots, self.dtype, self.device, weights=weights)
+        rows = min(self.cfg.get("batch_size") or 1, len(lengths))
+        check_cache_fits(model, rows, slots, self.dtype, self.device, weights=weights)
         check_execution(self.section)
 
     def evaluate(self) -> dict[str, Any]:

@@ -107,13 +107,15 @@ def encode(
     """
     if not examples:
         check([])
-    checked, tokens = [], []
+    checked, tokens, fits = [], [], 0  # fits: no longer prompt had to be checked so far
     for example in examples:
         made: list[int] = []
         if example.error is None:
             try:
                 made = to_tokens(example.prompt, tokenizer)
-                check([len(made)])
+                if not 0 < len(made) <= fits:
+                    check([len(made)])
+                    fits = len(made)
             except ValueError as e:
                 where = "" if example.line is None else f" (prompt_file line {example.line})"
                 example = replace(example, error=f"{e}{where}")
