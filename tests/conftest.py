@@ -143,6 +143,13 @@ def run_command(
 run_tune = functools.partial(run_command, "tune")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_settings_of_other_files():
+    """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
+    torch.set_float32_matmul_precision("highest")
+    torch.set_deterministic_debug_mode("default")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_megabytes():
     """Measuring the memory's speed takes a second for each report, but for those of `tune run`."""

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -744,7 +745,9 @@ def test_a_wrong_setting_is_one_line(folder, wrong, name):
     assert not any("Error" in line or "Traceback" in line for line in before)
     assert job.codes[0] == 1
     if name not in RANK_ZERO_ALONE:
-        assert job.codes[1] == 1 and job.said[1] == job.said[0]
+        # Ended while it left rank 0 the word; or, on a slow machine, with the same words.
+        assert job.codes[1] in (1, -signal.SIGTERM)
+        assert [line for line in job.said[1].splitlines() if "Error" in line or "Traceback" in line] in ([], [last])
     assert name == "other model" or not (folder / "wrong" / name).exists()
 
 

@@ -214,9 +214,10 @@ def test_several_exits_are_all_tried_and_remembered():
     assert sum(generation.stats.arms.values()) == generation.stats.rounds
     again = run(model, [PROMPT], 20, speculation=speculation)
     records = speculation.policy.chooser.records
-    assert {f"fixed exit {arm.exit_layer}": record.rounds for arm, record in records.items()} == dict(
-        generation.stats.arms + again.stats.arms
-    )
+    learnt = Counter({f"fixed exit {arm.exit_layer}": record.rounds for arm, record in records.items()})
+    done = generation.stats.arms + again.stats.arms
+    # The last round of each may be cut at the limit: then it teaches nothing.
+    assert not learnt - done and sum((done - learnt).values()) <= 2
 
 
 def test_auto_tries_both_lengths_and_no_draft():
