@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from layerskip_recipes import tasks
 from layerskip_recipes.checks import is_ours
-from layerskip_recipes.recipes.prompts import Example, read_examples, read_prompts
+from layerskip_recipes.recipes.prompts import Example, read_examples
 from layerskip_recipes.recipes.text_metrics import METRICS, check_metrics, text_metrics
 
 QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
@@ -159,7 +159,7 @@ def test_examples_of_a_config():
     write_lines("qa.jsonl", QUESTIONS)
     cfg = prompts_of(task="jsonl", path="qa.jsonl", **TEMPLATES, count=1, system="be brief")
     assert read_examples(cfg) == [Example({"user": "Q: question 1?\nA:", "system": "be brief"}, " answer 1")]
-    assert read_prompts(cfg) == [{"user": "Q: question 1?\nA:", "system": "be brief"}]
+    assert [example.prompt for example in read_examples(cfg)] == [{"user": "Q: question 1?\nA:", "system": "be brief"}]
     lines = [
         {"prompt": "a", "response": "b", "id": 1},
         {"prompt": {"user": "c"}},
@@ -168,7 +168,7 @@ def test_examples_of_a_config():
     ]
     file = OmegaConf.create({"prompt_file": write_lines("p.jsonl", lines)})
     assert read_examples(file) == [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
-    assert read_prompts(file) == ["a", {"user": "c"}, "d", "e"]
+    assert [example.prompt for example in read_examples(file)] == ["a", {"user": "c"}, "d", "e"]
     assert read_examples(OmegaConf.create({"prompt": ["a", {"user": "b"}]})) == [Example("a"), Example({"user": "b"})]
 
 

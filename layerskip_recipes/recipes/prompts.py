@@ -70,11 +70,6 @@ def try_examples(cfg: DictConfig) -> list[Example]:
     return [_tried(_plain, item, "prompt") for item in (prompts if isinstance(prompts, list) else [prompts])]
 
 
-def read_prompts(cfg: DictConfig) -> list[str | dict[str, str]]:
-    """The prompts of `read_examples` without their references."""
-    return [example.prompt for example in read_examples(cfg)]
-
-
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
     """Raises a ValueError if an example has an error: that of the longest prompt, and the lines of the others.
 
