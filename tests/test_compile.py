@@ -152,7 +152,7 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
 
 
 @needs_compiler
-@pytest.mark.parametrize("k", [3, 16, 17, 576])
+@pytest.mark.parametrize("k", [16, 48, 576])
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
 def test_products_of_few_rows(n, k):
     """x W^T, of several W side by side, and each row of it to the last bit what it is alone."""
@@ -178,19 +178,22 @@ def test_products_of_few_rows(n, k):
         torch.ops.layerskip.linear(x, w.T)
     with pytest.raises(RuntimeError):
         torch.ops.layerskip.linear(x.double(), w.double())
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x[:, :12], w[:, :12].contiguous())
 
 
 @needs_compiler
 def test_which_products_of_a_graph_are_of_few_rows():
-    """Those of 1 .. MOST_ROWS rows with a weight as it is stored, in fp32, with a bias or without; the results stay."""
+    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32, with a bias or without."""
     load_kernel()
-    x, w, bias = torch.randn(7, 12), torch.randn(5, 12), torch.randn(5)
+    x, w, bias = torch.randn(7, 16), torch.randn(5, 16), torch.randn(5)
     cases = {
         "linear": (lambda x, w, b: x @ w.T, (x, w, bias), True),
         "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
-        "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 12)), True),
+        "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 16)), True),
         "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
-        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(MOST_ROWS + 1, 12), w, bias), False),
+        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(MOST_ROWS + 1, 16), w, bias), False),
+        "narrow": (lambda x, w, b: x @ w.T, (x[:, :12], w[:, :12].contiguous(), bias), False),
         "double": (lambda x, w, b: x @ w.T, (x.double(), w.double(), bias), False),
         "no transposed weight": (lambda x, w, b: x @ w, (x, w.T.contiguous(), bias), False),
         "a computed weight": (lambda x, w, b: x @ (2 * w).T, (x, w, bias), False),
@@ -265,6 +268,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from torch._dynamo.utils import counters
 import test_compile as t
+t.torch.set_float32_matmul_precision("highest")  # as conftest.py: it is part of what compiled code is found by
 model = t.make_small()
 for prompts, count in ((t.END, 30), (t.SHORT, 9)):
     generation = t.run(model, prompts, count, speculation=t.Speculation(**t.WAYS["chain"]))

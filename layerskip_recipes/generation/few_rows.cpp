@@ -24,6 +24,40 @@ constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
 constexpr int AHEAD = 2048;  // so many weights ahead are on their way from memory while these are multiplied
 
+// v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
+[[gnu::always_inline]] inline Vector in_register(const Vector& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 lanes = v;
+  asm("" : "+v"(lanes));
+  return lanes;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 lanes = v;
+  asm("" : "+x"(lanes));
+  return lanes;
+#else
+  return v;
+#endif
+}
+
+// One level of `sums`: lanes that are `distance` apart, of a in the lanes without that bit and of b in those with it.
+template <int distance>
+[[gnu::always_inline]] inline Vector pairs(const Vector& a, const Vector& b) {
+#ifdef CPU_CAPABILITY_AVX512
+  // One shuffle: what stays in its lane is a blend, which more of a processor's ports can do.
+  alignas(64) static constexpr auto other = [] {
+    std::array<int, LANES> lanes{};
+    for (int i = 0; i < LANES; i++) lanes[i] = i & distance ? (i ^ distance) + LANES : i ^ distance;
+    return lanes;
+  }();
+  constexpr __mmask16 of_b = distance == 8 ? 0xff00 : distance == 4 ? 0xf0f0 : distance == 2 ? 0xcccc : 0xaaaa;
+  const __m512i index = _mm512_load_si512(other.data());
+  return Vector(_mm512_mask_blend_ps(of_b, a, b)) + Vector(_mm512_permutex2var_ps(a, index, b));
+#else
+  const auto [even, odd] = at::vec::deinterleave2(a, b);
+  return even + odd;
+#endif
+}
+
 // The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
 // the other would take as long as what is summed, where a row of W is short.
 template <int COUNT>
@@ -33,37 +67,32 @@ template <int COUNT>
   } else {
     std::array<Vector, COUNT / 2> half;
 #pragma GCC unroll 16
-    for (int i = 0; i < COUNT / 2; i++) {
-      const auto [even, odd] = at::vec::deinterleave2(v[2 * i], v[2 * i + 1]);
-      half[i] = even + odd;
-    }
+    for (int i = 0; i < COUNT / 2; i++) half[i] = pairs<LANES / COUNT>(v[2 * i], v[2 * i + 1]);
     return sums<COUNT / 2>(half);
   }
 }
 
-// M rows of x by N rows of w, all of width k; y has rows of length stride.
+// M rows of x by N rows of w, all of width k, a multiple of LANES; y has rows of length stride.
 template <int M, int N>
 void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
   static_assert(M * N <= LANES);
   std::array<Vector, LANES> total;
 #pragma GCC unroll 16
   for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
-  int64_t i = 0;
-  for (; i + LANES <= k; i += LANES)
+  for (int64_t i = 0; i < k; i += LANES) {
+    std::array<Vector, N> weights;
     for (int n = 0; n < N; n++) {
       __builtin_prefetch(w + n * k + i + AHEAD);
-      const Vector weights = Vector::loadu(w + n * k + i);
-      for (int m = 0; m < M; m++)
-        total[m * N + n] = at::vec::fmadd(weights, Vector::loadu(x + m * k + i), total[m * N + n]);
+      weights[n] = in_register(Vector::loadu(w + n * k + i));
     }
+    for (int m = 0; m < M; m++) {
+      const Vector row = in_register(Vector::loadu(x + m * k + i));
+      for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
+    }
+  }
   float out[LANES];
   sums<LANES>(total).store(out);
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) {
-      float rest = 0;
-      for (int64_t j = i; j < k; j++) rest += w[n * k + j] * x[m * k + j];
-      y[m * stride + n] = out[m * N + n] + rest;
-    }
+  for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
 // `rows` <= M rows of x by all `columns` rows of w.
@@ -78,13 +107,14 @@ void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, in
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);
 }
 
-// rows [m, k], each of ws [n_i, k] contiguous -> [m, n_0 + n_1 + ..]: side by side what each gives alone.
+// rows [m, k], each of ws [n_i, k] contiguous, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side what each
+// gives alone.
 at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
   const at::Tensor x = rows.contiguous();
   const int64_t m = x.size(0), k = x.size(1);
   int64_t n = 0;
   for (const at::Tensor& w : ws) {
-    TORCH_CHECK(w.is_contiguous() && w.size(1) == k);
+    TORCH_CHECK(w.is_contiguous() && w.size(1) == k && k % LANES == 0);
     n += w.size(0);
   }
   at::Tensor out = at::empty({m, n}, x.options());
@@ -114,13 +144,17 @@ void mix(const float* p, const float* v, float* out, int64_t slots, int64_t dim)
   std::array<Vector, M * C> total;
 #pragma GCC unroll 16
   for (int j = 0; j < M * C; j++) total[j] = Vector(0.f);
-  for (int64_t slot = 0; slot < slots; slot++)
+  for (int64_t slot = 0; slot < slots; slot++) {
+    std::array<Vector, C> values;
     for (int c = 0; c < C; c++) {
       __builtin_prefetch(v + slot * dim + c * LANES + AHEAD);
-      const Vector values = Vector::loadu(v + slot * dim + c * LANES);
-      for (int m = 0; m < M; m++)
-        total[m * C + c] = at::vec::fmadd(Vector(p[m * slots + slot]), values, total[m * C + c]);
+      values[c] = in_register(Vector::loadu(v + slot * dim + c * LANES));
     }
+    for (int m = 0; m < M; m++) {
+      const Vector weight = in_register(Vector(p[m * slots + slot]));
+      for (int c = 0; c < C; c++) total[m * C + c] = at::vec::fmadd(weight, values[c], total[m * C + c]);
+    }
+  }
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) total[m * C + c].store(out + m * dim + c * LANES);
 }

@@ -17,6 +17,7 @@ from torch.library import register_fake
 MOST_ROWS = 64  # more are a BLAS's work
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
+WHOLE = 16  # widths are multiples of it: whole vectors, whatever the processor's are
 MOST_QUERIES = 256  # those of all heads that share a key head
 VIEWS = (aten.view.default, aten.reshape.default)
 SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -33,9 +34,9 @@ class _Library(CppCodeCache):
 def load_kernel() -> None:
     """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
 
-    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32; the result is x W^T of
-    each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v [b, h, slots, d], a mask to be added
-    [b or 1, 1, s, slots] and the scale of the scores.
+    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32, k a multiple of WHOLE; the
+    result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v [b, h, slots, d], a
+    mask to be added [b or 1, 1, s, slots] and the scale of the scores.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -53,7 +54,8 @@ def load_kernel() -> None:
 
 
 class FewRows(CustomGraphPass):
-    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows and W is a weight in fp32, as it is stored.
+    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight in
+    fp32, as it is stored.
 
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
     Attention of few queries over a cache is replaced too.
@@ -99,6 +101,7 @@ def _fits(x: torch.fx.Node, transposed: torch.fx.Node) -> bool:
         and weight.op == "placeholder"
         and weight.meta["val"].dtype == torch.float32
         and weight.meta["val"].is_contiguous()
+        and weight.meta["val"].shape[1] % WHOLE == 0
     )
 
 
@@ -107,7 +110,7 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
     rows, width = q.shape[2:]
     few = isinstance(rows, int) and rows <= MOST_QUERIES
-    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % 16:
+    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % WHOLE:
         return
     scale = node.kwargs.get("scale")
     inputs = (*node.args, mask, width**-0.5 if scale is None else scale)
