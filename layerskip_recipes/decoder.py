@@ -9,7 +9,7 @@ Numbering, here and everywhere: layers are 0 .. L-1; x_0 is the embedding, x_{l+
 Shapes: b batch, s sequence, d embedding, v vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -181,9 +181,9 @@ class LayerSkipDecoder(TransformerDecoder):
         """The samples that stay in each layer, those that some drop as row numbers on h's device: one copy for all."""
         kept = self.layer_dropout.draw(h.shape[0])
         partial = [layer for layer, rows in enumerate(kept) if isinstance(rows, list) and rows]
-        flat = torch.tensor([row for layer in partial for row in kept[layer]], dtype=torch.long, pin_memory=h.is_cuda)
-        on_device = flat.to(h.device, non_blocking=True).split([len(kept[layer]) for layer in partial])
-        return list((dict(enumerate(kept)) | dict(zip(partial, on_device, strict=True))).values())
+        flat = on_device([row for layer in partial for row in kept[layer]], h.device)
+        rows = flat.split([len(kept[layer]) for layer in partial])
+        return list((dict(enumerate(kept)) | dict(zip(partial, rows, strict=True))).values())
 
     def _run_layer(self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | Kept, of_sample: dict) -> torch.Tensor:
         """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
@@ -234,6 +234,11 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(take_rows(part, rows, batch_size) for part in value)
     return value
+
+
+def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
+    """Integers, or lists of them, as a tensor there; the host does not wait until they have arrived."""
+    return torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def is_plain_attention(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -432,3 +433,26 @@ def test_cuda_graphs_repeat_by_the_seed(way):
         generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS[way]))
         outputs.append(generation.generated)
     assert outputs[0] == outputs[1] != outputs[2] and not model.compiled_steps.failed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_waits_once_in_a_round_on_a_gpu(way):
+    """By torch's own count of calls that wait for the device."""
+    model, speculation = make_small().cuda(), Speculation(**WAYS[way]) if WAYS[way] else None
+    for _ in range(2):  # captures
+        run(model, SHORT, 20, speculation=speculation)
+    generation = Generation(model, SHORT, 20, compile=True, speculation=speculation)
+    rounds = iter(generation)
+    next(rounds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            while not all(generation.finished):
+                next(rounds)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == generation.stats.rounds > 3

@@ -13,6 +13,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, Speculation, generate, is_looping
+from layerskip_recipes.generation.sampling import Sampler
 
 L = 6
 PROMPT = (5, 17, 33, 8)
@@ -501,3 +502,34 @@ def test_what_cannot_be_generated_is_refused(message, prompt, arguments):
 def test_a_row_of_padding_only_is_no_prompt():
     with pytest.raises(ValueError, match=r"^prompt: "):
         generate(model_of("llama3_2"), torch.tensor([[1, 2], [0, 0]]), 4)
+
+
+WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("sampler", [None, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "speculation",
+    [None, {}, {"tree_width": 2, "tree_children": 2}, {"prompt_lookup": 2}, {"exit_layer": [1, 2]}],
+    ids=["plain", "chain", "tree", "lookup", "exits"],
+)
+def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
+    """What was accepted is the only thing that it reads from the device, however many tokens are drafted."""
+    calls = Counter()
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+        return lambda *args, **kwargs: (calls.update([name]), method(*args, **kwargs))[1]
+
+    if speculation is not None:
+        speculation = Speculation(**{"exit_layer": 1, "num_speculations": 3} | speculation)
+    sampler = sampler and Sampler(**sampler, rng=torch.Generator().manual_seed(0))
+    prompts = [PROMPT * 2, PROMPT[::-1]]
+    generation = Generation(model_of("llama3_2"), prompts, 20, speculation=speculation, sampler=sampler)
+    with monkeypatch.context() as patch:
+        for name in WAITS:
+            patch.setattr(torch.Tensor, name, counted(name))
+        for _ in generation:
+            pass
+    assert generation.stats.rounds > 5
+    assert calls == {"tolist": 1 + generation.stats.rounds}  # the first is the prefill's

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention, walked
+from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention, on_device, walked
 from layerskip_recipes.generation.adaptive import Arm, LookUp
 from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
@@ -188,7 +188,7 @@ class Generation:
             vocabulary_size = self.model.tok_embeddings.num_embeddings
             self.seen = torch.zeros(len(self.prompts), vocabulary_size, dtype=torch.bool, device=self.device)
             for row, prompt in enumerate(self.prompts):
-                self.seen[row, torch.tensor(prompt, device=self.device)] = True
+                self.seen[row, on_device(prompt, self.device)] = True
 
     def _steps(self, exit_layer: int, depth: int = 0) -> Steps:
         """The steps for drafts of that depth from that exit; depth 0: plain steps."""
@@ -216,8 +216,8 @@ class Generation:
         self.stats.reused_tokens = reused * len(self.prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
         # Padded on the right: what stands after a row's prompt is overwritten before any of its queries sees it.
-        tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], device=self.device)
-        last = torch.tensor([len(prompt) - 1 for prompt in self.prompts], device=self.device)
+        tokens = on_device([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], self.device)
+        last = on_device([len(prompt) - 1 for prompt in self.prompts], self.device)
         whole = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
         rows = torch.arange(len(self.prompts), device=self.device)
         final = None
@@ -368,7 +368,7 @@ class Generation:
         """[b, n] drafts from the text, None unless every row that still runs has one."""
         n = self.speculation.num_speculations
         found = [[0] * n if done else text.find(n) for text, done in zip(self.texts, self.finished, strict=True)]
-        return torch.tensor(found, device=self.device) if all(found) else None
+        return on_device(found, self.device) if all(found) else None
 
     def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
         """A step, by its compiled graph if there is one for it."""
@@ -395,7 +395,7 @@ class Generation:
         end = max(starts) + count
         if self.compiled is not None:
             end = min(rounded(end, self.device), self.cache.max_len)
-        return torch.tensor(starts, device=self.device), self.cache.slots[:end]
+        return on_device(starts, self.device), self.cache.slots[:end]
 
     def _vocabulary(self, steps: Steps, full: bool = False) -> int:
         if steps.draft_head is not None and not full:
@@ -428,7 +428,7 @@ class Generation:
             for text, tokens in zip(self.texts, kept, strict=True):
                 text.extend(tokens)
         if self.seen is not None:
-            at = torch.tensor([(row, token) for row, tokens in enumerate(kept) for token in tokens], device=self.device)
+            at = on_device([(row, token) for row, tokens in enumerate(kept) for token in tokens], self.device)
             if len(at):
                 self.seen[at[:, 0], at[:, 1]] = True
         return kept
