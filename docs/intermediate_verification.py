@@ -23,7 +23,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.generation.engine import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import Steps
-from layerskip_recipes.recipes.prompts import read_prompts, to_tokens
+from layerskip_recipes.recipes.prompts import read_examples, to_tokens
 from layerskip_recipes.settings import build
 
 POSITIONS = (1, 2, 4, 7, 13)
@@ -44,7 +44,7 @@ def costs(model) -> dict[int, float]:
     device = model.tok_embeddings.weight.device
     graphs = compiled_steps(model, device)
     cache = graphs.cache(model, 1, 512)
-    with cache:
+    with cache.used_by(model):
         steps = Steps(model, cache, Sampler(), model.num_layers)
         start, slots = torch.tensor([200], device=device), cache.slots[:256]
         tokens = {k: torch.zeros(1, k, dtype=torch.long, device=device) for k in POSITIONS}
@@ -116,7 +116,7 @@ def main() -> None:
     cfg = load_config(sys.argv[1], sys.argv[2:])
     device, dtype = ckpt.ready(cfg)
     model, tokenizer = ckpt.load_decoder(cfg, device, dtype), build(cfg.tokenizer, "tokenizer")
-    prompts = [to_tokens(prompt, tokenizer) for prompt in read_prompts(cfg)]
+    prompts = [to_tokens(example.prompt, tokenizer) for example in read_examples(cfg)]
     with torch.inference_mode():
         texts = [predictions(model, prompt, cfg.get("max_new_tokens", 128)) for prompt in prompts]
     cost = costs(model)

@@ -237,8 +237,9 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
 
 
 def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
-    """Integers, or lists of them, as a tensor there; the host does not wait until they have arrived."""
-    return torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    """Integers, or lists of them, as a tensor there; the host does not wait for a GPU to have them."""
+    cuda = device.type == "cuda"  # elsewhere a copy that nobody waits for may read memory that is free by then
+    return torch.tensor(numbers, dtype=torch.long, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
 def is_plain_attention(layer: nn.Module) -> bool:

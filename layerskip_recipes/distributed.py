@@ -89,6 +89,15 @@ def from_rank_zero(value: Any) -> Any:
     return shared[0]
 
 
+def same_on_all(value: Any) -> bool:
+    """Whether all ranks have the same value, any that can be pickled."""
+    if not dist.is_initialized():
+        return True
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def agree(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor (same shape, dtype and kind of device on all ranks): ranks that take it cannot diverge."""
     if not dist.is_initialized():

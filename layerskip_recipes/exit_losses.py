@@ -86,7 +86,7 @@ class ExitLosses(torch.autograd.Function):
                 hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
         # Pinned: a copy that is not waits for all that was launched.
-        of_exits = torch.tensor(weights, pin_memory=per_exit.is_cuda).to(per_exit.device, non_blocking=True)
+        of_exits = torch.tensor(weights, pin_memory=per_exit.is_cuda).to(per_exit.device, non_blocking=per_exit.is_cuda)
         total = (per_exit * of_exits).sum()
         head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, leaves, strict=True))
         ctx.grads = (*head_grads, *hidden_grads)

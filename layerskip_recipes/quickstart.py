@@ -129,7 +129,12 @@ def heldout_prompts(count: int = 8, characters: int = 450) -> list[str]:
     Args:
         count: how many prompts, from as many files.
         characters: their length, about three a token.
+
+    Raises:
+        ValueError: if one is less than 1, or there are fewer such files.
     """
+    check_number("prompts.count", count, minimum=1, example=8)
+    check_number("prompts.characters", characters, minimum=1, example=450)
     prompts = []
     for text in stdlib_texts("heldout").values():
         lines = text.splitlines(keepends=True)
@@ -139,6 +144,10 @@ def heldout_prompts(count: int = 8, characters: int = 450) -> list[str]:
                 if len(before) >= characters:
                     prompts.append(before[-characters:])
                 break
-    if len(prompts) < count:
-        raise ValueError(f"prompt.count: {count} is more than the {len(prompts)} held-out files with a function")
+    if not prompts:
+        raise ValueError(
+            f"prompts.characters: {characters} are more than any held-out file has before a function in its middle; "
+            "for example prompts.characters=450"
+        )
+    check_number("prompts.count", count, minimum=1, maximum=len(prompts), example=min(8, len(prompts)))
     return [prompts[i * len(prompts) // count] for i in range(count)]

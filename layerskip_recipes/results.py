@@ -47,8 +47,8 @@ class Model:
     batch: Sequence[str] = ()
 
 
-# A tree, a threshold and a vocabulary for drafts do no more in a batch than alone.
-CHAIN_ONLY = [f"variants.{name}=null" for name in ("tree", "adaptive", "draft_vocabulary", "lookup")]
+# A tree, a threshold, a choice of exits and a vocabulary for drafts do no more in a batch than alone.
+CHAIN_ONLY = [f"variants.{name}=null" for name in ("tree", "adaptive", "exits", "draft_vocabulary", "lookup")]
 MODELS = {
     "quickstart": Model(
         "quickstart/",
@@ -83,7 +83,8 @@ def parts(model: Model, folder: Path, work: Path) -> dict[str, tuple[list[str], 
 
     def benchmark(part: str, *overrides: str) -> tuple[list[str], Path]:
         places = [f"report_dir={work / part}", f"picture={work / part}.png"]
-        return recipe("benchmark", *overrides, *places), work / part / "benchmark.json"
+        name = "tune" if part == "tune" else "benchmark"
+        return recipe("benchmark", *overrides, *places), work / part / f"{name}.json"
 
     exits = work / "exits.json"
     sweep, _ = benchmark("sweep", *EAGER, "sweep={}", *model.sweep)
@@ -168,6 +169,8 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
             )
     if not page.parent.is_dir():
         raise ValueError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
+    if page.is_dir():
+        raise ValueError(f"results: {file!r} is a folder. Allowed: a file; for example {page / 'results.md'}")
     command = ["layerskip", "results", file, *models, *(["--work", work] if work != "results" else [])]
     lines = ["# Results\n", _HEAD.format(command=shlex.join(command))]
     for name, folder in chosen.items():

@@ -7,7 +7,9 @@ Each function writes a YAML file and returns its path; `changes` replace top-lev
 """
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ HF_CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
+
+
+def unknown_suggestions(message: str, keys: Iterable[str]) -> list[str]:
+    """The overrides that an error message suggests, behind what is allowed, and that begin with no key of the config:
+    typed as they stand they would be another mistake."""
+    suggested = " ".join(re.split(r"Allowed|for example|e\.g\.|; (?=\S+=)", message)[1:])
+    return [key for key in re.findall(r"(?<![\w./-])([a-z_][\w.]*)=", suggested) if key.split(".")[0] not in {*keys}]
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from collections import Counter
 
 import pytest
@@ -129,8 +130,8 @@ def test_a_draft_goes_on_where_the_confidence_promises_more():
         assert (length.go_on([[0.9]], rate), length.go_on([[0.1]], rate)) == (sure, unsure)
     assert length.go_on([[0.9, 0.9]], 0.40) and not length.go_on([[0.9, 0.9]], 0.41)
     assert not length.go_on([[0.9, 0.1]], 0.06) and not length.go_on([[0.1, 0.9]], 0.06)
-    # The rows of a batch share the step.
-    assert length.go_on([[0.9], [0.1]], 0.49) and not length.go_on([[0.9], [0.1]], 0.51)
+    # The rows of a batch share the step, and the rate is that of a row.
+    assert length.go_on([[0.9], [0.1]], 0.24) and not length.go_on([[0.9], [0.1]], 0.26)
     # Nothing is known of the rate: draft on.
     assert length.go_on([[0.1]], 0.0)
 
@@ -203,11 +204,11 @@ def test_a_change_of_the_rates_is_noticed():
     """The arm in use gets slow: others take over soon. Then another gets faster than it: that takes tries."""
     generator, chooser = random.Random(54), Chooser()
     rates = dict(zip(ARMS, (150.0, 100.0, 50.0), strict=True))
-    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[0]) > 40
+    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[0]) > 35
     rates[ARMS[0]] = 40.0
-    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[1]) > 40
+    assert play(chooser, ARMS, rates, 200, generator)[-50:].count(ARMS[1]) > 35
     rates[ARMS[2]] = 250.0
-    assert play(chooser, ARMS, rates, 300, generator)[-50:].count(ARMS[2]) > 40
+    assert play(chooser, ARMS, rates, 300, generator)[-50:].count(ARMS[2]) > 35
 
 
 def test_an_arm_that_is_not_offered_waits():
@@ -229,17 +230,15 @@ def test_the_only_arm_is_no_choice():
 
 
 def test_the_rate_is_that_of_the_last_rounds():
-    """Of the last 32 all but the four slowest, of few rounds all but the slowest: tokens of them by their seconds."""
+    """Tokens by seconds of the last 32, of which none counts for more than three times their median."""
     chooser, generator = Chooser(), random.Random(56)
-    rounds = [(generator.randrange(1, 9), generator.random()) for _ in range(50)]
+    rounds = [(generator.randrange(1, 9), generator.random() ** 3) for _ in range(50)]
     for done, (tokens, seconds) in enumerate(rounds, start=1):
         chooser.learn(ARMS[0], tokens, seconds)
         last = rounds[max(done - 32, 0) : done]
-        left_out = {3: 0, 4: 1, 11: 1, 12: 2, 50: 4}.get(done)
-        if left_out is not None:
-            kept = sorted(last, key=lambda r: r[1])[: len(last) - left_out]
-            expected = sum(tokens for tokens, _ in kept) / sum(seconds for _, seconds in kept)
-            assert chooser.rate(ARMS[0]) == pytest.approx(expected)
+        most = 3 * statistics.median(seconds for _, seconds in last)
+        expected = sum(tokens for tokens, _ in last) / sum(min(most, seconds) for _, seconds in last)
+        assert chooser.rate(ARMS[0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from configs import benchmark_config, generate_config, make_checkpoint
+from configs import benchmark_config, generate_config, make_checkpoint, unknown_suggestions
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
@@ -22,7 +22,8 @@ from layerskip_recipes.export import export
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.recipes import benchmark, peers
 from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark, Run, figures
-from layerskip_recipes.recipes.benchmark_config import SETTINGS
+from layerskip_recipes.recipes.benchmark_config import REFUSED, SETTINGS
+from layerskip_recipes.recipes.generate_config import SETTINGS as GENERATE_SETTINGS
 from layerskip_recipes.recipes.report import draft_figures
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -208,6 +209,32 @@ def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
     assert {(r["temperature"], r["outputs"], r["identical"]) for r in report["results"]} == {(0.0, 3, True)}
 
 
+def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypatch, capsys):
+    """The partial one goes beside it, and gives way to the next."""
+    few, folder = ["temperatures=[0.0]", "repeats=1"], path.parent / "report"
+    run(path, *few)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    calls, whole = [], LayerSkipBenchmark.run
+
+    def until(self, *args):
+        calls.append(args)
+        if len(calls) % 10 == 0:  # in the first turn after the warm-up
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(LayerSkipBenchmark, "run", until)
+    partial = {"benchmark_interrupted.json", "benchmark_interrupted.md", "benchmark_interrupted.png"}
+    for _ in range(2):
+        del calls[:]
+        capsys.readouterr()
+        assert run(path, *few)[1]["interrupted"] is True
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {Path(name).name for name in printed.values()} == partial
+        assert {file.name for file in folder.iterdir()} == {*before, *partial}
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    assert json.loads((folder / "benchmark_interrupted.json").read_text())["interrupted"] is True
+
+
 def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     def broken(job):
         raise RuntimeError("no such kernel\nmore")
@@ -327,6 +354,16 @@ def test_without_loops_the_same_prompts_are_compared():
     assert figures(ours[:2], base[:2], greedy=False, bandwidth=1.0)["speedup_not_looping"] is None
 
 
+def test_nothing_compared_is_not_identical():
+    """After Ctrl-C in the warm-up."""
+    assert figures([], [], greedy=True, bandwidth=1.0)["identical"] is None
+
+
+def test_every_key_of_generation_is_known():
+    """Honoured or refused by name: a benchmark config extends a generation config."""
+    assert {*GENERATE_SETTINGS} <= {*SETTINGS} | {*REFUSED}
+
+
 def test_drafts_that_are_looked_up_cost_no_step():
     """Of 10 rounds of 4 drafts 5 were drafted, at .1 of a plain step each; half of the 40 drafts stood."""
     ours = stats(30, 1.0, rounds=10, drafted=40, accepted=20, draft_steps=20, draft_s=0.2)
@@ -377,6 +414,12 @@ WRONG = [
     ("variants.chain=3", "variants.chain", "3", "self_speculation"),
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
+    (
+        "variants.chain.threshold=auto; variants.chain.tree_width=2",
+        "variants.chain.threshold",
+        "auto",
+        "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
+    ),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
     ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "{early_exit: 3}"),
     ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
@@ -411,6 +454,7 @@ def test_a_wrong_setting_is_one_error_before_the_model_loads(path, monkeypatch, 
     message = " ".join(str(caught.value).split())
     assert is_ours(caught.value) and message.startswith(f"{key}: "), message
     assert given in message and allowed in message
+    assert not unknown_suggestions(message, SETTINGS), message
     assert [p.name for p in path.parent.iterdir()] == ["benchmark.yaml"]
 
 

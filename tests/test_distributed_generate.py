@@ -144,6 +144,10 @@ def decode_worker(folder):
         rngs = None, torch.Generator().manual_seed(dist.get_rank())
         draws = [run(split("llama3", kept, dim), **MODES["speculative"], temperature=1.0, rng=rng) for rng in rngs]
         result[f"own seeds/{how}"] = [out.tokens.tolist() for out in draws]
+    try:
+        run(split("llama3", *SPLITS["draft_whole"]), [[5 + dist.get_rank()]], **MODES["speculative"])
+    except ValueError as e:
+        result["other prompts"] = str(e)
     result["agreed"] = distributed.agree(torch.tensor([5, dist.get_rank()])).tolist()
     return result
 
@@ -339,6 +343,10 @@ def test_collectives_per_token(decoded):
         assert plain == {"all_gather": plain_tokens * L, "broadcast": plain_tokens}
         assert tokens == plain_tokens == NEW
         assert counts["all_gather"] / tokens < plain["all_gather"] / plain_tokens
+
+
+def test_ranks_with_other_prompts_are_refused(decoded):
+    assert all(rank["other prompts"].startswith("prompt: differs between ranks") for rank in decoded)
 
 
 def test_agree(decoded):

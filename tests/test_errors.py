@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from configs import MODEL, eval_config, finetune_config, generate_config, make_checkpoint
+from configs import MODEL, eval_config, finetune_config, generate_config, make_checkpoint, unknown_suggestions
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
@@ -24,6 +24,11 @@ from layerskip_recipes.recipes.generate import LayerSkipGenerate
 from layerskip_recipes.recipes.generate_config import SETTINGS as GENERATE_KEYS
 
 RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
+KEYS = {
+    "finetune": {*settings.SETTINGS},
+    "generate": {*GENERATE_KEYS},
+    "eval": {*evaluation.SETTINGS},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def check(recipe: str, path: Path, overrides: str, key: str, given: str, allowed
     said = re.split(r"Allowed|Nearest|for example|e\.g\.|There: ", message)[0]
     assert re.search(rf"(?<![\w-]){re.escape(given)}(?!\w)", said), message
     assert allowed in message
+    assert not unknown_suggestions(message, KEYS[recipe]), message
 
 
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
@@ -362,7 +368,7 @@ GENERATE = [
         for value, shown in {"0": "0", "5": "5", "two": "'two'", "2.0": "2.0", "true": "True"}.items()
     ),
     *(
-        (f"self_speculation.num_speculations={value}", "self_speculation.num_speculations", shown, "1 or more")
+        (f"self_speculation.num_speculations={value}", "self_speculation.num_speculations", shown, "=6")
         for value, shown in {"0": "0", "1.5": "1.5", "six": "'six'", "true": "True"}.items()
     ),
     ("~self_speculation.num_speculations", "self_speculation.num_speculations", "missing", "num_speculations=6"),
@@ -393,12 +399,12 @@ GENERATE = [
     ("self_speculation.tree_width=0", "self_speculation.tree_width", "0", "1 or more"),
     ("self_speculation.tree_children=x", "self_speculation.tree_children", "'x'", "1 or more"),
     ("self_speculation.threshold=1.5", "self_speculation.threshold", "1.5", "0 to 1"),
-    ("self_speculation.threshold=high", "self_speculation.threshold", "'high'", "auto"),
+    ("self_speculation.threshold=high", "self_speculation.threshold", "'high'", "self_speculation.threshold=auto"),
     (
         "self_speculation.threshold=auto; self_speculation.tree_width=2",
         "self_speculation.threshold",
         "auto",
-        "threshold=null",
+        "self_speculation.threshold=null",
     ),
     ("self_speculation.prompt_lookup=0", "self_speculation.prompt_lookup", "0", "1 or more"),
     (
@@ -640,11 +646,6 @@ def test_two_processes_on_a_recipe_for_one(paths, monkeypatch):
 # ---------------------------------------------------------------------------------------------- every key, odd values
 
 ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}"]
-KEYS = {
-    "finetune": {*settings.SETTINGS},
-    "generate": {*GENERATE_KEYS},
-    "eval": {*evaluation.SETTINGS},
-}
 
 
 def all_keys(config, prefix: str = "") -> set[str]:

@@ -1,5 +1,6 @@
 """The generate and eval recipes: prompts, stops, streaming, the comparison, the report, and the exits' measurement."""
 
+import importlib
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ from configs import MODEL, benchmark_config, eval_config, generate_config, make_
 from conftest import run_tune
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
+from torchtune.data import Message
 from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes import generate
@@ -30,6 +32,7 @@ from layerskip_recipes.recipes.decoding import weight_bytes
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.generate import LayerSkipGenerate
 from layerskip_recipes.recipes.generate_config import check_config
+from layerskip_recipes.recipes.prompts import to_tokens
 from layerskip_recipes.recipes.report import Totals
 from layerskip_recipes.recipes.stream import TextStream
 
@@ -355,6 +358,19 @@ def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
     report = recipe.generate()
     assert (report["prompts"], report["identical"]) == (1, True)
     assert report["baseline_tokens"] == report["tokens"]
+
+
+@pytest.mark.parametrize(("temperature", "shown"), [(0.0, "-"), (0.8, "- (sampling)")])
+def test_ctrl_c_in_the_warm_up_compares_nothing(path, monkeypatch, capsys, temperature, shown):
+    recipe = LayerSkipGenerate(load_config(str(path), ["benchmark.compare=true", f"temperature={temperature}"]))
+    recipe.setup()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "_run", interrupted)
+    assert recipe.generate()["identical"] is None
+    assert f"identical output   {shown}\n" in capsys.readouterr().out
 
 
 def test_each_answer_is_printed_once(path, capsys):
@@ -718,9 +734,17 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
         "self_speculation.draft_vocabulary=9",
         f"self_speculation.draft_vocabulary_file={tmp_path / 'a.jsonl'}",
     ]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "b"}\n')
+    path_, shots, source = (f"prompts.{key}={tmp_path / 'a.jsonl'}" for key in ("path", "shots", "source"))
+    file, table = (
+        ["prompt=null", f"prompts._component_=layerskip_recipes.tasks.{name}"] for name in ("jsonl", "topv2")
+    )
     for overrides, key in (
         ([f"prompt_file={tmp_path / 'a.jsonl'}"], "prompt_file"),
         (vocabulary, vocabulary[1].split("=")[0]),
+        ([*file, path_], "prompts.path"),
+        ([*file, f"prompts.path={tmp_path / 'b.jsonl'}", "prompts.n_shot=1", shots], "prompts.shots"),
+        ([*table, source], "prompts.source"),
     ):
         for name in ("a.jsonl", "link.jsonl", f"../{tmp_path.name}/a.jsonl"):
             with pytest.raises(
@@ -773,6 +797,27 @@ def test_the_tokenizers_limit_of_a_training_cuts_no_prompt(path):
     free = LayerSkipGenerate(load_config(str(path), ["prompt='x = 1 + 2 + 3 + 4'"]))
     assert limited.prompt_tokens == free.prompt_tokens and len(free.prompt_tokens[0]) > 4
     assert limited.tokenizer.max_seq_len == 4
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "leaves_it_open"),
+    [
+        ("llama2.Llama2Tokenizer", True),
+        ("llama3.Llama3Tokenizer", True),
+        *((name, False) for name in ("mistral.MistralTokenizer", "gemma.GemmaTokenizer", "phi3.Phi3MiniTokenizer")),
+        *((name, False) for name in ("qwen2.Qwen2Tokenizer", "qwen2_5.Qwen2_5Tokenizer", "phi4.Phi4Tokenizer")),
+    ],
+)
+def test_a_chat_needs_a_tokenizer_that_leaves_the_last_turn_open(tokenizer, leaves_it_open):
+    """Without files an instance can do nothing else, so one that may try ends in another error."""
+    module, name = tokenizer.split(".")
+    kind = getattr(importlib.import_module(f"torchtune.models.{module}._tokenizer"), name)
+    message = (
+        "^prompt: the tokenizer refuses" if leaves_it_open else rf"^tokenizer: {name} closes .*hf_tokenizer, path:"
+    )
+    for prompt in ({"user": "hi"}, [Message(role="user", content="hi"), Message(role="assistant", content="")]):
+        with pytest.raises(ValueError, match=message):
+            to_tokens(prompt, kind.__new__(kind))
 
 
 def test_a_chat_prompt_goes_through_the_template(path, checkpoint, tmp_path):

@@ -93,9 +93,7 @@ def test_the_page(commands, measured, tmp_path):
     cells = json.loads((measured / "sweep" / "sweep.json").read_text())["cells"]
     best = max(cells, key=lambda cell: cell["speedup"])
     assert f"Fastest: exit {best['exit_layer']} with drafts of 2, {best['speedup']:.2f}x." in text
-    tuned = [
-        r for r in json.loads((measured / "tune" / "benchmark.json").read_text())["results"] if r["kind"] != "baseline"
-    ]
+    tuned = [r for r in json.loads((measured / "tune" / "tune.json").read_text())["results"] if r["kind"] != "baseline"]
     for row in tuned:
         predicted = f"{row['predicted_speedup']:.2f}" if row["predicted_speedup"] else "-"
         assert f"| {row['name']} | {predicted} | {row['speedup']['median']:.2f} |" in text
@@ -139,6 +137,12 @@ def test_what_was_written_by_hand_stays(commands, tmp_path):
     assert page.read_text() == f"{figures}\n## What these figures say\n\nLittle.\n"
 
 
+def test_batches_are_measured_with_the_chain_only():
+    """A variant that the config gets must be added to those that are left out."""
+    left_out = {override.removeprefix("variants.").removesuffix("=null") for override in results.CHAIN_ONLY}
+    assert {*load_config("quickstart/benchmark").variants} == {"chain"} | left_out
+
+
 def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 1, "", "ValueError: device: 'cuda' is not there\n")
     monkeypatch.setattr(results.subprocess, "run", lambda *args, **kwargs: failed)
@@ -155,6 +159,7 @@ def test_a_part_that_fails_says_so(commands, monkeypatch, tmp_path):
         ("docs/results.md", ["llama"], "^results: 'llama' is unknown. Allowed: quickstart, smollm2"),
         ("docs/results.md", ["smollm2=/nowhere"], "^results: smollm2 needs /nowhere/epoch_7. First: tune run"),
         ("nowhere/results.md", ["quickstart"], "^results: 'nowhere' is no folder"),
+        ("docs", ["quickstart"], "^results: 'docs' is a folder. Allowed: a file; for example docs/results.md$"),
     ],
 )
 def test_mistakes(file, models, message, commands):

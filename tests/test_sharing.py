@@ -167,10 +167,10 @@ def test_output_chunks_of_a_training_do_not_matter_and_stay():
     assert run(model).generated == [TOKENS] and model.num_output_chunks == 4
 
 
-@pytest.mark.parametrize("token", [-1, 97])
-def test_a_token_that_the_model_does_not_know(token):
-    with pytest.raises(ValueError, match=rf"^prompt: {token} is no token of this model\. Allowed: 0\.\.96"):
-        generate(model_of("llama3_2"), torch.tensor([1, token]), 4)
+@pytest.mark.parametrize(("tokens", "first"), [((1, -1), "-1"), ((1, 97), "97"), ((1.0, 2.5), r"1\.0")])
+def test_a_token_that_the_model_does_not_know(tokens, first):
+    with pytest.raises(ValueError, match=rf"^prompt: {first} is no token of this model\. Allowed: 0\.\.96"):
+        generate(model_of("llama3_2"), torch.tensor(tokens), 4)
 
 
 def test_stop_tokens_are_a_list():

@@ -269,11 +269,13 @@ def drafts_of(model, prompts, count, speculation, sampler=None):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 @pytest.mark.parametrize("vocabulary", [None, [90, 8, 8, 21, 70, 3, 55, 41]], ids=["all", "some"])
-def test_a_chain_is_the_exits_own_text(vocabulary, penalty):
-    """Of the draft vocabulary the likeliest token at the exit, its own drafts penalised too."""
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 2)], ids=["chain", "one node a level", "tree"])
+def test_a_chain_is_the_exits_own_text(shape, vocabulary, penalty):
+    """Of the draft vocabulary the likeliest token at the exit, its own drafts penalised too; so is a tree's chain."""
     model, count, d = model_of("llama3_2"), 14, 3
-    speculation = Speculation(2, d, draft_vocabulary=vocabulary)
-    _, rounds = drafts_of(model, PROMPTS[:3], count, speculation, Sampler(repetition_penalty=penalty))
+    speculation = Speculation(2, d, *shape, draft_vocabulary=vocabulary)
+    generation, rounds = drafts_of(model, PROMPTS[:3], count, speculation, Sampler(repetition_penalty=penalty))
+    assert generation.tree.is_chain == (shape[0] == 1)  # children of one node a level are for sampling
     for texts, drafts in rounds:
         lengths = [len(text) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=False) if text]
         for text, draft in zip(texts, drafts, strict=True):
@@ -283,7 +285,7 @@ def test_a_chain_is_the_exits_own_text(vocabulary, penalty):
                 logits = penalised(logits, tokens, penalty)
                 expected.append(max(vocabulary or range(VOCAB), key=logits.__getitem__))
                 tokens = [*tokens, expected[-1]]
-            assert draft == expected or text is None
+            assert generation.tree.chain(draft) == expected or text is None
 
 
 def test_a_drafter_drafts_in_the_models_place():

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 )
 def test_shape(shape, sizes, expanded, draft_rows):
     tree = DraftTree(*shape)
-    assert tree.is_chain == (shape[1:3] == (1, 1))
+    assert tree.is_chain == (sum(sizes) == len(sizes))
     assert [tree.level_size(level) for level in range(len(sizes))] == sizes
     assert tree.offsets == [sum(sizes[:level]) for level in range(len(sizes) + 1)]
     assert tree.nodes == sum(sizes)
@@ -323,7 +323,7 @@ def drafts_of(prompts, count, shape, sampler=None, **speculation):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("vocabulary", [None, range(0, 97, 2)], ids=["all", "even"])
-@pytest.mark.parametrize("shape", [(3, 3, 2), (2, 2, 4), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 2), (2, 2, 4), (2, 3, 1)], ids=str)
 def test_a_greedy_tree_holds_what_a_plain_search_finds(shape, vocabulary, penalty):
     prompts, count = [PROMPT, PROMPT[:1], (9, 60, 2, 41, 41, 7, 3)], 9
     rounds = drafts_of(prompts, count, shape, Sampler(repetition_penalty=penalty), draft_vocabulary=vocabulary)
@@ -346,7 +346,7 @@ def test_a_greedy_tree_holds_what_a_plain_search_finds(shape, vocabulary, penalt
                 assert draft.ancestors[row, node].nonzero().flatten().tolist() == sorted(on_path)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 2), (4, 3, 1), (2, 4, 3), (3, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 2), (4, 3, 1), (2, 4, 3)], ids=str)
 def test_a_greedy_tree_is_never_worse_than_its_chain(shape):
     """Each round keeps the longest path that the full model follows in the tree, at least what a chain would keep."""
     more = 0

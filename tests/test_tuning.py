@@ -134,16 +134,17 @@ def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
 
 @pytest.mark.parametrize("best", [{"exit_layer": 3, "num_speculations": 5, "threshold": "auto"}, None])
 def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
-    """It loads, validates, keeps the user's keys, and sets the choice; null where nothing pays."""
+    """It loads, validates, keeps the user's keys, and sets the choice, compiled as it was measured; null where nothing
+    pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     others = {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2, "prompt_lookup": 3}
-    generate_config(tmp_path, checkpoint, max_new_tokens=17, self_speculation=others)
+    generate_config(tmp_path, checkpoint, max_new_tokens=17, compile=True, self_speculation=others)
     monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder
-    write_config(tmp_path / "a" / "tuned.yaml", "generate.yaml", best, "because")
+    write_config(tmp_path / "a" / "tuned.yaml", "generate.yaml", best, False, "because")
     monkeypatch.chdir("/")
     cfg = load_config(str(tmp_path / "a" / "tuned.yaml"))
     check_config(cfg)
-    assert cfg.max_new_tokens == 17
+    assert cfg.max_new_tokens == 17 and cfg.compile is False
     # What was not measured is off, also where the user has it on.
     assert cfg.self_speculation == (None if best is None else self_speculation(**best))
     assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
@@ -152,15 +153,17 @@ def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypa
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
-    write_config(tmp_path / "tuned.yaml", str(user), {"exit_layer": 1, "num_speculations": 2}, "because")
-    check_config(load_config(str(tmp_path / "tuned.yaml")))
-    write_config(tmp_path / "ours.yaml", "quickstart/generate", None, "because")
+    write_config(tmp_path / "tuned.yaml", str(user), {"exit_layer": 1, "num_speculations": 2}, True, "because")
+    cfg = load_config(str(tmp_path / "tuned.yaml"))
+    check_config(cfg)
+    assert cfg.compile is True
+    write_config(tmp_path / "ours.yaml", "quickstart/generate", None, False, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
 
 
 def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer_folder, capsys):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path / "user", checkpoint)
+    user = generate_config(tmp_path / "user", checkpoint, compile=True)
     path = benchmark_config(
         tmp_path, checkpoint, tune=True, tune_extends=str(user), max_new_tokens=24, temperatures=[0.0], repeats=1
     )
@@ -172,15 +175,35 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     assert set(rows) == set(recipe.variants) and any(name.endswith("_auto") for name in rows)
     fastest = max(rows, key=rows.get)
     cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
+    assert cfg.compile is False  # as it was measured
     if rows[fastest] > 1:
         assert dict(cfg.self_speculation) == self_speculation(**recipe.variants[fastest])
     else:
         assert cfg.self_speculation is None
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out
-    assert json.loads((tmp_path / "report" / "benchmark.json").read_text())["results"] == json.loads(
+    # Beside the report of the same config without tune.
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"tune.json", "tune.md", "tune.png", "tuned.yaml"}
+    assert json.loads((tmp_path / "report" / "tune.json").read_text())["results"] == json.loads(
         json.dumps(report["results"])
     )
+    LayerSkipBenchmark(load_config(str(path)))  # its own config may be written again
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("user", "is a folder"), ("notes.txt", "is there, and layerskip_benchmark")]
+)
+def test_a_file_of_somebody_elses_is_not_overwritten(name, what, tmp_path, tokenizer_folder):
+    """Said before anything is measured; without tune no config is written."""
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path / "user", checkpoint)
+    (tmp_path / "notes.txt").write_text("mine\n")
+    settings = {"tune": True, "tune_extends": str(user), "tune_file": str(tmp_path / name)}
+    with pytest.raises(ValueError, match=rf"^tune_file: '.*{name}' {what}.*; for example tune_file=\S+$"):
+        LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "tuned.yaml").write_text("mine\n")
+    LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint))))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from layerskip_recipes.checks import check_number
 
@@ -29,15 +30,15 @@ class Arm:
 class _Record:
     rounds: int = 0
     weight: float = 0.0  # of the rounds, the older the less
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
 
     @property
     def rate(self) -> float:
-        """Without the slowest eighth of the rounds: what else the machine did says nothing."""
-        count = len(self.recent)
-        kept = sorted(self.recent)[: count - (count + 4) // 8]
-        seconds = sum(seconds for seconds, _ in kept)
-        return sum(tokens for _, tokens in kept) / seconds if seconds else 0.0
+        """No round counts for more than three times the usual one: what else the machine did says nothing."""
+        if not self.recent:
+            return 0.0
+        most = 3 * median(seconds for seconds, _ in self.recent)
+        return sum(tokens for _, tokens in self.recent) / sum(min(seconds, most) for seconds, _ in self.recent)
 
 
 class Chooser:
@@ -65,8 +66,8 @@ class Chooser:
             return arms[fewest]
         return arms[max(range(len(arms)), key=lambda i: self._promise(records[i]))]
 
-    def learn(self, arm: Arm, tokens: int, seconds: float) -> None:
-        """A round of this arm gave so many tokens in so many seconds."""
+    def learn(self, arm: Arm, tokens: float, seconds: float) -> None:
+        """A round of this arm gave each row so many tokens in so many seconds."""
         record = self.records.setdefault(arm, _Record())
         for old in self.records.values():
             old.weight *= 1 - 1 / self.memory
@@ -75,7 +76,7 @@ class Chooser:
         record.recent.append((seconds, tokens))
 
     def rate(self, arm: Arm) -> float:
-        """Tokens per second of an arm, 0 if it never ran."""
+        """Tokens per second that an arm gives a row, 0 if it never ran."""
         return self.records.get(arm, _Record()).rate
 
     def _promise(self, record: _Record) -> float:
@@ -113,7 +114,7 @@ class DraftLength:
 
         Args:
             confidences: for each row that still runs, those of its drafted tokens so far.
-            rate: tokens per second of such rounds on the whole, 0 if not known yet.
+            rate: tokens per second that such rounds give a row on the whole, 0 if not known yet.
         """
         if self.threshold != "auto":
             return any(row[-1] >= self.threshold for row in confidences)
@@ -123,7 +124,7 @@ class DraftLength:
             for confidence in row:
                 stands *= self.acceptance(confidence)
             gain += stands * self.mean
-        return gain >= rate * self.step_seconds
+        return gain / len(confidences) >= rate * self.step_seconds
 
     def acceptance(self, confidence: float) -> float:
         """Of drafts of such a confidence, the share that was accepted; the mean counts as a few observations."""

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.distributed import agree, from_rank_zero
+from layerskip_recipes.distributed import agree, from_rank_zero, same_on_all
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_num_speculations
@@ -46,7 +46,8 @@ def generate(
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
-        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers.
+        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers. The
+            same on all ranks that share a model (FSDP, tensor parallelism).
         max_generated_tokens: at most so many new tokens a row.
         exit_layer: E. None decodes with the whole model. With num_speculations it drafts, alone it decodes.
         num_speculations: d, the tokens to draft per round; 1 or more.
@@ -56,7 +57,10 @@ def generate(
         stop_tokens: a row ends with the first of them.
         pad_id: fills the output.
         rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
-        compile: compile the steps; the graphs are kept with the model for later calls.
+            With `threshold: auto`, several exits or prompt_lookup the times of rounds choose how to draft, so the same
+            seed may give other tokens, of the same distribution.
+        compile: compile the steps; the graphs are kept with the model for later calls. Each other temperature or filter
+            takes graphs of its own.
         **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
             `Speculation`.
 
@@ -92,6 +96,8 @@ def generate(
     drafting = num_speculations is not None
     # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
     shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if shared and not same_on_all(rows):
+        raise ValueError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     if shared and temperature:
         if rng is None:
             rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(int(torch.randint(2**31, ())))

@@ -40,11 +40,12 @@ class CompiledSteps:
     """The graphs of one model, by what they depend on.
 
     Args:
-        device, dtype: of the model.
+        device: of the model.
+        weights: names and kinds of its weights, for which the graphs hold.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, weights: Hashable = None) -> None:
+        self.device, self.weights = device, weights
         self.graphs: dict[Hashable, Callable] = {}
         self.path: tuple[Hashable, ...] = ()  # the steps of this round so far: a CUDA graph belongs to those before it
         self.warming = False  # whether one of them was new: then the rest of the path is captured in the next round
@@ -57,12 +58,14 @@ class CompiledSteps:
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
         """A cache of at least max_len slots: that of as many rows again if it is large enough, as graphs know it.
 
-        Two sizes are kept, such as those of full batches and of the last one.
+        Two sizes are kept, such as those of full batches and of the last one; on a GPU all of them: CUDA graphs know
+        where they are, and would be made again for others.
         """
         kept = self._caches.pop(rows, None)
         if kept is None or kept.max_len < max_len:
             kept = DecodingCache(model, rows, max_len, self.device)
-        self._caches = dict([*self._caches.items()][-1:]) | {rows: kept}
+        others = [*self._caches.items()]
+        self._caches = dict(others if self.device.type == "cuda" else others[-1:]) | {rows: kept}
         kept.tokens = [[] for _ in range(rows)]
         return kept
 

@@ -38,7 +38,8 @@ class Generation:
         cache: of an earlier generation (its `cache`), of as many rows: what it holds of the prompts is not run again.
         agree: makes what a round chose the same on all processes.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens, [b][n], before they are verified.
+        on_draft: called with each round's drafted tokens, [b][n], before they are verified; of a tree with its nodes,
+            of which `tree.chain` takes the likeliest of each level.
 
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
@@ -304,9 +305,9 @@ class Generation:
                 if confidences is not None:
                     policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
         self._count_round(arm, draft, slots, n)
-        # A draft cut at the limit says nothing about others.
+        # A draft cut at the limit says nothing about others, nor do the rows that had finished.
         if policy.has_choice and depth == self.tree.depth and (seconds := self._seconds(started, compiled)):
-            policy.chooser.learn(arm, sum(map(len, kept)), seconds)
+            policy.chooser.learn(arm, sum(map(len, kept)) / sum(running), seconds)
         return kept
 
     def _verify(self, steps: Steps, draft: Draft, start: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
@@ -382,7 +383,8 @@ class Generation:
             key += [steps.tree]
         if name.startswith(("draft", "accept", "choose")):
             sampler = self.sampler
-            key += [sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, sampler.repetition_penalty]
+            key += [sampler.temperature, sampler.repetition_penalty]
+            key += [] if sampler.greedy else [sampler.top_k, sampler.top_p, sampler.min_p]
             key += [self._vocabulary(steps), steps.draft_head is None]
         if name == "accept_chain":
             key += [args[1].tokens.shape[1], args[1].q is None]
@@ -455,8 +457,9 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSteps:
-    """The graphs of a model, kept with it."""
-    kept, dtype = getattr(model, "compiled_steps", None), model.tok_embeddings.weight.dtype
-    if kept is None or (kept.device, kept.dtype) != (device, dtype):
-        model.compiled_steps = CompiledSteps(device, dtype)
+    """The graphs of a model, kept with it as long as its weights are of the same kinds."""
+    kept = getattr(model, "compiled_steps", None)
+    weights = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
+    if kept is None or (kept.device, kept.weights) != (device, weights):
+        model.compiled_steps = CompiledSteps(device, weights)
     return model.compiled_steps

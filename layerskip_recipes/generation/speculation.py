@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
@@ -156,5 +157,5 @@ def check_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) ->
     """Raises a ValueError for a token that the model does not know: on a GPU it would end the process."""
     known = model.tok_embeddings.num_embeddings
     for token in (token for prompt in prompts for token in prompt):
-        if not 0 <= token < known:
+        if not isinstance(token, Integral) or not 0 <= token < known:
             raise ValueError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")

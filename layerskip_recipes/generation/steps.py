@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TiedLinear
 
-from layerskip_recipes.decoder import LayerSkipDecoder
+from layerskip_recipes.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled
 from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
@@ -119,10 +119,10 @@ class Steps:
         self.count = cache.slots
         if tree is not None and not tree.is_chain:
             order = torch.tensor(tree.expanded + tree.leaves).argsort()
-            self.node_order = order.to(device)
-            self.levels = torch.tensor(tree.levels, device=device)
-            self.leaves = torch.tensor(tree.leaves, device=device)
-            self.draft_rows = torch.tensor(tree.draft_rows, device=device)
+            self.node_order = on_device(order.tolist(), device)
+            self.levels = on_device(tree.levels, device)
+            self.leaves = on_device(tree.leaves, device)
+            self.draft_rows = on_device(tree.draft_rows, device)
             self.eye = torch.eye(tree.nodes, dtype=torch.bool, device=device)
 
     # ---- a plain step ----

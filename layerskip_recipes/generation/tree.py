@@ -7,6 +7,7 @@ Greedy drafts keep only the nodes that are expanded further; sampled ones keep e
 dropping some by their probability would change the distribution of those that stay.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,7 +35,7 @@ class DraftTree:
     @property
     def is_chain(self) -> bool:
         """One candidate a level: node i is the i-th drafted token."""
-        return self.width == 1 and self.children == 1
+        return self.width == 1 and (self.greedy or self.children == 1)
 
     def candidates(self, level: int) -> int:
         """Candidates drawn from each node that level-1 expands."""
@@ -54,6 +55,10 @@ class DraftTree:
         for level in range(self.depth + 1):
             offsets.append(offsets[-1] + self.level_size(level))
         return offsets
+
+    def chain(self, drafted: Sequence[int]) -> list[int]:
+        """Of a row's drafted tokens, level by level, the first of each: what a chain would draft."""
+        return [drafted[first - 1] for first in self.offsets[1:-1] if first <= len(drafted)]
 
     @property
     def nodes(self) -> int:

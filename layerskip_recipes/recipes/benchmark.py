@@ -40,7 +40,7 @@ from layerskip_recipes.recipes.benchmark_config import (
     first_draft,
     read_variants,
 )
-from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
+from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, is_complete, markdown, plot
 from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, tree_of, weight_bytes, with_vocabulary
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers, first_line
 from layerskip_recipes.recipes.prompts import encode, read_examples, refuse_bad
@@ -48,7 +48,7 @@ from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.recipes.sweep import check_sweep, sweep
 from layerskip_recipes.recipes.sweep_files import read_journal
 from layerskip_recipes.recipes.text_metrics import check_metrics, text_metrics
-from layerskip_recipes.recipes.tuning import LONGEST, Prediction, config_path, propose, write_choice
+from layerskip_recipes.recipes.tuning import LONGEST, Prediction, check_config_path, propose, write_choice
 
 log = utils.get_logger("INFO")
 
@@ -75,7 +75,8 @@ class LayerSkipBenchmark:
         check_folder("report_dir", Path(cfg.report_dir))
         if cfg.get("picture"):
             check_file("picture", cfg.picture, PICTURES)
-        check_folder("tune_file", config_path(cfg).parent)
+        if cfg.get("tune_extends") is not None:
+            check_config_path(cfg)
         settings.check_one_process()
         self.seed = training.set_seed(seed=cfg.get("seed"))
         self.limit, self.repeats = cfg.get("max_new_tokens", 128), cfg.get("repeats", 3)
@@ -315,13 +316,17 @@ class LayerSkipBenchmark:
 
     def _write(self, report: dict[str, Any]) -> None:
         """The files, the table on stdout, and as its last line where the files are."""
-        folder = Path(self.cfg.report_dir)
+        folder, stem = Path(self.cfg.report_dir), "tune" if self.cfg.get("tune") else "benchmark"
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"json": folder / "benchmark.json", "markdown": folder / "benchmark.md"}
+        if report["interrupted"] and is_complete(folder / f"{stem}.json"):
+            log.warning("report_dir: the complete %s of an earlier run stays", folder / f"{stem}.json")
+            stem += "_interrupted"
+        files = {"json": folder / f"{stem}.json", "markdown": folder / f"{stem}.md"}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
         files["markdown"].write_text(markdown(report))
         if self.cfg.get("picture") and report["results"]:
-            files["picture"] = Path(self.cfg.picture)
+            picture = Path(self.cfg.picture)
+            files["picture"] = picture if stem == "benchmark" else picture.with_stem(stem)
             plot(report["results"], files["picture"], title=self.cfg.checkpointer.checkpoint_dir)
         print(markdown(report))
         print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)
@@ -331,7 +336,7 @@ def main() -> None:
     """Compare autoregressive decoding, variants of self-speculation and other libraries on one checkpoint.
 
     tune run layerskip_benchmark --config quickstart/benchmark
-    tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 "temperatures=[0.0]"
+    tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled
     """
 
     def steps() -> None:

@@ -67,6 +67,7 @@ REFUSED = {
     "on_bad_prompt": "it measures all prompts or none",
     "system_prompt": "it has no conversation",
     "log_level": "it says little",
+    "cudnn_deterministic_mode": "it measures the kernels that torch takes by itself",
     "tensor_parallel_plan": "it measures one device",
     "tensor_parallel_dim": "it measures one device",
 }
@@ -205,7 +206,8 @@ def _check_extended(cfg: DictConfig, chooses: str) -> None:
             )
     there, here = bool(extended.get("compile")), cfg.get("compile", False)
     if there != here:  # quick, and rough
-        log.warning("tune_extends: %s has compile=%s, here it is %s: the choice may differ", name, there, here)
+        message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
+        log.warning(message, name, there, here)
 
 
 def _decoding(cfg: DictConfig, temperature: float) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """How a config says to decode: the sampler, and the `self_speculation` section with its checks and what it builds."""
 
 import copy
+import inspect
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,8 +97,14 @@ def check_speculation(section: DictConfig, model: TransformerDecoder, key: str =
     try:
         _speculation(values, vocabulary if isinstance(vocabulary, list) else None).check(model)
     except ValueError as e:
-        raise ValueError(f"{key}.{e}" if not str(e).startswith(key) else str(e)) from e
+        raise ValueError(_of_section(str(e), key)) from e
     return values
+
+
+def _of_section(message: str, key: str) -> str:
+    """A message about arguments of `Speculation` as one about keys of the section, the lines that it suggests too."""
+    names = "|".join(inspect.signature(self_speculation).parameters)
+    return re.sub(rf"(?<![\w.])(?:{names})(?=[:=])", lambda name: f"{key}.{name[0]}", message)
 
 
 def _speculation(values: dict[str, Any], vocabulary: Any, drafter: LayerSkipDecoder | None = None) -> Speculation:

@@ -231,7 +231,7 @@ class LayerSkipGenerate:
         **kwargs: Any,
     ) -> Generation:
         dim_drafts = shown is not None and self.cfg.get("stream") == "draft" and sys.stdout.isatty()
-        return Generation(
+        generation = Generation(
             self.model,
             prompts,
             limit,
@@ -241,9 +241,11 @@ class LayerSkipGenerate:
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.get("compile")),
             agree=agree if num_processes() > 1 else None,
-            on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,
         )
+        if dim_drafts:
+            generation.on_draft = lambda drafts: shown.show_draft([generation.tree.chain(row) for row in drafts])
+        return generation
 
     def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
         follow(generation, texts, shown if self.cfg.get("stream", True) else None)

@@ -143,9 +143,11 @@ def check_output_file(cfg: DictConfig) -> None:
     inputs = {
         "prompt_file": cfg.get("prompt_file"),
         "self_speculation.draft_vocabulary_file": speculation.get("draft_vocabulary_file"),
+        # Whatever a component calls its file: path, source, shots, ...
+        **{f"prompts.{key}": value for key, value in (cfg.get("prompts") or {}).items()},
     }
     for key, read in inputs.items():
-        if read is not None and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
+        if isinstance(read, str) and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
             raise ValueError(f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
                              "output_file=answers.jsonl")  # fmt: skip
 

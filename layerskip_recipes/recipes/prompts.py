@@ -1,5 +1,6 @@
 """The prompts of a generation config: from the config, a text or JSONL file, or standard input; and their tokens."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -186,6 +187,18 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
     return prompt
 
 
+def _check_open_turn(tokenizer: Any) -> None:
+    """Raises a ValueError for a tokenizer that closes the last turn too: of torchtune's only Llama's can leave it open,
+    and the others do not say that they ignore the wish."""
+    tokenize = getattr(tokenizer, "tokenize_messages", None)
+    if tokenize is None or "add_end_tokens" not in inspect.signature(tokenize).parameters:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} closes the turn in which a chat is to be answered. Allowed: "
+            "prompts of raw text, or a tokenizer with add_end_tokens; for example "
+            'tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: "${checkpointer.checkpoint_dir}"}'
+        )
+
+
 def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
     """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
 
@@ -194,8 +207,11 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         tokenizer: of the model.
 
     Raises:
-        ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know.
+        ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
+            or if the tokenizer leaves no assistant turn open.
     """
+    if not isinstance(prompt, str):
+        _check_open_turn(tokenizer)
     limit = getattr(tokenizer, "max_seq_len", None)
     try:
         if limit is not None:

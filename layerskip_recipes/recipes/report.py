@@ -92,8 +92,8 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "speedup": speedup,
         "speedup_not_looping": ratio(ours.compared, baseline.compared),
         **{name: value for name, value in draft_figures(stats, baseline.stats, speedup).items() if name not in report},
-        # Two samplings differ by chance; only greedy outputs can be the same tokens.
-        "identical": ours.outputs == baseline.outputs if greedy else None,
+        # Two samplings differ by chance; only greedy outputs can be the same tokens, if there are any.
+        "identical": ours.outputs == baseline.outputs if greedy and ours.outputs else None,
     }
     return report
 
@@ -198,5 +198,6 @@ def print_report(report: dict[str, Any]) -> None:
                 f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of "
                 f"{show(report['draft_cost'], '.3f')}; engine efficiency {show(report['engine_efficiency'], '.2f')}"
             )
-        same = {True: "yes", False: "NO", None: "- (sampling)"}[report["identical"]]
+        nothing = "- (sampling)" if report["temperature"] else "-"
+        same = {True: "yes", False: "NO", None: nothing}[report["identical"]]
         print(f"identical output   {same}")

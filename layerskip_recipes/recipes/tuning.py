@@ -13,6 +13,7 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
+from layerskip_recipes.checks import check_file
 from layerskip_recipes.config import find_config, our_configs, torchtune_configs
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import GenerationStats, Speculation
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from layerskip_recipes.recipes.benchmark import LayerSkipBenchmark
 
 LONGEST = 12  # the longest draft that is considered
+WRITTEN = "# Written by layerskip_benchmark: "  # the beginning of a config
 NOTHING_TO_DRAFT = (
     "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
 )
@@ -166,13 +168,14 @@ def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
     return chosen
 
 
-def write_config(path: Path, extends: str, best: dict[str, Any] | None, why: str) -> None:
+def write_config(path: Path, extends: str, best: dict[str, Any] | None, compile: bool, why: str) -> None:
     """A generation config that extends the user's with the choice.
 
     Args:
         path: of the file.
         extends: a config's name or path.
         best: keys of `self_speculation`; None: autoregressive decoding is fastest.
+        compile: whether it was measured compiled.
         why: for its first line.
     """
     # From everywhere: a path of the user's is relative to where the command was given.
@@ -180,13 +183,25 @@ def write_config(path: Path, extends: str, best: dict[str, Any] | None, why: str
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
     # All keys, since those that are left out would be the user's, and were not measured.
     content["self_speculation"] = None if best is None else self_speculation(**best)
+    content["compile"] = compile  # the user's may be another, for which the choice is not
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# Written by layerskip_benchmark: {why}\n{yaml.safe_dump(content, sort_keys=False)}")
+    path.write_text(f"{WRITTEN}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
 
 def config_path(cfg: DictConfig) -> Path:
     """Where the config goes."""
     return Path(cfg.get("tune_file") or Path(cfg.report_dir) / "tuned.yaml")
+
+
+def check_config_path(cfg: DictConfig) -> None:
+    """Raises a ValueError if the config cannot be written, or a file of somebody else's stands there."""
+    path = config_path(cfg)
+    check_file("tune_file", str(path))
+    if path.is_file() and not path.read_bytes().startswith(WRITTEN.encode()):
+        raise ValueError(
+            f"tune_file: {str(path)!r} is there, and layerskip_benchmark did not write it. Allowed: a new file, or one "
+            f"that it wrote; for example tune_file={path.with_stem(path.stem + '_2')}"
+        )
 
 
 # ---- with the benchmark ----
@@ -258,5 +273,6 @@ def write_choice(bench: "LayerSkipBenchmark", report: dict[str, Any]) -> None:
 def write_fastest(cfg: DictConfig, name: str, section: dict[str, Any], speedup: float, where: str) -> None:
     """The config of the fastest way of those measured; autoregressive if that is faster than all."""
     path = config_path(cfg)
-    write_config(path, cfg.tune_extends, section if speedup > 1 else None, f"{name} at {speedup:.2f}x, {where}")
+    best, why = section if speedup > 1 else None, f"{name} at {speedup:.2f}x, {where}"
+    write_config(path, cfg.tune_extends, best, cfg.get("compile", False), why)
     print(f"fastest: {name if speedup > 1 else 'autoregressive'}; written to {path}")
