@@ -118,8 +118,8 @@ class Steps:
         device = cache.slots.device
         self.count = cache.slots
         if tree is not None and not tree.is_chain:
-            order = torch.tensor(tree.expanded + tree.leaves).argsort()
-            self.node_order = on_device(order.tolist(), device)
+            nodes = tree.expanded + tree.leaves
+            self.node_order = on_device([nodes.index(node) for node in range(tree.nodes)], device)
             self.levels = on_device(tree.levels, device)
             self.leaves = on_device(tree.leaves, device)
             self.draft_rows = on_device(tree.draft_rows, device)
