@@ -140,6 +140,11 @@ def run_command(
     return done
 
 
+def last_line(stderr: str) -> str:
+    """What a process said last, but for what nanobind, of which torch is made, says of its own at the end of some."""
+    return stderr.partition("\nnanobind: ")[0].strip().splitlines()[-1]
+
+
 run_tune = functools.partial(run_command, "tune")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import forks
 import pytest
 from configs import finetune_config, generate_config, make_checkpoint, write_yaml
-from conftest import run_tune
+from conftest import last_line, run_tune
 
 import layerskip_recipes
 from layerskip_recipes import training_cost
@@ -214,7 +214,7 @@ def test_the_installed_command(tmp_path):
     done = subprocess.run(
         [command, "validate", "quickstart/finetune", "epochs=0"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ValueError: epochs: 0")
+    assert done.returncode == 1 and last_line(done.stderr).startswith("ValueError: epochs: 0")
 
 
 # --------------------------------------------------------------------------------------------------------- tune run
@@ -263,7 +263,7 @@ def test_a_users_mistake(args, message, folder):
     started = time.perf_counter()
     done = run_tune("run", *args, cwd=folder)
     assert time.perf_counter() - started < 60  # 8 s on two busy cores, most of it the imports
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done.stderr)
     assert last.startswith("ValueError: ") and message in last
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout

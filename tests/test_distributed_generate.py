@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from configs import MODEL, generate_config, make_checkpoint
 from configs import SIZE as MODEL_SIZE
-from conftest import FAMILIES, SIZE, CountedCollectives, make_tiny
+from conftest import FAMILIES, SIZE, CountedCollectives, last_line, make_tiny
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
@@ -406,7 +406,7 @@ def test_an_error_of_rank_1_ends_rank_0(config_folder):
     """Which waits for it, and has nothing to say."""
     zero, one = fork("fail", config_folder)
     assert (zero.returncode, one.returncode) == (1, 1)
-    assert one.stderr.splitlines()[-1].startswith("ValueError: temperature: -1 ")
+    assert last_line(one.stderr).startswith("ValueError: temperature: -1 ")
     assert "ValueError" not in zero.stderr
 
 

@@ -186,7 +186,7 @@ def test_the_recipe_runs_what_the_model_writes(tmp_path, checkpoint, tokenizer_f
         ("human_eval.file=name.jsonl", r"human_eval\.file: '.*' line 1: entry_point 'f\(\)' is no name"),
         ("human_eval.file=empty.jsonl", r"human_eval\.file: 'empty\.jsonl' holds no problem"),
         ("human_eval.timeout=0", r"human_eval\.timeout: 0 is not allowed.*above 0"),
-        ("human_eval.memory_mb=1", r"human_eval: an empty program does not run within .*memory_mb=1 "),
+        ("human_eval.timeout=0.001", r"human_eval: an empty program does not run within .*timeout=0\.001 "),
         ("human_eval.count=0", r"human_eval\.count: 0 is not allowed"),
         ("human_eval.temperature=-1", r"human_eval\.temperature: -1 is not allowed"),
         ("human_eval.timeuot=1", r"human_eval\.timeuot: unknown key\. Nearest: timeout"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from configs import finetune_config
-from conftest import run_tune
+from conftest import last_line, run_tune
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
     where = "import layerskip_recipes.config as c; print(c.CONFIG_DIR); c.find_config('quickstart/finetun')"
     shown = subprocess.run([sys.executable, "-c", where], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert Path(shown.stdout.strip()) == installed / "layerskip_recipes" / "configs"
-    assert shown.returncode == 1 and "Nearest: quickstart/finetune" in shown.stderr.splitlines()[-1]
+    assert shown.returncode == 1 and "Nearest: quickstart/finetune" in last_line(shown.stderr)
     changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"layers": ":"}}
     path = finetune_config(tmp_path, tokenizer_folder, **changes)
     run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path, cold=True)

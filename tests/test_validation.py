@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from configs import MODEL, finetune_config, make_checkpoint
-from conftest import run_tune
+from conftest import last_line, run_tune
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_adapters import EveryExit, adapted_section, make_start, plain_section, read_hf, reader
@@ -353,7 +353,7 @@ def test_a_poisonous_sample_stops_the_run_and_is_named(poisoned, tmp_path):
     assert step == 4
     run = run_tune("run", "layerskip_finetune", "--config", str(path), cwd=tmp_path)
     assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
+    last = last_line(run.stderr)
     named = places[4 * (step - 1) : 4 * step]
     assert last.startswith(f"ValueError: loss: not finite at step {step}, with samples {named} of the dataset.")
     assert sample in named and "Traceback" not in run.stderr
