@@ -107,14 +107,16 @@ def test_the_same_tokens_and_nothing_compiled_twice(small, way):
 def test_sampled_and_penalised_steps(small):
     """With the same draws: up to where the eager draft gets shorter, since nothing is needed behind the limit.
 
-    Another draft vocabulary of the same size needs no graph of its own.
+    Another draft vocabulary of the same size needs no graph of its own, nor do other settings.
     """
     count, d, graphs, accepted = 24, 2, None, []
-    for seed, vocabulary in ((1, range(0, 20)), (2, range(11, 31)), (2, [3, *range(12, 31)])):
+    settings = ((1.2, 0.95, 0.01, 1.2), (0.7, 0.8, 0.1, 1.5), (1.9, 0.99, 0.02, 0.9))
+    vocabularies = (range(0, 20), range(11, 31), [3, *range(12, 31)])
+    for seed, vocabulary, (temperature, top_p, min_p, penalty) in zip((1, 2, 2), vocabularies, settings, strict=True):
         outputs = []
         for compile in (True, False):
             generator = torch.Generator().manual_seed(seed)
-            sampler = Sampler(1.2, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2, rng=generator)
+            sampler = Sampler(temperature, 20, top_p, min_p, penalty, generator)
             speculation = Speculation(1, d, draft_vocabulary=vocabulary)
             generation = run(small, [LONG[0]], count, sampler=sampler, speculation=speculation, compile=compile)
             outputs.append(generation.generated[0])

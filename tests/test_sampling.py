@@ -9,10 +9,11 @@ from layerskip_recipes.generation.sampling import (
     Sampler,
     accept_greedy,
     accept_sampled,
-    exponentials,
+    lots,
     next_token_probs,
     penalise,
     race,
+    random_bits,
 )
 
 V = 5
@@ -25,14 +26,14 @@ def rng(seed=0):
 
 def draw(probs, generator):
     """One token of each distribution."""
-    return race(probs, exponentials(probs.shape, probs.device, generator))
+    return race(probs, random_bits(probs.shape, probs.device, generator))
 
 
 def accept(drafted, q, p, seed):
     """`accept_sampled` with noise of that seed."""
     generator = rng(seed)
     uniform = torch.rand(drafted.shape, generator=generator)
-    return accept_sampled(drafted, q, p, uniform, exponentials((len(drafted), V), torch.device("cpu"), generator))
+    return accept_sampled(drafted, q, p, uniform, random_bits((len(drafted), V), torch.device("cpu"), generator))
 
 
 def distributions(*shape, seed):
@@ -62,6 +63,22 @@ def test_the_chi_square_test_can_tell():
     wrong = torch.tensor([0.42, 0.28, 0.2, 0.1, 0.0])
     assert p_value(torch.multinomial(p, N, replacement=True, generator=rng()), p) > 1e-3
     assert p_value(torch.multinomial(wrong, N, replacement=True, generator=rng()), p) < 1e-6
+
+
+def test_lots_are_of_an_exponential_race():
+    """Against Python's logarithm; the ends of the range are numbers above 0, and a sure token is always drawn."""
+    last = 2**31 - 1
+    bits = [0, 1, 2, 1000, 2**20, 2**30, last - 2**20, last]
+    drawn = (1 / lots(torch.ones(len(bits)), torch.tensor(bits, dtype=torch.int32))).tolist()
+    for number, bit in zip(drawn[:-1], bits[:-1], strict=True):
+        assert number == pytest.approx(-math.log1p(-(bit + 0.5) / 2**31), rel=1e-4)
+    assert 16 < drawn[-1] < 17
+    for bit in bits:
+        noise = torch.tensor([0, bit, 0], dtype=torch.int32)
+        assert race(torch.tensor([0.0, 1.0, 0.0]), noise) == 1
+    # A token of probability 1e-8 is drawn by 1e-8 of the numbers, so it has to win with the smallest ones.
+    noise = torch.tensor([0, last // 2], dtype=torch.int32)
+    assert race(torch.tensor([1e-8, 1.0]), noise) == 0 and race(torch.tensor([1e-11, 1.0]), noise) == 1
 
 
 # ---- filters ----
@@ -168,7 +185,7 @@ def test_the_penalty_comes_before_temperature_and_filters():
     logits, seen = 2 * torch.randn(4, 9, generator=rng(32)), torch.rand(4, 9, generator=rng(33)) < 0.5
     settings = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.05}
     for sampler in (Sampler(**settings, repetition_penalty=1.7), Sampler(repetition_penalty=1.7)):
-        scores = sampler.scores(logits, seen)
+        scores = sampler.scores(logits, seen, sampler.settings(logits.device))
         for row in range(4):
             expected = penalised(logits[row].tolist(), seen[row].nonzero().flatten().tolist(), 1.7)
             if not sampler.greedy:

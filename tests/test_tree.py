@@ -9,7 +9,7 @@ from test_generation import PROMPT, greedy, model_of
 from test_sampling import N, V, distributions, p_value, penalised, rng
 
 from layerskip_recipes.generation import Generation, Speculation
-from layerskip_recipes.generation.sampling import Sampler, exponentials, next_token_probs
+from layerskip_recipes.generation.sampling import Sampler, next_token_probs, random_bits
 from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
 
@@ -98,7 +98,7 @@ def test_accept_greedy_tree(shape):
 
 def race_order(q, count, generator):
     """[n, v] distributions -> [n, count] tokens in the order in which they win an exponential race."""
-    return (exponentials(q.shape, CPU, generator) / q).argsort(-1)[:, :count]
+    return (torch.empty(q.shape).exponential_(generator=generator) / q).argsort(-1)[:, :count]
 
 
 def draft_and_accept(tree, p, q, seed, n=N):
@@ -134,7 +134,7 @@ def draft_and_accept(tree, p, q, seed, n=N):
         torch.tensor(tree.draft_rows),
         p[before],
         torch.rand(n, 2, tree.candidates(1), generator=generator),
-        exponentials((n, V), CPU, generator),
+        random_bits((n, V), CPU, generator),
     )
     kept = tokens.gather(1, path)
     # A path goes from parent to child.

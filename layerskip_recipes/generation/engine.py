@@ -92,6 +92,7 @@ class Generation:
             raise ValueError(f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]")
         self.stop_tokens = {int(token) for token in stop_tokens}
         self.device = self.model.tok_embeddings.weight.device
+        self.settings = self.sampler.settings(self.device)
         self.compiled = compiled_steps(self.model, self.device) if compile else None
         self.agree = agree or _alone
         self.on_draft = on_draft
@@ -201,7 +202,9 @@ class Generation:
                     self.draft_head = self.draft_head or DraftHead.of(self.model, speculation.draft_vocabulary)
                     head = self.draft_head
             drafter = self.drafter if depth else None
-            self.steps[exit_layer, depth] = Steps(self.model, self.cache, self.sampler, exit_layer, tree, drafter, head)
+            self.steps[exit_layer, depth] = Steps(
+                self.model, self.cache, self.sampler, self.settings, exit_layer, tree, drafter, head
+            )
         return self.steps[exit_layer, depth]
 
     # ---- prefill ----
@@ -232,7 +235,7 @@ class Generation:
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
         logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
-        scores = self.sampler.scores(logits, self.seen)
+        scores = self.sampler.scores(logits, self.seen, self.settings)
         noise = self.sampler.noise(tuple(scores.shape), self.device)
         self.last = self.agree(self.sampler.choose(scores, noise))
         return self._keep([[token] for token in self.last.tolist()])
@@ -382,10 +385,7 @@ class Generation:
         elif name != "plain_logits":
             key += [steps.tree]
         if name.startswith(("draft", "accept", "choose")):
-            sampler = self.sampler
-            key += [sampler.temperature, sampler.repetition_penalty]
-            key += [] if sampler.greedy else [sampler.top_k, sampler.top_p, sampler.min_p]
-            key += [self._vocabulary(steps), steps.draft_head is None]
+            key += [self.sampler.kind, self._vocabulary(steps), steps.draft_head is None]
         if name == "accept_chain":
             key += [args[1].tokens.shape[1], args[1].q is None]
         sees_slots = not name.startswith(("accept", "choose"))

@@ -5,6 +5,7 @@ Random numbers come in as tensors ("noise"), so that compiled steps stay reprodu
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,10 +14,10 @@ from layerskip_recipes.checks import check_number
 
 def next_token_probs(
     logits: torch.Tensor,
-    temperature: float,
+    temperature: float | torch.Tensor,
     top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    top_p: float | torch.Tensor | None = None,
+    min_p: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(logits / temperature), restricted to the top-k tokens, to those of at least min_p times the largest
     probability, then to the smallest set of mass top_p.
@@ -27,6 +28,7 @@ def next_token_probs(
         top_k: tokens to keep; ties with the k-th stay.
         top_p: probability mass to keep, in (0, 1].
         min_p: the least probability to keep, as a part of the largest one, in [0, 1].
+        All but top_k may be tensors [], so that one compiled graph serves other values too.
 
     Returns:
         [..., v] probabilities in fp32.
@@ -36,10 +38,10 @@ def next_token_probs(
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
-    if min_p:
+    if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
         probs = probs / probs.sum(-1, keepdim=True)
-    if top_p is not None and top_p < 1:
+    if top_p is not None:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p: the first one always does.
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
@@ -48,7 +50,7 @@ def next_token_probs(
     return probs
 
 
-def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Tensor) -> torch.Tensor:
     """Make tokens that were there before less likely: their logit is divided by the penalty, or multiplied if negative.
 
     Keskar et al., CTRL, arXiv 1909.05858, section 4.1, in the form that does not depend on the logits' sign.
@@ -61,14 +63,25 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def exponentials(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
-    """Independent draws of Exp(1), the noise of `race`."""
-    return torch.empty(shape, device=device).exponential_(1, generator=rng)
+def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
+    """31 of them in each int32: the noise of `lots`, of which a CPU makes six times as much as of Exp(1) itself."""
+    return torch.empty(shape, dtype=torch.int32, device=device).random_(generator=rng)
+
+
+def lots(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """probs / Exp(1): the place of the largest is a draw, those of the k largest are k draws without replacement.
+
+    Args:
+        probs: [..., v].
+        noise: [..., v] `random_bits`, of which u in (0, 1) and -log(1 - u) are made; u is fine near 0, where it counts.
+    """
+    uniform = ((noise.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
+    return probs / -torch.log1p(-uniform)
 
 
 def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One token of each distribution [..., v] -> [...]: argmax of probs / Exp(1), which needs no synchronisation."""
-    return (probs / noise).argmax(-1)
+    """One token of each distribution [..., v] -> [...], by `lots`: which needs no synchronisation."""
+    return lots(probs, noise).argmax(-1)
 
 
 def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +111,7 @@ def accept_sampled(
         q: [b, n, v] the draft's distributions.
         p: [b, n+1, v] the full model's.
         uniform: [b, n] draws of U(0, 1).
-        noise: [b, v] draws of Exp(1).
+        noise: [b, v] `random_bits`.
 
     Returns:
         accepted [b] and next token [b], as `accept_greedy`.
@@ -120,6 +133,15 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     total = rest.sum(-1, keepdim=True)
     # Equal up to rounding, p - q can vanish: a rejection there is rounding too.
     return torch.where(total > 0, rest / total, p)
+
+
+class Settings(NamedTuple):
+    """The numbers of a `Sampler` as tensors [], None for a filter that is off: a graph's inputs, not a part of it."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+    repetition_penalty: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -154,21 +176,34 @@ class Sampler:
         """Whether the tokens so far count, so that `seen` is needed."""
         return self.repetition_penalty != 1
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def settings(self, device: torch.device) -> Settings:
+        """Its numbers on that device."""
+        top_p = None if self.top_p == 1 else self.top_p
+        numbers = (self.temperature, top_p, self.min_p or None, self.repetition_penalty)
+        return Settings(*(None if n is None else torch.tensor(n, dtype=torch.float32, device=device) for n in numbers))
+
+    @property
+    def kind(self) -> tuple:
+        """What a graph of `scores` depends on beside the `settings`."""
+        if self.greedy:
+            return True, self.penalises
+        return False, self.penalises, self.top_k, self.top_p in (None, 1), not self.min_p
+
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: Settings) -> torch.Tensor:
         """What to choose by: penalised logits when greedy, else the filtered distribution; [..., v] -> [..., v]."""
         if seen is not None:
-            logits = penalise(logits, seen, self.repetition_penalty)
+            logits = penalise(logits, seen, settings.repetition_penalty)
         if self.greedy:
             return logits
-        return next_token_probs(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+        return next_token_probs(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)
 
     def choose(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """A token by each row of `scores` [..., v] -> [...], with the noise of `noise`."""
         return scores.argmax(-1) if noise is None else race(scores, noise)
 
     def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-        """Exp(1) draws for so many tokens, None when greedy."""
-        return None if self.greedy else exponentials(shape, device, self.rng)
+        """`random_bits` for so many tokens, None when greedy."""
+        return None if self.greedy else random_bits(shape, device, self.rng)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
         """U(0, 1) draws, None when greedy."""

@@ -14,7 +14,7 @@ from torch import nn
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder, on_device
-from layerskip_recipes.generation.sampling import Sampler, accept_greedy, accept_sampled
+from layerskip_recipes.generation.sampling import Sampler, Settings, accept_greedy, accept_sampled, lots
 from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
 
@@ -93,6 +93,7 @@ class Steps:
         model: the decoder.
         cache: its cache.
         sampler: how tokens are chosen.
+        settings: of the sampler, on the model's device.
         exit_layer: E of the draft, or of a plain step.
         tree: the draft's shape; None for plain steps.
         drafter: who runs the early layers of a draft; other than the model, verification runs all layers itself.
@@ -104,12 +105,14 @@ class Steps:
         model: LayerSkipDecoder,
         cache: DecodingCache,
         sampler: Sampler,
+        settings: Settings,
         exit_layer: int,
         tree: DraftTree | None = None,
         drafter: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
     ) -> None:
         self.model, self.cache, self.sampler, self.exit_layer, self.tree = model, cache, sampler, exit_layer, tree
+        self.settings = settings
         self.drafter = drafter or model
         self.shares = self.drafter is model
         self.draft_head = draft_head
@@ -133,7 +136,7 @@ class Steps:
 
     def choose(self, logits, noise, seen):
         """A token of each row; logits [b, v], noise [b, v] or None, seen [b, v] or None -> [b]."""
-        return self.sampler.choose(self.sampler.scores(logits, seen), noise)
+        return self.sampler.choose(self._scores(logits, seen), noise)
 
     # ---- drafts ----
 
@@ -191,7 +194,7 @@ class Steps:
                 values, candidates = scores.log_softmax(-1).topk(drawn, -1)
             else:
                 # The order of an exponential race is that of draws without replacement.
-                candidates = (scores / noise[:, done : done + width]).topk(drawn, -1).indices
+                candidates = lots(scores, noise[:, done : done + width]).topk(drawn, -1).indices
                 values = scores.gather(-1, candidates).log()
                 q.append(scores)
             done += width
@@ -249,7 +252,7 @@ class Steps:
         """
         tokens = draft.tokens
         ancestors = self._tril(tokens.shape[1]) if seen is not None else None
-        scores = self.sampler.scores(logits, self._seen_at(seen, tokens, ancestors))
+        scores = self._scores(logits, self._seen_at(seen, tokens, ancestors))
         drafted = tokens[:, 1:]
         if self.sampler.greedy:
             accepted, following = accept_greedy(drafted, scores)
@@ -289,7 +292,7 @@ class Steps:
             [b, 2 + n]: how many tokens of the path stand, the next token, the tokens of the path.
         """
         tree, tokens = self.tree, draft.tokens
-        scores = self.sampler.scores(logits, self._seen_at(seen, tokens, draft.ancestors))
+        scores = self._scores(logits, self._seen_at(seen, tokens, draft.ancestors))
         if self.sampler.greedy:
             accepted, following, path = accept_greedy_tree(tree, tokens, draft.parents, scores)
         else:
@@ -329,7 +332,10 @@ class Steps:
         else:
             logits = self.draft_head(x)
             seen = None if seen is None else seen[..., self.draft_head.vocabulary]
-        return self.sampler.scores(logits, seen)
+        return self._scores(logits, seen)
+
+    def _scores(self, logits, seen):
+        return self.sampler.scores(logits, seen, self.settings)
 
     def _in_full_vocabulary(self, tokens):
         return tokens if self.draft_head is None else self.draft_head.vocabulary[tokens]

@@ -140,7 +140,7 @@ def accept_sampled_tree(
         draft_rows: [nodes], `tree.draft_rows` as a tensor.
         p: [b, nodes, v] the full model's.
         uniform: [b, depth, candidates of the root] draws of U(0, 1).
-        noise: [b, v] draws of Exp(1).
+        noise: [b, v] `random_bits`.
 
     Returns:
         As `accept_greedy_tree`.

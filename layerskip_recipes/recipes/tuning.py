@@ -17,7 +17,7 @@ from layerskip_recipes.checks import check_file
 from layerskip_recipes.config import find_config, our_configs, torchtune_configs
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import GenerationStats, Speculation
-from layerskip_recipes.generation.sampling import Sampler, next_token_probs
+from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.decoding import self_speculation
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> tor
     """[n], the probability at each position that a draft is accepted; logits [n, v]."""
     if sampler.temperature == 0:
         return (whole.argmax(-1) == draft.argmax(-1)).float()
-    p, q = (
-        next_token_probs(logits, sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
-        for logits in (whole, draft)
-    )
+    p, q = (sampler.scores(logits, None, sampler.settings(logits.device)) for logits in (whole, draft))
     return torch.minimum(p, q).sum(-1)
 
 
