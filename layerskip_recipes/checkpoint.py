@@ -324,9 +324,10 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
         key: its name, for messages.
 
     Raises:
-        ValueError: if it fails on this device, with its own words.
+        ValueError: if it fails on this device, with its own words, or leaves all weights as they are.
     """
     how = build(quantizer, key)
+    before = _kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
     # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds.
     precision = torch.get_float32_matmul_precision()
@@ -344,4 +345,15 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
         raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
     finally:
         torch.set_float32_matmul_precision(precision)
+    if _kinds(module) == before:
+        raise ValueError(
+            f"{key}: {quantizer._component_} changes no weight of this model, as where its groups do not fit "
+            f"the layers' widths. Set its group size to a divisor of them, or {key}=null"
+        )
     return module
+
+
+def _kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:
+    """Of each part with a weight, its kind and that of the weight."""
+    parts = ((part, getattr(part, "weight", None)) for part in module.modules())
+    return [(type(part), type(weight), weight.dtype) for part, weight in parts if isinstance(weight, torch.Tensor)]

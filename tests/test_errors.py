@@ -271,6 +271,7 @@ FINETUNE = [
         "train, heldout",
     ),
     ("layers_val=0::9x", "layers_val", "'0::9x'", "dataset_val"),
+    ("layers_val=0", "layers_val", "0", "dataset_val"),
     ("val_loss_margin=-1", "val_loss_margin", "-1", "0 or more"),
     ("fsdp_cpu_offload=${nowhere}", "fsdp_cpu_offload", "'nowhere'", "not found"),
     (

@@ -263,6 +263,13 @@ def test_a_quantiser_that_does_not_work_here_is_named(path):
         run(path, "quantizer._component_=torchao.quantization.Float8WeightOnlyConfig")
 
 
+def test_a_quantiser_that_changes_nothing_is_refused(path):
+    """torchao leaves layers that groups do not fit as they are."""
+    quantizer = ["quantizer._component_=torchao.quantization.Int4WeightOnlyConfig", "quantizer.group_size=64"]
+    with pytest.raises(ValueError, match="^quantizer: .*Int4WeightOnlyConfig changes no weight of this model.*divisor"):
+        run(path, *quantizer)
+
+
 def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     outputs = []
@@ -891,9 +898,11 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
 def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
-    report = tmp_path / "exits.json"
+    """The report says so; it goes beside a complete one of before, and so does the picture."""
+    report, picture = tmp_path / "exits.json", tmp_path / "exits.png"
     compare = {"other": {"checkpoint_dir": str(checkpoint)}}
-    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, compare=compare, report=str(report)))))
+    files = {"report": str(report), "picture": str(picture)}
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, compare=compare, **files))))
     recipe.setup()
     exits_of = recipe._measure_exits
 
@@ -903,11 +912,18 @@ def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, 
         return exits_of(name)
 
     monkeypatch.setattr(recipe, "_measure_exits", first_only)
-    with nullcontext() if error is KeyboardInterrupt else pytest.raises(RuntimeError, match="is broken"):
-        recipe.evaluate()
-    found = json.loads(report.read_text())
-    assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {} and found["interrupted"] is True
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    complete = '{"exits": {}}'
+    for stem in ("exits", "exits_interrupted"):
+        with nullcontext() if error is KeyboardInterrupt else pytest.raises(RuntimeError, match="is broken"):
+            recipe.evaluate()
+        found = json.loads(report.with_stem(stem).read_text())
+        assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {} and found["interrupted"] is True
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+        assert found["picture"] == str(picture.with_stem(stem)) and picture.with_stem(stem).is_file()
+        # Were that one complete:
+        report.write_text(complete)
+        picture.write_text(complete)
+    assert report.read_text() == picture.read_text() == complete
 
 
 def test_an_evaluation_that_measured_nothing_leaves_the_last_report(tmp_path, checkpoint, monkeypatch):

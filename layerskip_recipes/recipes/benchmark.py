@@ -40,10 +40,11 @@ from layerskip_recipes.recipes.benchmark_config import (
     first_draft,
     read_variants,
 )
-from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, is_complete, markdown, plot
+from layerskip_recipes.recipes.benchmark_report import Run, device_name, figures, markdown, plot
 from layerskip_recipes.recipes.decoding import build_speculation, sampler_of, tree_of, weight_bytes, with_vocabulary
 from layerskip_recipes.recipes.peers import Job, Peer, check_peer_files, find_peers, first_line
 from layerskip_recipes.recipes.prompts import encode, read_examples, refuse_bad
+from layerskip_recipes.recipes.report import place_of
 from layerskip_recipes.recipes.stream import TextStream
 from layerskip_recipes.recipes.sweep import check_sweep, sweep
 from layerskip_recipes.recipes.sweep_files import read_journal
@@ -318,10 +319,9 @@ class LayerSkipBenchmark:
         """The files, the table on stdout, and as its last line where the files are."""
         folder, stem = Path(self.cfg.report_dir), "tune" if self.cfg.get("tune") else "benchmark"
         folder.mkdir(parents=True, exist_ok=True)
-        if report["interrupted"] and is_complete(folder / f"{stem}.json"):
-            log.warning("report_dir: the complete %s of an earlier run stays", folder / f"{stem}.json")
-            stem += "_interrupted"
-        files = {"json": folder / f"{stem}.json", "markdown": folder / f"{stem}.md"}
+        document = place_of(folder / f"{stem}.json", "report_dir", report["interrupted"])
+        stem = document.stem
+        files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
         files["markdown"].write_text(markdown(report))
         if self.cfg.get("picture") and report["results"]:

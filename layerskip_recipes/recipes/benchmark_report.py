@@ -1,6 +1,5 @@
 """What a benchmark reports: figures of each way over its runs, as a document, a table and a picture."""
 
-import json
 import platform
 import statistics
 from collections.abc import Sequence
@@ -109,14 +108,6 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def is_complete(document: Path) -> bool:
-    """Whether a report stands there that was not interrupted."""
-    try:
-        return json.loads(document.read_text())["interrupted"] is False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0) -> str:

@@ -28,6 +28,7 @@ from layerskip_recipes.recipes.data import load_data
 from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation, tree_of, weight_bytes
 from layerskip_recipes.recipes.eval_config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
+from layerskip_recipes.recipes.report import place_of
 from layerskip_recipes.recipes.validation import chosen_exits
 from layerskip_recipes.settings import (
     build,
@@ -202,14 +203,18 @@ class LayerSkipEval:
         if self.interrupted:
             report["interrupted"] = True
         exits = {name: of_name["exits"] for name, of_name in measured.items() if "exits" in of_name}
+        document = place_of(Path(cfg.report), "report", self.interrupted) if cfg.get("report") else None
         if cfg.get("picture") and exits:
-            report["picture"] = cfg.picture
-        if cfg.get("report"):
-            Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
-            Path(cfg.report).write_text(json.dumps(report, indent=2) + "\n")
+            picture = Path(cfg.picture)
+            if document is not None and document != Path(cfg.report):
+                picture = picture.with_stem(f"{picture.stem}_interrupted")
+            report["picture"] = str(picture)
+        if document is not None:
+            document.parent.mkdir(parents=True, exist_ok=True)
+            document.write_text(json.dumps(report, indent=2) + "\n")
         if "picture" in report:
-            plot_exits(exits, Path(cfg.picture), title=f"{cfg.checkpointer.checkpoint_dir}, {self.total} batches")
-            print(f"picture: {cfg.picture}")
+            plot_exits(exits, picture, title=f"{cfg.checkpointer.checkpoint_dir}, {self.total} batches")
+            print(f"picture: {picture}")
         print(json.dumps(report), flush=True)
         return report
 

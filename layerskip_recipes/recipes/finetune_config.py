@@ -140,8 +140,9 @@ def check_config(cfg: DictConfig) -> None:
         ("enable_async_checkpointing", "save_every_n_steps"),
         ("ac_option", "ac_mode"),
     ):
-        if cfg.get(key) and cfg.get(needs) is None:
-            raise ValueError(f"{key}: {cfg[key]!r} does nothing without {needs}; set that, or leave it out: ~{key}")
+        value = cfg.get(key)
+        if value is not None and value is not False and cfg.get(needs) is None:
+            raise ValueError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
     if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
         raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:

@@ -1,16 +1,40 @@
 """What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
 
+import json
 import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torchtune import utils
 
 from layerskip_recipes.generation import GenerationStats, is_looping
 from layerskip_recipes.generation.stats import ideal_speedup
 from layerskip_recipes.generation.timing import memory_bandwidth
+
+log = utils.get_logger("INFO")
+
+
+def place_of(document: Path, key: str, interrupted: bool) -> Path:
+    """Where a report in JSON goes: one that was interrupted goes beside a complete one, not in its place.
+
+    Args:
+        document: where it is to go.
+        key: of the config that says so, for a warning.
+        interrupted: whether it was.
+    """
+    if not interrupted:
+        return document
+    try:
+        complete = not json.loads(document.read_text()).get("interrupted", False)
+    except (OSError, ValueError, AttributeError):  # none, or another document
+        complete = False
+    if complete:
+        log.warning("%s: the complete %s of an earlier run stays", key, document)
+    return document.with_stem(f"{document.stem}_interrupted") if complete else document
 
 
 @dataclass
