@@ -24,6 +24,7 @@ def exit_quality(
     chunk_tokens: int = 512,
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     num_speculations: int = 6,
+    key: str = "dataset",
 ) -> dict[int, dict[str, float]]:
     """Quality of each exit over the labels that count.
 
@@ -36,6 +37,7 @@ def exit_quality(
         chunk_tokens: the tokens whose logits exist at a time.
         add_up: the sum of a tensor over the processes that have batches of their own.
         num_speculations: d of "accepted_length".
+        key: of the data in the config, for messages.
 
     Returns:
         {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
@@ -48,14 +50,14 @@ def exit_quality(
     exits = sorted(exits)
     sums = torch.zeros(len(exits), 6, dtype=_exact(device), device=device)
     for batch in batches:
-        check_batch(batch["tokens"], model)
+        check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
         measure = partial(_sums, model, labels, ignore_index, chunk_tokens, num_speculations)
         sums += model(batch.pop("tokens"), exits=exits, then=measure, **batch)
     sums = add_up(sums)
     if not sums[0, 3] > 0:
-        raise ValueError("dataset: no label counts, so there is nothing to measure")
+        raise ValueError(f"{key}: no label counts, so there is nothing to measure")
     quality = {}
     for e, (loss, right, agreed, count, accepted, windows) in zip(exits, sums.tolist(), strict=True):
         quality[e] = {

@@ -55,10 +55,14 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             config = first_layers(config, draft)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _copy_weights(weights, folder, draft or layers)
+        generation = folder / "generation_config.json"
+        settings = json.loads(generation.read_text()) if generation.exists() else {}
         if exit_layer is not None:
-            generation = folder / "generation_config.json"
-            settings = json.loads(generation.read_text()) if generation.exists() else {}
-            generation.write_text(json.dumps(settings | {"assistant_early_exit": exit_layer}, indent=2) + "\n")
+            settings["assistant_early_exit"] = exit_layer
+        elif draft is not None:
+            settings.pop("assistant_early_exit", None)  # of the whole model
+        if settings or generation.exists():
+            generation.write_text(json.dumps(settings, indent=2) + "\n")
         folder.rename(target)
     return target
 

@@ -127,12 +127,16 @@ def run_part(command: Sequence[str], result: Path, checkpoint: Path) -> Any:
     where = {"device": device_name(utils.get_device(None)), "threads": torch.get_num_threads(), **package_versions()}
     told = result.with_suffix(".command")
     of = json.dumps({"command": list(command), "weights": weights, "where": where})
-    if not (result.exists() and told.exists() and told.read_text() == of and not _read(result).get("interrupted")):
+    result.parent.mkdir(parents=True, exist_ok=True)
+    if not (told.exists() and told.read_text() == of):
+        # Of other weights or versions, as the journal that a sweep continues.
+        for old in (result, result.with_suffix(".jsonl")):
+            old.unlink(missing_ok=True)
+        told.write_text(of)
+    if not result.exists() or _read(result).get("interrupted"):
         output = run(command)
-        result.parent.mkdir(parents=True, exist_ok=True)
         if result.suffix == ".log":
             result.write_text(output)
-        told.write_text(of)
     return _read(result)
 
 

@@ -245,13 +245,13 @@ def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
         )
 
 
-def check_batch(tokens: torch.Tensor, model: TransformerDecoder) -> None:
+def check_batch(tokens: torch.Tensor, model: TransformerDecoder, key: str = "dataset") -> None:
     """Raises a ValueError if tokens [b, s] of a dataset, still on the CPU, are more or others than the model takes."""
-    check_length(tokens.shape[1], model)
+    check_length(tokens.shape[1], model, key)
     largest, vocabulary = int(tokens.max()), model.tok_embeddings.num_embeddings
     if largest >= vocabulary:
         raise ValueError(
-            f"dataset: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
+            f"{key}: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
             "without images, and the model's own tokenizer"
         )
 

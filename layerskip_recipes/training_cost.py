@@ -5,7 +5,6 @@ A step is forward and backward on random tokens, with gradients that stay, and n
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from layerskip_recipes.layers import select_layers
 from layerskip_recipes.mesh import checkpoint_layers
 from layerskip_recipes.recipes.finetune_config import check_config
 from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
+from layerskip_recipes.recipes.report import peak_memory_bytes
 from layerskip_recipes.settings import build_on_meta, check_device, check_dtype
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -90,7 +90,7 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
         model.layer_dropout = LayerDropout(depth, prob, "uniform", batch_size=batch)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    before, seconds = _memory(device), []
+    before, seconds = peak_memory_bytes(device) / 2**30, []
     model.train()
     for _ in range(steps + 1):
         started = time.perf_counter()
@@ -98,14 +98,7 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[1:], "peak_gb": _memory(device), "before_gb": before}
-
-
-def _memory(device: torch.device) -> float:
-    """The most memory so far, in GB: of the device, or of this process."""
-    if device.type == "cuda":
-        return training.get_memory_stats(device)["peak_memory_alloc"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds[1:], "peak_gb": peak_memory_bytes(device) / 2**30, "before_gb": before}
 
 
 WAYS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer")

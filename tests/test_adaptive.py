@@ -33,7 +33,7 @@ def test_look_up_finds_what_a_search_finds(ngram):
             text += piece
             for count in (1, 3, 7):
                 expected = search(text, ngram, count)
-                assert look_up.find(count) == expected
+                assert look_up.find(count)[0] == expected
                 assert len(expected) in (0, count)
             found += bool(expected)
             new += not expected
@@ -43,13 +43,13 @@ def test_look_up_finds_what_a_search_finds(ngram):
 def test_look_up_by_hand():
     look_up = LookUp(2)
     look_up.extend([1, 2, 3, 4, 1, 2, 5, 6, 1, 2])
-    assert look_up.find(3) == [5, 6, 1]  # the last place, not the first
-    assert look_up.find(6) == [5, 6, 1, 2, 5, 6]
+    assert look_up.find(3) == ([5, 6, 1], 0)  # the last place, not the first
+    assert look_up.find(6) == ([5, 6, 1, 2, 5, 6], 0)
     look_up.extend([7])
-    assert look_up.find(3) == []
+    assert look_up.find(3) == ([], 0)
     short = LookUp(3)
     short.extend([1, 1])
-    assert short.find(2) == []
+    assert short.find(2) == ([], 0)
 
 
 # ---- when a draft stops ----
@@ -256,14 +256,41 @@ def test_the_rate_is_that_of_the_last_rounds():
     ids=str,
 )
 def test_what_there_is_to_choose_from(arguments, kinds, choice):
-    for found in (False, True):
+    looks_up = any(kind.startswith("lookup") for kind in kinds)
+    for match in (None, 0, 1, 2) if looks_up else (None,):
         policy, offered = Policy(*arguments), set()
         assert policy.has_choice == choice
         for _ in range(40):
-            arm = policy.pick(found)
+            arm = policy.pick(match)
             policy.chooser.learn(arm, 1, 1.0)
             offered.add(f"{arm.kind} {arm.exit_layer}")
-        assert offered == {kind for kind in kinds if found or not kind.startswith("lookup")}
+            assert arm.kind != "lookup" or arm.match == match
+        assert offered == {kind for kind in kinds if match is not None or not kind.startswith("lookup")}
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_how_much_of_the_text_a_look_up_found_again(ngram):
+    """Against a search in the whole text; what longer matches promise is learned apart from that of shorter ones."""
+    generator, levels = random.Random(56), Counter()
+    text, look_up = [], LookUp(ngram)
+    for _ in range(400):
+        repeat = text[(at := generator.randrange(len(text))) : at + generator.randrange(1, 20)] if text else []
+        new = repeat if generator.random() < 0.5 else [generator.randrange(6)]
+        text += new
+        look_up.extend(new)
+        ends = [i for i in range(ngram, len(text)) if text[i - ngram : i] == text[-ngram:]]
+        found, match = look_up.find(3)
+        if not ends:
+            assert (found, match) == ([], 0)
+            continue
+        same = max(n for n in range(ngram, ends[-1] + 1) if text[ends[-1] - n : ends[-1]] == text[-n:])
+        assert found[0] == text[ends[-1]] and match == (0 if same < 2 * ngram else 1 if same < 4 * ngram else 2)
+        levels[match] += 1
+    assert min(levels[match] for match in range(3)) > 5
+    policy = Policy([2], None, True)
+    for match, tokens in ((0, 1), (2, 7), (None, 3)) * 20:
+        policy.chooser.learn(policy.lookups[match] if match is not None else policy.arms[0], tokens, 1.0)
+    assert (policy.pick(0).kind, policy.pick(2).kind, policy.pick().kind) == ("fixed", "lookup", "fixed")
 
 
 # ---- the setting ----

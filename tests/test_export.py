@@ -80,6 +80,15 @@ def test_the_whole_model_carries_its_exit(form, tmp_path, request):
     assert (out / "tokenizer.json").read_text() == (whole / "tokenizer.json").read_text()
 
 
+def test_a_draft_has_no_exit_of_the_whole_model(checkpoint, tmp_path):
+    whole = export(str(checkpoint), str(tmp_path / "whole"), exit_layer=2)
+    draft = export(str(whole), str(tmp_path / "draft"), draft=1)
+    assert json.loads((whole / "generation_config.json").read_text())["assistant_early_exit"] == 2
+    settings = draft / "generation_config.json"
+    assert not settings.exists() or "assistant_early_exit" not in json.loads(settings.read_text())
+    assert load(draft).generation_config.assistant_early_exit is None
+
+
 def test_a_finetuned_checkpoint(tmp_path, tokenizer_folder):
     train(finetune_config(tmp_path, tokenizer_folder, max_steps_per_epoch=1))
     out = export(str(tmp_path / "out" / "epoch_0"), str(tmp_path / "export"), exit_layer=1)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from layerskip_recipes.recipes.generate import LayerSkipGenerate
 from layerskip_recipes.recipes.generate_config import check_config
 from layerskip_recipes.recipes.prompts import to_tokens
 from layerskip_recipes.recipes.report import Totals
-from layerskip_recipes.recipes.stream import TextStream
+from layerskip_recipes.recipes.stream import TextStream, follow
 
 CPU = torch.device("cpu")
 MODES = {
@@ -266,7 +267,9 @@ def test_a_quantiser_that_does_not_work_here_is_named(path):
 def test_a_quantiser_that_changes_nothing_is_refused(path):
     """torchao leaves layers that groups do not fit as they are."""
     quantizer = ["quantizer._component_=torchao.quantization.Int4WeightOnlyConfig", "quantizer.group_size=64"]
-    with pytest.raises(ValueError, match="^quantizer: .*Int4WeightOnlyConfig changes no weight of this model.*divisor"):
+    with pytest.raises(
+        ValueError, match=r"^quantizer: .*Int4WeightOnlyConfig changes no weight of this model.*divisor"
+    ):
         run(path, *quantizer)
 
 
@@ -385,6 +388,105 @@ def test_each_answer_is_printed_once(path, capsys):
     run(path, "prompt=[one, two, three]", "batch_size=2")
     out = capsys.readouterr().out
     assert [out.count(f"--- prompt {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
+    """The last prompt is the shortest: its answer comes first, and the file of before is there until the end."""
+    out = tmp_path / "out.jsonl"
+    partial, seen = out.with_name("out.jsonl.partial"), []
+    out.write_text("yesterday's")
+    lines = ["a = 1; b = 2; c", "import os; x = 3", "a", "b"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    overrides = [f"prompt_file={tmp_path / 'prompts.jsonl'}", f"output_file={out}", "batch_size=2"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+
+    def watched(batch, *args, run=recipe._run, **kwargs):
+        seen.append((out.read_text(), partial.read_text().splitlines()))
+        return run(batch, *args, **kwargs)
+
+    monkeypatch.setattr(recipe, "_run", watched)
+    recipe.generate()
+    assert seen[0] == ("yesterday's", []) and seen[1][0] == "yesterday's"
+    whole = out.read_text().splitlines()
+    assert [json.loads(line)["index"] for line in whole] == [0, 1, 2, 3]
+    assert seen[1][1] == whole[2:] and not partial.exists()
+
+
+def test_prompts_that_differ_between_ranks_are_refused(path, monkeypatch):
+    compared = []
+    monkeypatch.setattr("layerskip_recipes.recipes.generate.same_on_all", lambda value: compared.append(value) or True)
+    recipe = LayerSkipGenerate(load_config(str(path)))
+    assert compared == [([0], recipe.prompt_tokens)]
+    monkeypatch.setattr("layerskip_recipes.recipes.generate.same_on_all", lambda value: False)
+    with pytest.raises(ValueError, match=r"^prompts: differ between ranks\. .*prompt_file="):
+        LayerSkipGenerate(load_config(str(path)))
+
+
+def test_half_a_character_is_a_bad_prompt(path, tmp_path):
+    """JSON can have it, UTF-8 cannot."""
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "a = 1"}\n{"prompt": "\\ud83d hi"}\n{"prompt": {"user": "x", "system": "\\ud83d"}}\n')
+    with pytest.raises(ValueError, match=r"^prompt_file line 2: .* half of a character.*also lines 3"):
+        run(path, f"prompt_file={file}")
+    _, report = run(path, f"prompt_file={file}", "on_bad_prompt=skip", f"output_file={out}")
+    assert (report["prompts"], report["skipped"]) == (1, 2) and len(out.read_text().splitlines()) == 3
+
+
+def test_a_question_in_another_encoding_is_left_out(path, monkeypatch, caplog):
+    lines = iter(["hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "and now"])
+
+    def read(prompt):
+        line = next(lines, "/exit")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=4"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert recipe.generate()["prompts"] == 2
+    assert sum("the question is left out: 'utf-8'" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_answer_that_was_interrupted_before_its_first_token_is_none(path, monkeypatch):
+    """It counts in no figure, and the conversation goes on without it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand now\n"))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=4"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    asked = []
+
+    def prefill(self, whole=Generation._prefill):
+        asked.append(self.prompts[0])
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    monkeypatch.setattr(Generation, "_prefill", prefill)
+    report = recipe.generate()
+    assert report["prompts"] == 1 and report["tokens"] <= 4
+    assert "hi" not in recipe.tokenizer.decode(asked[1])
+
+
+def test_what_stop_strings_cut_is_not_counted_after_ctrl_c(path):
+    """Of a round that gave three tokens one is kept."""
+    recipe = LayerSkipGenerate(load_config(str(path)))
+    tokens = recipe.tokenizer.encode("a = 1", add_bos=False, add_eos=False)
+    text = recipe.tokenizer.decode(tokens[:1])
+
+    class Interrupted:
+        generated, finished, stats = [list(tokens)], [False], SimpleNamespace(tokens=len(tokens))
+
+        def __iter__(self):
+            yield [list(tokens)]
+            raise KeyboardInterrupt
+
+    generation = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        follow(generation, [TextStream(recipe.tokenizer, [], [text])])
+    assert generation.finished == [True] and generation.stats.tokens == len(generation.generated[0]) == 1 < len(tokens)
 
 
 def test_a_conversation_has_no_baseline(path, monkeypatch):

@@ -127,6 +127,27 @@ def test_what_was_measured_is_not_measured_again(commands, tmp_path):
     assert again("quickstart=elsewhere") == ["layerskip", "eval", *["benchmark"] * 4]
 
 
+def test_a_sweep_goes_on_only_with_the_same_weights(commands, tmp_path, monkeypatch):
+    """Its journal is there when an interrupted page is made again, and is not when the model was trained anew."""
+    write_results("docs/results.md", ["quickstart"])
+    folder = tmp_path / "results" / "quickstart_figures" / "sweep"
+    journal, seen, run = folder / "sweep.jsonl", [], results.subprocess.run
+
+    def watched(command, **kwargs):
+        if "sweep={}" in command:
+            seen.append(journal.exists())
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(results.subprocess, "run", watched)
+    for trained_anew in (False, True):
+        journal.write_text("cells\n")
+        (folder / "sweep.json").unlink()
+        if trained_anew:
+            (tmp_path / "results/quickstart/epoch_0/model.safetensors").unlink()
+        write_results("docs/results.md", ["quickstart"])
+    assert seen == [True, False]
+
+
 def test_what_was_written_by_hand_stays(commands, tmp_path):
     page = tmp_path / "docs/results.md"
     write_results("docs/results.md", ["quickstart"])

@@ -285,7 +285,16 @@ def test_a_chain_is_the_exits_own_text(shape, vocabulary, penalty):
                 logits = penalised(logits, tokens, penalty)
                 expected.append(max(vocabulary or range(VOCAB), key=logits.__getitem__))
                 tokens = [*tokens, expected[-1]]
-            assert generation.tree.chain(draft) == expected or text is None
+            assert draft == expected or text is None
+
+
+def test_drafts_looked_up_beside_a_tree_are_told_as_they_are():
+    """All of them, though the tree of other rounds has more nodes than its chain."""
+    prompts, count, d = [PROMPT * 3], 20, 4
+    generation, rounds = drafts_of(model_of("llama3_2"), prompts, count, Speculation(2, d, 3, 2, prompt_lookup=2))
+    assert generation.stats.arms["lookup"] and generation.tree.nodes > d + 1
+    for (text,), (draft,) in rounds:
+        assert len(draft) == min(d, count - (len(text) - len(prompts[0])) - 1)
 
 
 def test_a_drafter_drafts_in_the_models_place():
@@ -430,7 +439,7 @@ T1 = {"temperature": 1.0}
         ({"num_speculations": 2, "tree_width": 2, "tree_children": 3}, T1 | {"top_k": 2}),
         ({"num_speculations": 2, "tree_children": 3}, {"temperature": 0.8, "min_p": 0.1}),
         ({"num_speculations": 2, "tree_width": 3, "tree_children": 2}, T1 | {"repetition_penalty": 1.6}),
-        ({"num_speculations": 2, "draft_vocabulary": [0, 2, 3, 5]}, T1),
+        ({"num_speculations": 2, "draft_vocabulary": torch.tensor([0, 2, 3, 5], dtype=torch.int32)}, T1),
         ({"num_speculations": 2, "draft_vocabulary": [6, 4, 2], "tree_width": 2, "tree_children": 3}, T1),
         ({"num_speculations": 3, "threshold": 0.5}, T1),
         ({"num_speculations": 2, "drafter": True}, T1),
@@ -715,12 +724,12 @@ def test_bytes_of_a_tree():
     for _ in generation:
         pass
     weights = cache = 0
-    for root, nodes in roots:
-        n = nodes // width
+    for root, n in roots:
+        nodes = n * width
         weights += (L + n * exit_layer) * LAYER + (n + 1) * HEAD
         cache += (L + n * exit_layer) * SLOT * (root + max(nodes, width) + 1)
     assert (generation.stats.weight_bytes, generation.stats.cache_bytes) == (weights, cache)
-    assert generation.stats.draft_steps == sum(nodes // width for _, nodes in roots)
+    assert generation.stats.draft_steps == sum(n for _, n in roots)
 
 
 def test_statistics_add_up():

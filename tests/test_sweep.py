@@ -80,6 +80,19 @@ def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
     assert journals[False].cells[0.0].keys() == set(cells)
 
 
+def test_cells_that_were_not_asked_for_leave_none_out(tmp_path, monkeypatch):
+    """A journal has a fast one, of a sweep before, from which the next best would not be measured."""
+    tokens = tokens_of(lambda e: e / L)
+    journal, asked = Journal(tmp_path / "sweep.jsonl", {}), [Cell(8, 2), Cell(8, 4)]
+    journal.add(0.0, Cell(3, 6), truth(Cell(3, 6), tokens_of(lambda e: 0.99)))
+    monkeypatch.setattr(sweep, "observe", lambda bench, temperature, longest: (tokens, STEP))
+    monkeypatch.setattr(sweep, "measure", lambda bench, temperature, cell: truth(cell, tokens))
+    fast = journal.cells[0.0][Cell(3, 6)].speedup
+    sweep._measure(None, 0.0, asked, True, journal)
+    found = {cell: known.speedup for cell, known in journal.cells[0.0].items() if cell in asked}
+    assert found and max(found.values()) < fast / 1.2
+
+
 def test_a_journal_is_read_again(tmp_path):
     path = tmp_path / "x" / "sweep.jsonl"
     journal = Journal(path, {"seed": 0, "prompt": ["a"]})

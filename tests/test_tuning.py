@@ -165,13 +165,17 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path / "user", checkpoint, compile=True)
     path = benchmark_config(
-        tmp_path, checkpoint, tune=True, tune_extends=str(user), max_new_tokens=24, temperatures=[0.0], repeats=1
+        tmp_path, checkpoint, tune=True, tune_extends=str(user), max_new_tokens=24, temperatures=[0.0, 0.8], repeats=1
     )
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
     recipe.tune()
     report = recipe.benchmark()
-    rows = {row["name"]: row["speedup"]["median"] for row in report["results"] if row["kind"] == "variant"}
+    variants = [row for row in report["results"] if row["kind"] == "variant"]
+    rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
+    # Predicted is what the choice is for.
+    predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
+    assert predicted == {(0.0, name) for name in rows if not name.endswith("_auto")}
     assert set(rows) == set(recipe.variants) and any(name.endswith("_auto") for name in rows)
     fastest = max(rows, key=rows.get)
     cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
@@ -238,10 +242,11 @@ SAMPLING = {"temperatures": [0.8], "top_k": 50}
         ({"repetition_penalty": 1.2}, {}, "repetition_penalty=1.2, .*for example repetition_penalty=null there"),
         ({"batch_size": 2}, {}, "batch_size=2, and tune would choose for 1.* batch_size=2"),
         ({"compile": True}, {}, None),
+        ({"dtype": "bf16"}, {}, None),
     ],
 )
 def test_the_choice_is_for_what_the_extended_config_decodes(user, changes, wrong, tmp_path, tokenizer_folder, caplog):
-    """It would stand there, with what was measured otherwise; compiling alone is only warned of."""
+    """It would stand there, with what was measured otherwise; compiling and another model are only warned of."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     extended = generate_config(tmp_path / "user", checkpoint, **user)
     path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(extended), **changes)
@@ -249,7 +254,21 @@ def test_the_choice_is_for_what_the_extended_config_decodes(user, changes, wrong
     with pytest.raises(ValueError, match=f"^tune_extends: .* has {wrong}") if wrong else nullcontext():
         LayerSkipBenchmark(load_config(str(path)))
     warned = [record.getMessage() for record in caplog.records if "tune_extends" in record.getMessage()]
-    assert [f"{extended} has compile=True, here it is False" in line for line in warned] == [True] * ("compile" in user)
+    expected = {
+        "compile": "compile=True, here it is False",
+        "dtype": "dtype=bf16, which is kept, and the choice is for fp32",
+    }
+    assert len(warned) == sum(key in user for key in expected)
+    assert all(f"{extended} has {expected[key]}" in warned[0] for key in expected if key in user)
+
+
+def test_another_checkpoint_than_the_extended_configs_is_told(tmp_path, tokenizer_folder, caplog):
+    one, other = (make_checkpoint(tmp_path / name, tokenizer_folder) for name in ("one", "other"))
+    extended = generate_config(tmp_path / "user", one)
+    caplog.set_level("WARNING")
+    LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, other, tune=True, tune_extends=str(extended)))))
+    (warned,) = [record.getMessage() for record in caplog.records if "tune_extends" in record.getMessage()]
+    assert f"checkpointer.checkpoint_dir={one}, which is kept, and the choice is for {other}" in warned
 
 
 def test_outputs_of_one_token():

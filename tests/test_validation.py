@@ -131,6 +131,23 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, start, tmp
         assert len({line["val_loss_exit_2"] for line in measured.values()}) == len(measured)
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"tokens": [[1, 2, 3]], "labels": [[-100] * 3]}, "no label counts"),
+        ({"tokens": [[1, 2, 2**20]], "labels": [[1, 2, 3]]}, "a sample has token 1048576"),
+        ({"tokens": [[1] * 999], "labels": [[1] * 999]}, "a sample has 999 tokens"),
+    ],
+)
+def test_bad_validation_data_are_told_by_their_key(batch, message, tmp_path, tokenizer_folder):
+    """Also where the first sample is fine, by which the config is checked."""
+    recipe = LayerSkipFinetune(load_config(str(finetune_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION))))
+    recipe.setup()
+    recipe.validation.batches = [{key: torch.tensor(value) for key, value in batch.items()}]
+    with pytest.raises(ValueError, match=f"^dataset_val: {message}"):
+        recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
+
+
 def test_validation_changes_no_training(tmp_path, tokenizer_folder):
     """Not a random number is moved: attention dropout, layer dropout, the adapters' dropout and the order go on."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)

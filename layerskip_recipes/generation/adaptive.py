@@ -20,10 +20,12 @@ class Arm:
         kind: "fixed" drafts num_speculations tokens, "adaptive" stops by confidence, "lookup" drafts from the text,
             "plain" drafts nothing.
         exit_layer: E.
+        match: of a look-up how long the text is that it found again: 0, 1 or 2, see `LookUp.find`.
     """
 
     kind: str
     exit_layer: int
+    match: int = 0
 
 
 @dataclass
@@ -182,14 +184,25 @@ class LookUp:
                 self.after[tuple(self.tokens[-self.ngram :])] = len(self.tokens)
             self.tokens.append(token)
 
-    def find(self, count: int) -> list[int]:
-        """`count` tokens that may follow, or [] if the end of the text is new."""
+    def find(self, count: int) -> tuple[list[int], int]:
+        """Tokens that may follow, and how much of the text before them is the same: which says how likely they are.
+
+        Args:
+            count: how many.
+
+        Returns:
+            `count` tokens, and 0 for less than 2 n-grams, 1 for less than 4, 2 for more; ([], 0) if the end of the text
+            is new.
+        """
         at = self.after.get(tuple(self.tokens[-self.ngram :]))
         if at is None:
-            return []
+            return [], 0
+        same, most = self.ngram, min(4 * self.ngram, at)
+        while same < most and self.tokens[at - 1 - same] == self.tokens[-1 - same]:
+            same += 1
         found = self.tokens[at : at + count]
         # A repetition shorter than the draft goes on repeating.
-        return [found[i % len(found)] for i in range(count)]
+        return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
 
 
 class Policy:
@@ -206,15 +219,16 @@ class Policy:
         self.arms = [Arm(kind, exit_layer) for exit_layer in exits for kind in kinds]
         if threshold == "auto" and exits:  # where no draft pays, the best one has no token
             self.arms.append(Arm("plain", exits[0]))
-        self.lookup = Arm("lookup", exits[0]) if lookup and exits else None
+        # One for each length of a match: what follows long ones is right far more often.
+        self.lookups = [Arm("lookup", exits[0], match) for match in range(3)] if lookup and exits else []
         self.chooser = Chooser()
         self.lengths = {e: DraftLength("auto" if threshold is None else threshold) for e in exits}
 
     @property
     def has_choice(self) -> bool:
         """Whether there is anything to learn."""
-        return len(self.arms) > 1 or self.lookup is not None or self.arms[0].kind == "adaptive"
+        return len(self.arms) > 1 or bool(self.lookups) or self.arms[0].kind == "adaptive"
 
-    def pick(self, found: bool) -> Arm:
-        """How to do the next round; `found`: the text has drafts to offer."""
-        return self.chooser.pick([*self.arms, self.lookup] if found and self.lookup else self.arms)
+    def pick(self, match: int | None = None) -> Arm:
+        """How to do the next round; `match`: of the drafts that the text has to offer, None if it has none."""
+        return self.chooser.pick(self.arms if match is None else [*self.arms, self.lookups[match]])

@@ -38,8 +38,8 @@ class Generation:
         cache: of an earlier generation (its `cache`), of as many rows: what it holds of the prompts is not run again.
         agree: makes what a round chose the same on all processes.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens, [b][n], before they are verified; of a tree with its nodes,
-            of which `tree.chain` takes the likeliest of each level.
+        on_draft: called with each round's drafted tokens, [b][n], before they are verified; of a tree with those that
+            a chain would have.
 
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
@@ -262,9 +262,9 @@ class Generation:
         if self.compiled is not None:
             self.compiled.begin_round()
         started, compiled = time.perf_counter(), self.compile_s
-        looked_up = self._look_up() if self.speculation.prompt_lookup is not None else None
+        looked_up, match = self._look_up() if self.speculation.prompt_lookup is not None else (None, None)
         policy = self.speculation.policy
-        arm = policy.pick(found=looked_up is not None)
+        arm = policy.pick(match)
         room = [self.limit - len(row) for row in self.generated]
         depth = self.tree.depth
         if self.compiled is None:
@@ -286,7 +286,8 @@ class Generation:
                 noise = self.sampler.noise(shape, self.device)
                 draft = self._run(steps, name, slots, self.last, start, slots, noise, self.seen)
         if self.on_draft is not None:
-            self.on_draft(draft.tokens[:, 1:].tolist())
+            drafted = draft.tokens[:, 1:].tolist()
+            self.on_draft(drafted if draft.parents is None else [self.tree.chain(row) for row in drafted])
 
         chain = draft.parents is None
         b, n = len(self.prompts), draft.tokens.shape[1] - 1 if chain else depth
@@ -368,11 +369,14 @@ class Generation:
             return seconds
         return self.agree(torch.tensor(seconds, device=self.device, dtype=torch.float32)).item()
 
-    def _look_up(self) -> torch.Tensor | None:
-        """[b, n] drafts from the text, None unless every row that still runs has one."""
+    def _look_up(self) -> tuple[torch.Tensor | None, int | None]:
+        """[b, n] drafts from the text and the worst match of a row; None unless every row that still runs has one."""
         n = self.speculation.num_speculations
-        found = [[0] * n if done else text.find(n) for text, done in zip(self.texts, self.finished, strict=True)]
-        return on_device(found, self.device) if all(found) else None
+        found = [None if done else text.find(n) for text, done in zip(self.texts, self.finished, strict=True)]
+        if not all(row is None or row[0] for row in found):
+            return None, None
+        drafts = [[0] * n if row is None else row[0] for row in found]
+        return on_device(drafts, self.device), min(row[1] for row in found if row is not None)
 
     def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
         """A step, by its compiled graph if there is one for it."""

@@ -55,7 +55,7 @@ class DraftHead(nn.Module):
                 "neither quantised nor split over processes; leave draft_vocabulary out"
             )
         self.norm = model.norm
-        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).unique()
+        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
         self.weight = output.weight.detach()[vocabulary]
         bias = getattr(output, "bias", None)
         self.bias = None if bias is None else bias.detach()[vocabulary]
@@ -66,7 +66,7 @@ class DraftHead(nn.Module):
 
         It stays where it is in memory, by which CUDA graphs know it.
         """
-        output, wanted = _head(model), torch.as_tensor(vocabulary).unique().cpu()
+        output, wanted = _head(model), torch.as_tensor(vocabulary).long().unique().cpu()
         (kept,) = getattr(model, "draft_head", (None,))
         if (
             kept is None

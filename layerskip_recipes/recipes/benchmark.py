@@ -259,6 +259,7 @@ class LayerSkipBenchmark:
     def _report(self, interrupted: bool) -> dict[str, Any]:
         where, results = self.circumstances(), []
         for (temperature, name), runs in self.runs.items():
+            predicted = self.predicted if temperature == self.temperatures[0] else {}  # it is for that one
             peer = self.peers[temperature].get(name)
             row = {
                 "temperature": temperature,
@@ -267,7 +268,7 @@ class LayerSkipBenchmark:
                 "setting": peer and peer.setting,
                 "trial_tokens_per_second": peer and peer.trial,
                 "compile_s": None if peer else self.compile_s[temperature, name],
-                "predicted_speedup": self.predicted[name].speedup if name in self.predicted else None,
+                "predicted_speedup": predicted[name].speedup if name in predicted else None,
             }
             row |= figures(runs, self.runs[temperature, BASELINE], temperature == 0, self.bandwidth)
             results.append(row | self._quality(runs))

@@ -1,5 +1,6 @@
 """The config of `layerskip_benchmark`: which keys there are, and all that can be wrong on any machine."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -208,6 +209,22 @@ def _check_extended(cfg: DictConfig, chooses: str) -> None:
     if there != here:  # quick, and rough
         message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
         log.warning(message, name, there, here)
+    ours, theirs = _model(cfg), _model(extended)
+    for key in ours:
+        if ours[key] != theirs[key]:
+            message = "tune_extends: %s has %s=%s, which is kept, and the choice is for %s, as it is here"
+            log.warning(message, name, key, theirs[key], ours[key])
+
+
+def _model(cfg: DictConfig) -> dict[str, Any]:
+    """What the model is that decodes."""
+    section, quantizer = cfg.checkpointer, cfg.get("quantizer")
+    folders = {key: section.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
+    return {
+        **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},
+        "dtype": cfg.get("dtype"),
+        "quantizer": quantizer and quantizer.get("_component_"),
+    }
 
 
 def _decoding(cfg: DictConfig, temperature: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The decoding lives in `generation/`; here are batches, streaming, chat, the comp
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from layerskip_recipes.distributed import (
     is_rank_zero,
     load_sharded_decoder,
     num_processes,
+    same_on_all,
 )
 from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.compiling import cache_length
@@ -117,6 +119,11 @@ class LayerSkipGenerate:
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        if not same_on_all((self.good, self.prompt_tokens)):
+            raise ValueError(
+                "prompts: differ between ranks. Allowed: the same on all of them, so none that each draws for itself; "
+                "for example prompt_file=prompts.jsonl"
+            )
         if not self.interactive:
             # Not before each process has its GPU.
             parallel = check_processes(cfg, model)
@@ -156,7 +163,8 @@ class LayerSkipGenerate:
                 self._all_prompts(ours, baseline)
         except KeyboardInterrupt:
             self.interrupted = True
-            log.warning("interrupted: the report is of %d of %d prompts", len(ours.outputs), len(self.prompts))
+            what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
+            log.warning("interrupted: the report is of %s", "the answers so far" if self.interactive else what)
         report = {
             "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
             "num_speculations": None if self.draft is None else self.draft["num_speculations"],
@@ -244,7 +252,7 @@ class LayerSkipGenerate:
             **kwargs,
         )
         if dim_drafts:
-            generation.on_draft = lambda drafts: shown.show_draft([generation.tree.chain(row) for row in drafts])
+            generation.on_draft = shown.show_draft
         return generation
 
     def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
@@ -288,6 +296,8 @@ class LayerSkipGenerate:
             except KeyboardInterrupt:
                 log.warning("interrupted")
             cache = generation.cache
+            if not generation.generated[0]:
+                continue  # interrupted before the first token
             print("" if self.cfg.get("stream", True) else answer.text(generation.generated[0]), flush=True)
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
@@ -319,6 +329,9 @@ def _questions() -> Iterator[str]:
             question = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as e:
+            log.warning("the question is left out: %s", e)
+            continue
         if question == "/exit":
             return
         if question:
@@ -328,58 +341,63 @@ def _questions() -> Iterator[str]:
 class Results:
     """The answers in the order of the prompts, whatever the order of the batches: to stdout and `output_file`.
 
-    A context manager; what is there at its end is written, so an interrupted run loses nothing that it finished.
+    A context manager; what is there at its end is written, so an interrupted run loses nothing that it finished. If it
+    comes to no end, because it is killed, all finished answers stand in FILE.partial, in the order in which they came.
     A prompt that is skipped has a line in the file too, with its error.
     """
 
     def __init__(self, recipe: LayerSkipGenerate) -> None:
         self.recipe = recipe
-        self.waiting: dict[int, list[int]] = {i: [] for i in recipe.bad}
+        self.waiting: dict[int, str | None] = dict.fromkeys(recipe.bad)  # answers, None of a prompt that has none
         self.next = 0
+        self.lines: dict[int, str] = {}
         self.file = None
 
     def __enter__(self) -> "Results":
         name = self.recipe.cfg.get("output_file")
         if name is not None and self.recipe.shows:
             try:
-                self.file = open(name, "w", encoding="utf-8")
+                self.file = open(f"{name}.partial", "w", encoding="utf-8")
             except OSError as e:
                 raise ValueError(f"output_file: {name!r} cannot be written ({e}); for example answers.jsonl") from e
+            for i in self.recipe.bad:
+                example = self.recipe.examples[i]
+                self._note(i, {"line": example.line, "error": example.error})
         return self
 
     def add(self, outputs: dict[int, list[int]]) -> None:
         """A batch's outputs, by prompt."""
-        self.last = set(outputs)
-        self.waiting |= outputs
+        recipe = self.recipe
+        if not recipe.shows:
+            return
+        for i, tokens in outputs.items():
+            answer = recipe.text_of(i).text(tokens)
+            self.waiting[i] = answer
+            line = {"prompt": recipe.prompts[i], "text": answer, "tokens": len(tokens)}
+            self._note(i, line | ({"interrupted": True} if recipe.interrupted else {}))
         while self.next in self.waiting:
-            self._write(self.next, self.waiting.pop(self.next))
+            self._print(self.next, self.waiting.pop(self.next))
             self.next += 1
 
     def __exit__(self, *_: object) -> None:
         for i in sorted(self.waiting):
-            self._write(i, self.waiting[i])
+            self._print(i, self.waiting[i])
         if self.file is not None:
             self.file.close()
+            lines = "".join(self.lines[i] for i in sorted(self.lines))
+            Path(self.recipe.cfg.output_file).write_text(lines, encoding="utf-8")
+            Path(self.file.name).unlink()
 
-    def _write(self, i: int, tokens: list[int]) -> None:
-        recipe = self.recipe
-        if not recipe.shows:
-            return
-        example = recipe.examples[i]
-        if example.error is not None:
-            if self.file is not None:
-                line = {"index": i, "line": example.line, "error": example.error}
-                print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
-            return
-        answer = recipe.text_of(i).text(tokens)
-        if recipe.batch_size > 1:  # a single one was printed while it grew
-            recipe._print_head(i)
+    def _print(self, i: int, answer: str | None) -> None:
+        if answer is not None and self.recipe.batch_size > 1:  # a single one was printed while it grew
+            self.recipe._print_head(i)
             print(answer, flush=True)
+
+    def _note(self, i: int, line: dict[str, Any]) -> None:
         if self.file is not None:
-            line = {"index": i, "prompt": recipe.prompts[i], "text": answer, "tokens": len(tokens)}
-            if recipe.interrupted and i in self.last:
-                line["interrupted"] = True
-            print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
+            self.lines[i] = json.dumps({"index": i} | line, ensure_ascii=False) + "\n"
+            self.file.write(self.lines[i])
+            self.file.flush()
 
 
 def main() -> None:

@@ -310,7 +310,8 @@ def check_peer_files(names: Sequence[str], section: DictConfig) -> None:
             raise ValueError(
                 f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {folder!r} to weights that have "
                 "them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
-                f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported"
+                f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported and "
+                "checkpointer.checkpoint_files with the names of its weights, [model.safetensors] if they are one file"
             )
 
 

@@ -173,6 +173,12 @@ def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
 
 
 def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
+    for text in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as e:
+            at = str(text)[max(0, e.start - 10) : e.end + 10]
+            raise ValueError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"system", "user"}
         if (

@@ -145,4 +145,5 @@ def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStrea
         if shown is not None:
             shown.show(generation.generated[0], last=True)
         raise
-    generation.stats.tokens = sum(map(len, generation.generated))
+    finally:
+        generation.stats.tokens = sum(map(len, generation.generated))

@@ -171,7 +171,7 @@ def _measure(
         tokens = tokens or observe(bench, temperature, longest=max(cell.num_speculations for cell in cells))[0]
         promised = {cell: promise(cell, tokens, measured) for cell in left}
         cell = max(left, key=promised.__getitem__)
-        best = best_of(measured)
+        best = best_of({cell: measured[cell] for cell in cells if cell in measured})
         if prune and best is not None and promised[cell] < max(measured[best].speedup, 1.0):
             return
         found = measure(bench, temperature, cell)

@@ -118,7 +118,7 @@ class Validation:
         model.eval()
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
-        quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum)
+        quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val")
         batches.close()
         reshard(model)
         model.train()
