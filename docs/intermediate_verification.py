@@ -45,7 +45,8 @@ def costs(model) -> dict[int, float]:
     graphs = compiled_steps(model, device)
     cache = graphs.cache(model, 1, 512)
     with cache.used_by(model):
-        steps = Steps(model, cache, Sampler(), model.num_layers)
+        sampler = Sampler()
+        steps = Steps(model, cache, sampler, sampler.settings(device), model.num_layers)
         start, slots = torch.tensor([200], device=device), cache.slots[:256]
         tokens = {k: torch.zeros(1, k, dtype=torch.long, device=device) for k in POSITIONS}
         steps.chain_logits(tokens[1], None, start, slots)  # makes the cache's memory
