@@ -335,6 +335,7 @@ def rank(folder, job, number, port):
     said = os.open(folder / f"{job['name']}.rank{number}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # as it was said, not at the end
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     RANKS[job["what"]](folder, *job["arguments"])
     distributed.end_processes()
