@@ -64,7 +64,7 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Te
 
 
 def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
-    """31 of them in each int32: the noise of `lots`, of which a CPU makes six times as much as of Exp(1) itself."""
+    """31 of them in each int32: the noise of `lots`, of which a CPU makes nine times as much as of Exp(1) itself."""
     return torch.empty(shape, dtype=torch.int32, device=device).random_(generator=rng)
 
 
