@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from layerskip_recipes.generation.adaptive import Arm, Chooser, DraftLength, LookUp, Policy, check_threshold
+from layerskip_recipes.generation.adaptive import Arm, Chooser, DraftLength, Policy, Stopping, _Record, check_threshold
+from layerskip_recipes.generation.lookup import LookUp
 
 # ---- drafts from the text ----
 
@@ -262,10 +263,74 @@ def test_what_there_is_to_choose_from(arguments, kinds, choice):
         assert policy.has_choice == choice
         for _ in range(40):
             arm = policy.pick(match)
-            policy.chooser.learn(arm, 1, 1.0)
+            policy.learn(arm, 1, 1.0)
             offered.add(f"{arm.kind} {arm.exit_layer}")
             assert arm.kind != "lookup" or arm.match == match
         assert offered == {kind for kind in kinds if match is not None or not kind.startswith("lookup")}
+
+
+def test_that_no_draft_gives_one_token_needs_few_tries():
+    """So an unlucky trial of the drafts costs them a few rounds: what they promise has eight times the margin."""
+    for margin, kind in ((0.8, "fixed"), (0.1, "plain")):
+        chooser, arm = Chooser(trial=1, memory=10, margin=0.8), Arm(kind, 3)
+        chooser.learn(arm, 1, 0.5)
+        for rate, picked in ((2 * (1 + margin) - 0.01, arm), (2 * (1 + margin) + 0.01, ARMS[0])):
+            chooser.records.pop(ARMS[0], None)
+            chooser.records[arm].weight = 1.0
+            chooser.records[ARMS[0]] = record = _Record(rounds=1, weight=1e12)
+            record.recent.append((1.0, rate))
+            assert chooser.pick([arm, ARMS[0]]) == picked
+
+
+# ---- whole drafts, or drafts that stop ----
+
+
+def loops_and_prose(generator, rounds):
+    """What whole drafts of 6 would bring, in turns of 40 rounds: all of it in a loop, else 0 to 2."""
+    return [6 if i // 40 % 2 else generator.randrange(3) for i in range(rounds)]
+
+
+@pytest.mark.parametrize(("step", "whole_step", "pays"), [(0.1, 0.1, True), (0.25, 0.11, False)])
+def test_drafts_that_stop_are_chosen_where_they_pay(step, whole_step, pays):
+    """A round takes 1 and its steps. A stop after 2 saves steps in prose, but separate steps may take longer."""
+    stopping, ways = Stopping(), []
+    for right in loops_and_prose(random.Random(58), 600):
+        may_stop = stopping.next()
+        drafted = 6 if right == 6 or not may_stop else 2
+        seconds = 1 + drafted * (step if may_stop else whole_step)
+        ways.append(may_stop)
+        stopping.learn(may_stop, min(right, drafted) + 1, 0.0, seconds)
+    assert ways[:8] == [False] * 4 + [True] * 4  # both are tried first
+    late = ways[100:]
+    assert stopping.pays == pays and (late.count(pays), late.count(not pays)) == pytest.approx((484, 16), abs=2)
+
+
+def test_what_a_whole_draft_would_have_brought():
+    """Drafts stop after 2, all of which stand: m + m^2 tokens more in a whole one decide, at what it costs more."""
+    mean = 0.75
+    more = mean + mean**2  # of a draft of 4
+    for seconds, pays in ((1.0 / (3 + more) * 3 * 0.99, True), (1.0 / (3 + more) * 3 * 1.01, False)):
+        policy = Policy([3], "auto")
+        policy.lengths[3].drafted[0], policy.lengths[3].accepted[0] = 3998.0, 2998.6  # so that the mean is .75
+        assert policy.lengths[3].mean == pytest.approx(mean)
+        for _ in range(4):
+            policy.learn(Arm("fixed", 3), 3.0, 1.0)
+        for _ in range(4):
+            policy.learn(Arm("adaptive", 3), 3.0, seconds, stood=1.0, left=2)
+        assert policy.stopping[3].pays == pays
+        # The chooser sees one way, whatever its drafts do.
+        assert set(policy.chooser.records) == {Arm("fixed", 3)}
+        assert policy.rate(Arm("adaptive", 3)) == pytest.approx(24 / (4 + 4 * seconds))
+
+
+def test_a_hiccup_does_not_decide_how_drafts_end():
+    """One round of a hundred times the usual length counts as three times as long."""
+    stopping = Stopping()
+    for _ in range(4):
+        stopping.learn(False, 3, 0.0, 1.0)
+    for seconds in (0.5, 0.5, 100.0, *[0.5] * 8):
+        stopping.learn(True, 3, 0.0, seconds)
+    assert stopping.pays
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3])

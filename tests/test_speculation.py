@@ -121,7 +121,10 @@ def test_rows_of_a_batch_are_what_they_are_alone(variant, family, penalty):
         generation = run(model, [prompt], 18, **arguments, speculation=speculation)
         assert generation.generated == [tokens]
         stats += generation.stats
-    assert 0 < stats.acceptance_rate < 1 and 0 < together.stats.acceptance_rate < 1
+    for drafts in (stats, together.stats):  # with auto, by the clock, there may be few
+        assert 0 < drafts.drafted > drafts.accepted and (
+            drafts.accepted or VARIANTS[variant].get("threshold") == "auto"
+        )
     assert stats.tokens == together.stats.tokens == sum(map(len, expected))
 
 

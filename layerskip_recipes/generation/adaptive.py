@@ -6,7 +6,7 @@ All of it is lossless: it decides how much is drafted and by whom, never what is
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from layerskip_recipes.checks import check_number
@@ -66,7 +66,7 @@ class Chooser:
         fewest = min(range(len(arms)), key=lambda i: records[i].rounds)
         if records[fewest].rounds < self.trial:
             return arms[fewest]
-        return arms[max(range(len(arms)), key=lambda i: self._promise(records[i]))]
+        return max(arms, key=self._promise)
 
     def learn(self, arm: Arm, tokens: float, seconds: float) -> None:
         """A round of this arm gave each row so many tokens in so many seconds."""
@@ -81,8 +81,10 @@ class Chooser:
         """Tokens per second that an arm gives a row, 0 if it never ran."""
         return self.records.get(arm, _Record()).rate
 
-    def _promise(self, record: _Record) -> float:
-        return record.rate * (1 + self.margin / math.sqrt(record.weight))
+    def _promise(self, arm: Arm) -> float:
+        record = self.records[arm]
+        margin = self.margin / 8 if arm.kind == "plain" else self.margin  # always one token: only its time varies
+        return record.rate * (1 + margin / math.sqrt(record.weight))
 
 
 @dataclass
@@ -162,47 +164,60 @@ def check_threshold(threshold: float | str | None, key: str = "threshold") -> fl
     return threshold
 
 
-class LookUp:
-    """Drafts from the text itself: what followed the last earlier place with the same last `ngram` tokens.
+@dataclass
+class Stopping:
+    """Whether drafts that stop by their confidence beat whole ones: both judged on the same rounds.
 
-    Prompt look-up decoding (Saxena, 2023): summaries and edits repeat their prompt.
+    Texts differ more than the two ways do, and each way would see others: in a loop, say, any draft is right. So every
+    round that may have stopped counts for both. A whole draft in its place takes what whole drafts take, whatever the
+    text, and brings the same tokens; and where all that was drafted stood, m + m^2 + ... more, for a share m of drafts
+    that is accepted.
 
     Args:
-        ngram: tokens that have to agree, 1 or more.
+        trial: rounds of each way before any choice.
+        every: of so many rounds, one goes the way that is not chosen, to see whether it still is the worse one.
+        memory: rounds that may have stopped after which one has lost two thirds of its weight.
     """
 
-    def __init__(self, ngram: int) -> None:
-        self.ngram = ngram
-        self.tokens: list[int] = []
-        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its last place stands
+    trial: int = 4
+    every: int = 32
+    memory: float = 64.0
+    rounds: int = 0
+    stopping: int = 0  # those of them that might stop
+    whole_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])  # whole drafts, drafts that stop
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """More text."""
-        for token in tokens:
-            # Entered once something follows, so that the end of the text never finds itself.
-            if len(self.tokens) >= self.ngram:
-                self.after[tuple(self.tokens[-self.ngram :])] = len(self.tokens)
-            self.tokens.append(token)
+    @property
+    def pays(self) -> bool:
+        """Whether drafts that stop gave more tokens per second than whole ones would have."""
+        return self.tokens[1] * self.seconds[0] > self.tokens[0] * self.seconds[1]
 
-    def find(self, count: int) -> tuple[list[int], int]:
-        """Tokens that may follow, and how much of the text before them is the same: which says how likely they are.
+    def next(self) -> bool:
+        """Whether the next draft may stop."""
+        if len(self.whole_seconds) < self.trial or self.stopping < self.trial:
+            return len(self.whole_seconds) >= self.trial
+        return self.pays != (self.rounds % self.every == 0)
+
+    def learn(self, may_stop: bool, tokens: float, more: float, seconds: float) -> None:
+        """A round.
 
         Args:
-            count: how many.
-
-        Returns:
-            `count` tokens, and 0 for less than 2 n-grams, 1 for less than 4, 2 for more; ([], 0) if the end of the text
-            is new.
+            may_stop: whether its draft might stop.
+            tokens: of each row.
+            more: what each row would have got besides from a whole draft.
+            seconds: that the round took.
         """
-        at = self.after.get(tuple(self.tokens[-self.ngram :]))
-        if at is None:
-            return [], 0
-        same, most = self.ngram, min(4 * self.ngram, at)
-        while same < most and self.tokens[at - 1 - same] == self.tokens[-1 - same]:
-            same += 1
-        found = self.tokens[at : at + count]
-        # A repetition shorter than the draft goes on repeating.
-        return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
+        self.rounds += 1
+        if not may_stop:
+            self.whole_seconds.append(seconds)
+            return
+        self.stopping += 1
+        whole = median(self.whole_seconds)
+        new = ((tokens + more, whole), (tokens, min(seconds, 3 * whole)))  # what else the machine did says nothing
+        for way, (of_tokens, of_seconds) in enumerate(new):
+            self.tokens[way] = self.tokens[way] * (1 - 1 / self.memory) + of_tokens
+            self.seconds[way] = self.seconds[way] * (1 - 1 / self.memory) + of_seconds
 
 
 class Policy:
@@ -215,14 +230,15 @@ class Policy:
     """
 
     def __init__(self, exits: Sequence[int], threshold: float | str | None = None, lookup: bool = False) -> None:
-        kinds = {None: ("fixed",), "auto": ("fixed", "adaptive")}.get(check_threshold(threshold), ("adaptive",))
-        self.arms = [Arm(kind, exit_layer) for exit_layer in exits for kind in kinds]
+        fixed = check_threshold(threshold) in (None, "auto")
+        self.arms = [Arm("fixed" if fixed else "adaptive", exit_layer) for exit_layer in exits]
         if threshold == "auto" and exits:  # where no draft pays, the best one has no token
             self.arms.append(Arm("plain", exits[0]))
         # One for each length of a match: what follows long ones is right far more often.
         self.lookups = [Arm("lookup", exits[0], match) for match in range(3)] if lookup and exits else []
         self.chooser = Chooser()
         self.lengths = {e: DraftLength("auto" if threshold is None else threshold) for e in exits}
+        self.stopping = {e: Stopping() for e in exits} if threshold == "auto" else {}
 
     @property
     def has_choice(self) -> bool:
@@ -231,4 +247,28 @@ class Policy:
 
     def pick(self, match: int | None = None) -> Arm:
         """How to do the next round; `match`: of the drafts that the text has to offer, None if it has none."""
-        return self.chooser.pick(self.arms if match is None else [*self.arms, self.lookups[match]])
+        arm = self.chooser.pick(self.arms if match is None else [*self.arms, self.lookups[match]])
+        if arm.kind == "fixed" and self.stopping and self.stopping[arm.exit_layer].next():
+            return replace(arm, kind="adaptive")
+        return arm
+
+    def rate(self, arm: Arm) -> float:
+        """Tokens per second that such rounds give a row, 0 if not known yet."""
+        return self.chooser.rate(self._chosen(arm))
+
+    def learn(self, arm: Arm, tokens: float, seconds: float, stood: float = 0.0, left: int = 0) -> None:
+        """A round of this arm gave each row so many tokens in so many seconds.
+
+        Args:
+            stood: the share of rows of whose drafts all stood.
+            left: how many tokens a whole draft would have had besides.
+        """
+        self.chooser.learn(self._chosen(arm), tokens, seconds)
+        if self.stopping and arm.kind in ("fixed", "adaptive"):
+            mean = self.lengths[arm.exit_layer].mean
+            more = stood * sum(mean**i for i in range(1, left + 1))
+            self.stopping[arm.exit_layer].learn(arm.kind == "adaptive", tokens, more, seconds)
+
+    def _chosen(self, arm: Arm) -> Arm:
+        """As the chooser knows it, for which drafts that stop and whole ones are one way."""
+        return replace(arm, kind="fixed") if self.stopping and arm.kind == "adaptive" else arm

@@ -15,8 +15,9 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention, on_device, walked
-from layerskip_recipes.generation.adaptive import Arm, LookUp
+from layerskip_recipes.generation.adaptive import Arm
 from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
+from layerskip_recipes.generation.lookup import LookUp
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_tokens
 from layerskip_recipes.generation.stats import GenerationStats
@@ -311,7 +312,8 @@ class Generation:
         self._count_round(arm, draft, slots, n)
         # A draft cut at the limit says nothing about others, nor do the rows that had finished.
         if policy.has_choice and depth == self.tree.depth and (seconds := self._seconds(started, compiled)):
-            policy.chooser.learn(arm, sum(map(len, kept)) / sum(running), seconds)
+            stood = sum(row[0] == n for row, runs in zip(rows, running, strict=True) if runs)
+            policy.learn(arm, sum(map(len, kept)) / sum(running), seconds, stood / sum(running), depth - n)
         return kept
 
     def _verify(self, steps: Steps, draft: Draft, start: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
@@ -354,7 +356,7 @@ class Generation:
             of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
             # Each number of drafts that is verified needs a compiled graph: some are enough.
             may_stop = self.compiled is None or (i + 1) & i == 0
-            if may_stop and not length.go_on(of_running, policy.chooser.rate(arm)):
+            if may_stop and not length.go_on(of_running, policy.rate(arm)):
                 break
         q = None if q[0] is None else torch.stack(q, 1)
         return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
