@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_speculation import PROMPTS, plain
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchtune.models.llama3_2._component_builders import llama3_2
@@ -21,6 +22,7 @@ from layerskip_recipes.generation.compiling import CompiledSteps, rounded
 from layerskip_recipes.generation.engine import compiled_steps
 from layerskip_recipes.generation.few_rows import MOST_ROWS, FewRows, load_kernel
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.recipes.decoding import quantised_drafter
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
@@ -157,13 +159,15 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
 @needs_compiler
 @pytest.mark.parametrize("k", [16, 48, 576])
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
-def test_products_of_few_rows(n, k):
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_of_few_rows(n, k, int8):
     """x W^T, of several W side by side, and each row of it to the last bit what it is alone."""
     load_kernel()
     generator = torch.Generator().manual_seed(n * k)
     x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
+    w = (60 * w).clamp(-128, 127).to(torch.int8) if int8 else w
     alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
-    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=6e-3 if int8 else 1e-4, rtol=1e-4)
     few, half = w[:3].contiguous(), w[n // 2 :].contiguous()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -187,13 +191,19 @@ def test_products_of_few_rows(n, k):
 
 @needs_compiler
 def test_which_products_of_a_graph_are_of_few_rows():
-    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32, with a bias or without."""
+    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32 or int8, with a bias or
+    without."""
     load_kernel()
     x, w, bias = torch.randn(7, 16), torch.randn(5, 16), torch.randn(5)
+    int8 = torch.arange(-40, 40, dtype=torch.int8).view(5, 16)
     cases = {
         "linear": (lambda x, w, b: x @ w.T, (x, w, bias), True),
         "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
         "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 16)), True),
+        "int8": (lambda x, w, b: x @ w.to(x.dtype).T * b, (x, int8, bias), True),
+        "int8 and a bias": (lambda x, w, b: torch.addmm(b, x, w.T.to(x.dtype)), (x, int8, bias), True),
+        "int8 with scales inside": (lambda x, w, b: x @ (w.to(x.dtype) * b[:, None]).T, (x, int8, bias), False),
+        "int16": (lambda x, w, b: x @ w.T.to(x.dtype), (x, int8.short(), bias), False),
         "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
         "many rows": (lambda x, w, b: x @ w.T, (torch.randn(MOST_ROWS + 1, 16), w, bias), False),
         "narrow": (lambda x, w, b: x @ w.T, (x[:, :12], w[:, :12].contiguous(), bias), False),
@@ -207,6 +217,9 @@ def test_which_products_of_a_graph_are_of_few_rows():
         for node in graph.graph.nodes:  # as inductor has it by then
             if node.target is torch.ops.aten.t.default:
                 node.target, node.args = torch.ops.aten.permute.default, (node.args[0], [1, 0])
+            elif node.target is torch.ops.aten._to_copy.default:
+                convert, source = torch.ops.prims.convert_element_type.default, node.args[0]
+                node.target, node.args, node.kwargs = convert, (source, node.kwargs["dtype"]), {}
         FewRows()(graph.graph)
         graph.recompile()
         targets = {node.target for node in graph.graph.nodes}
@@ -228,6 +241,26 @@ def test_compiled_steps_use_products_of_few_rows(small):
         rounds = len(list(generation)) - 1  # the first is the prefill
     calls = Counter(event.name for event in profile.events())
     layers = 2 * 1 + 2
+    assert calls["layerskip::linear"] == rounds * (2 * layers + 2 + 1) > 0
+    assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
+@pytest.mark.parametrize("version", [1, 2], ids="torchao's version {}".format)
+def test_a_quantised_draft_multiplies_int8_as_it_is_stored(small, version):
+    """The layer and the head that draft: no product of a whole matrix in fp32 is left, and the text is the model's."""
+    quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig", "version": version}
+    drafter = quantised_drafter(small, 1, OmegaConf.create(quantizer))
+    speculation = Speculation(1, 2, drafter=drafter)
+    expected = [plain(small, prompt, 12) for prompt in SHORT]
+    run(small, SHORT, 12, speculation=speculation)
+    generation = Generation(small, SHORT, 12, compile=True, speculation=speculation)
+    with torch.profiler.profile() as profile:
+        rounds = len(list(generation)) - 1
+    assert generation.generated == expected
+    calls = Counter(event.name for event in profile.events())
+    layers = 2 * 1 + 2  # verification runs both layers itself
     assert calls["layerskip::linear"] == rounds * (2 * layers + 2 + 1) > 0
     assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
 

@@ -248,15 +248,26 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
         assert not torch.equal(recipe.model(tokens), load_decoder(load_config(str(path)), CPU, torch.float32)(tokens))
 
 
-def test_a_quantised_draft_is_of_the_early_layers_only(path):
+@pytest.mark.parametrize("vocabulary", [None, 40])
+def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary):
+    """The head too, but where drafts have one of their own; the model and what it shares are as they were."""
     quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
-    recipe, _ = run(path, quantizer)
-    drafter = recipe.speculation.drafter
+    recipe, _ = run(path, quantizer, *([f"self_speculation.draft_vocabulary={vocabulary}"] if vocabulary else []))
+    drafter, model = recipe.speculation.drafter, recipe.model
     assert len(drafter.layers) == recipe.speculation.exits[-1]
-    of = {name: [m.weight for m in part.layers.modules() if isinstance(m, torch.nn.Linear)] for name, part in
-          (("draft", drafter), ("model", recipe.model))}  # fmt: skip
-    assert all(type(weight) is not torch.nn.Parameter for weight in of["draft"])
-    assert all(type(weight) is torch.nn.Parameter for weight in of["model"])
+    linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 7 * len(drafter.layers)
+    assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+    assert drafter.norm is model.norm and drafter.tok_embeddings is model.tok_embeddings
+    assert (drafter.output is model.output) == (vocabulary is not None)
+    if vocabulary is None:
+        x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
+        expected = torch.nn.Linear(x.shape[-1], model.tok_embeddings.num_embeddings, bias=False)
+        expected.weight.data = getattr(model.output, "tied_module", model.output).weight.data.clone()
+        torchao.quantization.quantize_(expected, torchao.quantization.Int8WeightOnlyConfig())
+        with torch.no_grad():
+            torch.testing.assert_close(drafter.output(x), expected(x))
 
 
 def test_a_quantiser_that_does_not_work_here_is_named(path):

@@ -127,9 +127,10 @@ class Generation:
         # Logits in one piece, whatever a training left.
         users = list({id(user): user for user in (self.model, self.drafter)}.values())
         training = [(module, module.training) for user in users for module in user.modules()]
-        chunks, self.model.num_output_chunks = self.model.num_output_chunks, 0
+        chunks = [(user, user.num_output_chunks) for user in users]
         timed, rest = 0, 0.0  # rounds that compiled nothing; of the others what was no compilation
         for user in users:
+            user.num_output_chunks = 0
             user.eval()
         try:
             with self.cache.used_by(*users):
@@ -163,7 +164,8 @@ class Generation:
                 self.compiled.release()
             for module, was in training:
                 module.training = was
-            self.model.num_output_chunks = chunks
+            for user, was in chunks:
+                user.num_output_chunks = was
 
     @property
     def _depth(self) -> int:

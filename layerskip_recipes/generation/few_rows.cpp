@@ -1,4 +1,4 @@
-// y = x W^T for few rows of x, and attention of few queries, in fp32.
+// y = x W^T for few rows of x, and attention of few queries, in fp32; W may be int8.
 //
 // A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
 // long as the product. Here each row of W is read once, as it lies in memory, for all rows of x; so are the keys and
@@ -22,7 +22,7 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
-constexpr int AHEAD = 2048;  // so many weights ahead are on their way from memory while these are multiplied
+constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
 
 // v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {
@@ -37,6 +37,25 @@ constexpr int AHEAD = 2048;  // so many weights ahead are on their way from memo
 #else
   return v;
 #endif
+}
+
+[[gnu::always_inline]] inline Vector load(const float* weights) { return Vector::loadu(weights); }
+
+[[gnu::always_inline]] inline Vector load(const int8_t* weights) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
+#else
+  float wide[LANES];
+  std::copy_n(weights, LANES, wide);
+  return Vector::loadu(wide);
+#endif
+}
+
+template <typename W>
+[[gnu::always_inline]] inline void fetch(const W* weights) {
+  __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD);
 }
 
 // One level of `sums`: lanes that are `distance` apart, of a in the lanes without that bit and of b in those with it.
@@ -73,8 +92,8 @@ template <int COUNT>
 }
 
 // M rows of x by N rows of w, all of width k, a multiple of LANES; y has rows of length stride.
-template <int M, int N>
-void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
+template <int M, int N, typename W>
+void tile(const float* x, const W* w, float* y, int64_t k, int64_t stride) {
   static_assert(M * N <= LANES);
   std::array<Vector, LANES> total;
 #pragma GCC unroll 16
@@ -82,8 +101,8 @@ void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
   for (int64_t i = 0; i < k; i += LANES) {
     std::array<Vector, N> weights;
     for (int n = 0; n < N; n++) {
-      __builtin_prefetch(w + n * k + i + AHEAD);
-      weights[n] = in_register(Vector::loadu(w + n * k + i));
+      fetch(w + n * k + i);
+      weights[n] = in_register(load(w + n * k + i));
     }
     for (int m = 0; m < M; m++) {
       const Vector row = in_register(Vector::loadu(x + m * k + i));
@@ -96,8 +115,8 @@ void tile(const float* x, const float* w, float* y, int64_t k, int64_t stride) {
 }
 
 // `rows` <= M rows of x by all `columns` rows of w.
-template <int M>
-void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, int64_t columns, int64_t stride) {
+template <int M, typename W>
+void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t stride) {
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, stride);
   }
@@ -107,8 +126,19 @@ void block(int64_t rows, const float* x, const float* w, float* y, int64_t k, in
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);
 }
 
-// rows [m, k], each of ws [n_i, k] contiguous, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side what each
-// gives alone.
+// Columns [first, end) of y [m, n] = x W^T, `grain` at a time: x [m, k], w [.., k] from the row of column `first` on.
+template <typename W>
+void columns(
+    const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
+  for (int64_t at = first; at < end; at += grain)
+    for (int64_t row = 0; row < m; row += BLOCK)
+      block<BLOCK>(
+          std::min<int64_t>(BLOCK, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
+          std::min(grain, end - at), n);
+}
+
+// rows [m, k], each of ws [n_i, k] contiguous, fp32 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side
+// what each gives alone.
 at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
   const at::Tensor x = rows.contiguous();
   const int64_t m = x.size(0), k = x.size(1);
@@ -121,17 +151,17 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   const float* xs = x.const_data_ptr<float>();
   float* ys = out.mutable_data_ptr<float>();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
-  const int64_t grain = std::max<int64_t>((m < 4 ? 16384 : 8192) / k, 1);
+  const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
+  const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);
   at::parallel_for(0, n, grain, [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {
-      const int64_t last = std::min(end, before + w.size(0));
-      const float* weights = w.const_data_ptr<float>();
-      for (int64_t at = std::max(first, before); at < last; at += grain)
-        for (int64_t row = 0; row < m; row += BLOCK)
-          block<BLOCK>(
-              std::min<int64_t>(BLOCK, m - row), xs + row * k, weights + (at - before) * k, ys + row * n + at, k,
-              std::min(grain, last - at), n);
+      const int64_t from = std::max(first, before), last = std::min(end, before + w.size(0));
+      const int64_t skipped = (from - before) * k;
+      if (w.scalar_type() == at::kChar)
+        columns(xs, w.const_data_ptr<int8_t>() + skipped, ys, m, k, n, from, last, grain);
+      else
+        columns(xs, w.const_data_ptr<float>() + skipped, ys, m, k, n, from, last, grain);
       before += w.size(0);
     }
   });
@@ -147,7 +177,7 @@ void mix(const float* p, const float* v, float* out, int64_t slots, int64_t dim)
   for (int64_t slot = 0; slot < slots; slot++) {
     std::array<Vector, C> values;
     for (int c = 0; c < C; c++) {
-      __builtin_prefetch(v + slot * dim + c * LANES + AHEAD);
+      fetch(v + slot * dim + c * LANES);
       values[c] = in_register(Vector::loadu(v + slot * dim + c * LANES));
     }
     for (int m = 0; m < M; m++) {

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 WHOLE = 16  # widths are multiples of it: whole vectors, whatever the processor's are
 MOST_QUERIES = 256  # those of all heads that share a key head
 VIEWS = (aten.view.default, aten.reshape.default)
+CONVERT = torch.ops.prims.convert_element_type.default
 SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -34,9 +35,9 @@ class _Library(CppCodeCache):
 def load_kernel() -> None:
     """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
 
-    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32, k a multiple of WHOLE; the
-    result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v [b, h, slots, d], a
-    mask to be added [b or 1, 1, s, slots] and the scale of the scores.
+    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32 or int8, k a multiple of
+    WHOLE; the result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v
+    [b, h, slots, d], a mask to be added [b or 1, 1, s, slots] and the scale of the scores.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -54,8 +55,8 @@ def load_kernel() -> None:
 
 
 class FewRows(CustomGraphPass):
-    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight in
-    fp32, as it is stored.
+    """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight as
+    it is stored, in fp32 or in int8 (torchao's weight-only: its scales are multiplied afterwards).
 
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
     Attention of few queries over a cache is replaced too.
@@ -65,13 +66,13 @@ class FewRows(CustomGraphPass):
         linear = torch.ops.layerskip.linear.default
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             x, transposed = node.args
-            if _fits(x, transposed):
-                node.target, node.args = linear, (x, transposed.args[0])
+            if (weight := _weight(x, transposed)) is not None:
+                node.target, node.args = linear, (x, weight)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             bias, x, transposed = node.args
-            if _fits(x, transposed) and not node.kwargs:
+            if (weight := _weight(x, transposed)) is not None and not node.kwargs:
                 with graph.inserting_before(node):
-                    product = graph.call_function(linear, (x, transposed.args[0]))
+                    product = graph.call_function(linear, (x, weight))
                 product.meta["val"] = node.meta["val"]
                 node.target, node.args = aten.add.Tensor, (product, bias)
         alike: dict[Any, list[torch.fx.Node]] = {}
@@ -91,18 +92,24 @@ class FewRows(CustomGraphPass):
         return hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()
 
 
-def _fits(x: torch.fx.Node, transposed: torch.fx.Node) -> bool:
-    if transposed.target is not aten.permute.default:
-        return False
-    rows, weight = x.meta["val"].shape[0], transposed.args[0]
-    return (
-        isinstance(rows, int)
+def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None:
+    """The stored W of a product x W^T that is ours to do, else None."""
+    weight, way = transposed, []
+    while weight.target in (aten.permute.default, CONVERT):
+        way.append(weight.target)
+        weight = weight.args[0]
+    rows = x.meta["val"].shape[0]
+    ours = (
+        way.count(aten.permute.default) == 1
+        and isinstance(rows, int)
         and rows <= MOST_ROWS
+        and x.meta["val"].dtype == torch.float32
         and weight.op == "placeholder"
-        and weight.meta["val"].dtype == torch.float32
+        and weight.meta["val"].dtype == (torch.int8 if CONVERT in way else torch.float32)
         and weight.meta["val"].is_contiguous()
         and weight.meta["val"].shape[1] % WHOLE == 0
     )
+    return weight if ours else None
 
 
 def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

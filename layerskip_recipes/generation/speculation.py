@@ -25,7 +25,7 @@ class Speculation:
         threshold: a draft stops below this confidence, in [0, 1]; "auto" finds out whether and where; None never.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: draft from the text where its last so many tokens occurred before, if that pays; None: never.
-        drafter: a decoder that runs the early layers of drafts in the model's place, such as a quantised copy.
+        drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
         policy: what was learned; kept with this object.
 
     Raises:

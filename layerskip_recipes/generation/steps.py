@@ -30,7 +30,8 @@ class Draft(NamedTuple):
     ancestors: torch.Tensor | None = None  # [b, k, k] bool
 
 
-def _head(model: LayerSkipDecoder) -> nn.Module:
+def head_of(model: LayerSkipDecoder) -> nn.Module:
+    """The module that holds the head's matrix: of a tied head the embedding."""
     return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
 
 
@@ -47,7 +48,7 @@ class DraftHead(nn.Module):
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        output = _head(model)
+        output = head_of(model)
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ValueError(
@@ -66,7 +67,7 @@ class DraftHead(nn.Module):
 
         It stays where it is in memory, by which CUDA graphs know it.
         """
-        output, wanted = _head(model), torch.as_tensor(vocabulary).long().unique().cpu()
+        output, wanted = head_of(model), torch.as_tensor(vocabulary).long().unique().cpu()
         (kept,) = getattr(model, "draft_head", (None,))
         if (
             kept is None
@@ -96,8 +97,8 @@ class Steps:
         settings: of the sampler, on the model's device.
         exit_layer: E of the draft, or of a plain step.
         tree: the draft's shape; None for plain steps.
-        drafter: who runs the early layers of a draft; other than the model, verification runs all layers itself.
-        draft_head: the head of drafts, None: the model's.
+        drafter: whose early layers and head draft; other than the model, verification runs all layers itself.
+        draft_head: the head of drafts, None: the drafter's.
     """
 
     def __init__(
@@ -328,7 +329,7 @@ class Steps:
     def _draft_scores(self, x, seen):
         """[b, s, d] -> [b, s, v'], what the draft chooses by; seen [b, s or 1, v]."""
         if self.draft_head is None:
-            logits = self.model(hidden=x, start_layer=self.model.num_layers)
+            logits = self.drafter(hidden=x, start_layer=self.drafter.num_layers)
         else:
             logits = self.draft_head(x)
             seen = None if seen is None else seen[..., self.draft_head.vocabulary]

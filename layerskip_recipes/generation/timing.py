@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.steps import head_of
 from layerskip_recipes.kv_cache import DecodingCache
 
 
@@ -96,10 +96,9 @@ class Reads:
     def __init__(
         self, model: LayerSkipDecoder, cache: DecodingCache, drafter: LayerSkipDecoder, draft_head: nn.Module | None
     ) -> None:
-        head = _weight_bytes(model.tok_embeddings if isinstance(model.output, TiedLinear) else model.output)
-        self.full = (_weight_bytes(model.layers[0]), head)
-        draft_head_bytes = head if draft_head is None else tensor_bytes(draft_head.weight)
-        self.draft = (_weight_bytes(drafter.layers[0]), draft_head_bytes)
+        self.full = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
+        of_draft = _weight_bytes(head_of(drafter)) if draft_head is None else tensor_bytes(draft_head.weight)
+        self.draft = (_weight_bytes(drafter.layers[0]), of_draft)
         first = cache.layers[0]
         self.slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
 

@@ -17,6 +17,7 @@ from layerskip_recipes.checks import check_number
 from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.steps import head_of
 from layerskip_recipes.generation.tree import DraftTree
 from layerskip_recipes.settings import check_component, check_section
 
@@ -51,7 +52,7 @@ def self_speculation(
         draft_vocabulary: the tokens that can be drafted: how many of the most frequent ones, or their ids.
         draft_vocabulary_file: a text in which they are counted; null counts in the prompts of the run.
         prompt_lookup: draft from the text where its last so many tokens occurred before.
-        draft_quantizer: quantises the layers that draft; verification stays in full precision.
+        draft_quantizer: quantises the layers and the head that draft; verification stays in full precision.
     """
     return dict(locals())
 
@@ -187,7 +188,7 @@ def build_speculation(values: dict[str, Any], model: LayerSkipDecoder) -> Specul
     if values["draft_quantizer"] is not None:
         exits = values["exit_layer"]
         depth = max(exits) if isinstance(exits, list) else exits
-        drafter = quantised_drafter(model, depth, values["draft_quantizer"])
+        drafter = quantised_drafter(model, depth, values["draft_quantizer"], values["draft_vocabulary"] is None)
     return _speculation(values, values["draft_vocabulary"], drafter)
 
 
@@ -214,15 +215,32 @@ def check_draft_fits(cfg: DictConfig, model: TransformerDecoder, parallel: int =
         )
 
 
-def quantised_drafter(model: LayerSkipDecoder, depth: int, quantizer: DictConfig) -> LayerSkipDecoder:
-    """The first `depth` layers, copied and quantised; embedding, norm and head are the model's own.
+def quantised_drafter(
+    model: LayerSkipDecoder, depth: int, quantizer: DictConfig, with_head: bool = True
+) -> LayerSkipDecoder:
+    """The first `depth` layers and the head, copied and quantised; embedding and norm are the model's own.
+
+    Args:
+        model: the model, left as it is.
+        depth: the deepest exit that drafts.
+        quantizer: as for `quantise`.
+        with_head: False leaves the head, as where drafts have one of their own.
 
     Raises:
         ValueError: if the quantiser cannot do it here.
     """
+    parts = [torch.nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[:depth])]
+    if with_head:
+        source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
+        state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
+        head = torch.nn.Linear(*reversed(source.weight.shape), bias="bias" in state, device="meta")
+        head.load_state_dict(state, assign=True)
+        parts.append(head)
     drafter = copy.copy(model)
     # A module's registries are shared by a plain copy.
     drafter._modules = dict(model._modules)
-    drafter._modules["layers"] = torch.nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[:depth])
-    quantise(drafter.layers, quantizer, "self_speculation.draft_quantizer")
+    packed = quantise(torch.nn.ModuleList(parts), quantizer, "self_speculation.draft_quantizer")
+    drafter.layers = packed[0]
+    if with_head:
+        drafter.output = packed[1]
     return drafter
