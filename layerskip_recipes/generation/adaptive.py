@@ -54,6 +54,7 @@ class Chooser:
         trial: rounds of each arm before any choice.
         memory: rounds of any arm after which a round has lost two thirds of its weight.
         margin: of an arm's rate, where one round speaks for it; of n rounds 1 / sqrt(n) of that.
+            An eighth of it where nothing is drafted, which always gives one token.
     """
 
     def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7) -> None:
@@ -260,7 +261,7 @@ class Policy:
         """A round of this arm gave each row so many tokens in so many seconds.
 
         Args:
-            stood: the share of rows of whose drafts all stood.
+            stood: the share of rows whose drafts all stood.
             left: how many tokens a whole draft would have had besides.
         """
         self.chooser.learn(self._chosen(arm), tokens, seconds)
