@@ -15,6 +15,7 @@
 #include <array>
 #include <functional>
 #include <initializer_list>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -22,6 +23,7 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
+constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
 
 // v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
@@ -91,9 +93,10 @@ template <int COUNT>
   }
 }
 
-// M rows of x by N rows of w, all of width k, a multiple of LANES; y has rows of length stride.
+// M rows of x by N rows of w, all of width k, a multiple of LANES; from one row of x to the next it is `step`, of y
+// `stride`.
 template <int M, int N, typename W>
-void tile(const float* x, const W* w, float* y, int64_t k, int64_t stride) {
+void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   static_assert(M * N <= LANES);
   std::array<Vector, LANES> total;
 #pragma GCC unroll 16
@@ -105,7 +108,7 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t stride) {
       weights[n] = in_register(load(w + n * k + i));
     }
     for (int m = 0; m < M; m++) {
-      const Vector row = in_register(Vector::loadu(x + m * k + i));
+      const Vector row = in_register(Vector::loadu(x + m * step + i));
       for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
     }
   }
@@ -116,14 +119,15 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t stride) {
 
 // `rows` <= M rows of x by all `columns` rows of w.
 template <int M, typename W>
-void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t stride) {
+void block(
+    int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
   if constexpr (M > 1) {
-    if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, stride);
+    if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, step, stride);
   }
   constexpr int N = LANES / M;
   int64_t n = 0;
-  for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, stride);
-  for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, stride);
+  for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
+  for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
 // Columns [first, end) of y [m, n] = x W^T, `grain` at a time: x [m, k], w [.., k] from the row of column `first` on.
@@ -134,7 +138,7 @@ void columns(
     for (int64_t row = 0; row < m; row += BLOCK)
       block<BLOCK>(
           std::min<int64_t>(BLOCK, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
-          std::min(grain, end - at), n);
+          std::min(grain, end - at), k, n);
 }
 
 // rows [m, k], each of ws [n_i, k] contiguous, fp32 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side
@@ -168,12 +172,35 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   return out;
 }
 
-// out = p v for M rows of p [M, slots] and C vectors of each row of v [slots, dim] and out [M, dim].
+// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s + mask, in place; returns the sum.
+float exponents(float* s, const float* mask, const Vector& factor, int64_t slots) {
+  const Vector none(-std::numeric_limits<float>::infinity());
+  Vector most = none, sum(0.f);
+  for (int64_t i = 0; i < slots; i += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, slots - i);
+    const Vector masked = at::vec::fmadd(Vector::loadu(s + i), factor, Vector::loadu(mask + i, count));
+    const Vector score = Vector::set(none, masked, count);
+    score.store(s + i);
+    most = at::vec::maximum(most, score);
+  }
+  most = Vector(at::vec::vec_reduce_all<float>([](Vector& x, Vector& y) { return at::vec::maximum(x, y); }, most));
+  for (int64_t i = 0; i < slots; i += LANES) {
+    const Vector p = (Vector::loadu(s + i) - most).exp_u20();
+    p.store(s + i);
+    sum = sum + p;
+  }
+  return at::vec::vec_reduce_all<float>([](Vector& x, Vector& y) { return x + y; }, sum);
+}
+
+// out = p v, and what is in out if there is `more` than this: M rows of p by C vectors of each row of v [slots, dim];
+// from one row of p to the next it is `length`, of out `stride`.
 template <int M, int C>
-void mix(const float* p, const float* v, float* out, int64_t slots, int64_t dim) {
+void mix(
+    const float* p, const float* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
   std::array<Vector, M * C> total;
-#pragma GCC unroll 16
-  for (int j = 0; j < M * C; j++) total[j] = Vector(0.f);
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++)
+      total[m * C + c] = more ? Vector::loadu(out + m * stride + c * LANES) : Vector(0.f);
   for (int64_t slot = 0; slot < slots; slot++) {
     std::array<Vector, C> values;
     for (int c = 0; c < C; c++) {
@@ -181,60 +208,83 @@ void mix(const float* p, const float* v, float* out, int64_t slots, int64_t dim)
       values[c] = in_register(Vector::loadu(v + slot * dim + c * LANES));
     }
     for (int m = 0; m < M; m++) {
-      const Vector weight = in_register(Vector(p[m * slots + slot]));
+      const Vector weight = in_register(Vector(p[m * length + slot]));
       for (int c = 0; c < C; c++) total[m * C + c] = at::vec::fmadd(weight, values[c], total[m * C + c]);
     }
   }
   for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) total[m * C + c].store(out + m * dim + c * LANES);
+    for (int c = 0; c < C; c++) total[m * C + c].store(out + m * stride + c * LANES);
 }
 
 // `rows` <= M rows of p by all of v.
 template <int M>
-void mixture(int64_t rows, const float* p, const float* v, float* out, int64_t slots, int64_t dim) {
+void mixture(
+    int64_t rows, const float* p, const float* v, float* out, int64_t slots, int64_t dim, int64_t length,
+    int64_t stride, bool more) {
   if constexpr (M > 1) {
-    if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim);
+    if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim, length, stride, more);
   }
   constexpr int C = std::min(LANES / M, 4);
   int64_t at = 0;
-  for (; at + C * LANES <= dim; at += C * LANES) mix<M, C>(p, v + at, out + at, slots, dim);
-  for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim);
+  for (; at + C * LANES <= dim; at += C * LANES) mix<M, C>(p, v + at, out + at, slots, dim, length, stride, more);
+  for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
+}
+
+// Attention of `rows` queries of one head, `size` at a time: from one query to the next it is `step`, of y `stride`, of
+// the mask `apart`. Keys and values are read from memory once: all queries see as many of them as stay in a cache, then
+// the next ones.
+void attend(
+    int64_t rows, int64_t size, const float* q, const float* keys, const float* values, const float* mask, float* y,
+    int64_t d, int64_t slots, int64_t step, int64_t stride, int64_t apart, const Vector& factor) {
+  const int64_t length = (slots + LANES - 1) / LANES * LANES;
+  std::vector<float> scores(rows * length), sum(rows);
+  for (int64_t slot = 0; slot < slots; slot += SLOTS)
+    for (int64_t row = 0; row < rows; row += size)
+      block<BLOCK>(
+          std::min(size, rows - row), q + row * step, keys + slot * d, scores.data() + row * length + slot, d,
+          std::min<int64_t>(SLOTS, slots - slot), step, length);
+  for (int64_t row = 0; row < rows; row++)
+    sum[row] = exponents(scores.data() + row * length, mask + row * apart, factor, slots);
+  for (int64_t slot = 0; slot < slots; slot += SLOTS)
+    for (int64_t row = 0; row < rows; row += size)
+      mixture<BLOCK>(
+          std::min(size, rows - row), scores.data() + row * length + slot, values + slot * d,
+          y + row * stride, std::min<int64_t>(SLOTS, slots - slot), d, length, stride, slot > 0);
+  for (int64_t row = 0; row < rows; row++)
+    at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * stride, y + row * stride, d);
 }
 
 // softmax(scale q k^T + mask) v: q [b, h, s, d]; k, v [b, h, slots, d], the rows of a head one after the other;
-// mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d].
+// mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d], in memory [b, s, h, d].
 at::Tensor attention(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
   const int64_t b = q.size(0), h = q.size(1), s = q.size(2), d = q.size(3), slots = k.size(2);
   TORCH_CHECK(d % LANES == 0 && k.stride(3) == 1 && k.stride(2) == d && v.stride(3) == 1 && v.stride(2) == d);
-  const at::Tensor queries = q.contiguous(), added = mask.expand({b, 1, s, slots}).contiguous();
-  at::Tensor out = at::empty({b, h, s, d}, q.options());
+  TORCH_CHECK(mask.size(2) == s && mask.size(3) == slots);
+  const at::Tensor queries = q.stride(3) == 1 ? q : q.contiguous();
+  const at::Tensor added = mask.stride(3) == 1 ? mask : mask.contiguous();
+  at::Tensor out = at::empty({b, s, h, d}, q.options());
   const float *qs = queries.const_data_ptr<float>(), *ks = k.const_data_ptr<float>();
   const float *vs = v.const_data_ptr<float>(), *masks = added.const_data_ptr<float>();
   float* ys = out.mutable_data_ptr<float>();
-  const Vector factor(static_cast<float>(scale));
-  at::parallel_for(0, b * h, 1, [&](int64_t first, int64_t end) {
-    std::vector<float> scores(BLOCK * slots);
-    for (int64_t head = first; head < end; head++)
-      for (int64_t row = 0; row < s; row += BLOCK) {
-        const int64_t rows = std::min<int64_t>(BLOCK, s - row), at = head * s + row;
-        const float* keys = ks + head / h * k.stride(0) + head % h * k.stride(1);
-        const float* values = vs + head / h * v.stride(0) + head % h * v.stride(1);
-        block<BLOCK>(rows, qs + at * d, keys, scores.data(), d, slots, slots);
-        for (int64_t m = 0; m < rows; m++) {
-          float* p = scores.data() + m * slots;
-          const float* seen = masks + (head / h * s + row + m) * slots;
-          at::vec::map2<float>([&](Vector x, Vector y) { return at::vec::fmadd(x, factor, y); }, p, p, seen, slots);
-          const float most =
-              at::vec::reduce_all<float>([](Vector& x, Vector& y) { return at::vec::maximum(x, y); }, p, slots);
-          at::vec::map<float>([&](Vector x) { return (x - Vector(most)).exp(); }, p, p, slots);
-          const float sum = at::vec::reduce_all<float>([](Vector& x, Vector& y) { return x + y; }, p, slots);
-          at::vec::map<float>([&](Vector x) { return x / Vector(sum); }, p, p, slots);
-        }
-        mixture<BLOCK>(rows, scores.data(), values, ys + at * d, slots, d);
-      }
+  const int64_t step = queries.stride(2), apart = added.stride(2);
+  const int64_t of_prompt = added.size(0) == 1 ? 0 : added.stride(0);
+  // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
+  const int64_t blocks = (s + BLOCK - 1) / BLOCK, size = (s + blocks - 1) / blocks;
+  at::parallel_for(0, b * h * blocks, 1, [&](int64_t first, int64_t end) {
+    while (first < end) {
+      const int64_t prompt = first / blocks / h, head = first / blocks % h, row = first % blocks * size;
+      const int64_t count = std::min(end - first, blocks - first % blocks);
+      attend(
+          std::min(count * size, s - row), size,
+          qs + prompt * queries.stride(0) + head * queries.stride(1) + row * step,
+          ks + prompt * k.stride(0) + head * k.stride(1), vs + prompt * v.stride(0) + head * v.stride(1),
+          masks + prompt * of_prompt + row * apart, ys + ((prompt * s + row) * h + head) * d, d, slots, step, h * d,
+          apart, Vector(static_cast<float>(scale)));
+      first += count;
+    }
   });
-  return out;
+  return out.transpose(1, 2);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& a) { return products(x, {a}); }
