@@ -47,8 +47,9 @@ class Model:
     batch: Sequence[str] = ()
 
 
-# A tree, a threshold, a choice of exits and a vocabulary for drafts do no more in a batch than alone.
-CHAIN_ONLY = [f"variants.{name}=null" for name in ("tree", "adaptive", "exits", "draft_vocabulary", "lookup")]
+# The other ways do no more in a batch than alone.
+OTHERS = ("tree", "adaptive", "exits", "draft_vocabulary", "lookup", "int8", "int8_lookup")
+CHAIN_ONLY = [f"variants.{name}=null" for name in OTHERS]
 MODELS = {
     "quickstart": Model(
         "quickstart/",
