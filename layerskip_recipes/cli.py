@@ -1,8 +1,10 @@
 """The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; cost, export, results."""
 
 import argparse
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -116,6 +118,7 @@ def main() -> None:
     page.add_argument("models", nargs="+", metavar="MODEL[=FOLDER]", help=f"{' or '.join(MODELS)}, with its output_dir")
     page.add_argument("--work", default="results", help="where what was measured is kept (default results)")
     args = parser.parse_args()
+    sys.path.append(os.getcwd())  # as `tune run` does: components may lie beside a config
 
     def steps() -> None:
         if args.command == "ls":

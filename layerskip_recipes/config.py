@@ -30,6 +30,8 @@ from layerskip_recipes.checks import PACKAGE, is_ours
 CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
 
 
+PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture)$")  # how the keys of paths end
+
 # ---------------------------------------------------------------------------------------------------------- names
 
 
@@ -114,7 +116,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: "key=value", dotted keys, "~key" to remove one. A component's own key sets its `_component_`.
 
     Returns:
-        The config, interpolations unresolved, without `extends`.
+        The config, interpolations unresolved, without `extends`; paths in the home folder, ~/..., are whole.
 
     Raises:
         ValueError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
@@ -129,7 +131,17 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             _set(later, cfg, key.split("."), parse_value(text))
         else:
             raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
-    return _to_config(_merge(cfg, later), name)
+    return _to_config(_at_home(_merge(cfg, later)), name)
+
+
+def _at_home(content: Any, key: str = "") -> Any:
+    """With the ~/ that begins a path as the home folder: a shell knows it, a file system does not."""
+    if isinstance(content, dict):
+        return {name: _at_home(value, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_at_home(value, key) for value in content]
+    a_path = isinstance(content, str) and content.startswith("~/") and PATHS.search(key)
+    return str(Path(content).expanduser()) if a_path else content
 
 
 def _to_config(content: dict[str, Any], name: Any) -> DictConfig:

@@ -158,7 +158,7 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
         The page's path.
 
     Raises:
-        ValueError: for a model that is unknown or has no checkpoint, or a part that fails.
+        ValueError: for a model that is unknown or has no checkpoint, a file that is no such page, or a part that fails.
     """
     page, chosen = Path(file), {}
     for given in models:
@@ -176,14 +176,21 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
         raise ValueError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
     if page.is_dir():
         raise ValueError(f"results: {file!r} is a folder. Allowed: a file; for example {page / 'results.md'}")
+    text = page.read_text() if page.exists() else BY_HAND
+    if BY_HAND not in text and not text.startswith(_HEAD.partition("\n")[0]):
+        raise ValueError(
+            f"results: {file!r} is there and no page of ours. Allowed: a new file; for example my_results.md"
+        )
     command = ["layerskip", "results", file, *models, *(["--work", work] if work != "results" else [])]
-    lines = ["# Results\n", _HEAD.format(command=shlex.join(command))]
+    lines = [_HEAD.format(command=shlex.join(command))]
     for name, folder in chosen.items():
         model = MODELS[name]
         if not (folder / model.checkpoint).is_dir():
             run(["tune", "run", "layerskip_finetune", "--config", model.finetune, f"output_dir={folder}"])
         lines += section(name, model, folder, Path(work) / f"{name}_figures", page)
-    page.write_text("\n".join(lines) + f"\n\n{by_hand(page)}")
+    whole = page.with_name(f".{page.name}")
+    whole.write_text("\n".join(lines) + f"\n\n{by_hand(page)}")
+    whole.replace(page)  # what was written by hand is nowhere else
     return page
 
 
@@ -196,7 +203,9 @@ def by_hand(page: Path) -> str:
     return BY_HAND + (kept or "\n")
 
 
-_HEAD = """Made by one command, which trains the quickstart's model if it is not there:
+_HEAD = """# Results
+
+Made by one command, which trains the quickstart's model if it is not there:
 
     {command}
 

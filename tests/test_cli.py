@@ -138,6 +138,18 @@ def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
     assert list(Path().iterdir()) == []
 
 
+def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
+    """As by `tune run`, which looks in the current folder too; so does `cat`, for what a new component takes."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_own_data.py").write_text("def dataset(tokenizer, length): ...\n")
+    section = {"_component_": "my_own_data.dataset", "length": 3}
+    write_yaml(Path("mine.yaml"), {"extends": "quickstart/finetune", "dataset": section})
+    status, _, err = layerskip("validate", "mine.yaml")
+    assert status == 0, err
+    status, out, err = layerskip("cat", "mine.yaml")
+    assert status == 0 and "length: 3" in out and "seq_len" not in out, err
+
+
 def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
     """Those that extend a generation config have its keys, switched off."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

@@ -234,6 +234,17 @@ def test_a_tilde_removes_a_key(base):
     assert "layer_dropout" not in config and "betas" not in config.optimizer and "lr" in config.optimizer
 
 
+def test_the_home_folder_in_a_path(base, monkeypatch):
+    """In a file, where no shell expands it; what is no path stays as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    old = {"checkpoint_dir": "~/old", "checkpoint_files": ["~/a"]}
+    path = extend(base, output_dir="~/runs", compare={"old": old})
+    config = load_config(str(path), ["picture=~/x.png", "prompt=~/ls", "log_dir=${output_dir}/logs", "report=~me/x"])
+    assert (config.output_dir, config.log_dir) == ("/home/me/runs", "/home/me/runs/logs")
+    assert config.compare.old == {"checkpoint_dir": "/home/me/old", "checkpoint_files": ["/home/me/a"]}
+    assert (config.picture, config.prompt, config.report) == ("/home/me/x.png", "~/ls", "~me/x")
+
+
 @pytest.mark.parametrize("override", ["batch_size", "=3", "~nothere", "~optimizer.nothere", "~", ""])
 def test_an_override_of_another_form(override, base):
     with pytest.raises(ValueError, match=f"^override: '?{override}"):

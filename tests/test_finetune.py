@@ -242,6 +242,35 @@ def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_fold
     assert all(line["loss"] > 0 for line in read_log(tmp_path / "two" / "out").values())
 
 
+def test_a_folder_without_its_weights_is_trained_from_scratch(tmp_path, tokenizer_folder):
+    """With torchtune's checkpointer: it gives the architecture, init_std the spread of the first weights."""
+    make_checkpoint(tmp_path / "model", tokenizer_folder)
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(tmp_path / "model"),
+        "checkpoint_files": [], "model_type": "LLAMA3_2", "output_dir": "${output_dir}",
+    }  # fmt: skip
+    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=checkpointer, init_std=0.001)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    assert recipe.model.tok_embeddings.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    recipe.cleanup()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_column_that_is_not_there(packed, tmp_path, tokenizer_folder):
+    """torchtune looks for it with the first sample."""
+    (tmp_path / "texts.json").write_text(json.dumps([{"content": "x = 1\n"}] * 8))
+    dataset = {
+        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
+        "data_files": str(tmp_path / "texts.json"), "column": "text", "packed": packed,
+    }  # fmt: skip
+    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset)
+    with pytest.raises(ValueError, match=r"^dataset: .*KeyError.*text") as caught:
+        LayerSkipFinetune(load_config(str(path), ["tokenizer.max_seq_len=32"])).setup()
+    assert packed or "Its columns: content." in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("limit", "packed", "expected"),
     [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64), (65, False, ValueError)],

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.data import Message
 from torchtune.generation import generate as torchtune_generate
+from torchtune.utils import get_logger
 
 from layerskip_recipes import generate
 from layerskip_recipes.checkpoint import load_decoder
@@ -422,6 +423,20 @@ def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
     whole = out.read_text().splitlines()
     assert [json.loads(line)["index"] for line in whole] == [0, 1, 2, 3]
     assert seen[1][1] == whole[2:] and not partial.exists()
+
+
+def test_what_a_killed_run_left_is_kept(path, tmp_path, caplog):
+    """The same command again, twice: each leaves the answers of before under another name."""
+    out = tmp_path / "out.jsonl"
+    for left in ("first", "second"):
+        Path(f"{out}.partial").write_text(left)
+        with caplog.at_level("WARNING", logger=get_logger().name):
+            recipe = LayerSkipGenerate(load_config(str(path), [f"output_file={out}"]))
+            recipe.setup()
+            recipe.generate()
+    assert sorted(file.name for file in tmp_path.glob("out.jsonl.*")) == ["out.jsonl.partial.1", "out.jsonl.partial.2"]
+    assert [Path(f"{out}.partial.{n}").read_text() for n in (1, 2)] == ["first", "second"]
+    assert f"{out}.partial.2" in caplog.messages[-1]
 
 
 def test_prompts_that_differ_between_ranks_are_refused(path, monkeypatch):

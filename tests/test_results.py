@@ -158,6 +158,14 @@ def test_what_was_written_by_hand_stays(commands, tmp_path):
     assert page.read_text() == f"{figures}\n## What these figures say\n\nLittle.\n"
 
 
+def test_no_other_file_is_overwritten(commands, tmp_path):
+    page = tmp_path / "notes.md"
+    page.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"^results: 'notes.md' is there and no page of ours"):
+        write_results("notes.md", ["quickstart"])
+    assert page.read_text() == "mine\n" and not commands
+
+
 def test_batches_are_measured_with_the_chain_only():
     """A variant that the config gets must be added to those that are left out."""
     left_out = {override.removeprefix("variants.").removesuffix("=null") for override in results.CHAIN_ONLY}

@@ -194,6 +194,17 @@ def test_more_epochs_go_on(tmp_path, tokenizer_folder):
     assert checkpoints(tmp_path / "out") == ["epoch_0", "epoch_1", "epoch_2"]
 
 
+def test_another_end_is_said(tmp_path, tokenizer_folder, caplog):
+    """What follows t/T, as a gradual curriculum, goes another way then: allowed, and told once."""
+    path = finetune_config(tmp_path, tokenizer_folder, early_exit_loss={"curriculum": "gradual"})
+    train(path)
+    for overrides, said in ((["epochs=2"], 1), (["epochs=2"], 0)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger=get_logger().name):
+            train(path, "resume_from_checkpoint=true", *overrides)
+        assert sum("ends at step 4 now, before at 2" in message for message in caplog.messages) == said
+
+
 def test_a_finished_run_has_nothing_to_do(tmp_path, tokenizer_folder, caplog):
     path = finetune_config(tmp_path, tokenizer_folder)
     train(path)

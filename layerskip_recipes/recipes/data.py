@@ -13,6 +13,7 @@ from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
+from layerskip_recipes.checks import is_ours
 from layerskip_recipes.decoder import is_plain_attention
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
@@ -92,7 +93,7 @@ def load_data(
         key: of the dataset in the config.
 
     Raises:
-        ValueError: if a dataset refuses its arguments.
+        ValueError: if a dataset refuses its arguments, or cannot make a sample.
     """
     sections = sections_of(cfg, key)
     datasets = [build(section, key, tokenizer) for section in sections]
@@ -104,7 +105,7 @@ def load_data(
     collate = partial(_get_component_from_path(name), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
     needed = {"tokens", "labels"}
     for part, section in zip(datasets, sections, strict=True):
-        sample = part[0] if len(part) else dict.fromkeys(needed)
+        sample = _first_sample(part, section, key) if len(part) else dict.fromkeys(needed)
         if not (isinstance(sample, Mapping) and needed <= sample.keys()):
             what = f"a {type(sample).__name__}"
             if isinstance(sample, Mapping):
@@ -121,6 +122,21 @@ def load_data(
         if not isinstance(batch, dict) or not needed <= batch.keys():
             raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
     return dataset, collate
+
+
+def _first_sample(dataset: Dataset, section: DictConfig, key: str) -> Any:
+    """torchtune reads a column, and lets a template look at messages, only when a sample is asked for."""
+    try:
+        return dataset[0]
+    except Exception as e:
+        if is_ours(e):
+            raise
+        columns = getattr(getattr(dataset, "_data", None), "column_names", None)
+        there = f" Its columns: {', '.join(columns)}." if columns else ""
+        raise ValueError(
+            f"{key}: {section._component_} cannot make its first sample ({e!r}).{there} Which of them it reads is an "
+            f"argument, such as column, column_map or conversation_column; for example {key}.column=text"
+        ) from e
 
 
 class TrainingData:

@@ -185,7 +185,8 @@ class LayerSkipEval:
                 self._measure(name, measured.setdefault(name, {}))
             self.interrupted = False
         except KeyboardInterrupt:
-            log.warning("interrupted: the report says what was measured by then")
+            done = [f"{what} of {name}" for name, parts in measured.items() for what in parts]
+            log.warning("interrupted: measured to the end: %s", ", ".join(done) or "nothing, there is no report")
         finally:
             report = self._report(measured) if any(measured.values()) else {}
         return report

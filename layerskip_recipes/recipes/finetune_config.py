@@ -154,11 +154,6 @@ def check_config(cfg: DictConfig) -> None:
             "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy weights "
             f"away too. ac_option: {cfg.get('ac_option')}; for example ac_mode=full ac_option=null"
         )
-    if cfg.get("init_std") is not None and not is_scratch(cfg.checkpointer):
-        raise ValueError(
-            f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
-            "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
-        )
     if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
         raise ValueError(
             f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
@@ -170,7 +165,13 @@ def check_config(cfg: DictConfig) -> None:
     model = build_on_meta(cfg)
     check_adapters(cfg, model)
     check_checkpointer(cfg, model, trains=True)
-    if adapter_names(model) and (is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)):
+    from_scratch = is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)
+    if cfg.get("init_std") is not None and not from_scratch:
+        raise ValueError(
+            f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
+            "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
+        )
+    if adapter_names(model) and from_scratch:
         raise ValueError(
             f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights; "
             "for example [model.safetensors]"

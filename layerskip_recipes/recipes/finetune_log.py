@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
 
 from layerskip_recipes.checks import PACKAGE
 from layerskip_recipes.distributed import is_rank_zero
@@ -15,8 +16,10 @@ from layerskip_recipes.settings import build
 
 # What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change, as what of
 # these is a matter of memory only, or of nothing: chunk_tokens takes the place of num_output_chunks.
+log = utils.get_logger("INFO")
 KEPT = ("model", "dataset", "collate_fn", "shuffle", "layer_dropout", "early_exit_loss", "loss", "optimizer_in_bwd")
 FREE = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
+STEPS = "steps of the run"
 
 
 class RunLog:
@@ -91,6 +94,7 @@ def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: boo
     plain["samples in the dataset"] = data.num_samples
     plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
     plain["steps in an epoch"] = data.steps_per_epoch
+    plain[STEPS] = data.steps_per_epoch * cfg.get("epochs", 1)
     return plain
 
 
@@ -109,7 +113,14 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in now.items():
         # An earlier version did not note all of it, nor a length that is the model's.
         noted = before.get(key, value)
-        if noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
+        if key == STEPS:
+            if noted != value and is_rank_zero():
+                log.warning(
+                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. What follows the "
+                    "part of the run that is done goes another way from here: the gradual curriculum, layer dropout's "
+                    "schedule exp, learning rate schedules"
+                )
+        elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
             raise ValueError(
                 f"resume_from_checkpoint: {key} was {before[key]!r} and is {value!r} now. A resumed run goes on as "
                 "it began; to start anew set resume_from_checkpoint=false and another output_dir"

@@ -6,6 +6,7 @@ The decoding lives in `generation/`; here are batches, streaming, chat, the comp
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -356,8 +357,13 @@ class Results:
     def __enter__(self) -> "Results":
         name = self.recipe.cfg.get("output_file")
         if name is not None and self.recipe.shows:
+            partial = Path(f"{name}.partial")
             try:
-                self.file = open(f"{name}.partial", "w", encoding="utf-8")
+                if partial.exists():  # all that a killed run left
+                    kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
+                    partial.rename(kept)
+                    log.warning("output_file: the answers of a run that came to no end are in %s", kept)
+                self.file = partial.open("w", encoding="utf-8")
             except OSError as e:
                 raise ValueError(f"output_file: {name!r} cannot be written ({e}); for example answers.jsonl") from e
             for i in self.recipe.bad:

@@ -1,8 +1,8 @@
 """HumanEval (Chen et al., arXiv 2107.03374): pass@1, by running each program that the model wrote against its tests.
 
-The programs run on this machine, each in a process of its own with limits of time, memory, file size and processes, in
-an empty folder, without environment and input. That stops accidents, not attacks: it is no sandbox, so nothing runs
-unless the config says `execute: true`.
+The programs run on this machine, each in a process of its own with limits of time, memory, file size and (not for root,
+whom the system does not hold to it) processes, in an empty folder, without environment and input. That stops accidents,
+not attacks: it is no sandbox, so nothing runs unless the config says `execute: true`.
 """
 
 import math
