@@ -178,6 +178,19 @@ def cached_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, heads, s, dim)
 
 
+@contextmanager
+def without_plans(device: torch.device) -> Iterator[None]:
+    """On a GPU without cuDNN's attention, which newer ones prefer: it plans each length of keys anew, and while a text
+    grows every step has another, tens of milliseconds each."""
+    kept = torch.backends.cuda.cudnn_sdp_enabled()
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(kept)
+
+
 def check_cache_fits(
     model: TransformerDecoder,
     rows: int,

@@ -265,6 +265,17 @@ def test_a_quantised_draft_multiplies_int8_as_it_is_stored(small, version):
     assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
 
 
+def test_a_quantised_draft_has_no_tables_of_its_own(small):
+    """That of the positions is as long as the context; the model's weights stay as they are."""
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    drafter = quantised_drafter(small, 2, quantizer)
+    for layer, source in zip(drafter.layers, small.layers, strict=True):
+        assert layer.attn.pos_embeddings is source.attn.pos_embeddings
+        assert layer.attn.q_proj is not source.attn.q_proj and type(layer.attn.q_proj.weight) is not torch.nn.Parameter
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
 @needs_compiler
 def test_a_draft_that_stops_early_is_compiled_step_by_step(small):
     """Each length that is verified has a graph of its own."""

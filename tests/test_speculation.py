@@ -19,8 +19,9 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, Speculation, engine, generate
 from layerskip_recipes.generation.adaptive import Chooser
+from layerskip_recipes.generation.compiling import CompiledSteps
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.kv_cache import DecodingCache, cached_attention
+from layerskip_recipes.kv_cache import DecodingCache, cached_attention, without_plans
 
 L = 6
 PROMPTS = [(5,), (9, 60, 2, 41, 41, 7, 3, 88, 1), PROMPT, (30, 31), (8, 8, 8, 8, 8)]
@@ -221,6 +222,22 @@ def test_several_exits_are_all_tried_and_remembered():
     done = generation.stats.arms + again.stats.arms
     # The last round of each may be cut at the limit: then it teaches nothing.
     assert not learnt - done and sum((done - learnt).values()) <= 2
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_round_that_is_cut_teaches_nothing(compile, monkeypatch):
+    """Compiled, drafts have their whole length up to the end; what is kept of the last rounds is less."""
+    model = model_of("llama3_2")
+    steps = CompiledSteps(torch.device("cpu"))
+    steps.failed = True  # the steps as they are, in the ways of compiled ones
+    monkeypatch.setattr(engine, "compiled_steps", lambda *_: steps)
+    speculation, taught = Speculation([1, 2], 5), []
+    monkeypatch.setattr(speculation.policy, "learn", lambda arm, tokens, *_: taught.append(tokens))
+    generation = Generation(model, [PROMPT], 24, speculation=speculation, compile=compile)
+    kept = [len(new[0]) for new in generation][1:]
+    rooms = [23 - sum(kept[:i]) for i in range(len(kept))]
+    assert taught == [tokens for tokens, room in zip(kept, rooms, strict=True) if room > 5]
+    assert 0 < len(taught) < len(kept)
 
 
 def test_auto_tries_both_lengths_and_no_draft():
@@ -888,3 +905,17 @@ def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
     assert run(model, [PROMPT], 6, speculation=Speculation(2, 2)).generated == [greedy("llama3_2", PROMPT, 6)]
     with pytest.raises(ValueError, match=r"^draft_vocabulary: .*Allowed: "):
         run(model, [PROMPT], 6, speculation=Speculation(2, 2, draft_vocabulary=[1, 2]))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_no_plans_on_a_gpu_and_elsewhere_nothing_changes(before):
+    kept = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        for device, inside in (("cuda", False), ("cpu", before)):
+            with pytest.raises(KeyboardInterrupt), without_plans(torch.device(device)):
+                assert torch.backends.cuda.cudnn_sdp_enabled() == inside
+                raise KeyboardInterrupt
+            assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(kept)

@@ -24,7 +24,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
 from layerskip_recipes.generation.timing import Clock, Reads
 from layerskip_recipes.generation.tree import DraftTree
-from layerskip_recipes.kv_cache import DecodingCache, visible
+from layerskip_recipes.kv_cache import DecodingCache, visible, without_plans
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
 
@@ -136,12 +136,14 @@ class Generation:
             with self.cache.used_by(*users):
                 self._prepare()
                 started = time.perf_counter()
-                new = self._prefill()
+                with without_plans(self.device):
+                    new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
                 yield new
                 while not all(self.finished):
                     started, compiled, phases = time.perf_counter(), self.compile_s, self.clock.mark()
-                    new = self._step() if self.speculation is None else self._round()
+                    with without_plans(self.device):
+                        new = self._step() if self.speculation is None else self._round()
                     self.stats.rounds += 1
                     if self.compile_s == compiled:
                         self.stats.decode_s += time.perf_counter() - started
@@ -312,8 +314,9 @@ class Generation:
                 if confidences is not None:
                     policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
         self._count_round(arm, draft, slots, n)
-        # A draft cut at the limit says nothing about others, nor do the rows that had finished.
-        if policy.has_choice and depth == self.tree.depth and (seconds := self._seconds(started, compiled)):
+        # A round cut at the limit says nothing about others, nor do the rows that had finished.
+        whole = max(r for r, runs in zip(room, running, strict=True) if runs) > self.tree.depth
+        if policy.has_choice and whole and (seconds := self._seconds(started, compiled)):
             stood = sum(row[0] == n for row, runs in zip(rows, running, strict=True) if runs)
             policy.learn(arm, sum(map(len, kept)) / sum(running), seconds, stood / sum(running), depth - n)
         return kept

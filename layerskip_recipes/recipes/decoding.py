@@ -229,7 +229,9 @@ def quantised_drafter(
     Raises:
         ValueError: if the quantiser cannot do it here.
     """
-    parts = [torch.nn.ModuleList(copy.deepcopy(layer) for layer in model.layers[:depth])]
+    # The table of positions is one for all layers, and of a long context as large as a layer in int8.
+    shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
+    parts = [copy.deepcopy(layer, dict(shared)) for layer in model.layers[:depth]]
     if with_head:
         source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
         state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
@@ -240,7 +242,7 @@ def quantised_drafter(
     # A module's registries are shared by a plain copy.
     drafter._modules = dict(model._modules)
     packed = quantise(torch.nn.ModuleList(parts), quantizer, "self_speculation.draft_quantizer")
-    drafter.layers = packed[0]
+    drafter.layers = packed[:depth]
     if with_head:
-        drafter.output = packed[1]
+        drafter.output = packed[depth]
     return drafter

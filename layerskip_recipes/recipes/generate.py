@@ -107,6 +107,8 @@ class LayerSkipGenerate:
             self.draft = with_vocabulary(self.draft, model, self.tokenizer, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
+            if self.device.type == "cuda" and cfg.get("compile") and len(self.good) > rows:
+                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             nodes = tree_of(self.draft, greedy).nodes if self.draft is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
@@ -289,6 +291,7 @@ class LayerSkipGenerate:
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
             reserve = max(1024, 2 * (len(tokens) + self.max_new_tokens))
+            reserve = min(reserve, most_positions(self.model, self.spare)[0] + self.spare)
             generation = self._generation(
                 [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
             )
