@@ -157,7 +157,7 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
 
 
 @needs_compiler
-@pytest.mark.parametrize("k", [16, 48, 576])
+@pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
 @pytest.mark.parametrize("int8", [False, True])
 def test_products_of_few_rows(n, k, int8):
@@ -167,7 +167,8 @@ def test_products_of_few_rows(n, k, int8):
     x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
     w = (60 * w).clamp(-128, 127).to(torch.int8) if int8 else w
     alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
-    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=6e-3 if int8 else 1e-4, rtol=1e-4)
+    atol = (6e-3 if int8 else 1e-4) * max(1, k / 576)
+    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=atol, rtol=1e-4)
     few, half = w[:3].contiguous(), w[n // 2 :].contiguous()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -340,17 +341,20 @@ def test_a_second_run_finds_the_compiled_code(small):
 
 
 def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):
-    """Neither which way is fast nor how long a draft step takes: rounds that compiled are left out."""
+    """Neither which way is fast nor how long a draft step takes: rounds that compiled are left out; so are those that
+    the limit cuts."""
     model, speculation = make_small(), Speculation([1, 2], 2, threshold="auto")
-    compiled, learnt = [], []
+    compiled, cut, room, learnt = [], [], 60, []
     policy = speculation.policy
     learn, policy.chooser.learn = policy.chooser.learn, lambda *args: (learnt.append(args), learn(*args))
     generation = Generation(model, [LONG[0]], 60, compile=True, speculation=speculation)
     before = 0.0
-    for _ in generation:
+    for (new,) in generation:
         compiled.append(generation.compile_s > before)
-        before = generation.compile_s
-    assert sum(compiled[1:]) >= 4 and len(learnt) == len(compiled) - 1 - sum(compiled[1:])
+        cut.append(room <= 2)
+        before, room = generation.compile_s, room - len(new)
+    assert sum(compiled[1:]) >= 4
+    assert len(learnt) == sum(not (slow or short) for slow, short in zip(compiled[1:], cut[1:], strict=True))
     assert all(seconds > 0 for _, _, seconds in learnt)
 
 

@@ -23,6 +23,8 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
+constexpr int WIDE = 8192;  // so many numbers in rows of x stay in that cache beside weights (32 kB)
+constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
 
@@ -56,8 +58,8 @@ constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way fro
 }
 
 template <typename W>
-[[gnu::always_inline]] inline void fetch(const W* weights) {
-  __builtin_prefetch(reinterpret_cast<const char*>(weights) + AHEAD);
+[[gnu::always_inline]] inline void fetch(const W* weights, int64_t ahead = AHEAD) {
+  __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead);
 }
 
 // One level of `sums`: lanes that are `distance` apart, of a in the lanes without that bit and of b in those with it.
@@ -93,18 +95,17 @@ template <int COUNT>
   }
 }
 
-// M rows of x by N rows of w, all of width k, a multiple of LANES; from one row of x to the next it is `step`, of y
-// `stride`.
+// total += the products of `count` elements of M rows of x and N rows of w, in LANES parts of each sum. From one row of x
+// to the next it is `step`, of w `k`, and it is `ahead` bytes to the weights that come after these.
 template <int M, int N, typename W>
-void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
+[[gnu::always_inline]] inline void add(
+    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead,
+    std::array<Vector, LANES>& total) {
   static_assert(M * N <= LANES);
-  std::array<Vector, LANES> total;
-#pragma GCC unroll 16
-  for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
-  for (int64_t i = 0; i < k; i += LANES) {
+  for (int64_t i = 0; i < count; i += LANES) {
     std::array<Vector, N> weights;
     for (int n = 0; n < N; n++) {
-      fetch(w + n * k + i);
+      fetch(w + n * k + i, ahead);
       weights[n] = in_register(load(w + n * k + i));
     }
     for (int m = 0; m < M; m++) {
@@ -112,12 +113,49 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t
       for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
     }
   }
+}
+
+[[gnu::always_inline]] inline std::array<Vector, LANES> nothing() {
+  std::array<Vector, LANES> total;
+#pragma GCC unroll 16
+  for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
+  return total;
+}
+
+// The M x N sums, to y, whose rows are `stride` apart.
+template <int M, int N>
+[[gnu::always_inline]] inline void write(const std::array<Vector, LANES>& total, float* y, int64_t stride) {
   float out[LANES];
   sums<LANES>(total).store(out);
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
-// `rows` <= M rows of x by all `columns` rows of w.
+// M rows of x by N rows of w, all of width k, a multiple of LANES.
+template <int M, int N, typename W>
+void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
+  std::array<Vector, LANES> total = nothing();
+  add<M, N>(x, w, k, k, step, AHEAD, total);
+  write<M, N>(total, y, stride);
+}
+
+// As many tiles, where rows of x are so wide that a cache next to the processor does not hold them: a piece of each row
+// by all columns, then the next piece. Each element is summed in the same order as in one tile.
+template <int M, int N, typename W>
+void wide_tiles(
+    int64_t tiles, const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
+  std::vector<std::array<Vector, LANES>> totals(tiles, nothing());
+  for (int64_t i = 0; i < k; i += PIECE)
+    for (int64_t t = 0; t < tiles; t++) {
+      std::array<Vector, LANES> total = totals[t];
+      add<M, N>(
+          x + i, w + t * N * k + i, std::min<int64_t>(PIECE, k - i), k, step, N * k * static_cast<int64_t>(sizeof(W)),
+          total);
+      totals[t] = total;
+    }
+  for (int64_t t = 0; t < tiles; t++) write<M, N>(totals[t], y + t * N, stride);
+}
+
+// `rows` <= M rows of x by all `columns` rows of w; from one row of x to the next it is `step`, of y `stride`.
 template <int M, typename W>
 void block(
     int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
@@ -126,6 +164,10 @@ void block(
   }
   constexpr int N = LANES / M;
   int64_t n = 0;
+  if (M * k > WIDE) {
+    n = columns / N * N;
+    wide_tiles<M, N>(columns / N, x, w, y, k, step, stride);
+  }
   for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
@@ -156,7 +198,8 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   float* ys = out.mutable_data_ptr<float>();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
   const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
-  const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);
+  // One row reads wide weights best as they lie, one column after the other; several share them by whole tiles.
+  const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, m == 1 ? 1 : LANES);
   at::parallel_for(0, n, grain, [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {
