@@ -147,7 +147,7 @@ def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
     status, _, err = layerskip("validate", "mine.yaml")
     assert status == 0, err
     status, out, err = layerskip("cat", "mine.yaml")
-    assert status == 0 and "length: 3" in out and "seq_len" not in out, err
+    assert status == 0 and "length: 3" in out and "split: train" not in out, err
 
 
 def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
