@@ -156,8 +156,8 @@ def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
     for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
         Path(re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
     layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
-    recipes = {"my": "finetune", "my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
-    for name, recipe in recipes.items():
+    recipes = {"my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
+    for name, recipe in {"my": "finetune", "my_data": "finetune", **recipes}.items():
         status, out, err = layerskip("validate", f"{name}.yaml")
         assert status == 0 and out == f"{name}.yaml: fine, for `tune run layerskip_{recipe}`\n", err
 
