@@ -194,9 +194,7 @@ def build(section: DictConfig | None, key: str, *args: Any, **kwargs: Any) -> An
     """
     try:
         return tune_config.instantiate(section, *args, **kwargs)
-    except (
-        TypeError, ValueError, LookupError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError
-    ) as e:  # fmt: skip
+    except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
         if is_ours(e):  # it says all that is needed
             raise ValueError(f"{key}: {e}" if not str(e).startswith(key) else str(e)) from e
         given = ", ".join(f"{name}={value}" for name, value in section.items() if name != "_component_")

@@ -1,6 +1,7 @@
 """The `dataset` and `collate_fn` of a config: one torchtune dataset or several, packed or padded; in which order."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,10 @@ def load_data(
         ValueError: if a dataset refuses its arguments, or cannot make a sample.
     """
     sections = sections_of(cfg, key)
-    datasets = [build(section, key, tokenizer) for section in sections]
+    datasets = []
+    for section in sections:
+        with _reading(section, key):  # packed ones read all of it
+            datasets.append(build(section, key, tokenizer))
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
     if getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections):
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
@@ -105,7 +109,8 @@ def load_data(
     collate = partial(_get_component_from_path(name), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
     needed = {"tokens", "labels"}
     for part, section in zip(datasets, sections, strict=True):
-        sample = _first_sample(part, section, key) if len(part) else dict.fromkeys(needed)
+        with _reading(section, key, part):
+            sample = part[0] if len(part) else dict.fromkeys(needed)
         if not (isinstance(sample, Mapping) and needed <= sample.keys()):
             what = f"a {type(sample).__name__}"
             if isinstance(sample, Mapping):
@@ -124,17 +129,19 @@ def load_data(
     return dataset, collate
 
 
-def _first_sample(dataset: Dataset, section: DictConfig, key: str) -> Any:
-    """torchtune reads a column, and lets a template look at messages, only when a sample is asked for."""
+@contextmanager
+def _reading(section: DictConfig, key: str, dataset: Dataset | None = None) -> Iterator[None]:
+    """A torchtune dataset looks for its columns, and a template at its messages, only when samples are asked for. An
+    error in a component of the user's own stays as it is: it shows where."""
     try:
-        return dataset[0]
+        yield
     except Exception as e:
-        if is_ours(e):
+        if is_ours(e) or not section._component_.startswith("torchtune."):
             raise
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         there = f" Its columns: {', '.join(columns)}." if columns else ""
         raise ValueError(
-            f"{key}: {section._component_} cannot make its first sample ({e!r}).{there} Which of them it reads is an "
+            f"{key}: {section._component_} cannot read its samples ({e!r}).{there} Which of them it reads is an "
             f"argument, such as column, column_map or conversation_column; for example {key}.column=text"
         ) from e
 
