@@ -99,15 +99,19 @@ def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
 
 
 @torch.no_grad()
-def merged(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The state_dict of the plain model: adapters merged into the weights, which are left as they are.
+def merged(
+    state: Mapping[str, torch.Tensor], config: Mapping[str, Any], in_place: bool = False
+) -> dict[str, torch.Tensor]:
+    """The state_dict of the plain model: adapters merged into the weights.
 
     Args:
         state: of the model with adapters.
         config: of `adapter_config`.
+        in_place: the weights of the state are nobody else's, and change; else they are copied.
     """
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
-    own = dict(state) | {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
+    copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
+    own = dict(state) | copies
     own |= scaled_biases(state, config)  # torchtune's merge leaves them as they were
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 

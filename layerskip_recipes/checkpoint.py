@@ -1,5 +1,6 @@
 """Weights through torchtune's checkpointers: what their section may say, loading, starting from scratch, quantising."""
 
+import inspect
 import json
 import math
 import os
@@ -22,6 +23,12 @@ from layerskip_recipes.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.settings import build, build_on_meta, check_device, check_dtype
+
+CHECKPOINTERS = (
+    training.FullModelHFCheckpointer,
+    training.FullModelMetaCheckpointer,
+    training.FullModelTorchTuneCheckpointer,
+)
 
 
 def is_scratch(section: DictConfig) -> bool:
@@ -79,6 +86,12 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
             raise ValueError(f"checkpointer.{key}: {section[key]!r} is not honoured here; set {key} at top level")
+    component = _get_component_from_path(section._component_)
+    if inspect.isclass(component) and not issubclass(component, CHECKPOINTERS):
+        raise ValueError(
+            f"checkpointer._component_: {section._component_!r} is not allowed. Allowed: those of whole models, as "
+            "torchtune.training.FullModelHFCheckpointer (to resume from shards: enable_async_checkpointing=true)"
+        )
     if "model_type" in section:
         check_choice("checkpointer.model_type", section.model_type, training.ModelType.__members__)
     checkpoint_files(section)
@@ -139,6 +152,11 @@ def check_checkpoint_files(cfg: DictConfig, writes: bool = False) -> None:
         )
     if writes and Path(cfg.output_dir).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
+    if writes and folder.resolve().parent == Path(cfg.output_dir).resolve():
+        raise ValueError(
+            f"output_dir: {cfg.output_dir!r} holds {folder.name}, where this run begins and which its own checkpoints "
+            f"may replace; choose another folder, for example output_dir={str(cfg.output_dir).rstrip('/')}_2"
+        )
 
 
 def check_output_dir(cfg: DictConfig) -> None:

@@ -84,6 +84,7 @@ class LayerSkipDecoder(TransformerDecoder):
         start_layer: int = 0,
         unembed: bool = True,
         then: Callable[[torch.Tensor, dict[int, torch.Tensor]], Any] | None = None,
+        passing: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Any:
         """Walk from layer `start_layer` up to, not including, layer `exit_layer`, then apply the head g.
 
@@ -100,6 +101,8 @@ class LayerSkipDecoder(TransformerDecoder):
             unembed: False returns x_E instead of g(x_E).
             then: with `exits`: called on the pair that would be returned, and its result is returned instead. It runs
                 within this forward, where a sharded model's own parameters (norm, head) are whole.
+            passing: with `exits`: called with e and x_e when the walk is there, within this forward too. The pair's
+                second part is empty then: no more than one x_e exists at a time.
 
         Returns:
             [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune), or x_E
@@ -140,7 +143,9 @@ class LayerSkipDecoder(TransformerDecoder):
         seen = {}
         for layer in range(start_layer, exit_layer):
             h = self._run_layer(self.layers[layer], h, kept[layer], of_sample)
-            if layer + 1 in wanted:
+            if layer + 1 in wanted and passing is not None:
+                passing(layer + 1, h)
+            elif layer + 1 in wanted:
                 seen[layer + 1] = h
         if exits is not None:
             return (h, seen) if then is None else then(h, seen)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +52,9 @@ def exit_quality(
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        measure = partial(_sums, model, labels, ignore_index, chunk_tokens, num_speculations)
-        sums += model(batch.pop("tokens"), exits=exits, then=measure, **batch)
+        of_batch = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
+        model(batch.pop("tokens"), exits={*exits, model.num_layers}, passing=of_batch.passing, **batch)
+        sums += of_batch.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
         raise ValueError(f"{key}: no label counts, so there is nothing to measure")
@@ -75,41 +75,57 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _sums(
-    model: LayerSkipDecoder,
-    labels: torch.Tensor,
-    ignore_index: int,
-    chunk_tokens: int,
-    num_speculations: int,
-    final: torch.Tensor,
-    hidden: dict[int, torch.Tensor],
-) -> torch.Tensor:
-    """[exits, 6]: of each exit its loss, right choices, choices of the last layer, how many labels count, drafts'
-    accepted tokens, and how many drafts."""
-    counts = labels != ignore_index
-    at = counts.flatten().nonzero()[:, 0]  # once: on a GPU the host waits for it
-    labels, final = labels.flatten()[at], final.flatten(0, 1)
-    states = [x.flatten(0, 1) for x in hidden.values()]
-    sums = torch.zeros(len(states), 6, dtype=_exact(labels.device), device=labels.device)
-    sums[:, 3] = len(labels)
-    agrees = torch.zeros(len(states), *counts.shape, dtype=torch.bool, device=labels.device)
-    flat = torch.zeros(len(states), len(labels), dtype=torch.bool, device=labels.device)
-    head = Head(model)
-    with head.using(head.parameters):
-        for start in range(0, len(labels), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            chosen = head(final[at[rows]]).argmax(-1)
-            for exit_sums, agreed, x in zip(sums, flat, states, strict=True):
-                logits = head(x[at[rows]])
-                top = logits.argmax(-1)
-                exit_sums[0] += F.cross_entropy(logits, labels[rows], reduction="sum")
-                exit_sums[1] += (top == labels[rows]).sum()
-                agreed[rows] = top == chosen
-    sums[:, 2] = flat.sum(1)
-    # A draft from each position whose next d labels count.
-    if counts.shape[1] >= num_speculations:
-        agrees.flatten(1)[:, at] = flat
-        whole = counts.unfold(1, num_speculations, 1).all(-1)
-        sums[:, 4] = (agrees.unfold(2, num_speculations, 1).cumprod(-1).sum(-1) * whole).sum((1, 2))
-        sums[:, 5] = whole.sum()
-    return sums
+class _Batch:
+    """What a batch adds to the sums: each exit is measured as the walk passes it, and only what it chose is kept.
+
+    Args:
+        model: the decoder, whose walk this is called within.
+        labels: [b, s], shifted.
+        exits: in order.
+        ignore_index, chunk_tokens, num_speculations: as in `exit_quality`.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipDecoder,
+        labels: torch.Tensor,
+        exits: list[int],
+        ignore_index: int,
+        chunk_tokens: int,
+        num_speculations: int,
+    ) -> None:
+        self.model, self.exits, self.chunk_tokens, self.num_speculations = model, exits, chunk_tokens, num_speculations
+        self.counts = labels != ignore_index
+        self.at = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU the host waits for it
+        self.labels = labels.flatten()[self.at]
+        self.sums = torch.zeros(len(exits), 6, dtype=_exact(labels.device), device=labels.device)
+        self.chosen: dict[int, torch.Tensor] = {}  # [labels that count], the tokens that an exit says
+
+    def passing(self, e: int, x: torch.Tensor) -> None:
+        """Loss, right choices and choices of exit e, of x_e [b, s, d]."""
+        x, sums = x.flatten(0, 1), self.sums[self.exits.index(e)] if e in self.exits else None
+        self.chosen[e] = torch.empty_like(self.labels)
+        head = Head(self.model)
+        with head.using(head.parameters):
+            for start in range(0, len(self.labels), self.chunk_tokens):
+                rows = slice(start, start + self.chunk_tokens)
+                logits, labels = head(x[self.at[rows]]), self.labels[rows]
+                top = self.chosen[e][rows] = logits.argmax(-1)
+                if sums is not None:
+                    sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                    sums[1] += (top == labels).sum()
+
+    def compare(self) -> torch.Tensor:
+        """[exits, 6]: of each exit its loss, right choices, choices of the last layer, how many labels count, drafts'
+        accepted tokens, and how many drafts."""
+        n, final = self.num_speculations, self.chosen[self.model.num_layers]
+        whole = self.counts.unfold(1, n, 1).all(-1) if self.counts.shape[1] >= n else None
+        for e, sums in zip(self.exits, self.sums, strict=True):
+            agrees = self.chosen[e] == final
+            sums[2], sums[3] = agrees.sum(), len(self.labels)
+            if whole is not None:  # a draft from each position whose next n labels count
+                everywhere = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
+                everywhere.view(-1)[self.at] = agrees
+                sums[4] = (everywhere.unfold(1, n, 1).cumprod(-1).sum(-1) * whole).sum()
+                sums[5] = whole.sum()
+        return self.sums

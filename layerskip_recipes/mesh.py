@@ -150,6 +150,12 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
             "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
             "without them fsdp_cpu_offload=false"
         )
+    for key, example in (("custom_sharded_layers", "null"), ("fsdp_reshard_after_forward", "true")):
+        if processes > 1 and left == 1 and cfg.get(key) not in (None, [], True):
+            raise ValueError(
+                f"{key}: {cfg[key]} does nothing where tensor_parallel_dim {tensor} takes all of {processes} "
+                f"processes, and no rank is left to shard over; {key}={example}"
+            )
     if cfg.get("fsdp_cpu_offload") and left == 1:
         raise ValueError(
             f"fsdp_cpu_offload: True needs ranks to shard over, and tensor_parallel_dim {tensor} takes all of "

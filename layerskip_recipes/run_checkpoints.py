@@ -137,6 +137,9 @@ class Checkpoints:
         folder = self.staging / "epoch_0"
         os.rename(folder, self.staging / name)
         folder = self.staging / name
+        if training.ADAPTER_KEY not in contents:
+            # torchtune copies it from where the run began, and transformers then looks for adapters here.
+            (folder / "adapter_config.json").unlink(missing_ok=True)
         correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         torch.save(dict(state), folder / RECIPE_STATE)
         # From there the next one takes config and tokenizer: where this run began may be thrown away.

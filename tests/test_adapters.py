@@ -27,7 +27,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import common_utils
 from torchtune.training import FullModelHFCheckpointer
 
-from layerskip_recipes.adapters import correct_peft_form
+from layerskip_recipes.adapters import correct_peft_form, merged
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
@@ -320,6 +320,18 @@ def test_the_merged_checkpoint_is_the_formula(trained):
     names = {name.rpartition(".lora_a")[0] for name in trained.adapters if "lora_a" in name}
     biased = [name for name in names if "dora" in trained.case and f"{name}.bias" in trained.start]
     assert changed == {f"{name}.weight" for name in names} | {f"{name}.bias" for name in biased}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_merging_in_place_takes_no_second_copy_of_the_weights(in_place):
+    state = {"q.weight": torch.randn(8, 6), "q.lora_a.weight": torch.randn(2, 6), "q.lora_b.weight": torch.randn(8, 2)}
+    before, place = state["q.weight"].clone(), state["q.weight"].data_ptr()
+    expected = before + 16 / 2 * state["q.lora_b.weight"] @ state["q.lora_a.weight"]
+    plain = merged(state, {"r": 2, "lora_alpha": 16}, in_place)
+    assert plain.keys() == {"q.weight"}
+    torch.testing.assert_close(plain["q.weight"], expected)
+    assert (plain["q.weight"].data_ptr() == place) == in_place
+    assert torch.equal(state["q.weight"], before) == (not in_place)
 
 
 def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(trained):

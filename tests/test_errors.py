@@ -257,6 +257,12 @@ FINETUNE = [
     ("ac_option=2", "ac_option", "2", "ac_mode"),
     ("ac_mode=full; ac_option=2", "ac_option", "2", "ac_mode=selective"),
     ("loss={_component_: torch.nn.CrossEntropyLoss, ignore_index: 0}", "loss.ignore_index", "0", "-100"),
+    (
+        "checkpointer._component_=torchtune.training.DistributedCheckpointer",
+        "checkpointer._component_",
+        "DistributedCheckpointer",
+        "FullModelHFCheckpointer",
+    ),
     ("init_std=0.02", "init_std", "0.02", "scratch_checkpointer"),
     ("save_adapter_weights_only=true", "save_adapter_weights_only", "True", "save_adapter_weights_only=false"),
     ("save_every_n_steps=0", "save_every_n_steps", "0", "1 or more"),

@@ -1,10 +1,18 @@
-"""The config of `layerskip_eval`: what `compare` may say. What it measures: test_generate.py, test_harness.py."""
+"""The config of `layerskip_eval`, what `compare` may say, and its memory. What it measures: test_generate.py,
+test_harness.py.
+"""
+
+import weakref
 
 import pytest
-from configs import eval_config, make_checkpoint
+import torch
+from configs import SIZE, eval_config, make_checkpoint
+from torchtune.models.llama3_2 import llama3_2
 
 from layerskip_recipes.checkpoint import checkpoint_files
 from layerskip_recipes.config import load_config
+from layerskip_recipes.decoder import layerskip_decoder
+from layerskip_recipes.exit_quality import exit_quality
 from layerskip_recipes.recipes.eval import LayerSkipEval
 from layerskip_recipes.recipes.eval_config import checkpoints
 
@@ -31,6 +39,29 @@ def test_the_files_of_checkpoints_have_either_form(own, others, tmp_path, tokeni
     }
     assert all(checkpoint_files(section) == NAMED for section in found.values())
     assert found["before"].model_type == "LLAMA3_2"
+
+
+class Kept(torch.nn.Module):
+    """A layer that counts how many of the hidden states before it are still in memory."""
+
+    def __init__(self, seen: list, counts: list) -> None:
+        super().__init__()
+        self.seen, self.counts, self.attn, self.caches_are_enabled = seen, counts, torch.nn.Identity(), lambda: False
+
+    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
+        self.counts.append(sum(ref() is not None for ref in self.seen))
+        out = x + 1
+        self.seen.append(weakref.ref(out))
+        return out
+
+
+def test_the_hidden_states_of_all_exits_are_never_there_at_once():
+    model, seen, counts = layerskip_decoder(llama3_2(**SIZE | {"num_layers": 8})).eval(), [], []
+    model.layers = torch.nn.ModuleList(Kept(seen, counts) for _ in range(8))
+    batch = {"tokens": torch.zeros(2, 16, dtype=torch.long), "labels": torch.zeros(2, 16, dtype=torch.long)}
+    quality = exit_quality(model, [batch], [*range(1, 9)], torch.device("cpu"))
+    assert quality[8]["agreement"] == 1
+    assert counts == [0, *[1] * 7]  # the layer's own input
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from layerskip_recipes.config import load_config
 from layerskip_recipes.early_exit import enabled_exits, exit_weights
 from layerskip_recipes.recipes.data import limit_samples, packed_with_dense_mask
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+from layerskip_recipes.recipes.finetune_config import loss_section, without_effect
 
 UNTIED = {
     "_component_": "torchtune.models.llama2._component_builders.llama2",
@@ -440,6 +441,38 @@ def test_a_number_of_chunks_that_changes_nothing_is_said(chunks, said, tmp_path,
     line = "loss.num_output_chunks: 9 changes nothing here. The logits that exist at a time are those of "
     found = [message for message in caplog.messages if message.startswith("loss.num_output_chunks")]
     assert found == [line + "early_exit_loss.chunk_tokens tokens, 512"] * said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["early_exit_loss.curriculum=gradual"], "early_exit_loss.interval: 2 changes nothing with curriculum gradual"),
+        (["early_exit_loss.curriculum=null"], "early_exit_loss.interval: 2 changes nothing with curriculum None"),
+        (["early_exit_loss.curriculum=rotational"], None),
+        (["dataset.packed=true", "collate_fn=my.own"], "collate_fn: my.own changes nothing where samples are packed"),
+        (["dataset.packed=true", "collate_fn=torchtune.data.padded_collate_sft"], None),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_said(overrides, said, tmp_path, tokenizer_folder):
+    cfg = load_config(str(finetune_config(tmp_path, tokenizer_folder)), overrides)
+    lines = without_effect(cfg, loss_section(cfg, 4))
+    assert [line[: len(said)] for line in lines] == [said] if said else lines == []
+
+
+def test_a_checkpoint_without_adapters_has_no_config_of_adapters(tmp_path, tokenizer_folder):
+    """As of a LoRA training that the run began with: transformers would look for the adapters."""
+    path = finetune_config(tmp_path, tokenizer_folder)
+    train(path)
+    start = tmp_path / "out" / "epoch_0"
+    (start / "adapter_config.json").write_text("{}")
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(start),
+        "checkpoint_files": ["model-00001-of-00001.safetensors"], "model_type": "LLAMA3_2",
+        "output_dir": "${output_dir}",
+    }  # fmt: skip
+    train(finetune_config(tmp_path, tokenizer_folder, checkpointer=checkpointer), f"output_dir={tmp_path}/full")
+    files = {file.name for file in (tmp_path / "full" / "epoch_0").iterdir()}
+    assert "config.json" in files and "adapter_config.json" not in files
 
 
 def test_the_logged_config_is_one_that_trains(tmp_path, tokenizer_folder):

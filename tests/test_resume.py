@@ -229,6 +229,46 @@ def test_another_learning_rate_counts(scheduler, tmp_path, tokenizer_folder):
         assert losses(again)[step]["lr"] == pytest.approx(before[step]["lr"] / 10)
 
 
+def test_another_learning_rate_counts_from_shards_of_an_8_bit_optimizer(tmp_path, tokenizer_folder):
+    """Its learning rate is a tensor, into which shards are read."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True,
+        optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3},
+    )  # fmt: skip
+    train(path)
+    again = keep_only(tmp_path / "out", "step_1", tmp_path / "again")
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true", "optimizer.lr=1e-4")
+    assert losses(again)[2]["lr"] == pytest.approx(1e-4)
+
+
+class Counted(torch.optim.AdamW):
+    """An optimizer that counts its steps."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        Counted.steps += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_reading_an_optimizers_state_is_its_own_business(in_backward, tmp_path, tokenizer_folder):
+    """torch would step it once without gradients, and wants all of its state on one device; bitsandbytes pages it."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, epochs=2, optimizer_in_bwd=in_backward,
+        optimizer={"_component_": "test_resume.Counted", "lr": 1e-2},
+    )  # fmt: skip
+    whole = train(path)
+    before = losses(tmp_path / "out")
+    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
+    Counted.steps = 0
+    resumed = train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+    assert Counted.steps == 2 * len(resumed.optimizers.all)
+    assert losses(again) == {step: before[step] for step in (3, 4)}
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, tokenizer_folder) -> Path:
     """The config of a run that has a checkpoint to resume."""
@@ -318,6 +358,24 @@ def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):
         ValueError, match=r"^keep_last_n_checkpoints: 1 would throw away .* epoch_0\. Allowed: another "
     ):
         LayerSkipFinetune(load_config(str(stopped), ["keep_last_n_checkpoints=1"]))
+
+
+def test_a_run_does_not_begin_where_it_writes(stopped):
+    """Its first checkpoint would take the place of what it began with."""
+    out = stopped.parent / "out"
+    section = "_component_: torchtune.training.FullModelHFCheckpointer, model_type: LLAMA3_2"
+    files = f"checkpoint_dir: {out}/epoch_0, checkpoint_files: [model-00001-of-00001.safetensors]"
+    overrides = [f"checkpointer={{{section}, {files}}}"]
+    before = written(stopped.parent)
+    with pytest.raises(ValueError, match=r"^output_dir: '.*' holds epoch_0, where this run begins .*output_dir=.*_2$"):
+        LayerSkipFinetune(load_config(str(stopped), overrides))
+    assert written(stopped.parent) == before
+
+
+def test_a_seed_that_a_resumed_run_does_not_take_is_said(stopped, caplog):
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        LayerSkipFinetune(load_config(str(stopped), ["resume_from_checkpoint=true", "seed=77"])).setup()
+    assert [m for m in caplog.messages if m.startswith("seed: 77 changes nothing here")]
 
 
 def test_another_optimizer_is_refused(stopped):

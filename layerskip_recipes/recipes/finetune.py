@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from torchtune.modules import common_utils
-from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.distributed import end_processes, from_rank_zero, init_processes, is_rank_zero, num_processes
 from layerskip_recipes.mesh import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
 from layerskip_recipes.recipes.data import TrainingData, limit_samples
-from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section
+from layerskip_recipes.recipes.finetune_config import check_config, layer_dropout_section, loss_section, without_effect
 from layerskip_recipes.recipes.finetune_log import RunLog, described, same_run
 from layerskip_recipes.recipes.finetune_model import Optimizers, adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.recipes.validation import Validation
@@ -107,12 +106,9 @@ class LayerSkipFinetune:
             self.meta = build_on_meta(cfg)
         self.mesh = make_mesh(cfg, self.meta, self.device)
         self.loss = loss_section(cfg, len(self.meta.layers))
-        chunks, default = cfg.loss.get("num_output_chunks"), CEWithChunkedOutputLoss().num_output_chunks
-        if chunks not in (None, default) and is_rank_zero():
-            log.warning(
-                f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
-                f"early_exit_loss.chunk_tokens tokens, {self.loss.chunk_tokens}"
-            )
+        if is_rank_zero():
+            for line in without_effect(cfg, self.loss):
+                log.warning(line)
         with rank_zero_first():
             tokenizer = build(cfg.tokenizer, "tokenizer")
             ckpt.check_tokenizer_dir(cfg)
@@ -131,9 +127,13 @@ class LayerSkipFinetune:
         if state is not None:
             same_run(state["run"], self.run)
             self.seed = self.data.seed = state[training.SEED_KEY]
+            if cfg.get("seed") not in (None, self.seed) and is_rank_zero():
+                log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run goes on with its own, {self.seed}")
         self.step = state["step"] if state else 0
         self.log = RunLog(cfg, self.loss, len(self.meta.layers), self.total_steps)
         weights, adapters = self.checkpoints.load_weights()
+        if weights is None and is_rank_zero():
+            log.info("No weights to begin with: training from scratch.")
         self.model = build_model(cfg, self.device, self.dtype, self.mesh, self.meta, weights, adapters, self.seed)
         del weights, adapters
         dropout = layer_dropout_section(cfg, self.model.num_layers, self.seed, cfg.get("batch_size", 1))
@@ -149,6 +149,7 @@ class LayerSkipFinetune:
         )
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.model, optimizer, self.total_steps, self.step)
+        self.remembered = range(0)  # the steps whose allocations the profiler's picture of the memory shows
         self.profiler = self._setup_profiler()
         if state:
             self._restore(state)
@@ -160,7 +161,10 @@ class LayerSkipFinetune:
         if not (section and section.get("enabled")):
             return DummyProfiler()
         section = OmegaConf.merge({"_component_": "torchtune.training.setup_torch_profiler"}, section)
-        profiler, _ = config.instantiate(section)
+        profiler, schedule = config.instantiate(section)
+        if section.get("profile_memory") and self.device.type == "cuda":
+            first = self.step + schedule["wait_steps"] + schedule["warmup_steps"]
+            self.remembered = range(first, first + schedule["active_steps"])
         return profiler
 
     def train(self) -> None:
@@ -177,7 +181,11 @@ class LayerSkipFinetune:
             shown = {"desc": f"epoch {epoch + 1}", "dynamic_ncols": True, "disable": not is_rank_zero()}
             with tqdm(total=per_epoch, initial=done, **shown) as self.progress:
                 for _ in range(done, per_epoch):
+                    if self.remembered and self.step == self.remembered.start:
+                        torch.cuda.memory._record_memory_history()
                     self._train_step(batches)
+                    if self.remembered and self.step == self.remembered.stop:
+                        torch.cuda.memory._record_memory_history(enabled=None)
                     self.progress.update(1)
                     ends = self.step % per_epoch == 0
                     if self.validation.due(self.step) or (self.step == self.total_steps):

@@ -12,7 +12,7 @@ from layerskip_recipes.checkpoint import check_checkpointer, checkpoint_files, i
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.early_exit import EarlyExitLoss
 from layerskip_recipes.layer_dropout import LayerDropout
-from layerskip_recipes.recipes.data import check_collate_fn, check_dataset
+from layerskip_recipes.recipes.data import PADDED, check_collate_fn, check_dataset, sections_of
 from layerskip_recipes.recipes.finetune_model import layers_to_checkpoint
 from layerskip_recipes.recipes.validation import chosen_exits
 from layerskip_recipes.settings import (
@@ -191,6 +191,27 @@ def _check_optimizer(cfg: DictConfig) -> None:
         check_number("optimizer.lr", cfg.optimizer.lr, minimum=0, integer=False, example="2e-5")
     optimizer = build(cfg.optimizer, "optimizer", [torch.nn.Parameter(torch.zeros(1))])
     build(cfg.get("lr_scheduler"), "lr_scheduler", optimizer, num_training_steps=1, last_epoch=-1)
+
+
+def without_effect(cfg: DictConfig, loss: EarlyExitLoss) -> list[str]:
+    """Settings that a config may well have, as from the one that it extends, and that change nothing in this run."""
+    lines = []
+    chunks, default = cfg.loss.get("num_output_chunks"), CEWithChunkedOutputLoss().num_output_chunks
+    if chunks not in (None, default):
+        lines.append(
+            f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
+            f"early_exit_loss.chunk_tokens tokens, {loss.chunk_tokens}"
+        )
+    interval = (cfg.get("early_exit_loss") or {}).get("interval")
+    if interval is not None and loss.curriculum != "rotational":
+        lines.append(
+            f"early_exit_loss.interval: {interval} changes nothing with curriculum {loss.curriculum}, only with "
+            "rotational"
+        )
+    packed = any(section.get("packed") for section in sections_of(cfg, "dataset"))
+    if cfg.get("collate_fn") not in (None, PADDED) and packed:
+        lines.append(f"collate_fn: {cfg.collate_fn} changes nothing where samples are packed; ~collate_fn")
+    return lines
 
 
 # torchtune's early-exit recipe names these by dotted path; here they have short names.

@@ -155,7 +155,14 @@ class Optimizers:
         # Flattened, shards do not depend on how the parameters are grouped.
         options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=not whole)
         with meshes.quiet():
-            return get_optimizer_state_dict(self.model, self.all, options=options)
+            state = get_optimizer_state_dict(self.model, self.all, options=options)
+        if whole:
+            return state
+        # torchao's learning rate is a tensor, and what is read into this must not change the optimizer's own.
+        return {
+            name: value.clone() if name.startswith("param_groups.") and isinstance(value, torch.Tensor) else value
+            for name, value in state.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True, never_stepped: Sequence[str] = ()) -> None:
         """Take up what `state_dict` gave, however many ranks it came from. On all ranks.
@@ -172,6 +179,8 @@ class Optimizers:
         if not learned:  # as of SGD without momentum, which torch does not load
             return
         trained = {clean_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        if whole and not torch.distributed.is_initialized():
+            return self._take_up(state["state"], trained)
         if whole:
             never_stepped = from_rank_zero([name for name in trained if name not in state.get("state", {})])
             if never_stepped:
@@ -197,6 +206,23 @@ class Optimizers:
         for one in self.all:
             for name in never_stepped:
                 one.state.pop(trained[name], None)
+
+    def _take_up(self, states: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
+        """As `load_state_dict`, in one process: each optimizer reads its own state, wherever it keeps it.
+
+        torch's way wants all of it on one device, where bitsandbytes pages a part of it.
+        """
+        names = {parameter: name for name, parameter in trained.items()}
+        for one in self.all:
+            own = one.state_dict()["param_groups"]
+            numbers = [number for group in own for number in group["params"]]
+            parameters = [parameter for group in one.param_groups for parameter in group["params"]]
+            learned = {
+                number: states[names[parameter]]
+                for number, parameter in zip(numbers, parameters, strict=True)
+                if names[parameter] in states
+            }
+            one.load_state_dict({"state": learned, "param_groups": own})
 
 
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
@@ -248,4 +274,6 @@ def checkpoint_contents(cfg: DictConfig, model: LayerSkipDecoder, meta: nn.Modul
         training.ADAPTER_CONFIG: described,
         BIASES: scaled_biases(state, described) if biases else {},
     }
-    return contents | ({} if only else {training.MODEL_KEY: merged(state, described)})
+    # What came from a GPU is a copy already.
+    plain = {} if only else {training.MODEL_KEY: merged(state, described, in_place=device.type != "cpu")}
+    return contents | plain
