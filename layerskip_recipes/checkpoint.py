@@ -347,8 +347,9 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
     how = build(quantizer, key)
     before = _kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
-    # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds.
-    precision = torch.get_float32_matmul_precision()
+    # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds, and all ways of
+    # decoding in one process are compiled alike.
+    precision, compiler = torch.get_float32_matmul_precision(), torch._inductor.config.save_config()
     try:
         if hasattr(how, "quantize"):
             module = how.quantize(module)
@@ -363,6 +364,7 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
         raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch._inductor.config.load_config(compiler)
     if _kinds(module) == before:
         raise ValueError(
             f"{key}: {quantizer._component_} changes no weight of this model, as where its groups do not fit "

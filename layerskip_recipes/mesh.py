@@ -152,8 +152,9 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
         )
     for key, example in (("custom_sharded_layers", "null"), ("fsdp_reshard_after_forward", "true")):
         if processes > 1 and left == 1 and cfg.get(key) not in (None, [], True):
+            shown = f"[{', '.join(cfg[key])}]" if key == "custom_sharded_layers" else cfg[key]
             raise ValueError(
-                f"{key}: {cfg[key]} does nothing where tensor_parallel_dim {tensor} takes all of {processes} "
+                f"{key}: {shown} does nothing where tensor_parallel_dim {tensor} takes all of {processes} "
                 f"processes, and no rank is left to shard over; {key}={example}"
             )
     if cfg.get("fsdp_cpu_offload") and left == 1:

@@ -380,6 +380,28 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
     assert "no compiler" in warning or "AssertionError" in warning
 
 
+def test_a_step_that_cannot_be_compiled_is_the_only_one(not_compiled, monkeypatch):
+    """As a quantised draft that a backend cannot do: the others stay compiled, and one line names it."""
+    model, warnings, compiled = make_small(), [], []
+
+    def made(function, device):
+        def failing(*_):
+            raise RuntimeError("no kernel")
+
+        compiled.append(function.__name__)
+        return failing if function.__name__ == "draft_chain" else function
+
+    monkeypatch.setattr(compiling, "_compiled", made)
+    monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
+    for way in ("plain", "chain", "chain"):
+        generation = run(model, SHORT, 9, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
+        assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
+    steps = model.compiled_steps
+    assert not steps.failed and set(steps.refused.values()) == {"draft_chain"}
+    assert sorted(compiled) == ["draft_chain", "plain_logits", "verify_greedily"]
+    assert warnings == ["compile: not possible for draft_chain, going on without (no kernel)"]
+
+
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     """Under one name dynamo takes what differs between them for dynamic; then there are no products of few rows."""
     names = []
@@ -448,6 +470,8 @@ def test_a_cache_serves_while_it_is_large_enough():
     on_gpu = CompiledSteps(torch.device("cuda"))
     on_gpu._caches = dict.fromkeys(range(1, 6), cache)
     assert on_gpu.cache(model, 1, 100) is cache and len(on_gpu._caches) == 5  # CUDA graphs know where each is
+    on_gpu._caches = dict.fromkeys(range(1, 20), cache)
+    assert on_gpu.cache(model, 2, 100) is cache and [*on_gpu._caches] == [*range(13, 20), 2]
     larger = steps.cache(model, 3, 300)
     assert larger.max_len == 300 and steps.cache(model, 3, 257) is larger
 
@@ -474,6 +498,43 @@ def test_cuda_graphs(way):
         assert model.compiled_steps.graphs == graphs
         assert way == "plain" or generation.stats.draft_s > 0
     assert generation.stats.compile_s == 0
+
+
+OTHER_WAYS = WAYS | {
+    "looked up": {"exit_layer": 1, "num_speculations": 3, "prompt_lookup": 2},
+    "as long as it is sure": {"exit_layer": 1, "num_speculations": 4, "threshold": "auto"},
+    "exits": {"exit_layer": [1, 2], "num_speculations": 2},
+    "of some tokens": {"exit_layer": 1, "num_speculations": 2, "draft_vocabulary": tuple(range(0, VOCAB, 2))},
+}
+LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # its text outgrows the first length of the graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_cuda_graphs_of_one_row_and_other_lengths(way, dtype):
+    """One row, whose products and writes are other kernels, and a text that needs longer graphs on the way; in fp32
+    the tokens of the CPU."""
+    model, reference = make_small().to("cuda", dtype), make_small()
+    for prompts, count in ((SHORT[:1], 40), (LONGER, 60), (LONGER, 60)):
+        speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
+        generation = run(model, prompts, count, speculation=speculation)
+        assert len(generation.generated[0]) == count and not model.compiled_steps.refused
+        if dtype == torch.float32:
+            assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_of_a_quantised_draft():
+    model, reference = make_small().cuda(), make_small()
+    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    drafter = quantised_drafter(model, 1, quantizer, with_head=True)
+    for prompts in (SHORT[:1], SHORT, LONGER):
+        generation = run(model, prompts, 30, speculation=Speculation(1, 2, drafter=drafter))
+        assert generation.generated == [plain(reference, prompt, 30) for prompt in prompts]
+        assert not model.compiled_steps.refused
 
 
 @pytest.mark.gpu

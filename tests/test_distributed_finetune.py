@@ -290,13 +290,13 @@ RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradien
         ),
         (QLORA, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
         (
-            MODEL,
-            {"tensor_parallel_dim": 2, "custom_sharded_layers": ["output"]},
+            MODEL | {"num_kv_heads": 2},
+            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "custom_sharded_layers": ["output"]},
             "custom_sharded_layers: [output] does nothing where tensor_parallel_dim 2 takes all of 2 processes",
         ),
         (
-            MODEL,
-            {"tensor_parallel_dim": 2, "fsdp_reshard_after_forward": False},
+            MODEL | {"num_kv_heads": 2},
+            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "fsdp_reshard_after_forward": False},
             "fsdp_reshard_after_forward: False does nothing where tensor_parallel_dim 2 takes all of 2 processes",
         ),
         (

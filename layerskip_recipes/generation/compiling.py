@@ -51,21 +51,22 @@ class CompiledSteps:
         self.warming = False  # whether one of them was new: then the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
         self.bound: dict[Hashable, Callable] = {}  # the graphs with the inputs of this generation
-        self.failed = False
+        self.failed = False  # nothing can be compiled here
+        self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, by their names
         self.seconds = 0.0
         self._caches: dict[int, DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
         """A cache of at least max_len slots: that of as many rows again if it is large enough, as graphs know it.
 
-        Two sizes are kept, such as those of full batches and of the last one; on a GPU all of them: CUDA graphs know
-        where they are, and would be made again for others.
+        Two sizes are kept, such as those of full batches and of the last one; on a GPU eight, as CUDA graphs know where
+        they are, and would be made again for others.
         """
         kept = self._caches.pop(rows, None)
         if kept is None or kept.max_len < max_len:
             kept = DecodingCache(model, rows, max_len, self.device)
         others = [*self._caches.items()]
-        self._caches = dict(others if self.device.type == "cuda" else others[-1:]) | {rows: kept}
+        self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {rows: kept}
         kept.tokens = [[] for _ in range(rows)]
         return kept
 
@@ -88,11 +89,11 @@ class CompiledSteps:
             slots: the one of args whose length is dynamic, None if there is none.
             args: of the step.
         """
-        if self.failed:
-            return step(*args)
         cuda = self.device.type == "cuda"
         if cuda and slots is not None:
             key = (key, slots.shape[0])
+        if self.failed or key in self.refused:
+            return step(*args)
         length = None if slots is None else slots.shape[0]
         if key in self.bound:
             return self.bound[key](args, length)
@@ -115,11 +116,15 @@ class CompiledSteps:
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
-            # Compilation and capture come before the step runs. A machine without a C++ compiler ends here.
-            self.failed = True
+            # Compilation and capture come before the step runs. A machine without a C++ compiler ends here, at its
+            # first step; where others were compiled they go on.
+            self.failed = not self.graphs
+            self.refused[key] = name = step.__name__
             self.seconds += time.perf_counter() - started
             log.warning(
-                "compile: not possible here, going on without (%s)", (str(e).strip() or repr(e)).splitlines()[0][:200]
+                "compile: not possible %s, going on without (%s)",
+                "here" if self.failed else f"for {name}",
+                (str(e).strip() or repr(e)).splitlines()[0][:200],
             )
             return step(*args)
         self.graphs[key] = graph
@@ -142,7 +147,8 @@ def _compiled(function: Callable, device: torch.device) -> Callable:
     copy.__kwdefaults__ = function.__kwdefaults__
     options: dict[str, Any] = {}
     if device.type == "cuda":
-        options["triton.cudagraphs"] = True
+        # One row of x: its product as a kernel of its own, which reads quantised weights as they are stored.
+        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     elif device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
         from layerskip_recipes.generation.few_rows import FewRows, load_kernel

@@ -338,12 +338,12 @@ class Generation:
         return self._run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
 
     def _draft_adaptively(self, steps: Steps, arm: Arm, start: torch.Tensor, slots: torch.Tensor):
-        """A chain that stops by its confidences; they cost a host synchronisation for each drafted token."""
+        """A chain that stops by its confidences; where it may stop, the host waits for them."""
         policy = self.speculation.policy
         length = policy.lengths[arm.exit_layer]
         tokens, hidden, q, confidences, seen = [self.last], [], [], [[] for _ in self.prompts], self.seen
+        unread, started, compiled = [], time.perf_counter(), self.compile_s
         for i in range(steps.tree.depth):
-            started, compiled = time.perf_counter(), self.compile_s
             noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps)), self.device)
             token, x, probs, sure, seen = self._run(
                 steps, "draft_one", slots, tokens[-1], start + i, slots, noise, seen, True
@@ -354,15 +354,19 @@ class Generation:
             tokens.append(token)
             hidden.append(x)
             q.append(probs)
-            for row, value in zip(confidences, self.agree(sure).tolist(), strict=True):
-                row.append(value)
-            if seconds := self._seconds(started, compiled):
-                length.timed(seconds)
-            of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
+            unread.append(sure)
             # Each number of drafts that is verified needs a compiled graph: some are enough.
             may_stop = self.compiled is None or (i + 1) & i == 0
+            if not may_stop and i + 1 < steps.tree.depth:
+                continue
+            for row, values in zip(confidences, self.agree(torch.stack(unread, 1)).tolist(), strict=True):
+                row += values
+            if seconds := self._seconds(started, compiled):
+                length.timed(seconds / len(unread))
+            of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
             if may_stop and not length.go_on(of_running, policy.rate(arm)):
                 break
+            unread, started, compiled = [], time.perf_counter(), self.compile_s
         q = None if q[0] is None else torch.stack(q, 1)
         return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
 
@@ -390,7 +394,9 @@ class Generation:
         step = getattr(steps, name)
         if self.compiled is None:
             return step(*args)
-        key = [name, steps.exit_layer, self.cache.rows, self.cache.max_len, steps.shares or steps.drafter]
+        key = [name, steps.exit_layer, self.cache.rows, steps.shares or steps.drafter]
+        if name not in ("choose", "accept_chain"):
+            key += [self.cache.max_len]
         if name in ("chain_logits", "verify_greedily"):  # those for drafts of any length
             key += [args[0].shape[1], args[1] is None]
         elif name != "plain_logits":

@@ -307,6 +307,7 @@ class LayerSkipBenchmark:
             "memory_bandwidth": self.bandwidth,
             # No step ran where a sweep was complete before.
             "compiled": self.cfg.get("compile", False) and not getattr(steps, "failed", False),
+            "not_compiled": sorted(set(getattr(steps, "refused", {}).values())),
             "prompts": len(self.prompts),
             "prompt_tokens": statistics.mean(map(len, self.prompts)),
             "batch_size": len(self.batches[0]),

@@ -157,6 +157,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
         f"    {report['command']}",
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
+        *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report.get("not_compiled") else []),
         *(["\nInterrupted: not all repeats are in."] if report["interrupted"] else []),
     ]
     metrics = {name: partial(_metric, name) for name in cfg.get("metrics") or []}
