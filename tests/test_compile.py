@@ -54,7 +54,7 @@ def small():
 @pytest.fixture
 def not_compiled(monkeypatch):
     """Steps are called as they are, and count as compiled all the same."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, device: function)
+    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
 
 
 def run(model, prompts, count, *, compile=True, **arguments):
@@ -384,7 +384,7 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(not_compiled, monkeypatc
     """As a quantised draft that a backend cannot do: the others stay compiled, and one line names it."""
     model, warnings, compiled = make_small(), [], []
 
-    def made(function, device):
+    def made(function, *_):
         def failing(*_):
             raise RuntimeError("no kernel")
 

@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """Compiling takes a minute; every other line is the same."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, device: function)
+    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
 
 
 def test_intermediate_verification(tmp_path, tokenizer_folder, monkeypatch, capsys):

@@ -109,7 +109,7 @@ class CompiledSteps:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
-                graph = _compiled(step.__func__, self.device)
+                graph = _compiled(step.__func__, self.device, self._quantised(step.__self__))
             out = graph(step.__self__, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
@@ -131,6 +131,11 @@ class CompiledSteps:
         self.seconds += time.perf_counter() - started
         return self._bind(key, graph, args, length, out)
 
+    def _quantised(self, steps: Any) -> bool:
+        """Whether a step reads quantised weights: those of a draft, or of the whole model."""
+        kinds = [kind for _, kind, *_ in self.weights or ()]
+        return not getattr(steps, "shares", True) or any(kind is not torch.nn.Parameter for kind in kinds)
+
     def _bind(self, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any) -> Any:
         """Keep what the graph was called with for this generation's next calls; returns `out`."""
         last = getattr(graph, "last", None)
@@ -140,15 +145,15 @@ class CompiledSteps:
         return out
 
 
-def _compiled(function: Callable, device: torch.device) -> Callable:
+def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     options: dict[str, Any] = {}
     if device.type == "cuda":
-        # One row of x: its product as a kernel of its own, which reads quantised weights as they are stored.
-        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        # The latter multiplies a single row in kernels that read int8 as it is stored, and takes long to tune them.
+        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
     elif device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
         from layerskip_recipes.generation.few_rows import FewRows, load_kernel

@@ -4,7 +4,7 @@ p is the full model's distribution, q the draft's; both after the same penalty, 
 Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible. Trees of drafts: tree.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -144,9 +144,12 @@ class Settings(NamedTuple):
     repetition_penalty: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.6 would take all of its numbers for a part of each graph
 class Sampler:
     """How tokens are chosen: greedy at temperature 0, else by the filtered distribution.
+
+    Attributes:
+        greedy: the most likely token is always taken. (Kept, as a graph that reads temperature holds for that one.)
 
     Raises:
         ValueError: if a setting is out of range.
@@ -158,6 +161,7 @@ class Sampler:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     rng: torch.Generator | None = None
+    greedy: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, minimum=0, integer=False, example=0.8)
@@ -165,11 +169,7 @@ class Sampler:
         check_number("top_p", self.top_p, minimum=0, above=True, maximum=1, integer=False, optional=True, example=0.9)
         check_number("min_p", self.min_p, minimum=0, maximum=1, integer=False, optional=True, example=0.05)
         check_number("repetition_penalty", self.repetition_penalty, minimum=0, above=True, integer=False, example=1.1)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0
+        self.greedy = self.temperature == 0
 
     @property
     def penalises(self) -> bool:

@@ -140,8 +140,9 @@ class LayerSkipFinetune:
         self.model.layer_dropout = dropout or self.model.layer_dropout
         if self.model.layer_dropout is not None:
             # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
-            limit = 2 * cfg.get("batch_size", 1) + 2
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+            limit, dynamo = 2 * cfg.get("batch_size", 1) + 2, torch._dynamo.config
+            name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # torch 2.6
+            setattr(dynamo, name, max(getattr(dynamo, name), limit))
         if cfg.get("compile"):
             self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(
