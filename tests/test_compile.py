@@ -380,8 +380,9 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
     assert "no compiler" in warning or "AssertionError" in warning
 
 
-def test_a_step_that_cannot_be_compiled_is_the_only_one(not_compiled, monkeypatch):
-    """As a quantised draft that a backend cannot do: the others stay compiled, and one line names it."""
+@pytest.mark.parametrize("ways", [("plain", "chain", "chain"), ("drafted apart", "plain")])
+def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monkeypatch):
+    """As a quantised draft that a backend cannot do, be it the first: others are compiled, and one line names it."""
     model, warnings, compiled = make_small(), [], []
 
     def made(function, *_):
@@ -393,8 +394,10 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(not_compiled, monkeypatc
 
     monkeypatch.setattr(compiling, "_compiled", made)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
-    for way in ("plain", "chain", "chain"):
-        generation = run(model, SHORT, 9, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
+    apart = {"drafted apart": WAYS["chain"] | {"drafter": make_small()}}
+    for way in ways:
+        arguments = (WAYS | apart)[way]
+        generation = run(model, SHORT, 9, speculation=Speculation(**arguments) if arguments else None)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = model.compiled_steps
     assert not steps.failed and set(steps.refused.values()) == {"draft_chain"}
