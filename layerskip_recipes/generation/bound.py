@@ -100,6 +100,12 @@ class Bound:
     ) -> None:
         self.compiled, self.inputs, self.moving, self.lengths = compiled, inputs, moving, lengths
         self.outputs, self.structure = outputs, structure
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the arguments: what one CUDA graph made and another one reads is gone with the round."""
+        for i, _ in self.moving:
+            self.inputs[i] = None
 
     def __call__(self, args: Sequence[Any], length: int | None) -> Any:
         """The step's result for other arguments of the same kinds."""
@@ -109,4 +115,5 @@ class Bound:
         for i in self.lengths:
             self.inputs[i] = length
         outputs = self.compiled(*self.inputs)
+        self._let_go()
         return tree_unflatten([None if i is None else outputs[i] for i in self.outputs], self.structure)

@@ -95,12 +95,12 @@ class CompiledSteps:
         if self.failed or key in self.refused:
             return step(*args)
         length = None if slots is None else slots.shape[0]
-        if key in self.bound:
-            return self.bound[key](args, length)
         self.path += (key,)
         graph = self.graphs.get(key)
         # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
         captures = cuda and graph is not None and self.path not in self.captured
+        if key in self.bound and not captures:
+            return self.bound[key](args, length)
         if graph is not None and not captures:
             return self._bind(key, graph, args, length, graph(step.__self__, *args))
         started = time.perf_counter()
@@ -166,8 +166,6 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
     guards = {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    if device.type != "cpu":
-        return torch.compile(copy, fullgraph=True, options=options | guards)
     from layerskip_recipes.generation.bound import Backend, LastCall
 
     last = LastCall()
