@@ -20,7 +20,7 @@ import torch
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import generate
 from layerskip_recipes.config import load_config
-from layerskip_recipes.generation.engine import compiled_steps
+from layerskip_recipes.generation.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import Steps
 from layerskip_recipes.recipes.prompts import read_examples, to_tokens

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import make_tiny
 
+from layerskip_recipes.generation import Generation
 from layerskip_recipes.generation.bound import Backend, Bound, LastCall
-from layerskip_recipes.generation.engine import Generation, compiled_steps
+from layerskip_recipes.generation.compiling import compiled_steps
 from layerskip_recipes.generation.speculation import Speculation
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -99,8 +100,7 @@ def test_within_a_generation_only(drafts, monkeypatch):
     try:
         steps = generation.model.compiled_steps
         cache = weakref.ref(steps._caches.pop(1).layers[0].k)
-        generation.cache = None
-        generation.steps.clear()
+        del generation
         assert cache() is None
     finally:
         gc.enable()

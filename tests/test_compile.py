@@ -18,8 +18,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import Generation, Speculation, compiling, generate
-from layerskip_recipes.generation.compiling import CompiledSteps, rounded
-from layerskip_recipes.generation.engine import compiled_steps
+from layerskip_recipes.generation.compiling import CompiledSteps, compiled_steps, rounded
 from layerskip_recipes.generation.few_rows import MOST_ROWS, FewRows, load_kernel
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.recipes.decoding import quantised_drafter

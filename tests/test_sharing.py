@@ -13,7 +13,7 @@ from test_speculation import plain
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.checkpoint import quantise
 from layerskip_recipes.generation import Generation, Speculation, generate, timing
-from layerskip_recipes.generation.engine import compiled_steps
+from layerskip_recipes.generation.compiling import compiled_steps
 from layerskip_recipes.kv_cache import check_cache_fits
 
 CPU = torch.device("cpu")
@@ -125,15 +125,15 @@ def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():
     with torch.no_grad():
         other.output.weight.copy_(other.output.weight.flip(0))
     drafts = Speculation(2, 3, draft_vocabulary=range(0, 97, 2))
-    first = run(model, speculation=drafts).draft_head
+    first = run(model, speculation=drafts).runner.draft_head
     with torch.no_grad():
         model.output.weight.copy_(other.output.weight)
     again, fresh = run(model, speculation=drafts), run(other, speculation=drafts)
-    assert again.draft_head is first and again.draft_head.weight.data_ptr() == first.weight.data_ptr()
-    assert torch.equal(again.draft_head.weight, fresh.draft_head.weight)
+    assert again.runner.draft_head is first and again.draft_head.weight.data_ptr() == first.weight.data_ptr()
+    assert torch.equal(again.runner.draft_head.weight, fresh.draft_head.weight)
     assert again.stats.accepted == fresh.stats.accepted and again.generated == fresh.generated
     less = run(model, speculation=Speculation(2, 3, draft_vocabulary=[1, 2]))
-    assert less.draft_head is not first and less.draft_head.weight.shape[0] == 2
+    assert less.runner.draft_head is not first and less.draft_head.weight.shape[0] == 2
     assert not any("draft_head" in name for name in model.state_dict())
 
 

@@ -304,7 +304,7 @@ def drafts_of(prompts, count, shape, sampler=None, **speculation):
         sampler=sampler,
         speculation=Speculation(EXIT, depth, width, children, **speculation),
     )
-    run, rounds, last = generation._run, [], []
+    run, rounds, last = generation.runner.run, [], []
 
     def recording(steps, name, *args):
         out = run(steps, name, *args)
@@ -312,7 +312,7 @@ def drafts_of(prompts, count, shape, sampler=None, **speculation):
             last.append(out)
         return out
 
-    generation._run = recording
+    generation.runner.run = recording
     texts = [list(prompt) for prompt in prompts]
     for new in generation:
         if last:

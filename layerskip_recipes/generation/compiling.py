@@ -145,6 +145,15 @@ class CompiledSteps:
         return out
 
 
+def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSteps:
+    """The graphs of a model, kept with it as long as its weights are of the same kinds."""
+    kept = getattr(model, "compiled_steps", None)
+    weights = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
+    if kept is None or (kept.device, kept.weights) != (device, weights):
+        model.compiled_steps = CompiledSteps(device, weights)
+    return model.compiled_steps
+
+
 def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")

@@ -3,27 +3,27 @@
 Self-speculation (paper, section 4.3): the layers below exit E draft d tokens one by one; their hidden states x_E are
 kept; the layers from E up verify all of them in one pass, starting from those hidden states. A round costs d early
 passes with head, one early pass without (the last draft must be verified too), and one late pass over d+1 tokens.
-What a step computes stands in steps.py, trees of drafts in tree.py, what a round does next in adaptive.py.
+What a step computes stands in steps.py, what runs it in runner.py, drafts in drafting.py and tree.py, what a round does
+next in adaptive.py.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import LayerSkipDecoder, is_plain_attention, on_device, walked
+from layerskip_recipes.decoder import is_plain_attention, on_device, walked
 from layerskip_recipes.generation.adaptive import Arm
-from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
-from layerskip_recipes.generation.lookup import LookUp
+from layerskip_recipes.generation.compiling import compiled_steps
+from layerskip_recipes.generation.drafting import Drafting
+from layerskip_recipes.generation.runner import Runner
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_tokens
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.steps import Draft, DraftHead, Steps
-from layerskip_recipes.generation.timing import Clock, Reads
-from layerskip_recipes.generation.tree import DraftTree
+from layerskip_recipes.generation.steps import Draft, Steps
+from layerskip_recipes.generation.timing import Clock, Reads, Stopwatch
 from layerskip_recipes.kv_cache import DecodingCache, visible, without_plans
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
@@ -74,15 +74,12 @@ class Generation:
         self.speculation = speculation
         self.limit = max_generated_tokens
         self.sampler = sampler or Sampler()
-        self.tree = None
         if speculation is not None:
             speculation.check(self.model)
-            self.tree = DraftTree(
-                speculation.num_speculations,
-                speculation.tree_width,
-                speculation.tree_children,
-                greedy=self.sampler.greedy,
-            )
+        device = self.model.tok_embeddings.weight.device
+        compiled = compiled_steps(self.model, device) if compile else None
+        self.runner = runner = Runner(self.model, len(self.prompts), self.sampler, speculation, compiled)
+        self.device, self.tree = device, runner.tree
         nodes = self.tree.nodes if self.tree else 1
         lengths = [len(prompt) for prompt in self.prompts]
         check_tokens(self.model, self.prompts)
@@ -92,27 +89,16 @@ class Generation:
         if isinstance(stop_tokens, int):
             raise ValueError(f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]")
         self.stop_tokens = {int(token) for token in stop_tokens}
-        self.device = self.model.tok_embeddings.weight.device
-        self.settings = self.sampler.settings(self.device)
-        self.compiled = compiled_steps(self.model, self.device) if compile else None
         self.agree = agree or _alone
         self.on_draft = on_draft
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
         self.stats = GenerationStats(rows=len(self.prompts))
-        compiled = self.compiled
-        self.clock = Clock(self.device, lambda: compiled.seconds if compiled else 0.0)
+        self.clock = Clock(device, lambda: runner.compile_s)
+        self.watch = Stopwatch(device, lambda: runner.compile_s, agree)
         # The last generated token is never an input; drafts behind a row's limit have slots of their own.
-        needed = max(lengths) + self.limit + nodes
-        least = needed if self.compiled is None else cache_length(needed)
-        if cache is None or cache.rows != len(self.prompts) or cache.max_len < least:
-            cache = self._new_cache(max(needed, reserve or 0))
-        self.cache = cache
-        self.steps: dict[tuple[int, int], Steps] = {}
-        self.drafter = self.model
-        if speculation is not None and speculation.drafter is not None:
-            self.drafter = walked(speculation.drafter)
-        self.draft_head: DraftHead | None = None
+        runner.take_cache(cache, max(lengths) + self.limit + nodes, reserve or 0)
+        self.cache = runner.cache
         self.started = False
 
     @torch.inference_mode()
@@ -125,7 +111,7 @@ class Generation:
             )
         self.started = True
         # Logits in one piece, whatever a training left.
-        users = list({id(user): user for user in (self.model, self.drafter)}.values())
+        users = list({id(user): user for user in (self.model, self.runner.drafter)}.values())
         training = [(module, module.training) for user in users for module in user.modules()]
         chunks = [(user, user.num_output_chunks) for user in users]
         timed, rest = 0, 0.0  # rounds that compiled nothing; of the others what was no compilation
@@ -162,8 +148,8 @@ class Generation:
             # What stands in the cache: all but the last token, which was never an input.
             if all(self.generated):
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
-            if self.compiled is not None:
-                self.compiled.release()
+            if self.runner.compiled is not None:
+                self.runner.compiled.release()
             for module, was in training:
                 module.training = was
             for user, was in chunks:
@@ -177,40 +163,24 @@ class Generation:
     @cached_property
     def reads(self) -> Reads:
         """Made in the first round: only then there are a cache and a draft head to measure."""
-        return Reads(self.model, self.cache, self.drafter, self.draft_head)
+        return Reads(self.model, self.cache, self.runner.drafter, self.runner.draft_head)
 
     @property
     def compile_s(self) -> float:
         """Seconds that compilation took so far, in all generations of this model."""
-        return self.compiled.seconds if self.compiled else 0.0
+        return self.runner.compile_s
 
     def _prepare(self) -> None:
-        """The steps, and what the rounds need to know of the text so far."""
-        if self.speculation is not None and self.speculation.prompt_lookup is not None:
-            self.texts = [LookUp(self.speculation.prompt_lookup) for _ in self.prompts]
-            for text, prompt in zip(self.texts, self.prompts, strict=True):
-                text.extend(prompt)
+        """What the rounds need to know of the text so far."""
+        self.drafting = None
+        if self.speculation is not None:
+            self.drafting = Drafting(self.runner, self.speculation, self.prompts, self.agree, self.watch)
         self.seen = None
         if self.sampler.penalises:
             vocabulary_size = self.model.tok_embeddings.num_embeddings
             self.seen = torch.zeros(len(self.prompts), vocabulary_size, dtype=torch.bool, device=self.device)
             for row, prompt in enumerate(self.prompts):
                 self.seen[row, on_device(prompt, self.device)] = True
-
-    def _steps(self, exit_layer: int, depth: int = 0) -> Steps:
-        """The steps for drafts of that depth from that exit; depth 0: plain steps."""
-        if (exit_layer, depth) not in self.steps:
-            speculation, tree, head = self.speculation, None, None
-            if depth:
-                tree = replace(self.tree, depth=depth)
-                if speculation.draft_vocabulary is not None:
-                    self.draft_head = self.draft_head or DraftHead.of(self.model, speculation.draft_vocabulary)
-                    head = self.draft_head
-            drafter = self.drafter if depth else None
-            self.steps[exit_layer, depth] = Steps(
-                self.model, self.cache, self.sampler, self.settings, exit_layer, tree, drafter, head
-            )
-        return self.steps[exit_layer, depth]
 
     # ---- prefill ----
 
@@ -240,42 +210,39 @@ class Generation:
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
         logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
-        scores = self.sampler.scores(logits, self.seen, self.settings)
-        noise = self.sampler.noise(tuple(scores.shape), self.device)
-        self.last = self.agree(self.sampler.choose(scores, noise))
+        scores = self.sampler.scores(logits, self.seen, self.runner.settings)
+        self.last = self.agree(self.sampler.choose(scores, self.runner.noise()))
         return self._keep([[token] for token in self.last.tolist()])
 
     # ---- rounds ----
 
     def _step(self) -> list[list[int]]:
         """One token of each row from exit E (E = L: the ordinary model)."""
-        if self.compiled is not None:
-            self.compiled.begin_round()
-        steps = self._steps(self.exit_layer)
+        self.runner.begin_round()
+        steps = self.runner.steps(self.exit_layer)
         start, slots = self._where(1)
-        noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps, full=True)), self.device)
-        logits = self._run(steps, "plain_logits", slots, self.last, start, slots)
+        noise = self.runner.noise()
+        logits = self.runner.run(steps, "plain_logits", slots, self.last, start, slots)
         if self.sampler.greedy:
             self.last = self.agree(steps.choose(logits, noise, self.seen))
         else:
-            self.last = self.agree(self._run(steps, "choose", slots, logits, noise, self.seen)).clone()
+            self.last = self.agree(self.runner.run(steps, "choose", slots, logits, noise, self.seen)).clone()
         self.reads.count(self.stats, len(slots), self.exit_layer)
         return self._keep([[token] for token in self.last.tolist()])
 
     def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
-        if self.compiled is not None:
-            self.compiled.begin_round()
-        started, compiled = time.perf_counter(), self.compile_s
-        looked_up, match = self._look_up() if self.speculation.prompt_lookup is not None else (None, None)
+        self.runner.begin_round()
+        started = self.watch.start()
+        looked_up, match = self.drafting.look_up(self.finished)
         policy = self.speculation.policy
         arm = policy.pick(match)
         room = [self.limit - len(row) for row in self.generated]
         depth = self.tree.depth
-        if self.compiled is None:
+        if self.runner.compiled is None:
             # Nothing is drafted behind the limit of all rows; graphs are made for one depth.
             depth = min(depth, max(r for r, done in zip(room, self.finished, strict=True) if not done) - 1)
-        steps = self._steps(arm.exit_layer, max(depth, 1))
+        steps = self.runner.steps(arm.exit_layer, max(depth, 1))
         start, slots = self._where(steps.tree.nodes)
         confidences = None
         with self.clock.phase("draft"):
@@ -284,12 +251,11 @@ class Generation:
             elif arm.kind == "lookup":
                 draft = Draft(torch.cat([self.last[:, None], looked_up[:, :depth]], 1), None, None)
             elif arm.kind == "adaptive":
-                draft, confidences = self._draft_adaptively(steps, arm, start, slots)
+                draft, confidences = self.drafting.stopping(
+                    steps, arm, self.last, start, slots, self.seen, self.finished
+                )
             else:
-                name = "draft_chain" if self.tree.is_chain else "draft_tree"
-                shape = (len(self.prompts), len(steps.tree.expanded), self._vocabulary(steps))
-                noise = self.sampler.noise(shape, self.device)
-                draft = self._run(steps, name, slots, self.last, start, slots, noise, self.seen)
+                draft = self.drafting.whole(steps, self.last, start, slots, self.seen)
         if self.on_draft is not None:
             drafted = draft.tokens[:, 1:].tolist()
             self.on_draft(drafted if draft.parents is None else [self.tree.chain(row) for row in drafted])
@@ -316,7 +282,7 @@ class Generation:
         self._count_round(arm, draft, slots, n)
         # A round cut at the limit says nothing about others, nor do the rows that had finished.
         whole = max(r for r, runs in zip(room, running, strict=True) if runs) > self.tree.depth
-        if policy.has_choice and whole and (seconds := self._seconds(started, compiled)):
+        if policy.has_choice and whole and (seconds := self.watch.since(started)):
             stood = sum(row[0] == n for row, runs in zip(rows, running, strict=True) if runs)
             policy.learn(arm, sum(map(len, kept)) / sum(running), seconds, stood / sum(running), depth - n)
         return kept
@@ -325,108 +291,22 @@ class Generation:
         """[b, 2 + n]: how many of n drafted tokens stand, the next token, the drafted tokens."""
         chain = draft.parents is None
         if chain and self.sampler.greedy and self.seen is None:
-            return self._run(steps, "verify_greedily", slots, draft.tokens, draft.hidden, start, slots)
+            return self.runner.run(steps, "verify_greedily", slots, draft.tokens, draft.hidden, start, slots)
         b = len(self.prompts)
         uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
-        noise = self.sampler.noise((b, self._vocabulary(steps, full=True)), self.device)
+        noise = self.runner.noise()
         if chain:
-            logits = self._run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
+            logits = self.runner.run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
         else:
             parts = (draft.tokens, draft.hidden, draft.ancestors)
-            logits = self._run(steps, "tree_logits", slots, *parts, start, slots)
+            logits = self.runner.run(steps, "tree_logits", slots, *parts, start, slots)
         name = "accept_chain" if chain else "accept_tree"
-        return self._run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
-
-    def _draft_adaptively(self, steps: Steps, arm: Arm, start: torch.Tensor, slots: torch.Tensor):
-        """A chain that stops by its confidences; where it may stop, the host waits for them."""
-        policy = self.speculation.policy
-        length = policy.lengths[arm.exit_layer]
-        tokens, hidden, q, confidences, seen = [self.last], [], [], [[] for _ in self.prompts], self.seen
-        unread, started, compiled = [], time.perf_counter(), self.compile_s
-        for i in range(steps.tree.depth):
-            noise = self.sampler.noise((len(self.prompts), self._vocabulary(steps)), self.device)
-            token, x, probs, sure, seen = self._run(
-                steps, "draft_one", slots, tokens[-1], start + i, slots, noise, seen, True
-            )
-            if self.device.type == "cuda" and self.compiled:
-                token, x, sure = token.clone(), x.clone(), sure.clone()
-                probs, seen = (None if t is None else t.clone() for t in (probs, seen))
-            tokens.append(token)
-            hidden.append(x)
-            q.append(probs)
-            unread.append(sure)
-            # Each number of drafts that is verified needs a compiled graph: some are enough.
-            may_stop = self.compiled is None or (i + 1) & i == 0
-            if not may_stop and i + 1 < steps.tree.depth:
-                continue
-            for row, values in zip(confidences, self.agree(torch.stack(unread, 1)).tolist(), strict=True):
-                row += values
-            if seconds := self._seconds(started, compiled):
-                length.timed(seconds / len(unread))
-            of_running = [row for row, done in zip(confidences, self.finished, strict=True) if not done]
-            if may_stop and not length.go_on(of_running, policy.rate(arm)):
-                break
-            unread, started, compiled = [], time.perf_counter(), self.compile_s
-        q = None if q[0] is None else torch.stack(q, 1)
-        return Draft(torch.stack(tokens, 1), torch.cat(hidden, 1), q), confidences
-
-    def _seconds(self, started: float, compiled: float) -> float:
-        """The time since then, by rank 0's clock: what is chosen by time has to be the same on all processes.
-
-        0 if something was compiled meanwhile, which says nothing about the next time.
-        """
-        seconds = time.perf_counter() - started if self.compile_s == compiled else 0.0
-        if self.agree is _alone:
-            return seconds
-        return self.agree(torch.tensor(seconds, device=self.device, dtype=torch.float32)).item()
-
-    def _look_up(self) -> tuple[torch.Tensor | None, int | None]:
-        """[b, n] drafts from the text and the worst match of a row; None unless every row that still runs has one."""
-        n = self.speculation.num_speculations
-        found = [None if done else text.find(n) for text, done in zip(self.texts, self.finished, strict=True)]
-        if not all(row is None or row[0] for row in found):
-            return None, None
-        drafts = [[0] * n if row is None else row[0] for row in found]
-        return on_device(drafts, self.device), min(row[1] for row in found if row is not None)
-
-    def _run(self, steps: Steps, name: str, slots: torch.Tensor, *args):
-        """A step, by its compiled graph if there is one for it."""
-        step = getattr(steps, name)
-        if self.compiled is None:
-            return step(*args)
-        key = [name, steps.exit_layer, self.cache.rows, steps.shares or steps.drafter]
-        if name not in ("choose", "accept_chain"):
-            key += [self.cache.max_len]
-        if name in ("chain_logits", "verify_greedily"):  # those for drafts of any length
-            key += [args[0].shape[1], args[1] is None]
-        elif name != "plain_logits":
-            key += [steps.tree]
-        if name.startswith(("draft", "accept", "choose")):
-            key += [self.sampler.kind, self._vocabulary(steps), steps.draft_head is None]
-        if name == "accept_chain":
-            key += [args[1].tokens.shape[1], args[1].q is None]
-        sees_slots = not name.startswith(("accept", "choose"))
-        return self.compiled(tuple(key), step, slots if sees_slots else None, *args)
+        return self.runner.run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
 
     def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""
         starts = [len(p) + len(g) - 1 for p, g in zip(self.prompts, self.generated, strict=True)]
-        end = max(starts) + count
-        if self.compiled is not None:
-            end = min(rounded(end, self.device), self.cache.max_len)
-        return on_device(starts, self.device), self.cache.slots[:end]
-
-    def _vocabulary(self, steps: Steps, full: bool = False) -> int:
-        if steps.draft_head is not None and not full:
-            return len(steps.draft_head.vocabulary)
-        return self.model.tok_embeddings.num_embeddings
-
-    def _new_cache(self, needed: int) -> DecodingCache:
-        """A cache of so many slots; with compiled steps those that they know, as long as one is large enough."""
-        rows = len(self.prompts)
-        if self.compiled is None:
-            return DecodingCache(self.model, rows, needed, self.device)
-        return self.compiled.cache(self.model, rows, cache_length(needed))
+        return on_device(starts, self.device), self.runner.visible(max(starts) + count)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
@@ -443,9 +323,8 @@ class Generation:
             self.stats.tokens += len(tokens)
             self.finished[row] = stop is not None or len(self.generated[row]) >= self.limit
             kept.append(tokens)
-        if self.speculation is not None and self.speculation.prompt_lookup is not None:
-            for text, tokens in zip(self.texts, kept, strict=True):
-                text.extend(tokens)
+        if self.drafting is not None:
+            self.drafting.extend(kept)
         if self.seen is not None:
             at = on_device([(row, token) for row, tokens in enumerate(kept) for token in tokens], self.device)
             if len(at):
@@ -471,12 +350,3 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts share at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def compiled_steps(model: LayerSkipDecoder, device: torch.device) -> CompiledSteps:
-    """The graphs of a model, kept with it as long as its weights are of the same kinds."""
-    kept = getattr(model, "compiled_steps", None)
-    weights = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
-    if kept is None or (kept.device, kept.weights) != (device, weights):
-        model.compiled_steps = CompiledSteps(device, weights)
-    return model.compiled_steps

@@ -1,4 +1,4 @@
-"""Clocks and bytes: how long the phases of a round take on the device, and what a step reads from memory."""
+"""Clocks and bytes: how long rounds and their phases take, and what a step reads from memory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +62,35 @@ class Clock:
                 self.seconds[name] += begin.elapsed_time(end) / 1000
             self.events.clear()
         stats.draft_s, stats.verify_s = self.seconds["draft"], self.seconds["verify"]
+
+
+class Stopwatch:
+    """Times by which rounds choose: by rank 0's clock, as what is chosen has to be the same on all processes.
+
+    Args:
+        device: of the model.
+        compile_s: seconds that compilation took so far.
+        agree: makes a tensor the same on all processes; None: there is one.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        compile_s: Callable[[], float],
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.device, self.compile_s, self.agree = device, compile_s, agree
+
+    def start(self) -> tuple[float, float]:
+        """For `since`."""
+        return time.perf_counter(), self.compile_s()
+
+    def since(self, start: tuple[float, float]) -> float:
+        """Seconds; 0 if something was compiled meanwhile, which says nothing about the next time."""
+        seconds = time.perf_counter() - start[0] if self.compile_s() == start[1] else 0.0
+        if self.agree is None:
+            return seconds
+        return self.agree(torch.tensor(seconds, device=self.device, dtype=torch.float32)).item()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

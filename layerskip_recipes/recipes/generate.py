@@ -6,8 +6,6 @@ The decoding lives in `generation/`; here are batches, streaming, chat, the comp
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from layerskip_recipes.generation import Generation, GenerationStats
 from layerskip_recipes.generation.compiling import cache_length
 from layerskip_recipes.generation.speculation import check_lengths, most_positions
 from layerskip_recipes.kv_cache import check_cache_fits
+from layerskip_recipes.recipes.answer_file import AnswersInOrder
 from layerskip_recipes.recipes.decoding import (
     build_speculation,
     check_speculation,
@@ -45,12 +44,7 @@ from layerskip_recipes.recipes.generate_config import benchmark, check_config, i
 from layerskip_recipes.recipes.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.recipes.report import Totals, make_report, print_report
 from layerskip_recipes.recipes.stream import TextStream, follow
-from layerskip_recipes.settings import (
-    build,
-    build_on_meta,
-    check_section,
-    check_vocabulary,
-)
+from layerskip_recipes.settings import build, build_on_meta, check_section, check_vocabulary
 
 log = utils.get_logger("INFO")
 
@@ -196,7 +190,8 @@ class LayerSkipGenerate:
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
             if self.interrupted:
                 raise KeyboardInterrupt
-        with Results(self) as results:
+        path = self.cfg.get("output_file") if self.shows else None
+        with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
                 plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
                 outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
@@ -206,7 +201,8 @@ class LayerSkipGenerate:
                 elif not self.interrupted:
                     baseline.add(*plain, beside=outputs.values())
                     ours.add(outputs, stats, beside=plain[0].values())
-                results.add(outputs)
+                for i, tokens in outputs.items() if self.shows else ():
+                    answers.add(i, self.text_of(i).text(tokens), len(tokens), self.interrupted)
                 if self.interrupted:
                     raise KeyboardInterrupt
 
@@ -265,6 +261,12 @@ class LayerSkipGenerate:
         """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
         goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
         return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
+
+    def _show(self, i: int, answer: str) -> None:
+        """An answer of a batch; a single one was printed while it grew."""
+        if self.batch_size > 1:
+            self._print_head(i)
+            print(answer, flush=True)
 
     def _print_head(self, i: int) -> None:
         prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
@@ -340,73 +342,6 @@ def _questions() -> Iterator[str]:
             return
         if question:
             yield question
-
-
-class Results:
-    """The answers in the order of the prompts, whatever the order of the batches: to stdout and `output_file`.
-
-    A context manager; what is there at its end is written, so an interrupted run loses nothing that it finished. If it
-    comes to no end, because it is killed, all finished answers stand in FILE.partial, in the order in which they came.
-    A prompt that is skipped has a line in the file too, with its error.
-    """
-
-    def __init__(self, recipe: LayerSkipGenerate) -> None:
-        self.recipe = recipe
-        self.waiting: dict[int, str | None] = dict.fromkeys(recipe.bad)  # answers, None of a prompt that has none
-        self.next = 0
-        self.lines: dict[int, str] = {}
-        self.file = None
-
-    def __enter__(self) -> "Results":
-        name = self.recipe.cfg.get("output_file")
-        if name is not None and self.recipe.shows:
-            partial = Path(f"{name}.partial")
-            try:
-                if partial.exists():  # all that a killed run left
-                    kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
-                    partial.rename(kept)
-                    log.warning("output_file: the answers of a run that came to no end are in %s", kept)
-                self.file = partial.open("w", encoding="utf-8")
-            except OSError as e:
-                raise ValueError(f"output_file: {name!r} cannot be written ({e}); for example answers.jsonl") from e
-            for i in self.recipe.bad:
-                example = self.recipe.examples[i]
-                self._note(i, {"line": example.line, "error": example.error})
-        return self
-
-    def add(self, outputs: dict[int, list[int]]) -> None:
-        """A batch's outputs, by prompt."""
-        recipe = self.recipe
-        if not recipe.shows:
-            return
-        for i, tokens in outputs.items():
-            answer = recipe.text_of(i).text(tokens)
-            self.waiting[i] = answer
-            line = {"prompt": recipe.prompts[i], "text": answer, "tokens": len(tokens)}
-            self._note(i, line | ({"interrupted": True} if recipe.interrupted else {}))
-        while self.next in self.waiting:
-            self._print(self.next, self.waiting.pop(self.next))
-            self.next += 1
-
-    def __exit__(self, *_: object) -> None:
-        for i in sorted(self.waiting):
-            self._print(i, self.waiting[i])
-        if self.file is not None:
-            self.file.close()
-            lines = "".join(self.lines[i] for i in sorted(self.lines))
-            Path(self.recipe.cfg.output_file).write_text(lines, encoding="utf-8")
-            Path(self.file.name).unlink()
-
-    def _print(self, i: int, answer: str | None) -> None:
-        if answer is not None and self.recipe.batch_size > 1:  # a single one was printed while it grew
-            self.recipe._print_head(i)
-            print(answer, flush=True)
-
-    def _note(self, i: int, line: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.lines[i] = json.dumps({"index": i} | line, ensure_ascii=False) + "\n"
-            self.file.write(self.lines[i])
-            self.file.flush()
 
 
 def main() -> None:
