@@ -129,11 +129,11 @@ def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():
     with torch.no_grad():
         model.output.weight.copy_(other.output.weight)
     again, fresh = run(model, speculation=drafts), run(other, speculation=drafts)
-    assert again.runner.draft_head is first and again.draft_head.weight.data_ptr() == first.weight.data_ptr()
-    assert torch.equal(again.runner.draft_head.weight, fresh.draft_head.weight)
+    assert again.runner.draft_head is first and again.runner.draft_head.weight.data_ptr() == first.weight.data_ptr()
+    assert torch.equal(again.runner.draft_head.weight, fresh.runner.draft_head.weight)
     assert again.stats.accepted == fresh.stats.accepted and again.generated == fresh.generated
     less = run(model, speculation=Speculation(2, 3, draft_vocabulary=[1, 2]))
-    assert less.runner.draft_head is not first and less.draft_head.weight.shape[0] == 2
+    assert less.runner.draft_head is not first and less.runner.draft_head.weight.shape[0] == 2
     assert not any("draft_head" in name for name in model.state_dict())
 
 
