@@ -1,4 +1,4 @@
-"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; cost, export, results."""
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; costs, export, results."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.checks import check_number
 from layerskip_recipes.config import find_config, load_config, main_of, our_configs, torchtune_configs
+from layerskip_recipes.decoding_cost import decoding_cost
 from layerskip_recipes.export import export
 from layerskip_recipes.recipes import benchmark_config, eval, finetune_config, generate_config
 from layerskip_recipes.results import MODELS, write_results
@@ -82,12 +83,19 @@ def validate(cfg: DictConfig) -> str:
     return name
 
 
+def _numbers(given: str) -> list[int]:
+    """The numbers of `--drafts`."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
+        raise ValueError(f"--drafts: {given!r} is not allowed. Allowed: numbers from 1 on; for example --drafts 2,4,6")
+    return [int(number) for number in dict.fromkeys(given.split(","))]
+
+
 def main() -> None:
     """Entry point of the console script."""
     parser = argparse.ArgumentParser(
         prog="layerskip",
-        description="Configs of layerskip-recipes: list, copy, print and check them. What their training costs, "
-        "checkpoints for other programs, and all figures on one page.",
+        description="Configs of layerskip-recipes: list, copy, print and check them. What their training and "
+        "decoding cost, checkpoints for other programs, and all figures on one page.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the configs, ours with their recipe")
@@ -108,6 +116,13 @@ def main() -> None:
     cost.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
     cost.add_argument("--layers", default="0::4", help='layers with a loss, beside the last (default "0::4")')
     cost.add_argument("--prob", type=float, default=0.5, help="layer dropout of every layer, for its own row (0.5)")
+    rounds = commands.add_parser("decoding-cost", help="time of plain steps and of rounds of drafts, random weights")
+    rounds.add_argument("name", help="a generation config's name or path; its checkpoint is not read")
+    rounds.add_argument("overrides", nargs="*", metavar="key=value")
+    rounds.add_argument("--drafts", default="1,2,4,6", help='drafts of a round, several to compare ("1,2,4,6")')
+    rounds.add_argument("--text", type=int, default=128, help="tokens before the first round (default 128)")
+    rounds.add_argument("--rounds", type=int, default=16, help="of each way in each repeat (default 16)")
+    rounds.add_argument("--repeats", type=int, default=3, help="turns of all ways, after a first one (default 3)")
     out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
     out.add_argument("checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0")
     out.add_argument("folder", help="where to write; must not exist")
@@ -131,6 +146,10 @@ def main() -> None:
                 check_number(f"--{key.replace('_', '-')}", options[key], minimum=1)
             check_number("--prob", args.prob, minimum=0, maximum=1, integer=False)
             compare(args.name, args.overrides, **options)
+        elif args.command == "decoding-cost":
+            for key in ("text", "rounds", "repeats"):
+                check_number(f"--{key}", getattr(args, key), minimum=1)
+            decoding_cost(args.name, args.overrides, _numbers(args.drafts), args.text, args.rounds, args.repeats)
         elif args.command == "export":
             print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
         elif args.command == "results":

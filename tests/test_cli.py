@@ -210,7 +210,8 @@ def test_a_wrong_command_shows_the_usage(args, layerskip):
 def test_help_names_the_commands(layerskip):
     status, out, _ = layerskip("--help")
     assert status == 0 and all(
-        f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "cost", "export")
+        f"    {command} " in out
+        for command in ("ls", "cp", "cat", "validate", "cost", "decoding-cost", "export", "results")
     )
 
 

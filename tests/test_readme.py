@@ -128,8 +128,17 @@ def run(workplace):
         yield run
 
 
-# The environment is there, the hub is not, the tests are running already, and test_cli.py runs `layerskip cost`.
-NOT_HERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "tune download", "layerskip cost")
+# The environment is there, the hub is not, the tests are running already, and test_cli.py and test_decoding_cost.py run
+# the measurements.
+NOT_HERE = (
+    "python3 -m venv",
+    ". .venv",
+    "pip install",
+    ".venv/bin/",
+    "tune download",
+    "layerskip cost",
+    "layerskip decoding-cost",
+)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(NOT_HERE)])
