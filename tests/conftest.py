@@ -175,3 +175,23 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     stdlib_tokenizer(str(folder / "tokenizer"), vocab_size=300)
     return folder / "tokenizer"
+
+
+@pytest.fixture
+def layerskip(monkeypatch, capsys, tmp_path):
+    """Runs `layerskip ARGS` in this process, in an empty folder: exit status, stdout, stderr."""
+    from layerskip_recipes import cli
+
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layerskip", *args])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return run

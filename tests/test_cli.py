@@ -15,29 +15,11 @@ from conftest import last_line, run_tune
 
 import layerskip_recipes
 from layerskip_recipes import training_cost
-from layerskip_recipes.cli import main, recipe_of
+from layerskip_recipes.cli import recipe_of
 from layerskip_recipes.config import find_config, load_config, our_configs
 from layerskip_recipes.recipes import eval as evaluation
 from layerskip_recipes.recipes import finetune
 from layerskip_recipes.recipes.generate import main as generate_main
-
-
-@pytest.fixture
-def layerskip(monkeypatch, capsys, tmp_path):
-    """Runs `layerskip ARGS` in this process, in an empty folder: exit status, stdout, stderr."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerskip", *args])
-        status = 0
-        try:
-            main()
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def mistake(result: tuple[int, str, str]) -> str:

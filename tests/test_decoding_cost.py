@@ -1,14 +1,14 @@
 """`layerskip decoding-cost`: what rounds of drafts cost, with random weights."""
 
+import functools
 import json
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import decoding_cost
-from layerskip_recipes.cli import main
 from layerskip_recipes.config import load_config
 from layerskip_recipes.generation import GenerationStats
 
@@ -16,23 +16,12 @@ TINY = ("model.num_layers=4", "self_speculation.exit_layer=2", "compile=false")
 
 
 @pytest.fixture
-def layerskip(monkeypatch, capsys, tmp_path):
+def cost(layerskip):
     """Runs `layerskip decoding-cost quickstart/generate ARGS` in an empty folder: exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layerskip", "decoding-cost", "quickstart/generate", *args])
-        status = 0
-        try:
-            main()
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(layerskip, "decoding-cost", "quickstart/generate")
 
 
-def test_it_needs_no_weights(layerskip, tmp_path, monkeypatch):
+def test_it_needs_no_weights(cost, monkeypatch):
     """Every exit with every number of drafts has a row; figures follow from the times; the last line is a document."""
     generations, new = [], decoding_cost.Generation
 
@@ -42,9 +31,9 @@ def test_it_needs_no_weights(layerskip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoding_cost, "Generation", noted)
     options = ["--drafts", "3,1", "--text", "20", "--rounds", "2", "--repeats", "2"]
-    status, out, _ = layerskip(*TINY, "self_speculation.exit_layer=[2,1]", *options)
+    status, out, _ = cost(*TINY, "self_speculation.exit_layer=[2,1]", *options)
     report = json.loads(out.splitlines()[-1])
-    assert status == 0 and list(tmp_path.iterdir()) == []
+    assert status == 0 and list(Path().iterdir()) == []
     shown = [line.split()[:2] for line in out.splitlines()[3:-1]]
     rows = [(row["exit_layer"], row["num_speculations"]) for row in report["rounds"]]
     assert rows == [(2, 3), (2, 1), (1, 3), (1, 1)] and shown == [[str(e), str(d)] for e, d in rows]
@@ -96,15 +85,15 @@ def test_medians_of_the_repeats(monkeypatch):
     assert row["speedup"] == pytest.approx({"0.5": 2.5 * 2 / 3.5, "0.7": 3.1 * 2 / 3.5, "0.9": 3.7 * 2 / 3.5})
 
 
-def test_whatever_a_config_says_of_drafts(layerskip):
+def test_whatever_a_config_says_of_drafts(cost):
     """Batches, trees, sampling, draft vocabulary, int8; a threshold and look-ups only choose between such rounds."""
     section = "self_speculation.tree_width=2 self_speculation.tree_children=2 self_speculation.draft_vocabulary=64"
     quantizer = "self_speculation.draft_quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig}"
     options = ["--drafts", "2", "--text", "8", "--rounds", "1", "--repeats", "1"]
-    status, out, _ = layerskip(*TINY, *section.split(), quantizer, "batch_size=3", "temperature=0.8", *options)
+    status, out, _ = cost(*TINY, *section.split(), quantizer, "batch_size=3", "temperature=0.8", *options)
     assert status == 0 and json.loads(out.splitlines()[-1])["batch_size"] == 3
     chosen = ["self_speculation.threshold=auto", "self_speculation.prompt_lookup=2"]
-    status, out, _ = layerskip(*TINY, *chosen, *options)
+    status, out, _ = cost(*TINY, *chosen, *options)
     assert status == 0 and len(json.loads(out.splitlines()[-1])["rounds"]) == 1
 
 
@@ -121,16 +110,16 @@ def test_whatever_a_config_says_of_drafts(layerskip):
         (["self_speculation.tree_width=99999"], "self_speculation.tree_width: 99999"),
     ],
 )
-def test_a_mistake_is_one_line(args, message, layerskip):
-    status, out, err = layerskip(*TINY, *args)
+def test_a_mistake_is_one_line(args, message, cost):
+    status, out, err = cost(*TINY, *args)
     assert status == 1 and out == "" and err.startswith("ValueError: ") and err.count("\n") == 1
     assert message in err
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(layerskip):
+def test_on_a_gpu(cost):
     options = ["--drafts", "2", "--text", "8", "--rounds", "4", "--repeats", "1"]
-    status, out, _ = layerskip(*TINY[:2], "device=cuda", "dtype=bf16", "compile=true", *options)
+    status, out, _ = cost(*TINY[:2], "device=cuda", "dtype=bf16", "compile=true", *options)
     report = json.loads(out.splitlines()[-1])
     assert status == 0 and report["compiled"] and 0 < report["rounds"][0]["draft_cost"] < 1
