@@ -22,6 +22,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from layerskip_recipes.adapters import ADAPTER_FILE, adapter_file, adapter_names, read_adapters, without_adapters
 from layerskip_recipes.checks import check_choice, check_text
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.gemma2 import correct_names
 from layerskip_recipes.settings import build, build_on_meta, check_device, check_dtype
 
 CHECKPOINTERS = (
@@ -319,6 +320,7 @@ def build_checkpointer(section: DictConfig, output_dir: str) -> Any:
     Raises:
         ValueError: if the section is wrong.
     """
+    correct_names()
     checkpointer = build(section, "checkpointer", output_dir=output_dir)
     # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.
     described = getattr(checkpointer, "_config", None) or {}

@@ -23,6 +23,7 @@ from torchtune import config
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
+from layerskip_recipes.gemma2 import capped, norm_and_cap
 from layerskip_recipes.layer_dropout import IDLE, Kept, LayerDropout
 
 
@@ -30,7 +31,8 @@ class LayerSkipDecoder(TransformerDecoder):
     """A torchtune decoder that can skip, exit early and walk in parts.
 
     Args:
-        base: the decoder to take over. Its modules are shared, not copied, and not renamed.
+        base: the decoder to take over. Its modules are shared, not copied, and not renamed. (Of Gemma 2, whose logits
+            torchtune caps in the wrong place, the final norm's parameters are; see gemma2.py.)
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
 
     Raises:
@@ -43,15 +45,18 @@ class LayerSkipDecoder(TransformerDecoder):
                 f"model: {type(base).__name__} is not supported. Allowed: a torchtune TransformerDecoder, as the "
                 "builders of llama2/3, mistral, qwen2, gemma, phi3 and phi4 make it"
             )
+        norm, cap = norm_and_cap(base.norm)
         super().__init__(
             tok_embeddings=base.tok_embeddings,
             layers=base.layers,
             max_seq_len=base.max_seq_len,
             num_heads=base.num_heads,
             head_dim=base.head_dim,
-            norm=base.norm,
+            norm=norm,
             output=base.output,
         )
+        self.logit_cap = cap
+        self.taken_over = tuple(getattr(base, part) for part in PARTS)
         self.num_output_chunks = base.num_output_chunks
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
@@ -88,8 +93,8 @@ class LayerSkipDecoder(TransformerDecoder):
     ) -> Any:
         """Walk from layer `start_layer` up to, not including, layer `exit_layer`, then apply the head g.
 
-        With the defaults this is the base decoder. Every partial walk goes through here, never through the layers
-        directly, so that a sharded model gathers its parameters.
+        With the defaults this is the base decoder (but for Gemma 2, see gemma2.py). Every partial walk goes through
+        here, never through the layers directly, so that a sharded model gathers its parameters.
 
         Args:
             tokens: [b, s] token ids. Left out when `hidden` is given.
@@ -150,6 +155,13 @@ class LayerSkipDecoder(TransformerDecoder):
         if exits is not None:
             return (h, seen) if then is None else then(h, seen)
         return self.unembed(h) if unembed else h
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """g(h): [b, s, d] -> [b, s, v] logits, or a list of chunks."""
+        logits = super().unembed(h)
+        if isinstance(logits, list):
+            return [capped(chunk, self.logit_cap) for chunk in logits]
+        return capped(logits, self.logit_cap)
 
     def hidden_states(
         self, tokens: torch.Tensor, exits: Iterable[int], **kwargs: Any
@@ -261,7 +273,7 @@ def walked(model: TransformerDecoder) -> LayerSkipDecoder:
     if isinstance(model, LayerSkipDecoder):
         return model
     kept = _WALKED.get(model)
-    if kept is None or any(getattr(kept, part) is not getattr(model, part) for part in PARTS):
+    if kept is None or any(part is not getattr(model, name) for name, part in zip(PARTS, kept.taken_over, strict=True)):
         kept = _WALKED[model] = LayerSkipDecoder(model)
     kept.training = model.training
     return kept

@@ -24,6 +24,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`.
         out: a folder that does not exist yet.
         exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it.
+            None: what is written names no exit.
         draft: instead of the whole model its first E layers, with the final norm and the head.
 
     Returns:
@@ -55,16 +56,25 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             config = first_layers(config, draft)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _copy_weights(weights, folder, draft or layers)
-        generation = folder / "generation_config.json"
-        settings = json.loads(generation.read_text()) if generation.exists() else {}
-        if exit_layer is not None:
-            settings["assistant_early_exit"] = exit_layer
-        elif draft is not None:
-            settings.pop("assistant_early_exit", None)  # of the whole model
-        if settings or generation.exists():
-            generation.write_text(json.dumps(settings, indent=2) + "\n")
+        _write_generation_config(folder / "generation_config.json", config, exit_layer)
         folder.rename(target)
     return target
+
+
+def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:
+    """With the exit, or without one, as a draft has none and `assistant_model` needs a model that names none.
+
+    Where there is no such file transformers takes the tokens that end a text from config.json, and where there is one
+    from that alone.
+    """
+    if not file.exists() and exit_layer is None:
+        return
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    settings = json.loads(file.read_text()) if file.exists() else tokens
+    settings.pop("assistant_early_exit", None)
+    if exit_layer is not None:
+        settings["assistant_early_exit"] = exit_layer
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
@@ -107,6 +117,13 @@ def _copy_files(source: Path, target: Path) -> None:
         beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
         if file.is_file() and beside and file.name != INDEX:
             shutil.copy(file, target)
+    # Llama's tokenizer for torchtune, and the templates that transformers keeps apart.
+    for name in ("original/tokenizer.model", "additional_chat_templates"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
 
 
 def _copy_weights(files: list[Path], target: Path, layers: int) -> None:

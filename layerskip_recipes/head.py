@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtune.modules import TiedLinear
 
+from layerskip_recipes.gemma2 import capped
+
 TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
 
 
@@ -29,6 +31,7 @@ class Head:
     def __init__(self, model: nn.Module) -> None:
         self.tied = isinstance(model.output, TiedLinear)
         self.norm = model.norm
+        self.cap = getattr(model, "logit_cap", None)
         self.output = model.output.tied_module if self.tied else model.output
         self._places = [
             (module, name)
@@ -53,10 +56,10 @@ class Head:
 
     @property
     def matrix(self) -> int | None:
-        """Where in `parameters` the output's matrix is, if the output is nothing but a product with it."""
+        """Where in `parameters` the output's matrix is, if the logits are nothing but a product with it."""
         # FSDP gives a module that is sharded on its own a class of its own.
         linear = isinstance(self.output, nn.Linear) and type(self.output).forward is nn.Linear.forward
-        plain = self.tied or (linear and self.output.bias is None)
+        plain = self.cap is None and (self.tied or (linear and self.output.bias is None))
         return self._places.index((self.output, "weight")) if plain else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +74,8 @@ class Head:
         """Logits [n, v] of normed states h [n, d]; in `out`, without autograd, if the output has a `matrix`."""
         if out is not None:
             return torch.mm(h, self.output.weight.T, out=out)
-        return F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
+        product = F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
+        return capped(product, self.cap)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.gemma._component_builders import gemma
-from torchtune.models.gemma2._component_builders import gemma2
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm, gemma2
 from torchtune.models.llama2._component_builders import llama2
 from torchtune.models.llama3._component_builders import llama3
 from torchtune.models.llama3_1._component_builders import llama3_1
@@ -82,6 +82,22 @@ def make_tiny(family: str = "llama3_2", seed: int = 0):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def unembedded(model: Any, h: torch.Tensor) -> torch.Tensor:
+    """Norm and head of a decoder, written without them being called as one; Gemma 2's cap of 30 is on the logits."""
+    if not isinstance(model.norm, Gemma2FinalNorm):
+        return model.output(model.norm(h)).float()
+    return 30.0 * torch.tanh(model.output(model.norm.rms_norm(h)).float() / 30.0)
+
+
+def logits_of(base: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """What a torchtune decoder gives, of Gemma 2 with the cap of 30 on the logits; torchtune has it on the state."""
+    if not isinstance(base.norm, Gemma2FinalNorm):
+        return base(tokens, **inputs)
+    capping, base.norm.logit_capping = base.norm.logit_capping, torch.nn.Identity()
+    logits, base.norm.logit_capping = base(tokens, **inputs), capping
+    return 30.0 * torch.tanh(logits / 30.0)
 
 
 class CountedCollectives(TorchDispatchMode):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchtune.generation
-from conftest import VOCAB, make_tiny
+from conftest import VOCAB, logits_of, make_tiny, unembedded
 from torch import nn
 from torchtune.modules import MultiHeadAttention
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
@@ -18,7 +18,7 @@ def walk(model, tokens, layers, **inputs):
     h = model.tok_embeddings(tokens)
     for layer in layers:
         h = model.layers[layer](h, **inputs)
-    return model.output(model.norm(h)).float()
+    return unembedded(model, h)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def layers_run(tiny):
 
 
 def test_is_the_base_decoder_bit_for_bit(any_family, tokens):
-    expected = any_family(tokens)
+    expected = logits_of(any_family, tokens)
     model = layerskip_decoder(any_family)
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model(tokens, exit_layer=L), expected)
@@ -46,12 +46,12 @@ def test_packed_inputs_reach_the_layers(any_family, tokens):
     """A mask and positions of two documents in one row give what the base decoder gives."""
     mask = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).tril().bool().expand(2, -1, -1)
     inputs = {"mask": mask, "input_pos": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)}
-    assert torch.equal(layerskip_decoder(any_family)(tokens, **inputs), any_family(tokens, **inputs))
+    assert torch.equal(layerskip_decoder(any_family)(tokens, **inputs), logits_of(any_family, tokens, **inputs))
 
 
 def test_checkpoints_are_the_base_decoders(any_family, tokens):
     """Same keys in both directions, so a file of either loads into the other."""
-    expected, state = any_family(tokens), any_family.state_dict()
+    expected, state = logits_of(any_family, tokens), any_family.state_dict()
     model = layerskip_decoder(any_family)
     assert list(model.state_dict()) == list(state)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in any_family.named_parameters()}
@@ -183,7 +183,7 @@ def test_who_is_given_a_causal_mask(family, makes):
     masks, tokens = [], torch.arange(1, 8)[None]
     for layer in base.layers:
         layer.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["mask"]), with_kwargs=True)
-    expected = base(tokens)
+    expected = logits_of(base, tokens)
     masks.clear()
     assert torch.equal(layerskip_decoder(base)(tokens), expected)
     causal = torch.arange(7) <= torch.arange(7)[:, None]

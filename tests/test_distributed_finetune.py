@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
-from conftest import FAMILIES, CountedCollectives, make_tiny, run_tune
+from conftest import FAMILIES, CountedCollectives, make_tiny, run_tune, unembedded
 from conftest import SIZE as TINY
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -627,7 +627,7 @@ def exit_sums(model, tokens, keep):
     h, sums = model.tok_embeddings(tokens[None]), []
     for layer, stays in zip(model.layers, keep, strict=True):
         h = h + float(stays) * (layer(h) - h)
-        logits = model.output(model.norm(h))[0]
+        logits = unembedded(model, h)[0]
         sums.append(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
     return torch.stack(sums)
 

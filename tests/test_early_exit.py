@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, make_tiny
+from conftest import VOCAB, make_tiny, unembedded
 
 from layerskip_recipes import EarlyExitLoss, layerskip_decoder
 from layerskip_recipes.early_exit import enabled_exits, exit_weights
@@ -40,7 +40,7 @@ def plain_loss(model, tokens, labels, weights, label_smoothing=0.0):
     losses = []
     for layer in model.layers:
         h = layer(h)
-        logits = model.output(model.norm(h)).float()
+        logits = unembedded(model, h)
         losses.append(
             F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing)
         )

@@ -80,6 +80,38 @@ def test_the_whole_model_carries_its_exit(form, tmp_path, request):
     assert (out / "tokenizer.json").read_text() == (whole / "tokenizer.json").read_text()
 
 
+def test_an_end_token_ends_the_text_as_before(checkpoint, tmp_path):
+    """transformers reads it from config.json where there is no generation_config.json, as after a training from
+    scratch, and else from that alone."""
+    assert not (checkpoint / "generation_config.json").exists()
+    text = load(checkpoint).generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
+    end = next(token for i, token in enumerate(text) if 2 <= i < 10 and token not in text[:i])
+    settings = json.loads((checkpoint / "config.json").read_text()) | {"eos_token_id": end}
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    out = load(export(str(checkpoint), str(tmp_path / "out"), exit_layer=2))
+    ended = out.generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
+    assert ended == text[: text.index(end) + 1]
+
+
+def test_without_an_exit_none_stays(checkpoint, tmp_path):
+    """transformers takes the exit before an `assistant_model`."""
+    first = export(str(checkpoint), str(tmp_path / "first"), exit_layer=2)
+    again = export(str(first), str(tmp_path / "again"))
+    assert load(again).generation_config.assistant_early_exit is None
+    assert load(first).generation_config.assistant_early_exit == 2
+
+
+def test_files_that_configs_name_come_along(checkpoint, tmp_path):
+    """Llama's tokenizer for torchtune, and chat templates in a folder of their own."""
+    for name in ("original/tokenizer.model", "additional_chat_templates/tool_use.jinja"):
+        (checkpoint / name).parent.mkdir()
+        (checkpoint / name).write_text(name)
+    (checkpoint / "original" / "consolidated.00.pth").write_text("weights")
+    out = export(str(checkpoint), str(tmp_path / "out"))
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
+    assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
+
+
 def test_a_draft_has_no_exit_of_the_whole_model(checkpoint, tmp_path):
     whole = export(str(checkpoint), str(tmp_path / "whole"), exit_layer=2)
     draft = export(str(whole), str(tmp_path / "draft"), draft=1)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, make_tiny
+from conftest import VOCAB, logits_of, make_tiny
 from test_decoder import walk
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -310,7 +310,7 @@ def test_dropout_leaves_the_global_generator_alone(tiny):
 )
 def test_without_dropout_it_is_the_base_decoder_bit_for_bit(any_family, dropout, training):
     tokens = random_tokens(4, 6)
-    expected = any_family(tokens)
+    expected = logits_of(any_family, tokens)
     model = layerskip_decoder(any_family, layer_dropout=dropout).train(training)
     if dropout:
         model.layer_dropout.set_step(0, 10)

@@ -14,6 +14,7 @@ from torch import nn
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.decoder import LayerSkipDecoder, on_device
+from layerskip_recipes.gemma2 import capped
 from layerskip_recipes.generation.sampling import Sampler, Settings, accept_greedy, accept_sampled, lots
 from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
@@ -55,7 +56,7 @@ class DraftHead(nn.Module):
                 f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
                 "neither quantised nor split over processes; leave draft_vocabulary out"
             )
-        self.norm = model.norm
+        self.norm, self.cap = model.norm, model.logit_cap
         self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
         self.weight = output.weight.detach()[vocabulary]
         bias = getattr(output, "bias", None)
@@ -84,7 +85,7 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""
-        return F.linear(self.norm(hidden), self.weight, self.bias).float()
+        return capped(F.linear(self.norm(hidden), self.weight, self.bias).float(), self.cap)
 
 
 class Steps:
