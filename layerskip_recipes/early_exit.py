@@ -150,6 +150,7 @@ class EarlyExitLoss:
         *,
         step: int,
         total_steps: int,
+        counted: torch.Tensor | None = None,
         **inputs: Any,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The loss of one batch.
@@ -159,6 +160,8 @@ class EarlyExitLoss:
             tokens: [b, s].
             labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; `ignore_index` where there is none.
             step, total_steps: t and T, in optimizer steps.
+            counted: [n], the places of the labels that count in labels.flatten(), which alone get logits. None: they
+                are looked for, and on a GPU the host waits for the answer.
             **inputs: mask, input_pos, ... of the decoder.
 
         Returns:
@@ -168,13 +171,17 @@ class EarlyExitLoss:
         weights = exit_weights(model.num_layers, on, self.scale, self.scale_fn).tolist()
         # An exit of weight 0 (layer 0 in the paper's e(l), or scale 0) is still measured, and costs no backward.
         exits = [layer + 1 for layer, enabled in enumerate(on) if enabled]
+        labels = labels.reshape(-1)
+        if counted is None:
+            counted = (labels != self.ignore_index).nonzero()[:, 0]
 
         def losses(_: torch.Tensor, hidden: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             head = Head(model)
             return ExitLosses.apply(
                 self,
                 head,
-                labels.reshape(-1),
+                labels,
+                counted,
                 [weights[e - 1] for e in exits],
                 torch.is_grad_enabled(),
                 *head.parameters,

@@ -49,20 +49,22 @@ class ExitLosses(torch.autograd.Function):
     """The weighted sum of the exits' losses, with the gradients taken chunk by chunk in the forward pass.
 
     The weights are known beforehand, so each chunk's gradient is final as soon as its logits exist: one accumulator
-    serves the head for all exits, and each exit keeps a gradient of its hidden state's size.
+    serves the head for all exits, and each exit keeps a gradient of its hidden state's size. Only the `counted` rows
+    [n] of the labels and hidden states get logits.
     """
 
     @staticmethod
-    def forward(ctx, loss, head, labels, weights, grad_enabled, *tensors):
+    def forward(ctx, loss, head, labels, counted, weights, grad_enabled, *tensors):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        count = (labels != loss.ignore_index).sum().clamp(min=1)
+        every, labels = len(counted) == len(labels), labels[counted]
+        count = labels.new_full((), max(len(labels), 1))
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
         leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
         # They add up in fp32: there are as many summands as chunks of all exits, which in bf16 would vanish.
         sums = [torch.zeros_like(p, dtype=torch.float32) if p.requires_grad else None for p in leaves]
         hidden_grads, per_exit = [], []
-        size = min(loss.chunk_tokens, len(labels))
+        size = max(min(loss.chunk_tokens, len(labels)), 1)
         # The logits of all chunks in turn: memory of that size, taken anew for each, costs a CPU a tenth of the step.
         plain = head.matrix is not None
         logits = hidden[0].new_empty(size, leaves[head.matrix].shape[0]) if plain and wants_gradient else None
@@ -73,14 +75,15 @@ class ExitLosses(torch.autograd.Function):
                 trains = wants_gradient and weight > 0
                 x_grad = torch.zeros_like(x) if trains else None
                 exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
-                for start in range(0, x.shape[0], size):
-                    rows = slice(start, start + size)
+                for start in range(0, len(labels), size):
+                    part = slice(start, start + size)
+                    rows = part if every else counted[part]
                     if trains:
                         chunk_sum, x_grad[rows] = _with_gradient(
-                            loss, head, leaves, sums, x[rows], labels[rows], weight / count, logits
+                            loss, head, leaves, sums, x[rows], labels[part], weight / count, logits
                         )
                     else:
-                        chunk_sum = loss.sum_of_chunk(head(x[rows]), labels[rows])
+                        chunk_sum = loss.sum_of_chunk(head(x[rows]), labels[part])
                     exit_sum += chunk_sum
                 per_exit.append(exit_sum / count)
                 hidden_grads.append(x_grad)
@@ -97,7 +100,7 @@ class ExitLosses(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         # In place, and then let go: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
-        return (None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
+        return (None, None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
 
 
 @torch.enable_grad()

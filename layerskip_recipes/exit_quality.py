@@ -24,7 +24,7 @@ def exit_quality(
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     num_speculations: int = 6,
     key: str = "dataset",
-) -> dict[int, dict[str, float]]:
+) -> dict[int, dict[str, float | None]]:
     """Quality of each exit over the labels that count.
 
     Args:
@@ -41,7 +41,8 @@ def exit_quality(
     Returns:
         {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
         "agreement": share of tokens on which exit E and the last layer choose the same, "accepted_length": how many of
-        d tokens after each other they agree on before they first differ, on the mean over the data's positions}}.
+        d tokens after each other they agree on before they first differ, on the mean over the data's positions, None if
+        d labels in a row count nowhere}}.
 
     Raises:
         ValueError: if no label counts, or a sample is longer than the model takes.
@@ -65,7 +66,7 @@ def exit_quality(
             "perplexity": math.exp(min(loss / count, 700)),
             "accuracy": right / count,
             "agreement": agreed / count,
-            "accepted_length": accepted / max(windows, 1),
+            "accepted_length": accepted / windows if windows else None,
         }
     return quality
 

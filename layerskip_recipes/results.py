@@ -263,7 +263,7 @@ def cost_table(cost: Mapping[str, Any]) -> list[str]:
 def exits_table(report: Mapping[str, Any]) -> list[str]:
     """Loss and agreement by exit."""
     rows = [
-        [e, *(f"{of[key]:.3f}" for key in ("loss", "accuracy", "agreement")), f"{of['accepted_length']:.2f}"]
+        [e, *(f"{of[key]:.3f}" for key in ("loss", "accuracy", "agreement")), show(of["accepted_length"], ".2f")]
         for e, of in report["exits"].items()
     ]
     return table(["exit", "loss, nats", "accuracy", "agreement", "accepted length"], rows)

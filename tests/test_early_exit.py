@@ -396,6 +396,23 @@ def test_only_the_head_trains():
     assert_same_gradients(gradients(total, model), gradients(expected, model))
 
 
+def test_logits_are_made_for_labels_that_count_only(monkeypatch):
+    """Where a prompt is most of a sample, heads over all of it would cost more than the layers."""
+    model, rows = layerskip_decoder(make_tiny("llama2")), []
+    tokens, labels = batch()
+    labels[:, 2:] = -100
+    unembed = Head.unembed
+    monkeypatch.setattr(Head, "unembed", lambda self, h, **kwargs: (rows.append(len(h)), unembed(self, h, **kwargs))[1])
+    loss = EarlyExitLoss(curriculum=None, layers="1,3", chunk_tokens=2)
+    total, _ = loss(model, tokens, labels, step=0, total_steps=1)
+    counted = int((labels != -100).sum())
+    assert sum(rows) == 3 * counted < 3 * labels.numel() / 2
+    weights = paper_weights([False, True, False, True, False, True], 0.2)
+    expected, _ = plain_loss(model, tokens, labels, weights)
+    torch.testing.assert_close(total, expected)
+    assert_same_gradients(gradients(total, model), gradients(expected, model))
+
+
 def test_a_batch_without_labels_trains_nothing(tiny):
     model = layerskip_decoder(tiny)
     tokens, labels = batch()

@@ -2,7 +2,9 @@
 test_harness.py.
 """
 
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,61 @@ def test_the_hidden_states_of_all_exits_are_never_there_at_once():
     quality = exit_quality(model, [batch], [*range(1, 9)], torch.device("cpu"))
     assert quality[8]["agreement"] == 1
     assert counts == [0, *[1] * 7]  # the layer's own input
+
+
+def test_an_accepted_length_needs_as_many_labels_in_a_row():
+    """Answers of 4 tokens say nothing about drafts of 6, and of 3 they do."""
+    model = layerskip_decoder(llama3_2(**SIZE)).eval()
+    labels = torch.full((2, 16), -100)
+    labels[:, 5:9] = 7
+    for drafts, expected in ((6, None), (3, 3.0)):
+        batch = {"tokens": torch.ones(2, 16, dtype=torch.long), "labels": labels.clone()}
+        quality = exit_quality(model, [batch], [2, 4], torch.device("cpu"), num_speculations=drafts)
+        assert quality[4]["accepted_length"] == expected and quality[4]["agreement"] == 1
+
+
+def json_texts(folder: Path, lengths: list[int]) -> dict[str, str]:
+    """A dataset of texts of so many words."""
+    lines = [json.dumps({"text": "if x: " * length}) for length in lengths]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json",
+        "data_files": str(folder / "texts.jsonl"),
+        "split": "train",
+        "column": "text",
+    }
+
+
+def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
+    """As in training: the third one would end the evaluation."""
+    dataset = json_texts(tmp_path, [5, 5, 500])
+    path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder), dataset=dataset, batch_size=1)
+    recipe = LayerSkipEval(load_config(str(path), ["num_speculations=64"]))
+    recipe.setup()
+    recipe.evaluate()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["batches"] == 3 and all(of["accepted_length"] is not None for of in report["exits"].values())
+
+
+def test_an_interrupted_picture_replaces_no_whole_one(tmp_path, tokenizer_folder, monkeypatch):
+    folder = make_checkpoint(tmp_path / "own", tokenizer_folder)
+    section = {"checkpoint_dir": str(folder), "checkpoint_files": ["model.safetensors"]}
+    path = eval_config(tmp_path, folder, picture=str(tmp_path / "exits.png"), report=None, compare={"again": section})
+    for interrupts in (False, True):
+        recipe = LayerSkipEval(load_config(str(path)))
+        recipe.setup()
+        if interrupts:
+            kept, load = (tmp_path / "exits.png").read_bytes(), recipe._measure
+
+            def measure(name, measured, load=load):
+                if name == "again":
+                    raise KeyboardInterrupt
+                load(name, measured)
+
+            monkeypatch.setattr(recipe, "_measure", measure)
+        recipe.evaluate()
+    assert (tmp_path / "exits.png").read_bytes() == kept and (tmp_path / "exits_interrupted.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -480,3 +480,46 @@ def test_the_logged_config_is_one_that_trains(tmp_path, tokenizer_folder):
     logged = tmp_path / "out" / "torchtune_config.yaml"
     assert "curriculum" in OmegaConf.load(logged)
     assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
+
+
+def instructions(folder: Path, rows: list[dict]) -> dict[str, str]:
+    """A dataset of questions and answers, of which only the answers are learned."""
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "_component_": "torchtune.datasets.instruct_dataset",
+        "source": "json",
+        "data_files": str(folder / "data.jsonl"),
+        "split": "train",
+        "train_on_input": False,
+    }
+
+
+def test_what_is_cut_off_is_said(tmp_path, tokenizer_folder, caplog):
+    """128 positions: of two samples the answer is lost, which makes a step that learns nothing; once each."""
+    short, long = {"input": "if", "output": "else:"}, {"input": "if x: " * 200, "output": "else:"}
+    dataset = instructions(tmp_path, [short, short, long, long, long, long])
+    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset, shuffle=False, max_steps_per_epoch=3)
+    train(path)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    cut = [line for line in lines if "tokenizer.max_seq_len=128 tokens or more" in line]
+    nothing = [line for line in lines if "no label counts" in line]
+    assert len(cut) == 1 and len(nothing) == 1
+    assert nothing[0].startswith("step 2 learns nothing: no label counts in samples [2, 3] of the dataset.")
+    assert [line["loss"] > 0 for line in read_log(tmp_path / "out").values()] == [True, False, False]
+
+
+def test_a_sample_that_cannot_be_read_is_named(tmp_path, tokenizer_folder):
+    rows = [{"input": "if", "output": "else:"}] * 3 + [{"input": "if", "output": None}]
+    path = finetune_config(tmp_path, tokenizer_folder, dataset=instructions(tmp_path, rows), shuffle=False)
+    with pytest.raises(ValueError, match=r"^dataset: its sample 3, counted from 0, cannot be read: TypeError\("):
+        train(path)
+
+
+def test_a_broken_file_is_not_about_columns(tmp_path, tokenizer_folder):
+    dataset = instructions(tmp_path, [{"input": "if", "output": "else:"}])
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('\n{"input": ')
+    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset)
+    with pytest.raises(ValueError, match=r"^dataset: torchtune.datasets.instruct_dataset cannot read its files: ") as e:
+        train(path)
+    assert "JSON" in str(e.value) and "column" not in str(e.value)

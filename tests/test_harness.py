@@ -90,6 +90,21 @@ def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
     assert [greedy for _, greedy in found][:2] == [True, False]
 
 
+def test_choices_of_one_token_share_a_forward(monkeypatch):
+    """As in MMLU; the head takes two positions at a time, so that an answer lies in two pieces."""
+    model, tokenizer, rows = make_tiny(), Letters(), []
+    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, batch_size=2))
+    model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
+    monkeypatch.setattr(harness, "HEAD_TOKENS", 2)
+    pairs = [("Which?", letter) for letter in "ABCD"] + [("Which", "?D"), ("Which", "?DE"), ("What", "A"), ("W", "h")]
+    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    assert len(rows) == 4  # "Which?" with five answers, "Which?D", "What", "W"
+    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
+        tokens = tokenizer.encode(context, add_eos=False), tokenizer.encode(answer, False, False)
+        expected, right = plain_score(model, *tokens)
+        assert score == pytest.approx(expected, abs=1e-4) and greedy is right
+
+
 def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
     """128 positions: the last 128 of the tokens that predict something."""
     model, tokenizer = make_tiny(), Letters()

@@ -1,24 +1,30 @@
 """The `dataset` and `collate_fn` of a config: one torchtune dataset or several, packed or padded; in which order."""
 
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchtune import utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from layerskip_recipes.checks import is_ours
+from layerskip_recipes.checks import PACKAGE, is_ours
 from layerskip_recipes.decoder import is_plain_attention
+from layerskip_recipes.distributed import is_rank_zero
 from layerskip_recipes.mesh import Mesh
 from layerskip_recipes.settings import build, check_component, text
 
+log = utils.get_logger("INFO")
 PADDED = "torchtune.data.padded_collate_sft"
 COLLATE_EXAMPLE = f"for example collate_fn={PADDED}"
 
@@ -83,7 +89,7 @@ def load_data(
     device: torch.device,
     ignore_index: int = -100,
     key: str = "dataset",
-) -> tuple[Dataset, Callable]:
+) -> tuple["Numbered", Callable]:
     """The dataset of a config, and what makes a batch of its samples.
 
     Args:
@@ -102,9 +108,11 @@ def load_data(
         with _reading(section, key):  # packed ones read all of it
             datasets.append(build(section, key, tokenizer))
     dataset = datasets[0] if len(datasets) == 1 else ConcatDataset(datasets=datasets)
-    if getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections):
+    packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
+    numbered = Numbered(dataset, key, packed)
+    if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
-        return dataset, padded_collate_packed if flex else packed_with_dense_mask
+        return numbered, padded_collate_packed if flex else packed_with_dense_mask
     name = cfg.get("collate_fn") or PADDED
     collate = partial(_get_component_from_path(name), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
     needed = {"tokens", "labels"}
@@ -126,7 +134,48 @@ def load_data(
             raise ValueError(f"collate_fn: {name!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
         if not isinstance(batch, dict) or not needed <= batch.keys():
             raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
-    return dataset, collate
+    return numbered, collate
+
+
+class Numbered(Dataset):
+    """A dataset whose errors say at which sample they happened; but those of a user's own code stay as they are.
+
+    Args:
+        dataset: of samples.
+        key: of the dataset in the config.
+        packed: whether its samples are packs.
+    """
+
+    def __init__(self, dataset: Dataset, key: str, packed: bool = False) -> None:
+        self.dataset, self.key, self.packed = dataset, key, packed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        try:
+            return self.dataset[i]
+        except Exception as e:
+            if is_ours(e) or _in_users_code(e):
+                raise
+            raise ValueError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_cause(e)}") from e
+
+
+def _in_users_code(error: Exception) -> bool:
+    """Whether a file ran on the way that is neither a library's nor ours."""
+    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    libraries = (PACKAGE, Path(sysconfig.get_path("stdlib")))
+    return any(
+        file.is_file() and "site-packages" not in file.parts and not any(map(file.is_relative_to, libraries))
+        for file in files
+    )
+
+
+def _cause(error: Exception) -> str:
+    """What an error says; where it only says that something failed, what was behind it."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return repr(error)
 
 
 @contextmanager
@@ -138,6 +187,8 @@ def _reading(section: DictConfig, key: str, dataset: Dataset | None = None) -> I
     except Exception as e:
         if is_ours(e) or not section._component_.startswith("torchtune."):
             raise
+        if type(e).__module__.partition(".")[0] == "datasets":  # the files, not what they hold
+            raise ValueError(f"{key}: {section._component_} cannot read its files: {_cause(e)}") from e
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         there = f" Its columns: {', '.join(columns)}." if columns else ""
         raise ValueError(
@@ -172,6 +223,8 @@ class TrainingData:
         seed: int,
     ) -> None:
         self.dataset, self._collate = load_data(cfg, tokenizer, model, device, ignore_index)
+        self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
+        self.said_cut = not is_rank_zero()
         self.num_samples = len(self.dataset)
         self.batch_size, accumulation = cfg.get("batch_size", 1), cfg.get("gradient_accumulation_steps", 1)
         self.shuffle, self.seed, self.mesh = bool(cfg.get("shuffle", True)), seed, mesh
@@ -185,6 +238,16 @@ class TrainingData:
             )
         self.steps_per_epoch = min(steps, cfg.get("max_steps_per_epoch") or steps)
         self.first_length = len(self.dataset[0]["tokens"])
+
+    def warn_of_cuts(self, tokens: torch.Tensor) -> None:
+        """Say once that samples are cut: a tokenizer does it without a word, perhaps before the answer begins."""
+        if self.said_cut or self.cut_at is None or tokens.shape[1] < self.cut_at:
+            return
+        self.said_cut = True
+        log.warning(
+            f"dataset: there are samples of tokenizer.max_seq_len={self.cut_at} tokens or more; what is beyond is cut "
+            "off and not learned"
+        )
 
     def order(self, epoch: int) -> list[int]:
         """The numbers of the samples of an epoch, in the order of the training, for all ranks."""

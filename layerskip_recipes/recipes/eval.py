@@ -24,7 +24,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation import check_lengths, most_positions
 from layerskip_recipes.kv_cache import check_cache_fits
 from layerskip_recipes.recipes.answers import Answers
-from layerskip_recipes.recipes.data import load_data
+from layerskip_recipes.recipes.data import limit_samples, load_data
 from layerskip_recipes.recipes.decoding import check_draft_fits, check_speculation, tree_of, weight_bytes
 from layerskip_recipes.recipes.eval_config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.recipes.human_eval import HumanEval, check_execution, pass_at_1, read_problems
@@ -39,6 +39,7 @@ from layerskip_recipes.settings import (
     check_settings,
     check_vocabulary,
 )
+from layerskip_recipes.tokenizer import PLAIN_TEMPLATE
 
 log = utils.get_logger("INFO")
 
@@ -130,6 +131,7 @@ class LayerSkipEval:
         check_vocabulary(self.tokenizer, model)
         self.batches = self.tasks = self.problems = None
         if cfg.get("dataset") is not None:
+            limit_samples(cfg, self.tokenizer, model)
             dataset, collate = load_data(cfg, self.tokenizer, model, self.device)
             self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
             self.total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
@@ -145,10 +147,11 @@ class LayerSkipEval:
     def _setup_tasks(self, model: LayerSkipDecoder) -> None:
         """The tasks with their documents."""
         cfg = self.cfg
-        if cfg.get("apply_chat_template") and not hasattr(self.tokenizer, "chat_template"):
+        if cfg.get("apply_chat_template") and getattr(self.tokenizer, "chat_template", None) in (None, PLAIN_TEMPLATE):
             raise ValueError(
-                f"apply_chat_template: true, and {type(self.tokenizer).__name__} makes no text of a chat. Allowed: "
-                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, or apply_chat_template=false"
+                f"apply_chat_template: true, and this {type(self.tokenizer).__name__} has no chat template. Allowed: "
+                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, the folder of a chat model, or "
+                "apply_chat_template=false"
             )
         folders = task_folders("task_path", cfg.get("task_path"))
         self.tasks = harness().load_tasks(
@@ -207,7 +210,8 @@ class LayerSkipEval:
         document = place_of(Path(cfg.report), "report", self.interrupted) if cfg.get("report") else None
         if cfg.get("picture") and exits:
             picture = Path(cfg.picture)
-            if document is not None and document != Path(cfg.report):
+            whole = picture.exists() if document is None else document != Path(cfg.report)
+            if self.interrupted and whole:
                 picture = picture.with_stem(f"{picture.stem}_interrupted")
             report["picture"] = str(picture)
         if document is not None:
@@ -252,7 +256,7 @@ class LayerSkipEval:
         for e, q in quality.items():
             print(
                 f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f} "
-                f"{q['accepted_length']:>6.2f}"
+                + (f"{'-':>6}" if q["accepted_length"] is None else f"{q['accepted_length']:>6.2f}")
             )
         return quality
 

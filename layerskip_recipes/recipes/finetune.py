@@ -120,6 +120,7 @@ class LayerSkipFinetune:
             check_length(self.data.first_length, self.meta)
             self.validation = Validation(cfg, tokenizer, self.meta, self.device, self.mesh)
         self.total_steps = self.data.steps_per_epoch * cfg.get("epochs", 1)
+        self.said_nothing_counts = not is_rank_zero()
 
         adapted = bool(adapter_names(self.meta))
         self.checkpoints = Checkpoints(cfg, adapted)
@@ -203,28 +204,41 @@ class LayerSkipFinetune:
         dropout, in_backward = self.model.layer_dropout, self.optimizers.in_backward
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
-        tokens, total, per_exit = torch.zeros((), device=self.device), 0.0, {}
+        tokens, total, per_exit = 0, 0.0, {}
         for _ in range(self.accumulation):
             batch = next(batches)
             check_batch(batch["tokens"], self.model)
+            self.data.warn_of_cuts(batch["tokens"])
+            labels = F.pad(batch["labels"][:, 1:], (0, 1), value=self.loss.ignore_index)
+            # Here, as the host would wait for a GPU that looks for them.
+            counted = (labels != self.loss.ignore_index).flatten().nonzero()[:, 0]
+            count = len(counted)
+            batch |= {"labels": labels, "counted": counted}
             utils.batch_to_device(batch, self.device)
-            labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=self.loss.ignore_index)
-            count = (labels != self.loss.ignore_index).sum()
             with self.offloading:
                 loss, exits = self.loss(
-                    self.model, batch.pop("tokens"), labels, step=self.step, total_steps=self.total_steps, **batch
+                    self.model,
+                    batch.pop("tokens"),
+                    batch.pop("labels"),
+                    step=self.step,
+                    total_steps=self.total_steps,
+                    **batch,
                 )
             # Micro-batches weigh by their tokens; a single one of an optimizer in backward is a mean already, and over
             # ranks (which FSDP averages) it weighs as its tokens do in the whole.
-            weight = self.mesh.data_size * count / self.mesh.sum(count.float()).clamp(min=1) if in_backward else count
+            weight = count
+            if in_backward:
+                everywhere = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
+                weight = self.mesh.data_size * count / everywhere
             if loss.requires_grad:  # not so if all layers with adapters are dropped
                 (loss * weight).backward()
             else:
                 reshard(self.model)
-            tokens = tokens + count
+            tokens += count
             total = total + loss.detach() * count
             per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
-        sums = self.mesh.sum(torch.stack([tokens, total, *per_exit.values()]))
+        of_all = torch.tensor(float(tokens), device=self.device)
+        sums = self.mesh.sum(torch.stack([of_all, total, *per_exit.values()]))
         everywhere = sums[0].clamp(min=1)  # a step without a single label that counts changes nothing
         metrics: dict[str, Any] = {}
         if not in_backward:
@@ -234,7 +248,7 @@ class LayerSkipFinetune:
             metrics |= {} if clip is None else {"grad_norm": norm}
         else:
             norm = torch.zeros((), device=self.device)
-        self._check_finite(sums[1], norm)
+        self._check_sums(*sums[:2], norm)
         self.optimizers.step()
         metrics["lr"] = self.optimizers.lr
         self.optimizers.step_schedule()
@@ -246,7 +260,7 @@ class LayerSkipFinetune:
             metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
             metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
             # A group that splits its matrices shares its samples.
-            speed = tokens.item() / self.mesh.tensor / (time.perf_counter() - started)
+            speed = tokens / self.mesh.tensor / (time.perf_counter() - started)
             metrics["tokens_per_second_per_gpu"] = speed
             self._log(metrics)
 
@@ -261,13 +275,21 @@ class LayerSkipFinetune:
             f"{metrics['tokens_per_second_per_gpu']:.0f} tok/s"
         )
 
-    def _check_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stop before weights become NaN (an optimizer in backward moved them already); a step's one wait.
+    def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Stop before weights become NaN (an optimizer in backward moved them already); a step's one wait. A step that
+        learns nothing is said once.
 
         Raises:
             ValueError: with the step and the samples of its batch.
         """
-        if not math.isfinite((loss + norm).item()):
+        labels, change = torch.stack([tokens, loss + norm]).tolist()
+        if not labels and not self.said_nothing_counts:
+            self.said_nothing_counts = True
+            log.warning(
+                f"step {self.step + 1} learns nothing: no label counts in samples {self.data.samples(self.step)} of "
+                f"the dataset. Of a prompt as long as tokenizer.max_seq_len={self.data.cut_at} the answer is cut off"
+            )
+        if not math.isfinite(change):
             what = "loss" if not loss.isfinite() else "gradient norm"
             there = bool(complete_checkpoints(Path(self.cfg.output_dir)))
             of = repr(self.cfg.output_dir)

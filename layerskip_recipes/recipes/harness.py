@@ -246,32 +246,57 @@ class LayerSkipLM(TemplateLM):
                     f"model's max_seq_len {self.max_length}"
                 )
         self._warn_of_cuts([len(context) + len(answer) - 1 for _, context, answer in requests], self.max_length)
+        # The last token predicts nothing, so answers of one token to the same question share a row. Too long a context
+        # loses its beginning.
+        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, answer) in enumerate(requests):
+            asked[tuple((context + answer)[:-1][-self.max_length :])].append(i)
         # Longest first: what does not fit into memory shows at once.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        rows = sorted(asked, key=len, reverse=True)
         size, found = self.answers.batch_size, {}
-        for at in tqdm(range(0, len(order), size), desc="loglikelihood", disable=disable_tqdm):
-            batch = order[at : at + size]
-            found |= zip(batch, self._score([requests[i][1:] for i in batch]), strict=True)
+        for at in tqdm(range(0, len(rows), size), desc="loglikelihood", disable=disable_tqdm):
+            batch = rows[at : at + size]
+            of_batch = [i for row in batch for i in asked[row]]
+            scores = self._score(batch, [[requests[i][2] for i in asked[row]] for row in batch])
+            found |= zip(of_batch, scores, strict=True)
         return [found[i] for i in range(len(requests))]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One forward for a batch; the head runs at the positions that predict a continuation's tokens."""
-        # The last token predicts nothing. Too long a context loses its beginning.
-        rows = [(context + answer)[:-1][-self.max_length :] for context, answer in pairs]
+    def _score(
+        self, rows: Sequence[tuple[int, ...]], answers: Sequence[Sequence[list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """One forward for a batch; the head runs once at each position that predicts a token of an answer.
+
+        Args:
+            rows: tokens that the model reads, an answer's last one left out.
+            answers: those that end each row.
+
+        Returns:
+            A pair for each answer, in order.
+        """
         width = max(map(len, rows))
         # Padded on the right, where causal attention never looks.
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self._device)
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
         x = self.model(tokens, exit_layer=self.answers.exit_layer, unembed=False)
-        states = torch.cat([x[i, len(row) - len(pairs[i][1]) : len(row)] for i, row in enumerate(rows)])
-        targets = torch.tensor([token for _, answer in pairs for token in answer], device=self._device)
-        scores, greedy = [], []
-        for h, target in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+        lasts = [max(map(len, of_row)) for of_row in answers]
+        states = torch.cat(
+            [x[i, len(row) - last : len(row)] for i, (row, last) in enumerate(zip(rows, lasts, strict=True))]
+        )
+        places, end = [], 0
+        for of_row, last in zip(answers, lasts, strict=True):
+            end += last
+            places += [end - len(answer) + i for answer in of_row for i in range(len(answer))]
+        place = torch.tensor(places, device=self._device)
+        target = torch.tensor([t for of_row in answers for answer in of_row for t in answer], device=self._device)
+        scores, greedy = torch.zeros_like(place, dtype=torch.float32), torch.zeros_like(place, dtype=torch.bool)
+        for start in range(0, len(states), HEAD_TOKENS):
+            h = states[start : start + HEAD_TOKENS]
             logits = self.model(hidden=h[None], start_layer=self.model.num_layers)[0].float()
-            scores.append(logits.log_softmax(-1).gather(-1, target[:, None])[:, 0])
-            greedy.append(logits.argmax(-1) == target)
-        lengths = [len(answer) for _, answer in pairs]
-        of_rows = zip(torch.cat(scores).split(lengths), torch.cat(greedy).split(lengths), strict=True)
-        return [(score.sum().item(), bool(right.all())) for score, right in of_rows]
+            here = ((place >= start) & (place < start + len(h))).nonzero()[:, 0]
+            scores[here] = logits.log_softmax(-1)[place[here] - start, target[here]]
+            greedy[here] = logits.argmax(-1)[place[here] - start] == target[here]
+        lengths = [len(answer) for of_row in answers for answer in of_row]
+        of_answers = zip(scores.split(lengths), greedy.split(lengths), strict=True)
+        return [(score.sum().item(), bool(right.all())) for score, right in of_answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, each token predicted once, from as much of what precedes it as the window holds."""
