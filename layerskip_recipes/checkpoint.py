@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torchao.quantization import quantize_
-from torchtune import config, training
+from torchtune import config, training, utils
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
@@ -25,6 +25,7 @@ from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.gemma2 import correct_names
 from layerskip_recipes.settings import build, build_on_meta, check_device, check_dtype
 
+log = utils.get_logger("INFO")
 CHECKPOINTERS = (
     training.FullModelHFCheckpointer,
     training.FullModelMetaCheckpointer,
@@ -298,6 +299,7 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
         model = quantizer.quantize(model).to(device=device, dtype=dtype)
         model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return model.eval()
+    warn_of_contradictions(checkpointer, model)
     state = {**state, **adapters}
     check_state_dict(model, state)
     model.load_state_dict(state)
@@ -327,6 +329,24 @@ def build_checkpointer(section: DictConfig, output_dir: str) -> Any:
     if "num_attention_heads" in described:
         described.setdefault("num_key_value_heads", described["num_attention_heads"])
     return checkpointer
+
+
+def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None:
+    """Say where the checkpoint's config.json has other numbers than the model that no weight shows."""
+    described = getattr(checkpointer, "_config", None) or {}
+    rope = described.get("rope_parameters")  # where transformers 5 writes it
+    norm = getattr(model.norm, "rms_norm", model.norm)
+    pairs = {
+        "rope_theta": (described.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None),
+                       "rope_base", getattr(model.layers[0].attn.pos_embeddings, "base", None)),
+        "rms_norm_eps": (described.get("rms_norm_eps"), "norm_eps", getattr(norm, "eps", None)),
+    }  # fmt: skip
+    for name, (theirs, key, ours) in pairs.items():
+        if isinstance(theirs, int | float) and isinstance(ours, int | float) and not math.isclose(theirs, ours):
+            log.warning(
+                "model.%s: it is %s here, and config.json beside the weights has %s %s; for example model.%s=%s",
+                key, ours, name, theirs, key, theirs,
+            )  # fmt: skip
 
 
 def adapter_state(cfg: DictConfig, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -59,18 +59,26 @@ def check_folder(key: str, folder: Path) -> None:
     """Raises a ValueError if it is no folder and cannot become one. Nothing is made here."""
     path = folder.absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir():
         raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} gives no permission to")
+
+
+def check_ending(key: str, name: str | None, endings: Iterable[str]) -> None:
+    """Raises a ValueError if a file's name has none of the endings, if there are any; None is no name."""
+    endings = list(endings)
+    if name and endings and Path(name).suffix.lower() not in endings:
+        raise ValueError(
+            f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
+            f"{key}={Path(name).stem or key}{endings[0]}"
+        )
 
 
 def check_file(key: str, name: str, endings: Iterable[str] = ()) -> None:
     """Raises a ValueError if no file of that name can be written, or its name has none of the endings, if any."""
-    path, endings = Path(name), list(endings)
-    if endings and path.suffix.lower() not in endings:
-        raise ValueError(
-            f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
-            f"{key}={path.stem or key}{endings[0]}"
-        )
+    path = Path(name)
+    check_ending(key, name, endings)
     if path.is_dir():
         raise ValueError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
     if not path.exists():

@@ -132,7 +132,12 @@ def main() -> None:
     page.add_argument("file", help="where to write the page, Markdown; pictures stand beside it")
     page.add_argument("models", nargs="+", metavar="MODEL[=FOLDER]", help=f"{' or '.join(MODELS)}, with its output_dir")
     page.add_argument("--work", default="results", help="where what was measured is kept (default results)")
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
+    # argparse takes no more overrides behind an option.
+    if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     sys.path.append(os.getcwd())  # as `tune run` does: components may lie beside a config
 
     def steps() -> None:

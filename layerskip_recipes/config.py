@@ -30,7 +30,7 @@ from layerskip_recipes.checks import PACKAGE, is_ours
 CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
 
 
-PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture)$")  # how the keys of paths end
+PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # how the keys of paths end
 
 # ---------------------------------------------------------------------------------------------------------- names
 
@@ -128,6 +128,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         if key.startswith("~") and not equals:
             _remove(cfg, key[1:])
         elif equals and key:
+            _check_colons(key, text)
             _set(later, cfg, key.split("."), parse_value(text))
         else:
             raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
@@ -211,6 +212,15 @@ def parse_value(text: str) -> Any:
     return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
+def _check_colons(key: str, text: str) -> None:
+    """Raises a ValueError for {name:value}, which in YAML is a name without a value."""
+    spaced = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)
+    if text[:1] in ("{", "[") and "{" in text and spaced != text and not isinstance(parse_value(spaced), str):
+        meant, got = parse_value(spaced), parse_value(text)
+        if isinstance(got, str) or got != meant:
+            raise ValueError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
+
+
 def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
     """Put one override into `later`; text for a section that has a component names another component."""
     *parents, leaf = path
@@ -258,7 +268,16 @@ def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
     utils.get_logger("INFO").addFilter(is_for_all)
     if unknown:
         raise ValueError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
-    return recipe(load_config(args.config, args.overrides))
+    cfg = load_config(args.config, args.overrides)
+    try:
+        return recipe(cfg)
+    except ValueError as e:
+        from layerskip_recipes.cli import recipe_of  # which imports all of them
+
+        meant, own = recipe_of(cfg), f"layerskip_{recipe.__name__.removeprefix('LayerSkip').lower()}"
+        if is_ours(e) and ": unknown key. " in str(e) and meant != own:
+            raise ValueError(f"{e}. The config looks like one for `tune run {meant}`") from e
+        raise
 
 
 # What gloo says where a process that it waits for is no more, or the network to it; which is a matter of what was
@@ -284,6 +303,9 @@ def main_of(steps: Callable[[], None]) -> None:
         time.sleep(2)
         first = str(e).splitlines()[0]
         print(f"RuntimeError: another process ended or cannot be reached: {first}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at the end
         sys.exit(1)
     except KeyboardInterrupt:  # while it loads, say; where there are figures to print, recipes stop by themselves
         print("interrupted", file=sys.stderr)

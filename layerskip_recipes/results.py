@@ -57,7 +57,7 @@ MODELS = {
         "quickstart/generate",
         "epoch_0",
         trains=True,
-        cost=["--batch", "8", "--seq-len", "256"],
+        cost=["early_exit_loss.chunk_tokens=256", "--batch", "8", "--seq-len", "256"],
         sweep=["repeats=1", "sweep.exit_layers=[1,2,3,4,5,6,8,12,16]", "sweep.num_speculations=[2,4,6,8,12]"],
         # Rows share the weights that a step reads, so drafts that are not accepted cost more than alone: fewer of them.
         batch=["batch_size=8", "variants.chain.num_speculations=3", "peers=[torchtune,transformers]", *CHAIN_ONLY],

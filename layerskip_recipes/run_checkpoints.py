@@ -21,9 +21,16 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.adapters import ADAPTER_FILE, BIASES, correct_peft_form
-from layerskip_recipes.checkpoint import build_checkpointer, checkpoint_files, is_scratch, read_weights
+from layerskip_recipes.checkpoint import (
+    build_checkpointer,
+    checkpoint_files,
+    is_scratch,
+    read_weights,
+    warn_of_contradictions,
+)
 from layerskip_recipes.distributed import TIMEOUT, from_rank_zero, is_rank_zero
 
 RECIPE_STATE = "recipe_state.pt"
@@ -101,8 +108,11 @@ class Checkpoints:
             )
         return state | {training.OPT_KEY: optimizer}
 
-    def load_weights(self) -> tuple[Weights | None, Weights | None]:
+    def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
         """What the run starts from; other ranks than 0 get empty mappings.
+
+        Args:
+            model: whose weights they are, on any device.
 
         Returns:
             The model's weights (None from scratch) and the adapters' (None if fresh).
@@ -116,6 +126,7 @@ class Checkpoints:
                 # A file that is written needs a place for each key: all go into the first shard.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
             else:
+                warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
         if self.adapters and self.resumed_from is not None and not self.sharded:
             adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}

@@ -1,7 +1,8 @@
 """`layerskip cost NAME`: what a training step costs, ours beside torchtune's: seconds and peak memory.
 
 Each way runs in a process of its own, so that its peak is its own, in turns with the others, and the medians count.
-A step is forward and backward on random tokens, with gradients that stay, and no optimizer.
+A step is forward and backward on random tokens, with gradients that stay, and no optimizer. Of `early_exit_loss` only
+chunk_tokens counts: the exits are those of --layers, at each step. Activations are not offloaded.
 """
 
 import json
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ from layerskip_recipes.settings import build_on_meta, check_device, check_dtype
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def ours(model: Any, layers: str, compiled: bool) -> Step:
+def ours(model: Any, layers: str, compiled: bool, chunks: Mapping[str, int]) -> Step:
     """Our early-exit loss on these layers, at each step; the last layer's alone with its number."""
-    loss = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=256)
+    loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
     if compiled:
         loss.compile()
     return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
@@ -75,16 +76,17 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
     if way == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
-    compiled = bool(cfg.get("compile"))
+    compiled, section = bool(cfg.get("compile")), cfg.get("early_exit_loss") or {}
+    chunks = {"chunk_tokens": section["chunk_tokens"]} if section.get("chunk_tokens") else {}
     if compiled:
         training.compile_model(model, verbose=False)
     step = {
-        "ours": lambda: ours(model, str(depth - 1), compiled),
-        "ours, exits": lambda: ours(model, layers, compiled),
-        "ours, dropout": lambda: ours(model, str(depth - 1), compiled),
+        "ours": lambda: ours(model, str(depth - 1), compiled, chunks),
+        "ours, exits": lambda: ours(model, layers, compiled, chunks),
+        "ours, dropout": lambda: ours(model, str(depth - 1), compiled, chunks),
         "torchtune": lambda: torchtunes(base),
         "torchtune, exits": lambda: torchtunes_early_exit(base, layers),
-        "ours, one layer": lambda: ours(model, "0", compiled),
+        "ours, one layer": lambda: ours(model, "0", compiled, chunks),
     }[way]()
     if way == "ours, dropout":
         model.layer_dropout = LayerDropout(depth, prob, "uniform", batch_size=batch)

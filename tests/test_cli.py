@@ -174,6 +174,9 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["cost", "quickstart/finetune", "--layers", "99"], "--layers: '99' reaches outside"),
         (["cost", "quickstart/finetune", "--batch", "0"], "--batch: 0"),
         (["cost", "quickstart/finetune", "--prob", "2"], "--prob: 2"),
+        (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
+        (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
+        (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
         (["cost", "quickstart/generate"], "prompts: unknown key"),
         (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
     ],
@@ -212,7 +215,33 @@ def test_the_installed_command(tmp_path):
     assert done.returncode == 1 and last_line(done.stderr).startswith("ValueError: epochs: 0")
 
 
+def test_overrides_behind_options(layerskip):
+    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "model.num_layers=3")
+    assert status == 1 and err.startswith("ValueError: --repeats: 0")
+    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "--wrong=3")
+    assert status == 2 and "unrecognized arguments: --wrong=3" in err
+
+
+def test_a_pipe_that_ends(tmp_path):
+    """`layerskip ls | head -1` has all that it wants."""
+    command = f"{sys.executable} -c 'from layerskip_recipes.cli import main; main()' ls | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "layerskip configs\n" and "Error" not in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------------- tune run
+
+
+def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
+    for start, config, meant in (
+        (generate_main, "quickstart/finetune", "layerskip_finetune"),
+        (finetune.main, "quickstart/generate", "layerskip_generate"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", config])
+        with pytest.raises(SystemExit, match="1"):
+            start()
+        err = capsys.readouterr().err
+        assert ": unknown key. " in err and err.endswith(f". The config looks like one for `tune run {meant}`\n")
 
 
 def test_the_public_generate_survives_the_recipe():

@@ -107,6 +107,18 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(pair):
     torch.testing.assert_close(ours.tok_embeddings.weight.grad, theirs_grad, atol=1e-5, rtol=1e-4)
 
 
+def test_numbers_that_contradict_the_checkpoint_are_said(pair, caplog):
+    """No weight shows them, so the model would only be a bit worse."""
+    _, cfg = pair
+    load(cfg)
+    assert not [message for message in caplog.messages if message.startswith("model.")]
+    cfg.model.norm_eps = 1e-5
+    cfg.model.rope_base = 777
+    load(cfg)
+    expected = {"model.norm_eps: it is 1e-05 here", "model.rope_base: it is 777 here"}
+    assert {line.partition(",")[0] for line in caplog.messages if line.startswith("model.")} == expected
+
+
 def test_what_is_saved_is_what_was_loaded(pair, tmp_path):
     _, cfg = pair
     checkpointer = build_checkpointer(cfg.checkpointer, str(tmp_path / "out"))

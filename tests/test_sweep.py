@@ -4,6 +4,7 @@ The best of a sweep is compared with the best of all cells by a cost formula in 
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -78,6 +79,25 @@ def test_pruning_keeps_the_best(rate, tmp_path, monkeypatch):
     assert found[best_of(found)].speedup == pytest.approx(best, rel=1e-9 if best > 1 else 0.2)
     assert len(found) < 0.75 * len(cells)
     assert journals[False].cells[0.0].keys() == set(cells)
+
+
+def test_a_measurement_that_cannot_be_ends_no_sweep(tmp_path, monkeypatch, caplog):
+    """The first cell is measured at ten times what it is: that is said, and the best one is found all the same."""
+    tokens, calls = tokens_of(lambda e: 0.9), []
+    cells = [Cell(e, d) for e in range(1, L) for d in (1, 2, 4)]
+
+    def measure(bench, temperature, cell):
+        calls.append(cell)
+        found = truth(cell, tokens)
+        return dataclasses.replace(found, speedups=[10 * x for x in found.speedups]) if len(calls) == 1 else found
+
+    monkeypatch.setattr(sweep, "observe", lambda bench, temperature, longest: (tokens, STEP))
+    monkeypatch.setattr(sweep, "measure", measure)
+    journal = Journal(tmp_path / "sweep.jsonl", {})
+    sweep._measure(None, 0.0, cells, True, journal)
+    assert max(cells, key=lambda cell: truth(cell, tokens).speedup) in calls and 1 < len(calls) < len(cells)
+    said = [line for line in caplog.messages if "is the most" in line]
+    assert len(said) == 1 and said[0].startswith(calls[0].name)
 
 
 def test_cells_that_were_not_asked_for_leave_none_out(tmp_path, monkeypatch):

@@ -9,13 +9,14 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import settings
-from layerskip_recipes.checks import check_number
+from layerskip_recipes.checks import PICTURES, check_ending, check_number
 from layerskip_recipes.config import find_config, load_config
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.recipes import generate_config
 from layerskip_recipes.recipes.decoding import FILTERS, check_speculation, sampler_of, self_speculation
 from layerskip_recipes.recipes.peers import PEERS, check_peers
 from layerskip_recipes.recipes.sweep import check_sweep
+from layerskip_recipes.recipes.text_metrics import check_names
 from layerskip_recipes.recipes.tuning import config_path
 
 log = utils.get_logger("INFO")
@@ -128,6 +129,8 @@ def check_config(cfg: DictConfig) -> None:
         ValueError: the key, what was given, what is allowed.
     """
     settings.check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
+    check_names(cfg.get("metrics") or [])
+    check_ending("picture", cfg.get("picture"), PICTURES)
     sampler = sampler_of(cfg, 0.0)
     model = layerskip_decoder(settings.build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)

@@ -16,7 +16,7 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
-from layerskip_recipes.checks import PICTURES, check_file
+from layerskip_recipes.checks import PICTURES, check_ending, check_file
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.exit_quality import exit_quality
@@ -76,6 +76,8 @@ def check_config(cfg: DictConfig) -> None:
     """
     check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
     check_measured(cfg)
+    check_ending("report", cfg.get("report"), [".json"])
+    check_ending("picture", cfg.get("picture"), PICTURES)
     model = layerskip_decoder(build_on_meta(cfg))
     ckpt.check_checkpointer(cfg, model)
     chosen_exits(cfg, "layers", model.num_layers)

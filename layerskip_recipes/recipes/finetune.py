@@ -132,7 +132,7 @@ class LayerSkipFinetune:
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run goes on with its own, {self.seed}")
         self.step = state["step"] if state else 0
         self.log = RunLog(cfg, self.loss, len(self.meta.layers), self.total_steps)
-        weights, adapters = self.checkpoints.load_weights()
+        weights, adapters = self.checkpoints.load_weights(self.meta)
         if weights is None and is_rank_zero():
             log.info("No weights to begin with: training from scratch.")
         self.model = build_model(cfg, self.device, self.dtype, self.mesh, self.meta, weights, adapters, self.seed)

@@ -107,6 +107,15 @@ def _without_free(described: dict[str, Any]) -> dict[str, Any]:
     return described | kept
 
 
+def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first difference of two sections: its key, and both values, None where there is none."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return key, before, now
+    none = object()
+    name = next(name for name in [*now, *before] if before.get(name, none) != now.get(name, none))
+    return _difference(f"{key}.{name}", before.get(name), now.get(name))
+
+
 def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
     before = _without_free(before)
@@ -121,7 +130,8 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                     "schedule exp, learning rate schedules"
                 )
         elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
+            name, noted, value = _difference(key, noted, value)
             raise ValueError(
-                f"resume_from_checkpoint: {key} was {before[key]!r} and is {value!r} now. A resumed run goes on as "
-                "it began; to start anew set resume_from_checkpoint=false and another output_dir"
+                f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run goes on as it "
+                "began; to start anew set resume_from_checkpoint=false and another output_dir"
             )

@@ -171,10 +171,22 @@ def _measure(
         tokens = tokens or observe(bench, temperature, longest=max(cell.num_speculations for cell in cells))[0]
         promised = {cell: promise(cell, tokens, measured) for cell in left}
         cell = max(left, key=promised.__getitem__)
-        best = best_of({cell: measured[cell] for cell in cells if cell in measured})
-        if prune and best is not None and promised[cell] < max(measured[best].speedup, 1.0):
+        # More than what a cell can have at most is noise, and must not end the sweep.
+        certain = [
+            min(measured[c].speedup, promise(c, tokens, {o: known for o, known in measured.items() if o != c}))
+            for c in cells
+            if c in measured
+        ]
+        if prune and certain and promised[cell] < max(*certain, 1.0):
             return
         found = measure(bench, temperature, cell)
+        if found.speedup > promised[cell]:
+            log.warning(
+                "%s was measured at %.2fx, where %.2fx is the most: the machine was busy, more repeats tell more",
+                cell.name,
+                found.speedup,
+                promised[cell],
+            )
         journal.add(temperature, cell, found)
         print(
             f"temperature {temperature}, {len(measured)} of at most {len(cells)}: {cell.name} {found.speedup:.2f}x, "

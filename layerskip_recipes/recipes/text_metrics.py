@@ -57,6 +57,15 @@ def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Seque
     return {name: METRICS[name](outputs, references) for name in names}
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises a ValueError for a metric that is unknown, or given twice."""
+    for at, name in enumerate(names):
+        if name not in METRICS:
+            raise ValueError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
+        if name in names[:at]:
+            raise ValueError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
+
+
 def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
     """Raises a ValueError for a metric that is unknown, or given twice, or where an example has no reference.
 
@@ -64,11 +73,7 @@ def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
         names: from the config.
         examples: the prompts, see `read_examples`.
     """
-    for at, name in enumerate(names):
-        if name not in METRICS:
-            raise ValueError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
-        if name in names[:at]:
-            raise ValueError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
+    check_names(names)
     without = [at for at, example in enumerate(examples, 1) if example.response is None]
     if names and without:
         raise ValueError(
