@@ -1,6 +1,7 @@
 """The finetune recipe: training, its log, resume, checkpoints, data forms, and the options of torchtune."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -523,3 +524,31 @@ def test_a_broken_file_is_not_about_columns(tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match=r"^dataset: torchtune.datasets.instruct_dataset cannot read its files: ") as e:
         train(path)
     assert "JSON" in str(e.value) and "column" not in str(e.value)
+
+
+def test_the_dropout_follows_its_schedule_over_the_whole_run(tmp_path, tokenizer_folder):
+    """Paper, eq. 4: S(t) = exp(t ln 2 / (T - 1)) - 1 with t and T in optimizer steps of all epochs; D(L-1) = 1. Each of
+    them has two micro-batches; a stop after 3 of the 6 steps changes nothing."""
+    dropout = {"prob": 0.8, "schedule": "exp", "layers_scale": "exp"}
+    path = finetune_config(
+        tmp_path, tokenizer_folder, layer_dropout=dropout, epochs=2, max_steps_per_epoch=3, batch_size=1,
+        gradient_accumulation_steps=2, save_every_n_steps=1,
+    )  # fmt: skip
+    train(path)
+    rates = [line["layer_dropout_rate"] for line in read_log(tmp_path / "out").values()]
+    assert rates == pytest.approx([0.8 * (math.exp(t * math.log(2) / 5) - 1) for t in range(6)], abs=1e-6)
+    expected = losses(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    step, recipe._train_step = recipe._train_step, lambda batches: (stop(recipe), step(batches))
+
+    def stop(recipe):
+        if recipe.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    recipe.cleanup()
+    train(path, "resume_from_checkpoint=true")
+    assert losses(tmp_path / "out") == expected
