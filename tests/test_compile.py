@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny
 from omegaconf import OmegaConf
 from test_speculation import PROMPTS, plain
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,6 +69,17 @@ WAYS = {
     "chain": {"exit_layer": 1, "num_speculations": 2},
     "tree": {"exit_layer": 1, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
 }
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_up_to_the_models_last_position(way):
+    """A compiled draft is whole, so its last tokens lie behind it."""
+    model = layerskip_decoder(make_tiny())
+    prompt = list(range(1, 97)) + list(range(1, 13))
+    generation = run(model, [prompt], 20, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
+    assert model.max_seq_len == len(prompt) + 20
+    assert generation.generated == [plain(model, tuple(prompt), 20)] and not model.compiled_steps.failed
 
 
 @needs_compiler

@@ -552,3 +552,35 @@ def test_the_dropout_follows_its_schedule_over_the_whole_run(tmp_path, tokenizer
     recipe.cleanup()
     train(path, "resume_from_checkpoint=true")
     assert losses(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_the_gradient_is_clipped(clip, tmp_path, tokenizer_folder):
+    """One step of SGD with lr 1 moves all weights together by the gradient's norm, or by what it is clipped to."""
+    sgd = {"_component_": "torch.optim.SGD", "lr": 1.0}
+    path = finetune_config(
+        tmp_path, tokenizer_folder, optimizer=sgd, layer_dropout=None, max_steps_per_epoch=1, clip_grad_norm=clip
+    )
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
+    recipe.train()
+    recipe.cleanup()
+    after = recipe.model.parameters()
+    moved = torch.stack([(b - a).norm() for a, b in zip(before, after, strict=True)]).norm().item()
+    (line,) = read_log(tmp_path / "out").values()
+    if clip is None:
+        assert moved > 0.01 and "grad_norm" not in line
+    else:
+        assert moved == pytest.approx(clip, rel=1e-3) and line["grad_norm"] > 10 * clip
+
+
+def test_the_weights_from_scratch(tmp_path, tokenizer_folder):
+    """As GPT-2: normal(0, .02), what writes into the residual stream of L layers divided by sqrt(2 L)."""
+    recipe = LayerSkipFinetune(load_config(str(finetune_config(tmp_path, tokenizer_folder))))
+    recipe.setup()
+    recipe.cleanup()
+    for name, parameter in recipe.model.named_parameters():
+        if parameter.dim() == 2:
+            into_residual = "output_proj" in name or "mlp.w2" in name
+            assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(8) if into_residual else 0.02, rel=0.1)

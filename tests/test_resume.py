@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from configs import HF_CONFIG, MODEL, finetune_config
 from conftest import run_tune
@@ -585,3 +586,40 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     for step, line in lines:
         assert line == whole[step]
     assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_9"
+
+
+def test_dropout_of_attention_goes_on_too(tmp_path, tokenizer_folder):
+    """It draws from torch's own generator, whose state is a part of the run."""
+    model = MODEL | {"attn_dropout": 0.5}
+    path = finetune_config(tmp_path, tokenizer_folder, model=model, max_steps_per_epoch=4, save_every_n_steps=1)
+    train(path)
+    out = tmp_path / "out"
+    whole = losses(out)
+    again = keep_only(out, "step_2", tmp_path / "again")
+    torch.manual_seed(99)
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+    assert losses(again) == {step: whole[step] for step in (3, 4)}
+
+
+def test_shards_are_of_their_step(tmp_path, tokenizer_folder, monkeypatch):
+    """What is written in the background is no memory that the next step changes."""
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
+    given, write = [], dcp.async_save
+    monkeypatch.setattr(dcp, "async_save", lambda shards, **kwargs: (given.append(shards), write(shards, **kwargs))[1])
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    recipe.train()
+    own = {parameter.data_ptr() for parameter in recipe.model.parameters()}
+    assert given and not any(value.data_ptr() in own for shards in given for value in shards["model"].values())
+    recipe.cleanup()
+
+
+def test_shards_that_cannot_be_written_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("layerskip_recipes.run_checkpoints.Checkpoints._place", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(path)

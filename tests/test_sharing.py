@@ -137,6 +137,18 @@ def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():
     assert not any("draft_head" in name for name in model.state_dict())
 
 
+def test_a_quantiser_leaves_the_compilers_settings():
+    """torchao sets inductor to its liking, for all that is compiled later."""
+    before = torch._inductor.config.save_config_portable()
+    layers = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    with torch._inductor.config.patch(coordinate_descent_tuning=False, epilogue_fusion=True):
+        inside = torch._inductor.config.save_config_portable()
+        quantise(layers, quantizer, "quantizer")
+        assert torch._inductor.config.save_config_portable() == inside
+    assert torch._inductor.config.save_config_portable() == before
+
+
 def test_a_plain_decoder_keeps_its_graphs():
     base = two_layers()
     first, second = (generate(base, torch.tensor(PROMPT), 6, compile=True) for _ in range(2))
