@@ -30,6 +30,7 @@ from torchtune.utils import get_logger
 from layerskip_recipes import quickstart
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
+from layerskip_recipes.run_checkpoints import Checkpoints
 
 # Children that die: forked from a process that has imported everything and has no threads.
 FORKS = multiprocessing.get_context("forkserver")
@@ -617,9 +618,11 @@ def test_shards_are_of_their_step(tmp_path, tokenizer_folder, monkeypatch):
 def test_shards_that_cannot_be_written_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
     path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
 
-    def full(*_, **__):
-        raise OSError("No space left on device")
+    def full(self, name, place=Checkpoints._place):
+        if name == "step_1":
+            raise OSError("No space left on device")
+        place(self, name)
 
-    monkeypatch.setattr("layerskip_recipes.run_checkpoints.Checkpoints._place", full)
+    monkeypatch.setattr(Checkpoints, "_place", full)
     with pytest.raises(OSError, match="No space left"):
         train(path)
