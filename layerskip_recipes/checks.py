@@ -39,7 +39,8 @@ def check_number(
     if number and (value > minimum if above else value >= minimum) and value <= maximum and value < math.inf:
         return
     what = "an integer" if integer else "a number"
-    allowed = f"{what} {'above' if above else 'of'} {minimum} " + (f"to {maximum}" if maximum < math.inf else "or more")
+    end = f" to {maximum}" if maximum < math.inf else "" if above else " or more"
+    allowed = f"{what} {'above' if above else 'of'} {minimum}{end}"
     raise ValueError(
         f"{key}: {value!r} is not allowed. Allowed: {allowed}{' (or null)' if optional else ''}; "
         f"for example {key}={minimum if example is None else example}"

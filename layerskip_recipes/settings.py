@@ -24,6 +24,9 @@ from layerskip_recipes.config import component_parameters
 Check = Callable[[str, Any], None]
 
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # the later the better
+
+
 def number(**bounds: Any) -> Check:
     """A setting that is a number, see `check_number`."""
     return lambda key, value: check_number(key, value, **bounds)
@@ -37,6 +40,13 @@ def one_of(*choices: Any) -> Check:
 def text(example: str, optional: bool = True) -> Check:
     """A setting that is text; null too if optional."""
     return lambda key, value: None if value is None and optional else check_text(key, value, example)
+
+
+def device_kind(key: str, value: Any) -> None:
+    """A device that a machine may have, not necessarily this one; null too."""
+    text("cpu")(key, value)
+    if value is not None and value.partition(":")[0] not in DEVICES:
+        raise ValueError(f"{key}: {value!r} is no device. Allowed: {', '.join(DEVICES)}; for example {key}=cpu")
 
 
 def list_of(kind: type, example: str) -> Check:
@@ -69,7 +79,7 @@ COMMON: dict[str, Check] = {
     "model": component(),
     "checkpointer": component(given=["output_dir"]),
     "tokenizer": component(),
-    "device": text("cpu"),
+    "device": device_kind,
     "dtype": one_of("fp32", "bf16"),
     "seed": SEED,
     "float32_matmul_precision": one_of("highest", "high", "medium"),
@@ -208,7 +218,7 @@ def check_device(cfg: DictConfig) -> torch.device:
         ValueError: if it is not on this machine.
     """
     there = ["cpu"]
-    for name in ("cuda", "mps", "xpu"):
+    for name in DEVICES[1:]:
         backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
         if backend is not None and backend.is_available():
             there.append(name)

@@ -165,6 +165,8 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["validate", "quickstart/finetune", "batch_size=0"], "batch_size: 0"),
         (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
         (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
+        (["validate", "quickstart/generate", "device=gpu"], "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
+        (["validate", "quickstart/generate", "repetition_penalty=0"], "Allowed: a number above 0; for example"),
         (["validate", "quickstart/eval", "layers=99"], "layers: 99"),
         (["validate", "quickstart/finetune", "~optimizer"], "optimizer: "),
         (["validate", "quickstart/finetun"], "Nearest: quickstart/finetune"),

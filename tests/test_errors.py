@@ -78,7 +78,7 @@ def check(recipe: str, path: Path, overrides: str, key: str, given: str, allowed
 
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
 ANY = [
-    ("device=gpu", "device", "'gpu'", "On this machine: cpu"),
+    ("device=xpu", "device", "'xpu'", "On this machine: cpu"),
     ("device=0", "device", "0", "device=cpu"),
     ("device=cpu:7", "device", "'cpu:7'", "On this machine: cpu"),
     ("dtype=fp16", "dtype", "'fp16'", "fp32, bf16"),
