@@ -216,7 +216,9 @@ class Checkpoints:
 
     def _place(self, name: str) -> None:
         """Move a checkpoint that is complete to its place, and throw away the oldest ones."""
-        (self.staging / name / WRITTEN).write_text(repr(time.time()))
+        # In their order even where the clock goes back, as from one machine to another.
+        before = [_written(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
+        (self.staging / name / WRITTEN).write_text(repr(max([time.time(), *before])))
         place = self.output_dir / name
         if place.exists():
             os.rename(place, self.staging / f"{REPLACED}{name}")
@@ -263,12 +265,13 @@ def put_back(output_dir: Path) -> None:
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints under output_dir, the oldest first."""
     states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
+    return sorted((path.parent for path in states), key=_written)
 
-    def written(path: Path) -> float:
-        noted = path.with_name(WRITTEN)
-        return float(noted.read_text()) if noted.exists() else path.stat().st_mtime
 
-    return [path.parent for path in sorted(states, key=written)]
+def _written(checkpoint: Path) -> float:
+    """When a checkpoint was written, in seconds."""
+    noted = checkpoint / WRITTEN
+    return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime
 
 
 def find_checkpoint(output_dir: Path) -> Path:

@@ -4,6 +4,7 @@ This file is also the worker: `torchrun test_distributed_generate.py WHAT FOLDER
 ranks are forks with the environment that torchrun gives, since it imports everything once more for each.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -513,10 +514,12 @@ def test_one_process_needs_no_group(monkeypatch):
 
 
 def work(what, folder):
+    faulthandler.dump_traceback_later(300, exit=True)  # a torchrun that is killed leaves those that wait for others
     number = distributed.init_processes("cpu")
     result = WORKERS[what](folder)
     (folder / f"rank{number}.json").write_text(json.dumps(result))
     distributed.end_processes()
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

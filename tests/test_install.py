@@ -1,6 +1,7 @@
 """The wheel: `tune run` finds the entry modules and the configs resolve, as in the editable install."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,14 @@ ROOT = Path(__file__).parent.parent
 def installed(tmp_path_factory) -> Path:
     """A folder with the wheel installed in it; first on PYTHONPATH, it hides the editable install."""
     folder = tmp_path_factory.mktemp("installed")
+    # A copy, as building leaves files beside the source and takes old ones for new.
+    source = tmp_path_factory.mktemp("source")
+    for name in ("layerskip_recipes", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), str(ROOT)], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), str(source)], check=True)
     return folder
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.utils import get_logger
 
-from layerskip_recipes import quickstart
+from layerskip_recipes import quickstart, run_checkpoints
 from layerskip_recipes.config import load_config
 from layerskip_recipes.recipes.finetune import LayerSkipFinetune
 from layerskip_recipes.run_checkpoints import Checkpoints
@@ -152,6 +152,9 @@ RUNS = {
         "enable_async_checkpointing": True, "layer_dropout": {"prob": 1.0, "layers_scale": "step"},
     },
     "no seed given": {"seed": None},
+    "shards, layers that step later": {
+        "enable_async_checkpointing": True, "layer_dropout": {"prob": 0.8, "layers_scale": "uniform"}, "batch_size": 1,
+    },
 }  # fmt: skip
 # From the middle of the first epoch, from its end and from the middle of the third: three runs from all of them, the
 # others in turns from one; those in shards from shards, which an epoch's end has not.
@@ -587,6 +590,16 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     for step, line in lines:
         assert line == whole[step]
     assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_9"
+
+
+def test_a_clock_that_goes_back(tmp_path, tokenizer_folder, monkeypatch):
+    """As from one machine to another: the last checkpoint stays the newest, and is what is kept."""
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=2, save_every_n_steps=1, keep_last_n_checkpoints=2)
+    clock = itertools.count(1e9, -100.0)
+    monkeypatch.setattr(run_checkpoints.time, "time", lambda: next(clock))
+    train(path)
+    left = [folder.name for folder in run_checkpoints.complete_checkpoints(tmp_path / "out")]
+    assert left == ["step_3", "epoch_1"]
 
 
 def test_dropout_of_attention_goes_on_too(tmp_path, tokenizer_folder):

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, VOCAB
+from conftest import FAMILIES, SIZE, VOCAB
 from test_adaptive import search
 from test_decoder import walk
 from test_generation import PROMPT, greedy, make_model, model_of, small_model, until
@@ -240,8 +240,14 @@ def test_a_round_that_is_cut_teaches_nothing(compile, monkeypatch):
     assert 0 < len(taught) < len(kept)
 
 
-def test_auto_tries_both_lengths_and_no_draft():
-    model = model_of("llama3_2")
+def test_auto_tries_both_lengths_and_no_draft(monkeypatch):
+    """By a clock of the test's: a round without a draft takes as long as four with one."""
+    model, learn = model_of("llama3_2"), Chooser.learn
+
+    def timed(self, arm, tokens, seconds):
+        learn(self, arm, tokens, 4.0 if arm.kind == "plain" else 1.0)
+
+    monkeypatch.setattr(Chooser, "learn", timed)
     generation = run(model, [PROMPT], 60, speculation=Speculation(2, 4, threshold="auto"))
     assert generation.generated == [plain(model, PROMPT, 60)]
     assert set(generation.stats.arms) == {"fixed exit 2", "adaptive exit 2", "plain"}
@@ -267,6 +273,52 @@ def test_auto_drafts_nothing_where_drafts_are_slow(temperature, monkeypatch):
     assert stats.draft_steps <= 4 * drafted and [len(row) for row in generation.generated] == [60, 60]
     if temperature == 0:
         assert generation.generated == [plain(model, PROMPT, 60), plain(model, PROMPT[:3], 60)]
+
+
+def test_confidences_are_judged_by_what_was_accepted():
+    """Each round's drafts up to the first rejection; a round that the limit cuts may have had more accepted."""
+    speculation = Speculation(2, 4, threshold=0.1)
+    generation = run(model_of("llama3_2"), [PROMPT, PROMPT[:3]], 40, speculation=speculation)
+    length, stats = speculation.policy.lengths[2], generation.stats
+    assert stats.accepted <= sum(length.accepted) <= stats.accepted + 8 and stats.accepted > 0
+    rejected = sum(length.drafted) - sum(length.accepted)
+    assert 0 < rejected <= sum(stats.rounds_accepting.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 7}, "drafter: it has 7 layers, and the model 6"),
+        ({"num_kv_heads": 4}, "drafter: its num_kv_heads is 4, and the model's 2"),
+        ({"embed_dim": 64}, "drafter: its head_dim is 16, and the model's 8"),
+        ({"vocab_size": 50}, "drafter: its vocabulary is 50, and the model's 97"),
+    ],
+)
+def test_a_drafter_that_does_not_fit(changes, message):
+    drafter = layerskip_decoder(llama3_2(**SIZE | changes))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3, drafter=drafter))
+    wide = layerskip_decoder(llama3_2(**SIZE)).double()
+    with pytest.raises(ValueError, match=r"^drafter: its dtype is torch\.float64, and the model's"):
+        Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3, drafter=wide))
+
+
+def test_a_row_at_the_models_end_beside_a_short_one():
+    """What the long row drafts behind its end, as the other one has room, has no position in the model."""
+    model, long = model_of("llama3_2"), (*range(1, 97), *range(1, 26))
+    generation = run(model, [PROMPT[:3], long], 7, speculation=Speculation(2, 5))
+    assert model.max_seq_len == len(long) + 7
+    assert generation.generated == [plain(model, PROMPT[:3], 7), plain(model, long, 7)]
+
+
+def test_what_was_drafted_behind_a_stop_counts_nowhere():
+    """Drafts of the last layer are all right: of four the second one stops, so one before it was drafted and stands."""
+    model = model_of("llama3_2")
+    prompt = next(p for p in PROMPTS if len(set(plain(model, p, 3))) == 3)
+    stop = plain(model, prompt, 3)[2]
+    generation = run(model, [prompt], 16, speculation=Speculation(L, 4), stop_tokens=[stop])
+    assert generation.generated == [plain(model, prompt, 3)]
+    assert (generation.stats.rounds, generation.stats.drafted, generation.stats.accepted) == (1, 1, 1)
 
 
 # ---- what is drafted ----
@@ -560,7 +612,7 @@ def count_positions(model):
     return calls
 
 
-@pytest.mark.parametrize("chunk", [512, 2])
+@pytest.mark.parametrize("chunk", [512, 3, 2])
 @pytest.mark.parametrize("variant", [None, "chain", "tree", "drafter", "look-up"])
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):

@@ -71,8 +71,28 @@ class Speculation:
             check_number(f"{prefix}{key}", value, minimum=1, maximum=size, example=2)
         if self.draft_vocabulary is not None:
             check_draft_vocabulary(self.draft_vocabulary, size, self, prefix)
-        if self.drafter is not None and len(self.drafter.layers) < max(self.exits):
-            raise ValueError(f"{prefix}exit_layer: {max(self.exits)} is more than the drafter's layers")
+        if self.drafter is not None:
+            check_drafter(self.drafter, model, max(self.exits), prefix)
+
+
+def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_layer: int, prefix: str = "") -> None:
+    """Raises a ValueError unless a drafter has the layers to draft, and caches and tokens like the model's."""
+    if len(drafter.layers) < exit_layer:
+        raise ValueError(f"{prefix}exit_layer: {exit_layer} is more than the drafter's layers")
+    if len(drafter.layers) > model.num_layers:
+        layers = f"{len(drafter.layers)} layers, and the model {model.num_layers}"
+        raise ValueError(f"{prefix}drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy")
+    for what, of in {
+        "num_kv_heads": lambda decoder: decoder.layers[0].attn.num_kv_heads,
+        "head_dim": lambda decoder: decoder.layers[0].attn.head_dim,
+        "vocabulary": lambda decoder: decoder.tok_embeddings.num_embeddings,
+        "dtype": lambda decoder: decoder.tok_embeddings.weight.dtype,
+    }.items():
+        if of(drafter) != of(model):
+            raise ValueError(
+                f"{prefix}drafter: its {what} is {of(drafter)}, and the model's {of(model)}. Allowed: a decoder that "
+                "shares cache and vocabulary with the model, such as a quantised copy"
+            )
 
 
 def check_num_speculations(
