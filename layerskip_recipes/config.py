@@ -292,6 +292,7 @@ def main_of(steps: Callable[[], None]) -> None:
     """
     try:
         steps()
+        sys.stdout.flush()
     except ValueError as e:
         if not is_ours(e):
             raise

@@ -156,7 +156,7 @@ class Numbered(Dataset):
         try:
             return self.dataset[i]
         except Exception as e:
-            if is_ours(e) or _in_users_code(e):
+            if i >= len(self) or is_ours(e) or _in_users_code(e):  # behind its end: how Python ends a loop over it
                 raise
             raise ValueError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_cause(e)}") from e
 
