@@ -3,7 +3,7 @@
 import dis
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +66,18 @@ def check_folder(key: str, folder: Path) -> None:
         raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} gives no permission to")
 
 
-def check_ending(key: str, name: str | None, endings: Iterable[str]) -> None:
-    """Raises a ValueError if a file's name has none of the endings, if there are any; None is no name."""
-    endings = list(endings)
-    if name and endings and Path(name).suffix.lower() not in endings:
+def check_ending(key: str, name: str | None, endings: Sequence[str]) -> None:
+    """Raises a ValueError if a file's name has none of the endings; None is no name."""
+    if name and Path(name).suffix.lower() not in endings:
         raise ValueError(
             f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
             f"{key}={Path(name).stem or key}{endings[0]}"
         )
 
 
-def check_file(key: str, name: str, endings: Iterable[str] = ()) -> None:
-    """Raises a ValueError if no file of that name can be written, or its name has none of the endings, if any."""
+def check_file(key: str, name: str) -> None:
+    """Raises a ValueError if no file of that name can be written."""
     path = Path(name)
-    check_ending(key, name, endings)
     if path.is_dir():
         raise ValueError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
     if not path.exists():

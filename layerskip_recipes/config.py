@@ -215,9 +215,9 @@ def parse_value(text: str) -> Any:
 def _check_colons(key: str, text: str) -> None:
     """Raises a ValueError for {name:value}, which in YAML is a name without a value."""
     spaced = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)
-    if text[:1] in ("{", "[") and "{" in text and spaced != text and not isinstance(parse_value(spaced), str):
-        meant, got = parse_value(spaced), parse_value(text)
-        if isinstance(got, str) or got != meant:
+    if text[:1] in ("{", "[") and "{" in text and spaced != text:
+        meant = parse_value(spaced)
+        if not isinstance(meant, str) and meant != parse_value(text):
             raise ValueError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import settings
-from layerskip_recipes.checks import PICTURES, check_file, check_folder
+from layerskip_recipes.checks import check_file, check_folder
 from layerskip_recipes.config import build_recipe, main_of
 from layerskip_recipes.decoder import layerskip_decoder
 from layerskip_recipes.generation import Generation, GenerationStats, Speculation
@@ -75,7 +75,7 @@ class LayerSkipBenchmark:
         self.device, self.dtype = ckpt.ready(cfg)
         check_folder("report_dir", Path(cfg.report_dir))
         if cfg.get("picture"):
-            check_file("picture", cfg.picture, PICTURES)
+            check_file("picture", cfg.picture)
         if cfg.get("tune_extends") is not None:
             check_config_path(cfg)
         settings.check_one_process()

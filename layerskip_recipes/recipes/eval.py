@@ -116,9 +116,9 @@ class LayerSkipEval:
         check_config(cfg)
         self.cfg = cfg
         if cfg.get("report"):
-            check_file("report", cfg.report, [".json"])
+            check_file("report", cfg.report)
         if cfg.get("picture"):
-            check_file("picture", cfg.picture, PICTURES)
+            check_file("picture", cfg.picture)
         for one in checkpoints(cfg).values():
             self.device, self.dtype = ckpt.ready(one)
         check_one_process()

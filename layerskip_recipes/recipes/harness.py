@@ -278,9 +278,7 @@ class LayerSkipLM(TemplateLM):
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
         x = self.model(tokens, exit_layer=self.answers.exit_layer, unembed=False)
         lasts = [max(map(len, of_row)) for of_row in answers]
-        states = torch.cat(
-            [x[i, len(row) - last : len(row)] for i, (row, last) in enumerate(zip(rows, lasts, strict=True))]
-        )
+        states = torch.cat([h[len(row) - last : len(row)] for h, row, last in zip(x, rows, lasts, strict=True)])
         places, end = [], 0
         for of_row, last in zip(answers, lasts, strict=True):
             end += last
