@@ -17,14 +17,15 @@ import time
 
 import torch
 
-from layerskip_recipes import checkpoint as ckpt
 from layerskip_recipes import generate
-from layerskip_recipes.config import load_config
-from layerskip_recipes.generation.compiling import compiled_steps
+from layerskip_recipes.checkpoint.checkpointers import ready
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.settings import build
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
+from layerskip_recipes.generation.prompts import read_examples, to_tokens
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import Steps
-from layerskip_recipes.recipes.prompts import read_examples, to_tokens
-from layerskip_recipes.settings import build
 
 POSITIONS = (1, 2, 4, 7, 13)
 
@@ -115,8 +116,8 @@ def same(one: list[int], other: list[int]) -> int:
 def main() -> None:
     """Print the best of one stage and of two."""
     cfg = load_config(sys.argv[1], sys.argv[2:])
-    device, dtype = ckpt.ready(cfg)
-    model, tokenizer = ckpt.load_decoder(cfg, device, dtype), build(cfg.tokenizer, "tokenizer")
+    device, dtype = ready(cfg)
+    model, tokenizer = load_decoder(cfg, device, dtype), build(cfg.tokenizer, "tokenizer")
     prompts = [to_tokens(example.prompt, tokenizer) for example in read_examples(cfg)]
     with torch.inference_mode():
         texts = [predictions(model, prompt, cfg.get("max_new_tokens", 128)) for prompt in prompts]

@@ -1,6 +1,6 @@
-"""`tune run layerskip_benchmark --config NAME [key=value ...]`; the recipe: layerskip_recipes/recipes/benchmark.py."""
+"""`tune run layerskip_benchmark --config NAME [key=value ...]`; the recipe is layerskip_recipes/benchmark/recipe.py."""
 
-from layerskip_recipes.recipes.benchmark import main
+from layerskip_recipes.cli.recipes import benchmark
 
 if __name__ == "__main__":
-    main()
+    benchmark()

@@ -1,6 +1,6 @@
-"""`tune run layerskip_finetune --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/finetune.py."""
+"""`tune run layerskip_finetune --config NAME [key=value ...]`; the recipe is layerskip_recipes/training/recipe.py."""
 
-from layerskip_recipes.recipes.finetune import main
+from layerskip_recipes.cli.recipes import finetune
 
 if __name__ == "__main__":
-    main()
+    finetune()

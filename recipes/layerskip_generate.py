@@ -1,6 +1,6 @@
-"""`tune run layerskip_generate --config NAME [key=value ...]`; the recipe is layerskip_recipes/recipes/generate.py."""
+"""`tune run layerskip_generate --config NAME [key=value ...]`; the recipe is layerskip_recipes/generation/recipe.py."""
 
-from layerskip_recipes.recipes.generate import main
+from layerskip_recipes.cli.recipes import generate
 
 if __name__ == "__main__":
-    main()
+    generate()

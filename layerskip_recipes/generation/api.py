@@ -8,12 +8,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.distributed import agree, from_rank_zero, same_on_all
+from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.generation.drafting.speculation import Speculation, check_num_speculations
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation import Speculation, check_num_speculations
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.settings import nearest
+from layerskip_recipes.processes import agree, from_rank_zero, same_on_all
 
 
 @dataclass

@@ -14,17 +14,17 @@ from functools import cached_property
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.decoder import is_plain_attention, on_device, walked
-from layerskip_recipes.generation.adaptive import Arm
-from layerskip_recipes.generation.compiling import compiled_steps
-from layerskip_recipes.generation.drafting import Drafting
+from layerskip_recipes.generation.drafting.choice import Arm
+from layerskip_recipes.generation.drafting.drafts import Drafting
+from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths, check_tokens
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.runner import Runner
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation import Speculation, check_lengths, check_tokens
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, Steps
 from layerskip_recipes.generation.timing import Clock, Reads, Stopwatch
-from layerskip_recipes.kv_cache import DecodingCache, visible, without_plans
+from layerskip_recipes.model.decoder import is_plain_attention, on_device, walked
+from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.decoder import LayerSkipDecoder, walked
-from layerskip_recipes.generation.compiling import CompiledSteps, cache_length, rounded
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.tree import DraftTree
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation import Speculation
 from layerskip_recipes.generation.steps import DraftHead, Steps
-from layerskip_recipes.generation.tree import DraftTree
-from layerskip_recipes.kv_cache import DecodingCache
+from layerskip_recipes.model.decoder import LayerSkipDecoder, walked
+from layerskip_recipes.model.kv_cache import DecodingCache
 
 
 class Runner:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from layerskip_recipes.checks import check_number
+from layerskip_recipes.config.checks import check_number
 
 
 def next_token_probs(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TiedLinear
 
-from layerskip_recipes.decoder import LayerSkipDecoder, on_device
-from layerskip_recipes.gemma2 import capped
+from layerskip_recipes.generation.drafting.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.generation.sampling import Sampler, Settings, accept_greedy, accept_sampled, lots
-from layerskip_recipes.generation.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
-from layerskip_recipes.kv_cache import DecodingCache, visible, visible_tree
+from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
+from layerskip_recipes.model.families import capped
+from layerskip_recipes.model.kv_cache import DecodingCache, visible, visible_tree
 
 
 class Draft(NamedTuple):

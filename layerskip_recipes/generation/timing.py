@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from layerskip_recipes.decoder import LayerSkipDecoder
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import head_of
-from layerskip_recipes.kv_cache import DecodingCache
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.kv_cache import DecodingCache
 
 
 class Clock:

@@ -1,0 +1,194 @@
+"""What a benchmark reports: figures of each way over its runs, as a document, a table and a picture."""
+
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_recipes.generation.report import draft_figures, over
+from layerskip_recipes.generation.stats import GenerationStats, is_looping
+
+
+@dataclass
+class Run:
+    """What one way made of one batch of prompts in one repeat."""
+
+    repeat: int
+    outputs: list[list[int]]
+    stats: GenerationStats
+
+    @property
+    def loops(self) -> int:
+        """Outputs that end in a loop."""
+        return sum(map(is_looping, self.outputs))
+
+
+def total(runs: Sequence[Run]) -> GenerationStats:
+    """All runs together."""
+    return sum((run.stats for run in runs), GenerationStats())
+
+
+def by_repeat(runs: Sequence[Run], straight: bool = False) -> list[GenerationStats]:
+    """The totals of each repeat; `straight`: of batches without a looping output."""
+    repeats = sorted({run.repeat for run in runs})
+    return [total([run for run in runs if run.repeat == i and not (straight and run.loops)]) for i in repeats]
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Median, least and largest of what there is."""
+    there = [value for value in values if value is not None]
+    return {"median": statistics.median(there), "min": min(there), "max": max(there)} if there else None
+
+
+def speedups(ours: Sequence[GenerationStats], baseline: Sequence[GenerationStats]) -> list[float | None]:
+    """Repeat by repeat the tokens per second over the baseline's."""
+    rates = [(a.tokens_per_second, b.tokens_per_second) for a, b in zip(ours, baseline, strict=True)]
+    return [fast / slow if fast and slow else None for fast, slow in rates]
+
+
+def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
+    """What is reported of a way at a temperature; times in seconds, rates as median, min and max over the repeats.
+
+    Args:
+        runs: of the way.
+        baseline: those of autoregressive decoding, on the same prompts in the same repeats.
+        greedy: whether outputs can be compared; two samplings differ by chance.
+        bandwidth: bytes per second that the device reads.
+    """
+    stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, straight=True)
+    rate = spread([s.tokens_per_second for s in repeats])
+    speedup = spread(speedups(repeats, by_repeat(baseline)))
+    # Where neither side loops: the same prompts on both.
+    pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
+    both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
+    per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
+    return {
+        "tokens_per_second": rate,
+        "tokens_per_second_not_looping": spread([s.tokens_per_second for s in straight]),
+        "speedup": speedup,
+        "speedup_not_looping": spread(speedups(*both)),
+        "outputs": sum(len(run.outputs) for run in runs),
+        "looping_outputs": sum(run.loops for run in runs),
+        "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy and runs else None,
+        **draft_figures(stats, total(baseline), speedup and speedup["median"]),
+        "rounds": stats.rounds,
+        "rounds_by_kind": dict(stats.arms),
+        "round_s": over(stats.decode_s, stats.rounds),
+        "draft_s_per_round": over(stats.draft_s, stats.rounds) if drafts else None,
+        "verify_s_per_round": over(stats.verify_s, stats.rounds) if drafts else None,
+        "rest_s_per_round": over(stats.accept_s, stats.rounds) if drafts else None,
+        "bytes_per_token": per_token,
+        "share_of_memory_bandwidth": over(per_token * rate["median"], bandwidth) if per_token and rate else None,
+        "prefill_s": over(stats.prefill_s, len(runs)),
+        "per_repeat": [
+            {
+                "decoded_tokens": of_all.tokens - of_all.rows,
+                "decode_s": of_all.decode_s,
+                "decoded_tokens_not_looping": of_some.tokens - of_some.rows,
+                "decode_s_not_looping": of_some.decode_s,
+            }
+            for of_all, of_some in zip(repeats, straight, strict=True)
+        ],
+    }
+
+
+# ---- the report ----
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0) -> str:
+    """A number, or a median with its range, as text; "-" for none."""
+    if isinstance(value, dict):
+        low, high = show(value["min"], form), show(value["max"], form)
+        return show(value["median"], form) + ("" if low == high else f" ({low}-{high})")
+    return "-" if value is None else format(value * factor, form)
+
+
+COLUMNS = {
+    "way": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
+    "tokens/s": lambda r: show(r["tokens_per_second"], ".1f"),
+    "speed-up": lambda r: show(r["speedup"], ".2f"),
+    "not looping": lambda r: show(r["speedup_not_looping"], ".2f"),
+    "loops": lambda r: f"{r['looping_outputs']} of {r['outputs']}",
+    "ideal": lambda r: show(r["ideal_speedup"], ".2f"),
+    "efficiency": lambda r: show(r["engine_efficiency"], ".2f"),
+    "acceptance": lambda r: show(r["acceptance_rate"], ".2f"),
+    "tokens/round": lambda r: show(r["tokens_per_round"], ".2f"),
+    "draft cost": lambda r: show(r["draft_cost"], ".3f"),
+    "round, ms": lambda r: show(r["round_s"], ".2f", 1e3),
+    "draft, verify, rest": lambda r: ", ".join(
+        show(r[f"{phase}_s_per_round"], ".2f", 1e3) for phase in ("draft", "verify", "rest")
+    ),
+    "MB/token": lambda r: show(r["bytes_per_token"], ".1f", 1e-6),
+    "bandwidth": lambda r: show(r["share_of_memory_bandwidth"], ".0%"),
+    "prefill, ms": lambda r: show(r["prefill_s"], ".1f", 1e3),
+    "compile, s": lambda r: show(r["compile_s"], ".0f"),
+    "identical": lambda r: {True: "yes", False: "NO", None: "-"}[r["identical"]],
+}
+
+
+def _metric(name: str, row: dict[str, Any]) -> str:
+    return show(row["metrics"][name], ".3f")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table for each temperature, with where and how it was measured."""
+    cfg = report["config"]
+    compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
+    lines = [
+        f"# {cfg['checkpointer']['checkpoint_dir']}\n",
+        f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}, {compiled}, batch "
+        f"{report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} tokens on average, "
+        f"{report['max_new_tokens']} new ones, {report['repeats']} repeats. "
+        f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
+        f"    {report['command']}",
+        *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
+        *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report.get("not_compiled") else []),
+        *(["\nInterrupted: not all repeats are in."] if report["interrupted"] else []),
+    ]
+    metrics = {name: partial(_metric, name) for name in cfg.get("metrics") or []}
+    columns = COLUMNS | metrics
+    for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
+        lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        rows = [row for row in report["results"] if row["temperature"] == temperature]
+        lines += [f"| {' | '.join(column(row) for column in columns.values())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """A PNG: tokens per second of each way, the range over the repeats, a panel for each temperature."""
+    from matplotlib.figure import Figure  # a second to import, and only here
+
+    temperatures = list(dict.fromkeys(row["temperature"] for row in results))
+    figure = Figure(figsize=(5 * len(temperatures) + 2, 1.2 + 0.4 * len(results) / len(temperatures)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, len(temperatures), squeeze=False, sharey=True)[0]
+    colours = {"baseline": "tab:gray", "variant": "tab:blue", "peer": "tab:orange"}
+    for panel, temperature in zip(panels, temperatures, strict=True):
+        rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]
+        rates = [row["tokens_per_second"] for row in rows]
+        medians = [rate["median"] for rate in rates]
+        reach = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
+        names, colour = [row["name"] for row in rows], [colours[row["kind"]] for row in rows]
+        panel.barh(names, medians, xerr=reach, color=colour, capsize=3)
+        panel.set_xlabel("tokens per second")
+        panel.set_title(f"temperature {temperature}")
+        panel.grid(alpha=0.3, axis="x")
+    panels[0].invert_yaxis()
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

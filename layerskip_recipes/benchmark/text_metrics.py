@@ -1,0 +1,83 @@
+"""How near outputs come to their references: ROUGE, BLEU and exact match, each from 0 to 1.
+
+ROUGE is the F-measure of lower-case words without stemming, averaged over the outputs. BLEU is that of the whole
+corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics computes both.
+"""
+
+from collections.abc import Callable, Sequence
+
+from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.generation.prompts import Example
+
+Metric = Callable[[Sequence[str], Sequence[str]], float]
+
+
+def _rouge(name: str) -> Metric:
+    def rouge(outputs: Sequence[str], references: Sequence[str]) -> float:
+        from torchmetrics.functional.text import rouge_score  # seconds to import, and only here
+
+        # The key by name: the default ones include one that needs nltk and its data.
+        return float(rouge_score(list(outputs), list(references), rouge_keys=name)[f"{name}_fmeasure"])
+
+    return rouge
+
+
+def _bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
+    from torchmetrics.functional.text import sacre_bleu_score  # seconds to import, and only here
+
+    return float(sacre_bleu_score(list(outputs), [[reference] for reference in references]))
+
+
+def _exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
+    same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
+    return sum(same) / len(same)
+
+
+METRICS: dict[str, Metric] = {
+    "rouge1": _rouge("rouge1"),
+    "rouge2": _rouge("rouge2"),
+    "rougeL": _rouge("rougeL"),
+    "bleu": _bleu,
+    "exact_match": _exact_match,
+}
+
+
+def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The metrics of outputs against references.
+
+    Args:
+        names: of `METRICS`.
+        outputs: texts as generated, without the prompt.
+        references: one for each output.
+
+    Returns:
+        A number from 0 to 1 for each name, in their order.
+    """
+    assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
+    return {name: METRICS[name](outputs, references) for name in names}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises a ValueError for a metric that is unknown, or given twice."""
+    for at, name in enumerate(names):
+        if name not in METRICS:
+            raise ValueError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
+        if name in names[:at]:
+            raise ValueError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
+
+
+def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
+    """Raises a ValueError for a metric that is unknown, or given twice, or where an example has no reference.
+
+    Args:
+        names: from the config.
+        examples: the prompts, see `read_examples`.
+    """
+    check_names(names)
+    without = [at for at, example in enumerate(examples, 1) if example.response is None]
+    if names and without:
+        raise ValueError(
+            f"metrics: {', '.join(names)} needs references, and prompt {without[0]} of {len(examples)} has none. Give "
+            '{"prompt": "text", "response": "text"} lines in prompt_file, or a component of layerskip_recipes.tasks as '
+            "prompts; or metrics=null"
+        )

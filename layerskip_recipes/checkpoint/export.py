@@ -1,0 +1,148 @@
+"""`layerskip export`: a checkpoint as other programs want it. The whole model with its exit for transformers, or its
+first E layers with norm and head as a model of its own, to draft for the whole one in a serving engine."""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from layerskip_recipes.config.checks import check_folder, check_number
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
+INDEX = "model.safetensors.index.json"
+
+
+def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
+    """Write a Hugging Face folder.
+
+    Args:
+        checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`.
+        out: a folder that does not exist yet.
+        exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it.
+            None: what is written names no exit.
+        draft: instead of the whole model its first E layers, with the final norm and the head.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
+    """
+    source, target = Path(checkpoint), Path(out)
+    config = _read_config(source)
+    layers = config["num_hidden_layers"]
+    for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
+        check_number(key, value, minimum=1, maximum=layers, optional=True, example=max(layers // 4, 1))
+    if exit_layer is not None and draft is not None:
+        raise ValueError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
+    weights = sorted(source.glob("model*.safetensors"))
+    if not weights:
+        raise ValueError(f"export: {checkpoint!r} holds {_without_weights(source)}")
+    if target.exists():
+        raise ValueError(f"export: {out!r} exists already; choose another folder")
+    check_folder("export", target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place and renamed into it: half a copy is never there.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
+        folder = Path(beside) / target.name
+        folder.mkdir()
+        _copy_files(source, folder)
+        if draft is not None:
+            config = first_layers(config, draft)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _copy_weights(weights, folder, draft or layers)
+        _write_generation_config(folder / "generation_config.json", config, exit_layer)
+        folder.rename(target)
+    return target
+
+
+def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:
+    """With the exit, or without one, as a draft has none and `assistant_model` needs a model that names none.
+
+    Where there is no such file transformers takes the tokens that end a text from config.json, and where there is one
+    from that alone.
+    """
+    if not file.exists() and exit_layer is None:
+        return
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    settings = json.loads(file.read_text()) if file.exists() else tokens
+    settings.pop("assistant_early_exit", None)
+    if exit_layer is not None:
+        settings["assistant_early_exit"] = exit_layer
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
+    """A model's config.json with `draft` layers; what it lists by layer is cut as well."""
+    layers = config["num_hidden_layers"]
+    cut = {key: value[:draft] for key, value in config.items() if isinstance(value, list) and len(value) == layers > 1}
+    return config | cut | {"num_hidden_layers": draft}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        assert isinstance(config["num_hidden_layers"], int)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise ValueError(
+            f"export: {str(folder)!r} is no Hugging Face folder: no config.json with num_hidden_layers. Give one such "
+            "as a finetuned epoch_0"
+        ) from e
+    return config
+
+
+def _without_weights(folder: Path) -> str:
+    """What there is instead of the weights, and what to give."""
+    others = sorted(file.name for file in folder.glob("*.bin") if not file.name.startswith("adapter_"))
+    if others:
+        return (
+            f"{', '.join(others)} and no model*.safetensors. Give a folder that does, such as a finetuned epoch_0 with "
+            "checkpointer.safe_serialization=true"
+        )
+    if any(folder.glob("adapter_model.*")):
+        return (
+            "only adapters. Give a checkpoint with merged weights, such as epoch_0 with save_adapter_weights_only=false"
+        )
+    return "no model*.safetensors. Give a folder that does, such as a finetuned epoch_0"
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and settings; no weights and no adapters."""
+    for file in source.iterdir():
+        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
+        if file.is_file() and beside and file.name != INDEX:
+            shutil.copy(file, target)
+    # Llama's tokenizer for torchtune, and the templates that transformers keeps apart.
+    for name in ("original/tokenizer.model", "additional_chat_templates"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+
+
+def _copy_weights(files: list[Path], target: Path, layers: int) -> None:
+    """The tensors of the first layers and of all that is no layer, file by file; and where each of them is."""
+    kept = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            every = tensors.keys()  # of a file: it cannot be iterated itself
+            names = [name for name in every if (at := LAYER.search(name)) is None or int(at[1]) < layers]
+            if names:
+                kept[file.name] = names
+    total, where = 0, {}
+    for number, (name, names) in enumerate(kept.items(), start=1):
+        new = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else "model.safetensors"
+        with safe_open(files[0].with_name(name), framework="pt") as tensors:
+            contents = {tensor: tensors.get_tensor(tensor) for tensor in names}
+        save_file(contents, target / new, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in contents.values())
+        where |= dict.fromkeys(names, new)
+    if len(kept) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")

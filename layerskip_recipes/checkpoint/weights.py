@@ -1,0 +1,155 @@
+"""Weights: reading, checking, starting from scratch, quantising."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchao.quantization import quantize_
+from torchtune import config, training
+
+from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, warn_of_contradictions
+from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.model.adapters import read_adapters, without_adapters
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+
+
+def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """The model's state from a torchtune checkpointer.
+
+    Raises:
+        ValueError: if the files cannot be read as the checkpointer and its model_type read them.
+    """
+    try:
+        return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
+    except Exception as e:
+        raise ValueError(
+            f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "
+            f"{checkpointer._model_type}: {e!r}. Check checkpoint_files and model_type"
+        ) from e
+
+
+def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises a ValueError if a checkpoint is not this model's: which keys are missing, foreign, or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"checkpointer: the checkpoint is not this model's, it {what} {', '.join(names[:3])}{more}"
+            )
+
+
+@torch.no_grad()
+def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
+    """The initialisation from scratch, as in GPT-2: normal(0, std) for every matrix, the two that write into the
+    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them.
+
+    Args:
+        model: the decoder, on its device.
+        std: of the normal distribution.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
+            nn.init.normal_(parameter, std=std / math.sqrt(2 * model.num_layers) if into_residual else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> LayerSkipDecoder:
+    """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation.
+
+    With `cfg.quantizer` the weights are quantised after loading, or read quantised where torchtune's `quantize`
+    recipe wrote them, which is what a `FullModelTorchTuneCheckpointer` means there.
+
+    Args:
+        cfg: sections model, checkpointer and, if there is one, quantizer.
+        device, dtype: of the weights.
+
+    Returns:
+        The decoder in eval mode.
+
+    Raises:
+        ValueError: if the checkpoint is not this model's.
+    """
+    checkpointer = reading_checkpointer(cfg)
+    quantizer = build(cfg.get("quantizer"), "quantizer")
+    adapters = adapter_state(cfg, build_on_meta(cfg))
+    read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
+    state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
+    with training.set_default_dtype(dtype), device:
+        model = layerskip_decoder(config.instantiate(cfg.model))
+    if read_quantised:
+        model = quantizer.quantize(model).to(device=device, dtype=dtype)
+        model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+        return model.eval()
+    warn_of_contradictions(checkpointer, model)
+    state = {**state, **adapters}
+    check_state_dict(model, state)
+    model.load_state_dict(state)
+    without_adapters(model)
+    if quantizer is not None:
+        model = quantise(model, cfg.quantizer, "quantizer")
+    return model.eval()
+
+
+def adapter_state(cfg: DictConfig, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters of `checkpointer.adapter_checkpoint`, for a model on any device; empty if the config names none."""
+    path = cfg.checkpointer.get("adapter_checkpoint")
+    return read_adapters(path, model) if path is not None else {}
+
+
+def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.nn.Module:
+    """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
+
+    Args:
+        module: in place, where the quantiser works in place.
+        quantizer: a component, such as {_component_: torchao.quantization.Int8WeightOnlyConfig}.
+        key: its name, for messages.
+
+    Raises:
+        ValueError: if it fails on this device, with its own words, or leaves all weights as they are.
+    """
+    how = build(quantizer, key)
+    before = _kinds(module)
+    device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
+    # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds, and all ways of
+    # decoding in one process are compiled alike.
+    precision, compiler = torch.get_float32_matmul_precision(), torch._inductor.config.save_config()
+    try:
+        if hasattr(how, "quantize"):
+            module = how.quantize(module)
+        else:
+            quantize_(module, how)
+        # Some kernels are found to be missing only when they run.
+        linear = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        if linear is not None:
+            with torch.inference_mode():
+                linear(torch.zeros(1, linear.in_features, device=device, dtype=dtype))
+    except Exception as e:  # torchao's kernels fail in many ways
+        raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch._inductor.config.load_config(compiler)
+    if _kinds(module) == before:
+        raise ValueError(
+            f"{key}: {quantizer._component_} changes no weight of this model, as where its groups do not fit "
+            f"the layers' widths. Set its group size to a divisor of them, or {key}=null"
+        )
+    return module
+
+
+def _kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:
+    """Of each part with a weight, its kind and that of the weight."""
+    parts = ((part, getattr(part, "weight", None)) for part in module.modules())
+    return [(type(part), type(weight), weight.dtype) for part, weight in parts if isinstance(weight, torch.Tensor)]

@@ -1,0 +1,1 @@
+"""The commands: `layerskip`, and what `tune run` starts. Imports every other room."""

@@ -1,0 +1,85 @@
+"""What `tune run layerskip_finetune`, `_generate`, `_eval` and `_benchmark` start."""
+
+import sys
+
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.cli.run import build_recipe, main_of
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.processes import end_processes
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+
+def finetune() -> None:
+    """Finetune a torchtune model for early exit and self-speculative decoding (LayerSkip, arXiv 2404.16710).
+
+    tune run layerskip_finetune --config quickstart/finetune
+    tune run layerskip_finetune --config my.yaml layer_dropout.prob=0.2 early_exit_loss.interval=4
+    tune run --nproc_per_node 2 layerskip_finetune --config my.yaml resume_from_checkpoint=true
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipFinetune, finetune.__doc__)
+        recipe.setup()
+        try:
+            recipe.train()
+        finally:
+            recipe.cleanup()
+        end_processes()
+
+    main_of(steps)
+
+
+def generate() -> None:
+    """Generate text with a torchtune model: autoregressive, early exit, or self-speculative (arXiv 2404.16710).
+
+    tune run layerskip_generate --config quickstart/generate
+    tune run layerskip_generate --config my.yaml prompt="def fibonacci(n):" self_speculation.exit_layer=4
+    tune run --nproc_per_node 2 layerskip_generate --config my.yaml
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipGenerate, generate.__doc__)
+        recipe.setup()
+        recipe.generate()
+        end_processes()
+        if recipe.interrupted:
+            sys.exit(130)  # what a shell expects after Ctrl-C
+
+    main_of(steps)
+
+
+def evaluate() -> None:
+    """Measure a model: every exit's loss and agreement with the last layer, lm-eval's tasks, HumanEval.
+
+    tune run layerskip_eval --config quickstart/eval
+    tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipEval, evaluate.__doc__)
+        recipe.setup()
+        recipe.evaluate()
+        if recipe.interrupted:
+            sys.exit(130)
+
+    main_of(steps)
+
+
+def benchmark() -> None:
+    """Compare autoregressive decoding, variants of self-speculation and other libraries on one checkpoint.
+
+    tune run layerskip_benchmark --config quickstart/benchmark
+    tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled
+    """
+
+    def steps() -> None:
+        recipe = build_recipe(LayerSkipBenchmark, benchmark.__doc__)
+        recipe.setup()
+        if recipe.cfg.get("tune"):
+            recipe.tune()
+        report = recipe.sweep() if recipe.cfg.get("sweep") is not None else recipe.benchmark()
+        if report["interrupted"]:
+            sys.exit(130)  # what a shell expects after Ctrl-C
+
+    main_of(steps)

@@ -1,0 +1,1 @@
+"""From a config's name to a checked config. Imports errors only."""

@@ -1,0 +1,188 @@
+"""From a config's name to the merged config: YAML, `extends`, overrides.
+
+A LayerSkip config is any torchtune config plus plain sections of ours.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from layerskip_recipes.config.names import find_config
+
+PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # how the keys of paths end
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # in C, where there is one
+    """YAML as OmegaConf reads it (2e-5 is a number, no dates), but without numbers of base 60 and leading zeros,
+    which would read the layers 1:5 as 65 and the file number 00003 as 3; and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in (*_NUMBERS, "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The merged config: the chain of `extends` from its root down, then the overrides.
+
+    Args:
+        name: a path, one of our names or one of torchtune's.
+        overrides: "key=value", dotted keys, "~key" to remove one. A component's own key sets its `_component_`.
+
+    Returns:
+        The config, interpolations unresolved, without `extends`; paths in the home folder, ~/..., are whole.
+
+    Raises:
+        ValueError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
+    """
+    cfg = _load_chain(find_config(name), ())
+    later: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key.startswith("~") and not equals:
+            _remove(cfg, key[1:])
+        elif equals and key:
+            _check_colons(key, text)
+            _set(later, cfg, key.split("."), parse_value(text))
+        else:
+            raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
+    return _to_config(_at_home(_merge(cfg, later)), name)
+
+
+def _at_home(content: Any, key: str = "") -> Any:
+    """With the ~/ that begins a path as the home folder: a shell knows it, a file system does not."""
+    if isinstance(content, dict):
+        return {name: _at_home(value, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_at_home(value, key) for value in content]
+    a_path = isinstance(content, str) and content.startswith("~/") and PATHS.search(key)
+    return str(Path(content).expanduser()) if a_path else content
+
+
+def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
+    try:
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as e:
+        raise ValueError(f"config: {name}: {str(e).splitlines()[0]}") from e
+
+
+def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise ValueError(f"extends: a cycle, {chain}. A config cannot extend itself")
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise ValueError(f"config: {path} cannot be read as YAML: {e}") from e
+    if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
+        raise ValueError(f"config: {path} holds no mapping of keys to values")
+    _to_config(own, path)
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise ValueError(f"extends: {base!r} is no name or path; for example extends: llama3_2/1B_full_single_device")
+    return _merge(_load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)), own)
+
+
+def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`later` over `base`: mappings merge, anything else replaces.
+
+    Where a section's `_component_` changes, inherited arguments that the new one does not take stay behind.
+    """
+    merged = dict(base)
+    for key, new in later.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            component = new.get("_component_", old.get("_component_"))
+            if component != old.get("_component_", component):
+                taken = component_parameters(component)
+                old = {name: value for name, value in old.items() if taken is None or name in taken}
+            new = _merge(old, new)
+        merged[key] = new
+    return merged
+
+
+def component_parameters(component: Any) -> set[str] | None:
+    """The parameters of a component; None if it takes any, or cannot be asked (check_component will say why)."""
+    try:
+        parameters = inspect.signature(_get_component_from_path(component)).parameters.values()
+    except (InstantiationError, ValueError, TypeError, AttributeError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+
+
+def parse_value(text: str) -> Any:
+    """An override's value: a list, a mapping or quoted text as in YAML, else one scalar, whatever it looks like."""
+    if text == "None":
+        return None
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            return yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError):
+            return text
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def _check_colons(key: str, text: str) -> None:
+    """Raises a ValueError for {name:value}, which in YAML is a name without a value."""
+    spaced = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)
+    if text[:1] in ("{", "[") and "{" in text and spaced != text:
+        meant = parse_value(spaced)
+        if not isinstance(meant, str) and meant != parse_value(text):
+            raise ValueError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
+
+
+def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put one override into `later`; text for a section that has a component names another component."""
+    *parents, leaf = path
+    here: Any = cfg
+    for name in parents:
+        if not isinstance(later.get(name), dict):
+            if name in later and isinstance(here, dict):
+                here.pop(name, None)  # it was replaced by something else before: the old section does not come back
+            later[name] = {}
+        later = later[name]
+        here = here.get(name) if isinstance(here, dict) else None
+    before = here.get(leaf) if isinstance(here, dict) else None
+    if isinstance(value, str) and isinstance(before, dict) and "_component_" in before:
+        if not isinstance(later.get(leaf), dict):
+            later[leaf] = {}
+        later[leaf]["_component_"] = value
+    else:
+        later[leaf] = value
+
+
+def _remove(cfg: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    node: Any = cfg
+    for name in parents:
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        raise ValueError(f"override: ~{key} removes nothing, the config has no {key!r}")
+    del node[leaf]

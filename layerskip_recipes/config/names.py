@@ -1,0 +1,57 @@
+"""A config's name to its file: a path, one of our names, or one of torchtune's."""
+
+import difflib
+from pathlib import Path
+
+import torchtune
+from torchtune._recipe_registry import get_all_recipes
+
+from layerskip_recipes.config.checks import PACKAGE
+
+# The wheel carries the configs inside of the package, a checkout beside it.
+CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
+
+
+def our_configs() -> dict[str, Path]:
+    """Our configs by short name, such as "quickstart/finetune"; the ones named _* are only there to be extended."""
+    if CONFIG_DIR is None:
+        return {}
+    paths = sorted(path for path in CONFIG_DIR.rglob("*.yaml") if not path.name.startswith("_"))
+    return {path.relative_to(CONFIG_DIR).with_suffix("").as_posix(): path for path in paths}
+
+
+def torchtune_configs() -> dict[str, Path]:
+    """torchtune's built-in configs by name, those whose file the wheel really has."""
+    root = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+    paths = {c.name: root / c.file_path for recipe in get_all_recipes() for c in recipe.configs}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def find_config(name: str, relative_to: Path | None = None, key: str = "config") -> Path:
+    """The file behind a path, one of our names, or one of torchtune's.
+
+    Args:
+        name: what stands behind `--config` or `extends:`.
+        relative_to: the folder in which a relative path is looked for first.
+        key: what an error message calls it.
+
+    Raises:
+        ValueError: if there is no such file or name; with the nearest names.
+    """
+    places = [*([relative_to / name] if relative_to else []), Path(name).expanduser()]
+    # Also the ones named _*, which our_configs does not show.
+    for path in [*places, *([CONFIG_DIR / f"{name}.yaml"] if CONFIG_DIR else [])]:
+        try:
+            if path.is_file():
+                return path.resolve()
+        except OSError:  # a name too long for the file system is no file
+            continue
+    known = torchtune_configs() | our_configs()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    raise ValueError(
+        f"{key}: {name!r} is neither a file nor a config's name."
+        + (f" Nearest: {', '.join(near)}." if near else "")
+        + " `layerskip ls` lists all."
+    )

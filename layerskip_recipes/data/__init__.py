@@ -1,0 +1,1 @@
+"""Texts and tokens: tokenizer, JSON lines, reference tasks, the standard library. Imports model and what lies below."""

@@ -1,0 +1,8 @@
+"""ConfigError: a user's mistake, said in one line."""
+
+
+class ConfigError(ValueError):
+    """A setting, an argument or a file that cannot be used: the key, what was given, what is allowed, an example.
+
+    The command line prints such an error as `ValueError: ...`, without a traceback, and ends with status 1.
+    """

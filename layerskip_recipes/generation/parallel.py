@@ -1,0 +1,201 @@
+"""Generation on several processes under torchrun: late layers sharded, draft layers whole, or tensor parallelism.
+
+A draft step runs the layers below exit E, token by token: were those sharded, each drafted token would wait for E
+gathers. So embeddings, draft layers, norm and head are whole on every rank, and only the layers from E up are sharded:
+a verification gathers each of them once for all the tokens it verifies. All ranks decode the same prompts.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleInput, PrepareModuleOutput, parallelize_module
+from torchtune import training
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
+
+from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
+from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
+from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.model.adapters import adapter_names, without_adapters
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.processes import (
+    is_rank_zero,
+    num_processes,
+)
+
+Plan = Mapping[str, ParallelStyle]
+
+
+def check_processes(cfg: DictConfig, model: TransformerDecoder) -> int:
+    """What can be wrong with several processes, before anything is loaded.
+
+    Args:
+        cfg: `tensor_parallel_dim`, `tensor_parallel_plan`, `quantizer` and `device` are read.
+        model: the decoder of `cfg.model`, on any device, not yet split.
+
+    Returns:
+        T, the ranks that share each matrix. As in torchtune's generation, a plan without T means all ranks.
+
+    Raises:
+        ValueError: the key, what was given, what is allowed.
+    """
+    processes, dim, plan = num_processes(), cfg.get("tensor_parallel_dim"), tensor_parallel_plan(cfg)
+    check_number("tensor_parallel_dim", dim, minimum=1, optional=True, example=2)
+    dim = dim or (1 if plan is None else processes)
+    attn = model.layers[0].attn
+    divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
+    largest = math.gcd(*divided.values())
+    for what, number in divided.items():
+        if number % dim:
+            allowed = ", ".join(str(d) for d in range(1, largest + 1) if largest % d == 0)
+            raise _wrong("tensor_parallel_dim", f"{dim} does not divide {what}, {number}", allowed, largest)
+    if dim > 1 and not isinstance(attn, MultiHeadAttention):
+        raise _wrong("tensor_parallel_dim", f"{dim} cannot split a {type(attn).__name__}", "1", 1)
+    if dim > 1 and plan is None:
+        example = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
+        raise _wrong("tensor_parallel_plan", f"missing with tensor_parallel_dim {dim}", "a component", example)
+    if processes > 1 and cfg.get("quantizer") is not None:
+        raise _wrong("quantizer", f"{cfg.quantizer} with {processes} processes", "null", "null")
+    if processes > 1 and cfg.get("device") not in (None, "cpu", "cuda"):
+        raise _wrong("device", f"{cfg.device!r} with {processes} processes", "cpu, cuda (a GPU for each)", "cuda")
+    return dim
+
+
+def tensor_parallel_plan(cfg: DictConfig) -> Plan | None:
+    """The plan of `cfg.tensor_parallel_plan`; raises a ValueError if the component makes something else."""
+    if cfg.get("tensor_parallel_plan") is None:
+        return None
+    plan = build(cfg.tensor_parallel_plan, "tensor_parallel_plan")
+    if not isinstance(plan, dict) or not all(isinstance(style, ParallelStyle) for style in plan.values()):
+        given = f"{cfg.tensor_parallel_plan._component_} makes a {type(plan).__name__}"
+        example = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
+        raise _wrong("tensor_parallel_plan", given, "a dict of module names to ParallelStyle", example)
+    return plan
+
+
+def _wrong(key: str, given: str, allowed: str, example: Any) -> ValueError:
+    return ValueError(f"{key}: {given}. Allowed: {allowed}; for example {key}={example}")
+
+
+def load_sharded_decoder(
+    cfg: DictConfig, device: torch.device, dtype: torch.dtype, kept_layers: int = 0
+) -> LayerSkipDecoder:
+    """`checkpoint.load_decoder` for several processes: rank 0 reads the checkpoint, others get their parts only.
+
+    Args:
+        cfg: sections model and checkpointer, and what `check_processes` reads.
+        device, dtype: of the weights.
+        kept_layers: the layers below it are whole on every rank: the exit E that drafts, 0 for plain decoding.
+
+    Raises:
+        ValueError: on rank 0, if the checkpoint is not this model's.
+    """
+    with training.set_default_dtype(dtype):
+        model = layerskip_decoder(build_on_meta(cfg))
+    dim, state = check_processes(cfg, model), {}
+    if is_rank_zero():
+        if adapter_names(model):
+            # As one process merges them: onto weights in this dtype, and with QLoRA onto what NF4 left of them.
+            state = load_decoder(cfg, torch.device("cpu"), dtype).state_dict()
+        else:
+            state = read_weights(reading_checkpointer(cfg))
+            check_state_dict(model, state)
+    without_adapters(model)
+    return shard_decoder(model, state, device, dtype, kept_layers, dim, tensor_parallel_plan(cfg))
+
+
+class _LateLayers(nn.Module):
+    """The FSDP root of the sharded layers, no part of the decoder's own tree.
+
+    The decoder cannot be the root: walks begin and end anywhere, and may call its layers directly. Layers without a
+    common root would each have streams of their own, so on a GPU memory that no other layer can use.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, _: None) -> None:
+        """Called once, for FSDP's hook before it, which makes this the root. Then each layer gathers itself.
+
+        With an argument, since on a GPU the hook of torch before 2.13 looks at the first one.
+        """
+
+
+def shard_decoder(
+    model: LayerSkipDecoder,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    kept_layers: int = 0,
+    tensor_parallel_dim: int = 1,
+    plan: Plan | None = None,
+) -> LayerSkipDecoder:
+    """Split a decoder over a grid of (ranks / T) x T, and give each rank its part of rank 0's weights.
+
+    T ranks share each matrix and compute with their part of it; over ranks / T the layers from `kept_layers` up are
+    sharded, and gathered when they run.
+
+    Args:
+        model: on the meta device, in `dtype`; changed in place.
+        state: the whole state_dict on rank 0; not looked at on other ranks.
+        device, dtype: of the weights.
+        kept_layers: 0 .. L.
+        tensor_parallel_dim, plan: T, and which matrices to split how.
+
+    Returns:
+        The model in eval mode.
+    """
+    shards = dist.get_world_size() // tensor_parallel_dim
+    mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))
+    if tensor_parallel_dim > 1:
+        parallelize(model, mesh["parallel"], plan)
+    late = _LateLayers(model.layers[kept_layers:] if shards > 1 else [])
+    for module in (*late.layers, late):
+        fully_shard(module, mesh=mesh["shards"], reshard_after_forward=True)
+    for layer, following in pairwise(late.layers):
+        layer.set_modules_to_forward_prefetch([following])  # gathered while the layer runs
+    with training.set_default_dtype(dtype), device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
+                module.rope_init()
+    # One tensor after the other is broadcast whole, and cut on arrival.
+    weights = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")  # of torch to itself
+        set_model_state_dict(
+            model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+        )
+    training.validate_no_params_on_meta_device(model)
+    late(None)
+    for layer in late.layers:
+        # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,
+        # could not be written outside of it.
+        layer.unshard()
+        layer.reshard()
+    return model.eval()
+
+
+def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:
+    """Split heads and matrices by torchtune's plan; and a tied head, which is no module that a plan could name."""
+    tied = isinstance(model.output, TiedLinear)
+    training.prepare_mha_for_tp(model, mesh)
+    parallelize_module(model, mesh, {name: style for name, style in plan.items() if not (tied and name == "output")})
+    if tied and isinstance(model.tok_embeddings.weight, DTensor):
+        layouts = (Replicate(), None)  # of the hidden state, and of the embedding's weight: split already
+        for style in (
+            PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts),
+            PrepareModuleOutput(output_layouts=Shard(-1), desired_output_layouts=Replicate()),
+        ):
+            parallelize_module(model.output.linear, mesh, style)

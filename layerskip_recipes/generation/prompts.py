@@ -1,0 +1,236 @@
+"""The prompts of a generation config: from the config, a text or JSONL file, or standard input; and their tokens."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import utils
+from torchtune.data import Message
+
+from layerskip_recipes.config.settings import build
+from layerskip_recipes.data.reference_tasks import no_object, try_json_lines
+
+INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
+
+log = utils.get_logger("INFO")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and what its answer is compared with.
+
+    Args:
+        prompt: raw text, or roles for the chat template: {"user": ..., "system": ...}.
+        response: the reference; None if there is none.
+        line: its line in a JSONL file, from 1; None elsewhere.
+        error: why it cannot be answered; None: nothing is wrong so far.
+    """
+
+    prompt: str | dict[str, str]
+    response: str | None = None
+    line: int | None = field(default=None, compare=False)
+    error: str | None = None
+
+
+def read_examples(cfg: DictConfig) -> list[Example]:
+    """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
+
+    `prompt_file` (a text, JSONL with {"prompt": ...} per line and perhaps "response": ..., or "-" for standard input)
+    replaces `prompt` (a string, a mapping with `user` and perhaps `system`, or a list of these), and that replaces
+    `prompts` (a component that returns prompts, or mappings as in the JSONL).
+
+    Raises:
+        ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
+    """
+    examples = try_examples(cfg)
+    refuse_bad(examples)
+    return examples
+
+
+def try_examples(cfg: DictConfig) -> list[Example]:
+    """`read_examples`, but a prompt that is broken is there too, with its error.
+
+    Raises:
+        ValueError: if there are no prompts to read.
+    """
+    if cfg.get("prompt_file") is not None:
+        return _read_prompt_file(cfg.prompt_file)
+    if cfg.get("prompt") is None:
+        items = build(cfg.prompts, "prompts")
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
+        return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
+    prompt = cfg.prompt
+    if cfg.get("prompts") is not None:
+        log.info("prompt: takes the place of prompts; for those set prompt=null")
+    prompts = OmegaConf.to_container(prompt, resolve=True) if isinstance(prompt, DictConfig | ListConfig) else prompt
+    return [_tried(_plain, item, "prompt") for item in (prompts if isinstance(prompts, list) else [prompts])]
+
+
+def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
+    """Raises a ValueError if an example has an error: that of the longest prompt, and the lines of the others.
+
+    Args:
+        examples: of `try_examples` or `encode`.
+        lengths: tokens of each, if they are known: what is allowed for the longest is enough for all.
+        hint: the end of the message, if other examples are fine.
+    """
+    bad = [i for i, example in enumerate(examples) if example.error is not None]
+    if not bad:
+        return
+    worst = max(bad, key=lambda i: lengths[i] if lengths else 0)
+    lines = [str(examples[i].line) for i in bad if i != worst and examples[i].line is not None]
+    others = f" (also lines {', '.join(lines[:8])})" if lines else ""
+    raise ValueError(f"{examples[worst].error}{others}{hint if len(bad) < len(examples) else ''}")
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
+) -> tuple[list[Example], list[list[int]]]:
+    """The tokens of each prompt; an example that cannot be decoded gets its error.
+
+    Args:
+        examples: of `try_examples`.
+        tokenizer: of the model.
+        check: raises a ValueError if prompts of these lengths do not fit the model, or there are none.
+
+    Returns:
+        The examples, and their tokens: [] of one that is broken.
+    """
+    if not examples:
+        check([])
+    checked, tokens, fits = [], [], 0  # fits: no longer prompt had to be checked so far
+    for example in examples:
+        made: list[int] = []
+        if example.error is None:
+            try:
+                made = to_tokens(example.prompt, tokenizer)
+                if not 0 < len(made) <= fits:
+                    check([len(made)])
+                    fits = len(made)
+            except ValueError as e:
+                where = "" if example.line is None else f" (prompt_file line {example.line})"
+                example = replace(example, error=f"{e}{where}")
+        checked.append(example)
+        tokens.append(made)
+    return checked, tokens
+
+
+def _read_prompt_file(name: str) -> list[Example]:
+    lines = name.endswith(".jsonl")
+    try:
+        # A byte that is no UTF-8 breaks a line of JSONL, not the file.
+        content = (
+            sys.stdin.read()
+            if name == "-"
+            else Path(name).read_text(encoding="utf-8", errors="surrogateescape" if lines else "strict")
+        )
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(
+            f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
+        ) from e
+    content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
+    if not lines:
+        return [_tried(_plain, content, "prompt_file")]
+    found = try_json_lines(content)
+    if not found:
+        raise ValueError(f"prompt_file: {name!r} holds no prompt")
+    return [_tried(_with_reference, line, f"prompt_file line {at}", at) for at, line in found.items()]
+
+
+def _tried(make: Callable[[Any, str], Example], item: Any, key: str, line: int | None = None) -> Example:
+    """The example of an item, or one with its error."""
+    try:
+        return replace(make(item, key), line=line)
+    except ValueError as e:
+        return Example("", line=line, error=str(e))
+
+
+def _plain(item: Any, key: str) -> Example:
+    return Example(_check_prompt(item, key))
+
+
+def _example(item: Any, key: str) -> Example:
+    """A component's item: a prompt, or one with its reference."""
+    if isinstance(item, Mapping) and {"prompt", "response"} & set(item):
+        return _with_reference(item, key)
+    return _plain(item, key)
+
+
+def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
+    if isinstance(item, str):
+        raise ValueError(f"{key}: {no_object(item)}")
+    response = item.get("response")
+    if "prompt" not in item:
+        raise ValueError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
+    if response is not None and not isinstance(response, str):
+        raise ValueError(f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}')
+    return Example(_check_prompt(item["prompt"], key), response)
+
+
+def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
+    for text in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as e:
+            at = str(text)[max(0, e.start - 10) : e.end + 10]
+            raise ValueError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
+    if isinstance(prompt, Mapping):
+        unknown = set(prompt) - {"system", "user"}
+        if (
+            unknown
+            or not prompt.get("user")
+            or not all(text is None or isinstance(text, str) for text in prompt.values())
+        ):
+            raise ValueError(f"{key}: {prompt!r} needs user: text, and may have system: text")
+        return {role: text for role, text in prompt.items() if text is not None}
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"{key}: {prompt!r} is empty or no text; for example prompt.user='Tell me a joke.'")
+    return prompt
+
+
+def _check_open_turn(tokenizer: Any) -> None:
+    """Raises a ValueError for a tokenizer that closes the last turn too: of torchtune's only Llama's can leave it open,
+    and the others do not say that they ignore the wish."""
+    tokenize = getattr(tokenizer, "tokenize_messages", None)
+    if tokenize is None or "add_end_tokens" not in inspect.signature(tokenize).parameters:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} closes the turn in which a chat is to be answered. Allowed: "
+            "prompts of raw text, or a tokenizer with add_end_tokens; for example "
+            'tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: "${checkpointer.checkpoint_dir}"}'
+        )
+
+
+def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
+    """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
+
+    Args:
+        prompt: text, {"user": ..., "system": ...}, or messages of which the last is the assistant's, empty.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
+            or if the tokenizer leaves no assistant turn open.
+    """
+    if not isinstance(prompt, str):
+        _check_open_turn(tokenizer)
+    limit = getattr(tokenizer, "max_seq_len", None)
+    try:
+        if limit is not None:
+            tokenizer.max_seq_len = None  # of the training: here a cut would take the question's end, without a word
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt, add_bos=True, add_eos=False)
+        messages = prompt
+        if isinstance(prompt, Mapping):
+            messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
+            messages.append(Message(role="assistant", content=""))
+        return tokenizer({"messages": messages}, inference=True)["tokens"]
+    except Exception as e:
+        raise ValueError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
+    finally:
+        if limit is not None:
+            tokenizer.max_seq_len = limit

@@ -1,0 +1,337 @@
+"""`tune run layerskip_generate`: from prompts to text, autoregressive, early exit or self-speculative. Wiring only.
+
+The decoding lives in `generation/`; here are batches, streaming, chat, the comparison, several processes.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import config, training, utils
+from torchtune.data import Message
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.checkpoint.checkpointers import ready
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.settings import build, build_on_meta, check_section, check_vocabulary
+from layerskip_recipes.generation.answer_file import AnswersInOrder
+from layerskip_recipes.generation.config import benchmark, check_config, is_conversation, make_sampler
+from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder
+from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
+from layerskip_recipes.generation.report import Totals, make_report, print_report
+from layerskip_recipes.generation.speculation_section import (
+    build_speculation,
+    check_speculation,
+    spare_slots,
+    tree_of,
+    weight_bytes,
+    with_vocabulary,
+)
+from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+
+log = utils.get_logger("INFO")
+
+
+class LayerSkipGenerate:
+    """Generates from each prompt and reports speed and acceptance.
+
+    Args:
+        cfg: the config, see the README; settings and prompts are all checked here.
+
+    Raises:
+        ValueError: for a wrong setting or prompt, before any weight is loaded.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_config(cfg)
+        self.cfg = cfg
+        log.setLevel(cfg.get("log_level", "INFO"))
+        self.device, self.dtype = ready(cfg)
+        self.max_new_tokens = cfg.get("max_new_tokens", 128)
+        self.batch_size = cfg.get("batch_size") or 1
+        self.interactive = is_conversation(cfg)
+        self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
+        if self.compare and self.interactive:
+            self.compare = False
+            log.info("benchmark.compare: no baseline runs beside a conversation")
+        model = layerskip_decoder(build_on_meta(cfg))
+        self.draft = None
+        if cfg.get("self_speculation") is not None:
+            self.draft = check_speculation(cfg.self_speculation, model)
+        self.exit_layer = cfg.get("exit_layer")
+        self.tokenizer = build(cfg.tokenizer, "tokenizer")
+        check_vocabulary(self.tokenizer, model)
+        greedy = make_sampler(cfg).greedy
+        self.spare = spare_slots(self.draft, greedy) if self.draft is not None else 0
+        self.examples: list[Example] = []
+        self.prompt_tokens: list[list[int]] = []
+        if self.interactive:
+            self._tokens_of([], "?")  # a template that refuses the system prompt says so now
+        else:
+            self.examples, self.prompt_tokens = encode(
+                try_examples(cfg), self.tokenizer, lambda lengths: self._check_lengths(model, lengths)
+            )
+        self.prompts = [example.prompt for example in self.examples]
+        self.good = [i for i, example in enumerate(self.examples) if example.error is None]
+        self.bad = [i for i, example in enumerate(self.examples) if example.error is not None]
+        if cfg.get("on_bad_prompt") != "skip" or not self.good:
+            lengths = [len(tokens) for tokens in self.prompt_tokens]
+            refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
+        for i in self.bad:
+            log.warning("skipped: %s", self.examples[i].error)
+        if self.draft is not None:
+            tokens = [self.prompt_tokens[i] for i in self.good]
+            self.draft = with_vocabulary(self.draft, model, self.tokenizer, tokens)
+        if not self.interactive:
+            rows = min(self.batch_size, len(self.good))
+            if self.device.type == "cuda" and cfg.get("compile") and len(self.good) > rows:
+                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
+            nodes = tree_of(self.draft, greedy).nodes if self.draft is not None else 1
+            room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
+            # The same for all batches, so that compiled steps know one size.
+            self.reserve = room + max(64, nodes) if cfg.get("compile") else None
+            slots = cache_length(self.reserve) if self.reserve else room + nodes
+        exits = [self.exit_layer or 0] if self.draft is None else self.draft["exit_layer"]
+        self.kept_layers = max(exits) if isinstance(exits, list) else exits
+        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
+        self.stop_strings = list(cfg.get("stop_strings") or [])
+        # Before the seed: processes that draw one share it.
+        init_processes(self.device.type)
+        if self.device.type == "cuda" and num_processes() > 1:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        if not same_on_all((self.good, self.prompt_tokens)):
+            raise ValueError(
+                "prompts: differ between ranks. Allowed: the same on all of them, so none that each draws for itself; "
+                "for example prompt_file=prompts.jsonl"
+            )
+        if not self.interactive:
+            # Not before each process has its GPU.
+            parallel = check_processes(cfg, model)
+            weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            # Only the quantizer knows how many they will be.
+            weights = 0 if cfg.get("quantizer") is not None else weights
+            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights)
+        self.interrupted = False
+        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+        self.shows = is_rank_zero()
+
+    def setup(self) -> None:
+        """Load the model."""
+        if self.shows:
+            config.log_config(recipe_name=type(self).__name__, cfg=self.cfg)
+        if num_processes() > 1:
+            self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, self.kept_layers)
+        else:
+            self.model = load_decoder(self.cfg, self.device, self.dtype)
+        self.speculation = None
+        if self.draft is not None:
+            self.speculation = build_speculation(self.draft, self.model)
+
+    def generate(self) -> dict[str, Any]:
+        """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
+
+        Ctrl-C ends it with the report of what is done, the text in progress included (but in no comparison).
+
+        Returns:
+            The report that is also printed as the last line.
+        """
+        ours, baseline = Totals(), Totals()
+        try:
+            if self.interactive:
+                self._chat(ours)
+            else:
+                self._all_prompts(ours, baseline)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
+            log.warning("interrupted: the report is of %s", "the answers so far" if self.interactive else what)
+        report = {
+            "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
+            "num_speculations": None if self.draft is None else self.draft["num_speculations"],
+            "temperature": self.cfg.get("temperature", 0.0),
+            "batch_size": self.batch_size,
+            "prompts": len(ours.outputs),
+            "skipped": len(self.bad),
+            **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
+        }
+        steps = getattr(self.model, "compiled_steps", None)
+        if steps is not None:
+            report["compile_s"] = steps.seconds  # the warm-up's too
+        if self.shows:
+            print_report(report)
+            print(json.dumps(report), flush=True)
+        return report
+
+    def _all_prompts(self, ours: Totals, baseline: Totals) -> None:
+        order = sorted(self.good, key=lambda i: len(self.prompt_tokens[i]))
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        if self.batch_size == 1:
+            batches = [[i] for i in self.good]
+        if self.compare:
+            # Warm-up, not counted: the first steps of a process allocate, tune and compile.
+            for plain in (True, False):
+                self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
+            if self.interrupted:
+                raise KeyboardInterrupt
+        path = self.cfg.get("output_file") if self.shows else None
+        with AnswersInOrder(path, self.examples, self._show) as answers:
+            for batch in batches:
+                plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
+                outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
+                # Both or, after Ctrl-C, none: they are compared.
+                if plain is None:
+                    ours.add(outputs, stats)
+                elif not self.interrupted:
+                    baseline.add(*plain, beside=outputs.values())
+                    ours.add(outputs, stats, beside=plain[0].values())
+                for i, tokens in outputs.items() if self.shows else ():
+                    answers.add(i, self.text_of(i).text(tokens), len(tokens), self.interrupted)
+                if self.interrupted:
+                    raise KeyboardInterrupt
+
+    def _run(
+        self, batch: Sequence[int], limit: int, plain: bool = False, stream: bool = False
+    ) -> tuple[dict[int, list[int]], GenerationStats]:
+        """The prompts of a batch: the tokens of each up to a stop, and what it took; streams a single one."""
+        rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
+        prompts = [self.prompt_tokens[i] for i in batch]
+        texts = [self.text_of(i) for i in batch]
+        shown = texts[0] if stream and self.shows else None
+        if shown is not None:
+            self._print_head(batch[0])
+            shown.column = len(">>> ")
+        generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
+        try:
+            self._follow(generation, texts, shown)
+        except KeyboardInterrupt:
+            if plain or not any(generation.generated):
+                raise
+            self.interrupted = True
+        if shown is not None:
+            print("" if self.cfg.get("stream", True) else shown.text(generation.generated[0]), flush=True)
+        return dict(zip(batch, generation.generated, strict=True)), generation.stats
+
+    def _generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        rng: torch.Generator,
+        plain: bool = False,
+        shown: TextStream | None = None,
+        **kwargs: Any,
+    ) -> Generation:
+        dim_drafts = shown is not None and self.cfg.get("stream") == "draft" and sys.stdout.isatty()
+        generation = Generation(
+            self.model,
+            prompts,
+            limit,
+            exit_layer=None if plain else self.exit_layer,
+            speculation=None if plain else self.speculation,
+            sampler=make_sampler(self.cfg, rng),
+            stop_tokens=self.stop_tokens,
+            compile=bool(self.cfg.get("compile")),
+            agree=agree if num_processes() > 1 else None,
+            **kwargs,
+        )
+        if dim_drafts:
+            generation.on_draft = shown.show_draft
+        return generation
+
+    def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
+        follow(generation, texts, shown if self.cfg.get("stream", True) else None)
+
+    def text_of(self, i: int) -> TextStream:
+        """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
+        goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
+        return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
+
+    def _show(self, i: int, answer: str) -> None:
+        """An answer of a batch; a single one was printed while it grew."""
+        if self.batch_size > 1:
+            self._print_head(i)
+            print(answer, flush=True)
+
+    def _print_head(self, i: int) -> None:
+        prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
+        print(f"\n--- prompt {i + 1} of {len(self.prompts)}\n{prompt}", end="\n>>> ", flush=True)
+
+    # ---- chat ----
+
+    def _chat(self, ours: Totals) -> None:
+        """Questions from standard input, answers to standard output; the cache keeps the conversation so far."""
+        history: list[Message] = []
+        cache = None
+        for turn, question in enumerate(_questions()):
+            try:
+                tokens = self._tokens_of(history, question)
+                self._check_lengths(self.model, [len(tokens)])
+            except ValueError as e:
+                room = self._room_for_question(history)
+                if room < 1:
+                    log.warning("the conversation is over: %s", e)
+                    return
+                log.warning("the question is left out, of at most %d tokens here: %s", room, e)
+                continue
+            rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
+            answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
+            # Twice what this turn needs: a new cache would have to read the conversation anew.
+            reserve = max(1024, 2 * (len(tokens) + self.max_new_tokens))
+            reserve = min(reserve, most_positions(self.model, self.spare)[0] + self.spare)
+            generation = self._generation(
+                [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
+            )
+            try:
+                self._follow(generation, [answer], answer)
+            except KeyboardInterrupt:
+                log.warning("interrupted")
+            cache = generation.cache
+            if not generation.generated[0]:
+                continue  # interrupted before the first token
+            print("" if self.cfg.get("stream", True) else answer.text(generation.generated[0]), flush=True)
+            history.append(Message(role="user", content=question))
+            history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
+            ours.add({turn: generation.generated[0]}, generation.stats)
+
+    def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
+        """Raises a ValueError unless prompts of these lengths fit the model."""
+        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
+
+    def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
+        """A conversation so far, after the system prompt, with a question; raises a ValueError if it is refused."""
+        system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.get("system_prompt") else []
+        turn = [Message(role="user", content=question), Message(role="assistant", content="")]
+        return to_tokens([*system, *history, *turn], self.tokenizer)
+
+    def _room_for_question(self, history: Sequence[Message]) -> int:
+        """How many tokens a question may have after this conversation; less than 1 if none can follow."""
+        try:
+            shortest = len(self._tokens_of(history, "?"))
+        except ValueError:
+            return 0
+        return most_positions(self.model, self.spare)[0] - self.max_new_tokens - shortest + 1
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input until it ends, or /exit."""
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError as e:
+            log.warning("the question is left out: %s", e)
+            continue
+        if question == "/exit":
+            return
+        if question:
+            yield question

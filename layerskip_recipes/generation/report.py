@@ -1,0 +1,226 @@
+"""What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune import utils
+
+from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, is_looping
+from layerskip_recipes.generation.timing import memory_bandwidth
+
+log = utils.get_logger("INFO")
+
+
+def place_of(document: Path, key: str, interrupted: bool) -> Path:
+    """Where a report in JSON goes: one that was interrupted goes beside a complete one, not in its place.
+
+    Args:
+        document: where it is to go.
+        key: of the config that says so, for a warning.
+        interrupted: whether it was.
+    """
+    if not interrupted:
+        return document
+    try:
+        complete = not json.loads(document.read_text()).get("interrupted", False)
+    except (OSError, ValueError, AttributeError):  # none, or another document
+        complete = False
+    if complete:
+        log.warning("%s: the complete %s of an earlier run stays", key, document)
+    return document.with_stem(f"{document.stem}_interrupted") if complete else document
+
+
+@dataclass
+class Totals:
+    """What one way of decoding did over all prompts; the outputs that loop are counted apart."""
+
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    straight: GenerationStats = field(default_factory=GenerationStats)  # of batches without loops
+    compared: GenerationStats = field(default_factory=GenerationStats)  # of those where nothing loops on either side
+    looping: int = 0
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, outputs: dict[int, list[int]], stats: GenerationStats, beside: Iterable[list[int]] = ()) -> None:
+        """The outputs of one batch, by prompt, and what they took.
+
+        Args:
+            outputs: of a batch; with one that loops all of it counts as looping.
+            stats: of the batch.
+            beside: what the batch is compared with.
+        """
+        self.outputs |= outputs
+        self.stats = self.stats + stats
+        loops = sum(map(is_looping, outputs.values()))
+        self.looping += loops
+        if not loops:
+            self.straight = self.straight + stats
+            if not any(map(is_looping, beside)):
+                self.compared = self.compared + stats
+
+
+def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
+    """The figures of a run; times in seconds.
+
+    Args:
+        ours: what the config asked for.
+        baseline: the autoregressive run on the same prompts, if there was one.
+        greedy: whether outputs can be compared.
+        device: for memory and its bandwidth.
+    """
+    stats, straight = ours.stats, ours.straight
+    peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
+    bandwidth = memory_bandwidth(device)
+    per_second = stats.tokens_per_second
+    moved = None if stats.bytes_per_token is None or not per_second else stats.bytes_per_token * per_second
+    report = {
+        "tokens": stats.tokens,
+        "prefill_s": stats.prefill_s,
+        "prefill_tokens": stats.prefill_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "decode_s": stats.decode_s,
+        "draft_s": stats.draft_s,
+        "verify_s": stats.verify_s,
+        "accept_s": stats.accept_s if stats.drafted else None,
+        "compile_s": stats.compile_s,
+        "tokens_per_second": per_second,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance_rate": stats.acceptance_rate,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "rounds": stats.rounds,
+        "rounds_by_kind": dict(stats.arms),
+        "accepted_per_round": over(stats.accepted, row_rounds(stats)) if stats.drafted else None,
+        "accepted_histogram": stats.accepted_histogram,
+        "looping_outputs": ours.looping,
+        "acceptance_rate_not_looping": straight.acceptance_rate,
+        "bytes_per_token": stats.bytes_per_token,
+        "memory_bandwidth": bandwidth,
+        "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,
+        "peak_memory_bytes": peak,
+    }
+    if baseline is None:
+        return report
+    speedup = ratio(stats, baseline.stats)
+    report |= {
+        "baseline_tokens_per_second": baseline.stats.tokens_per_second,
+        "baseline_prefill_s": baseline.stats.prefill_s,
+        "baseline_decode_s": baseline.stats.decode_s,
+        "baseline_tokens": baseline.stats.tokens,
+        "speedup": speedup,
+        "speedup_not_looping": ratio(ours.compared, baseline.compared),
+        **{name: value for name, value in draft_figures(stats, baseline.stats, speedup).items() if name not in report},
+        # Two samplings differ by chance; only greedy outputs can be the same tokens, if there are any.
+        "identical": ours.outputs == baseline.outputs if greedy and ours.outputs else None,
+    }
+    return report
+
+
+def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
+    """What drafting brought and cost, and how near the speed-up is to the ideal one by these.
+
+    The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
+    of an autoregressive step. Drafts that are looked up in the text take no step, so d c is there the steps of a round
+    times c.
+
+    Args:
+        stats: of the way.
+        baseline: of autoregressive decoding.
+        speedup: measured.
+    """
+    rounds = row_rounds(stats)
+    d, steps = over(stats.drafted, rounds), over(stats.draft_steps, stats.rounds)
+    plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
+    cost = draft_s / plain_s if d and draft_s and plain_s else None
+    ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
+    return {
+        "tokens_per_round": over(stats.tokens - stats.rows, rounds) if stats.rounds else None,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance_rate": stats.acceptance_rate,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "drafted_per_round": d or None,
+        "draft_steps_per_round": steps if d else None,
+        "draft_cost": cost,
+        "ideal_speedup": ideal,
+        "engine_efficiency": speedup / ideal if speedup and ideal else None,
+    }
+
+
+def row_rounds(stats: GenerationStats) -> int:
+    """Rounds by rows: a row takes part until it has finished. What does not draft has a token in each."""
+    return sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
+
+
+def over(a: float, b: float) -> float | None:
+    """a / b, None if b is 0."""
+    return a / b if b else None
+
+
+def ratio(a: GenerationStats, b: GenerationStats) -> float | None:
+    """a's tokens per second over b's."""
+    fast, slow = a.tokens_per_second, b.tokens_per_second
+    return fast / slow if fast and slow else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory the device's allocator held; on a CPU the most this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report for people: one line a figure."""
+
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
+    print(f"tokens             {report['tokens']}")
+    reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
+    print(f"prefill            {report['prefill_s']:.2f} s{reused}")
+    compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
+    print(
+        f"decode             {report['decode_s']:.2f} s, {show(report['tokens_per_second'], '.1f')} tokens/s{compiled}"
+    )
+    if report["drafted"]:
+        print(
+            f"phases             draft {report['draft_s']:.2f} s, verify {report['verify_s']:.2f} s, "
+            f"rest {report['accept_s']:.2f} s"
+        )
+    print(
+        f"acceptance         {show(report['acceptance_rate'], '.2f')} ({report['accepted']} of {report['drafted']}), "
+        f"{show(report['accepted_per_round'], '.2f')} per round"
+    )
+    if len(report["rounds_by_kind"]) > 1:
+        print(f"rounds             {', '.join(f'{count} {kind}' for kind, count in report['rounds_by_kind'].items())}")
+    print(
+        f"looping outputs    {report['looping_outputs']} of {report['prompts']}; without them acceptance "
+        f"{show(report['acceptance_rate_not_looping'], '.2f')}"
+    )
+    print(
+        f"memory             peak {report['peak_memory_bytes'] / 1e6:.0f} MB; "
+        f"{show((report['bytes_per_token'] or 0) / 1e6, '.1f')} MB read per token, "
+        f"{show(report['share_of_memory_bandwidth'], '.0%')} of the bandwidth"
+    )
+    if "speedup" in report:
+        print(f"autoregressive     {show(report['baseline_tokens_per_second'], '.1f')} tokens/s")
+        print(
+            f"speed-up           {show(report['speedup'], '.2f')}x; without looping outputs "
+            f"{show(report['speedup_not_looping'], '.2f')}x"
+        )
+        if report["ideal_speedup"]:
+            print(
+                f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of "
+                f"{show(report['draft_cost'], '.3f')}; engine efficiency {show(report['engine_efficiency'], '.2f')}"
+            )
+        nothing = "- (sampling)" if report["temperature"] else "-"
+        same = {True: "yes", False: "NO", None: nothing}[report["identical"]]
+        print(f"identical output   {same}")

@@ -1,0 +1,259 @@
+"""LoRA and DoRA adapters of torchtune's builders: which they are, how they start, how they merge into the weights.
+
+A model has adapters if its modules do; the recipe trains those, and everything else of it is frozen.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
+
+from layerskip_recipes.config.checks import check_choice, check_number
+from layerskip_recipes.config.loading import component_parameters
+
+BIASES = "scaled biases"  # beside torchtune's keys in what a checkpoint holds
+ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
+
+
+def adapter_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The LoRA or DoRA layers of a model by name, before layers are wrapped for activation checkpointing."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters' parameters; empty for a model without adapters."""
+    return list(get_adapter_params(model))
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Only adapters train from here on, if the model has any."""
+    adapters = get_adapter_params(model)
+    if adapters:
+        set_trainable_params(model, adapters)
+
+
+def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Adapters that change nothing yet: A as a linear layer starts, B = 0, DoRA's magnitude that of the weight's rows.
+
+    Args:
+        model: with adapters, on any device.
+        base: the state_dict of its other weights.
+        seed: of A.
+
+    Returns:
+        The adapters' state_dict, on the CPU.
+    """
+    state, generator = {}, torch.Generator().manual_seed(seed)
+    for name, module in adapter_modules(model).items():
+        a = torch.empty(module.lora_a.weight.shape, dtype=module.lora_a.weight.dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        state[f"{name}.lora_a.weight"] = a
+        state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
+        if hasattr(module, "magnitude"):
+            weight = base[f"{name}.weight"]
+            if isinstance(module.weight, NF4Tensor):  # the rows that the model will have
+                weight = to_nf4(weight.to(a.dtype), module.weight.block_size, module.weight.scaler_block_size)
+                weight = weight.get_original_weight()
+            state[f"{name}.magnitude"] = torch.linalg.norm(weight.float(), dim=1).to(a.dtype)
+    return state
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's adapter_config.json says, with torchtune's module names."""
+    modules = adapter_modules(model)
+    one = next(iter(modules.values()))
+    rank = one.lora_a.weight.shape[0]
+    config = {
+        "r": rank,
+        "lora_alpha": one.alpha if hasattr(one, "alpha") else one.scaling * rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+        "peft_type": "LORA",
+    }
+    return config | ({"use_dora": True} if hasattr(one, "magnitude") else {})
+
+
+@torch.no_grad()
+def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The biases as the trained model has them: torchtune's DoRA scales W x + b as a whole. Empty without any.
+
+    Args:
+        state: of the model with adapters, on rank 0.
+        config: of `adapter_config`.
+    """
+    biases = {}
+    for name in (name.removesuffix(".magnitude") for name in state if name.endswith(".magnitude")):
+        if f"{name}.bias" in state:
+            b, a = state[f"{name}.lora_b.weight"], state[f"{name}.lora_a.weight"]
+            weight = state[f"{name}.weight"] + config["lora_alpha"] / config["r"] * b @ a
+            scale = state[f"{name}.magnitude"] / torch.linalg.norm(weight, dim=1)
+            biases[f"{name}.bias"] = state[f"{name}.bias"] * scale
+    return biases
+
+
+@torch.no_grad()
+def merged(
+    state: Mapping[str, torch.Tensor], config: Mapping[str, Any], in_place: bool = False
+) -> dict[str, torch.Tensor]:
+    """The state_dict of the plain model: adapters merged into the weights.
+
+    Args:
+        state: of the model with adapters.
+        config: of `adapter_config`.
+        in_place: the weights of the state are nobody else's, and change; else they are copied.
+    """
+    names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
+    copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
+    own = dict(state) | copies
+    own |= scaled_biases(state, config)  # torchtune's merge leaves them as they were
+    return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model with plain linear layers: adapters merged into the weights, NF4 ones unpacked; changed in place."""
+    modules = adapter_modules(model)
+    # On the CPU, where NF4 weights are unpacked to.
+    state = model.state_dict() if modules else {}
+    state = {name: value if value.is_meta else value.cpu() for name, value in state.items()}
+    state = merged(state, adapter_config(model)) if modules else {}
+    for name, module in list(model.named_modules()):
+        packed = isinstance(getattr(module, "weight", None), NF4Tensor)
+        if name not in modules and not packed:
+            continue
+        weight = state[f"{name}.weight"] if name in modules else module.weight.get_original_weight()
+        bias = state.get(f"{name}.bias") if name in modules else module.bias
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        place = {"device": module.weight.device, "dtype": module.weight.dtype}
+        linear.weight = nn.Parameter(weight.to(**place))
+        linear.bias = None if bias is None else nn.Parameter(bias.to(**place))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+    return model
+
+
+def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.Tensor]) -> None:
+    """Mend what torchtune 0.6.1 writes for PEFT: rows of q and k in Hugging Face's order, as their weights are.
+
+    It reorders B of every family, where Qwen2's weights are in that order already, and never DoRA's magnitudes. And
+    PEFT's DoRA scales no biases: they go beside the adapters, as those that PEFT itself trained would.
+
+    Args:
+        folder: a checkpoint's, with PEFT's two files or without.
+        model_type: torchtune's name of the family.
+        biases: of `scaled_biases`.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not (file.exists() and (folder / "config.json").exists()):
+        return
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"]}
+    heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]  # Llama 1 does not say
+    state = load_file(file)
+    for name, value in state.items():
+        count = next((number for module, number in heads.items() if module in name), None)
+        if count is None:
+            continue
+        if model_type == "QWEN2" and "lora_B" in name:
+            state[name] = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape).contiguous()
+        elif model_type != "QWEN2" and "magnitude" in name:
+            state[name] = value.view(count, -1, 2).transpose(1, 2).reshape(value.shape).contiguous()
+    for name, value in biases.items():
+        module = name.removesuffix(".bias").replace(".attn.", ".self_attn.")  # only q, k and v of Qwen2 have one
+        state[f"base_model.model.model.{module}.base_layer.bias"] = value.contiguous()
+    save_file(state, file, metadata={"format": "pt"})
+    if biases:
+        described = folder / "adapter_config.json"
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"bias": "lora_only"}))
+
+
+def check_lora_arguments(cfg: DictConfig) -> None:
+    """Raises a ValueError for a LoRA builder's arguments that torchtune itself stumbles over, or ignores."""
+    section = cfg.get("model")
+    section = section.get("base") or section if isinstance(section, DictConfig) else {}
+    check_number("model.lora_rank", section.get("lora_rank"), minimum=1, optional=True, example=8)
+    check_number(
+        "model.lora_alpha", section.get("lora_alpha"), minimum=0, above=True, integer=False, optional=True, example=16
+    )
+    modules = section.get("lora_attn_modules")
+    for name in modules if isinstance(modules, ListConfig) else ():
+        check_choice("model.lora_attn_modules", name, ("q_proj", "k_proj", "v_proj", "output_proj"))
+
+
+def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
+    """Raises a ValueError if a config asks for adapters that its model does not have, or has them where none may be."""
+    names = adapter_names(model)
+    builder = cfg.model.get("base") or cfg.model
+    if not names and "lora_attn_modules" in (component_parameters(builder._component_) or ()):
+        raise ValueError(
+            f"model.lora_attn_modules: {builder._component_} makes no adapter parameters with these arguments; for "
+            'example model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
+        )
+    if cfg.get("save_adapter_weights_only") and not names:
+        raise ValueError(
+            f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
+            "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
+        )
+    if names and cfg.checkpointer.get("safe_serialization") is False:
+        raise ValueError(
+            "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
+            "checkpointer.safe_serialization=true"
+        )
+
+
+def adapter_file(path: str) -> Path:
+    """The file of `checkpointer.adapter_checkpoint`, which may name its folder; a ValueError if there is none."""
+    file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"checkpointer.adapter_checkpoint: {path!r} is neither an {ADAPTER_FILE} nor a folder with one"
+        )
+    return file
+
+
+def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters in torchtune's form from a checkpoint's folder or its adapter_model.pt.
+
+    Args:
+        path: of the folder or the file.
+        model: with adapters, on any device.
+
+    Raises:
+        ValueError: if they are not there, or not this model's.
+    """
+    file = adapter_file(path)
+    key = "checkpointer.adapter_checkpoint"
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune"
+        ) from e
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
+    described, own = file.with_name("adapter_config.json"), adapter_config(model)
+    alpha = json.loads(described.read_text()).get("lora_alpha") if described.exists() else None
+    if alpha is not None and alpha != own["lora_alpha"]:
+        raise ValueError(
+            f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
+            f"example model.lora_alpha={alpha}"
+        )
+    expected = get_adapter_params(model)
+    for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{key}: {str(file)!r} is not of this model, it {what} {first}; {len(names)} in all")
+    for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"{key}: {name} is {tuple(value.shape)} there and {tuple(expected[name].shape)} in the model; "
+                "check model.lora_rank"
+            )
+    return state

@@ -1,1 +1,0 @@
-"""The recipes of `tune run layerskip_finetune`, `layerskip_generate` and `layerskip_eval`: wiring only."""

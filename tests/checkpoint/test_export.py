@@ -1,0 +1,188 @@
+"""`layerskip export`: what it writes opens in transformers and means what it should."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.training import train
+from safetensors.torch import load_file, save_file
+
+from layerskip_recipes.checkpoint.export import export, first_layers
+
+transformers = pytest.importorskip("transformers")
+load = transformers.AutoModelForCausalLM.from_pretrained
+TOKENS = torch.arange(4, 20)[None]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer_folder):
+    return make_checkpoint(tmp_path / "model", tokenizer_folder)
+
+
+@pytest.fixture
+def sharded(checkpoint):
+    """The same weights in two files, as large models have them: layers 2 and 3 in the second."""
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = {1: [n for n in weights if ".2." not in n and ".3." not in n]}
+    names[2] = [n for n in weights if n not in names[1]]
+    where = {}
+    for number, part in names.items():
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, checkpoint / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    return checkpoint
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "sharded"])
+@pytest.mark.parametrize("draft", [1, 2, 3, 4])
+def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, request):
+    whole = request.getfixturevalue(form)
+    out = export(str(whole), str(tmp_path / "draft"), draft=draft)
+    model, full = load(out), load(whole)
+    with torch.no_grad():
+        hidden = full.model.embed_tokens(TOKENS)
+        places = torch.arange(TOKENS.shape[1])[None]
+        for layer in full.model.layers[:draft]:
+            hidden = layer(hidden, position_embeddings=full.model.rotary_emb(hidden, places), attention_mask=None)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        expected = full.lm_head(full.model.norm(hidden))
+        # Without a mask attention is causal in both.
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert model.config.num_hidden_layers == draft
+    files = {name for file in out.glob("*.safetensors") for name in load_file(file)}
+    assert not [name for name in files if any(f".layers.{layer}." in name for layer in range(draft, 4))]
+
+
+def test_a_draft_drafts_in_transformers(checkpoint, tmp_path):
+    """`assistant_model=`: the same tokens, and the assistant was asked."""
+    draft = load(export(str(checkpoint), str(tmp_path / "draft"), draft=2))
+    model, calls = load(checkpoint), []
+    expected = model.generate(TOKENS, max_new_tokens=12, do_sample=False)
+    draft.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=12, do_sample=False, assistant_model=draft), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "sharded"])
+def test_the_whole_model_carries_its_exit(form, tmp_path, request):
+    whole = request.getfixturevalue(form)
+    (whole / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    out = export(str(whole), str(tmp_path / "out"), exit_layer=2)
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert settings == {"temperature": 0.7, "do_sample": True, "assistant_early_exit": 2}
+    ours, theirs = load(out).state_dict(), load(whole).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (out / "tokenizer.json").read_text() == (whole / "tokenizer.json").read_text()
+
+
+def test_an_end_token_ends_the_text_as_before(checkpoint, tmp_path):
+    """transformers reads it from config.json where there is no generation_config.json, as after a training from
+    scratch, and else from that alone."""
+    assert not (checkpoint / "generation_config.json").exists()
+    text = load(checkpoint).generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
+    end = next(token for i, token in enumerate(text) if 2 <= i < 10 and token not in text[:i])
+    settings = json.loads((checkpoint / "config.json").read_text()) | {"eos_token_id": end}
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    out = load(export(str(checkpoint), str(tmp_path / "out"), exit_layer=2))
+    ended = out.generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
+    assert ended == text[: text.index(end) + 1]
+
+
+def test_without_an_exit_none_stays(checkpoint, tmp_path):
+    """transformers takes the exit before an `assistant_model`."""
+    first = export(str(checkpoint), str(tmp_path / "first"), exit_layer=2)
+    again = export(str(first), str(tmp_path / "again"))
+    assert load(again).generation_config.assistant_early_exit is None
+    assert load(first).generation_config.assistant_early_exit == 2
+
+
+def test_files_that_configs_name_come_along(checkpoint, tmp_path):
+    """Llama's tokenizer for torchtune, and chat templates in a folder of their own."""
+    for name in ("original/tokenizer.model", "additional_chat_templates/tool_use.jinja"):
+        (checkpoint / name).parent.mkdir()
+        (checkpoint / name).write_text(name)
+    (checkpoint / "original" / "consolidated.00.pth").write_text("weights")
+    out = export(str(checkpoint), str(tmp_path / "out"))
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
+    assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
+
+
+def test_a_draft_has_no_exit_of_the_whole_model(checkpoint, tmp_path):
+    whole = export(str(checkpoint), str(tmp_path / "whole"), exit_layer=2)
+    draft = export(str(whole), str(tmp_path / "draft"), draft=1)
+    assert json.loads((whole / "generation_config.json").read_text())["assistant_early_exit"] == 2
+    settings = draft / "generation_config.json"
+    assert not settings.exists() or "assistant_early_exit" not in json.loads(settings.read_text())
+    assert load(draft).generation_config.assistant_early_exit is None
+
+
+def test_a_finetuned_checkpoint(tmp_path, tokenizer_folder):
+    train(finetune_config(tmp_path, tokenizer_folder, max_steps_per_epoch=1))
+    out = export(str(tmp_path / "out" / "epoch_0"), str(tmp_path / "export"), exit_layer=1)
+    assert not (out / "recipe_state.pt").exists()
+    assert load(out).generation_config.assistant_early_exit == 1
+
+
+def test_lists_by_layer_are_cut():
+    """Gemma 2 and Qwen 2 list the kind of each layer; other lists stay."""
+    config = {
+        "num_hidden_layers": 4,
+        "layer_types": ["a", "b", "a", "b"],
+        "architectures": ["X"],
+        "eos_token_id": [1, 2],
+    }
+    expected = config | {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
+    assert first_layers(config, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": 5}, r"--draft: 5 .*1 to 4"),
+        ({"exit_layer": 0}, r"--exit-layer: 0 .*1 to 4"),
+        ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
+        ({"out": "model"}, "'.*model' exists already"),
+        ({"checkpoint": "nowhere"}, "'.*nowhere' is no Hugging Face folder"),
+        ({"out": "model/config.json/out"}, "export: .*config.json' is in the way"),
+    ],
+)
+def test_a_mistake(options, message, checkpoint, tmp_path):
+    paths = {"checkpoint": "model", "out": "out"} | {k: options.pop(k) for k in ("checkpoint", "out") if k in options}
+    with pytest.raises(ValueError, match=message):
+        export(*(str(tmp_path / paths[key]) for key in ("checkpoint", "out")), **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_model.safetensors", r"' holds only adapters\. Give a checkpoint with merged weights, such as "),
+        ("model-00001-of-00001.bin", r"' holds model-00001-of-00001.bin and no model\*.safetensors\. Give a folder "),
+        ("weights.pt", r"' holds no model\*.safetensors\. Give a folder that does, such as a finetuned epoch_0$"),
+    ],
+)
+def test_a_folder_without_the_weights(file, message, checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / file)
+    with pytest.raises(ValueError, match=rf"^export: '.*model{message}"):
+        export(str(checkpoint), str(tmp_path / "out"))
+    assert not Path(tmp_path / "out").exists()
+
+
+def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    """So the same command works again, without being told that the folder exists."""
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    out = tmp_path / "exports" / "out"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("layerskip_recipes.checkpoint.export.save_file", full)
+        export(str(checkpoint), str(out))
+    assert list(out.parent.iterdir()) == []
+    assert load(export(str(checkpoint), str(out))).config.num_hidden_layers == 4
+    assert list(out.parent.iterdir()) == [out]

@@ -1,0 +1,324 @@
+"""The command line: `layerskip ls / cp / cat / validate`, and what `tune run` shows after a user's mistake."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import forks
+from helpers.commands import last_line, run_tune
+from helpers.configs import finetune_config, generate_config, make_checkpoint, write_yaml
+
+import layerskip_recipes
+from layerskip_recipes.benchmark import training_cost
+from layerskip_recipes.cli.commands import recipe_of
+from layerskip_recipes.cli.recipes import evaluate as evaluate_main
+from layerskip_recipes.cli.recipes import finetune as finetune_main
+from layerskip_recipes.cli.recipes import generate as generate_main
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.names import find_config, our_configs
+
+
+def mistake(result: tuple[int, str, str]) -> str:
+    """The one line on stderr of a command that failed as it should."""
+    status, out, err = result
+    assert status == 1 and out == ""
+    assert err.startswith("ValueError: ") and err.count("\n") == 1
+    return err
+
+
+# -------------------------------------------------------------------------------------------------------- layerskip
+
+
+def test_ls_names_what_the_other_commands_take(layerskip):
+    """Ours first, none of the _*.yaml that are only there to be extended; each name leads to a file."""
+    status, out, _ = layerskip("ls")
+    lines = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    names, ours = [line[0] for line in lines], len(our_configs())
+    assert status == 0 and names[:ours] == list(our_configs())
+    assert lines[:ours] == [[name, recipe_of(load_config(name))] for name in our_configs()]
+    assert "llama3_2/1B_full_single_device" in names and not any("/_" in name for name in names)
+    for name in names:
+        assert find_config(name).is_file()
+
+
+@pytest.mark.parametrize("target", ["mine.yaml", "mine", "folder/mine.yaml", "folder"])
+def test_cp_copies_the_file_with_its_comments(target, layerskip):
+    """A missing .yaml is added; a folder that exists gets the file under its own name."""
+    if target == "folder":
+        Path(target).mkdir()
+    status, out, _ = layerskip("cp", "quickstart/finetune", target)
+    path = Path({"mine": "mine.yaml", "folder": "folder/finetune.yaml"}.get(target, target))
+    assert status == 0 and str(path) in out
+    assert path.read_text().startswith("# Quickstart")
+
+
+@pytest.mark.parametrize("name", our_configs())
+def test_a_copy_means_the_same_from_anywhere(name, layerskip):
+    """Also where the original extends a file beside it."""
+    layerskip("cp", name, "mine.yaml")
+    assert load_config("mine.yaml") == load_config(name)
+
+
+def test_cp_overwrites_nothing(layerskip):
+    Path("mine.yaml").write_text("mine: 1\n")
+    assert "cp: 'mine.yaml' exists" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml"))
+    assert Path("mine.yaml").read_text() == "mine: 1\n"
+
+
+def test_cp_into_a_file(layerskip):
+    Path("file").touch()
+    assert "'file/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "file/mine.yaml"))
+
+
+def test_cost_compares_ours_with_torchtunes(layerskip, monkeypatch):
+    """Every way has figures, and the ratios are those of the figures. The first way's process is a real one."""
+    start, started = subprocess.run, []
+
+    def run(command, **kwargs):
+        started.append(command)
+        if len(started) == 1:
+            return start(command, **kwargs)
+        return forks.run(command[1:], Path.cwd(), [os.environ])[0]
+
+    monkeypatch.setattr(training_cost.subprocess, "run", run)
+    options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
+    status, out, _ = layerskip("cost", "quickstart/finetune", "model.num_layers=3", "--layers", "0", *options)
+    report = json.loads(out.splitlines()[-1])
+    figures = report["figures"]
+    assert status == 0 and len(started) == 6
+    assert set(figures) == {"ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer"}
+    assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
+    time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]
+    assert report["ratios"]["exits / torchtune's exits, time"] == pytest.approx(time)
+
+
+def test_cat_shows_the_merged_config(layerskip):
+    """Its output is a config by itself: nothing left to extend, overrides applied, interpolations kept."""
+    _, out, _ = layerskip("cat", "quickstart/generate", "temperature=0.8")
+    Path("mine.yaml").write_text(out)
+    expected = load_config("quickstart/generate", ["temperature=0.8"])
+    assert "extends" not in out and "${output_dir}" in out
+    assert load_config("mine.yaml") == expected and expected.temperature == 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("quickstart/finetune", "layerskip_finetune"),
+        ("quickstart/generate", "layerskip_generate"),
+        ("quickstart/eval", "layerskip_eval"),
+    ],
+)
+def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
+    """Neither the checkpoint nor the device, and the tokenizer that the quickstart trains is not trained."""
+    status, out, _ = layerskip("validate", name, "device=cuda")
+    assert status == 0 and f"tune run {recipe}" in out
+    assert list(Path().iterdir()) == []
+
+
+def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
+    """As by `tune run`, which looks in the current folder too; so does `cat`, for what a new component takes."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_own_data.py").write_text("def dataset(tokenizer, length): ...\n")
+    section = {"_component_": "my_own_data.dataset", "length": 3}
+    write_yaml(Path("mine.yaml"), {"extends": "quickstart/finetune", "dataset": section})
+    status, _, err = layerskip("validate", "mine.yaml")
+    assert status == 0, err
+    status, out, err = layerskip("cat", "mine.yaml")
+    assert status == 0 and "length: 3" in out and "split: train" not in out, err
+
+
+def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
+    """Those that extend a generation config have its keys, switched off."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
+        Path(re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
+    layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
+    recipes = {"my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
+    for name, recipe in {"my": "finetune", "my_data": "finetune", **recipes}.items():
+        status, out, err = layerskip("validate", f"{name}.yaml")
+        assert status == 0 and out == f"{name}.yaml: fine, for `tune run layerskip_{recipe}`\n", err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # What stays of the generation config is refused by the recipe that is meant.
+        ({"variants": {"chain": {"exit_layer": 3}}, "report_dir": "x"}, "self_speculation: .* variants lists"),
+        ({"variants": {"chain": {"exit_layer": 3}}, "self_speculation": None, "benchmark": None}, "report_dir: None"),
+        ({"tasks": ["arc_easy"], "temperature": 0.8}, "prompts: .* it measures a dataset, tasks or human_eval"),
+        ({"human_eval": {"file": "x"}}, "prompts: .* it measures"),
+    ],
+)
+def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, layerskip):
+    write_yaml(Path("mine.yaml"), {"extends": "quickstart/generate", **change})
+    assert re.search(message, mistake(layerskip("validate", "mine.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["validate", "quickstart/finetune", "batch_size=0"], "batch_size: 0"),
+        (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
+        (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
+        (["validate", "quickstart/generate", "device=gpu"], "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
+        (["validate", "quickstart/generate", "repetition_penalty=0"], "Allowed: a number above 0; for example"),
+        (["validate", "quickstart/eval", "layers=99"], "layers: 99"),
+        (["validate", "quickstart/finetune", "~optimizer"], "optimizer: "),
+        (["validate", "quickstart/finetun"], "Nearest: quickstart/finetune"),
+        (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
+        (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
+        (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
+        (["cost", "quickstart/finetune", "--layers", "99"], "--layers: '99' reaches outside"),
+        (["cost", "quickstart/finetune", "--batch", "0"], "--batch: 0"),
+        (["cost", "quickstart/finetune", "--prob", "2"], "--prob: 2"),
+        (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
+        (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
+        (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
+        (["cost", "quickstart/generate"], "prompts: unknown key"),
+        (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
+    assert message in mistake(layerskip(*args))
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [[], ["foo"], ["cp", "quickstart/finetune"], ["validate"], ["ls", "--all"]])
+def test_a_wrong_command_shows_the_usage(args, layerskip):
+    status, out, err = layerskip(*args)
+    assert status == 2 and out == "" and "usage: layerskip" in err
+
+
+def test_help_names_the_commands(layerskip):
+    status, out, _ = layerskip("--help")
+    assert status == 0 and all(
+        f"    {command} " in out
+        for command in ("ls", "cp", "cat", "validate", "cost", "decoding-cost", "export", "results")
+    )
+
+
+def test_every_argument_has_a_help(layerskip):
+    _, out, _ = layerskip("cp", "--help")
+    assert re.search(r"^  name +a config's name", out, flags=re.M)
+    assert re.search(r"^  file +where to copy it", out, flags=re.M)
+
+
+def test_the_installed_command(tmp_path):
+    """The console script itself, from a folder that is not the checkout."""
+    command = Path(sys.executable).with_name("layerskip")
+    done = subprocess.run(
+        [command, "validate", "quickstart/finetune", "epochs=0"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and last_line(done.stderr).startswith("ValueError: epochs: 0")
+
+
+def test_overrides_behind_options(layerskip):
+    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "model.num_layers=3")
+    assert status == 1 and err.startswith("ValueError: --repeats: 0")
+    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "--wrong=3")
+    assert status == 2 and "unrecognized arguments: --wrong=3" in err
+
+
+def test_a_pipe_that_ends(tmp_path):
+    """`layerskip ls | head -1` has all that it wants."""
+    command = f"{sys.executable} -c 'from layerskip_recipes.cli import main; main()' ls | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "layerskip configs\n" and "Error" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- tune run
+
+
+def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
+    for start, config, meant in (
+        (generate_main, "quickstart/finetune", "layerskip_finetune"),
+        (finetune_main, "quickstart/generate", "layerskip_generate"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["recipe", "--config", config])
+        with pytest.raises(SystemExit, match="1"):
+            start()
+        err = capsys.readouterr().err
+        assert ": unknown key. " in err and err.endswith(f". The config looks like one for `tune run {meant}`\n")
+
+
+def test_the_public_generate_survives_the_recipe():
+    """`layerskip_recipes.generate(model, ...)`, also after the recipe's module was imported (as here)."""
+    assert "layerskip_recipes.generation.recipe" in sys.modules
+    assert callable(layerskip_recipes.generate)
+
+
+@pytest.mark.parametrize("start", [finetune_main, generate_main, evaluate_main])
+@pytest.mark.parametrize("flag", ["--batch_size=3", "--batch_size"])
+def test_an_option_instead_of_an_override(start, flag, monkeypatch, capsys):
+    """What other trainers want; here it is refused before the config is even looked for."""
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", "nothere.yaml", flag])
+    with pytest.raises(SystemExit, match="1"):
+        start()
+    assert capsys.readouterr().err.startswith(f"ValueError: argument: '{flag}' is unknown. Allowed: --config NAME and")
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer_folder):
+    """A folder with finetune.yaml and generate.yaml, to start from."""
+    finetune_config(tmp_path, tokenizer_folder)
+    generate_config(tmp_path, make_checkpoint(tmp_path / "checkpoint", tokenizer_folder))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["layerskip_finetune", "--config", "finetune.yaml", "batch_size=0"],
+            "batch_size: 0 is not allowed. Allowed: an integer of 1 or more",
+        ),
+        # From inside of torch, where an exception is no message of ours.
+        (["layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]"], "optimizer"),
+        (["layerskip_generate", "--config", "generate.yaml", "self_speculation.exit_layer=5"], "exit_layer: 5 "),
+        (["layerskip_eval", "--config", "quickstart/evl"], "config: 'quickstart/evl' "),
+    ],
+)
+def test_a_users_mistake(args, message, folder):
+    """The last line on stderr says it; status 1, no traceback, within seconds, and nothing is written."""
+    before = sorted(folder.iterdir())
+    started = time.perf_counter()
+    done = run_tune("run", *args, cwd=folder)
+    assert time.perf_counter() - started < 60  # 8 s on two busy cores, most of it the imports
+    last = last_line(done.stderr)
+    assert last.startswith("ValueError: ") and message in last
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_users_mistake_under_torchrun(folder):
+    """The same line; torchrun then adds its own report of the failed process, which nobody can keep it from."""
+    args = ["--nnodes", "1", "--nproc_per_node", "1", "layerskip_finetune", "--config", "finetune.yaml", "epochs=0"]
+    done = run_tune("run", *args, cwd=folder)
+    ours, _, torchruns = done.stderr.partition("ChildFailedError")
+    assert done.returncode == 1 and torchruns
+    line = next(line for line in ours.splitlines() if line.startswith("ValueError: epochs: 0 "))
+    assert "Traceback" not in ours[: ours.index(line)]
+    assert not (folder / "out").exists()
+
+
+def test_help(folder):
+    """`--help` after a config (torchtune insists on one) shows what the recipe is, and how to start it."""
+    done = run_tune("run", "layerskip_generate", "--config", "generate.yaml", "--help", cwd=folder)
+    assert done.returncode == 0
+    assert "usage: layerskip_generate" in done.stdout and "tune run layerskip_generate --config" in done.stdout
+
+
+def test_a_bug_keeps_its_traceback(folder):
+    """Only a mistake in the config is cut down to a line: an error in a component of the user's own must show where."""
+    (folder / "mine.py").write_text("def dataset(tokenizer):\n    return {}['sample']\n")
+    write_yaml(folder / "mine.yaml", {"extends": "finetune.yaml", "dataset": {"_component_": "mine.dataset"}})
+    done = run_tune("run", "layerskip_finetune", "--config", "mine.yaml", cwd=folder)
+    assert done.returncode == 1
+    assert "mine.py" in done.stderr and "KeyError: 'sample'" in done.stderr

@@ -1,0 +1,406 @@
+"""hf_tokenizer against transformers (tokens), against texts written down by hand (loss masks), and inside torchtune."""
+
+import base64
+import json
+import pickle
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import SIZE
+from helpers.smollm2 import smollm2_folder
+from jinja2 import TemplateError
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torchtune.config import instantiate
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, padded_collate_sft
+from torchtune.datasets import PackedDataset, SFTDataset, chat_dataset, instruct_dataset, text_completion_dataset
+from torchtune.models.llama3 import llama3_tokenizer
+from torchtune.models.llama3_2 import llama3_2_1b
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes.config.settings import check_vocabulary
+from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.generation.text_stream import TextStream
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+CORPUS = [
+    "You are a helpful assistant. What is two plus two? It is four.",
+    "system user assistant tool ipython\nuser\nassistant\n\nWhat is it? Be brief, and think first.",
+    "def add(a, b):\n    return a + b\n\n\nprint(add(2, 2))  # it prints 4",
+    string.printable,
+] * 4
+
+# Templates as they occur, shortened: each treats the conversation in its own way.
+CHATML = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are helpful<|im_end|>
+{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# Writes bos, strips the contents, and refuses an order of roles.
+STRICT = """{{ bos_token }}{% for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}
+    {{- message.role + ': ' + message.content | trim + eos_token -}}
+{% endfor %}
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+# Puts the system prompt into the last user message, so that no beginning of the conversation renders as it does inside.
+MOVING = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}
+{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}
+{% for message in rest %}
+    {%- if message.role == 'user' %}
+        {%- set is_last = rest[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list | length == 0 %}
+        {{- '[INST]' + (system if is_last else '') + message.content + '[/INST]' }}
+    {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}
+{% endfor %}"""
+# Shows the reasoning of the last reply only, and opens it with an empty thought.
+THINKING = """{% for message in messages %}
+    {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+    {%- if message.role == 'assistant' and loop.last %}
+        {%- set content = '<think>\n\n</think>\n\n' + content %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# The rarer things that transformers offers a template.
+FEATURES = """{% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}
+{% if tools is none and documents is none %}{{ {'r': message.role, 'é': '<&>'} | tojson }}{% endif %}
+{% generation %}{{ message.content }}{% endgeneration %}{{ eos_token }}{{ cls_token }}{{ strftime_now('%Y') }}
+{% endfor %}"""
+TEMPLATES = {"chatml": CHATML, "strict": STRICT, "moving": MOVING, "thinking": THINKING, "features": FEATURES}
+
+
+def byte_level() -> Tokenizer:
+    """The GPT-2 kind, with offsets that leave out leading spaces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def sentencepiece_like() -> Tokenizer:
+    """The Llama-2 kind: spaces are a letter, one is put in front of each text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, max_token_length=8, special_tokens=SPECIAL)
+    )
+    return tokenizer
+
+
+KINDS = {"byte_level": byte_level, "sentencepiece_like": sentencepiece_like}
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Writes a tokenizer folder; `config` goes into tokenizer_config.json, on top of bos, eos and pad."""
+
+    def make(kind="byte_level", template=None, adds_bos=False, generation_config=None, **config):
+        tokenizer = KINDS[kind]()
+        if adds_bos:
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        eos = {"__type": "AddedToken", "content": "</s>", "special": True}  # a token may be written with its flags
+        named = {"bos_token": "<s>", "eos_token": eos, "pad_token": "<pad>"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **config}
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        if generation_config is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+        return str(tmp_path)
+
+    return make
+
+
+def messages_of(*turns: tuple[str, str], train_on: str = "assistant") -> list[Message]:
+    return [Message(role=role, content=content, masked=role != train_on) for role, content in turns]
+
+
+def trained_text(tokenizer, tokens: list[int], mask: list[bool]) -> str:
+    return tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if not m], skip_special_tokens=False)
+
+
+QUESTION = [("user", " What is two plus two?\n"), ("assistant", "It is four. ")]
+LONG = [("system", "Be brief"), *QUESTION, ("user", "What is it?"), ("assistant", "<think>\nadd\n</think>\n\nfour")]
+
+
+@pytest.mark.parametrize("turns", [QUESTION, LONG, LONG[:2], [*QUESTION, ("ipython", "4"), ("tool", '{"a": 4}')]])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_transformers(make_folder, kind, name, turns):
+    transformers = pytest.importorskip("transformers")
+    folder = make_folder(kind, TEMPLATES[name], adds_bos=True, cls_token="<unk>")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = hf_tokenizer(folder)
+
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*turns))
+    assert tokens == reference.apply_chat_template(chat)["input_ids"]
+    assert len(mask) == len(tokens)
+
+    prompt = tokenizer({"messages": [*messages_of(*turns), Message(role="assistant", content="")]}, inference=True)
+    assert prompt["tokens"] == reference.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+
+    for skip in (True, False):
+        assert tokenizer.decode(tokens, skip_special_tokens=skip) == reference.decode(tokens, skip_special_tokens=skip)
+    assert tokenizer.vocab_size == len(reference)
+    assert tokenizer.pad_id == reference.pad_token_id and tokenizer.eos_id == reference.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_goes_on_from_its_prompt_to_the_letter(make_folder, kind, capsys):
+    """Cut anywhere, a text and its continuation make the whole: no space of an indentation is lost between them."""
+    text = "def two(x):\n    four = two  plus\n    return four"
+    tokenizer = hf_tokenizer(make_folder(kind, adds_bos=True))
+    tokens = tokenizer.encode(text, add_eos=False)
+    earlier = tokenizer.encode("What is it?")  # with its end, before which nothing counts
+    for at in range(1, len(tokens)):
+        for prompt in (tokens[:at], [*earlier, *tokens[:at]]):
+            stream = TextStream(tokenizer, tokenizer.stop_tokens, prompt=prompt)
+            assert tokenizer.decode(tokens[:at]) + stream.text([*tokens[at:], tokenizer.eos_id]) == text
+        for end in range(at + 1, len(tokens) + 1):
+            stream.show(tokens[at:end], last=end == len(tokens))
+        assert tokenizer.decode(tokens[:at]) + capsys.readouterr().out == text
+    ends = TextStream(tokenizer, stop_strings=["   four"], prompt=tokens[:1])
+    kept = tokens[1:]
+    assert ends.cut(kept, len(kept)) and ends.text(kept) == text.partition("   four")[0]
+
+
+def test_a_prompt_that_ends_in_bytes_leaves_the_output_whole():
+    """Characters that are no tokens are three byte tokens each; cut within one, none of them can be decoded."""
+    tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokens = list("క్షమించండి".encode())
+    assert tokenizer.decode(tokens) == "క్షమించండి"
+    for characters in range(1, 10):
+        stream = TextStream(tokenizer, prompt=tokens[: 3 * characters])
+        assert stream.text(tokens[3 * characters :]) == "క్షమించండి"[characters:]
+
+
+@pytest.mark.parametrize("name", ["chatml", "strict", "moving"])
+def test_a_begun_reply_is_continued(make_folder, name):
+    transformers = pytest.importorskip("transformers")
+    folder = make_folder(template=TEMPLATES[name])
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    turns = [("user", "What is two plus two?"), ("assistant", "It is")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    tokens, _ = hf_tokenizer(folder).tokenize_messages(messages_of(*turns), add_end_tokens=False)
+    assert tokens == reference.apply_chat_template(chat, continue_final_message=True)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "turns", "train_on", "expected"),
+    [
+        ("chatml", QUESTION, "assistant", "<|im_start|>assistant\nIt is four. <|im_end|>\n"),
+        # The system prompt that the template puts first goes with the first message.
+        ("chatml", QUESTION[1:] + QUESTION[:1], "user", "<|im_start|>user\n What is two plus two?\n<|im_end|>\n"),
+        (
+            "chatml",
+            LONG,
+            "assistant",
+            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
+        ),
+        ("strict", LONG[:3], "assistant", "assistant: It is four.</s>"),
+        ("strict", LONG[:3], "system", "<s>system: Be brief</s>"),
+        ("moving", LONG, "assistant", " It is four. </s> <think>\nadd\n</think>\n\nfour</s>"),
+        ("moving", LONG, "system", "[INST]Be brief"),
+        ("thinking", LONG[:3], "assistant", "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four. <|im_end|>\n"),
+        (
+            "thinking",
+            [*LONG, *LONG[3:]],
+            "assistant",
+            "<|im_start|>assistant\nIt is four. <|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\nfour<|im_end|>\n",
+        ),
+    ],
+)
+def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, train_on, expected):
+    tokenizer = hf_tokenizer(make_folder(kind, TEMPLATES[name]))
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*turns, train_on=train_on))
+    text = trained_text(tokenizer, tokens, mask)
+    if kind == "sentencepiece_like":  # it puts spaces after special tokens
+        text, expected = text.replace(" ", ""), expected.replace(" ", "")
+    assert text == expected
+
+
+def test_a_message_that_the_template_mixes_up_is_refused(make_folder):
+    # Neither the beginning of the conversation nor the rest around a content stays what it was.
+    template = "{% for m in messages %}{{ loop.length ~ messages[0].content ~ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"message 0 \(user\)"):
+        hf_tokenizer(make_folder(template=template)).tokenize_messages(messages_of(*QUESTION))
+
+
+@pytest.mark.parametrize("generation_config", [None, {"eos_token_id": 2}, {"eos_token_id": [2, 4]}])
+@pytest.mark.parametrize(("name", "end_of_turn"), [("chatml", [5]), ("strict", []), (None, [])])
+def test_stop_tokens(make_folder, name, end_of_turn, generation_config):
+    folder = make_folder(template=TEMPLATES.get(name), generation_config=generation_config)
+    also = [4] if generation_config and generation_config["eos_token_id"] != 2 else []
+    assert hf_tokenizer(folder).stop_tokens == [2, *also, *end_of_turn]
+
+
+def test_special_tokens_may_be_named_elsewhere(make_folder, tmp_path):
+    folder = make_folder(bos_token=None, eos_token=None, pad_token=None, generation_config={"eos_token_id": [2, 5]})
+    assert hf_tokenizer(folder).eos_id == 2
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<pad>"}))
+    tokenizer = hf_tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_tokens) == (5, 3, [5, 2])
+
+
+def test_bos_and_eos_are_added_once_and_only_where_the_model_has_them(make_folder):
+    tokenizer = hf_tokenizer(make_folder(adds_bos=True))
+    bare = tokenizer.encode("two", add_bos=False, add_eos=False)
+    assert tokenizer.encode("two") == [1, *bare, 2] == tokenizer.encode("<s>two</s>")
+    assert tokenizer.encode("two", add_eos=False) == [1, *bare]
+    assert tokenizer.encode("", add_bos=True, add_eos=True) == [1, 2]
+    # A bos token that transformers would not add either; and one that only the config asks for.
+    assert hf_tokenizer(make_folder()).encode("two") == [*bare, 2]
+    assert hf_tokenizer(make_folder(add_bos_token=True)).encode("two") == [1, *bare, 2]
+    assert hf_tokenizer(make_folder(eos_token=None)).encode("two") == bare
+
+
+def test_without_a_template_contents_are_joined(make_folder):
+    tokenizer = hf_tokenizer(make_folder(adds_bos=True))
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*QUESTION, *QUESTION))
+    turn = " What is two plus two?\nIt is four. </s>"
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == "<s>" + turn + turn
+    assert trained_text(tokenizer, tokens, mask) == "It is four. </s>" * 2
+    prompt = tokenizer({"messages": [*messages_of(QUESTION[0]), Message(role="assistant", content="")]}, inference=True)
+    assert prompt["tokens"] == tokenizer.encode(QUESTION[0][1], add_eos=False)
+
+
+def test_choice_of_template(make_folder, tmp_path):
+    named = [{"name": "default", "template": "A{{ messages[0].content }}"}, {"name": "tool_use", "template": "B"}]
+    folder = make_folder(chat_template=named)
+
+    def render(**kwargs):
+        tokenizer = hf_tokenizer(folder, **kwargs)
+        return tokenizer.decode(tokenizer.tokenize_messages(messages_of(("user", "x")))[0])
+
+    assert render() == "Ax"
+    assert render(chat_template="tool_use") == "B"
+    assert render(chat_template="C{{ messages[0].role }}") == "Cuser"
+    (tmp_path / "chat_template.jinja").write_text("D")
+    assert render() == "D"
+    with pytest.raises(ValueError, match=r"no template 'tool_use'. Allowed: default"):
+        render(chat_template="tool_use")
+
+
+def test_truncation(make_folder):
+    folder = make_folder(template=CHATML)
+    messages = messages_of(*QUESTION)
+    tokens, mask = hf_tokenizer(folder).tokenize_messages(messages)
+    n = len(tokens)
+    for fits in (n, n + 1):  # the template ends in a newline: it must not be taken for a cut end
+        assert hf_tokenizer(folder, fits).tokenize_messages(messages) == (tokens, mask)
+    assert hf_tokenizer(folder, n - 3).tokenize_messages(messages) == ([*tokens[: n - 4], 2], [*mask[: n - 4], True])
+    assert hf_tokenizer(folder, n - 3).tokenize_messages(messages, add_end_tokens=False)[0] == tokens[: n - 3]
+    left = hf_tokenizer(folder, n - 3, truncation_type="left").tokenize_messages(messages)
+    assert left == (tokens[3:], mask[3:])
+    assert hf_tokenizer(folder, 1).tokenize_messages(messages) == ([2], [True])
+
+
+@pytest.mark.parametrize(("names", "pad_id"), [({}, 3), ({"pad_token": None}, 2), ({"pad_token": "<not there>"}, 2)])
+def test_padding(make_folder, names, pad_id):
+    tokenizer = hf_tokenizer(make_folder(template=CHATML, **names))
+    batch = []
+    for turns in (QUESTION, QUESTION[:1]):
+        sample = tokenizer({"messages": messages_of(*turns), "id": 7})
+        assert sample.keys() == {"tokens", "mask", "id"}
+        labels = [CROSS_ENTROPY_IGNORE_IDX if m else t for t, m in zip(sample["tokens"], sample["mask"], strict=True)]
+        batch.append({"tokens": sample["tokens"], "labels": labels})
+    padded = padded_collate_sft(batch, padding_idx=tokenizer.pad_id)
+    short = len(batch[1]["tokens"])
+    assert (padded["tokens"][1, short:] == pad_id).all() and (padded["labels"][1] == CROSS_ENTROPY_IGNORE_IDX).all()
+    assert hf_tokenizer(make_folder(pad_token=None, eos_token=None)).pad_id == 0
+
+
+def test_in_torchtunes_datasets(make_folder, tmp_path):
+    folder = make_folder(template=CHATML, adds_bos=True)
+    section = {"_component_": "layerskip_recipes.data.tokenizer.hf_tokenizer", "path": folder, "max_seq_len": 64}
+    tokenizer = instantiate(OmegaConf.create(section))
+    rows = [
+        {
+            "input": "What is it?",
+            "output": "four",
+            "text": "two plus two",
+            "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "four"}],
+        }
+    ] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source = {"source": "json", "data_files": str(tmp_path / "rows.json"), "cache_dir": str(tmp_path / "cache")}
+
+    chat = chat_dataset(tokenizer, conversation_column="messages", conversation_style="openai", **source, split="train")
+    tokens = tokenizer.tokenize_messages(messages_of(("user", "What is it?"), ("assistant", "four")))[0]
+    assert isinstance(chat, SFTDataset) and chat[0]["tokens"] == tokens
+    labels = [label for label in chat[0]["labels"] if label != CROSS_ENTROPY_IGNORE_IDX]
+    assert tokenizer.decode(labels, skip_special_tokens=False) == "<|im_start|>assistant\nfour<|im_end|>\n"
+    assert instruct_dataset(tokenizer, **source, split="train")[0] == chat[0]
+
+    packed = PackedDataset(chat, max_seq_len=2 * len(tokens) + 1, padding_idx=tokenizer.pad_id)
+    assert packed[0]["tokens"].tolist() == [*tokens, *tokens, 3]
+    assert packed[0]["seq_lens"].tolist() == [len(tokens), len(tokens), 1]
+
+    text = text_completion_dataset(tokenizer, **source)[0]["tokens"]
+    assert text[0] == 1 and text[-1] == 2 and tokenizer.decode(text) == "two plus two"
+
+
+def test_workers_can_pickle_it(make_folder):
+    tokenizer = hf_tokenizer(make_folder(template=CHATML), max_seq_len=30)
+    messages = messages_of(*QUESTION)
+    assert pickle.loads(pickle.dumps(tokenizer)).tokenize_messages(messages) == tokenizer.tokenize_messages(messages)
+
+
+def test_errors(make_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*/missing"):
+        hf_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"no tokenizer.json; only fast tokenizers are supported"):
+        hf_tokenizer(str(tmp_path))
+    folder = make_folder(template=STRICT)
+    with pytest.raises(ValueError, match=r"max_seq_len: 0 is not allowed"):
+        hf_tokenizer(folder, max_seq_len=0)
+    with pytest.raises(ValueError, match=r"truncation_type: 'middle' is unknown"):
+        hf_tokenizer(folder, truncation_type="middle")
+    with pytest.raises(ValueError, match="there are none"):
+        hf_tokenizer(folder).tokenize_messages([])
+    with pytest.raises(ValueError, match="text only"):
+        hf_tokenizer(folder).tokenize_messages([Message(role="user", content=[{"type": "image", "content": None}])])
+    with pytest.raises(TemplateError, match="system comes first"):
+        hf_tokenizer(folder).tokenize_messages(messages_of(("user", "x"), ("system", "y")))
+
+
+@pytest.mark.real
+def test_smollm2():
+    transformers = pytest.importorskip("transformers")
+    folder = str(smollm2_folder())
+    tokenizer, reference = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == 49152
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_tokens) == (None, 2, 2, [2])
+
+    source = Path(json.__file__).read_text()
+    assert tokenizer.encode(source, add_eos=False) == reference(source)["input_ids"]
+    assert tokenizer.decode(tokenizer.encode(source)) == source
+
+    chat = [{"role": role, "content": content} for role, content in LONG[1:]]
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*LONG[1:]))
+    assert tokens == reference.apply_chat_template(chat)["input_ids"]
+    replies = [f"<|im_start|>assistant\n{turn['content']}<|im_end|>\n" for turn in chat if turn["role"] == "assistant"]
+    assert trained_text(tokenizer, tokens, mask) == "".join(replies)
+
+
+def test_llama3s_own_tokenizer_fits_its_models(tmp_path):
+    """Its vocabulary counts <|image|>, 128256, for which models of text have no embedding: they have 0 .. 128255."""
+    ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tokenizer.model").write_text(ranks)
+    tokenizer = llama3_tokenizer(str(tmp_path / "tokenizer.model"))
+    assert tokenizer.vocab_size == 128257
+    with torch.device("meta"):
+        check_vocabulary(tokenizer, llama3_2_1b())
+        with pytest.raises(ValueError, match=r"^tokenizer: its 128256 tokens do not fit .* 128255"):
+            check_vocabulary(tokenizer, llama3_2(**SIZE | {"vocab_size": 128255}))

@@ -1,0 +1,134 @@
+"""The config of `layerskip_eval`, what `compare` may say, and its memory. What it measures: test_generate.py,
+test_harness.py.
+"""
+
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import SIZE, eval_config, make_checkpoint
+from torchtune.models.llama3_2 import llama3_2
+
+from layerskip_recipes.checkpoint.checkpointers import checkpoint_files
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.evaluation.config import checkpoints
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.exit_quality import exit_quality
+
+NAMED = ["model-00001-of-00001.safetensors"]
+COUNTED = {"filename_format": "model-{}-of-{}.safetensors", "max_filename": "00001"}
+
+
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [(NAMED, COUNTED), (COUNTED, NAMED), (COUNTED, {"max_filename": "00001"})],
+)
+def test_the_files_of_checkpoints_have_either_form(own, others, tmp_path, tokenizer_folder):
+    folders = [make_checkpoint(tmp_path / name, tokenizer_folder) for name in ("own", "other")]
+    for folder in folders:
+        (folder / "model.safetensors").rename(folder / NAMED[0])
+    compare = {"before": {"checkpoint_dir": str(folders[1]), "checkpoint_files": others}}
+    path = eval_config(tmp_path, folders[0], compare=compare)
+    form = [f"checkpointer.checkpoint_files={own}".replace("'", '"')]
+    cfg = LayerSkipEval(load_config(str(path), form)).cfg
+    found = {name: one.checkpointer for name, one in checkpoints(cfg).items()}
+    assert {name: section.checkpoint_dir for name, section in found.items()} == {
+        "own": str(folders[0]),
+        "before": str(folders[1]),
+    }
+    assert all(checkpoint_files(section) == NAMED for section in found.values())
+    assert found["before"].model_type == "LLAMA3_2"
+
+
+class Kept(torch.nn.Module):
+    """A layer that counts how many of the hidden states before it are still in memory."""
+
+    def __init__(self, seen: list, counts: list) -> None:
+        super().__init__()
+        self.seen, self.counts, self.attn, self.caches_are_enabled = seen, counts, torch.nn.Identity(), lambda: False
+
+    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
+        self.counts.append(sum(ref() is not None for ref in self.seen))
+        out = x + 1
+        self.seen.append(weakref.ref(out))
+        return out
+
+
+def test_the_hidden_states_of_all_exits_are_never_there_at_once():
+    model, seen, counts = layerskip_decoder(llama3_2(**SIZE | {"num_layers": 8})).eval(), [], []
+    model.layers = torch.nn.ModuleList(Kept(seen, counts) for _ in range(8))
+    batch = {"tokens": torch.zeros(2, 16, dtype=torch.long), "labels": torch.zeros(2, 16, dtype=torch.long)}
+    quality = exit_quality(model, [batch], [*range(1, 9)], torch.device("cpu"))
+    assert quality[8]["agreement"] == 1
+    assert counts == [0, *[1] * 7]  # the layer's own input
+
+
+def test_an_accepted_length_needs_as_many_labels_in_a_row():
+    """Answers of 4 tokens say nothing about drafts of 6, and of 3 they do."""
+    model = layerskip_decoder(llama3_2(**SIZE)).eval()
+    labels = torch.full((2, 16), -100)
+    labels[:, 5:9] = 7
+    for drafts, expected in ((6, None), (3, 3.0)):
+        batch = {"tokens": torch.ones(2, 16, dtype=torch.long), "labels": labels.clone()}
+        quality = exit_quality(model, [batch], [2, 4], torch.device("cpu"), num_speculations=drafts)
+        assert quality[4]["accepted_length"] == expected and quality[4]["agreement"] == 1
+
+
+def json_texts(folder: Path, lengths: list[int]) -> dict[str, str]:
+    """A dataset of texts of so many words."""
+    lines = [json.dumps({"text": "if x: " * length}) for length in lengths]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json",
+        "data_files": str(folder / "texts.jsonl"),
+        "split": "train",
+        "column": "text",
+    }
+
+
+def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
+    """As in training: the third one would end the evaluation."""
+    dataset = json_texts(tmp_path, [5, 5, 500])
+    path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder), dataset=dataset, batch_size=1)
+    recipe = LayerSkipEval(load_config(str(path), ["num_speculations=64"]))
+    recipe.setup()
+    recipe.evaluate()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["batches"] == 3 and all(of["accepted_length"] is not None for of in report["exits"].values())
+
+
+def test_an_interrupted_picture_replaces_no_whole_one(tmp_path, tokenizer_folder, monkeypatch):
+    folder = make_checkpoint(tmp_path / "own", tokenizer_folder)
+    section = {"checkpoint_dir": str(folder), "checkpoint_files": ["model.safetensors"]}
+    path = eval_config(tmp_path, folder, picture=str(tmp_path / "exits.png"), report=None, compare={"again": section})
+    for interrupts in (False, True):
+        recipe = LayerSkipEval(load_config(str(path)))
+        recipe.setup()
+        if interrupts:
+            kept, load = (tmp_path / "exits.png").read_bytes(), recipe._measure
+
+            def measure(name, measured, load=load):
+                if name == "again":
+                    raise KeyboardInterrupt
+                load(name, measured)
+
+            monkeypatch.setattr(recipe, "_measure", measure)
+        recipe.evaluate()
+    assert (tmp_path / "exits.png").read_bytes() == kept and (tmp_path / "exits_interrupted.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{checkpoint_fils: [x]}", r"^compare.a.checkpoint_fils: .*Nearest: checkpoint_files"),
+        ("{_component_: torchtune.nothing}", r"^compare.a._component_: 'torchtune.nothing' cannot be imported"),
+    ],
+)
+def test_a_typo_in_compare_is_found_before_anything_is_measured(section, message, tmp_path, tokenizer_folder):
+    path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder))
+    with pytest.raises(ValueError, match=message):
+        LayerSkipEval(load_config(str(path), [f"compare={{a: {section}}}"]))

@@ -1,0 +1,117 @@
+"""Attention of few queries in C++ (few_rows.cpp): the formula, the same bits for any number of them, where it is used.
+
+Products of few rows are tested in test_compile.py.
+"""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import SIZE
+from torch.fx.experimental.proxy_tensor import make_fx
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.kernels.few_rows import MOST_QUERIES, SDPA, FewRows, load_kernel
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def attend(q, k, v, mask):
+    load_kernel()
+    return torch.ops.layerskip.attention(q, k, v, mask, q.shape[-1] ** -0.5)
+
+
+def example(b, h, s, d, slots, generator):
+    """Queries at the last filled slots of a cache that is longer than what attention sees."""
+    q = torch.randn(b, s, h, d, generator=generator).transpose(1, 2)
+    k, v = (torch.randn(b, h, slots + 9, d, generator=generator)[:, :, :slots] for _ in range(2))
+    at = slots - s - torch.randint(0, 3, (b, 1), generator=generator) + torch.arange(s)
+    mask = torch.where(torch.arange(slots) <= at[..., None], 0.0, -torch.inf)[:, None]
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize("slots", [24, 64, 157])
+@pytest.mark.parametrize(("b", "h", "d"), [(1, 2, 64), (2, 3, 16), (1, 1, 80)])
+def test_the_formula_and_the_same_bits_for_any_number_of_queries(b, h, d, slots):
+    """softmax(q k^T / sqrt(d) + mask) v in fp64; a query alone, with others or beside more unseen slots: the same."""
+    q, k, v, mask = example(b, h, 19, d, slots, torch.Generator().manual_seed(slots * d))
+    scores = q.double() @ k.double().transpose(2, 3) / d**0.5 + mask
+    alone = torch.cat([attend(q[:, :, i : i + 1], k, v, mask[:, :, i : i + 1]) for i in range(19)], 2)
+    torch.testing.assert_close(alone, (scores.softmax(-1) @ v.double()).float(), atol=1e-5, rtol=1e-5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows in (2, 3, 4, 5, 7, 8, 9, 16, 19):
+            assert torch.equal(attend(q[:, :, :rows], k, v, mask[:, :, :rows]), alone[:, :, :rows])
+    finally:
+        torch.set_num_threads(before)
+    if slots == 64:
+        more = [F.pad(x, (0, 0, 0, 64), value=3.0) for x in (k, v)]
+        assert torch.equal(attend(q, *more, F.pad(mask, (0, 64), value=-torch.inf)), alone)
+
+
+def sdpa(scale=None, is_causal=None):
+    """torch's attention of q, k, v and a mask, as graphs have it."""
+    settings = () if is_causal is None else (0.0, is_causal)  # dropout before it
+    return lambda q, k, v, mask: SDPA(q, k, v, *settings, attn_mask=mask, scale=scale)[0]
+
+
+def test_one_mask_for_all_rows_and_what_is_refused():
+    q, k, v, mask = example(2, 2, 3, 32, 40, torch.Generator().manual_seed(0))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:1])
+    torch.testing.assert_close(attend(q, k, v, mask[:1]), expected)
+    with pytest.raises(RuntimeError):
+        attend(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, mask)
+    with pytest.raises(RuntimeError):
+        attend(q[..., :5], k[..., :5], v[..., :5], mask)
+
+
+def test_which_attention_of_a_graph_is_of_few_queries():
+    """That of 1 .. MOST_QUERIES queries with a mask, in fp32, whose heads are of whole vectors; the results stay."""
+    load_kernel()
+
+    def inputs(s=5, d=32):
+        return example(1, 2, s, d, 300, torch.Generator().manual_seed(s))
+
+    cases = {
+        "few": (inputs(), (), True),
+        "a scale": (inputs(), (0.3,), True),
+        "many": (inputs(s=MOST_QUERIES + 1), (), False),
+        "narrow": (inputs(d=8), (), False),
+        "double": ([x.double() for x in inputs()], (), False),
+        "no mask": ((*inputs()[:3], None), (), False),
+        "causal": ((*inputs()[:3], None), (None, True), False),
+    }
+    for case, (tensors, settings, ours) in cases.items():
+        function = sdpa(*settings)
+        graph = make_fx(function, tracing_mode="fake")(*tensors)
+        FewRows()(graph.graph)
+        graph.recompile()
+        targets = {node.target for node in graph.graph.nodes}
+        assert (torch.ops.layerskip.attention.default in targets) == ours, case
+        assert (SDPA in targets) != ours, case
+        torch.testing.assert_close(graph(*tensors), function(*tensors), msg=lambda text, case=case: f"{case}: {text}")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
+def test_compiled_steps_use_attention_of_few_queries():
+    """One in each layer: of each drafted token and once more for the last below the exit, of all drafts above it."""
+    torch.manual_seed(0)
+    model = llama3_2(**SIZE | {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}).eval()
+    speculation = Speculation(1, 2)
+    prompts = [[5, 6, 7, 8]]
+    expected = Generation(model, prompts, 9)
+    for _ in expected:
+        pass
+    for _ in Generation(model, prompts, 9, compile=True, speculation=speculation):  # compiles
+        pass
+    generation = Generation(model, prompts, 9, compile=True, speculation=speculation)
+    with torch.profiler.profile() as profile:
+        rounds = len(list(generation)) - 1  # the first is the prefill
+    calls = Counter(event.name for event in profile.events())
+    assert calls["layerskip::attention"] == rounds * (2 * 1 + 1 + 2) > 0
+    assert generation.generated == expected.generated

@@ -1,0 +1,258 @@
+"""Sampling: the filters against loops, and speculative acceptance against the distribution it must have."""
+
+import math
+
+import pytest
+import torch
+from helpers.sampling import N, V, distributions, filtered, p_value, penalised, rng
+
+from layerskip_recipes.generation.sampling import (
+    Sampler,
+    accept_greedy,
+    accept_sampled,
+    lots,
+    next_token_probs,
+    penalise,
+    race,
+    random_bits,
+)
+
+
+def draw(probs, generator):
+    """One token of each distribution."""
+    return race(probs, random_bits(probs.shape, probs.device, generator))
+
+
+def accept(drafted, q, p, seed):
+    """`accept_sampled` with noise of that seed."""
+    generator = rng(seed)
+    uniform = torch.rand(drafted.shape, generator=generator)
+    return accept_sampled(drafted, q, p, uniform, random_bits((len(drafted), V), torch.device("cpu"), generator))
+
+
+def test_the_chi_square_test_can_tell():
+    """Right draws pass, draws from a distribution 2% away do not."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    wrong = torch.tensor([0.42, 0.28, 0.2, 0.1, 0.0])
+    assert p_value(torch.multinomial(p, N, replacement=True, generator=rng()), p) > 1e-3
+    assert p_value(torch.multinomial(wrong, N, replacement=True, generator=rng()), p) < 1e-6
+
+
+def test_lots_are_of_an_exponential_race():
+    """Against Python's logarithm; the ends of the range are numbers above 0, and a sure token is always drawn."""
+    last = 2**31 - 1
+    bits = [0, 1, 2, 1000, 2**20, 2**30, last - 2**20, last]
+    drawn = (1 / lots(torch.ones(len(bits)), torch.tensor(bits, dtype=torch.int32))).tolist()
+    for number, bit in zip(drawn[:-1], bits[:-1], strict=True):
+        assert number == pytest.approx(-math.log1p(-(bit + 0.5) / 2**31), rel=1e-4)
+    assert 16 < drawn[-1] < 17
+    for bit in bits:
+        noise = torch.tensor([0, bit, 0], dtype=torch.int32)
+        assert race(torch.tensor([0.0, 1.0, 0.0]), noise) == 1
+    # A token of probability 1e-8 is drawn by 1e-8 of the numbers, so it has to win with the smallest ones.
+    noise = torch.tensor([0, last // 2], dtype=torch.int32)
+    assert race(torch.tensor([1e-8, 1.0]), noise) == 0 and race(torch.tensor([1e-11, 1.0]), noise) == 1
+
+
+# ---- filters ----
+
+
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.37, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 11, 12, 50])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_filters(temperature, top_k, top_p, min_p):
+    logits = 2 * torch.randn(2, 3, 11, generator=rng(1))
+    probs = next_token_probs(logits, temperature, top_k, top_p, min_p)
+    for row, expected in zip(probs.flatten(0, 1), logits.flatten(0, 1).tolist(), strict=True):
+        torch.testing.assert_close(row, torch.tensor(filtered(expected, temperature, top_k, top_p, min_p)))
+
+
+def test_ties_with_the_kth_token_stay():
+    probs = next_token_probs(torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0]), 1.0, top_k=2)
+    assert (probs > 0).tolist() == [True, True, True, False, True]
+
+
+def test_top_p_is_the_smallest_set_and_never_empty():
+    """0.5 + 0.25 reaches 0.6 and 0.75 exactly; one token more is one too many."""
+    logits = torch.tensor([0.125, 0.5, 0.0625, 0.25, 0.0625]).log()
+    for top_p, kept in ((0.1, [1]), (0.5, [1]), (0.6, [1, 3]), (0.75, [1, 3]), (0.8, [0, 1, 3])):
+        assert next_token_probs(logits, 1.0, top_p=top_p).nonzero().flatten().tolist() == kept
+    # Of equal tokens top_p keeps as many as it needs.
+    assert (next_token_probs(torch.zeros(4), 1.0, top_p=0.5) > 0).sum() == 2
+
+
+def test_top_k_is_applied_before_top_p():
+    """top-p counts the mass of what top-k left: 0.4 / 0.7 is more than half."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert next_token_probs(logits, 1.0, top_k=2, top_p=0.5).tolist() == pytest.approx([1, 0, 0, 0])
+    assert next_token_probs(logits, 1.0, top_p=0.5).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+
+
+def test_min_p_is_a_part_of_the_largest_probability():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    for min_p, kept in ((0.0, 4), (0.09, 4), (0.11, 3), (0.29, 3), (0.31, 2), (0.59, 2), (0.61, 1), (1.0, 1)):
+        probs = next_token_probs(logits, 1.0, min_p=min_p)
+        assert (probs > 0).tolist() == [i < kept for i in range(4)]
+        torch.testing.assert_close(probs[:kept], logits[:kept].exp() / logits[:kept].exp().sum())
+    # Of the probabilities at the temperature: at 0.5 they are proportional to the squares, 0.09 / 0.25 < 0.4.
+    assert (next_token_probs(logits, 0.5, min_p=0.4) > 0).sum() == 1
+    assert (next_token_probs(torch.zeros(4), 1.0, min_p=1.0) > 0).all()
+
+
+def test_min_p_is_applied_after_top_k_and_before_top_p():
+    """0.4 / 0.7 reaches 0.55 alone, where 0.4 does not; and top-k leaves the largest, which min-p looks at."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert next_token_probs(logits, 1.0, min_p=0.7, top_p=0.55).tolist() == pytest.approx([1, 0, 0, 0])
+    assert next_token_probs(logits, 1.0, top_p=0.55).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert next_token_probs(logits, 1.0, top_k=3, min_p=0.2).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 4.0])
+def test_repetition_penalty(penalty):
+    """Against a loop, for logits of both signs and 0; what was passed in stays as it was."""
+    logits = torch.randn(3, 2, 9, generator=rng(30))
+    logits[0, 0, :3] = 0
+    seen = torch.rand(3, 1, 9, generator=rng(31)) < 0.5
+    before = logits.clone()
+    out = penalise(logits, seen, penalty)
+    for row in range(3):
+        tokens = seen[row, 0].nonzero().flatten().tolist()
+        for i in range(2):
+            expected = penalised(before[row, i].tolist(), tokens, penalty)
+            torch.testing.assert_close(out[row, i], torch.tensor(expected))
+            # Above 1 every seen token is less likely than before, below 1 more.
+            change = (out[row, i] - before[row, i])[tokens]
+            assert ((change <= 0) if penalty >= 1 else (change >= 0)).all()
+    assert torch.equal(logits, before)
+
+
+def test_the_penalty_comes_before_temperature_and_filters():
+    logits, seen = 2 * torch.randn(4, 9, generator=rng(32)), torch.rand(4, 9, generator=rng(33)) < 0.5
+    settings = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.05}
+    for sampler in (Sampler(**settings, repetition_penalty=1.7), Sampler(repetition_penalty=1.7)):
+        scores = sampler.scores(logits, seen, sampler.settings(logits.device))
+        for row in range(4):
+            expected = penalised(logits[row].tolist(), seen[row].nonzero().flatten().tolist(), 1.7)
+            if not sampler.greedy:
+                expected = filtered(expected, **settings)
+            torch.testing.assert_close(scores[row], torch.tensor(expected))
+    assert not Sampler(temperature=0.5).penalises and Sampler(repetition_penalty=0.9).penalises
+
+
+def test_half_precision_logits_are_filtered_in_fp32():
+    logits = torch.randn(3, 11, generator=rng(2)).bfloat16()
+    probs = next_token_probs(logits, 0.7, 5, 0.9)
+    assert probs.dtype == torch.float32 and torch.equal(probs, next_token_probs(logits.float(), 0.7, 5, 0.9))
+
+
+# ---- drawing ----
+
+
+def test_draw_has_the_distribution_and_repeats():
+    p = distributions(seed=3)
+    p[1] = 0
+    p /= p.sum()
+    tokens = draw(p.expand(N, V), rng(4))
+    assert p_value(tokens, p) > 1e-3
+    assert torch.equal(tokens, draw(p.expand(N, V), rng(4)))
+
+
+def test_accept_greedy():
+    """Against a loop over drafts of a small alphabet, so that every length occurs."""
+    n = 4
+    drafted = torch.randint(0, 2, (200, n), generator=rng(7))
+    logits = torch.randn(200, n + 1, 2, generator=rng(8))
+    accepted, token = accept_greedy(drafted, logits)
+    for row in range(200):
+        chosen = [int(scores[1] > scores[0]) for scores in logits[row]]
+        count = 0
+        while count < n and chosen[count] == drafted[row, count]:
+            count += 1
+        assert (accepted[row], token[row]) == (count, chosen[count])
+    assert set(accepted.tolist()) == set(range(n + 1))
+
+
+@pytest.mark.parametrize("similar", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_draft_then_accept_has_the_distribution_of_the_full_model(top_k, similar):
+    """Three tokens of a Markov chain, drafted by q and accepted by p: each has p's distribution given those before it.
+
+    A position counts where it is reached: its token is the drafted one if that stands, else the replacement; after
+    two accepted tokens the third is the bonus token.
+    """
+    p_logits, q_logits = 2 * torch.randn(2, V + 1, V, generator=rng(9))  # row V: the first token
+    if similar:
+        q_logits = p_logits + 0.3 * q_logits
+    p, q = (next_token_probs(logits, 1.0, top_k) for logits in (p_logits, q_logits))
+    start = torch.full((N,), V)
+    first = torch.multinomial(q[start], 1, generator=rng(10))[:, 0]
+    second = torch.multinomial(q[first], 1, generator=rng(11))[:, 0]
+    accepted, token = accept(
+        torch.stack([first, second], 1),
+        torch.stack([q[start], q[first]], 1),
+        torch.stack([p[start], p[first], p[second]], 1),
+        12,
+    )
+    values = [p_value(torch.where(accepted >= 1, first, token), p[V])]
+    for before in range(V):
+        reached = (accepted >= 1) & (first == before)
+        if reached.sum() > 1000:
+            values.append(p_value(torch.where(accepted == 2, second, token)[reached], p[before]))
+        bonus = (accepted == 2) & (second == before)
+        if bonus.sum() > 1000:
+            values.append(p_value(token[bonus], p[before]))
+    assert len(values) >= 4
+    assert min(values) > 1e-3 / len(values), values
+    # The share of accepted first drafts is sum_x min(p, q), the most that any such scheme can reach.
+    rate = torch.minimum(p[V], q[V]).sum().item()
+    assert abs((accepted >= 1).double().mean().item() - rate) < 4.5 * math.sqrt(rate * (1 - rate) / N) + 1e-9
+
+
+def test_equal_distributions_accept_everything():
+    p = distributions(N, 4, seed=13)
+    drafted = torch.stack([draw(p[:, i], rng(14 + i)) for i in range(3)], 1)
+    accepted, _ = accept(drafted, p[:, :3], p, 20)
+    assert (accepted == 3).all()
+
+
+def test_disjoint_distributions_accept_nothing_and_draw_from_p():
+    p = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0])
+    q = torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0])
+    drafted = torch.multinomial(q, 2 * N, replacement=True, generator=rng(21)).view(N, 2)
+    accepted, token = accept(drafted, q.expand(N, 2, V), p.expand(N, 3, V), 22)
+    assert not accepted.any()
+    assert p_value(token, p) > 1e-3
+
+
+def test_a_token_that_the_full_model_filters_out_never_passes():
+    p = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    q = torch.full((V,), 1 / V)
+    drafted = torch.multinomial(q, N, replacement=True, generator=rng(23))[:, None]
+    accepted, token = accept(drafted, q.expand(N, 1, V), p.expand(N, 2, V), 24)
+    assert (drafted[accepted == 1] < 2).all() and (token < 2).all()
+
+
+def test_without_drafts_the_token_comes_from_p():
+    """A round that has room for one token only."""
+    p = torch.randn(V, generator=rng(25)).softmax(-1)
+    nothing = torch.empty(N, 0, dtype=torch.long)
+    accepted, token = accept(nothing, torch.empty(N, 0, V), p.expand(N, 1, V), 26)
+    assert not accepted.any() and p_value(token, p) > 1e-3
+    accepted, token = accept_greedy(nothing[:3], p.expand(3, 1, V))
+    assert accepted.tolist() == [0] * 3 and token.tolist() == [p.argmax()] * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, True, "1", None, math.nan)),
+        *(("top_k", value) for value in (0, -1, 2.5, True)),
+        *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, math.nan, "0.9")),
+        *(("min_p", value) for value in (-0.1, 1.01, math.nan, "0.1")),
+        *(("repetition_penalty", value) for value in (0, -1.0, math.nan, "1.1", None)),
+    ],
+)
+def test_wrong_arguments_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"^{key}: "):
+        Sampler(**{key: value})

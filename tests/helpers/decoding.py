@@ -1,0 +1,61 @@
+"""Shared by tests: L, PROMPT, SMALL, greedy, make_model, model_of, small_model, until."""
+
+import functools
+
+import torch
+from helpers.tiny import make_tiny
+from helpers.walks import walk
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes import layerskip_decoder
+
+L = 6
+
+
+PROMPT = (5, 17, 33, 8)
+
+
+def make_model(family="llama3_2"):
+    """A tiny model whose first layer outweighs the others: now and then its exits say what all of it says."""
+    model = make_tiny(family)
+    for number, layer in enumerate(model.layers):
+        factor = 20 if number == 0 else 3
+        for name, parameter in layer.named_parameters():
+            if name in ("sa_scale.scale", "mlp_scale.scale"):
+                torch.nn.init.constant_(parameter, factor)
+            elif family != "gemma2" and name in ("attn.output_proj.weight", "mlp.w2.weight"):
+                parameter.data *= factor
+    return layerskip_decoder(model).eval()
+
+
+model_of = functools.cache(make_model)
+
+
+@functools.cache
+@torch.no_grad()
+def greedy(family, prompt, count, exit_layer=L):
+    """`count` tokens by argmax of g(x_E) of the last position, from scratch for each."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(walk(model_of(family), torch.tensor([tokens]), range(exit_layer))[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+def until(tokens, stop_tokens):
+    """The tokens up to the first stop token, with it."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop_tokens), tokens)
+
+
+SMALL = 5
+
+
+@functools.cache
+def small_model():
+    """Three layers, five tokens: every continuation of three tokens can be counted."""
+    sizes = {"num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
+    torch.manual_seed(4)
+    model = llama3_2(vocab_size=SMALL, max_seq_len=32, **sizes)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return layerskip_decoder(model).eval()

@@ -1,0 +1,50 @@
+"""Shared by tests: KEYS, RECIPES, check, refusal."""
+
+import re
+import traceback
+from pathlib import Path
+
+import pytest
+from helpers.configs import unknown_suggestions
+
+from layerskip_recipes.config.checks import PACKAGE
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.evaluation import recipe as evaluation
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.generation.config import SETTINGS as GENERATE_KEYS
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.training import config as settings
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
+
+
+KEYS = {
+    "finetune": {*settings.SETTINGS},
+    "generate": {*GENERATE_KEYS},
+    "eval": {*evaluation.SETTINGS},
+}
+
+
+def refusal(recipe: str, path: Path, *overrides: str) -> str:
+    """The message with which a recipe refuses a config, up to the end of its setup.
+
+    A ValueError from inside of another library would come with a traceback on the command line, so it does not count.
+    """
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(ValueError) as caught:
+        RECIPES[recipe](load_config(str(path), overrides)).setup()
+    message = " ".join(str(caught.value).split())  # as the command line shows it
+    raised_in = Path(traceback.extract_tb(caught.tb)[-1].filename)
+    assert raised_in.is_relative_to(PACKAGE), f"from {raised_in}: {message}"
+    assert sorted(path.parent.iterdir()) == before, "something is written"
+    return message
+
+
+def check(recipe: str, path: Path, overrides: str, key: str, given: str, allowed: str) -> None:
+    message = refusal(recipe, path, *overrides.split("; "))
+    assert re.match(re.escape(key) + "[.:]", message), message
+    said = re.split(r"Allowed|Nearest|for example|e\.g\.|There: ", message)[0]
+    assert re.search(rf"(?<![\w-]){re.escape(given)}(?!\w)", said), message
+    assert allowed in message
+    assert not unknown_suggestions(message, KEYS[recipe]), message

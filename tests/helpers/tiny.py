@@ -1,0 +1,93 @@
+"""Shared by tests: CountedCollectives, FAMILIES, SIZE, VOCAB, logits_of, make_tiny, unembedded."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune.models.gemma._component_builders import gemma
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm, gemma2
+from torchtune.models.llama2._component_builders import llama2
+from torchtune.models.llama3._component_builders import llama3
+from torchtune.models.llama3_1._component_builders import llama3_1
+from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.models.mistral._component_builders import mistral
+from torchtune.models.phi3._component_builders import phi3
+from torchtune.models.qwen2._component_builders import qwen2
+
+VOCAB = 97
+
+
+SIZE = {
+    "vocab_size": VOCAB,
+    "num_layers": 6,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "intermediate_dim": 64,
+    "max_seq_len": 128,
+}
+
+
+# code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
+FAMILIES = {
+    "llama2": lambda: llama2(**SIZE),
+    "llama3": lambda: llama3(**SIZE),
+    "llama3_1": lambda: llama3_1(**SIZE),
+    "llama3_2": lambda: llama3_2(**SIZE),
+    "mistral": lambda: mistral(**SIZE),
+    "qwen2": lambda: qwen2(**SIZE),
+    "qwen2_tied": lambda: qwen2(**SIZE, tie_word_embeddings=True),
+    "gemma": lambda: gemma(**SIZE, head_dim=8),
+    "gemma2": lambda: gemma2(**SIZE, head_dim=8, sliding_window_size=64),
+    "phi3": lambda: phi3(**SIZE),
+}
+
+
+def make_tiny(family: str = "llama3_2", seed: int = 0):
+    """A small model of a family whose greedy outputs vary: its weights are wide, not near zero as a fresh model's."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def unembedded(model: Any, h: torch.Tensor) -> torch.Tensor:
+    """Norm and head of a decoder, written without them being called as one; Gemma 2's cap of 30 is on the logits."""
+    if not isinstance(model.norm, Gemma2FinalNorm):
+        return model.output(model.norm(h)).float()
+    return 30.0 * torch.tanh(model.output(model.norm.rms_norm(h)).float() / 30.0)
+
+
+def logits_of(base: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """What a torchtune decoder gives, of Gemma 2 with the cap of 30 on the logits; torchtune has it on the state."""
+    if not isinstance(base.norm, Gemma2FinalNorm):
+        return base(tokens, **inputs)
+    capping, base.norm.logit_capping = base.norm.logit_capping, torch.nn.Identity()
+    logits, base.norm.logit_capping = base(tokens, **inputs), capping
+    return 30.0 * torch.tanh(logits / 30.0)
+
+
+class CountedCollectives(TorchDispatchMode):
+    """Counts this rank's collectives in a `with` block: `counts` by kind, {"all_gather": 8}. Slow: not for timed runs.
+
+    torch's own CommDebugMode fails on a decoder whose parts are called one by one.
+    """
+
+    KINDS = ("all_gather", "all_reduce", "reduce_scatter", "broadcast")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor makes plain operations of it, and those come here
+        if getattr(func, "namespace", None) in ("c10d", "_c10d_functional"):
+            # A kind has many names: _allgather_base_, all_gather_into_tensor, ...
+            name = func.__name__.replace("allgather", "all_gather").replace("allreduce", "all_reduce")
+            self.counts.update(kind for kind in self.KINDS if kind in name)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,57 @@
+"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, train."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.configs import MODEL
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data import standard_library as quickstart
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+UNTIED = {
+    "_component_": "torchtune.models.llama2._component_builders.llama2",
+    **{
+        key: MODEL[key] for key in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len")
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_texts(tokenizer_folder):
+    """Reading all of the standard library takes longer than these trainings; the tokenizer is there already."""
+    some = dict(list(quickstart.stdlib_texts("heldout").items())[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "stdlib_texts", lambda split: some)
+        yield some
+
+
+@pytest.fixture
+def eager():
+    """torchao compiles a step for each shape of a parameter, which takes longer than all of these steps."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def train(path: Path, *overrides: str) -> LayerSkipFinetune:
+    """Run a config in this process."""
+    recipe = LayerSkipFinetune(load_config(str(path), overrides))
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    return recipe
+
+
+def read_log(out: Path) -> dict[int, dict[str, float]]:
+    """The disk logger's lines by step."""
+    lines = {}
+    for line in (out / "logs" / "log.txt").read_text().splitlines():
+        step, _, rest = line.partition(" | ")
+        lines[int(step.split()[1])] = {k: float(v) for k, v in (pair.rsplit(":", 1) for pair in rest.split())}
+    return lines
+
+
+def losses(out: Path) -> dict[int, dict[str, float]]:
+    """What must not change by a resume: all but the speed."""
+    return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}

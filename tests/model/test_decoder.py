@@ -1,0 +1,179 @@
+"""LayerSkipDecoder against the base decoder and against a plain walk through its modules."""
+
+import pytest
+import torch
+import torchtune.generation
+from helpers.tiny import logits_of, make_tiny
+from helpers.walks import walk
+from torch import nn
+from torchtune.modules import MultiHeadAttention
+from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
+
+from layerskip_recipes import LayerSkipDecoder, layerskip_decoder
+
+L = 6
+
+
+@pytest.fixture
+def layers_run(tiny):
+    """Which layers of `tiny` run, in order."""
+    run = []
+    for number, layer in enumerate(tiny.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: run.append(number))
+    return run
+
+
+def test_is_the_base_decoder_bit_for_bit(any_family, tokens):
+    expected = logits_of(any_family, tokens)
+    model = layerskip_decoder(any_family)
+    assert torch.equal(model(tokens), expected)
+    assert torch.equal(model(tokens, exit_layer=L), expected)
+
+
+def test_packed_inputs_reach_the_layers(any_family, tokens):
+    """A mask and positions of two documents in one row give what the base decoder gives."""
+    mask = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).tril().bool().expand(2, -1, -1)
+    inputs = {"mask": mask, "input_pos": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)}
+    assert torch.equal(layerskip_decoder(any_family)(tokens, **inputs), logits_of(any_family, tokens, **inputs))
+
+
+def test_checkpoints_are_the_base_decoders(any_family, tokens):
+    """Same keys in both directions, so a file of either loads into the other."""
+    expected, state = logits_of(any_family, tokens), any_family.state_dict()
+    model = layerskip_decoder(any_family)
+    assert list(model.state_dict()) == list(state)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in any_family.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    nn.init.zeros_(next(model.parameters()))
+    model.load_state_dict(state)
+    assert torch.equal(model(tokens), expected)
+
+
+def test_modules_are_shared_not_copied(tiny):
+    assert {id(p) for p in layerskip_decoder(tiny).parameters()} == {id(p) for p in tiny.parameters()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapping_keeps_the_mode(tiny, training):
+    """A model set to eval() stays there: otherwise layer dropout would act on it."""
+    tiny.train(training)
+
+    assert layerskip_decoder(tiny).training == training
+
+
+@pytest.mark.parametrize("exit_layer", range(1, L + 1))
+def test_exit_runs_that_many_layers_and_the_head(any_family, tokens, exit_layer):
+    expected = walk(any_family, tokens, range(exit_layer))
+    torch.testing.assert_close(layerskip_decoder(any_family)(tokens, exit_layer=exit_layer), expected)
+
+
+@pytest.mark.parametrize("exit_layer", range(1, L + 1))
+def test_layers_above_the_exit_do_not_run(tiny, tokens, layers_run, exit_layer):
+    layerskip_decoder(tiny)(tokens, exit_layer=exit_layer)
+    assert layers_run == list(range(exit_layer))
+
+
+def test_hidden_states_are_the_outputs_of_the_layers_before_the_norm(any_family, tokens):
+    final, hidden = layerskip_decoder(any_family).hidden_states(tokens, exits=[1, 4, L])
+    h = any_family.tok_embeddings(tokens)
+    outputs = {exit_layer: (h := layer(h)) for exit_layer, layer in enumerate(any_family.layers, start=1)}
+    assert set(hidden) == {1, 4, L}
+    for exit_layer, x in hidden.items():
+        torch.testing.assert_close(x, outputs[exit_layer])
+    torch.testing.assert_close(final, outputs[L])
+
+
+@pytest.mark.parametrize("split", range(1, L + 1))
+def test_a_walk_in_two_parts_is_the_whole_walk(tiny, tokens, layers_run, split):
+    """Draft and verification: x_E of the first part is all that the second needs."""
+    model = layerskip_decoder(tiny)
+    expected = model(tokens)
+    layers_run.clear()
+    hidden = model(tokens, exit_layer=split, unembed=False)
+    assert torch.equal(model(hidden=hidden, start_layer=split), expected)
+    assert layers_run == list(range(L))
+
+
+def test_built_from_a_config_section():
+    section = {
+        "_component_": "torchtune.models.llama3_2._component_builders.llama3_2",
+        **{"vocab_size": 11, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+        **{"embed_dim": 8, "intermediate_dim": 16, "max_seq_len": 16},
+    }
+    model = layerskip_decoder(section, layer_dropout={"prob": 0.5, "layers_scale": "linear"})
+    assert isinstance(model, LayerSkipDecoder) and model.num_layers == 2
+    assert model.layer_dropout.rates == [0, 0.5]
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
+    assert "_component_" in section  # the caller's section is still whole
+
+
+def test_wrapping_twice_is_wrapping_once(tiny):
+    model = layerskip_decoder(tiny)
+    assert layerskip_decoder(model, layer_dropout={"prob": 0.1}) is model
+    assert model.layer_dropout.rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("exit_layer", [0, L + 1, -1, True, 1.5, "2"])
+def test_no_exit_of_the_model_is_refused(tiny, tokens, exit_layer):
+    model = layerskip_decoder(tiny)
+    with pytest.raises(ValueError, match=r"exit_layer: .*Allowed: 1\.\.6"):
+        model(tokens, exit_layer=exit_layer)
+    with pytest.raises(ValueError, match=r"exits: .*Allowed: 1\.\.6"):
+        model.hidden_states(tokens, exits=[1, exit_layer])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(2, 2),
+        lambda: DeepFusionModel(make_tiny(), nn.Identity()),
+        lambda: EarlyFusionModel(make_tiny(), {"image": nn.Identity()}, {"image": 5}),
+    ],
+    ids=["no decoder", "deep fusion", "early fusion"],
+)
+def test_only_plain_decoders_are_wrapped(build):
+    with pytest.raises(ValueError, match=r"model: .* is not supported"):
+        layerskip_decoder(build())
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_torchtunes_generate_runs_on_it(any_family, tokens, caches):
+    """The host's own generation gives the same tokens with the wrapped model, with and without its KV caches."""
+    model = layerskip_decoder(any_family).eval()
+    outputs = []
+    for decoder in (any_family, model):
+        if caches:
+            decoder.setup_caches(2, torch.float32, decoder_max_seq_len=24)
+            decoder.reset_caches()
+        outputs.append(torchtune.generation.generate(decoder, tokens, max_generated_tokens=12, top_k=1)[0])
+    assert torch.equal(*outputs)
+
+
+def test_caches_set_up_before_wrapping_serve_afterwards(tiny, tokens):
+    expected = torchtune.generation.generate(make_tiny(), tokens, max_generated_tokens=8, top_k=1)[0]
+    tiny.setup_caches(2, torch.float32, decoder_max_seq_len=20)
+
+    output, _ = torchtune.generation.generate(layerskip_decoder(tiny).eval(), tokens, max_generated_tokens=8, top_k=1)
+    assert torch.equal(output, expected)
+
+
+class OwnAttention(MultiHeadAttention):
+    """An attention that torchtune knows nothing of."""
+
+
+@pytest.mark.parametrize(("family", "makes"), [("gemma2", True), ("llama2", False)])
+def test_who_is_given_a_causal_mask(family, makes):
+    """Gemma 2's attention would make its own in each layer, on the host; any other one is called as torchtune does."""
+    base = make_tiny(family)
+    for layer in base.layers:
+        if not makes:
+            layer.attn.__class__ = OwnAttention
+    masks, tokens = [], torch.arange(1, 8)[None]
+    for layer in base.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["mask"]), with_kwargs=True)
+    expected = logits_of(base, tokens)
+    masks.clear()
+    assert torch.equal(layerskip_decoder(base)(tokens), expected)
+    causal = torch.arange(7) <= torch.arange(7)[:, None]
+    assert len(masks) == len(base.layers)
+    assert all(torch.equal(mask, causal) if makes else mask is None for mask in masks)

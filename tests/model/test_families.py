@@ -1,0 +1,134 @@
+"""Checkpoints of every family are what transformers makes of them: the same logits, and the same files after saving."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.generation.steps import DraftHead
+from layerskip_recipes.training.early_exit import EarlyExitLoss
+
+transformers = pytest.importorskip("transformers")
+THEIRS = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+OURS = {
+    "vocab_size": 97,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 48,
+    "intermediate_dim": 80,
+    "max_seq_len": 64,
+    "norm_eps": 1e-6,
+}
+GELU = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16}
+# Small caps, so that they show.
+CAPS = {
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 64,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 2.0,
+}
+OUR_CAPS = {"sliding_window_size": 64, "hidden_capping_value": 5.0, "final_capping_value": 2.0, "head_dim": 16}
+FAMILIES = {
+    "llama2": ("LlamaConfig", {}, "LLAMA2", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 12}, "MISTRAL", {}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}, "QWEN2", {"tie_word_embeddings": True, "rope_base": 10000}),
+    "gemma": ("GemmaConfig", GELU, "GEMMA", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", GELU | CAPS, "GEMMA2", OUR_CAPS),
+    "phi3": ("Phi3Config", {"sliding_window": None, "tie_word_embeddings": False}, "PHI3_MINI", {}),
+}
+TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request, tmp_path):
+    """A model of transformers with no weight at its default, and the config of ours for its checkpoint."""
+    name, theirs, model_type, ours = FAMILIES[request.param]
+    torch.manual_seed(0)
+    rope = {} if request.param.startswith("gemma") else {"rope_theta": 10000.0}
+    settings = getattr(transformers, name)(**THEIRS | theirs | rope)
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "model")
+    builder = f"torchtune.models.{request.param}._component_builders.{request.param}"
+    section = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path / "model"),
+        "checkpoint_files": ["model.safetensors"],
+        "output_dir": str(tmp_path / "out"),
+        "model_type": model_type,
+    }
+    return model, OmegaConf.create({"model": {"_component_": builder, **OURS, **ours}, "checkpointer": section})
+
+
+def load(cfg):
+    return load_decoder(cfg, torch.device("cpu"), torch.float32)
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(pair):
+    theirs, cfg = pair
+    ours, expected = load(cfg), theirs(TOKENS).logits
+    torch.testing.assert_close(ours(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    _, hidden = ours.hidden_states(TOKENS, [3])
+    torch.testing.assert_close(ours(hidden=hidden[3], start_layer=3), expected, atol=1e-4, rtol=1e-4)
+    some = DraftHead(ours, [5, 6, 90])
+    torch.testing.assert_close(some(hidden[3]), expected[..., [5, 6, 90]], atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_and_its_gradient_are_those_of_transformers(pair):
+    """Of the last layer alone, by the embedding: all that the model does lies between."""
+    theirs, cfg = pair
+    ours = load(cfg)
+    loss, _ = EarlyExitLoss(curriculum=None, layers="2", chunk_tokens=7)(
+        ours, TOKENS[:, :-1], TOKENS[:, 1:], step=0, total_steps=1
+    )
+    expected = theirs(TOKENS[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(expected.flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.backward()
+    theirs_grad = theirs.get_input_embeddings().weight.grad
+    torch.testing.assert_close(ours.tok_embeddings.weight.grad, theirs_grad, atol=1e-5, rtol=1e-4)
+
+
+def test_numbers_that_contradict_the_checkpoint_are_said(pair, caplog):
+    """No weight shows them, so the model would only be a bit worse."""
+    _, cfg = pair
+    load(cfg)
+    assert not [message for message in caplog.messages if message.startswith("model.")]
+    cfg.model.norm_eps = 1e-5
+    cfg.model.rope_base = 777
+    load(cfg)
+    expected = {"model.norm_eps: it is 1e-05 here", "model.rope_base: it is 777 here"}
+    assert {line.partition(",")[0] for line in caplog.messages if line.startswith("model.")} == expected
+
+
+def test_what_is_saved_is_what_was_loaded(pair, tmp_path):
+    _, cfg = pair
+    checkpointer = build_checkpointer(cfg.checkpointer, str(tmp_path / "out"))
+    checkpointer.save_checkpoint(checkpointer.load_checkpoint(), epoch=0)
+    saved = {
+        name: tensor
+        for file in sorted((tmp_path / "out" / "epoch_0").glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    assert expected.keys() <= saved.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())

@@ -1,0 +1,361 @@
+"""Layer dropout (paper, eq. 1-4): the rates, the draw, and what the decoder does with it."""
+
+import math
+
+import pytest
+import torch
+from helpers.tiny import VOCAB, logits_of, make_tiny
+from helpers.walks import walk
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
+
+from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.model.decoder import take_rows
+from layerskip_recipes.model.layer_dropout import IDLE, LayerDropout, dropout_rates, schedule_scale
+
+L = 6
+# Half of the samples leave each layer: most draws mix kept and dropped samples.
+HALF = {"prob": 0.5, "layers_scale": "uniform"}
+
+
+def random_tokens(batch, length, seed=3):
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def next_draw(dropout, batch):
+    """What the next forward pass will draw, as layers that each sample runs; the generator stays where it is."""
+    state = dropout.state_dict()
+    keep = dropout.draw(batch)
+    dropout.load_state_dict(state)
+    return [[layer for layer in range(L) if keep[layer] is None or row in keep[layer]] for row in range(batch)]
+
+
+def rows_seen(model):
+    """A list that collects, per layer, the batch sizes that arrive at it."""
+    seen = [[] for _ in model.layers]
+    for sizes, layer in zip(seen, model.layers, strict=True):
+        layer.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(args[0].shape[0]))
+    return seen
+
+
+# ---- which layers ----
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (":", range(20)),
+        ("0::4", [0, 4, 8, 12, 16]),
+        ("8,12,16", [8, 12, 16]),
+        (" 8, 12 ", [8, 12]),
+        ("-1", [19]),
+        ("-3:", [17, 18, 19]),
+        ("2:6,15", [2, 3, 4, 5, 15]),
+        ("4:2:-1", [4, 3]),
+        ("0:20", range(20)),
+        ("3,3,1:4", [1, 2, 3]),
+        (7, [7]),
+        (-20, [0]),
+        ([1, 5, -1], [1, 5, 19]),
+        ((0,), [0]),
+    ],
+)
+def test_select_layers(layers, expected):
+    assert select_layers(layers, 20) == [layer in expected for layer in range(20)]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        *("", ",", "1,,2", "3:3", "6", "-7", "0:7", "-7:", "::0", "1:2:1:1", "a", "1-3", "1.5", "all"),
+        *(6, [], [6], [1.5], None, 2.0, True),
+    ],
+)
+def test_select_layers_names_the_key_of_what_it_refuses(layers):
+    with pytest.raises(ValueError, match=r"^early_exit_loss\.layers: .*0\.\.5"):
+        select_layers(layers, L, key="early_exit_loss.layers")
+
+
+# ---- rates and schedule ----
+
+
+@pytest.mark.parametrize("num_layers", [2, 6, 32])
+def test_exp_rates_are_the_papers(num_layers):
+    """p_l = p_max (exp(l ln2 / (L-1)) - 1): nothing in the first layer, p_max in the last."""
+    rates = dropout_rates(num_layers, 0.2)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.2, rel=1e-12)
+    expected = [0.2 * (2 ** (layer / (num_layers - 1)) - 1) for layer in range(num_layers)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scale", "d"),
+    [
+        ("uniform", [1, 1, 1, 1, 1]),
+        ("linear", [0, 0.25, 0.5, 0.75, 1]),
+        ("log", [math.log(layer + 1) / math.log(5) for layer in range(5)]),
+        ("sin", [0, math.sin(math.pi / 8), math.sin(math.pi / 4), math.sin(3 * math.pi / 8), 1]),
+        ("sigmoid", [0.5 + 0.5 * math.tanh(5 * (u - 0.5)) for u in (0, 0.25, 0.5, 0.75, 1)]),
+        ("step", [0, 0, 0, 0, 1]),
+    ],
+)
+def test_other_scales(scale, d):
+    assert dropout_rates(5, 0.3, scale) == pytest.approx([0.3 * x for x in d], rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["exp", "linear", "uniform", "log", "sin", "step"])
+def test_the_only_layer_of_a_model_is_its_last(scale):
+    assert dropout_rates(1, 0.3, scale) == pytest.approx([0.3])
+
+
+def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
+    whole = dropout_rates(8, 0.4)
+    assert dropout_rates(8, 0.4, layers="2:5,-1") == [
+        rate if layer in (2, 3, 4, 7) else 0 for layer, rate in enumerate(whole)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"prob": -0.1}, "prob"),
+        ({"prob": 1.01}, "prob"),
+        ({"prob": math.nan}, "prob"),
+        ({"prob": True}, "prob"),
+        ({"prob": "0.1"}, "prob"),
+        ({"prob": 0.1, "layers_scale": "expo"}, "layers_scale"),
+        ({"prob": 0.1, "layers": "9"}, "layers"),
+        ({"prob": 0.1, "schedule": "linear"}, "schedule"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, key):
+    with pytest.raises(ValueError, match=rf"^layer_dropout\.{key}: "):
+        LayerDropout(L, **arguments)
+
+
+def test_schedule_scale():
+    assert [schedule_scale(t, 11, "constant") for t in (0, 5, 10)] == [1, 1, 1]
+    assert schedule_scale(0, 11, "exp") == 0
+    assert schedule_scale(10, 11, "exp") == pytest.approx(1)
+    assert schedule_scale(3, 11, "exp") == pytest.approx(math.exp(0.3 * math.log(2)) - 1)
+    with pytest.raises(ValueError, match=r"^layer_dropout\.schedule: 'cosine'"):
+        schedule_scale(0, 11, "cosine")
+
+
+def test_the_progressive_schedule():
+    """Progressive Layer Dropping: theta(t) = (1 - theta) exp(-gamma t) + theta with gamma = 100 / T keeps, so
+    1 - exp(-gamma t) of the largest rate drops."""
+    theta, total = 0.5, 1000
+    for t in (0, 7, 100, 999):
+        keeps = (1 - theta) * math.exp(-100 / total * t) + theta
+        assert (1 - theta) * schedule_scale(t, total, "progressive") == pytest.approx(1 - keeps)
+
+
+def test_ranks_with_fewer_rows_draw_alike():
+    """A rank with one row and one with three agree on which layers run, on their common rows, and on what follows."""
+    few, many = (LayerDropout(6, 0.7, "uniform", seed=3, batch_size=3) for _ in range(2))
+    idle = 0
+    for _ in range(50):
+        for one, three in zip(few.draw(1), many.draw(3), strict=True):
+            rows = [0, 1, 2] if three is None else three
+            assert (one in (None, [0])) == (0 in rows)
+            assert (one == []) == (rows == [])  # a layer that runs on one rank runs on both
+            idle += one == IDLE
+    assert idle > 10
+    assert torch.equal(few.generator.get_state(), many.generator.get_state())
+
+
+def test_an_idle_layer_changes_nothing_and_trains_nothing(tiny):
+    """It runs for the other ranks' sake: the output is that without it, and its gradients are zeros, not None."""
+    model = layerskip_decoder(tiny).train()
+    tokens = torch.arange(8).view(2, 4)
+    model.layer_dropout = LayerDropout(L, 0.5)
+    model.layer_dropout.draw = lambda b: [None, IDLE, None, [], None, None]
+    out = model(tokens)
+    out.sum().backward()
+    h = model.tok_embeddings(tokens)
+    for layer in (0, 2, 4, 5):
+        h = model.layers[layer](h)
+    assert torch.equal(out, model.unembed(h))
+    assert all(p.grad is not None and not p.grad.any() for p in model.layers[1].parameters())
+    assert all(p.grad is None for p in model.layers[3].parameters())
+
+
+def test_the_rates_follow_the_schedule():
+    dropout = LayerDropout(L, 0.4, schedule="exp")
+    dropout.set_step(5, 11)
+    assert dropout.max_rate == pytest.approx(0.4 * (math.sqrt(2) - 1))
+    dropout.set_step(0, 11)
+    assert dropout.draw(1000) == [None] * L
+
+
+# ---- the draw ----
+
+
+def test_the_draw_repeats_and_resumes():
+    """The same seed gives the same draws, another seed others, and a restored generator goes on where it was saved."""
+    one, same, other = (LayerDropout(L, **HALF, seed=seed) for seed in (1, 1, 2))
+    torch.manual_seed(7)  # the global seed has no part in it
+    first = [one.draw(16) for _ in range(3)]
+    assert first == [same.draw(16) for _ in range(3)]
+    assert first != [other.draw(16) for _ in range(3)]
+    assert first[0] != first[1]
+    saved = {name: value.clone() for name, value in one.state_dict().items()}
+    ahead = [one.draw(16) for _ in range(3)]
+    other.load_state_dict(saved)
+    assert [other.draw(16) for _ in range(3)] == ahead
+
+
+def test_layers_and_samples_are_drawn_independently():
+    """Neither one draw for all layers, nor one for all samples: every pair of layers is uncorrelated."""
+    n = 4000
+    kept = torch.zeros(L, n)
+    for layer, rows in enumerate(LayerDropout(L, **HALF).draw(n)):
+        kept[layer, rows] = 1
+    off_diagonal = torch.corrcoef(kept) - torch.eye(L)
+    assert off_diagonal.abs().max() < 4.5 / math.sqrt(n)
+    neighbours = torch.corrcoef(torch.stack([kept[:, 1:].flatten(), kept[:, :-1].flatten()]))[0, 1]
+    assert neighbours.abs() < 4.5 / math.sqrt(L * n)
+
+
+@pytest.mark.parametrize(("schedule", "step", "scale"), [("constant", 0, 1.0), ("exp", 50, math.sqrt(2) - 1)])
+def test_each_layer_sees_its_share_of_the_samples(tiny, schedule, step, scale):
+    """Rows that arrive at layer l: all but a share S(t) D(l) p_max, within 4.5 standard deviations."""
+    n = 4000
+    model = layerskip_decoder(tiny, layer_dropout={"prob": 0.8, "schedule": schedule}).train()
+    model.layer_dropout.set_step(step, 101)
+    seen = rows_seen(model)
+    with torch.no_grad():
+        model(random_tokens(n, 1))
+    for layer in range(L):
+        rate = scale * 0.8 * (2 ** (layer / (L - 1)) - 1)
+        assert len(seen[layer]) == 1
+        assert abs(seen[layer][0] - n * (1 - rate)) <= 4.5 * math.sqrt(n * rate * (1 - rate))
+
+
+# ---- the decoder under dropout ----
+
+
+def test_a_sample_is_what_it_is_alone_without_its_dropped_layers(any_family):
+    """Eq. 1 for every sample, with gradients, and the layers see no more rows than they must."""
+    batch = 8
+    tokens = random_tokens(batch, 7)
+    any_family.train()
+    model = layerskip_decoder(any_family, layer_dropout=HALF).train()
+    seen = rows_seen(model)
+    run = next_draw(model.layer_dropout, batch)
+    logits = model(tokens)
+    assert [sum(sizes) for sizes in seen] == [sum(layer in layers for layers in run) for layer in range(L)]
+    assert 0 < sum(map(len, run)) < batch * L
+
+    expected = torch.cat([walk(any_family, tokens[row : row + 1], layers) for row, layers in enumerate(run)])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(any_family.parameters())
+    gradients = torch.autograd.grad((logits * direction).sum(), parameters)
+    for ours, plain in zip(gradients, torch.autograd.grad((expected * direction).sum(), parameters), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("length", [9, 8], ids=["s != b", "s == b"])
+@pytest.mark.parametrize("shared", ["nothing", "mask", "positions", "both"])
+def test_masks_and_positions_follow_their_samples(tiny, length, shared):
+    """Packed batches: each sample has its own documents; what is shared by all samples is not cut."""
+    batch = 8
+    tokens = random_tokens(batch, length)
+    lengths = [1 + row % (length - 1) for row in range(batch)]  # of the first of two documents
+    masks = torch.stack(
+        [torch.block_diag(torch.ones(n, n), torch.ones(length - n, length - n)).tril().bool() for n in lengths]
+    )
+    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(length - n)]) for n in lengths])
+    if shared in ("mask", "both"):
+        masks = masks[2:3]
+    if shared in ("positions", "both"):
+        positions = positions[2]
+    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
+    run = next_draw(model.layer_dropout, batch)
+    logits = model(tokens, mask=masks, input_pos=positions)
+    for row, layers in enumerate(run):
+        mask = masks if masks.shape[0] == 1 else masks[row : row + 1]
+        pos = positions if positions.dim() == 1 else positions[row : row + 1]
+        expected = walk(tiny, tokens[row : row + 1], layers, mask=mask, input_pos=pos)
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
+    """x_{l+1} of a sample that skips layer l is its x_l, in one and the same draw."""
+    tokens = random_tokens(8, 5)
+    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
+    run = next_draw(model.layer_dropout, 8)
+    _, hidden = model.hidden_states(tokens, exits=range(1, L + 1))
+    for exit_layer in range(1, L + 1):
+        for row, layers in enumerate(run):
+            expected = walk(tiny, tokens[row : row + 1], [layer for layer in layers if layer < exit_layer])
+            torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_leaves_the_global_generator_alone(tiny):
+    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
+    before = torch.get_rng_state()
+    model(random_tokens(8, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "training"),
+    [({"prob": 0.9}, False), ({"prob": 0.0}, True), ({"prob": 0.9, "schedule": "exp"}, True), (None, True)],
+    ids=["eval", "prob 0", "S(0) = 0", "none"],
+)
+def test_without_dropout_it_is_the_base_decoder_bit_for_bit(any_family, dropout, training):
+    tokens = random_tokens(4, 6)
+    expected = logits_of(any_family, tokens)
+    model = layerskip_decoder(any_family, layer_dropout=dropout).train(training)
+    if dropout:
+        model.layer_dropout.set_step(0, 10)
+    assert torch.equal(model(tokens), expected)
+
+
+@pytest.mark.parametrize("layers_scale", ["exp", "step", "uniform"])
+def test_layers_that_keep_nobody_train_with_and_without_checkpointing(layers_scale):
+    """prob 1: the last layer (or all) is never run, gets no gradient, and checkpointed gradients are the same."""
+    gradients = []
+    for checkpointing in (False, True):
+        base = make_tiny()
+        model = layerskip_decoder(base, layer_dropout={"prob": 1, "layers_scale": layers_scale}).train()
+        names = [name for name, _ in base.named_parameters()]
+        if checkpointing:
+            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        for _ in range(2):  # accumulated, with two different draws
+            model(random_tokens(8, 6)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    plain, checkpointed = (dict(zip(names, grads, strict=True)) for grads in gradients)
+    for name in names:
+        if name.startswith("layers.5.") or (layers_scale == "uniform" and name.startswith("layers.")):
+            assert plain[name] is None or not plain[name].any()
+        else:
+            assert plain[name].isfinite().all() and plain[name].any()
+        assert (plain[name] is None) == (checkpointed[name] is None)
+        if plain[name] is not None:
+            torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_rows_of_a_block_mask(per_sample):
+    """flex_attention of the kept samples with their rows of the mask is the kept rows of the whole attention."""
+    batch, length = 5, 64
+    documents = torch.randint(0, 4, (batch, length), generator=torch.Generator().manual_seed(0)).sort(-1).values
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        row = b if per_sample else b * 0
+        return (q_idx >= kv_idx) & (documents[row, q_idx] == documents[row, kv_idx])
+
+    mask = create_block_mask(mask_mod, batch if per_sample else 1, None, length, length, "cpu", BLOCK_SIZE=16)
+    q, k, v = torch.randn(3, batch, 2, length, 8, generator=torch.Generator().manual_seed(1))
+    whole = flex_attention(q, k, v, block_mask=mask)
+    for rows in ([0], [4], [1, 3], [0, 2, 3, 4]):
+        rows = torch.tensor(rows)
+        taken = flex_attention(q[rows], k[rows], v[rows], block_mask=take_rows(mask, rows, batch))
+        torch.testing.assert_close(taken, whole[rows])

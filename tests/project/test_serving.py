@@ -1,0 +1,162 @@
+"""What `layerskip export` writes, in llama.cpp: the same greedy tokens as in transformers, alone and as a draft model.
+
+Needs llama-cpp-python (`pip install llama-cpp-python` builds it, 10 minutes or so on one core) for the engine as a
+library, or xllamacpp (a wheel, 34 MB) for llama.cpp's own server, or both; and llama.cpp's converter, which is in no
+wheel, but in the source distribution of llama-cpp-python:
+
+    pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-0.3.36.tar.gz
+    export LLAMA_CPP_CONVERTER=$PWD/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py
+    pytest -m real tests/test_serving.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers.configs import make_checkpoint
+from helpers.smollm2 import smollm2_folder
+
+from layerskip_recipes.checkpoint.export import export
+
+transformers = pytest.importorskip("transformers")
+CONVERTER = os.environ.get("LLAMA_CPP_CONVERTER")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not CONVERTER, reason="LLAMA_CPP_CONVERTER is not set to llama.cpp's convert_hf_to_gguf.py"),
+]
+NEW = 32
+NUM_DRAFT = 4
+# The converter knows tokenizers by a hash of what they encode, and refuses any other. This names the regular expression
+# of `ByteLevel(use_regex=True)`, which the quickstart's tokenizers have.
+WITH_ANY_BYTE_LEVEL_TOKENIZER = """
+import pathlib, runpy, sys
+sys.argv = sys.argv[1:]
+folder = pathlib.Path(sys.argv[0]).parent
+sys.path[:0] = [str(folder), str(folder / "gguf-py")]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Exported(NamedTuple):
+    """The whole model and its draft: transformers' folders, GGUF files beside them, and what transformers generates."""
+
+    folders: dict[str, Path]
+    end: int | None
+    prompts: list[str]
+    tokens: list[list[int]]  # the prompts
+    greedy: dict[str, list[list[int]]]
+
+    def gguf(self, name: str) -> str:
+        return str(self.folders[name].with_suffix(".gguf"))
+
+
+def convert(folder: Path, any_tokenizer: bool) -> None:
+    script = ["-c", WITH_ANY_BYTE_LEVEL_TOKENIZER] if any_tokenizer else []
+    command = [*script, str(CONVERTER), str(folder), "--outtype", "f32", "--outfile", str(folder.with_suffix(".gguf"))]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy tokens; no token ends the text."""
+    model, outs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        outs.append(model.generate(tokens, attention_mask=torch.ones_like(tokens))[0, len(prompt) :].tolist())
+    return outs
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2"])
+def exported(request, tmp_path_factory, tokenizer_folder) -> Exported:
+    folder, tiny = tmp_path_factory.mktemp(request.param), request.param == "tiny"
+    checkpoint = make_checkpoint(folder / "checkpoint", tokenizer_folder) if tiny else smollm2_folder()
+    folders = {
+        "whole": export(str(checkpoint), str(folder / "whole"), exit_layer=2),
+        "draft": export(str(checkpoint), str(folder / "draft"), draft=2 if tiny else 6),
+    }
+    for exported_folder in folders.values():
+        convert(exported_folder, any_tokenizer=tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["whole"])
+    prompts = ["def main(", "import os\n\n\nclass ", "it's 12345, isn't it? ", "    for i in range(10):\n        "]
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    outs = {name: greedy(folders[name], tokens) for name in folders}
+    return Exported(folders, tokenizer.eos_token_id, prompts, tokens, outs)
+
+
+@pytest.mark.parametrize("name", ["whole", "draft"])
+def test_llama_cpp_generates_what_transformers_does(name, exported):
+    model = llama(exported.gguf(name))
+    for prompt, tokens, expected in zip(exported.prompts, exported.tokens, exported.greedy[name], strict=True):
+        assert model.tokenize(prompt.encode()) == tokens
+        assert list(islice(model.generate(tokens, temp=0.0), NEW)) == expected
+
+
+def test_llama_cpp_drafts_with_the_draft(exported):
+    """`draft_model=`: the same tokens, in fewer passes than tokens."""
+    speculative = pytest.importorskip("llama_cpp.llama_speculative")
+    draft, asked = llama(exported.gguf("draft")), []
+
+    class Draft(speculative.LlamaDraftModel):
+        def __call__(self, input_ids, /, **kwargs):
+            asked.append(len(input_ids))
+            tokens = islice(draft.generate(input_ids.tolist(), temp=0.0), NUM_DRAFT)
+            return np.fromiter(tokens, dtype=np.intc)
+
+    model = llama(exported.gguf("whole"), draft_model=Draft())
+    for tokens, expected in zip(exported.tokens, exported.greedy["whole"], strict=True):
+        assert list(islice(model.generate(tokens, temp=0.0), NEW)) == expected
+    assert 0 < len(asked) < (NEW - 1) * len(exported.tokens)  # so many without an accepted draft
+
+
+def llama(path: str, **settings):
+    """In fp32 throughout: the cache is fp16 by default. One thread: more of them spin where a core is not theirs."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    return llama_cpp.Llama(path, n_ctx=128, verbose=False, **threads, **fp32, **settings)
+
+
+@pytest.mark.parametrize("names", [("whole", None), ("draft", None), ("whole", "draft")])
+def test_llama_cpps_server(names, exported):
+    """As `llama-server -m whole.gguf -md draft.gguf --spec-type draft-simple`."""
+    server, drafted = serve(*(name and exported.gguf(name) for name in names)), 0
+    for tokens, expected in zip(exported.tokens, exported.greedy[names[0]], strict=True):
+        request = {"prompt": tokens, "n_predict": NEW, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
+        body = urllib.request.Request(
+            server.listening_address + "/completion", json.dumps(request).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(body, timeout=300) as response:
+            out = json.load(response)
+        end = expected.index(exported.end) if exported.end in expected else NEW
+        assert out["tokens"][:end] == expected[:end]
+        assert len(out["tokens"]) <= end + 1
+        drafted += out["timings"].get("draft_n", 0)
+    assert (drafted > 0) == (names[1] is not None)
+
+
+def serve(whole: str, draft: str | None):
+    """llama.cpp's server at a free port of this machine, in fp32: its attention and cache are fp16 by default."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = whole, 128, 1
+    params.hostnames, params.port = ["127.0.0.1"], 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if draft is not None:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        drafts = params.speculative.draft
+        drafts.mparams.path, drafts.n_max, drafts.n_min, drafts.p_min = draft, NUM_DRAFT, 0, 0.0
+        drafts.cache_type_k = drafts.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    return xllamacpp.Server(params)

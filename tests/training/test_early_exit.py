@@ -1,0 +1,478 @@
+"""Early-exit loss (paper, eq. 5-6): weights, curricula, and the loss against one written in plain PyTorch."""
+
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import VOCAB, make_tiny, unembedded
+
+from layerskip_recipes import EarlyExitLoss, layerskip_decoder
+from layerskip_recipes.model.head import Head
+from layerskip_recipes.training.chunked_loss import cross_entropy_
+from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
+
+L = 6
+
+
+def batch(rows=3, length=11, seed=0, padding=True):
+    """Tokens [b, s] and shifted labels; each row ends in a different number of ignored labels."""
+    text = torch.randint(1, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    tokens, labels = text[:, :-1].clone(), text[:, 1:].clone()
+    for row in range(rows if padding else 0):
+        labels[row, length - 2 * row :] = -100
+        labels[row, : row + 1] = -100  # and a prompt that is not trained on
+    return tokens, labels
+
+
+def paper_weights(on, scale):
+    """e~ of eq. 6 for the flags `on`, sum by sum as it is printed."""
+    last = len(on) - 1
+    e = [scale * sum(range(layer + 1)) for layer in range(last)] + [last + scale * sum(range(last))]
+    e = [value * flag for value, flag in zip(e, on, strict=True)]
+    return [value / sum(e) for value in e]
+
+
+def plain_loss(model, tokens, labels, weights, label_smoothing=0.0):
+    """J of eq. 5 and the cross-entropy of every exit, with all logits at once and ordinary autograd."""
+    h = model.tok_embeddings(tokens)
+    losses = []
+    for layer in model.layers:
+        h = layer(h)
+        logits = unembedded(model, h)
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing)
+        )
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)), losses
+
+
+def gradients(loss, model):
+    """{name: gradient or None} of the model's parameters, which are left without."""
+    loss.backward()
+    result = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return result
+
+
+def assert_same_gradients(ours, plain, tolerance=1e-5):
+    """Each parameter's gradient, within `tolerance` of its largest entry."""
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert (ours[name] is None) == (gradient is None), name
+        if gradient is not None:
+            atol = tolerance * gradient.abs().max().item()
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- weights ----
+
+
+def test_the_papers_worked_weights():
+    """L = 32, e_scale = 0.2: exits 7, 15, 23, 31 weigh .027 .115 .264 .594; of all 32 the last weighs .111."""
+    four = exit_weights(32, [layer in (7, 15, 23, 31) for layer in range(32)], 0.2)
+    assert [round(w, 3) for w in four[[7, 15, 23, 31]].tolist()] == [0.027, 0.115, 0.264, 0.594]
+    assert four.count_nonzero() == 4
+    assert round(exit_weights(32, [True] * 32, 0.2)[-1].item(), 3) == 0.111
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3])
+@pytest.mark.parametrize("num_layers", [2, 6, 40])
+def test_weights_are_eq_6(num_layers, scale):
+    on = [layer % 3 != 1 or layer == num_layers - 1 for layer in range(num_layers)]
+    weights = exit_weights(num_layers, on, scale)
+    torch.testing.assert_close(weights, torch.tensor(paper_weights(on, scale)))
+    assert weights.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_layers", [1, 6])
+@pytest.mark.parametrize("scale_fn", ["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"])
+def test_alone_or_with_scale_0_the_last_exit_has_all_the_weight(scale_fn, num_layers):
+    only_last = [0.0] * (num_layers - 1) + [1.0]
+    assert exit_weights(num_layers, [True] * num_layers, 0.0, scale_fn).tolist() == only_last
+    assert exit_weights(num_layers, [False] * (num_layers - 1) + [True], 0.5, scale_fn).tolist() == only_last
+
+
+@pytest.mark.parametrize(
+    ("scale_fn", "f"),
+    [
+        ("uniform", [1, 1, 1, 1]),
+        ("linear", [1, 2, 3, 4]),
+        ("sqrt", [1, math.sqrt(2), math.sqrt(3), 2]),
+        ("inverse", [1, 1 / 2, 1 / 3, 1 / 4]),
+        ("inverse_sqrt", [1, 1 / math.sqrt(2), 1 / math.sqrt(3), 1 / 2]),
+    ],
+)
+def test_other_scale_functions(scale_fn, f):
+    """scale * f(l) for the exits before the last, f(L-1) for the last, normalised over those that are on."""
+    expected = torch.tensor([0.3 * f[0], 0, 0.3 * f[2], f[3]])
+    torch.testing.assert_close(exit_weights(4, [True, False, True, True], 0.3, scale_fn), expected / expected.sum())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"scale": -0.1},
+        {"scale": math.nan},
+        {"scale": math.inf},
+        {"scale": "0.2"},
+        {"scale_fn": "cubic"},
+        {"curriculum": "random"},
+        {"interval": 0},
+        {"interval": 2.5},
+        {"chunk_tokens": -1},
+        {"chunk_tokens": 0},
+        {"chunk_tokens": True},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(arguments):
+    with pytest.raises(ValueError, match=rf"^early_exit_loss\.{next(iter(arguments))}: "):
+        EarlyExitLoss(**arguments)
+
+
+def test_without_an_exit_that_weighs_there_is_no_loss():
+    with pytest.raises(ValueError, match="no enabled exit has a weight"):
+        exit_weights(4, [True, False, False, False], 0.2)  # e(0) = 0
+
+
+# ---- curricula ----
+
+
+@pytest.mark.parametrize(("num_layers", "interval"), [(32, 8), (24, 23), (6, 4), (6, 1), (5, 5), (4, 7)])
+def test_rotational(num_layers, interval):
+    """Each layer once in R steps, ceil(L/R) of them or fewer at once; the set moves by one; the last is always on."""
+    steps = [enabled_exits("rotational", t, 1000, num_layers, interval=interval) for t in range(2 * interval)]
+    for t, on in enumerate(steps):
+        assert on[-1]
+        assert sum(on[:-1]) <= math.ceil(num_layers / interval)
+        if num_layers % interval == 0:
+            assert sum(on) in (num_layers // interval, num_layers // interval + 1)  # the last may be one of them
+        following = steps[(t + 1) % interval]
+        assert all(following[layer + 1] for layer in range(num_layers - 1) if on[layer])
+    for layer in range(num_layers - 1):
+        assert sum(on[layer] for on in steps[:interval]) == 1
+    assert steps[:interval] == steps[interval:]
+
+
+def test_rotational_among_chosen_layers():
+    """Every R-th of the chosen layers, so that each of them still gets its turn."""
+    chosen = [1, 4, 5, 9, 12]
+    steps = [enabled_exits("rotational", t, 9, 16, interval=2, layers="1,4,5,9,12") for t in range(2)]
+    on = [{layer for layer in range(15) if flags[layer]} for flags in steps]
+    assert on == [set(chosen[0::2]), set(chosen[1::2])]
+    assert all(flags[-1] for flags in steps)
+
+
+@pytest.mark.parametrize(("num_layers", "total_steps"), [(6, 120), (24, 5800), (8, 37), (32, 10)])
+def test_gradual(num_layers, total_steps):
+    """From the last layer down, one more every T/(2L) steps, all at T/2 and after."""
+    for t in range(total_steps):
+        on = enabled_exits("gradual", t, total_steps, num_layers)
+        added = math.floor(t / (total_steps / (2 * num_layers)) + 1e-9)
+        count = min(1 + added, num_layers)
+        assert on == [False] * (num_layers - count) + [True] * count
+        assert all(on) or t < total_steps / 2
+    assert enabled_exits("gradual", 0, total_steps, num_layers) == [False] * (num_layers - 1) + [True]
+
+
+def test_gradual_among_chosen_layers():
+    assert enabled_exits("gradual", 0, 10, 8, layers="0,5,6") == [False] * 7 + [True]
+    assert enabled_exits("gradual", 9, 10, 8, layers="0,5,6") == [layer in (0, 5, 6, 7) for layer in range(8)]
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_no_curriculum_has_the_chosen_layers_on_and_the_last(step):
+    assert enabled_exits(None, step, 10, 8, layers="1::3") == [layer in (1, 4, 7) for layer in range(8)]
+    assert enabled_exits(None, step, 10, 8, layers="2") == [layer in (2, 7) for layer in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [
+        ("curriculum", {"curriculum": "rotate"}),
+        ("interval", {"curriculum": "rotational", "interval": 0}),
+        ("interval", {"curriculum": "rotational", "interval": -1}),
+        ("interval", {"curriculum": "rotational", "interval": True}),
+        ("layers", {"curriculum": None, "layers": "8"}),
+        ("layers", {"curriculum": "gradual", "layers": ""}),
+    ],
+)
+def test_wrong_curricula_are_named(key, arguments):
+    with pytest.raises(ValueError, match=rf"^early_exit_loss\.{key}: "):
+        enabled_exits(step=0, total_steps=10, num_layers=8, **arguments)
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("size", [1.0, 300.0], ids=["usual", "large"])
+def test_the_gradient_takes_the_place_of_the_logits(size, label_smoothing):
+    """Against autograd; logits whose exponential is no fp32 number; labels that do not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (size * torch.randn(20, VOCAB, generator=generator)).requires_grad_()
+    labels = torch.randint(VOCAB, (20,), generator=generator)
+    labels[3:7] = -100
+    expected = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    (gradient,) = torch.autograd.grad(0.25 * expected, logits)
+    ours = logits.detach().clone()
+    total = cross_entropy_(ours, labels, 0.25, label_smoothing=label_smoothing)
+    torch.testing.assert_close(total, expected.detach())
+    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunks", [{}, {"chunk_tokens": 1}, {"chunk_tokens": 7}], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1], ids="smoothing{}".format)
+@pytest.mark.parametrize("family", ["llama2", "llama3_2", "qwen2", "gemma", "gemma2"])
+def test_loss_and_gradients_are_those_of_plain_autograd(family, label_smoothing, chunks):
+    """Untied (llama2, qwen2) and tied heads, gemma's norms, 33 tokens in chunks that leave a rest, ignored labels."""
+    model = layerskip_decoder(make_tiny(family))
+    tokens, labels = batch()
+    loss_fn = EarlyExitLoss(scale=0.2, curriculum=None, layers="1,3,4", label_smoothing=label_smoothing, **chunks)
+    total, per_exit = loss_fn(model, tokens, labels, step=0, total_steps=1)
+    weights = paper_weights([False, True, False, True, True, True], 0.2)
+    expected, losses = plain_loss(model, tokens, labels, weights, label_smoothing)
+    torch.testing.assert_close(total, expected)
+    assert_same_gradients(gradients(total, model), gradients(expected, model))
+    assert list(per_exit) == [2, 4, 5, 6]
+    for exit_layer, value in per_exit.items():
+        assert not value.requires_grad
+        torch.testing.assert_close(value, losses[exit_layer - 1].detach())
+
+
+def test_an_exit_without_weight_is_measured_and_not_trained(tiny):
+    """e(0) = 0 in the paper's scale: the loss at exit 1 is reported, the gradients are those without it."""
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    total, per_exit = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    expected, losses = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
+    torch.testing.assert_close(per_exit[1], losses[0].detach())
+    assert_same_gradients(gradients(total, model), gradients(expected, model))
+
+
+def test_the_curriculum_decides_which_exits_weigh(tiny):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    for step, on in enumerate([(0, 2, 4, 5), (1, 3, 5)]):
+        total, per_exit = EarlyExitLoss(scale=0.5, interval=2)(model, tokens, labels, step=step, total_steps=9)
+        weights = paper_weights([layer in on for layer in range(L)], 0.5)
+        torch.testing.assert_close(total, plain_loss(model, tokens, labels, weights)[0])
+        assert list(per_exit) == [layer + 1 for layer in on]
+
+
+def test_masks_and_positions_reach_the_model(tiny):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch(padding=False)
+    documents = torch.block_diag(torch.ones(4, 4), torch.ones(7, 7)).tril().bool().expand(3, -1, -1)
+    positions = torch.cat([torch.arange(4), torch.arange(7)]).expand(3, -1)
+    total, _ = EarlyExitLoss(curriculum=None)(
+        model, tokens, labels, step=0, total_steps=1, mask=documents, input_pos=positions
+    )
+    weights = paper_weights([True] * L, 0.2)
+    parts = [plain_loss(model, tokens[:, part], labels[:, part], weights)[0] for part in (slice(4), slice(4, 11))]
+    torch.testing.assert_close(total, (4 * parts[0] + 7 * parts[1]) / 11)
+
+
+def test_with_layer_dropout_an_exit_behind_a_dropped_layer_is_trained_through_the_others(tiny):
+    """All samples skip the last layer: exits L-1 and L are one hidden state, whose gradients add up."""
+    model = layerskip_decoder(tiny, layer_dropout={"prob": 1, "layers_scale": "step"}).train()
+    tokens, labels = batch()
+    total, per_exit = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    assert per_exit[L] == per_exit[L - 1]
+    *weights, last = paper_weights([True] * L, 0.2)
+    weights[-1] += last
+    expected, _ = plain_loss(model, tokens, labels, [*weights, 0])
+    torch.testing.assert_close(total, expected)
+    ours, plain = gradients(total, model), gradients(expected, model)
+    assert not any(ours.pop(name) is not None for name in list(ours) if name.startswith("layers.5."))
+    assert_same_gradients(ours, {name: plain[name] for name in ours})
+
+
+def test_the_gradient_that_comes_from_above_counts(tiny):
+    """Divided for accumulation or multiplied by a scaler, the loss takes its gradients along."""
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    loss_fn = EarlyExitLoss(curriculum=None)
+    whole = gradients(loss_fn(model, tokens, labels, step=0, total_steps=1)[0], model)
+    tripled = gradients(3 * loss_fn(model, tokens, labels, step=0, total_steps=1)[0], model)
+    assert_same_gradients(tripled, {name: 3 * gradient for name, gradient in whole.items()})
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
+def test_accumulated_over_micro_batches_weighted_by_tokens(family):
+    """Micro-batches with unequal numbers of labels, weighted by them, give the gradients of the one big batch."""
+    model = layerskip_decoder(make_tiny(family))
+    tokens, labels = batch()
+    loss_fn = EarlyExitLoss(curriculum=None, chunk_tokens=5)
+    expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
+    count = (labels != -100).sum()
+    value = 0
+    for part in (slice(0, 1), slice(1, 3)):
+        loss, _ = loss_fn(model, tokens[part], labels[part], step=0, total_steps=1)
+        share = (labels[part] != -100).sum() / count
+        (loss * share).backward()
+        value += (loss * share).item()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(ours, gradients(expected, model))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
+def test_bf16(family):
+    """As near to the fp32 gradients as plain autograd in bf16 is.
+
+    bf16 carries 8 bits: these gradients are off by up to 14% in norm either way, so the two errors are compared. The
+    sums over chunks and exits may add a fifth to them. The loss itself is summed in fp32: 0.2%.
+    """
+    model = layerskip_decoder(make_tiny(family).bfloat16())
+    exact = make_tiny(family)
+    exact.load_state_dict(model.state_dict())  # the same rounded weights
+    tokens, labels = batch(rows=4, length=32)
+    weights = paper_weights([True] * L, 0.2)
+    total, _ = EarlyExitLoss(curriculum=None, chunk_tokens=16)(model, tokens, labels, step=0, total_steps=1)
+    expected, _ = plain_loss(exact, tokens, labels, weights)
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(expected.item(), rel=2e-3)
+    ours, true = gradients(total, model), gradients(expected, exact)
+    plain = gradients(plain_loss(model, tokens, labels, weights)[0], model)
+    for name in true:
+        error, usual = ((g[name].float() - true[name]).norm() for g in (ours, plain))
+        assert ours[name].dtype == torch.bfloat16
+        assert error < 1.2 * usual < 0.2 * true[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
+def test_the_heads_gradient_in_bf16_is_that_of_any_chunks(family):
+    """Three thousand summands that add up in bf16 lose a tenth: the last ones are smaller than what it can add."""
+    model = layerskip_decoder(make_tiny(family).bfloat16())
+    tokens, labels = batch(rows=4, length=128)
+    head = "tok_embeddings.weight" if family == "llama3_2" else "output.weight"
+
+    def gradient(**chunks):
+        total, _ = EarlyExitLoss(curriculum=None, **chunks)(model, tokens, labels, step=0, total_steps=1)
+        return gradients(total, model)[head].float()
+
+    once, many = gradient(chunk_tokens=4 * 128), gradient(chunk_tokens=1)
+    assert (many - once).norm() < 0.01 * once.norm()
+
+
+@pytest.mark.parametrize(
+    "curriculum", [{"curriculum": "rotational", "interval": 4}, {"curriculum": "gradual"}, {"curriculum": None}]
+)
+def test_the_last_layer_is_trained_at_every_step(tiny, curriculum):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    for step in range(12):
+        loss, per_exit = EarlyExitLoss(**curriculum, layers="0:3")(model, tokens, labels, step=step, total_steps=12)
+        last_layer = {n: g for n, g in gradients(loss, model).items() if n.startswith("layers.5.")}
+        assert len(last_layer) > 5 and all(gradient.any() for gradient in last_layer.values())
+        assert L in per_exit
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3_2", "gemma2"])
+def test_a_frozen_head_gets_no_gradient_and_the_layers_their_own(family):
+    """As in LoRA: only some weights of the layers train; tied heads are frozen with the embedding."""
+    model = layerskip_decoder(make_tiny(family))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    tokens, labels = batch()
+    total, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
+    ours = gradients(total, model)
+    assert {name for name, gradient in ours.items() if gradient is not None} == {n for n in ours if "q_proj" in n}
+    assert_same_gradients(ours, gradients(expected, model))
+
+
+def test_only_the_head_trains():
+    model = layerskip_decoder(make_tiny("llama2"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "output.weight")
+    tokens, labels = batch()
+    total, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
+    assert_same_gradients(gradients(total, model), gradients(expected, model))
+
+
+def test_logits_are_made_for_labels_that_count_only(monkeypatch):
+    """Where a prompt is most of a sample, heads over all of it would cost more than the layers."""
+    model, rows = layerskip_decoder(make_tiny("llama2")), []
+    tokens, labels = batch()
+    labels[:, 2:] = -100
+    unembed = Head.unembed
+    monkeypatch.setattr(Head, "unembed", lambda self, h, **kwargs: (rows.append(len(h)), unembed(self, h, **kwargs))[1])
+    loss = EarlyExitLoss(curriculum=None, layers="1,3", chunk_tokens=2)
+    total, _ = loss(model, tokens, labels, step=0, total_steps=1)
+    counted = int((labels != -100).sum())
+    assert sum(rows) == 3 * counted < 3 * labels.numel() / 2
+    weights = paper_weights([False, True, False, True, False, True], 0.2)
+    expected, _ = plain_loss(model, tokens, labels, weights)
+    torch.testing.assert_close(total, expected)
+    assert_same_gradients(gradients(total, model), gradients(expected, model))
+
+
+def test_a_batch_without_labels_trains_nothing(tiny):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    loss, _ = EarlyExitLoss(curriculum=None)(model, tokens, torch.full_like(labels, -100), step=0, total_steps=1)
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in gradients(loss, model).values())
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
+@pytest.mark.parametrize("layers", ["5", ":"], ids=["one exit", "six exits"])
+def test_logits_exist_one_chunk_at_a_time(family, layers, monkeypatch):
+    """Whatever the exits, the head sees one chunk at a time, and no logits are kept for the backward pass."""
+    model = layerskip_decoder(make_tiny(family))
+    tokens, labels = batch(rows=4, length=30)
+    rows_at_the_head = []
+    unembed = Head.unembed
+    monkeypatch.setattr(
+        Head, "unembed", lambda self, h, out=None: rows_at_the_head.append(len(h)) or unembed(self, h, out)
+    )
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    saved = weakref.WeakSet()
+
+    def pack(tensor):
+        saved.add(kept := Saved(tensor))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss_fn = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=16)
+        loss, per_exit = loss_fn(model, tokens, labels, step=0, total_steps=1)
+    assert sum(rows_at_the_head) == int((labels != -100).sum()) * len(per_exit)
+    assert max(rows_at_the_head) == 16
+    alive = [kept.tensor for kept in saved]
+    assert len(alive) > 20  # those of the layers
+    # The tied head's weight is [v, d]: only what ends in v can be logits.
+    assert not [tensor.shape for tensor in alive if tensor.shape[-1:] == (VOCAB,)]
+    loss.backward()
+
+
+def test_validation_takes_no_gradients(tiny, monkeypatch):
+    """Under no_grad the loss is the same number, and costs no backward pass."""
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    loss_fn = EarlyExitLoss(curriculum=None)
+    expected, _ = loss_fn(model, tokens, labels, step=0, total_steps=1)
+    taken = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, grad=torch.autograd.grad: taken.append(1) or grad(*args))
+    with torch.no_grad():
+        loss, _ = loss_fn(model, tokens, labels, step=0, total_steps=1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and not loss.requires_grad
+    assert not taken
+
+
+def test_validation_in_inference_mode(tiny):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    expected, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    with torch.inference_mode():
+        loss, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
