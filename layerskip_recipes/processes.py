@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
+from layerskip_recipes.errors import ConfigError
+
 
 def num_processes() -> int:
     """How many processes torchrun started, known before `init_processes`; 1 without it."""
@@ -38,7 +40,7 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
         count = torch.cuda.device_count()
         if int(os.environ["LOCAL_RANK"]) >= count:
             given = f"{os.environ.get('LOCAL_WORLD_SIZE')} processes for {count} GPUs"
-            raise ValueError(f"nproc_per_node: {given}. Allowed: 1..{count}; for example nproc_per_node={count}")
+            raise ConfigError(f"nproc_per_node: {given}. Allowed: 1..{count}; for example nproc_per_node={count}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
     dist.init_process_group(backend, timeout=TIMEOUT)

@@ -16,6 +16,7 @@ from layerskip_recipes.config import settings
 from layerskip_recipes.config.checks import PICTURES, check_ending, check_number
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation import config as generate_config
 from layerskip_recipes.generation.speculation_section import FILTERS, check_speculation, sampler_of, self_speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -29,7 +30,7 @@ def check_temperatures(key: str, value: Any) -> None:
     """Raises a ValueError unless it is a list of different numbers of 0 or more."""
     listed = list(value) if isinstance(value, ListConfig) else []
     if not listed or any(temperature in listed[:at] for at, temperature in enumerate(listed)):
-        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for "
+        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for "
                          f"example {key}=[0.0,0.8]")  # fmt: skip
     for temperature in value:
         check_number(key, temperature, minimum=0, integer=False, example="[0.0,0.8]")
@@ -93,14 +94,14 @@ def read_variants(cfg: DictConfig, model: TransformerDecoder) -> dict[str, dict[
     sections = {k: v for k, v in given.items() if v is not None} if isinstance(given, DictConfig) else {}
     example = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
     if not sections:
-        raise ValueError(f"variants: {given!r} has nothing to compare. Allowed: sections by names; {example}")
+        raise ConfigError(f"variants: {given!r} has nothing to compare. Allowed: sections by names; {example}")
     variants = {}
     for name, section in sections.items():
         key = f"variants.{name}"
         if name == BASELINE or name in PEERS:
-            raise ValueError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {example}")
+            raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {example}")
         if not isinstance(section, DictConfig):
-            raise ValueError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {example}")
+            raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {example}")
         if "early_exit" in section:
             variants[name] = settings.check_section(section, key, early_exit_variant)
             model.check_exit(section.early_exit, f"{key}.early_exit")
@@ -108,8 +109,10 @@ def read_variants(cfg: DictConfig, model: TransformerDecoder) -> dict[str, dict[
         settings.check_section(section, key, self_speculation)
         for needed, value in (("exit_layer", 3), ("num_speculations", 5)):
             if section.get(needed) is None:
-                raise ValueError(f"{key}.{needed}: missing; for example {key}.{needed}={value}, or for all tokens from "
-                                 f"an exit, without verification, {key}={{early_exit: 3}}")  # fmt: skip
+                raise ConfigError(
+                    f"{key}.{needed}: missing; for example {key}.{needed}={value}, or for all tokens from an exit, "
+                    f"without verification, {key}={{early_exit: 3}}"
+                )
         variants[name] = check_speculation(section, model, key)
     return variants
 
@@ -142,14 +145,14 @@ def check_config(cfg: DictConfig) -> None:
         check_sweep(cfg.sweep, model, cfg.get("max_new_tokens", 128))
     _check_choice(cfg, len(model.layers))
     if cfg.get("stop_strings") and not cfg.get("metrics") and cfg.get("sweep") is None:
-        raise ValueError(
+        raise ConfigError(
             f"stop_strings: {list(cfg.stop_strings)} end texts for metrics, and there are none; for example "
             "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
         )
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
-        raise ValueError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
+        raise ConfigError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
     if generate_config.is_conversation(cfg):
-        raise ValueError(
+        raise ConfigError(
             f"prompt: {cfg.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for example "
             'prompt=["def main(", "import os"]'
         )
@@ -159,31 +162,31 @@ def _check_choice(cfg: DictConfig, layers: int) -> None:
     """Raises a ValueError for settings of `tune` and `sweep` that do not go together."""
     chooses = [key for key in ("tune", "sweep") if cfg.get(key) not in (None, False)]
     if len(chooses) > 1:
-        raise ValueError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
+        raise ConfigError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
     if chooses == ["tune"] and cfg.get("tune_extends") is None:
-        raise ValueError(f"tune: {cfg.tune} needs the generation config that it extends; for example "
+        raise ConfigError(f"tune: {cfg.tune} needs the generation config that it extends; for example "
                          "tune_extends=quickstart/generate")  # fmt: skip
     if chooses == ["tune"] and layers < 4:
-        raise ValueError(f"tune: a model of {layers} layers has nothing to choose. Set tune=false")
+        raise ConfigError(f"tune: a model of {layers} layers has nothing to choose. Set tune=false")
     needs = {"tune_extends": chooses, "tune_file": chooses and cfg.get("tune_extends")}
     for key, there in needs.items():
         if cfg.get(key) is not None and not there:
             wants = "tune or sweep" if not chooses else "tune_extends"
-            raise ValueError(f"{key}: {cfg[key]} needs {wants}, which is not there. Set {key}=null")
+            raise ConfigError(f"{key}: {cfg[key]} needs {wants}, which is not there. Set {key}=null")
     if cfg.get("tune_extends") is not None:
         extended = find_config(cfg.tune_extends, key="tune_extends")
         if extended == config_path(cfg).resolve():
-            raise ValueError(f"tune_extends: {cfg.tune_extends} is the file that is written. Give another tune_file")
+            raise ConfigError(f"tune_extends: {cfg.tune_extends} is the file that is written. Give another tune_file")
     if not chooses:
         return
     if cfg.get("repetition_penalty") not in (None, 1):
-        raise ValueError(
+        raise ConfigError(
             f"repetition_penalty: {cfg.repetition_penalty} is not allowed with {chooses[0]}, which takes acceptance "
             "from the text as it is. Set repetition_penalty=null"
         )
     for key in ("metrics", "stop_strings") if chooses == ["sweep"] else ():
         if cfg.get(key) is not None:
-            raise ValueError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
+            raise ConfigError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
     if cfg.get("tune_extends") is not None:
         _check_extended(cfg, chooses[0])
 
@@ -195,7 +198,7 @@ def _check_extended(cfg: DictConfig, chooses: str) -> None:
         extended = load_config(name)
         generate_config.check_config(extended)
     except ValueError as e:
-        raise ValueError(
+        raise ConfigError(
             f"tune_extends: {name} is no generation config that works ({e}). For example "
             "tune_extends=quickstart/generate"
         ) from e
@@ -205,7 +208,7 @@ def _check_extended(cfg: DictConfig, chooses: str) -> None:
         if value != ours[key]:
             value, here = ("null" if side is None else side for side in (value, ours[key]))
             examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": "repetition_penalty=null there"}
-            raise ValueError(
+            raise ConfigError(
                 f"tune_extends: {name} has {key}={value}, and {chooses} would choose for {here}. Allowed: the same in "
                 f"both; for example {examples.get(key, f'{key}={value}')}"
             )

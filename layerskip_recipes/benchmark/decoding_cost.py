@@ -18,6 +18,7 @@ from layerskip_recipes.benchmark.report import device_name
 from layerskip_recipes.checkpoint.weights import quantise
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.settings import build_on_meta, check_device, check_dtype
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import check_config, make_sampler
 from layerskip_recipes.generation.drafting.speculation import Speculation, most_positions
 from layerskip_recipes.generation.engine import Generation
@@ -40,7 +41,7 @@ def plan(cfg: DictConfig, model: LayerSkipDecoder, drafts: Sequence[int]) -> dic
         ValueError: if there is no such section, or a number of drafts is not allowed.
     """
     if cfg.get("self_speculation") is None:
-        raise ValueError(
+        raise ConfigError(
             "self_speculation: missing, and its rounds are what is measured; for example "
             "self_speculation.exit_layer=4 self_speculation.num_speculations=6"
         )
@@ -90,7 +91,7 @@ def measure(cfg: DictConfig, drafts: Sequence[int], text: int, rounds: int, repe
     reserve = text + limit + nodes
     positions, what = most_positions(meta, nodes)
     if text + limit > positions:
-        raise ValueError(
+        raise ConfigError(
             f"--text: {text} tokens and up to {limit} of {rounds} rounds make {text + limit}, more than the model's "
             f"{positions} ({what}); for example --text {max(1, positions // 2)} --rounds 4"
         )

@@ -24,6 +24,7 @@ from torchtune.generation import generate_next_token
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.settings import build
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -271,20 +272,20 @@ def check_peers(names: Sequence[str], sampler: Sampler, rows: int, draft: tuple[
     for name in names:
         if name not in PEERS or list(names).count(name) > 1:
             said = "stands twice" if name in PEERS else "is unknown"
-            raise ValueError(f"peers: {name!r} {said}. Allowed: {', '.join(PEERS)}; for example peers=[torchtune]")
+            raise ConfigError(f"peers: {name!r} {said}. Allowed: {', '.join(PEERS)}; for example peers=[torchtune]")
     for key, off in {"top_p": (None, 1), "min_p": (None, 0), "repetition_penalty": (1,)}.items():
         if "torchtune" in names and getattr(sampler, key) not in off:
-            raise ValueError(
+            raise ConfigError(
                 f"peers: torchtune samples by temperature and top_k only, not by {key}={getattr(sampler, key)}. "
                 "Allowed: one without the other; for example peers=[transformers]"
             )
     if "transformers_early_exit" in names and rows > 1:
-        raise ValueError(
+        raise ConfigError(
             f"peers: transformers_early_exit decodes one prompt at a time, and batch_size is {rows}. Allowed: one "
             "without the other; for example batch_size=1"
         )
     if "transformers_early_exit" in names and draft is None:
-        raise ValueError(
+        raise ConfigError(
             "peers: transformers_early_exit drafts like the first variant that drafts, and none does. Allowed: with "
             "such a variant; for example variants.chain.exit_layer=8 variants.chain.num_speculations=6"
         )
@@ -294,7 +295,7 @@ def check_peer_files(names: Sequence[str], section: DictConfig) -> None:
     """Raises a ValueError if a peer is asked for that cannot open the checkpoint of a `checkpointer` section."""
     folder = section.get("checkpoint_dir")
     if names and section.get("adapter_checkpoint") is not None:
-        raise ValueError(
+        raise ConfigError(
             f"peers: {', '.join(names)} would run the base without checkpointer.adapter_checkpoint, another model. "
             "Allowed: none, or the merged checkpoint with its plain model section; for example peers=[]"
         )
@@ -302,12 +303,12 @@ def check_peer_files(names: Sequence[str], section: DictConfig) -> None:
         if not name.startswith("transformers"):
             continue
         if not (folder and Path(folder, "config.json").is_file()):
-            raise ValueError(
+            raise ConfigError(
                 f"peers: {name} needs config.json in checkpointer.checkpoint_dir, and {folder!r} has none. Allowed: "
                 "peers that do not; for example peers=[torchtune]"
             )
         if Path(folder, "adapter_config.json").is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {folder!r} to weights that have "
                 "them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
                 f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported and "

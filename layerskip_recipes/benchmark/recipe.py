@@ -34,6 +34,7 @@ from layerskip_recipes.checkpoint.checkpointers import ready
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config import settings
 from layerskip_recipes.config.checks import check_file, check_folder
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length
@@ -116,7 +117,7 @@ class LayerSkipBenchmark:
         self.reserve = longest(self.prompts) + self.limit + max(drafted)
         rows = cfg.get("batch_size", 1)
         if len(self.prompts) % rows:
-            raise ValueError(
+            raise ConfigError(
                 f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
                 "measurement. Allowed: a number that does; for example batch_size=1"
             )
@@ -157,7 +158,7 @@ class LayerSkipBenchmark:
         try:
             return build_speculation(values, self.model)
         except ValueError as e:
-            raise ValueError(str(e).replace("self_speculation", f"variants.{name}")) from e
+            raise ConfigError(str(e).replace("self_speculation", f"variants.{name}")) from e
 
     def tune(self) -> None:
         """Replace the variants by the pairs of exit layer and draft length that promise most."""

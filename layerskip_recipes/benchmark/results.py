@@ -19,6 +19,7 @@ import torch
 from torchtune import utils
 
 from layerskip_recipes.benchmark.report import COLUMNS, device_name, show
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.run_log import package_versions
 
 
@@ -106,7 +107,7 @@ def run(command: Sequence[str]) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
     if done.returncode:
-        raise ValueError(f"results: {shlex.join(command)!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
+        raise ConfigError(f"results: {shlex.join(command)!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
     return done.stdout
 
 
@@ -164,21 +165,21 @@ def write_results(file: str, models: Sequence[str], work: str = "results") -> Pa
     for given in models:
         name, _, folder = given.partition("=")
         if name not in MODELS:
-            raise ValueError(f"results: {name!r} is unknown. Allowed: {', '.join(MODELS)}; for example quickstart")
+            raise ConfigError(f"results: {name!r} is unknown. Allowed: {', '.join(MODELS)}; for example quickstart")
         chosen[name] = Path(folder or Path(work) / name)
         model = MODELS[name]
         if not model.trains and not (chosen[name] / model.checkpoint).is_dir():
-            raise ValueError(
+            raise ConfigError(
                 f"results: {name} needs {chosen[name] / model.checkpoint}. First: tune run layerskip_finetune --config "
                 f"{model.finetune} output_dir={chosen[name]}"
             )
     if not page.parent.is_dir():
-        raise ValueError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
+        raise ConfigError(f"results: {str(page.parent)!r} is no folder; for example docs/results.md")
     if page.is_dir():
-        raise ValueError(f"results: {file!r} is a folder. Allowed: a file; for example {page / 'results.md'}")
+        raise ConfigError(f"results: {file!r} is a folder. Allowed: a file; for example {page / 'results.md'}")
     text = page.read_text() if page.exists() else BY_HAND
     if BY_HAND not in text and not text.startswith(_HEAD.partition("\n")[0]):
-        raise ValueError(
+        raise ConfigError(
             f"results: {file!r} is there and no page of ours. Allowed: a new file; for example my_results.md"
         )
     command = ["layerskip", "results", file, *models, *(["--work", work] if work != "results" else [])]

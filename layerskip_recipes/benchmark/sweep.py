@@ -19,6 +19,7 @@ from layerskip_recipes.benchmark.sweep_files import Cell, Journal, Measured, hea
 from layerskip_recipes.benchmark.tuner import LONGEST, NOTHING_TO_DRAFT, observe, write_fastest
 from layerskip_recipes.config.checks import check_choice, check_number
 from layerskip_recipes.config.settings import check_section
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import check_threshold
 from layerskip_recipes.generation.drafting.speculation import Speculation
 
@@ -66,7 +67,7 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
         listed = list(values[key]) if isinstance(values[key], Sequence) and not isinstance(values[key], str) else []
         values[key] = listed
         if not listed or any(value in listed[:at] for at, value in enumerate(listed)):
-            raise ValueError(f"sweep.{key}: {section.get(key)!r} is no list of different values; for example "
+            raise ConfigError(f"sweep.{key}: {section.get(key)!r} is no list of different values; for example "
                              "sweep.exit_layers=[2,4,8] sweep.num_speculations=[2,4,6]")  # fmt: skip
     for exit_layer in values["exit_layers"]:
         model.check_exit(exit_layer, "sweep.exit_layers")
@@ -203,7 +204,7 @@ def measure(bench: "LayerSkipBenchmark", temperature: float, cell: Cell) -> Meas
     stats, of_plain = total(ours), total(plain)
     rounds = sum(stats.rounds_accepting.values())
     if not rounds:
-        raise ValueError(NOTHING_TO_DRAFT)
+        raise ConfigError(NOTHING_TO_DRAFT)
     return Measured(
         speedups=[ratio for ratio in speedups(by_repeat(ours), by_repeat(plain)) if ratio],
         tokens_per_second=stats.tokens_per_second,

@@ -15,6 +15,7 @@ from torchtune import utils
 
 from layerskip_recipes.benchmark.report import device_name
 from layerskip_recipes.checkpoint.checkpointers import checkpoint_files
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_file
 
 if TYPE_CHECKING:
@@ -97,14 +98,14 @@ class Journal:
                 cell, temperature = Cell(*entry.pop("cell")), entry.pop("temperature")
                 self.cells.setdefault(temperature, {})[cell] = Measured(**entry)
             except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as e:
-                raise ValueError(f"report_dir: line {at} of {str(path)!r} is none of a sweep ({e}). Delete it") from e
+                raise ConfigError(f"report_dir: line {at} of {str(path)!r} is none of a sweep ({e}). Delete it") from e
         if self.cells:
             log.info("%s: %d cells were measured before", path, sum(map(len, self.cells.values())))
 
     def _check(self, before: dict[str, Any]) -> None:
         for key in {**before, **self.sweep}:
             if before.get(key) != self.sweep.get(key):
-                raise ValueError(
+                raise ConfigError(
                     f"report_dir: {str(self.path)!r} is a sweep with {key}={before.get(key)!r}, and here it is "
                     f"{self.sweep.get(key)!r}. Give another report_dir, or delete the file"
                 )

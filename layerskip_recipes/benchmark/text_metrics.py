@@ -7,6 +7,7 @@ corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics comput
 from collections.abc import Callable, Sequence
 
 from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.prompts import Example
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
@@ -61,9 +62,9 @@ def check_names(names: Sequence[str]) -> None:
     """Raises a ValueError for a metric that is unknown, or given twice."""
     for at, name in enumerate(names):
         if name not in METRICS:
-            raise ValueError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
+            raise ConfigError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
         if name in names[:at]:
-            raise ValueError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
+            raise ConfigError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
 
 
 def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
@@ -76,7 +77,7 @@ def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
     check_names(names)
     without = [at for at, example in enumerate(examples, 1) if example.response is None]
     if names and without:
-        raise ValueError(
+        raise ConfigError(
             f"metrics: {', '.join(names)} needs references, and prompt {without[0]} of {len(examples)} has none. Give "
             '{"prompt": "text", "response": "text"} lines in prompt_file, or a component of layerskip_recipes.tasks as '
             "prompts; or metrics=null"

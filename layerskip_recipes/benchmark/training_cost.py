@@ -22,6 +22,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.settings import build_on_meta, check_device, check_dtype
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -129,7 +130,7 @@ def compare(
             if done.returncode:
                 killed = f"killed by signal {-done.returncode}, probably for memory; try a smaller --batch or --seq-len"
                 said = killed if done.returncode < 0 else (done.stderr.strip() or "no message").splitlines()[-1]
-                raise ValueError(f"cost: {way!r} failed: {said}")
+                raise ConfigError(f"cost: {way!r} failed: {said}")
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
     figures = {
         way: {

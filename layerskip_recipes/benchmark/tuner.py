@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from layerskip_recipes.config.checks import check_file
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.speculation_section import self_speculation
@@ -86,7 +87,7 @@ def round_tokens(
             for d in range(1, longest + 1):
                 rounds[e][d - 1] += count_rounds(accepted, d)
     if not drafted:
-        raise ValueError(NOTHING_TO_DRAFT)
+        raise ConfigError(NOTHING_TO_DRAFT)
     return {e: [drafted / count for count in counts] for e, counts in rounds.items()}
 
 
@@ -196,7 +197,7 @@ def check_config_path(cfg: DictConfig) -> None:
     path = config_path(cfg)
     check_file("tune_file", str(path))
     if path.is_file() and not path.read_bytes().startswith(WRITTEN.encode()):
-        raise ValueError(
+        raise ConfigError(
             f"tune_file: {str(path)!r} is there, and layerskip_benchmark did not write it. Allowed: a new file, or one "
             f"that it wrote; for example tune_file={path.with_stem(path.stem + '_2')}"
         )

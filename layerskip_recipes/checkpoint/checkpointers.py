@@ -19,6 +19,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from layerskip_recipes.config.checks import check_choice, check_text
 from layerskip_recipes.config.settings import build, check_device, check_dtype
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.families import correct_names
 
@@ -51,7 +52,7 @@ def checkpoint_files(section: DictConfig) -> list[str]:
             return list(files)
     except ValueError:
         pass
-    raise ValueError(
+    raise ConfigError(
         f"checkpointer.checkpoint_files: {files!r} is not allowed. Allowed: a list of names, or filename_format and "
         "max_filename; for example checkpointer.checkpoint_files=[model.safetensors]"
     )
@@ -68,7 +69,7 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
     section = cfg.checkpointer
     for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
         if section.get(key) is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"checkpointer.{key}: {section[key]!r} is not honoured: resume_from_checkpoint=true finds the newest "
                 f"checkpoint under output_dir by itself. Set checkpointer.{key}=null"
             )
@@ -77,17 +78,17 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
         check_text("checkpointer.adapter_checkpoint", adapters, "${output_dir}/epoch_0")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
         has = "adapters" if adapters is None else "no adapters"
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.adapter_checkpoint: {adapters!r} does not fit the model of {cfg.model._component_}, which "
             f"has {has}. Allowed: a LoRA model and its adapters, such as "
             "checkpointer.adapter_checkpoint=${output_dir}/epoch_0, or neither"
         )
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
-            raise ValueError(f"checkpointer.{key}: {section[key]!r} is not honoured here; set {key} at top level")
+            raise ConfigError(f"checkpointer.{key}: {section[key]!r} is not honoured here; set {key} at top level")
     component = _get_component_from_path(section._component_)
     if inspect.isclass(component) and not issubclass(component, CHECKPOINTERS):
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer._component_: {section._component_!r} is not allowed. Allowed: those of whole models, as "
             "torchtune.training.FullModelHFCheckpointer (to resume from shards: enable_async_checkpointing=true)"
         )
@@ -96,11 +97,11 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
     checkpoint_files(section)
     folder = section.get("checkpoint_dir")
     if folder is not None and not isinstance(folder, str):
-        raise ValueError(f"checkpointer.checkpoint_dir: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
+        raise ConfigError(f"checkpointer.checkpoint_dir: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
     if not is_scratch(section):
         return
     if not isinstance(section.hf_config, DictConfig):
-        raise ValueError(f"checkpointer.hf_config: {section.hf_config!r} is no section; it is the model's config.json")
+        raise ConfigError(f"checkpointer.hf_config: {section.hf_config!r} is no section; it is the model's config.json")
     built = {
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": model.num_heads,
@@ -110,7 +111,7 @@ def check_checkpointer(cfg: DictConfig, model: TransformerDecoder, trains: bool 
     }
     for key, value in built.items():
         if section.hf_config.get(key) != value:
-            raise ValueError(
+            raise ConfigError(
                 f"checkpointer.hf_config.{key}: {section.hf_config.get(key)!r} does not fit the model, which has "
                 f"{value}"
             )
@@ -127,32 +128,32 @@ def check_checkpoint_files(cfg: DictConfig, writes: bool = False) -> None:
     folder = section.get("checkpoint_dir")
     if folder is None:
         if checkpoint_files(section):
-            raise ValueError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
+            raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
         return
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.checkpoint_dir: {str(folder)!r} is no folder. Give the one with the model's files"
         )
     needed = checkpoint_files(section) + (["config.json"] if section._component_.endswith("HFCheckpointer") else [])
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
             f"There: {', '.join(there) or 'no weights'}"
         )
     adapters = section.get("adapter_checkpoint")
     if adapters is not None and (folder / ADAPTER_FILE).is_file() and folder.samefile(adapter_file(adapters).parent):
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.adapter_checkpoint: {str(adapters)!r} lies beside the weights of checkpoint_dir, into "
             "which a LoRA training merged these adapters: they would count twice. Allowed: the base model's "
             "checkpoint_dir; or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
     if writes and Path(cfg.output_dir).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
+        raise ConfigError(f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
     if writes and folder.resolve().parent == Path(cfg.output_dir).resolve():
-        raise ValueError(
+        raise ConfigError(
             f"output_dir: {cfg.output_dir!r} holds {folder.name}, where this run begins and which its own checkpoints "
             f"may replace; choose another folder, for example output_dir={str(cfg.output_dir).rstrip('/')}_2"
         )
@@ -163,20 +164,20 @@ def check_output_dir(cfg: DictConfig) -> None:
     path = Path(cfg.output_dir).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output_dir: {cfg.output_dir!r} cannot be written, {str(existing)!r} is in the way")
+        raise ConfigError(f"output_dir: {cfg.output_dir!r} cannot be written, {str(existing)!r} is in the way")
 
 
 def check_tokenizer_dir(cfg: DictConfig) -> None:
     """Raises a ValueError if checkpoints from scratch shall carry a tokenizer, and there is none."""
     folder = cfg.checkpointer.get("tokenizer_dir")
     if folder is not None and not list(Path(folder).glob("tokenizer*.json")):
-        raise ValueError(f"checkpointer.tokenizer_dir: {folder!r} has no tokenizer*.json; null copies none")
+        raise ConfigError(f"checkpointer.tokenizer_dir: {folder!r} has no tokenizer*.json; null copies none")
 
 
 def require_weights(cfg: DictConfig) -> None:
     """Raises a ValueError if the checkpointer section names no weights: only training can start without."""
     if is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer):
-        raise ValueError("checkpointer.checkpoint_files: missing, the weights; for example [model.safetensors]")
+        raise ConfigError("checkpointer.checkpoint_files: missing, the weights; for example [model.safetensors]")
 
 
 def ready(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from layerskip_recipes.config.checks import check_folder, check_number
+from layerskip_recipes.errors import ConfigError
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 INDEX = "model.safetensors.index.json"
@@ -39,12 +40,12 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
         check_number(key, value, minimum=1, maximum=layers, optional=True, example=max(layers // 4, 1))
     if exit_layer is not None and draft is not None:
-        raise ValueError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
+        raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))
     if not weights:
-        raise ValueError(f"export: {checkpoint!r} holds {_without_weights(source)}")
+        raise ConfigError(f"export: {checkpoint!r} holds {_without_weights(source)}")
     if target.exists():
-        raise ValueError(f"export: {out!r} exists already; choose another folder")
+        raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place and renamed into it: half a copy is never there.
@@ -89,7 +90,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         assert isinstance(config["num_hidden_layers"], int)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        raise ValueError(
+        raise ConfigError(
             f"export: {str(folder)!r} is no Hugging Face folder: no config.json with num_hidden_layers. Give one such "
             "as a finetuned epoch_0"
         ) from e

@@ -12,6 +12,7 @@ from torchtune import config, training
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, warn_of_contradictions
 from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 
@@ -25,7 +26,7 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
     try:
         return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
     except Exception as e:
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "
             f"{checkpointer._model_type}: {e!r}. Check checkpoint_files and model_type"
         ) from e
@@ -44,7 +45,7 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
     for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(
+            raise ConfigError(
                 f"checkpointer: the checkpoint is not this model's, it {what} {', '.join(names[:3])}{more}"
             )
 
@@ -137,12 +138,12 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
             with torch.inference_mode():
                 linear(torch.zeros(1, linear.in_features, device=device, dtype=dtype))
     except Exception as e:  # torchao's kernels fail in many ways
-        raise ValueError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
+        raise ConfigError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
     finally:
         torch.set_float32_matmul_precision(precision)
         torch._inductor.config.load_config(compiler)
     if _kinds(module) == before:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {quantizer._component_} changes no weight of this model, as where its groups do not fit "
             f"the layers' widths. Set its group size to a divisor of them, or {key}=null"
         )

@@ -18,6 +18,7 @@ from layerskip_recipes.cli.run import main_of
 from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation import recipe as eval
 from layerskip_recipes.generation import config as generate_config
 from layerskip_recipes.training import config as finetune_config
@@ -53,12 +54,12 @@ def copy_config(name: str, target: str) -> None:
     source, path = find_config(name), Path(target)
     path = path / source.name if path.is_dir() else path.with_suffix(path.suffix or ".yaml")
     if path.exists():
-        raise ValueError(f"cp: {str(path)!r} exists already; choose another name")
+        raise ConfigError(f"cp: {str(path)!r} exists already; choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
     except OSError as e:
-        raise ValueError(f"cp: {str(path)!r} cannot be written ({e.strerror}); choose another name") from e
+        raise ConfigError(f"cp: {str(path)!r} cannot be written ({e.strerror}); choose another name") from e
     print(f"Copied to {path}")
 
 
@@ -91,7 +92,7 @@ def validate(cfg: DictConfig) -> str:
 def _numbers(given: str) -> list[int]:
     """The numbers of `--drafts`."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise ValueError(f"--drafts: {given!r} is not allowed. Allowed: numbers from 1 on; for example --drafts 2,4,6")
+        raise ConfigError(f"--drafts: {given!r} is not allowed. Allowed: numbers from 1 on; for example --drafts 2,4,6")
     return [int(number) for number in dict.fromkeys(given.split(","))]
 
 

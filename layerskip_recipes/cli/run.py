@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig
 from torchtune import utils
 
-from layerskip_recipes.config.checks import is_ours
 from layerskip_recipes.config.loading import (
     load_config,
 )
+from layerskip_recipes.errors import ConfigError
 
 
 def is_for_all(record: logging.LogRecord) -> bool:
@@ -30,7 +30,7 @@ def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
     args, unknown = parser.parse_known_args()
     utils.get_logger("INFO").addFilter(is_for_all)
     if unknown:
-        raise ValueError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
+        raise ConfigError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
     cfg = load_config(args.config, args.overrides)
     try:
         return recipe(cfg)
@@ -38,8 +38,8 @@ def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
         from layerskip_recipes.cli.commands import recipe_of  # which imports all of them
 
         meant, own = recipe_of(cfg), f"layerskip_{recipe.__name__.removeprefix('LayerSkip').lower()}"
-        if is_ours(e) and ": unknown key. " in str(e) and meant != own:
-            raise ValueError(f"{e}. The config looks like one for `tune run {meant}`") from e
+        if isinstance(e, ConfigError) and ": unknown key. " in str(e) and meant != own:
+            raise ConfigError(f"{e}. The config looks like one for `tune run {meant}`") from e
         raise
 
 
@@ -57,7 +57,7 @@ def main_of(steps: Callable[[], None]) -> None:
         steps()
         sys.stdout.flush()
     except ValueError as e:
-        if not is_ours(e):
+        if not isinstance(e, ConfigError):
             raise
         fail(e)
     except RuntimeError as e:

@@ -1,11 +1,12 @@
 """Is a setting what it must be? Each check raises one ValueError: the key, the value given, what is allowed."""
 
-import dis
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from layerskip_recipes.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
 PICTURES = (".png", ".pdf", ".svg")  # what a picture's name may end in
@@ -41,7 +42,7 @@ def check_number(
     what = "an integer" if integer else "a number"
     end = f" to {maximum}" if maximum < math.inf else "" if above else " or more"
     allowed = f"{what} {'above' if above else 'of'} {minimum}{end}"
-    raise ValueError(
+    raise ConfigError(
         f"{key}: {value!r} is not allowed. Allowed: {allowed}{' (or null)' if optional else ''}; "
         f"for example {key}={minimum if example is None else example}"
     )
@@ -53,7 +54,7 @@ def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
     # By type too: True is no 1, and a list from YAML is nothing to look up.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         shown = [{None: "null", True: "true", False: "false"}.get(choice, str(choice)) for choice in choices]
-        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {', '.join(shown)}; for example {key}={shown[0]}")
+        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: {', '.join(shown)}; for example {key}={shown[0]}")
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -61,15 +62,15 @@ def check_folder(key: str, folder: Path) -> None:
     path = folder.absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
-        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} gives no permission to")
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} gives no permission to")
 
 
 def check_ending(key: str, name: str | None, endings: Sequence[str]) -> None:
     """Raises a ValueError if a file's name has none of the endings; None is no name."""
     if name and Path(name).suffix.lower() not in endings:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
             f"{key}={Path(name).stem or key}{endings[0]}"
         )
@@ -79,11 +80,11 @@ def check_file(key: str, name: str) -> None:
     """Raises a ValueError if no file of that name can be written."""
     path = Path(name)
     if path.is_dir():
-        raise ValueError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
+        raise ConfigError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
     if not path.exists():
         check_folder(key, path.parent)
     elif not os.access(path, os.W_OK):  # its folder does not matter then: /dev/stdout
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {name!r} cannot be written, it is there and protected. Allowed: another file; for example "
             f"{key}={path.with_stem(path.stem + '_2')}"
         )
@@ -92,17 +93,4 @@ def check_file(key: str, name: str) -> None:
 def check_text(key: str, value: Any, example: str) -> None:
     """Raises a ValueError unless value is text, and not empty."""
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: text; for example {key}={example}")
-
-
-def is_ours(error: Exception) -> bool:
-    """Whether a `raise` of this package made the error, a ValueError: then it says what a user did wrong.
-
-    One of a function in C, such as int(), has our line as its last too, but a call there.
-    """
-    last = error.__traceback__
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    return isinstance(error, ValueError) and raised and Path(code.co_filename).is_relative_to(PACKAGE)
+        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: text; for example {key}={example}")

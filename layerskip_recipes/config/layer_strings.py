@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from layerskip_recipes.errors import ConfigError
+
 
 def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[bool]:
     """Flags of the selected layers 0 .. num_layers-1.
@@ -20,7 +22,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
     """
 
     def wrong(why: str) -> ValueError:
-        return ValueError(
+        return ConfigError(
             f'{key}: {layers!r} {why}. Allowed: indices 0..{num_layers - 1} and slices, for example ":", "0::4", "1,3"'
         )
 

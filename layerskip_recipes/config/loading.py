@@ -3,7 +3,6 @@
 A LayerSkip config is any torchtune config plus plain sections of ours.
 """
 
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
+from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
+from layerskip_recipes.errors import ConfigError
 
 PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # how the keys of paths end
 
@@ -68,7 +67,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             _check_colons(key, text)
             _set(later, cfg, key.split("."), parse_value(text))
         else:
-            raise ValueError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
+            raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
     return _to_config(_at_home(_merge(cfg, later)), name)
 
 
@@ -86,26 +85,31 @@ def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
     try:
         return OmegaConf.create(content)
     except OmegaConfBaseException as e:
-        raise ValueError(f"config: {name}: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"config: {name}: {str(e).splitlines()[0]}") from e
 
 
 def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise ValueError(f"extends: a cycle, {chain}. A config cannot extend itself")
+        raise ConfigError(f"extends: a cycle, {chain}. A config cannot extend itself")
     try:
         own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        raise ValueError(f"config: {path} cannot be read as YAML: {e}") from e
+        raise ConfigError(f"config: {path} cannot be read as YAML: {e}") from e
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-        raise ValueError(f"config: {path} holds no mapping of keys to values")
+        raise ConfigError(f"config: {path} holds no mapping of keys to values")
     _to_config(own, path)
-    base = own.pop("extends", None)
-    if base is None:
+    bases = own.pop("extends", None)
+    if bases is None:
         return own
-    if not isinstance(base, str):
-        raise ValueError(f"extends: {base!r} is no name or path; for example extends: llama3_2/1B_full_single_device")
-    return _merge(_load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)), own)
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ConfigError(
+                f"extends: {base!r} is no name or path; for example extends: llama3_2/1B_full_single_device"
+            )
+        merged = _merge(merged, _load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)))
+    return _merge(merged, own)
 
 
 def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -119,20 +123,11 @@ def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         if isinstance(old, dict) and isinstance(new, dict):
             component = new.get("_component_", old.get("_component_"))
             if component != old.get("_component_", component):
-                taken = component_parameters(component)
+                taken = parameter_names(component)
                 old = {name: value for name, value in old.items() if taken is None or name in taken}
             new = _merge(old, new)
         merged[key] = new
     return merged
-
-
-def component_parameters(component: Any) -> set[str] | None:
-    """The parameters of a component; None if it takes any, or cannot be asked (check_component will say why)."""
-    try:
-        parameters = inspect.signature(_get_component_from_path(component)).parameters.values()
-    except (InstantiationError, ValueError, TypeError, AttributeError):
-        return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
 
 
 def parse_value(text: str) -> Any:
@@ -155,7 +150,7 @@ def _check_colons(key: str, text: str) -> None:
     if text[:1] in ("{", "[") and "{" in text and spaced != text:
         meant = parse_value(spaced)
         if not isinstance(meant, str) and meant != parse_value(text):
-            raise ValueError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
+            raise ConfigError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
 
 
 def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
@@ -184,5 +179,5 @@ def _remove(cfg: dict[str, Any], key: str) -> None:
     for name in parents:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf not in node:
-        raise ValueError(f"override: ~{key} removes nothing, the config has no {key!r}")
+        raise ConfigError(f"override: ~{key} removes nothing, the config has no {key!r}")
     del node[leaf]

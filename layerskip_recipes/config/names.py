@@ -7,6 +7,7 @@ import torchtune
 from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.config.checks import PACKAGE
+from layerskip_recipes.errors import ConfigError
 
 # The wheel carries the configs inside of the package, a checkout beside it.
 CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
@@ -50,7 +51,7 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    raise ValueError(
+    raise ConfigError(
         f"{key}: {name!r} is neither a file nor a config's name."
         + (f" Nearest: {', '.join(near)}." if near else "")
         + " `layerskip ls` lists all."

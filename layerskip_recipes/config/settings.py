@@ -18,8 +18,9 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.checks import check_choice, check_number, check_text, is_ours
-from layerskip_recipes.config.loading import component_parameters
+from layerskip_recipes.config.checks import check_choice, check_number, check_text
+from layerskip_recipes.config.components import parameter_names as component_parameters
+from layerskip_recipes.errors import ConfigError
 
 Check = Callable[[str, Any], None]
 
@@ -46,7 +47,7 @@ def device_kind(key: str, value: Any) -> None:
     """A device that a machine may have, not necessarily this one; null too."""
     text("cpu")(key, value)
     if value is not None and value.partition(":")[0] not in DEVICES:
-        raise ValueError(f"{key}: {value!r} is no device. Allowed: {', '.join(DEVICES)}; for example {key}=cpu")
+        raise ConfigError(f"{key}: {value!r} is no device. Allowed: {', '.join(DEVICES)}; for example {key}=cpu")
 
 
 def list_of(kind: type, example: str) -> Check:
@@ -55,7 +56,7 @@ def list_of(kind: type, example: str) -> Check:
     def check(key: str, value: Any) -> None:
         listed = isinstance(value, ListConfig) and all(type(item) is kind and item != "" for item in value)
         if value is not None and not listed:
-            raise ValueError(f"{key}: {value!r} is no list of {kind.__name__}; for example {key}={example}")
+            raise ConfigError(f"{key}: {value!r} is no list of {kind.__name__}; for example {key}={example}")
 
     return check
 
@@ -103,16 +104,16 @@ def check_settings(
     try:
         content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
-        raise ValueError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
     for key, value in content.items():
         if key in settings:
             settings[key](key, cfg[key])
         elif key in refused:
             if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
-                raise ValueError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
+                raise ConfigError(f"{key}: {value!r} is not honoured by this recipe: {refused[key]}. Set {key}=null")
         # A plain value may be the user's own variable, if an interpolation reads it.
         elif not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", OmegaConf.to_yaml(cfg)):
-            raise ValueError(f"{key}: unknown key. {nearest(key, settings)}")
+            raise ConfigError(f"{key}: unknown key. {nearest(key, settings)}")
     for key in ("model", "checkpointer", "tokenizer", "dtype", *required):
         if key not in content:
             settings[key](key, None)
@@ -147,11 +148,11 @@ def check_section(section: Any, key: str, callee: Callable, given: Sequence[str]
     if section is None:
         return {}
     if not isinstance(section, DictConfig):
-        raise ValueError(f"{key}: {section!r} is no section of keys and values; {key}=null switches it off")
+        raise ConfigError(f"{key}: {section!r} is no section of keys and values; {key}=null switches it off")
     known = [name for name in inspect.signature(callee).parameters if name not in ("self", *given)]
     for name in section:
         if name not in known:
-            raise ValueError(f"{key}.{name}: unknown key. {nearest(str(name), known)}")
+            raise ConfigError(f"{key}.{name}: unknown key. {nearest(str(name), known)}")
     return OmegaConf.to_container(section, resolve=True)
 
 
@@ -168,14 +169,14 @@ def check_component(section: Any, key: str, given: Sequence[str] = (), positiona
         ValueError: if there is no such component, an argument is unknown, or one is missing.
     """
     if not isinstance(section, DictConfig) or not isinstance(section.get("_component_"), str):
-        raise ValueError(f"{key}: {section!r} is not allowed. Allowed: a section with _component_: dotted.path")
+        raise ConfigError(f"{key}: {section!r} is not allowed. Allowed: a section with _component_: dotted.path")
     path = section["_component_"]
     try:
         found = _get_component_from_path(path)
     except (InstantiationError, ValueError) as e:
-        raise ValueError(f"{key}._component_: {path!r} cannot be imported ({str(e).splitlines()[-1]})") from e
+        raise ConfigError(f"{key}._component_: {path!r} cannot be imported ({str(e).splitlines()[-1]})") from e
     if not callable(found):
-        raise ValueError(f"{key}._component_: {path!r} is a {type(found).__name__}, and nothing that can be called")
+        raise ConfigError(f"{key}._component_: {path!r} is a {type(found).__name__}, and nothing that can be called")
     try:
         parameters = inspect.signature(found).parameters
     except (TypeError, ValueError):
@@ -185,14 +186,14 @@ def check_component(section: Any, key: str, given: Sequence[str] = (), positiona
     arguments = [str(name) for name in section if name != "_component_"]
     for name in arguments:
         if name not in names and not open_ended:
-            raise ValueError(f"{key}.{name}: {path} takes no such argument. {nearest(name, names)}")
+            raise ConfigError(f"{key}.{name}: {path} takes no such argument. {nearest(name, names)}")
     for name in given:
         if name not in names and not open_ended:
-            raise ValueError(f"{key}._component_: {path!r} cannot be used here, it takes no argument {name}")
+            raise ConfigError(f"{key}._component_: {path!r} cannot be used here, it takes no argument {name}")
     required = [n for n in names[positional:] if parameters[n].default is inspect.Parameter.empty]
     missing = [n for n in required if n not in arguments and n not in given]
     if missing:
-        raise ValueError(f"{key}.{missing[0]}: missing; {path} needs it, for example {key}.{missing[0]}=...")
+        raise ConfigError(f"{key}.{missing[0]}: missing; {path} needs it, for example {key}.{missing[0]}=...")
     return found
 
 
@@ -205,10 +206,10 @@ def build(section: DictConfig | None, key: str, *args: Any, **kwargs: Any) -> An
     try:
         return tune_config.instantiate(section, *args, **kwargs)
     except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
-        if is_ours(e):  # it says all that is needed
-            raise ValueError(f"{key}: {e}" if not str(e).startswith(key) else str(e)) from e
+        if isinstance(e, ConfigError):  # it says all that is needed
+            raise ConfigError(f"{key}: {e}" if not str(e).startswith(key) else str(e)) from e
         given = ", ".join(f"{name}={value}" for name, value in section.items() if name != "_component_")
-        raise ValueError(f"{key}: {section._component_}({given}) cannot be built: {e!r}") from e
+        raise ConfigError(f"{key}: {section._component_}({given}) cannot be built: {e!r}") from e
 
 
 def check_device(cfg: DictConfig) -> torch.device:
@@ -226,7 +227,7 @@ def check_device(cfg: DictConfig) -> torch.device:
     kind, _, index = wanted.partition(":")
     count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
     if kind not in there or (index and not (index.isdigit() and int(index) < count)):
-        raise ValueError(
+        raise ConfigError(
             f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
         )
     if kind == "cuda" and index:
@@ -237,7 +238,7 @@ def check_device(cfg: DictConfig) -> torch.device:
 def check_one_process() -> None:
     """Raises a ValueError under torchrun with several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version runs on one device; start it "
             "without --nproc_per_node, or with --nproc_per_node 1"
         )
@@ -249,7 +250,7 @@ def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
     if getattr(tokenizer, "image_id", None) == tokens - 1:
         tokens -= 1  # Llama 3's has a last token that only models of images embed
     if tokens > vocabulary:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer: its {tokens} tokens do not fit the model's embedding of {vocabulary}. Take the model's own "
             "tokenizer"
         )
@@ -260,7 +261,7 @@ def check_batch(tokens: torch.Tensor, model: TransformerDecoder, key: str = "dat
     check_length(tokens.shape[1], model, key)
     largest, vocabulary = int(tokens.max()), model.tok_embeddings.num_embeddings
     if largest >= vocabulary:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
             "without images, and the model's own tokenizer"
         )
@@ -269,7 +270,7 @@ def check_batch(tokens: torch.Tensor, model: TransformerDecoder, key: str = "dat
 def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -> None:
     """Raises a ValueError if a sample of a dataset is longer than the model takes."""
     if length > model.max_seq_len:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
             f"example tokenizer.max_seq_len={model.max_seq_len}"
         )
@@ -278,7 +279,7 @@ def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -
 def check_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     """The dtype of `cfg.dtype`; raises a ValueError if the device cannot do it."""
     if cfg.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"dtype: bf16 is not there on {torch.cuda.get_device_name(device)}; for example dtype=fp32")
+        raise ConfigError(f"dtype: bf16 is not there on {torch.cuda.get_device_name(device)}; for example dtype=fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
 
 
@@ -293,7 +294,7 @@ def build_on_meta(cfg: DictConfig) -> TransformerDecoder:
         model = build(_unquantised(cfg.model), "model")
     if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
         layers = f" of {len(model.layers)} layers" if isinstance(model, TransformerDecoder) else ""
-        raise ValueError(
+        raise ConfigError(
             f"model: {cfg.model._component_} builds a {type(model).__name__}{layers}. Allowed: a TransformerDecoder of "
             "1 layer or more"
         )

@@ -23,6 +23,7 @@ from datasets import load_dataset
 
 from layerskip_recipes.config.checks import check_choice, check_number, check_text
 from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.errors import ConfigError
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages; its fields
 
@@ -75,7 +76,7 @@ def jsonl(
     if shots is not None:
         check_text("prompts.shots", shots, "examples.jsonl")
         if n_shot == 0:
-            raise ValueError(f"prompts.shots: {shots!r}, but n_shot is 0; for example prompts.n_shot=1")
+            raise ConfigError(f"prompts.shots: {shots!r}, but n_shot is 0; for example prompts.n_shot=1")
     # The same file as shots: its examples must not be measured either.
     apart = shots is not None and Path(shots).resolve() != Path(path).resolve()
     examples = _rows(shots, "prompts.shots") if apart else None
@@ -226,7 +227,7 @@ def _few_shot(
     check_number("prompts.count", count, minimum=1, optional=True, example=100)
     check_choice("prompts.chat", chat, (True, False))
     if not isinstance(separator, str):
-        raise ValueError(f"prompts.separator: {separator!r} is no text; for example prompts.separator=END")
+        raise ConfigError(f"prompts.separator: {separator!r} is no text; for example prompts.separator=END")
     if system is not None:
         check_text("prompts.system", system, "'Be brief.'")
     # One iterator for both: a row that is an example is never measured.
@@ -234,15 +235,15 @@ def _few_shot(
     examples = [_fill(prompt, row) + _fill(response, row) for row in islice(rows if shots is None else shots, n_shot)]
     if len(examples) < n_shot:
         works = max(0, len(examples) - (shots is None))
-        raise ValueError(
+        raise ConfigError(
             f"prompts.n_shot: {n_shot} is more than the {len(examples)} there are; for example prompts.n_shot={works}"
         )
     before = "".join(example + separator for example in examples)
     made = [(before + _fill(prompt, row), _fill(response, row)) for row in islice(rows, count)]
     if not made:
-        raise ValueError(f"prompts: nothing is left to measure, with n_shot={n_shot}. Give more data, or fewer shots")
+        raise ConfigError(f"prompts: nothing is left to measure, with n_shot={n_shot}. Give more data, or fewer shots")
     if count is not None and len(made) < count:
-        raise ValueError(f"prompts.count: {count} is more than are left; for example prompts.count={len(made)}")
+        raise ConfigError(f"prompts.count: {count} is more than are left; for example prompts.count={len(made)}")
     role = {"system": system} if system else {}
     return [{"prompt": role | {"user": text} if chat or role else text, "response": right} for text, right in made]
 
@@ -253,11 +254,11 @@ def _fill(template: str, row: Row) -> str:
     try:
         return template.format_map(there)
     except KeyError as e:
-        raise ValueError(
+        raise ConfigError(
             f"prompts: {where} has no field {e.args[0]!r}, which {template!r} needs. {nearest(str(e.args[0]), there)}"
         ) from e
     except (ValueError, IndexError, AttributeError, TypeError) as e:
-        raise ValueError(
+        raise ConfigError(
             f"prompts: {template!r} is no template for {where} ({e}). Allowed: fields in braces, and {{{{ for a brace; "
             "for example 'Question: {question}'"
         ) from e
@@ -275,7 +276,7 @@ def _cut(rows: Iterable[Row], prompt_words: int, response_words: int) -> Iterato
             yield where, {"beginning": article[:at], "rest": article[at:end]}
     if longest < prompt_words + response_words:
         fits = max(1, longest // 2)
-        raise ValueError(
+        raise ConfigError(
             f"prompts.prompt_words: {prompt_words} and response_words {response_words} are more than the {longest} "
             f"words of the longest article; for example prompts.prompt_words={fits} prompts.response_words={fits}"
         )
@@ -316,7 +317,7 @@ def json_lines(content: str, key: str) -> dict[int, dict[str, Any]]:
     broken = [at for at, line in objects.items() if isinstance(line, str)]
     if broken:
         others = f" (also lines {', '.join(map(str, broken[1:9]))})" if len(broken) > 1 else ""
-        raise ValueError(f"{key} line {broken[0]}: {no_object(objects[broken[0]])}{others}")
+        raise ConfigError(f"{key} line {broken[0]}: {no_object(objects[broken[0]])}{others}")
     return objects
 
 
@@ -331,7 +332,7 @@ def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             content = file.read()
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
-        raise ValueError(f"{key}: {path!r} cannot be read ({e}). Give a file with a JSON object on each line") from e
+        raise ConfigError(f"{key}: {path!r} cannot be read ({e}). Give a file with a JSON object on each line") from e
     return json_lines(content, f"{key}: {path!r}")
 
 
@@ -365,7 +366,7 @@ def _load_table(source: str, split: str) -> Sequence[Mapping[str, Any]]:
         return load_dataset(source, split=split, **HUB.get(source, {}))
     except Exception as e:
         # Its own message is often "an error occurred", and the cause says which.
-        raise ValueError(
+        raise ConfigError(
             f"prompts.source: {source!r} (split {split!r}) cannot be loaded: {e.__cause__ or e}. Allowed: a data set's "
             f"name on the hub, a folder of one, or a file: {', '.join([*JSON_LINES, *FILES])}"
         ) from e

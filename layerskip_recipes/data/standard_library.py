@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from layerskip_recipes.config.checks import check_choice, check_number
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
+from layerskip_recipes.errors import ConfigError
 
 END = "<|endoftext|>"
 # Not on every machine (tests, the editor) or no code that anyone reads (tables).
@@ -83,7 +84,7 @@ def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None 
         os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
     tokenizer = hf_tokenizer(path, max_seq_len=max_seq_len)
     if tokenizer.vocab_size != vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer.vocab_size: {vocab_size}, but the tokenizer in {path!r} has {tokenizer.vocab_size} tokens. "
             "Remove it, or give another path"
         )
@@ -145,7 +146,7 @@ def heldout_prompts(count: int = 8, characters: int = 450) -> list[str]:
                     prompts.append(before[-characters:])
                 break
     if not prompts:
-        raise ValueError(
+        raise ConfigError(
             f"prompts.characters: {characters} are more than any held-out file has before a function in its middle; "
             "for example prompts.characters=450"
         )

@@ -31,6 +31,7 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.checks import check_number, check_text
+from layerskip_recipes.errors import ConfigError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a folder without a chat template gets: bos, then the contents as they stand, eos after each assistant message.
@@ -67,9 +68,9 @@ def hf_tokenizer(
     check_text("tokenizer.path", path, example="/tmp/SmolLM2-135M-Instruct")
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"tokenizer.path: there is no folder {folder}")
+        raise ConfigError(f"tokenizer.path: there is no folder {folder}")
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
             "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
@@ -81,7 +82,7 @@ def hf_tokenizer(
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as e:  # the library raises nothing more special
-        raise ValueError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
+        raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
     tokenizer.no_padding()  # some folders carry the settings of the run that saved them
     tokenizer.no_truncation()
     named = {key: _content(config[key]) for key in NAMED_TOKENS if config.get(key)}
@@ -150,14 +151,14 @@ class HFTokenizer(ModelTokenizer, Transform):
     ) -> None:
         check_number("tokenizer.max_seq_len", max_seq_len, minimum=1, optional=True, example=2048)
         if truncation_type not in ("right", "left"):
-            raise ValueError(f"tokenizer.truncation_type: {truncation_type!r} is unknown. Allowed: right, left")
+            raise ConfigError(f"tokenizer.truncation_type: {truncation_type!r} is unknown. Allowed: right, left")
         self.max_seq_len = max_seq_len
         self.truncation_type = truncation_type
         self.chat_template = chat_template
         try:
             _compile(chat_template)
         except TemplateError as e:
-            raise ValueError(f"tokenizer.chat_template: it is no Jinja template: {e}") from e
+            raise ConfigError(f"tokenizer.chat_template: it is no Jinja template: {e}") from e
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)
@@ -206,9 +207,9 @@ class HFTokenizer(ModelTokenizer, Transform):
             jinja2.TemplateError: if the template refuses the conversation, such as roles that do not alternate.
         """
         if not messages:
-            raise ValueError("messages: there are none to tokenize")
+            raise ConfigError("messages: there are none to tokenize")
         if any(message.contains_media for message in messages):
-            raise ValueError("messages: this tokenizer takes text only, and one of them has an image")
+            raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
         if not add_end_tokens:
             tokens = self.encode(self.render_prompt(turns), add_bos=False, add_eos=False)
@@ -302,7 +303,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             return None
         before, _, after = marked.partition(MARK)
         if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
-            raise ValueError(
+            raise ConfigError(
                 f"messages: the chat template changes more than the content of message {index} "
                 f"({turns[index]['role']}), so its tokens cannot be told from the others"
             )
@@ -354,7 +355,7 @@ def _pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) 
     if wanted is None and not templates:
         return None
     if (wanted or "default") not in templates:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer.chat_template: {folder} has no template {wanted or 'default'!r}. "
             f"Allowed: {', '.join(sorted(templates)) or 'no name, it has no template'}; or the Jinja text itself"
         )

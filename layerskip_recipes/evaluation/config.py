@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from layerskip_recipes.config.settings import COMMON, anything, component, flag, number, one_of, text
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.speculation_section import FILTERS
 from layerskip_recipes.training.batches import check_collate_fn, check_dataset
 
@@ -15,9 +16,9 @@ def check_tasks(key: str, value: Any) -> None:
     """Raises a ValueError unless value is null or a list of names."""
     names = list(value) if isinstance(value, ListConfig) else []
     if value is not None and (not names or not all(isinstance(name, str) and name for name in names)):
-        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a list of names; for example {key}=[arc_easy]")
+        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a list of names; for example {key}=[arc_easy]")
     if len(set(names)) < len(names):
-        raise ValueError(f"{key}: {value!r} has a name twice. Allowed: each once; for example {key}=[arc_easy]")
+        raise ConfigError(f"{key}: {value!r} has a name twice. Allowed: each once; for example {key}=[arc_easy]")
 
 
 def task_folders(key: str, value: Any) -> list[str]:
@@ -25,7 +26,9 @@ def task_folders(key: str, value: Any) -> list[str]:
     folders = list(value) if isinstance(value, ListConfig) else [] if value is None else [value]
     for folder in folders:
         if not isinstance(folder, str) or not Path(folder).is_dir():
-            raise ValueError(f"{key}: {folder!r} is no folder. Allowed: folders of task files; for example {key}=tasks")
+            raise ConfigError(
+                f"{key}: {folder!r} is no folder. Allowed: folders of task files; for example {key}=tasks"
+            )
     return folders
 
 
@@ -34,7 +37,7 @@ def harness() -> ModuleType:
     try:
         from layerskip_recipes.evaluation import harness
     except ImportError as e:
-        raise ValueError(f'tasks: lm-eval is missing ({e}). For example: pip install "lm-eval>=0.4.12,<0.5"') from e
+        raise ConfigError(f'tasks: lm-eval is missing ({e}). For example: pip install "lm-eval>=0.4.12,<0.5"') from e
     return harness
 
 
@@ -86,16 +89,16 @@ OF = {
 def check_measured(cfg: DictConfig) -> None:
     """Raises a ValueError if nothing is to be measured, or a setting would be ignored."""
     if all(cfg.get(key) is None for key in MEASURED):
-        raise ValueError(
+        raise ConfigError(
             "dataset: None, and neither tasks nor human_eval: nothing to measure. Allowed: one or more of "
             "dataset={_component_: ...}, tasks=[arc_easy], human_eval={file: HumanEval.jsonl.gz, execute: true}"
         )
     for needed, keys in OF.items():
         for key in keys:
             if cfg.get(key) is not None and all(cfg.get(need) is None for need in needed):
-                raise ValueError(f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null")
+                raise ConfigError(f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null")
     if cfg.get("exit_layer") is not None and cfg.get("self_speculation") is not None:
-        raise ValueError(
+        raise ConfigError(
             f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all answers from that exit: "
             f"exit_layer={cfg.exit_layer} self_speculation=null"
         )
@@ -109,14 +112,14 @@ def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
     """
     compare = OmegaConf.create({}) if cfg.get("compare") is None else cfg.compare
     if not isinstance(compare, DictConfig) or not all(isinstance(part, DictConfig) for part in compare.values()):
-        raise ValueError(
+        raise ConfigError(
             f"compare: {compare!r} is not allowed. Allowed: names with what differs in the checkpointer section; for "
             'example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
         )
     others = {str(name): _with_checkpointer(cfg, section) for name, section in compare.items()}
     own = Path(str(cfg.checkpointer.get("checkpoint_dir"))).name
     if own in others:
-        raise ValueError(f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
+        raise ConfigError(f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
                          f'"compare={{before: ...}}"')  # fmt: skip
     return {own: cfg} | others
 

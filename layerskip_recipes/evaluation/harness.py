@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers, speed
 from layerskip_recipes.generation.drafting.speculation import most_positions
 from layerskip_recipes.generation.sampling import Sampler
@@ -63,11 +64,13 @@ def load_tasks(
     manager = _index(names, task_path)
     for name in names:
         if name not in manager.task_index:
-            raise ValueError(f"tasks: {name!r} is no task, group or tag of lm-eval's. {_some(name, manager.all_tasks)}")
+            raise ConfigError(
+                f"tasks: {name!r} is no task, group or tag of lm-eval's. {_some(name, manager.all_tasks)}"
+            )
     try:
         loaded = manager.load(list(names))
     except Exception as e:  # a task file is code and data of anyone
-        raise ValueError(f"tasks: {', '.join(names)} cannot be loaded: {type(e).__name__}: {e}") from e
+        raise ConfigError(f"tasks: {', '.join(names)} cannot be loaded: {type(e).__name__}: {e}") from e
     for name, task in loaded["tasks"].items():
         _check_task(name, task, max_new_tokens, max_seq_len)
         _set_fewshot(name, task, num_fewshot)
@@ -90,13 +93,13 @@ def _some(name: str, known: Sequence[str]) -> str:
 def _check_task(name: str, task: Task, max_new_tokens: int, max_seq_len: int) -> None:
     """Raises a ValueError for a task that this model or machine should not run."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise ValueError(f"tasks: {name} runs what the model writes. For HumanEval there is the section human_eval")
+        raise ConfigError(f"tasks: {name} runs what the model writes. For HumanEval there is the section human_eval")
     if getattr(task, "MULTIMODAL", False):
-        raise ValueError(f"tasks: {name} has images or audio, and the model reads text only; take another task")
+        raise ConfigError(f"tasks: {name} has images or audio, and the model reads text only; take another task")
     if task.OUTPUT_TYPE == "generate_until":
         limit, _, _ = generation_settings(name, task.config.generation_kwargs or {}, max_new_tokens)
         if limit >= max_seq_len:
-            raise ValueError(
+            raise ConfigError(
                 f"tasks: {name} generates up to {limit} tokens, which leaves no room for a prompt in the model's "
                 f"max_seq_len {max_seq_len}. Lower its max_gen_toks, or max_new_tokens where it has none"
             )
@@ -106,7 +109,7 @@ def _set_fewshot(name: str, task: Task, num_fewshot: int | None) -> None:
     """As lm-eval does it, but what it would ignore is refused."""
     own = task.config.num_fewshot
     if num_fewshot and own == 0:
-        raise ValueError(
+        raise ConfigError(
             f"num_fewshot: {num_fewshot} is not for {name}, whose file says 0: its prompt is complete. Leave it out"
         )
     task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
@@ -133,11 +136,11 @@ def generation_settings(
     filters = {key: given.pop(key) for key in FILTERS if key in given}
     for key in given:
         allowed = ", ".join(("until", *LIMITS[:1], "do_sample", "temperature", *FILTERS))
-        raise ValueError(f"tasks: {task} asks for generation_kwargs.{key}, which is not there. Allowed: {allowed}")
+        raise ConfigError(f"tasks: {task} asks for generation_kwargs.{key}, which is not there. Allowed: {allowed}")
     try:
         sampler = Sampler(0.0 if samples is False else temperature, **filters)
     except ValueError as e:
-        raise ValueError(f"tasks: {task}, generation_kwargs.{e}") from e
+        raise ConfigError(f"tasks: {task}, generation_kwargs.{e}") from e
     stops = [until] if isinstance(until, str) else until
     return int(limits[0] if limits else max_new_tokens), [stop for stop in stops if stop], sampler
 
@@ -241,7 +244,7 @@ class LayerSkipLM(TemplateLM):
         """
         for texts, _, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
+                raise ConfigError(
                     f"tasks: the answer {texts and texts[1]!r} has {len(continuation)} tokens. Allowed: 1 to the "
                     f"model's max_seq_len {self.max_length}"
                 )

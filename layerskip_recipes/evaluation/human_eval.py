@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from layerskip_recipes.config.checks import check_choice, check_number, check_text
 from layerskip_recipes.data.reference_tasks import read_json_lines
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers, speed
 from layerskip_recipes.generation.sampling import Sampler
 
@@ -71,7 +72,7 @@ class HumanEval:
         check_number("human_eval.count", self.count, minimum=1, optional=True, example=20)
         check_number("human_eval.temperature", self.temperature, minimum=0, integer=False, example=0.2)
         if not self.execute:
-            raise ValueError(
+            raise ConfigError(
                 "human_eval.execute: false, and pass@1 means to run programs that the model wrote, on this machine, "
                 "with limits but no sandbox. Where that can do no harm (a container, a virtual machine) allow it: "
                 "human_eval.execute=true"
@@ -107,10 +108,10 @@ def read_problems(file: str, count: int | None = None) -> list[Problem]:
         where = f"human_eval.file: {file!r} line {at}"
         problem = _problem(line, where)
         if problem.task_id in problems:
-            raise ValueError(f"{where}: task_id {problem.task_id!r} is there a second time")
+            raise ConfigError(f"{where}: task_id {problem.task_id!r} is there a second time")
         problems[problem.task_id] = problem
     if not problems:
-        raise ValueError(f"human_eval.file: {file!r} holds no problem; for example HumanEval.jsonl.gz")
+        raise ConfigError(f"human_eval.file: {file!r} holds no problem; for example HumanEval.jsonl.gz")
     return list(problems.values())
 
 
@@ -118,9 +119,9 @@ def _problem(line: Mapping[str, Any], where: str) -> Problem:
     names = [field.name for field in fields(Problem)]
     for name in names:
         if not isinstance(line.get(name), str) or not line[name]:
-            raise ValueError(f"{where}: {name} is missing, or no text. Each line needs {', '.join(names)}")
+            raise ConfigError(f"{where}: {name} is missing, or no text. Each line needs {', '.join(names)}")
     if not line["entry_point"].isidentifier():
-        raise ValueError(f"{where}: entry_point {line['entry_point']!r} is no name of a function")
+        raise ConfigError(f"{where}: entry_point {line['entry_point']!r} is no name of a function")
     return Problem(**{name: line[name] for name in names})
 
 
@@ -181,7 +182,7 @@ def check_execution(section: HumanEval) -> None:
     """Raises a ValueError if not even an empty program runs within the limits, on this machine."""
     outcome = run_program("", section.timeout, section.memory_mb)
     if outcome != "passed":
-        raise ValueError(
+        raise ConfigError(
             f"human_eval: an empty program does not run within timeout={section.timeout} and "
             f"memory_mb={section.memory_mb} here ({outcome}); for example human_eval.timeout=3.0 "
             "human_eval.memory_mb=1024"

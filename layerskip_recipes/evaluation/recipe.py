@@ -27,6 +27,7 @@ from layerskip_recipes.config.settings import (
     check_vocabulary,
 )
 from layerskip_recipes.data.tokenizer import PLAIN_TEMPLATE
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.evaluation.human_eval import HumanEval, check_execution, pass_at_1, read_problems
@@ -92,7 +93,7 @@ def check_config(cfg: DictConfig) -> None:
         try:
             check_checkpointer(other, model)
         except ValueError as e:
-            raise ValueError(f"compare.{name}: {e}") from e
+            raise ConfigError(f"compare.{name}: {e}") from e
 
 
 class LayerSkipEval:
@@ -149,7 +150,7 @@ class LayerSkipEval:
         """The tasks with their documents."""
         cfg = self.cfg
         if cfg.get("apply_chat_template") and getattr(self.tokenizer, "chat_template", None) in (None, PLAIN_TEMPLATE):
-            raise ValueError(
+            raise ConfigError(
                 f"apply_chat_template: true, and this {type(self.tokenizer).__name__} has no chat template. Allowed: "
                 "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, the folder of a chat model, or "
                 "apply_chat_template=false"

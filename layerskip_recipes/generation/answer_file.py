@@ -8,6 +8,7 @@ from typing import Any
 
 from torchtune import utils
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.prompts import Example
 
 log = utils.get_logger("INFO")
@@ -48,7 +49,7 @@ class AnswersInOrder:
                 self.file = partial.open("w", encoding="utf-8")
             except OSError as e:
                 message = f"output_file: {self.path!r} cannot be written ({e}); for example answers.jsonl"
-                raise ValueError(message) from e
+                raise ConfigError(message) from e
             for i in self.waiting:
                 self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})
         return self

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_num_speculations
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -90,14 +91,14 @@ def generate(
     known = {field.name for field in fields(Speculation) if field.init}
     for name in speculation:
         if name not in known:
-            raise ValueError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
+            raise ConfigError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
         if num_speculations is None:
-            raise ValueError(f"{name}: needs num_speculations too, for example num_speculations=6")
+            raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
     drafting = num_speculations is not None
     # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
     shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if shared and not same_on_all(rows):
-        raise ValueError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
+        raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     if shared and temperature:
         if rng is None:
             rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(int(torch.randint(2**31, ())))

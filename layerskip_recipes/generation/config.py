@@ -21,6 +21,7 @@ from layerskip_recipes.config.settings import (
     one_of,
     text,
 )
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.parallel import check_processes
 from layerskip_recipes.generation.prompts import INTERACTIVE
 from layerskip_recipes.generation.sampling import Sampler
@@ -85,14 +86,14 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.get("self_speculation") is not None:
         check_speculation(cfg.self_speculation, model)
         if cfg.get("exit_layer") is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
                 f"exit_layer={cfg.exit_layer} self_speculation=null"
             )
     elif cfg.get("exit_layer") is not None:
         model.check_exit(cfg.exit_layer)
     if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
-        raise ValueError(
+        raise ConfigError(
             'prompt: missing. Give prompt="text", prompt.user="question", prompt=interactive, or prompt_file=FILE '
             "(- reads stdin)"
         )
@@ -113,20 +114,20 @@ def _check_conversation(cfg: DictConfig) -> None:
     """Raises a ValueError for what goes only with a conversation, or not with one."""
     if not is_conversation(cfg):
         if cfg.get("system_prompt") is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"system_prompt: {cfg.system_prompt!r} is for prompt=interactive. For one prompt: prompt.user=QUESTION "
                 f"prompt.system={cfg.system_prompt!r}"
             )
         return
     if (cfg.get("batch_size") or 1) > 1:
-        raise ValueError(f"batch_size: {cfg.batch_size} does not go with prompt=interactive; batch_size=1")
+        raise ConfigError(f"batch_size: {cfg.batch_size} does not go with prompt=interactive; batch_size=1")
     if cfg.get("output_file") is not None:
-        raise ValueError(
+        raise ConfigError(
             f"output_file: {cfg.output_file!r} does not go with prompt=interactive; output_file=null, or a prompt_file"
         )
     speculation = cfg.get("self_speculation") or {}
     if isinstance(speculation.get("draft_vocabulary"), int) and speculation.get("draft_vocabulary_file") is None:
-        raise ValueError(
+        raise ConfigError(
             f"self_speculation.draft_vocabulary: {speculation.draft_vocabulary} tokens are counted in the prompts, and "
             "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
         )
@@ -138,7 +139,7 @@ def check_output_file(cfg: DictConfig) -> None:
     if name is None:
         return
     if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-        raise ValueError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
+        raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
     check_file("output_file", name)
     speculation = cfg.get("self_speculation") or {}
     inputs = {
@@ -149,7 +150,7 @@ def check_output_file(cfg: DictConfig) -> None:
     }
     for key, read in inputs.items():
         if isinstance(read, str) and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
-            raise ValueError(f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
+            raise ConfigError(f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
                              "output_file=answers.jsonl")  # fmt: skip
 
 
@@ -164,4 +165,4 @@ def _check_alone(cfg: DictConfig) -> None:
     }
     for key, value in alone.items():
         if value is not None:
-            raise ValueError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")
+            raise ConfigError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import Arm
 from layerskip_recipes.generation.drafting.drafts import Drafting
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths, check_tokens
@@ -87,7 +88,9 @@ class Generation:
             self.model, lengths, max_generated_tokens, spare=0 if self.tree is None or self.tree.is_chain else nodes
         )
         if isinstance(stop_tokens, int):
-            raise ValueError(f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]")
+            raise ConfigError(
+                f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
+            )
         self.stop_tokens = {int(token) for token in stop_tokens}
         self.agree = agree or _alone
         self.on_draft = on_draft

@@ -27,6 +27,7 @@ from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
 from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
 from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import (
@@ -85,7 +86,7 @@ def tensor_parallel_plan(cfg: DictConfig) -> Plan | None:
 
 
 def _wrong(key: str, given: str, allowed: str, example: Any) -> ValueError:
-    return ValueError(f"{key}: {given}. Allowed: {allowed}; for example {key}={example}")
+    return ConfigError(f"{key}: {given}. Allowed: {allowed}; for example {key}={example}")
 
 
 def load_sharded_decoder(

@@ -13,6 +13,7 @@ from torchtune.data import Message
 
 from layerskip_recipes.config.settings import build
 from layerskip_recipes.data.reference_tasks import no_object, try_json_lines
+from layerskip_recipes.errors import ConfigError
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
 
@@ -62,7 +63,7 @@ def try_examples(cfg: DictConfig) -> list[Example]:
     if cfg.get("prompt") is None:
         items = build(cfg.prompts, "prompts")
         if not isinstance(items, list | tuple):
-            raise ValueError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
+            raise ConfigError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
         return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     prompt = cfg.prompt
     if cfg.get("prompts") is not None:
@@ -85,7 +86,7 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
     worst = max(bad, key=lambda i: lengths[i] if lengths else 0)
     lines = [str(examples[i].line) for i in bad if i != worst and examples[i].line is not None]
     others = f" (also lines {', '.join(lines[:8])})" if lines else ""
-    raise ValueError(f"{examples[worst].error}{others}{hint if len(bad) < len(examples) else ''}")
+    raise ConfigError(f"{examples[worst].error}{others}{hint if len(bad) < len(examples) else ''}")
 
 
 def encode(
@@ -130,7 +131,7 @@ def _read_prompt_file(name: str) -> list[Example]:
             else Path(name).read_text(encoding="utf-8", errors="surrogateescape" if lines else "strict")
         )
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(
+        raise ConfigError(
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
         ) from e
     content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
@@ -138,7 +139,7 @@ def _read_prompt_file(name: str) -> list[Example]:
         return [_tried(_plain, content, "prompt_file")]
     found = try_json_lines(content)
     if not found:
-        raise ValueError(f"prompt_file: {name!r} holds no prompt")
+        raise ConfigError(f"prompt_file: {name!r} holds no prompt")
     return [_tried(_with_reference, line, f"prompt_file line {at}", at) for at, line in found.items()]
 
 
@@ -163,12 +164,12 @@ def _example(item: Any, key: str) -> Example:
 
 def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
     if isinstance(item, str):
-        raise ValueError(f"{key}: {no_object(item)}")
+        raise ConfigError(f"{key}: {no_object(item)}")
     response = item.get("response")
     if "prompt" not in item:
-        raise ValueError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
+        raise ConfigError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
     if response is not None and not isinstance(response, str):
-        raise ValueError(f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}')
+        raise ConfigError(f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}')
     return Example(_check_prompt(item["prompt"], key), response)
 
 
@@ -178,7 +179,7 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
             str(text).encode()
         except UnicodeEncodeError as e:
             at = str(text)[max(0, e.start - 10) : e.end + 10]
-            raise ValueError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
+            raise ConfigError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"system", "user"}
         if (
@@ -186,10 +187,10 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
             or not prompt.get("user")
             or not all(text is None or isinstance(text, str) for text in prompt.values())
         ):
-            raise ValueError(f"{key}: {prompt!r} needs user: text, and may have system: text")
+            raise ConfigError(f"{key}: {prompt!r} needs user: text, and may have system: text")
         return {role: text for role, text in prompt.items() if text is not None}
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{key}: {prompt!r} is empty or no text; for example prompt.user='Tell me a joke.'")
+        raise ConfigError(f"{key}: {prompt!r} is empty or no text; for example prompt.user='Tell me a joke.'")
     return prompt
 
 
@@ -198,7 +199,7 @@ def _check_open_turn(tokenizer: Any) -> None:
     and the others do not say that they ignore the wish."""
     tokenize = getattr(tokenizer, "tokenize_messages", None)
     if tokenize is None or "add_end_tokens" not in inspect.signature(tokenize).parameters:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer: {type(tokenizer).__name__} closes the turn in which a chat is to be answered. Allowed: "
             "prompts of raw text, or a tokenizer with add_end_tokens; for example "
             'tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: "${checkpointer.checkpoint_dir}"}'
@@ -230,7 +231,7 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
             messages.append(Message(role="assistant", content=""))
         return tokenizer({"messages": messages}, inference=True)["tokens"]
     except Exception as e:
-        raise ValueError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
+        raise ConfigError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
     finally:
         if limit is not None:
             tokenizer.max_seq_len = limit

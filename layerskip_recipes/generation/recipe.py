@@ -17,6 +17,7 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.checkpoint.checkpointers import ready
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.settings import build, build_on_meta, check_section, check_vocabulary
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.answer_file import AnswersInOrder
 from layerskip_recipes.generation.config import benchmark, check_config, is_conversation, make_sampler
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
@@ -110,7 +111,7 @@ class LayerSkipGenerate:
         if self.device.type == "cuda" and num_processes() > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if not same_on_all((self.good, self.prompt_tokens)):
-            raise ValueError(
+            raise ConfigError(
                 "prompts: differ between ranks. Allowed: the same on all of them, so none that each draws for itself; "
                 "for example prompt_file=prompts.jsonl"
             )

@@ -15,6 +15,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from layerskip_recipes.checkpoint.weights import quantise
 from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.settings import check_component, check_section
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.drafting.tree import DraftTree
 from layerskip_recipes.generation.sampling import Sampler
@@ -71,26 +72,26 @@ def check_speculation(section: DictConfig, model: TransformerDecoder, key: str =
     arguments = dict(check_section(section, key, self_speculation))
     for name, example in (("exit_layer", 8), ("num_speculations", 6)):
         if arguments.get(name) is None:
-            raise ValueError(
+            raise ConfigError(
                 f"{key}.{name}: missing; for example {key}.{name}={example}. To take all tokens from an early exit "
                 f"set exit_layer and {key}=null"
             )
     values = self_speculation(**arguments)
     exits = values["exit_layer"] if isinstance(values["exit_layer"], list) else [values["exit_layer"]]
     if not exits or len(set(map(str, exits))) != len(exits):
-        raise ValueError(f"{key}.exit_layer: {exits} holds no exit, or one twice; for example {key}.exit_layer=[4,8]")
+        raise ConfigError(f"{key}.exit_layer: {exits} holds no exit, or one twice; for example {key}.exit_layer=[4,8]")
     for exit_layer in exits:
         model.check_exit(exit_layer, f"{key}.exit_layer")
     vocabulary, file = values["draft_vocabulary"], values["draft_vocabulary_file"]
     if vocabulary is not None and not isinstance(vocabulary, list):
         check_number(f"{key}.draft_vocabulary", vocabulary, minimum=1, example=4096)
     if file is not None and (not isinstance(file, str) or isinstance(vocabulary, list | None)):
-        raise ValueError(
+        raise ConfigError(
             f"{key}.draft_vocabulary_file: {file!r} needs a number of tokens too, for example "
             f"{key}.draft_vocabulary=4096 {key}.draft_vocabulary_file=corpus.txt"
         )
     if file is not None and not Path(file).is_file():
-        raise ValueError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
+        raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
     if values["draft_quantizer"] is not None:
         if isinstance(values["draft_quantizer"], dict):
             values["draft_quantizer"] = OmegaConf.create(values["draft_quantizer"])
@@ -98,7 +99,7 @@ def check_speculation(section: DictConfig, model: TransformerDecoder, key: str =
     try:
         _speculation(values, vocabulary if isinstance(vocabulary, list) else None).check(model)
     except ValueError as e:
-        raise ValueError(_of_section(str(e), key)) from e
+        raise ConfigError(_of_section(str(e), key)) from e
     return values
 
 
@@ -204,12 +205,12 @@ def check_draft_fits(cfg: DictConfig, model: TransformerDecoder, parallel: int =
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
     if section.get("draft_vocabulary") is not None and (packed or parallel > 1):
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        raise ValueError(
+        raise ConfigError(
             f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
             "self_speculation.draft_vocabulary=null"
         )
     if section.get("draft_quantizer") is not None and quantizer is not None:
-        raise ValueError(
+        raise ConfigError(
             "self_speculation.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
             "Set one of them null; for example quantizer=null"
         )

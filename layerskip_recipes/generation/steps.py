@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TiedLinear
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.generation.sampling import Sampler, Settings, accept_greedy, accept_sampled, lots
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
@@ -52,7 +53,7 @@ class DraftHead(nn.Module):
         output = head_of(model)
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
-            raise ValueError(
+            raise ConfigError(
                 f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
                 "neither quantised nor split over processes; leave draft_vocabulary out"
             )

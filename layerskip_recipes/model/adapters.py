@@ -17,7 +17,8 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
 from layerskip_recipes.config.checks import check_choice, check_number
-from layerskip_recipes.config.loading import component_parameters
+from layerskip_recipes.config.components import parameter_names as component_parameters
+from layerskip_recipes.errors import ConfigError
 
 BIASES = "scaled biases"  # beside torchtune's keys in what a checkpoint holds
 ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
@@ -192,17 +193,17 @@ def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
     names = adapter_names(model)
     builder = cfg.model.get("base") or cfg.model
     if not names and "lora_attn_modules" in (component_parameters(builder._component_) or ()):
-        raise ValueError(
+        raise ConfigError(
             f"model.lora_attn_modules: {builder._component_} makes no adapter parameters with these arguments; for "
             'example model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
         )
     if cfg.get("save_adapter_weights_only") and not names:
-        raise ValueError(
+        raise ConfigError(
             f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
             "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
         )
     if names and cfg.checkpointer.get("safe_serialization") is False:
-        raise ValueError(
+        raise ConfigError(
             "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
             "checkpointer.safe_serialization=true"
         )
@@ -212,7 +213,7 @@ def adapter_file(path: str) -> Path:
     """The file of `checkpointer.adapter_checkpoint`, which may name its folder; a ValueError if there is none."""
     file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.adapter_checkpoint: {path!r} is neither an {ADAPTER_FILE} nor a folder with one"
         )
     return file
@@ -233,15 +234,15 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     except Exception as e:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune"
         ) from e
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
+        raise ConfigError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
     described, own = file.with_name("adapter_config.json"), adapter_config(model)
     alpha = json.loads(described.read_text()).get("lora_alpha") if described.exists() else None
     if alpha is not None and alpha != own["lora_alpha"]:
-        raise ValueError(
+        raise ConfigError(
             f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
@@ -249,10 +250,10 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
         if names:
             first = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{key}: {str(file)!r} is not of this model, it {what} {first}; {len(names)} in all")
+            raise ConfigError(f"{key}: {str(file)!r} is not of this model, it {what} {first}; {len(names)} in all")
     for name, value in state.items():
         if value.shape != expected[name].shape:
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: {name} is {tuple(value.shape)} there and {tuple(expected[name].shape)} in the model; "
                 "check model.lora_rank"
             )

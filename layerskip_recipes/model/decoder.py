@@ -23,6 +23,7 @@ from torchtune import config
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.families import capped, norm_and_cap
 from layerskip_recipes.model.layer_dropout import IDLE, Kept, LayerDropout
 
@@ -41,7 +42,7 @@ class LayerSkipDecoder(TransformerDecoder):
 
     def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
         if type(base) is not TransformerDecoder:
-            raise ValueError(
+            raise ConfigError(
                 f"model: {type(base).__name__} is not supported. Allowed: a torchtune TransformerDecoder, as the "
                 "builders of llama2/3, mistral, qwen2, gemma, phi3 and phi4 make it"
             )
@@ -120,7 +121,7 @@ class LayerSkipDecoder(TransformerDecoder):
         exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
         wanted = set() if exits is None else {self.check_exit(e, "exits") for e in exits}
         if max(wanted, default=0) > exit_layer:
-            raise ValueError(f"exits: {max(wanted)} is never reached, the walk ends at exit_layer {exit_layer}")
+            raise ConfigError(f"exits: {max(wanted)} is never reached, the walk ends at exit_layer {exit_layer}")
         assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
         if hidden is None:
             if not self.decoding:
@@ -188,7 +189,7 @@ class LayerSkipDecoder(TransformerDecoder):
             ValueError: if it is no integer in 1 .. L.
         """
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
                 f"(number of layers run); for example {key}={max(self.num_layers // 4, 1)}"
             )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchtune import utils
 
 from layerskip_recipes.config.settings import check_batch
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
 
@@ -58,7 +59,7 @@ def exit_quality(
         sums += of_batch.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
-        raise ValueError(f"{key}: no label counts, so there is nothing to measure")
+        raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
     quality = {}
     for e, (loss, right, agreed, count, accepted, windows) in zip(exits, sums.tolist(), strict=True):
         quality[e] = {

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
 
@@ -227,16 +228,16 @@ def check_cache_fits(
     takes = f"take {rows * row / 2**30:.1f} GiB, and {there}"
     fits, positions = left // row, left * length // row
     if positions < 1:
-        raise ValueError(
+        raise ConfigError(
             f"model: its weights take {weights / 2**30:.1f} GiB, and {there}. Allowed here: a model that leaves room "
             "for caches; for example dtype=bf16, a quantizer, or more processes"
         )
     if fits < 1:
-        raise ValueError(
+        raise ConfigError(
             f"max_new_tokens: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {positions} "
             "positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller max_new_tokens"
         )
-    raise ValueError(
+    raise ConfigError(
         f"batch_size: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for example "
         f"batch_size={fits}"
     )

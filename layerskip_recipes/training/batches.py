@@ -18,8 +18,9 @@ from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from layerskip_recipes.config.checks import PACKAGE, is_ours
+from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.settings import build, check_component, text
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.parallel import Mesh
@@ -35,9 +36,9 @@ def check_dataset(key: str, value: Any) -> None:
     for section in sections:
         check_component(section, key, positional=1)
         if section.get("streaming"):
-            raise ValueError(f"{key}.streaming: True, but an epoch is a number of samples. Set {key}.streaming=false")
+            raise ConfigError(f"{key}.streaming: True, but an epoch is a number of samples. Set {key}.streaming=false")
     if len({bool(section.get("packed")) for section in sections}) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: some are packed and some are not. Allowed: all or none; for example packed: false in each"
         )
 
@@ -47,7 +48,7 @@ def check_collate_fn(key: str, value: Any) -> None:
     if value is not None:
         text(PADDED)(key, value)
         if "left_pad_sequence" in value:
-            raise ValueError(f"{key}: {value!r} is for inference; for example {key}={PADDED}")
+            raise ConfigError(f"{key}: {value!r} is for inference; for example {key}={PADDED}")
         section = OmegaConf.create({"_component_": value})
         check_component(section, key, positional=1, given=["padding_idx", "ignore_idx"])
 
@@ -70,7 +71,7 @@ def limit_samples(cfg: DictConfig, tokenizer: Any, model: TransformerDecoder) ->
     if limit is None and not any(section.get("packed") for section in given):
         tokenizer.max_seq_len = model.max_seq_len
     elif limit and limit > model.max_seq_len:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer.max_seq_len: {limit} is more than the model's max_seq_len {model.max_seq_len}; for example "
             f"tokenizer.max_seq_len={model.max_seq_len}"
         )
@@ -123,7 +124,7 @@ def load_data(
             what = f"a {type(sample).__name__}"
             if isinstance(sample, Mapping):
                 what = ", ".join(map(str, sample)) or "empty"
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: samples of {section._component_} are {what}. Allowed: samples with tokens and labels, such as "
                 f"those of torchtune.datasets.chat_dataset"
             )
@@ -131,9 +132,9 @@ def load_data(
         try:
             batch = collate([dataset[0]])
         except (KeyError, TypeError) as e:  # it may be for samples of another kind
-            raise ValueError(f"collate_fn: {name!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
+            raise ConfigError(f"collate_fn: {name!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
         if not isinstance(batch, dict) or not needed <= batch.keys():
-            raise ValueError(f"collate_fn: {name!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
+            raise ConfigError(f"collate_fn: {name!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
     return numbered, collate
 
 
@@ -156,9 +157,11 @@ class Numbered(Dataset):
         try:
             return self.dataset[i]
         except Exception as e:
-            if i >= len(self) or is_ours(e) or _in_users_code(e):  # behind its end: how Python ends a loop over it
+            if (
+                i >= len(self) or isinstance(e, ConfigError) or _in_users_code(e)
+            ):  # behind its end: how Python ends a loop over it
                 raise
-            raise ValueError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_cause(e)}") from e
+            raise ConfigError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_cause(e)}") from e
 
 
 def _in_users_code(error: Exception) -> bool:
@@ -185,13 +188,13 @@ def _reading(section: DictConfig, key: str, dataset: Dataset | None = None) -> I
     try:
         yield
     except Exception as e:
-        if is_ours(e) or not section._component_.startswith("torchtune."):
+        if isinstance(e, ConfigError) or not section._component_.startswith("torchtune."):
             raise
         if type(e).__module__.partition(".")[0] == "datasets":  # the files, not what they hold
-            raise ValueError(f"{key}: {section._component_} cannot read its files: {_cause(e)}") from e
+            raise ConfigError(f"{key}: {section._component_} cannot read its files: {_cause(e)}") from e
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         there = f" Its columns: {', '.join(columns)}." if columns else ""
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {section._component_} cannot read its samples ({e!r}).{there} Which of them it reads is an "
             f"argument, such as column, column_map or conversation_column; for example {key}.column=text"
         ) from e
@@ -232,7 +235,7 @@ class TrainingData:
         steps = self.num_samples // self.samples_per_step
         if steps < 1:
             ranks = f" x {mesh.data_size} data-parallel ranks" if mesh.data_size > 1 else ""
-            raise ValueError(
+            raise ConfigError(
                 f"dataset: {self.num_samples} samples make no step of batch_size {self.batch_size} x "
                 f"gradient_accumulation_steps {accumulation}{ranks}; lower one of them"
             )

@@ -30,6 +30,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.weights import read_weights
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, correct_peft_form
 from layerskip_recipes.processes import TIMEOUT, from_rank_zero, is_rank_zero
 
@@ -101,7 +102,7 @@ class Checkpoints:
         optimizer = state.pop(training.OPT_KEY, None) or {}
         state = from_rank_zero(state)
         if "run" not in state:
-            raise ValueError(
+            raise ConfigError(
                 f"resume_from_checkpoint: {str(self.resumed_from)!r} was not written by this version of "
                 "layerskip_finetune. To begin with its weights set resume_from_checkpoint=false, another output_dir, "
                 f"and checkpointer.checkpoint_dir={self.resumed_from}"
@@ -194,7 +195,7 @@ class Checkpoints:
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
         if any(f"model.{name}" not in written for name in shards["model"]):
-            raise ValueError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
+            raise ConfigError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
         # The state's names are state.PARAMETER.WHAT.
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
         dcp.load(shards, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(absent)))
@@ -285,7 +286,7 @@ def find_checkpoint(output_dir: Path) -> Path:
         put_back(output_dir)
         complete = complete_checkpoints(output_dir)
         if not complete:
-            raise ValueError(
+            raise ConfigError(
                 f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE} or step_*/{RECIPE_STATE}) "
                 f"under output_dir {str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
             )
@@ -304,7 +305,7 @@ def check_shared(folder: Path) -> None:
     dist.all_gather_object(seen, marker.exists())
     marker.unlink(missing_ok=True)
     if not all(seen):
-        raise ValueError(
+        raise ConfigError(
             f"output_dir: {str(folder)!r} is not one folder for all machines, and enable_async_checkpointing writes "
             "each rank's shards there. Give one that they share, or enable_async_checkpointing=false"
         )

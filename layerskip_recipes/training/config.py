@@ -24,6 +24,7 @@ from layerskip_recipes.config.settings import (
     one_of,
     text,
 )
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training.batches import PADDED, check_collate_fn, check_dataset, sections_of
@@ -43,10 +44,10 @@ def _profiler(key: str, value: object) -> None:
         return
     default = {"_component_": "torchtune.training.setup_torch_profiler"}
     if not isinstance(value, DictConfig):
-        raise ValueError(f"{key}: {value!r} is not allowed. Allowed: a section like torchtune's, or null")
+        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a section like torchtune's, or null")
     section = OmegaConf.merge(default, value)
     if check_component(section, key) is not setup_torch_profiler:
-        raise ValueError(
+        raise ConfigError(
             f"{key}._component_: {section._component_!r} is not allowed. Allowed: {default['_component_']}"
         )
 
@@ -54,7 +55,7 @@ def _profiler(key: str, value: object) -> None:
 def logged(key: str, value: Any) -> None:
     """What RunLog adds to the config that it logs, which can be run again; a ValueError if it is anything else."""
     if not isinstance(value, DictConfig) or not {"total_steps", "torch"} & value.keys():
-        raise ValueError(f"{key}: {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
+        raise ConfigError(f"{key}: {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
 
 
 POSITIVE = number(minimum=1)
@@ -123,12 +124,12 @@ def check_config(cfg: DictConfig) -> None:
     check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
     if cfg.get("optimizer_in_bwd"):
         if cfg.get("gradient_accumulation_steps", 1) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"gradient_accumulation_steps: {cfg.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
                 "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
             )
         if cfg.get("clip_grad_norm") is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"clip_grad_norm: {cfg.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
             )
     for key, needs in (
@@ -142,20 +143,22 @@ def check_config(cfg: DictConfig) -> None:
     ):
         value = cfg.get(key)
         if value is not None and value is not False and cfg.get(needs) is None:
-            raise ValueError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
+            raise ConfigError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
     if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
-        raise ValueError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
+        raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
     if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:
-        raise ValueError(f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option")
+        raise ConfigError(
+            f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option"
+        )
     if cfg.get("enable_activation_offloading") and not layers_to_checkpoint(cfg):
-        raise ValueError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
+        raise ConfigError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
     if cfg.get("enable_activation_offloading") and layers_to_checkpoint(cfg) != 1:
-        raise ValueError(
+        raise ConfigError(
             "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy weights "
             f"away too. ac_option: {cfg.get('ac_option')}; for example ac_mode=full ac_option=null"
         )
     if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
             "checkpointer.output_dir=${output_dir}"
         )
@@ -167,20 +170,20 @@ def check_config(cfg: DictConfig) -> None:
     check_checkpointer(cfg, model, trains=True)
     from_scratch = is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)
     if cfg.get("init_std") is not None and not from_scratch:
-        raise ValueError(
+        raise ConfigError(
             f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
             "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
         )
     if adapter_names(model) and from_scratch:
-        raise ValueError(
+        raise ConfigError(
             f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights; "
             "for example [model.safetensors]"
         )
     if adapter_names(model) and cfg.get("optimizer_in_bwd"):
-        raise ValueError("optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false")
+        raise ConfigError("optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false")
     chosen_exits(cfg, "layers_val", len(model.layers))
     if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
-        raise ValueError("layer_dropout: is set both in the model section and at top level; keep one")
+        raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
     layer_dropout_section(cfg, len(model.layers), seed=0)
     loss_section(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
 
@@ -237,13 +240,13 @@ def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int, batch_siz
     if isinstance(section, DictConfig) and "disable_on_eval" in section:
         # Upstream's key. Evaluation without dropout is the only way here.
         if section.disable_on_eval is not True:
-            raise ValueError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
+            raise ConfigError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
         section = OmegaConf.masked_copy(section, [key for key in section if key != "disable_on_eval"])
     arguments = check_section(section, "layer_dropout", LayerDropout, given=given)
     if section is None:
         return None
     if "prob" not in arguments:
-        raise ValueError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
+        raise ConfigError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
     return LayerDropout(num_layers, seed=seed, batch_size=batch_size, **arguments)
 
 
@@ -252,18 +255,18 @@ def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
     base = build(cfg.loss, "loss")
     given = {"ignore_index": getattr(base, "ignore_index", -100)}
     if given["ignore_index"] != -100:
-        raise ValueError(
+        raise ConfigError(
             f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"
         )
     if isinstance(base, torch.nn.CrossEntropyLoss):
         check_number("loss.label_smoothing", base.label_smoothing, minimum=0, maximum=1, integer=False)
         given["label_smoothing"] = base.label_smoothing
         if base.weight is not None or base.reduction != "mean":
-            raise ValueError(
+            raise ConfigError(
                 f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
             )
     elif not isinstance(base, CEWithChunkedOutputLoss):  # whose chunks are ours: chunk_tokens
-        raise ValueError(
+        raise ConfigError(
             f"loss._component_: {type(base).__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
             "torchtune.modules.loss.CEWithChunkedOutputLoss"
         )
@@ -282,7 +285,7 @@ def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
         # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
         start, _, step = str(arguments.get("layers", ":")).partition("::")
         if not step.isdigit() or start not in ("", "0"):
-            raise ValueError(
+            raise ConfigError(
                 f"early_exit_loss.layers: {arguments.get('layers')!r} says no interval for the rotation. "
                 "Give it: curriculum: rotational, interval: 8"
             )

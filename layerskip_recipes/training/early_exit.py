@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from layerskip_recipes.config.checks import check_choice, check_number
 from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ExitLosses, cross_entropy_
@@ -53,7 +54,7 @@ def exit_weights(num_layers: int, enabled: list[bool], scale: float, scale_fn: s
     weights = [scale * f(layer) for layer in range(last)] + [last_weight if last else 1.0]
     weights = torch.tensor([w * on for w, on in zip(weights, enabled, strict=True)], dtype=torch.float64)
     if weights.sum() <= 0:
-        raise ValueError("early_exit_loss: no enabled exit has a weight above 0; the last layer must be enabled")
+        raise ConfigError("early_exit_loss: no enabled exit has a weight above 0; the last layer must be enabled")
     return (weights / weights.sum()).float()
 
 

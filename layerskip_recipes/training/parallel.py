@@ -25,6 +25,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.settings import check_device, nearest
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.parallel import check_processes, parallelize, tensor_parallel_plan
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -78,14 +79,14 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     """
     processes = num_processes()
     if processes > 1 and cfg.get("tensor_parallel_plan") is not None and cfg.get("tensor_parallel_dim") is None:
-        raise ValueError(
+        raise ConfigError(
             f"tensor_parallel_plan: {cfg.tensor_parallel_plan._component_} does nothing without tensor_parallel_dim. "
             f"Set that, or leave it out: ~tensor_parallel_plan; for example tensor_parallel_dim={processes}, or 1 to "
             "shard only"
         )
     tensor = check_processes(OmegaConf.merge(cfg, {"tensor_parallel_dim": cfg.get("tensor_parallel_dim") or 1}), model)
     if tensor > 1 and adapter_names(model):
-        raise ValueError(
+        raise ConfigError(
             f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
             "(FSDP shards); for example tensor_parallel_dim=1"
         )
@@ -97,7 +98,7 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     left = processes // tensor
     if left % replicate or (shard != -1 and replicate * shard != left):
         key = "data_parallel_replicate_dim" if shard == -1 else "data_parallel_shard_dim"
-        raise ValueError(
+        raise ConfigError(
             f"{key}: {cfg[key]} wrong: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim {shard} "
             f"x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product of "
             f"{processes}; "
@@ -106,22 +107,22 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     section = cfg.get("model") or {}
     builder = section.get("base") or section
     if replicate > 1 and builder.get("quantize_base", "qlora" in builder.get("_component_", "")):
-        raise ValueError(
+        raise ConfigError(
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"
         )
     if processes > 1 and cfg.get("low_cpu_ram"):
-        raise ValueError(
+        raise ConfigError(
             "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
             "would write it at once. Set low_cpu_ram=false"
         )
     if processes > 1 and str((cfg.get("optimizer") or {}).get("_component_", "")).startswith("torchao."):
-        raise ValueError(
+        raise ConfigError(
             f"optimizer: {cfg.optimizer._component_} works with one process: torch cannot gather its 8- or 4-bit state "
             "for a checkpoint. For example optimizer._component_=torch.optim.AdamW"
         )
     if cfg.get("fsdp_cpu_offload") and cfg.get("optimizer_in_bwd"):
-        raise ValueError(
+        raise ConfigError(
             "optimizer_in_bwd: True does not go with fsdp_cpu_offload, whose gradients may still be on their way when "
             "it steps (pytorch 180666), and which keeps them off the GPU already. Set optimizer_in_bwd=false"
         )
@@ -132,7 +133,7 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
         and "tok_embeddings" in named
         and isinstance(model.output, TiedLinear)
     ):
-        raise ValueError(
+        raise ConfigError(
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
             "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
             "tok_embeddings out"
@@ -141,25 +142,25 @@ def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, in
     modules = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)} | {"output"}
     for name in named:
         if name not in modules:
-            raise ValueError(
+            raise ConfigError(
                 f"custom_sharded_layers: {name!r} is no module of the model. "
                 f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
                 "custom_sharded_layers=[tok_embeddings,output]"
             )
     if cfg.get("fsdp_cpu_offload") and (processes == 1 or check_device(cfg).type == "cpu"):
-        raise ValueError(
+        raise ConfigError(
             "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
             "without them fsdp_cpu_offload=false"
         )
     for key, example in (("custom_sharded_layers", "null"), ("fsdp_reshard_after_forward", "true")):
         if processes > 1 and left == 1 and cfg.get(key) not in (None, [], True):
             shown = f"[{', '.join(cfg[key])}]" if key == "custom_sharded_layers" else cfg[key]
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: {shown} does nothing where tensor_parallel_dim {tensor} takes all of {processes} "
                 f"processes, and no rank is left to shard over; {key}={example}"
             )
     if cfg.get("fsdp_cpu_offload") and left == 1:
-        raise ValueError(
+        raise ConfigError(
             f"fsdp_cpu_offload: True needs ranks to shard over, and tensor_parallel_dim {tensor} takes all of "
             f"{processes}; fsdp_cpu_offload=false"
         )

@@ -28,6 +28,7 @@ from layerskip_recipes.config.settings import (
     check_length,
     check_vocabulary,
 )
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import from_rank_zero, init_processes, is_rank_zero, num_processes
 from layerskip_recipes.training.batches import TrainingData, limit_samples
@@ -57,7 +58,7 @@ class LayerSkipFinetune:
         self.device = check_device(cfg)
         self.dtype = check_dtype(cfg, self.device)
         if cfg.get("enable_activation_offloading") and self.device.type != "cuda":
-            raise ValueError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
+            raise ConfigError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
         mesh_sizes(cfg, build_on_meta(cfg))
         init_processes(self.device.type, with_cpu=bool(cfg.get("fsdp_cpu_offload")))
         if cfg.get("fsdp_cpu_offload"):
@@ -80,7 +81,7 @@ class LayerSkipFinetune:
         """Raises a ValueError if a run that starts anew would throw away an earlier run's checkpoints."""
         there = [folder.name for folder in complete_checkpoints(Path(self.cfg.output_dir))]
         if there and self.cfg.get("keep_last_n_checkpoints"):
-            raise ValueError(
+            raise ConfigError(
                 f"keep_last_n_checkpoints: {self.cfg.keep_last_n_checkpoints} would throw away an earlier run's "
                 f"checkpoints under output_dir {self.cfg.output_dir!r}, {', '.join(there)}. Allowed: another "
                 "output_dir, or to go on with that run: resume_from_checkpoint=true"
@@ -293,7 +294,7 @@ class LayerSkipFinetune:
             there = bool(complete_checkpoints(Path(self.cfg.output_dir)))
             of = repr(self.cfg.output_dir)
             last = f"The last checkpoint under {of} is whole" if there else f"There is no checkpoint under {of} yet"
-            raise ValueError(
+            raise ConfigError(
                 f"{what}: not finite at step {self.step + 1}, with samples {self.data.samples(self.step)} of the "
                 f"dataset. {last}; for example {'resume_from_checkpoint=true ' if there else ''}"
                 f"optimizer.lr={self.optimizers.base_lr / 2:.2g}"

@@ -10,6 +10,7 @@ from torchtune import utils
 
 from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.settings import build
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.early_exit import EarlyExitLoss
@@ -131,7 +132,7 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                 )
         elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
             name, noted, value = _difference(key, noted, value)
-            raise ValueError(
+            raise ConfigError(
                 f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run goes on as it "
                 "began; to start anew set resume_from_checkpoint=false and another output_dir"
             )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.settings import check_length
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.processes import is_rank_zero
@@ -87,7 +88,7 @@ class Validation:
         self.exits = chosen_exits(cfg, "layers_val", len(model.layers))
         dataset, collate = load_data(cfg, tokenizer, model, device, key="dataset_val")
         if len(dataset) < mesh.data_size:
-            raise ValueError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
+            raise ConfigError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
         check_length(len(dataset[0]["tokens"]), model, key="dataset_val")
         dataset = Even(dataset, mesh.data_size)
         sampler = DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def check_threshold(threshold: float | str | None, key: str = "threshold") -> fl
     if threshold is None or threshold == "auto":
         return threshold
     if isinstance(threshold, str):
-        raise ValueError(f"{key}: {threshold!r} is no threshold. Allowed: auto, or a number in [0, 1]; {key}=auto")
+        raise ConfigError(f"{key}: {threshold!r} is no threshold. Allowed: auto, or a number in [0, 1]; {key}=auto")
     check_number(key, threshold, minimum=0, maximum=1, integer=False, example=0.4)
     return threshold
 

@@ -9,6 +9,7 @@ from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
 from torchtune.modules.model_fusion import FusionLayer
 
 from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import Policy, check_threshold
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -49,7 +50,7 @@ class Speculation:
         check_number("prompt_lookup", self.prompt_lookup, minimum=1, optional=True, example=3)
         check_threshold(self.threshold)
         if self.threshold is not None and (self.tree_width, self.tree_children) != (1, 1):
-            raise ValueError(
+            raise ConfigError(
                 f"threshold: {self.threshold} stops a chain of drafts, and tree_width or tree_children make a tree. "
                 "Leave out one of them: threshold=null, or tree_width=1 tree_children=1"
             )
@@ -63,7 +64,7 @@ class Speculation:
     def check(self, model: LayerSkipDecoder, prefix: str = "") -> None:
         """Raises a ValueError if an exit, or a token of the draft vocabulary, is none of the model's."""
         if not self.exits:
-            raise ValueError(f"{prefix}exit_layer: [] holds no exit; for example {prefix}exit_layer=[4,8]")
+            raise ConfigError(f"{prefix}exit_layer: [] holds no exit; for example {prefix}exit_layer=[4,8]")
         for exit_layer in self.exits:
             model.check_exit(exit_layer, f"{prefix}exit_layer")
         size = model.tok_embeddings.num_embeddings
@@ -78,10 +79,12 @@ class Speculation:
 def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_layer: int, prefix: str = "") -> None:
     """Raises a ValueError unless a drafter has the layers to draft, and caches and tokens like the model's."""
     if len(drafter.layers) < exit_layer:
-        raise ValueError(f"{prefix}exit_layer: {exit_layer} is more than the drafter's layers")
+        raise ConfigError(f"{prefix}exit_layer: {exit_layer} is more than the drafter's layers")
     if len(drafter.layers) > model.num_layers:
         layers = f"{len(drafter.layers)} layers, and the model {model.num_layers}"
-        raise ValueError(f"{prefix}drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy")
+        raise ConfigError(
+            f"{prefix}drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy"
+        )
     for what, of in {
         "num_kv_heads": lambda decoder: decoder.layers[0].attn.num_kv_heads,
         "head_dim": lambda decoder: decoder.layers[0].attn.head_dim,
@@ -89,7 +92,7 @@ def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_lay
         "dtype": lambda decoder: decoder.tok_embeddings.weight.dtype,
     }.items():
         if of(drafter) != of(model):
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}drafter: its {what} is {of(drafter)}, and the model's {of(model)}. Allowed: a decoder that "
                 "shares cache and vocabulary with the model, such as a quantised copy"
             )
@@ -103,7 +106,7 @@ def check_num_speculations(
         return None
     check_number(key, num_speculations, minimum=1, example=6)
     if exit_layer is None:
-        raise ValueError(f"{key}: {num_speculations} needs exit_layer too, the exit that drafts, e.g. exit_layer=8")
+        raise ConfigError(f"{key}: {num_speculations} needs exit_layer too, the exit that drafts, e.g. exit_layer=8")
     return num_speculations
 
 
@@ -120,10 +123,10 @@ def check_draft_vocabulary(
         f"Allowed: at least {needed} different ids of 0..{size - 1}; {prefix}draft_vocabulary=null drafts any token"
     )
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids.unique()) < needed:
-        raise ValueError(f"{prefix}draft_vocabulary: {ids.numel()} ids are too few, or no ids. {allowed}")
+        raise ConfigError(f"{prefix}draft_vocabulary: {ids.numel()} ids are too few, or no ids. {allowed}")
     if int(ids.min()) < 0 or int(ids.max()) >= size:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ValueError(f"{prefix}draft_vocabulary: {bad} is no token of the model. {allowed}")
+        raise ConfigError(f"{prefix}draft_vocabulary: {bad} is no token of the model. {allowed}")
 
 
 def most_positions(model: TransformerDecoder, spare: int = 0) -> tuple[int, str]:
@@ -158,15 +161,15 @@ def check_lengths(
     """
     check_number(key, max_generated_tokens, minimum=1, example=128)
     if not prompt_lengths or min(prompt_lengths) == 0:
-        raise ValueError("prompt: it has no token. Allowed: at least one token in each prompt")
+        raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
     if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
-        raise ValueError("model: generation supports decoders of self-attention layers only, no fusion layers")
+        raise ConfigError("model: generation supports decoders of self-attention layers only, no fusion layers")
     limit, what = most_positions(model, spare)
     longest = max(prompt_lengths)
     if longest + 1 > limit:
-        raise ValueError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
+        raise ConfigError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
     if longest + max_generated_tokens > limit:
-        raise ValueError(
+        raise ConfigError(
             f"{key}: a prompt of {longest} tokens and {max_generated_tokens} new ones make "
             f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
             f"{limit - longest}, for example {key}={limit - longest}"
@@ -178,4 +181,4 @@ def check_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) ->
     known = model.tok_embeddings.num_embeddings
     for token in (token for prompt in prompts for token in prompt):
         if not isinstance(token, Integral) or not 0 <= token < known:
-            raise ValueError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")
+            raise ConfigError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")

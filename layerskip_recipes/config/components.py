@@ -1,0 +1,168 @@
+"""Components: sections with a `_component_`, torchtune's way to name what is to be built and its arguments."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+from torchtune import config as tune_config
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from layerskip_recipes.config.schema import nearest
+from layerskip_recipes.errors import ConfigError, UnknownKeyError
+
+
+class Component:
+    """A callable by its dotted path, and the arguments of a config for it.
+
+    Args:
+        section: `_component_` and the arguments, plain values.
+
+    Attributes:
+        key: of the section in its config, for messages; set by the config that holds it.
+    """
+
+    ALLOWED: ClassVar[tuple[str, str]] = ("a section with _component_: dotted.path", "{_component_: dotted.path}")
+
+    def __init__(self, section: Mapping[str, Any], key: str = "") -> None:
+        self.section, self.key = dict(section), key
+        self.given: Sequence[str] = ()
+        self.positional = 0
+        self.path: str = self.section["_component_"]
+        self.arguments = {name: value for name, value in self.section.items() if name != "_component_"}
+
+    def __repr__(self) -> str:
+        return repr(self.section)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Component) and self.section == other.section
+
+    def get(self, argument: str, default: Any = None) -> Any:
+        """The value of an argument in the config."""
+        return self.arguments.get(argument, default)
+
+    @cached_property
+    def target(self) -> Callable:
+        """What the path names.
+
+        Raises:
+            ConfigError: if it cannot be imported, or not be called.
+        """
+        try:
+            found = _get_component_from_path(self.path)
+        except (InstantiationError, ValueError) as e:
+            why = str(e).splitlines()[-1]
+            raise ConfigError(f"{self.key}._component_: {self.path!r} cannot be imported ({why})") from e
+        if not callable(found):
+            raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, and no callable")
+        return found
+
+    def takes(self, argument: str) -> bool:
+        """Whether the callable has such a parameter by name."""
+        return argument in (parameter_names(self.path) or ())
+
+    def replace(self, **arguments: Any) -> "Component":
+        """The same callable with other values for these arguments."""
+        return Component(self.section | arguments, self.key)
+
+    def check(self) -> None:
+        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included.
+
+        Raises:
+            ConfigError: if the callable is not there, an argument is unknown, or one is missing.
+        """
+        given, positional = self.given, self.positional
+        try:
+            parameters = inspect.signature(self.target).parameters
+        except (TypeError, ValueError) as e:
+            if isinstance(e, ConfigError):
+                raise
+            return
+        names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name in self.arguments:
+            if name not in names and not open_ended:
+                message = f"{self.key}.{name}: {self.path} takes no such argument. {nearest(str(name), names)}"
+                raise UnknownKeyError(message)
+        for name in given:
+            if name not in names and not open_ended:
+                raise ConfigError(
+                    f"{self.key}._component_: {self.path!r} cannot be used here, it takes no argument {name}"
+                )
+        required = [n for n in names[positional:] if parameters[n].default is inspect.Parameter.empty]
+        missing = [n for n in required if n not in self.arguments and n not in given]
+        if missing:
+            name = missing[0]
+            raise ConfigError(f"{self.key}.{name}: missing; {self.path} needs it, for example {self.key}.{name}=...")
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it with the arguments of the config, and with these.
+
+        Raises:
+            ConfigError: if the callable refuses its arguments, with its own words.
+        """
+        try:
+            return tune_config.instantiate(OmegaConf.create(self.section), *args, **kwargs)
+        except ConfigError as e:
+            raise type(e)(str(e) if str(e).startswith(self.key) else f"{self.key}: {e}") from e
+        except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
+            given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+            raise ConfigError(f"{self.key}: {self.path}({given}) cannot be built: {e!r}") from e
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value.section)
+        )
+
+    @classmethod
+    def _validate(cls, value: Any) -> "Component":
+        if isinstance(value, Component):
+            return value
+        if not isinstance(value, Mapping) or not isinstance(value.get("_component_"), str):
+            words, _ = cls.ALLOWED
+            raise ConfigError(f": {value!r} is not allowed. Allowed: {words}")
+        return cls(value)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        path = {"type": "string", "description": "The dotted path of a class or function."}
+        return {"type": "object", "properties": {"_component_": path}, "required": ["_component_"]}
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Beside `Component` in an annotation: what the recipe adds to its arguments, for `Component.check`.
+
+    Args:
+        *given: names of keyword arguments.
+        positional: how many positional ones.
+    """
+
+    given: tuple[str, ...]
+    positional: int
+
+    def __init__(self, *given: str, positional: int = 0) -> None:
+        object.__setattr__(self, "given", given)
+        object.__setattr__(self, "positional", positional)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def validate(value: Component) -> Component:
+            value.given, value.positional = self.given, self.positional
+            return value
+
+        return core_schema.no_info_after_validator_function(validate, handler(source))
+
+
+def parameter_names(path: Any) -> set[str] | None:
+    """The parameters of a component; None if it takes any, or cannot be asked (`Component.check` says why)."""
+    try:
+        parameters = inspect.signature(_get_component_from_path(path)).parameters.values()
+    except (InstantiationError, ValueError, TypeError, AttributeError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}

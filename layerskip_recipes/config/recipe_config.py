@@ -1,0 +1,184 @@
+"""RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, Field, PrivateAttr
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+from typing_extensions import Self
+
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.schema import Section, Text
+from layerskip_recipes.errors import ConfigError
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # the best one that a machine has is the last
+
+
+def _is_device(name: str) -> str:
+    if name.partition(":")[0] not in DEVICES:
+        raise ConfigError(f": {name!r} is no device. Allowed: {', '.join(DEVICES)}; for example device=cpu")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_is_device), Field(examples=["cpu"])]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # each rank adds its number to the seed
+
+
+class RecipeConfig(Section):
+    """The keys that every recipe has.
+
+    `load` makes one from a merged config. The constructor of a recipe does so first, and asks the YAML no more.
+    """
+
+    REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
+
+    model: Annotated[Component, Takes()]
+    """A torchtune builder and its arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
+    checkpointer: Annotated[Component, Takes("output_dir")]
+    """A torchtune checkpointer of whole models, or `layerskip_recipes.checkpoint.scratch_checkpointer`."""
+    tokenizer: Annotated[Component, Takes()]
+    """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
+    dtype: Literal["fp32", "bf16"]
+    """Of weights and computation."""
+    output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
+    """Where a training writes; elsewhere a variable for other keys."""
+    device: DeviceName | None = None
+    """Where to compute; null takes the best device of the machine."""
+    seed: Seed | None = None
+    """Of all random numbers; null draws one."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of fp32 products; `medium` uses bf16 where the processor has it."""
+
+    _source: DictConfig = PrivateAttr()
+
+    @classmethod
+    def load(cls, source: DictConfig) -> Self:
+        """The typed config of a merged YAML config.
+
+        Raises:
+            ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
+        """
+        try:
+            content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as e:
+            raise ConfigError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+        assert isinstance(content, dict)
+        text = OmegaConf.to_yaml(source)
+        kept = {}
+        for key, value in content.items():
+            if key in cls.REFUSED and key not in cls.model_fields:
+                if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
+                    why = cls.REFUSED[key]
+                    raise ConfigError(f"{key}: {value!r} is not honoured by this recipe: {why}. Set {key}=null")
+            # A plain value may be the user's own variable, if an interpolation reads it.
+            elif key in cls.model_fields or not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text):
+                kept[key] = value
+        cfg = cls.parse(kept)
+        cfg._source = source
+        for key, component in _components(cfg, ""):
+            component.key = key
+            component.check()
+        cfg.check_together()
+        return cfg
+
+    @property
+    def source(self) -> DictConfig:
+        """The merged YAML, for logs."""
+        return self._source
+
+    def check_together(self) -> None:
+        """Raises a ConfigError for keys that do not go together; each recipe has its own."""
+
+    @cached_property
+    def meta_model(self) -> TransformerDecoder:
+        """The model without memory for its weights: its depth, its length, the names of its parameters.
+
+        Raises:
+            ConfigError: if the builder refuses its arguments, or builds something else.
+        """
+        with training.set_default_dtype(self.torch_dtype), torch.device("meta"):
+            model = _unquantised(self.model).build()
+        if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
+            layers = f" of {len(model.layers)} layers" if isinstance(model, TransformerDecoder) else ""
+            raise ConfigError(
+                f"model: {self.model.path} builds a {type(model).__name__}{layers}. Allowed: a TransformerDecoder of "
+                "1 layer or more"
+            )
+        if not isinstance(model.max_seq_len, int) or model.max_seq_len < 1:
+            raise ConfigError(
+                f"model.max_seq_len: {model.max_seq_len!r} is not allowed. Allowed: an integer of 1 or more; for "
+                "example model.max_seq_len=2048"
+            )
+        return model
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of `dtype`."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    def find_device(self) -> torch.device:
+        """The device of the config (null: the best there is), from here on the current one.
+
+        Raises:
+            ConfigError: if the device is not on this machine, or cannot compute in `dtype`.
+        """
+        there = [name for name in DEVICES if _is_here(name)]
+        wanted = self.device or there[-1]
+        kind, _, index = wanted.partition(":")
+        count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
+        if kind not in there or (index and not (index.isdigit() and int(index) < count)):
+            raise ConfigError(
+                f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
+            )
+        if kind == "cuda" and index:
+            torch.cuda.set_device(int(index))  # torchtune and torch say "cuda" in places
+        device = torch.device(wanted)
+        if self.dtype == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"dtype: bf16 is not there on {name}; for example dtype=fp32")
+        return device
+
+
+def _is_here(name: str) -> bool:
+    """Whether this machine has such a device."""
+    if name == "cpu":
+        return True
+    backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
+    return backend is not None and backend.is_available()
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting of torchtune's asks for nothing: null, false, 0, or a section of such."""
+    if isinstance(value, dict):
+        return all(_is_off(part) for part in value.values())
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
+def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
+    """The components in a config with their keys."""
+    if isinstance(value, Component):
+        yield key, value
+    elif isinstance(value, Section):
+        for name in type(value).model_fields:
+            yield from _components(getattr(value, name), f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _components(part, key)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _components(part, f"{key}.{name}")
+
+
+def _unquantised(model: Component) -> Component:
+    """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
+    changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
+    base = model.get("base")
+    if isinstance(base, dict):
+        changes["base"] = _unquantised(Component(base)).section
+    return model.replace(**changes)

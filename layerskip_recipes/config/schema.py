@@ -1,0 +1,284 @@
+"""Typed settings: pydantic models for the sections of a config, and each mistake in them as one line.
+
+A mistake is said as `key: value is not allowed. Allowed: ...; for example key=value`. What is allowed is read from the
+annotation of the field, so a range, a choice or a default stands in one place only.
+"""
+
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from typing_extensions import Self
+
+from layerskip_recipes.errors import ConfigError, UnknownKeyError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Types that several sections and functions share.
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+Flag = bool | None  # null in a torchtune config means false
+Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
+
+
+class Section(BaseModel):
+    """A section of a config. Its fields are the keys; their docstrings are the reference page."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+    )
+
+    @classmethod
+    def parse(cls, content: Any, key: str = "") -> Self:
+        """The section of plain YAML values.
+
+        Args:
+            content: mappings, lists and scalars.
+            key: of the section in the config, for messages.
+
+        Raises:
+            ConfigError: the first thing that is wrong.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as e:
+            raise _first_mistake(e, cls, content, key) from e
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields as keyword arguments."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+# ---- what is allowed, in words ----
+
+
+def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
+    """What an annotation allows, in words, and a value that works.
+
+    Args:
+        annotation: such as `Annotated[int, Field(ge=1)] | None`.
+        field: its constraints and examples beside those in the annotation.
+    """
+    phrases, example, nullable = [], None, False
+    for kind, rules in _alternatives(annotation, [field] if field else []):
+        if kind is type(None):
+            nullable = True
+            continue
+        phrase, works = _phrase(kind, rules)
+        phrases.append(phrase)
+        examples = [rule.examples[0] for rule in rules if isinstance(rule, FieldInfo) and rule.examples]
+        example = example or str(examples[0] if examples else works)
+    return " or ".join(dict.fromkeys(phrases)) + (" (or null)" if nullable else ""), example or "null"
+
+
+def _alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
+    """The alternatives of a union, each with its constraints."""
+    rules = list(rules)
+    if get_origin(annotation) is Annotated:
+        base, *more = get_args(annotation)
+        yield from _alternatives(base, [*more, *rules])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _alternatives(part, rules)
+    else:
+        yield annotation, rules
+
+
+def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
+    """One alternative in words, and a value that works."""
+    if get_origin(kind) is Literal:
+        shown = [{None: "null", True: "true", False: "false"}.get(choice, str(choice)) for choice in get_args(kind)]
+        return ", ".join(shown), shown[0]
+    if kind is bool:
+        return "true, false", "true"
+    if kind in (int, float):
+        return _number_phrase(kind, rules)
+    if kind is str:
+        return "text", "text"
+    if get_origin(kind) in (list, Sequence):
+        (item,) = get_args(kind)
+        what = {int: "integers", float: "numbers", str: "texts"}.get(next(_alternatives(item))[0], "values")
+        return f"a list of {what}", "[...]"
+    if words := getattr(kind, "ALLOWED", None):
+        return words
+    return "a section of keys and values", "null"
+
+
+def _number_phrase(kind: type, rules: Sequence[Any]) -> tuple[str, Any]:
+    rules = [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
+    low = next((rule.ge for rule in rules if isinstance(rule, Ge)), None)
+    above = next((rule.gt for rule in rules if isinstance(rule, Gt)), None)
+    high = next((rule.le for rule in rules if isinstance(rule, Le)), None)
+    start = "" if low is None and above is None else f" of {low}" if above is None else f" above {above}"
+    end = f" to {high}" if high is not None else " or more" if low is not None else ""
+    return f"{'an integer' if kind is int else 'a number'}{start}{end}", low if low is not None else high or 1
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The nearest known key, or all of them, for the end of an error message."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"Nearest: {near[0]}" if near else f"Allowed: {', '.join(known)}"
+
+
+def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = None) -> ConfigError:
+    """The error for a value that an annotation does not allow."""
+    words, example = allowed(annotation, field)
+    return ConfigError(f"{key}: {value!r} is not allowed. Allowed: {words}; for example {key}={example}")
+
+
+# ---- from pydantic's errors to ours ----
+
+
+def _first_mistake(error: ValidationError, model: type[Section], content: Any, key: str) -> ConfigError:
+    """The first of pydantic's errors, in the order of the content; what is missing comes last."""
+    order = [str(name) for name in content] if isinstance(content, Mapping) else []
+
+    def place(details: Any) -> int:
+        name = str(details["loc"][0]) if details["loc"] else ""
+        return order.index(name) if name in order else len(order)
+
+    return _mistake(min(error.errors(), key=place), model, content, key)
+
+
+def _mistake(details: Any, model: type[Section], content: Any, key: str) -> ConfigError:
+    """One of pydantic's errors: which key, what was given, what is allowed."""
+    annotation: Any = model
+    field = None
+    for part in details["loc"]:
+        fields = _fields(annotation)
+        if fields is None:
+            values = [get_args(kind)[1] for kind, _ in _alternatives(annotation) if get_origin(kind) is dict]
+            if not values:
+                break  # an item of a list, or the name of an alternative: the key is the whole value's
+            annotation, field = values[0], None
+        elif part in fields:
+            annotation, field = fields[part].annotation, fields[part]
+        elif details["type"] == "extra_forbidden":
+            return UnknownKeyError(f"{_dotted(key, part)}: unknown key. {nearest(str(part), fields)}")
+        else:
+            break
+        key = _dotted(key, part)
+        content = content.get(part) if isinstance(content, Mapping) else None
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        # A message that begins with a dot or a colon goes on from the key.
+        return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
+    if details["type"] == "missing":
+        words, example = allowed(annotation, field)
+        return ConfigError(f"{key}: missing. Allowed: {words}; for example {key}={example}")
+    return refusal(key, content, annotation, field)
+
+
+def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
+    """The fields of a section, None for any other type."""
+    for kind, _ in _alternatives(annotation):
+        if inspect.isclass(kind) and issubclass(kind, BaseModel):
+            return kind.model_fields
+    return None
+
+
+def _dotted(key: str, part: Any) -> str:
+    return f"{key}.{part}" if key else str(part)
+
+
+# ---- functions whose arguments are settings ----
+
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+def check(key: str, value: Any, annotation: Any) -> None:
+    """Raises a ConfigError unless the annotation allows the value."""
+    try:
+        TypeAdapter(annotation, config=_CONFIG).validate_python(value)
+    except ValidationError as e:
+        raise refusal(key, value, annotation) from e
+
+
+def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that checks a function's arguments by its annotations.
+
+    Args:
+        prefix: of the names of parameters in messages, such as "layer_dropout.".
+
+    Raises (the function):
+        ConfigError: for the first argument that its annotation does not allow.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        hints = get_type_hints(function, include_extras=True)
+        adapters = {
+            name: TypeAdapter(hints[name], config=_CONFIG)
+            for name in signature.parameters
+            if name in hints and _is_setting(hints[name])
+        }
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in adapters:
+                    try:
+                        adapters[name].validate_python(value)
+                    except ValidationError as e:
+                        raise refusal(prefix + name, value, hints[name]) from e
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _is_setting(annotation: Any) -> bool:
+    """Whether a parameter is a plain value, as a config may hold, and not a model or a tensor."""
+    plain = (int, float, str, bool, type(None))
+    return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in _alternatives(annotation))
+
+
+def section_of(function: Callable, name: str, without: Sequence[str] = ()) -> type[Section]:
+    """A section whose keys are the parameters of a function or class: their annotations, defaults and descriptions.
+
+    Args:
+        function: what the section configures.
+        name: of the new class.
+        without: parameters that do not come from a config.
+    """
+    call = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    hints = get_type_hints(call, include_extras=True)
+    described = argument_docs(function)
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in without:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            field = Field(default, description=described.get(parameter.name))
+            fields[parameter.name] = (hints[parameter.name], field)
+    summary = (inspect.getdoc(function) or "").partition("\n")[0]
+    return create_model(name, __base__=Section, __doc__=summary, __module__=function.__module__, **fields)
+
+
+def argument_docs(function: Callable) -> dict[str, str]:
+    """The descriptions under `Args:` of a docstring, by parameter."""
+    block = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", inspect.getdoc(function) or "", flags=re.S | re.M)
+    described: dict[str, str] = {}
+    names: list[str] = []
+    for line in block[1].splitlines() if block else ():
+        found = re.match(r"    (\w[\w, ]*): (.*)", line)
+        if found:
+            names = found[1].split(", ")
+        for name in names:
+            described[name] = found[2] if found else f"{described[name]} {line.strip()}".strip()
+    return described
