@@ -54,9 +54,9 @@ def exit_quality(
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        of_batch = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
-        model(batch.pop("tokens"), exits={*exits, model.num_layers}, passing=of_batch.passing, **batch)
-        sums += of_batch.compare()
+        measured = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
+        model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
+        sums += measured.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
         raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
