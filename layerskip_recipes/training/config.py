@@ -9,6 +9,7 @@ from torchtune.training import setup_torch_profiler
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, checkpoint_files, is_scratch
 from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.settings import (
     COMMON,
     anything,
@@ -164,9 +165,16 @@ def check_config(cfg: DictConfig) -> None:
         )
     _check_optimizer(cfg)
 
-    check_lora_arguments(cfg)
+    section = cfg.get("model")
+    if isinstance(section, DictConfig) and isinstance(section.get("_component_"), str):
+        check_lora_arguments(Component(OmegaConf.to_container(section, resolve=True), "model"))
     model = build_on_meta(cfg)
-    check_adapters(cfg, model)
+    check_adapters(
+        Component(OmegaConf.to_container(section, resolve=True), "model"),
+        model,
+        save_adapter_weights_only=bool(cfg.get("save_adapter_weights_only")),
+        safe_serialization=cfg.checkpointer.get("safe_serialization") is not False,
+    )
     check_checkpointer(cfg, model, trains=True)
     from_scratch = is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)
     if cfg.get("init_std") is not None and not from_scratch:
