@@ -17,7 +17,6 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.answer_file import AnswersInOrder
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
@@ -26,7 +25,7 @@ from layerskip_recipes.generation.parallel import check_processes, load_sharded_
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
