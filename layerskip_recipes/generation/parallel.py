@@ -33,6 +33,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import (
     is_rank_zero,
     num_processes,
+    wait_for_all,
 )
 
 Plan = Mapping[str, ParallelStyle]
@@ -112,6 +113,7 @@ def load_sharded_decoder(
         else:
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
+    wait_for_all()  # rank 0 reads its files for longer than a collective may take
     without_adapters(model)
     return shard_decoder(model, state, device, dtype, kept_layers, dim, tensor_parallel_plan(cfg))
 

@@ -38,7 +38,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.kv_cache import check_cache_fits
-from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -241,7 +241,7 @@ class LayerSkipGenerate:
             sampler=make_sampler(self.cfg, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.get("compile")),
-            agree=agree if num_processes() > 1 else None,
+            agree=broadcast_from_rank0 if num_processes() > 1 else None,
             **kwargs,
         )
         if dim_drafts:
