@@ -10,7 +10,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import Section, check
 from layerskip_recipes.config.settings import COMMON, anything, component, flag, number, one_of, text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.speculation_section import FILTERS
+from layerskip_recipes.generation.drafting.section import FILTERS
 from layerskip_recipes.training.batches import CollateFn, Datasets
 
 

@@ -18,7 +18,6 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -30,6 +29,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.weights import read_weights
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form
 from layerskip_recipes.processes import (
@@ -51,15 +51,15 @@ SHARDED = ".metadata"  # a file that only checkpoints of shards have
 Weights = Mapping[str, torch.Tensor]
 
 
-def _resumed_section(section: DictConfig, checkpoint: Path) -> DictConfig:
+def _resumed_section(section: Component, checkpoint: Path) -> Component:
     """The checkpointer section of a run that goes on from a whole checkpoint."""
     weights = sorted(path.name for path in checkpoint.glob("model-*") if path.suffix in (".safetensors", ".bin"))
     start = {"checkpoint_dir": str(checkpoint), "checkpoint_files": weights}
     if is_scratch(section):  # a run from scratch writes Hugging Face checkpoints
         component = "torchtune.training.FullModelHFCheckpointer"
-        return OmegaConf.create({"_component_": component, "model_type": section.model_type} | start)
-    # Not merged: checkpoint_files may have been a mapping, and is a list now.
-    return OmegaConf.create(OmegaConf.to_container(section, resolve=True) | start)
+        start |= {"_component_": component, "model_type": section.get("model_type")}
+        return Component(start, section.key)
+    return section.replace(**start)
 
 
 class Checkpoints:
@@ -86,7 +86,7 @@ class Checkpoints:
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         self.adapters = bool(adapter_names(cfg.meta_model))
         whole = self.resumed_from if not (self.adapters or self.sharded) else None
-        section = cfg.source.checkpointer
+        section = cfg.checkpointer
         self.from_scratch = not whole and (is_scratch(section) or not checkpoint_files(section))
         self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.

@@ -281,7 +281,7 @@ class FinetuneConfig(RecipeConfig):
             )
         check_lora_arguments(self.source)
         check_adapters(self.source, self.meta_model)
-        check_checkpointer(self.source, self.meta_model, trains=True)
+        check_checkpointer(self, trains=True)
         self._check_start()
         self._check_sharded_layers()
         assert self.validated_exits
@@ -343,8 +343,7 @@ class FinetuneConfig(RecipeConfig):
 
     def _check_start(self) -> None:
         """Rules about the weights that a run starts with."""
-        section = self.source.checkpointer
-        from_scratch = is_scratch(section) or not checkpoint_files(section)
+        from_scratch = is_scratch(self.checkpointer) or not checkpoint_files(self.checkpointer)
         if self.init_std is not None and not from_scratch:
             raise ConfigError(
                 f"init_std: {self.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "

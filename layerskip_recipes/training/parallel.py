@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -24,7 +23,7 @@ from torchtune import training
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.parallel import check_processes, parallelize, tensor_parallel_plan
+from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import TENSOR_PARALLEL
@@ -79,7 +78,7 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
             f"tensor_parallel_plan: {plan.path} does nothing without tensor_parallel_dim. Set that, or leave it out: "
             f"~tensor_parallel_plan; for example tensor_parallel_dim={processes}, or 1 to shard only"
         )
-    tensor = check_processes(OmegaConf.merge(cfg.source, {"tensor_parallel_dim": cfg.tensor_parallel_dim or 1}), model)
+    tensor = check_processes(model, cfg.tensor_parallel_dim or 1, plan, device=cfg.device)
     if tensor > 1 and adapter_names(model):
         raise ConfigError(
             f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
@@ -194,7 +193,7 @@ def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> Non
         mesh: of several processes.
     """
     if mesh.devices is not None and mesh.tensor > 1:
-        parallelize(model, mesh.devices[TENSOR_PARALLEL], tensor_parallel_plan(cfg.source))
+        parallelize(model, mesh.devices[TENSOR_PARALLEL], read_plan(cfg.tensor_parallel_plan))
     checkpoint_layers(model, cfg.checkpoint_every_layers)
     if mesh.devices is not None and mesh.data_size > 1:
         named = cfg.custom_sharded_layers or []

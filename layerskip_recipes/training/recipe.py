@@ -19,9 +19,10 @@ from torchtune.modules import common_utils
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_output_dir, check_tokenizer_dir
-from layerskip_recipes.config.settings import check_batch, check_vocabulary
+from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
+from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.limits import check_batch, check_vocabulary
 from layerskip_recipes.processes import (
     from_every_rank,
     from_rank_zero,
@@ -66,9 +67,9 @@ class LayerSkipFinetune:
             self.device = cfg.find_device()  # each process has a GPU of its own now
         self.output_dir = Path(cfg.output_dir)
         if is_rank_zero():
-            check_output_dir(cfg.source)
+            check_folder("output_dir", self.output_dir)
             if not cfg.resume_from_checkpoint:
-                check_checkpoint_files(cfg.source, writes=True)
+                check_checkpoint_files(cfg, writes=True)
                 self._check_other_runs()
         if cfg.resume_from_checkpoint:
             find_checkpoint(self.output_dir)
@@ -127,7 +128,7 @@ class LayerSkipFinetune:
         """Training and validation data. Returns the tokenizer."""
         cfg = self.cfg
         tokenizer = cfg.tokenizer.build()
-        check_tokenizer_dir(cfg.source)
+        check_tokenizer_dir(cfg.checkpointer)
         check_vocabulary(tokenizer, cfg.meta_model)
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchtune import utils
 
-from layerskip_recipes.config.settings import check_length
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.batches import load_data
 from layerskip_recipes.training.config import FinetuneConfig
