@@ -279,8 +279,13 @@ class FinetuneConfig(RecipeConfig):
                 f"checkpointer.output_dir: {self.checkpointer.get('output_dir')!r} is not output_dir. Checkpoints go "
                 "there: checkpointer.output_dir=${output_dir}"
             )
-        check_lora_arguments(self.source)
-        check_adapters(self.source, self.meta_model)
+        check_lora_arguments(self.model)
+        check_adapters(
+            self.model,
+            self.meta_model,
+            save_adapter_weights_only=bool(self.save_adapter_weights_only),
+            safe_serialization=self.checkpointer.get("safe_serialization") is not False,
+        )
         check_checkpointer(self, trains=True)
         self._check_start()
         self._check_sharded_layers()
