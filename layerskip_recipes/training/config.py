@@ -393,8 +393,3 @@ class FinetuneConfig(RecipeConfig):
         if self.collate_fn not in (None, PADDED) and any(section.get("packed") for section in self.dataset):
             lines.append(f"collate_fn: {self.collate_fn} changes nothing where samples are packed; ~collate_fn")
         return lines
-
-
-# For `layerskip validate`, until all recipes have a typed config.
-SETTINGS, REFUSED, check_config = FinetuneConfig.model_fields, FinetuneConfig.REFUSED, FinetuneConfig.load
-REQUIRED = ("output_dir", "dataset", "optimizer", "loss", "metric_logger")
