@@ -75,10 +75,10 @@ def same_on_all(value: Any) -> bool:
     return all(other == value for other in values)
 
 
-def agree(tensor: torch.Tensor) -> torch.Tensor:
+def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor (same shape, dtype and kind of device on all ranks): ranks that take it cannot diverge."""
     if not dist.is_initialized():
         return tensor
-    agreed = tensor.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(agreed, src=0)
-    return agreed
+    received = tensor.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(received, src=0)
+    return received

@@ -20,9 +20,10 @@ from layerskip_recipes.config.settings import build, build_on_meta, check_sectio
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.answer_file import AnswersInOrder
 from layerskip_recipes.generation.config import benchmark, check_config, is_conversation, make_sampler
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
@@ -38,7 +39,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.kv_cache import check_cache_fits
-from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -134,7 +135,7 @@ class LayerSkipGenerate:
             self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, self.kept_layers)
         else:
             self.model = load_decoder(self.cfg, self.device, self.dtype)
-        self.speculation = None
+        self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
             self.speculation = build_speculation(self.draft, self.model)
 
@@ -165,7 +166,7 @@ class LayerSkipGenerate:
             "skipped": len(self.bad),
             **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
         }
-        steps = getattr(self.model, "compiled_steps", None)
+        steps = find_compiled_steps(self.model)
         if steps is not None:
             report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
@@ -241,7 +242,8 @@ class LayerSkipGenerate:
             sampler=make_sampler(self.cfg, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.get("compile")),
-            agree=agree if num_processes() > 1 else None,
+            broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
+            choice=self.choice,
             **kwargs,
         )
         if dim_drafts:
