@@ -17,7 +17,7 @@ from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.settings import check_component, check_section
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.drafting.tree import DraftTree
+from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import head_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
@@ -22,6 +21,7 @@ from layerskip_recipes.benchmark.sweep import best_of, check_sweep, promise
 from layerskip_recipes.benchmark.sweep_files import Cell, Journal, Measured
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import check_config
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.speculation_section import self_speculation
 
 L, STEP = 16, 0.016
@@ -236,7 +236,7 @@ def test_a_complete_sweep_says_that_it_was_compiled(path, monkeypatch):
     recipe = LayerSkipBenchmark(load_config(str(path), ["compile=true"]))
     recipe.setup()
     assert recipe.sweep()["compiled"] is True
-    recipe.model.compiled_steps = SimpleNamespace(failed=True)
+    compiled_steps(recipe.model).failed = True
     assert recipe.sweep()["compiled"] is False
 
 

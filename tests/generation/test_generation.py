@@ -313,7 +313,7 @@ def test_a_row_is_stopped_on_request(arguments):
     # The cache holds only the tokens that were kept, so that a later prompt goes on from them.
     prompts = [(*prompt, *tokens, 9) for prompt, tokens in zip(prompts, expected, strict=True)]
     again = Generation(model, prompts, 4, cache=generation.cache)
-    assert [new for new in again][-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
+    assert list(again)[-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
 
 
 @pytest.mark.parametrize("end", ["finished", "break", "the model fails", "the caller fails"])
