@@ -21,7 +21,7 @@ from layerskip_recipes.generation.kernels.compiling import cache_length, compile
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
-from layerskip_recipes.model.decoder import is_plain_attention, on_device, walked
+from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
@@ -80,7 +80,7 @@ class Generation:
         on_draft: Callable[[list[list[int]]], None] | None = None,
         choice: DiscountedUCB | None = None,
     ) -> None:
-        self.model = walked(model)
+        self.model = as_layerskip_decoder(model)
         self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
         self.limit = max_generated_tokens
@@ -117,7 +117,7 @@ class Generation:
         self.cache = cache
         draft_model = draft_head = None
         if speculation is not None and speculation.drafter is not None:
-            draft_model = walked(speculation.drafter)
+            draft_model = as_layerskip_decoder(speculation.drafter)
         if speculation is not None and speculation.draft_vocabulary is not None:
             draft_head = draft_head_of(self.model, speculation.draft_vocabulary)
         self.context = StepContext(

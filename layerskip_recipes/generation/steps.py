@@ -183,7 +183,7 @@ class StepContext:
             # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
             input_pos=positions.clamp(max=self.last_position),
         )
-        self.cache.place.at = None
+        self.cache.cursor.at = None
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:

@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.section import quantised_drafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps, rounded_length
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import quantised_drafter
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from helpers.compiled import LONG, SHORT, VOCAB, WAYS, make_small, run
 from helpers.speculation import plain
 from omegaconf import OmegaConf
 
+from layerskip_recipes.generation.drafting.section import quantised_drafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import quantised_drafter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 def _one_exit(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         raise ConfigError(
-            f": {value} is a list. Allowed: one exit; `tune run layerskip_benchmark ... tune=true` finds the fastest; "
-            f"for example exit_layer={value[0] if value else 8}"
+            f": {value} is a list. Allowed: one exit, such as 8; layerskip_benchmark with tune=true finds the fastest"
         )
     return value
 
