@@ -71,7 +71,8 @@ class RecipeConfig(Section):
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         kept = {}
-        for key, value in content.items():
+        for name, value in content.items():
+            key = str(name)
             if key in cls.REFUSED and key not in cls.model_fields:
                 if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
                     why = cls.REFUSED[key]
@@ -97,7 +98,15 @@ class RecipeConfig(Section):
 
     @cached_property
     def meta_model(self) -> TransformerDecoder:
-        """The model without memory for its weights: its depth, its length, the names of its parameters.
+        """The model without memory for its weights, to look at: its depth, its length, the names of its parameters.
+
+        Raises:
+            ConfigError: as `build_on_meta`.
+        """
+        return self.build_on_meta()
+
+    def build_on_meta(self) -> TransformerDecoder:
+        """A model without memory for its weights, to be changed by the caller.
 
         Raises:
             ConfigError: if the builder refuses its arguments, or builds something else.
