@@ -17,19 +17,19 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.answer_file import AnswersInOrder
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
-from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -121,7 +121,7 @@ class LayerSkipGenerate:
             self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
             self.model = load_decoder(self.cfg, self.device, self.cfg.quantizer)
-        self.speculation = None
+        self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
             self.speculation = self.draft.build(self.model)
 
@@ -152,7 +152,7 @@ class LayerSkipGenerate:
             "skipped": len(self.bad),
             **make_report(ours, baseline if self.compare else None, self.cfg.temperature == 0, self.device),
         }
-        steps = getattr(self.model, "compiled_steps", None)
+        steps = find_compiled_steps(self.model)
         if steps is not None:
             report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
@@ -174,14 +174,14 @@ class LayerSkipGenerate:
         path = self.cfg.output_file if self.shows else None
         with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
-                plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
+                undrafted = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
                 outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
-                # Both or, after Ctrl-C, none: they are compared.
-                if plain is None:
+                if undrafted is None:
                     ours.add(outputs, stats)
-                elif not self.interrupted:
-                    baseline.add(*plain, beside=outputs.values())
-                    ours.add(outputs, stats, beside=plain[0].values())
+                elif not self.interrupted:  # after Ctrl-C neither counts, as they are compared
+                    texts, undrafted_stats = undrafted
+                    baseline.add(texts, undrafted_stats, beside=outputs.values())
+                    ours.add(outputs, stats, beside=texts.values())
                 for i, tokens in outputs.items() if self.shows else ():
                     answers.add(i, self.text_of(i).text(tokens), len(tokens), self.interrupted)
                 if self.interrupted:
@@ -228,7 +228,8 @@ class LayerSkipGenerate:
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.compile),
-            agree=agree if num_processes() > 1 else None,
+            broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
+            choice=self.choice,
             **kwargs,
         )
         if dim_drafts:
@@ -291,11 +292,11 @@ class LayerSkipGenerate:
             ours.add({turn: generation.generated[0]}, generation.stats)
 
     def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
-        """Raises a ValueError unless prompts of these lengths fit the model."""
+        """Raises a ConfigError unless prompts of these lengths fit the model."""
         check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
-        """A conversation so far, after the system prompt, with a question; raises a ValueError if it is refused."""
+        """A conversation so far, after the system prompt, with a question; raises a ConfigError if it is refused."""
         system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.system_prompt else []
         turn = [Message(role="user", content=question), Message(role="assistant", content="")]
         return to_tokens([*system, *history, *turn], self.tokenizer)
