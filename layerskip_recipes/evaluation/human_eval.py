@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from layerskip_recipes.config.checks import check_choice, check_number, check_text
-from layerskip_recipes.data.reference_tasks import read_json_lines
+from layerskip_recipes.data.json_lines import read_json_lines
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers, speed
 from layerskip_recipes.generation.sampling import Sampler
