@@ -26,7 +26,6 @@ from layerskip_recipes.config.settings import (
     check_settings,
     check_vocabulary,
 )
-from layerskip_recipes.data.tokenizer import PLAIN_TEMPLATE
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
@@ -149,7 +148,7 @@ class LayerSkipEval:
     def _setup_tasks(self, model: LayerSkipDecoder) -> None:
         """The tasks with their documents."""
         cfg = self.cfg
-        if cfg.get("apply_chat_template") and getattr(self.tokenizer, "chat_template", None) in (None, PLAIN_TEMPLATE):
+        if cfg.get("apply_chat_template") and not getattr(self.tokenizer, "has_chat_template", False):
             raise ConfigError(
                 f"apply_chat_template: true, and this {type(self.tokenizer).__name__} has no chat template. Allowed: "
                 "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, the folder of a chat model, or "
