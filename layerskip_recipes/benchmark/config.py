@@ -18,7 +18,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation import config as generate_config
-from layerskip_recipes.generation.speculation_section import FILTERS, check_speculation, sampler_of, self_speculation
+from layerskip_recipes.generation.drafting.section import FILTERS, check_speculation, sampler_of, self_speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 log = utils.get_logger("INFO")

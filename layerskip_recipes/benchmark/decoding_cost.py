@@ -20,15 +20,15 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.settings import build_on_meta, check_device, check_dtype
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import check_config, make_sampler
+from layerskip_recipes.generation.drafting.section import build_speculation, check_speculation, tree_of
 from layerskip_recipes.generation.drafting.speculation import Speculation, most_positions
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length
-from layerskip_recipes.generation.speculation_section import build_speculation, check_speculation, tree_of, weight_bytes
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.timing import memory_bandwidth
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.model.limits import check_cache_fits, weight_bytes
 
 ACCEPTANCES = (0.5, 0.7, 0.9)
 

@@ -35,24 +35,18 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config import settings
 from layerskip_recipes.config.checks import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.section import build_speculation, sampler_of, tree_of, with_vocabulary
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length
 from layerskip_recipes.generation.prompts import encode, read_examples, refuse_bad
 from layerskip_recipes.generation.report import place_of
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import (
-    build_speculation,
-    sampler_of,
-    tree_of,
-    weight_bytes,
-    with_vocabulary,
-)
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import TextStream
 from layerskip_recipes.generation.timing import memory_bandwidth
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 
 log = utils.get_logger("INFO")
 
@@ -88,7 +82,7 @@ class LayerSkipBenchmark:
         model = layerskip_decoder(settings.build_on_meta(cfg))
         self.variants = read_variants(cfg, model)
         self.tokenizer = settings.build(cfg.tokenizer, "tokenizer")
-        settings.check_vocabulary(self.tokenizer, model)
+        check_vocabulary(self.tokenizer, model)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
         trees = [
             tree_of(values, greedy=temperature == 0)

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from layerskip_recipes.config.checks import check_file
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.section import self_speculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import self_speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 

@@ -22,7 +22,7 @@ from layerskip_recipes.benchmark.sweep import best_of, check_sweep, promise
 from layerskip_recipes.benchmark.sweep_files import Cell, Journal, Measured
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import check_config
-from layerskip_recipes.generation.speculation_section import self_speculation
+from layerskip_recipes.generation.drafting.section import self_speculation
 
 L, STEP = 16, 0.016
 # A layer takes 1 ms, a head too; a further position of a verification a tenth of that.

@@ -22,8 +22,8 @@ from layerskip_recipes.benchmark.tuner import (
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import check_config
+from layerskip_recipes.generation.drafting.section import self_speculation
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import self_speculation
 
 L = 6
 

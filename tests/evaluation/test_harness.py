@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_score
 from helpers.tiny import make_tiny
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.evaluation.answers import Answers
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
