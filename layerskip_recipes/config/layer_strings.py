@@ -18,7 +18,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
         L booleans.
 
     Raises:
-        ValueError: if the text is no selection, an index is outside of the model, or nothing is selected.
+        ConfigError: if the text is no selection, an index is outside of the model, or nothing is selected.
     """
 
     def wrong(why: str) -> ValueError:

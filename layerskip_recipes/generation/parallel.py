@@ -169,6 +169,7 @@ def shard_decoder(
     shards = dist.get_world_size() // tensor_parallel_dim
     mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))
     if tensor_parallel_dim > 1:
+        assert plan is not None
         parallelize(model, mesh["parallel"], plan)
     late = _LateLayers(model.layers[kept_layers:] if shards > 1 else [])
     for module in (*late.layers, late):

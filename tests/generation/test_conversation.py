@@ -112,6 +112,35 @@ class Letters:
         return "".join(map(chr, tokens))
 
 
+@pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 20, 12], [40]])
+@pytest.mark.parametrize("length", [1, 40, 4000])
+def test_only_the_last_tokens_are_decoded(length, sizes):
+    """However long the text is: what one more token costs does not grow with it."""
+    decoded = []
+
+    class Counting(Letters):
+        def decode(self, tokens):
+            decoded.append(len(tokens))
+            return super().decode(tokens)
+
+    stream = TextStream(Counting(), stop_strings=["zz"])
+    stream.extend(list(map(ord, "ab" * length)))
+    decoded.clear()
+    text = list(map(ord, "cd" * 20))
+    for size in sizes:
+        assert stream.extend(text[:size]) is None
+        text = text[size:]
+    assert max(decoded) <= 2 and len(decoded) <= 80
+    assert stream.grown == "ab" * length + "cd" * 20
+
+
+def test_a_stop_string_may_begin_in_one_round_and_end_in_another():
+    stream = TextStream(Letters(), stop_strings=["end", "zz"])
+    assert stream.extend(list(map(ord, "an e"))) is None
+    assert stream.extend(list(map(ord, "nd of"))) == 2
+    assert stream.text(list(map(ord, "an end"))) == "an "
+
+
 @pytest.mark.parametrize(
     ("shown", "draft", "seen"),
     [
@@ -133,8 +162,9 @@ def test_a_draft_stays_in_its_line(shown, draft, seen, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10")
     stream = TextStream(Letters())
     tokens = list(map(ord, shown))
-    for end in range(1, len(tokens) + 1):
-        stream.show(tokens[:end], last=False)
+    for token in tokens:
+        stream.extend([token])
+        stream.show(last=False)
     capsys.readouterr()
     stream.show_draft([list(map(ord, draft))])
     assert capsys.readouterr().out == f"\x1b[s\x1b[2m{seen}\x1b[0m"
