@@ -21,15 +21,14 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.settings import build_on_meta, check_device, check_dtype
+from layerskip_recipes.config.settings import check_device, check_dtype
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.config import check_config
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.optimizers import layers_to_checkpoint
 from layerskip_recipes.training.parallel import checkpoint_layers
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -73,7 +72,7 @@ def measure(cfg: DictConfig, way: str, steps: int, batch: int, seq_len: int, lay
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (batch, seq_len + 1))
     model = layerskip_decoder(base)
     freeze_base(model)
-    checkpoint_layers(model, layers_to_checkpoint(cfg))
+    checkpoint_layers(model, FinetuneConfig.load(cfg).checkpoint_every_layers)
     if way == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
@@ -116,8 +115,7 @@ def compare(
         ValueError: for a wrong config, layers outside of the model, or a run that failed.
     """
     cfg = load_config(name, overrides)
-    check_config(cfg)
-    depth = len(build_on_meta(cfg).layers)
+    depth = FinetuneConfig.load(cfg).num_layers
     select_layers(layers, depth, key="--layers")
     last = str(depth - 1)
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}

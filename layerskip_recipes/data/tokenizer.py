@@ -199,7 +199,7 @@ def hf_tokenizer(
     if source is None:
         source = PLAIN_TEMPLATE
         ends = {"bos_token": bos_id, "eos_token": eos_id}
-        named = {key: "" if token_id is None else tokenizer.id_to_token(token_id) for key, token_id in ends.items()}
+        named = {key: "" if i is None else tokenizer.id_to_token(i) or "" for key, i in ends.items()}
     return HFTokenizer(tokenizer, source, named, bos_id, eos_id, pad_id, stop_ids, max_seq_len, truncation_type)
 
 

@@ -68,7 +68,8 @@ class Answers:
             speculation = section.build(self.model)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        texts, stats = {}, GenerationStats()
+        texts: dict[int, str] = {}
+        stats = GenerationStats()
         for batch in tqdm(batches, desc=name):
             rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
             generation = Generation(
@@ -80,7 +81,7 @@ class Answers:
                 sampler=replace(sampler or Sampler(), rng=rng),
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
             )
-            rows = [TextStream(self.tokenizer, generation.stop_tokens, stops, prompts[i]) for i in batch]
+            rows = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in batch]
             follow(generation, rows)
             texts |= {i: row.text(tokens) for i, row, tokens in zip(batch, rows, generation.generated, strict=True)}
             stats = stats + generation.stats

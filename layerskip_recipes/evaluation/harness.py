@@ -194,12 +194,12 @@ def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, c
     return report
 
 
-def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers among a task's values; "acc,none" becomes "acc", and unknown standard errors are left out."""
     numbers = {key: value for key, value in values.items() if isinstance(value, Real) and not math.isnan(value)}
     documents = numbers.pop("sample_len", None)
     plain = {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
-    return plain if documents is None else plain | {"documents": documents}
+    return plain if documents is None else plain | {"documents": int(documents)}
 
 
 # ---- the model ----
@@ -284,7 +284,8 @@ class LayerSkipLM(TemplateLM):
             requests_of[tuple((context + answer)[:-1][-self.max_length :])].append(i)
         # Longest first, so that a lack of memory shows at once.
         rows = sorted(requests_of, key=len, reverse=True)
-        size, found = self.answers.batch_size, {}
+        size = self.answers.batch_size
+        found: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(rows), size), desc="loglikelihood", disable=disable_tqdm):
             batch = [(row, i) for row in rows[start : start + size] for i in requests_of[row]]
             scores = self._score([(row, requests[i][2]) for row, i in batch])

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
-def plot_exits(quality: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path, title: str) -> None:
+def plot_exits(quality: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path, title: str) -> None:
     """A picture with two panels over the exit layer: the loss, and the agreement with the last layer.
 
     Args:

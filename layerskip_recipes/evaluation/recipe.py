@@ -18,7 +18,6 @@ from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
-from layerskip_recipes.config.settings import check_one_process
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import EvalConfig
@@ -28,6 +27,7 @@ from layerskip_recipes.generation.report import place_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary
+from layerskip_recipes.processes import check_one_process
 from layerskip_recipes.training.batches import limit_samples, load_data
 
 log = utils.get_logger("INFO")
@@ -132,7 +132,7 @@ class LayerSkipEval:
             lm = self.harness.LayerSkipLM(answers, self.max_new_tokens)
             measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, bool(cfg.apply_chat_template))
 
-    def _measure_exits(self, name: str) -> dict[int, dict[str, float]]:
+    def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit, also printed as a table."""
         cfg, model = self.cfg, self.model
         progress = tqdm(self.batches, total=self.total, desc=name)

@@ -32,6 +32,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import (
     is_rank_zero,
     num_processes,
+    wait_for_all,
 )
 
 Plan = Mapping[str, ParallelStyle]
@@ -120,6 +121,7 @@ def load_sharded_decoder(
         else:
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
+    wait_for_all()  # rank 0 reads its files for longer than a collective may take
     without_adapters(model)
     return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan)
 

@@ -28,7 +28,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
-from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -227,7 +227,7 @@ class LayerSkipGenerate:
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.compile),
-            agree=agree if num_processes() > 1 else None,
+            agree=broadcast_from_rank0 if num_processes() > 1 else None,
             **kwargs,
         )
         if dim_drafts:

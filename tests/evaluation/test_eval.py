@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configs import SIZE, eval_config, make_checkpoint
+from helpers.training import few_texts  # noqa: F401
 from torchtune.models.llama3_2 import llama3_2
 
 from layerskip_recipes.checkpoint.checkpointers import checkpoint_files

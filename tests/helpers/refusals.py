@@ -9,20 +9,20 @@ from helpers.configs import unknown_suggestions
 
 from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation import recipe as evaluation
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
-from layerskip_recipes.generation.config import SETTINGS as GENERATE_KEYS
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.training import config as settings
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
 
 
 KEYS = {
-    "finetune": {*settings.SETTINGS},
-    "generate": {*GENERATE_KEYS},
-    "eval": {*evaluation.SETTINGS},
+    "finetune": {*FinetuneConfig.model_fields},
+    "generate": {*GenerateConfig.model_fields},
+    "eval": {*EvalConfig.model_fields},
 }
 
 
