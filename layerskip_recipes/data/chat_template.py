@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -176,7 +176,7 @@ def pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) -
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for transformers; its body is rendered as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares an attribute of the instance)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

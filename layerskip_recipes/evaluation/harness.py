@@ -196,10 +196,9 @@ def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, c
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers among a task's values; "acc,none" becomes "acc", and unknown standard errors are left out."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, Real) and not math.isnan(value)}
-    documents = numbers.pop("sample_len", None)
-    plain = {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
-    return plain if documents is None else plain | {"documents": int(documents)}
+    numbers = {key: float(value) for key, value in values.items() if isinstance(value, Real) and not math.isnan(value)}
+    count = {"documents": values["sample_len"]} if numbers.pop("sample_len", None) is not None else {}
+    return {key.removesuffix(",none"): value for key, value in numbers.items()} | count
 
 
 # ---- the model ----
