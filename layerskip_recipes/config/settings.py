@@ -5,7 +5,6 @@ Nothing in a config is ignored: a key is honoured, or refused by name with the n
 
 import difflib
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.config.checks import check_choice, check_number, check_text
 from layerskip_recipes.config.components import parameter_names as component_parameters
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.processes import check_one_process  # noqa: F401
 
 Check = Callable[[str, Any], None]
 
@@ -233,15 +233,6 @@ def check_device(cfg: DictConfig) -> torch.device:
     if kind == "cuda" and index:
         torch.cuda.set_device(int(index))  # torchtune and torch say "cuda" in places
     return torch.device(wanted)
-
-
-def check_one_process() -> None:
-    """Raises a ValueError under torchrun with several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(
-            f"nproc_per_node: {os.environ['WORLD_SIZE']} processes, and this version runs on one device; start it "
-            "without --nproc_per_node, or with --nproc_per_node 1"
-        )
 
 
 def check_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
