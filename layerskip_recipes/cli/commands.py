@@ -1,4 +1,4 @@
-"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs; costs, export, results."""
+"""The `layerskip` command: what `tune ls / cp / cat / validate` cannot do for our configs, and export."""
 
 import argparse
 import os
@@ -10,12 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark import config as benchmark_config
-from layerskip_recipes.benchmark.decoding_cost import decoding_cost
-from layerskip_recipes.benchmark.results import MODELS, write_results
-from layerskip_recipes.benchmark.training_cost import compare
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.cli.run import main_of
-from layerskip_recipes.config.checks import check_number
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.errors import ConfigError
@@ -89,19 +85,11 @@ def validate(cfg: DictConfig) -> str:
     return name
 
 
-def _numbers(given: str) -> list[int]:
-    """The numbers of `--drafts`."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise ConfigError(f"--drafts: {given!r} is not allowed. Allowed: numbers from 1 on; for example --drafts 2,4,6")
-    return [int(number) for number in dict.fromkeys(given.split(","))]
-
-
 def main() -> None:
     """Entry point of the console script."""
     parser = argparse.ArgumentParser(
         prog="layerskip",
-        description="Configs of layerskip-recipes: list, copy, print and check them. What their training and "
-        "decoding cost, checkpoints for other programs, and all figures on one page.",
+        description="Configs of layerskip-recipes: list, copy, print and check them; checkpoints for other programs.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the configs, ours with their recipe")
@@ -113,31 +101,11 @@ def main() -> None:
     for command in (cat, check):
         command.add_argument("name", help="a config's name or path")
         command.add_argument("overrides", nargs="*", metavar="key=value")
-    cost = commands.add_parser("cost", help="time and memory of a training step, ours beside torchtune's")
-    cost.add_argument("name", help="a finetune config's name or path")
-    cost.add_argument("overrides", nargs="*", metavar="key=value")
-    cost.add_argument("--repeats", type=int, default=3, help="processes for each way (default 3)")
-    cost.add_argument("--steps", type=int, default=2, help="steps in each process, after a first one (default 2)")
-    cost.add_argument("--batch", type=int, default=2, help="rows (default 2)")
-    cost.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
-    cost.add_argument("--layers", default="0::4", help='layers with a loss, beside the last (default "0::4")')
-    cost.add_argument("--prob", type=float, default=0.5, help="layer dropout of every layer, for its own row (0.5)")
-    rounds = commands.add_parser("decoding-cost", help="time of plain steps and of rounds of drafts, random weights")
-    rounds.add_argument("name", help="a generation config's name or path; its checkpoint is not read")
-    rounds.add_argument("overrides", nargs="*", metavar="key=value")
-    rounds.add_argument("--drafts", default="1,2,4,6", help='drafts of a round, several to compare ("1,2,4,6")')
-    rounds.add_argument("--text", type=int, default=128, help="tokens before the first round (default 128)")
-    rounds.add_argument("--rounds", type=int, default=16, help="of each way in each repeat (default 16)")
-    rounds.add_argument("--repeats", type=int, default=3, help="turns of all ways, after a first one (default 3)")
     out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
     out.add_argument("checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0")
     out.add_argument("folder", help="where to write; must not exist")
     out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")
     out.add_argument("--draft", type=int, metavar="E", help="only the first E layers, with norm and head")
-    page = commands.add_parser("results", help="measure cost, quality and speed on this machine, and write the page")
-    page.add_argument("file", help="where to write the page, Markdown; pictures stand beside it")
-    page.add_argument("models", nargs="+", metavar="MODEL[=FOLDER]", help=f"{' or '.join(MODELS)}, with its output_dir")
-    page.add_argument("--work", default="results", help="where what was measured is kept (default results)")
     args, rest = parser.parse_known_args()
     # argparse takes no more overrides behind an option.
     if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
@@ -151,20 +119,8 @@ def main() -> None:
             list_configs()
         elif args.command == "cp":
             copy_config(args.name, args.file)
-        elif args.command == "cost":
-            options = {key: getattr(args, key) for key in ("repeats", "steps", "batch", "seq_len", "layers", "prob")}
-            for key in ("repeats", "steps", "batch", "seq_len"):
-                check_number(f"--{key.replace('_', '-')}", options[key], minimum=1)
-            check_number("--prob", args.prob, minimum=0, maximum=1, integer=False)
-            compare(args.name, args.overrides, **options)
-        elif args.command == "decoding-cost":
-            for key in ("text", "rounds", "repeats"):
-                check_number(f"--{key}", getattr(args, key), minimum=1)
-            decoding_cost(args.name, args.overrides, _numbers(args.drafts), args.text, args.rounds, args.repeats)
         elif args.command == "export":
             print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
-        elif args.command == "results":
-            print(f"Written to {write_results(args.file, args.models, args.work)}")
         elif args.command == "cat":
             print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
         else:
