@@ -16,7 +16,7 @@ from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
+from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
@@ -84,7 +84,6 @@ class BenchmarkConfig(DecodingConfig):
     REFUSED: ClassVar = {
         "exit_layer": "variants lists what is compared",
         "quantizer": "all methods decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
-        "benchmark": "it always compares",
         "stream": "it prints figures, no texts",
         "output_file": "it keeps figures, no texts",
         "on_bad_prompt": "it measures all prompts or none",
@@ -107,6 +106,8 @@ class BenchmarkConfig(DecodingConfig):
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """Of a generation config: the only temperature, where `temperatures` is not there."""
+    benchmark: Comparison | None = None
+    """Of a generation config: this recipe always compares."""
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3

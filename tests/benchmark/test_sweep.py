@@ -94,7 +94,7 @@ def test_batches_and_texts_that_end(path):
     assert all(row["identical"] for row in report["results"])
     ends.write_text(json.dumps({"eos_token_id": list(range(300))}))
     with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
-        run(path, *asked)
+        run(path, "prompt=[def main(, import os]")
 
 
 def test_lengths_that_nobody_gave_fit_the_new_tokens(path):
