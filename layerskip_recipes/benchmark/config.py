@@ -99,7 +99,7 @@ class BenchmarkConfig(DecodingConfig):
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """Of a generation config: the only variant, where `variants` is not there."""
-    peers: list[str] | None = None
+    peers: Annotated[list[str], Field(examples=["[torchtune]"])] | None = None
     """Other libraries on the same checkpoint: `torchtune`, `transformers`, `transformers_early_exit` (drafts like the
     first variant that drafts). One that is not installed is left out."""
     temperatures: Annotated[list[Temperature], BeforeValidator(_check_temperatures)] | None = None
@@ -172,15 +172,15 @@ class BenchmarkConfig(DecodingConfig):
                 variant.check_against(model, key)
             else:
                 model.check_exit(variant.early_exit, f"{key}.early_exit")
+        if self.sweep is not None:
+            self.sweep.pairs(model, self.max_new_tokens)
         if self.random_weights:
             self._check_random_weights()
             return
         if self.report_dir is None:
             raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
         check_checkpointer(self)
-        if self.sweep is not None:
-            self.sweep.pairs(model, self.max_new_tokens)
-        else:
+        if self.sweep is None:
             check_peers(self.peers or [], self.sampler(0.0), self.batch_size, self.first_draft)
         self._check_chooser(len(model.layers))
         if self.stop_strings and not self.metrics:
@@ -211,9 +211,8 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_random_weights(self) -> None:
         """Raises a ConfigError for what needs a checkpoint or texts."""
-        asked = {"peers": self.peers, "metrics": self.metrics, "tune": self.tune, "sweep": self.sweep}
-        for key, value in asked.items():
-            if value:
+        for key in ("peers", "metrics", "tune", "tune_extends"):
+            if value := getattr(self, key):
                 raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
 
     def _check_chooser(self, num_layers: int) -> None:

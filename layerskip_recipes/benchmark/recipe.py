@@ -35,7 +35,7 @@ from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.config.settings import check_one_process
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import check_lengths
+from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.kernels.compiling import cache_length
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import place_of
@@ -87,11 +87,10 @@ class LayerSkipBenchmark:
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
         self.limit = cfg.max_new_tokens + self.spare_tokens
         spare_slots = max((draft.spare_slots(g) for draft in drafts for g in greedy), default=0)
-        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare_slots)
         if cfg.random_weights:
-            self._draw_prompts(model, check)
+            self._draw_prompts(model, spare_slots)
         else:
-            self._read_prompts(model, check)
+            self._read_prompts(model, spare_slots)
         rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(
@@ -106,9 +105,10 @@ class LayerSkipBenchmark:
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
-    def _read_prompts(self, model: LayerSkipDecoder, check: Any) -> None:
+    def _read_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
         """The config's prompts, and draft vocabularies that are counted in them."""
         cfg = self.cfg
+        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
@@ -125,10 +125,15 @@ class LayerSkipBenchmark:
             for name, variant in self.variants.items()
         }
 
-    def _draw_prompts(self, model: LayerSkipDecoder, check: Any) -> None:
+    def _draw_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
         """Random prompts, and of each variant the rounds that always draft its whole length."""
         cfg, tokens = self.cfg, model.tok_embeddings.num_embeddings
-        check([cfg.prompt_tokens])
+        positions, why = most_positions(model, spare)
+        if cfg.prompt_tokens + self.limit > positions:
+            raise ConfigError(
+                f"prompt_tokens: {cfg.prompt_tokens} and {self.limit} new tokens are more than the model's {positions} "
+                f"({why}); for example prompt_tokens={max(1, positions // 4)} max_new_tokens={max(2, positions // 4)}"
+            )
         self.stop_tokens: list[int] = []
         self.prompts = torch.randint(tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
@@ -296,7 +301,7 @@ class LayerSkipBenchmark:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
             title = str(self.cfg.checkpointer.get("checkpoint_dir"))
-            if self.cfg.sweep is not None:
+            if self.cfg.sweep is not None and not self.cfg.random_weights:
                 heat_map(results, self.pairs, files["picture"], title)
             else:
                 plot(results, files["picture"], title)

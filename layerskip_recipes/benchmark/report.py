@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.benchmark.measuring import Run
-from layerskip_recipes.generation.report import draft_figures, over
+from layerskip_recipes.generation.report import draft_figures, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
 
 ACCEPTANCES = (0.5, 0.7, 0.9)  # for which the speed-up of random weights is reported
@@ -66,13 +66,13 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         **draft_figures(stats, total(baseline), speedup and speedup["median"]),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.arms),
-        "round_s": over(stats.decode_s, stats.rounds),
-        "draft_s_per_round": over(stats.draft_s, stats.rounds) if drafts else None,
-        "verify_s_per_round": over(stats.verify_s, stats.rounds) if drafts else None,
-        "rest_s_per_round": over(stats.accept_s, stats.rounds) if drafts else None,
+        "round_s": safe_divide(stats.decode_s, stats.rounds),
+        "draft_s_per_round": safe_divide(stats.draft_s, stats.rounds) if drafts else None,
+        "verify_s_per_round": safe_divide(stats.verify_s, stats.rounds) if drafts else None,
+        "rest_s_per_round": safe_divide(stats.accept_s, stats.rounds) if drafts else None,
         "bytes_per_token": per_token,
-        "share_of_memory_bandwidth": over(per_token * rate["median"], bandwidth) if per_token and rate else None,
-        "prefill_s": over(stats.prefill_s, len(runs)),
+        "share_of_memory_bandwidth": safe_divide(per_token * rate["median"], bandwidth) if per_token and rate else None,
+        "prefill_s": safe_divide(stats.prefill_s, len(runs)),
         "per_repeat": [
             {
                 "decoded_tokens": every.tokens - every.rows,

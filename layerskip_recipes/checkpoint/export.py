@@ -1,17 +1,22 @@
-"""`layerskip export`: a checkpoint as other programs want it. The whole model with its exit for transformers, or its
-first E layers with norm and head as a model of its own, to draft for the whole one in a serving engine."""
+"""`layerskip export`: a checkpoint for other programs.
+
+The whole model with its exit for transformers, or its first E layers with norm and head as a model of its own, which
+drafts for the whole one in a serving engine.
+"""
 
 import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from layerskip_recipes.config.checks import check_folder, check_number
+from layerskip_recipes.config.paths import check_folder
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
@@ -32,13 +37,14 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         The folder.
 
     Raises:
-        ValueError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
+        ConfigError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
     """
     source, target = Path(checkpoint), Path(out)
     config = _read_config(source)
     layers = config["num_hidden_layers"]
+    exits = Annotated[int, Field(ge=1, le=layers, examples=[max(layers // 4, 1)])]
     for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
-        check_number(key, value, minimum=1, maximum=layers, optional=True, example=max(layers // 4, 1))
+        check(key, value, exits | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torchao.quantization import quantize_
-from torchtune import config, training
+from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, warn_of_contradictions
-from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -21,7 +21,7 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
     """The model's state from a torchtune checkpointer.
 
     Raises:
-        ValueError: if the files cannot be read as the checkpointer and its model_type read them.
+        ConfigError: if the files cannot be read as the checkpointer and its model_type read them.
     """
     try:
         return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
@@ -33,7 +33,7 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises a ValueError if a checkpoint is not this model's: which keys are missing, foreign, or of another shape."""
+    """Raises a ConfigError if a checkpoint is not this model's, with the keys that are missing, foreign or reshaped."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in expected if name not in state]
     foreign = [name for name in state if name not in expected]
@@ -67,31 +67,29 @@ def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
             nn.init.zeros_(parameter)
 
 
-def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> LayerSkipDecoder:
+def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component | None = None) -> LayerSkipDecoder:
     """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation.
 
-    With `cfg.quantizer` the weights are quantised after loading, or read quantised where torchtune's `quantize`
-    recipe wrote them, which is what a `FullModelTorchTuneCheckpointer` means there.
-
     Args:
-        cfg: sections model, checkpointer and, if there is one, quantizer.
-        device, dtype: of the weights.
+        cfg: sections model and checkpointer, and the dtype of the weights.
+        device: of the weights.
+        quantizer: quantises the weights after loading. With a `FullModelTorchTuneCheckpointer` they are read quantised,
+            as torchtune's `quantize` recipe wrote them.
 
     Returns:
         The decoder in eval mode.
 
     Raises:
-        ValueError: if the checkpoint is not this model's.
+        ConfigError: if the checkpoint is not this model's, or the quantizer does not work here.
     """
-    checkpointer = reading_checkpointer(cfg)
-    quantizer = build(cfg.get("quantizer"), "quantizer")
-    adapters = adapter_state(cfg, build_on_meta(cfg))
+    checkpointer, dtype = reading_checkpointer(cfg), cfg.torch_dtype
+    adapters = adapter_state(cfg)
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
     state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
     with training.set_default_dtype(dtype), device:
-        model = layerskip_decoder(config.instantiate(cfg.model))
+        model = layerskip_decoder(cfg.model.build())
     if read_quantised:
-        model = quantizer.quantize(model).to(device=device, dtype=dtype)
+        model = quantizer.build().quantize(model).to(device=device, dtype=dtype)
         model.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return model.eval()
     warn_of_contradictions(checkpointer, model)
@@ -99,33 +97,30 @@ def load_decoder(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> L
     check_state_dict(model, state)
     model.load_state_dict(state)
     without_adapters(model)
-    if quantizer is not None:
-        model = quantise(model, cfg.quantizer, "quantizer")
-    return model.eval()
+    return (model if quantizer is None else quantise(model, quantizer)).eval()
 
 
-def adapter_state(cfg: DictConfig, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters of `checkpointer.adapter_checkpoint`, for a model on any device; empty if the config names none."""
+def adapter_state(cfg: RecipeConfig) -> dict[str, torch.Tensor]:
+    """The adapters of `checkpointer.adapter_checkpoint`; empty if the config names none."""
     path = cfg.checkpointer.get("adapter_checkpoint")
-    return read_adapters(path, model) if path is not None else {}
+    return read_adapters(path, cfg.meta_model) if path is not None else {}
 
 
-def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.nn.Module:
+def quantise(module: nn.Module, quantizer: Component) -> nn.Module:
     """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
 
     Args:
-        module: in place, where the quantiser works in place.
-        quantizer: a component, such as {_component_: torchao.quantization.Int8WeightOnlyConfig}.
-        key: its name, for messages.
+        module: in place, where the quantizer works in place.
+        quantizer: such as {_component_: torchao.quantization.Int8WeightOnlyConfig}.
 
     Raises:
-        ValueError: if it fails on this device, with its own words, or leaves all weights as they are.
+        ConfigError: if it fails on this device, with its own words, or leaves all weights as they are.
     """
-    how = build(quantizer, key)
-    before = _kinds(module)
+    how, key = quantizer.build(), quantizer.key
+    before = _weight_kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
-    # torchao sets inductor and the precision of all fp32 products to its liking; the config's holds, and all ways of
-    # decoding in one process are compiled alike.
+    # torchao changes inductor's settings and the precision of all fp32 products. Put both back, so that the config's
+    # precision holds and all methods of decoding in one process are compiled alike.
     precision, compiler = torch.get_float32_matmul_precision(), torch._inductor.config.save_config()
     try:
         if hasattr(how, "quantize"):
@@ -138,19 +133,19 @@ def quantise(module: torch.nn.Module, quantizer: DictConfig, key: str) -> torch.
             with torch.inference_mode():
                 linear(torch.zeros(1, linear.in_features, device=device, dtype=dtype))
     except Exception as e:  # torchao's kernels fail in many ways
-        raise ConfigError(f"{key}: {quantizer._component_} does not work on {device.type} ({e!r}); {key}=null") from e
+        raise ConfigError(f"{key}: {quantizer.path} does not work on {device.type} ({e!r}); {key}=null") from e
     finally:
         torch.set_float32_matmul_precision(precision)
         torch._inductor.config.load_config(compiler)
-    if _kinds(module) == before:
+    if _weight_kinds(module) == before:
         raise ConfigError(
-            f"{key}: {quantizer._component_} changes no weight of this model, as where its groups do not fit "
-            f"the layers' widths. Set its group size to a divisor of them, or {key}=null"
+            f"{key}: {quantizer.path} changes no weight of this model, as where its groups do not fit the layers' "
+            f"widths. Set its group size to a divisor of them, or {key}=null"
         )
     return module
 
 
-def _kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:
-    """Of each part with a weight, its kind and that of the weight."""
+def _weight_kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:
+    """The types of each module that has a weight, of the weight, and the weight's dtype."""
     parts = ((part, getattr(part, "weight", None)) for part in module.modules())
     return [(type(part), type(weight), weight.dtype) for part, weight in parts if isinstance(weight, torch.Tensor)]

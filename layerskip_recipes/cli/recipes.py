@@ -3,7 +3,7 @@
 import sys
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.cli.run import build_recipe, main_of
+from layerskip_recipes.cli.run import build_recipe, run_cli
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.processes import end_processes
@@ -19,7 +19,7 @@ def finetune() -> None:
     """
 
     def steps() -> None:
-        recipe = build_recipe(LayerSkipFinetune, finetune.__doc__)
+        recipe = build_recipe(LayerSkipFinetune, "layerskip_finetune", finetune.__doc__)
         recipe.setup()
         try:
             recipe.train()
@@ -27,7 +27,7 @@ def finetune() -> None:
             recipe.cleanup()
         end_processes()
 
-    main_of(steps)
+    run_cli(steps)
 
 
 def generate() -> None:
@@ -39,31 +39,31 @@ def generate() -> None:
     """
 
     def steps() -> None:
-        recipe = build_recipe(LayerSkipGenerate, generate.__doc__)
+        recipe = build_recipe(LayerSkipGenerate, "layerskip_generate", generate.__doc__)
         recipe.setup()
         recipe.generate()
         end_processes()
         if recipe.interrupted:
             sys.exit(130)  # what a shell expects after Ctrl-C
 
-    main_of(steps)
+    run_cli(steps)
 
 
 def evaluate() -> None:
-    """Measure a model: every exit's loss and agreement with the last layer, lm-eval's tasks, HumanEval.
+    """Measure a model: the loss of every exit and its agreement with the last layer, and lm-eval's tasks.
 
     tune run layerskip_eval --config quickstart/eval
     tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
     """
 
     def steps() -> None:
-        recipe = build_recipe(LayerSkipEval, evaluate.__doc__)
+        recipe = build_recipe(LayerSkipEval, "layerskip_eval", evaluate.__doc__)
         recipe.setup()
         recipe.evaluate()
         if recipe.interrupted:
             sys.exit(130)
 
-    main_of(steps)
+    run_cli(steps)
 
 
 def benchmark() -> None:
@@ -74,9 +74,9 @@ def benchmark() -> None:
     """
 
     def steps() -> None:
-        recipe = build_recipe(LayerSkipBenchmark, benchmark.__doc__)
+        recipe = build_recipe(LayerSkipBenchmark, "layerskip_benchmark", benchmark.__doc__)
         recipe.setup()
         if recipe.benchmark()["interrupted"]:
             sys.exit(130)  # what a shell expects after Ctrl-C
 
-    main_of(steps)
+    run_cli(steps)

@@ -11,75 +11,71 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig
 from torchtune import utils
 
-from layerskip_recipes.config.loading import (
-    load_config,
-)
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.cli.configs import recipe_of
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError, UnknownKeyError
+
+# How gloo says that a process for which it waits has ended, or that the network to it is down.
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def is_for_all(record: logging.LogRecord) -> bool:
-    """Whether a process logs a record: the first one does, others errors only, which they may have alone."""
+def logs_here(record: logging.LogRecord) -> bool:
+    """Whether this process logs a record: the first one logs all, the others only errors, which they may have alone."""
     return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
 
 
-def build_recipe(recipe: Callable[[DictConfig], Any], description: str) -> Any:
-    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
+def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: str | None) -> Any:
+    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings.
+
+    Args:
+        recipe: the class.
+        name: of the recipe for `tune run`.
+        description: for `--help`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")
     args, unknown = parser.parse_known_args()
-    utils.get_logger("INFO").addFilter(is_for_all)
+    utils.get_logger("INFO").addFilter(logs_here)
     if unknown:
         raise ConfigError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
-    cfg = load_config(args.config, args.overrides)
+    source = load_config(args.config, args.overrides)
     try:
-        return recipe(cfg)
-    except ValueError as e:
-        from layerskip_recipes.cli.commands import recipe_of  # which imports all of them
-
-        meant, own = recipe_of(cfg), f"layerskip_{recipe.__name__.removeprefix('LayerSkip').lower()}"
-        if isinstance(e, ConfigError) and ": unknown key. " in str(e) and meant != own:
-            raise ConfigError(f"{e}. The config looks like one for `tune run {meant}`") from e
-        raise
-
-
-# What gloo says where a process that it waits for is no more, or the network to it; which is a matter of what was
-# under way.
-PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-
-
-def main_of(steps: Callable[[], None]) -> None:
-    """Run a recipe's main. A user's mistake becomes one last line on stderr and exit status 1, without a traceback.
-
-    A ValueError raised by this package is a user's mistake; any other exception is not, and keeps its traceback.
-    """
-    try:
-        steps()
-        sys.stdout.flush()
-    except ValueError as e:
-        if not isinstance(e, ConfigError):
+        return recipe(source)
+    except UnknownKeyError as e:
+        fits = recipe_of(source)
+        if fits == name:
             raise
+        raise ConfigError(f"{e}. The config looks like one for `tune run {fits}`") from e
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run the main function of a command. A ConfigError becomes the last line on stderr and exit status 1."""
+    try:
+        main()
+        sys.stdout.flush()
+    except ConfigError as e:
         fail(e)
     except RuntimeError as e:
         if not ("gloo" in str(e) and any(lost in str(e) for lost in PEER_ENDED)):
             raise
-        # The usual case: another rank said why it ended, and torchrun ends this one before it says more.
+        # Usually another rank has said why it ended, and torchrun ends this one before it says more.
         time.sleep(2)
         first = str(e).splitlines()[0]
         print(f"RuntimeError: another process ended or cannot be reached: {first}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at the end
+    except BrokenPipeError:  # the reader of a pipe, such as `| head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         sys.exit(1)
-    except KeyboardInterrupt:  # while it loads, say; where there are figures to print, recipes stop by themselves
+    except KeyboardInterrupt:  # before there are figures to print: later, recipes catch it themselves
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def fail(error: ValueError) -> NoReturn:
+def fail(error: ConfigError) -> NoReturn:
     """Print the error as the last line on stderr and exit with status 1."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        # A mistake that all processes find is said by the first one, and torchrun ends this one meanwhile.
+        # The first process says what all processes find, and torchrun ends this one meanwhile.
         time.sleep(5)
     print(f"ValueError: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(1)

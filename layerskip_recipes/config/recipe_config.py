@@ -97,7 +97,15 @@ class RecipeConfig(Section):
 
     @cached_property
     def meta_model(self) -> TransformerDecoder:
-        """The model without memory for its weights: its depth, its length, the names of its parameters.
+        """The model without memory for its weights, to look at: its depth, its length, the names of its parameters.
+
+        Raises:
+            ConfigError: as `build_on_meta`.
+        """
+        return self.build_on_meta()
+
+    def build_on_meta(self) -> TransformerDecoder:
+        """A model without memory for its weights, to be changed by the caller.
 
         Raises:
             ConfigError: if the builder refuses its arguments, or builds something else.

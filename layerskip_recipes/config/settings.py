@@ -244,38 +244,6 @@ def check_one_process() -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
-    """Raises a ValueError if a tokenizer has more tokens than the model's embedding."""
-    vocabulary, tokens = model.tok_embeddings.weight.shape[0], getattr(tokenizer, "vocab_size", 0)
-    if getattr(tokenizer, "image_id", None) == tokens - 1:
-        tokens -= 1  # Llama 3's has a last token that only models of images embed
-    if tokens > vocabulary:
-        raise ConfigError(
-            f"tokenizer: its {tokens} tokens do not fit the model's embedding of {vocabulary}. Take the model's own "
-            "tokenizer"
-        )
-
-
-def check_batch(tokens: torch.Tensor, model: TransformerDecoder, key: str = "dataset") -> None:
-    """Raises a ValueError if tokens [b, s] of a dataset, still on the CPU, are more or others than the model takes."""
-    check_length(tokens.shape[1], model, key)
-    largest, vocabulary = int(tokens.max()), model.tok_embeddings.num_embeddings
-    if largest >= vocabulary:
-        raise ConfigError(
-            f"{key}: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
-            "without images, and the model's own tokenizer"
-        )
-
-
-def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -> None:
-    """Raises a ValueError if a sample of a dataset is longer than the model takes."""
-    if length > model.max_seq_len:
-        raise ConfigError(
-            f"{key}: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
-            f"example tokenizer.max_seq_len={model.max_seq_len}"
-        )
-
-
 def check_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     """The dtype of `cfg.dtype`; raises a ValueError if the device cannot do it."""
     if cfg.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from layerskip_recipes.generation.drafting.section import build_speculation, with_vocabulary
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import build_speculation, with_vocabulary
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from layerskip_recipes.config.settings import COMMON, anything, component, flag, number, one_of, text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.speculation_section import FILTERS
+from layerskip_recipes.generation.drafting.section import FILTERS
 from layerskip_recipes.training.batches import check_collate_fn, check_dataset
 
 

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from layerskip_recipes.config.settings import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers, speed
+from layerskip_recipes.generation.drafting.section import FILTERS, spare_slots
 from layerskip_recipes.generation.drafting.speculation import most_positions
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import FILTERS, spare_slots
 from layerskip_recipes.generation.stats import GenerationStats
 
 log = logging.getLogger(__name__)

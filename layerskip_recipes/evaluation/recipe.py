@@ -24,20 +24,19 @@ from layerskip_recipes.config.settings import (
     check_one_process,
     check_section,
     check_settings,
-    check_vocabulary,
 )
 from layerskip_recipes.data.tokenizer import PLAIN_TEMPLATE
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
 from layerskip_recipes.evaluation.human_eval import HumanEval, check_execution, pass_at_1, read_problems
+from layerskip_recipes.generation.drafting.section import check_draft_fits, check_speculation, tree_of
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.report import place_of
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import check_draft_fits, check_speculation, tree_of, weight_bytes
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
-from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 from layerskip_recipes.training.batches import limit_samples, load_data
 from layerskip_recipes.training.validation import chosen_exits
 

@@ -1,168 +1,202 @@
-"""What a generation config may say: every key with its check, and what goes together."""
+"""GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from pydantic import Field
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
-from layerskip_recipes.config.checks import check_choice, check_file
-from layerskip_recipes.config.settings import (
-    COMMON,
-    anything,
-    build_on_meta,
-    check_section,
-    check_settings,
-    component,
-    flag,
-    list_of,
-    number,
-    one_of,
-    text,
-)
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.paths import check_file
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.generation.parallel import check_processes
 from layerskip_recipes.generation.prompts import INTERACTIVE
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import check_draft_fits, check_speculation, sampler_of
-from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
 
-SETTINGS = COMMON | {
-    "quantizer": component(optional=True),
-    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
-    "prompt": anything,
-    "prompts": component(optional=True),
-    "prompt_file": text("prompts.jsonl"),
-    "system_prompt": text("Answer briefly."),
-    "on_bad_prompt": one_of("error", "skip", None),
-    "output_file": text("answers.jsonl"),
-    "batch_size": number(minimum=1, example=8),
-    "max_new_tokens": number(minimum=1, example=128),
-    "temperature": anything,
-    "top_k": anything,
-    "top_p": anything,
-    "min_p": anything,
-    "repetition_penalty": anything,
-    "stop_tokens": list_of(int, "[2]"),
-    "stop_strings": list_of(str, "[END]"),
-    "stream": one_of(True, False, "draft"),
-    "exit_layer": anything,
-    "self_speculation": anything,
-    "benchmark": anything,
-    "compile": flag,
-    "enable_kv_cache": one_of(True, None),
-    "tensor_parallel_plan": component(optional=True),
-    "tensor_parallel_dim": number(minimum=1, optional=True, example=2),
-    "log_level": one_of("INFO", "DEBUG", "WARNING", "ERROR"),
-}
-REQUIRED = ()
-REFUSED: dict[str, str] = {}
+Temperature = Annotated[float, Field(ge=0, examples=[0.8])]
 
 
-def benchmark(compare: bool = False) -> bool:
-    """The `benchmark` section: whether the autoregressive baseline runs too."""
-    check_choice("benchmark.compare", compare, (True, False))
-    return compare
+class DecodingConfig(RecipeConfig):
+    """What generation and benchmarks have in common: prompts, lengths, filters."""
 
+    prompt: Any = None
+    """A text; `user:` and `system:` for the tokenizer's chat template (of torchtune's own tokenizers only Llama's leave
+    the turn of the answer open: take `hf_tokenizer`); a list of these; or `interactive`, a conversation whose cache is
+    kept between turns (`/exit` ends it)."""
+    prompts: Annotated[Component, Takes()] | None = None
+    """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` replaces
+    it."""
+    prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
+    """A text file (one prompt), a `.jsonl` file of `{"prompt": ...}` lines, or `-` for standard input; replaces
+    `prompt`."""
+    max_new_tokens: Annotated[PositiveInt, Field(examples=[128])] = 128
+    """At most so many new tokens for each prompt."""
+    batch_size: PositiveInt = 1
+    """Prompts decoded together, those of similar length; each row accepts its own number of tokens."""
+    top_k: PositiveInt | None = None
+    """Sample from the so many likeliest tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1, examples=[0.9])] | None = None
+    """Sample from the likeliest tokens that have this probability together."""
+    min_p: Annotated[Fraction, Field(examples=[0.05])] | None = None
+    """Leave out tokens with less than this part of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0, examples=[1.1])] | None = None
+    """Above 1 makes tokens of the prompt and of the output less likely."""
+    stop_tokens: Annotated[list[int], Field(examples=["[2]"])] | None = None
+    """Ids of tokens that end a text, beside the tokenizer's."""
+    stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
+    """A text ends before the first of these strings."""
+    compile: Flag = None
+    """Compile the decoding steps: `inductor` on a CPU, with products of few rows of our own (needs a C++ compiler),
+    CUDA graphs on a GPU. The first run takes a minute or two more; torch keeps the code for the next."""
+    enable_kv_cache: Literal[True] | None = None
+    """torchtune's key; the cache is always on."""
 
-def make_sampler(cfg: DictConfig, rng: torch.Generator | None = None) -> Sampler:
-    """The sampler of a config; raises a ValueError for a setting out of range."""
-    return sampler_of(cfg, cfg.get("temperature", 0.0), rng)
+    def sampler(self, temperature: float, rng: torch.Generator | None = None) -> Sampler:
+        """How tokens are chosen at a temperature."""
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, rng)
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the prompts are typed."""
+        return self.prompt == INTERACTIVE and self.prompt_file is None
 
-def check_config(cfg: DictConfig) -> None:
-    """All of a generation config that can be wrong on any machine.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    check_settings(cfg, SETTINGS, REFUSED)
-    make_sampler(cfg)
-    benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
-    model = layerskip_decoder(build_on_meta(cfg))
-    check_checkpointer(cfg, model)
-    if cfg.get("self_speculation") is not None:
-        check_speculation(cfg.self_speculation, model)
-        if cfg.get("exit_layer") is not None:
+    def check_prompts(self) -> None:
+        """Raises a ConfigError if there is none."""
+        if self.prompt is None and self.prompts is None and self.prompt_file is None:
             raise ConfigError(
-                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
-                f"exit_layer={cfg.exit_layer} self_speculation=null"
+                'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
             )
-    elif cfg.get("exit_layer") is not None:
-        model.check_exit(cfg.exit_layer)
-    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
-        raise ConfigError(
-            'prompt: missing. Give prompt="text", prompt.user="question", prompt=interactive, or prompt_file=FILE '
-            "(- reads stdin)"
-        )
-    _check_conversation(cfg)
-    check_output_file(cfg)
-    parallel = check_processes(cfg, model)
-    check_draft_fits(cfg, model, parallel)
-    if num_processes() > 1:
-        _check_alone(cfg)
 
 
-def is_conversation(cfg: DictConfig) -> bool:
-    """Whether the prompts are typed."""
-    return cfg.get("prompt") == INTERACTIVE and cfg.get("prompt_file") is None
+class Comparison(Section):
+    """What a generation is compared with."""
+
+    compare: Literal[True, False] = False
+    """Decode each prompt autoregressively too, in the same process, and report the speed-up."""
 
 
-def _check_conversation(cfg: DictConfig) -> None:
-    """Raises a ValueError for what goes only with a conversation, or not with one."""
-    if not is_conversation(cfg):
-        if cfg.get("system_prompt") is not None:
+class GenerateConfig(DecodingConfig):
+    """A torchtune generation config and `self_speculation`."""
+
+    self_speculation: SelfSpeculation | None = None
+    """How drafts are made; null decodes autoregressively on the same engine."""
+    exit_layer: int | None = None
+    """Take every token from this exit, without verification: fast, and another output."""
+    temperature: Temperature = 0.0
+    """0 is greedy. Filters and temperature are the same for drafts and verification."""
+    system_prompt: Annotated[Text, Field(examples=["Answer briefly."])] | None = None
+    """The system message of a conversation."""
+    on_bad_prompt: Literal["error", "skip"] | None = None
+    """`error` (the default): a prompt that is broken, empty or too long stops the run before the model is loaded;
+    `skip`: the others are answered, and `output_file` has the error in its place."""
+    output_file: Annotated[Text, Field(examples=["answers.jsonl"])] | None = None
+    """A JSON line for each prompt, in the order of the prompts. Until the end the lines stand in FILE.partial as they
+    come, so that a run that is killed loses none."""
+    stream: Literal[True, False, "draft"] = True
+    """`false` prints each text at once; `draft` shows drafted tokens dim until they are accepted."""
+    benchmark: Comparison | None = None
+    """The comparison with autoregressive decoding."""
+    quantizer: Annotated[Component, Takes()] | None = None
+    """Quantises the whole model: one of torchtune's quantizers, or a torchao configuration such as
+    `torchao.quantization.Int8WeightOnlyConfig`."""
+    tensor_parallel_dim: PositiveInt | None = None
+    """How many processes share each matrix; the others have layers of their own (FSDP)."""
+    tensor_parallel_plan: Annotated[Component, Takes()] | None = None
+    """torchtune's plan for it, such as `torchtune.models.llama3.base_llama_tp_plan`."""
+    cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
+    """As in torchtune: whether kernels that are not deterministic are allowed."""
+    log_level: Literal["INFO", "DEBUG", "WARNING", "ERROR"] = "INFO"
+    """What is logged."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the autoregressive baseline runs too."""
+        return self.benchmark is not None and self.benchmark.compare
+
+    def check_together(self) -> None:
+        model = layerskip_decoder(self.meta_model)
+        check_checkpointer(self)
+        if self.self_speculation is not None:
+            self.self_speculation.check_against(model)
+            if self.exit_layer is not None:
+                raise ConfigError(
+                    f"exit_layer: {self.exit_layer} is set beside self_speculation. For all tokens from that exit: "
+                    f"exit_layer={self.exit_layer} self_speculation=null"
+                )
+        elif self.exit_layer is not None:
+            model.check_exit(self.exit_layer)
+        self.check_prompts()
+        self._check_conversation()
+        self._check_output_file()
+        self._check_processes(model)
+
+    def _check_conversation(self) -> None:
+        """Raises a ConfigError for what goes only with a conversation, or not with one."""
+        if not self.is_conversation:
+            if self.system_prompt is not None:
+                raise ConfigError(
+                    f"system_prompt: {self.system_prompt!r} is for prompt=interactive. For one prompt: "
+                    f"prompt.user=QUESTION prompt.system={self.system_prompt!r}"
+                )
+            return
+        if self.batch_size > 1:
+            raise ConfigError(f"batch_size: {self.batch_size} does not go with prompt=interactive; batch_size=1")
+        if self.output_file is not None:
             raise ConfigError(
-                f"system_prompt: {cfg.system_prompt!r} is for prompt=interactive. For one prompt: prompt.user=QUESTION "
-                f"prompt.system={cfg.system_prompt!r}"
+                f"output_file: {self.output_file!r} does not go with prompt=interactive; output_file=null, or a "
+                "prompt_file"
             )
-        return
-    if (cfg.get("batch_size") or 1) > 1:
-        raise ConfigError(f"batch_size: {cfg.batch_size} does not go with prompt=interactive; batch_size=1")
-    if cfg.get("output_file") is not None:
-        raise ConfigError(
-            f"output_file: {cfg.output_file!r} does not go with prompt=interactive; output_file=null, or a prompt_file"
+        draft = self.self_speculation
+        if draft and isinstance(draft.draft_vocabulary, int) and draft.draft_vocabulary_file is None:
+            raise ConfigError(
+                f"self_speculation.draft_vocabulary: {draft.draft_vocabulary} tokens are counted in the prompts, and "
+                "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
+            )
+
+    def _check_output_file(self) -> None:
+        """Raises a ConfigError if `output_file` cannot be written, or is a file that the run reads."""
+        name = self.output_file
+        if name is None:
+            return
+        if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
+            raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
+        check_file("output_file", name)
+        draft = self.self_speculation
+        inputs = {
+            "prompt_file": self.prompt_file,
+            "self_speculation.draft_vocabulary_file": draft and draft.draft_vocabulary_file,
+            # Whatever a component calls its file: path, source, shots, ...
+            **{f"prompts.{key}": value for key, value in (self.prompts.arguments if self.prompts else {}).items()},
+        }
+        for key, read in inputs.items():
+            if isinstance(read, str) and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
+                raise ConfigError(
+                    f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
+                    "output_file=answers.jsonl"
+                )
+
+    def _check_processes(self, model: LayerSkipDecoder) -> None:
+        """Raises a ConfigError for what several processes cannot do."""
+        parallel = check_processes(
+            model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.quantizer, self.device
         )
-    speculation = cfg.get("self_speculation") or {}
-    if isinstance(speculation.get("draft_vocabulary"), int) and speculation.get("draft_vocabulary_file") is None:
-        raise ConfigError(
-            f"self_speculation.draft_vocabulary: {speculation.draft_vocabulary} tokens are counted in the prompts, and "
-            "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
-        )
-
-
-def check_output_file(cfg: DictConfig) -> None:
-    """Raises a ValueError if `output_file` cannot be written, or is a file that the run reads."""
-    name = cfg.get("output_file")
-    if name is None:
-        return
-    if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-        raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
-    check_file("output_file", name)
-    speculation = cfg.get("self_speculation") or {}
-    inputs = {
-        "prompt_file": cfg.get("prompt_file"),
-        "self_speculation.draft_vocabulary_file": speculation.get("draft_vocabulary_file"),
-        # Whatever a component calls its file: path, source, shots, ...
-        **{f"prompts.{key}": value for key, value in (cfg.get("prompts") or {}).items()},
-    }
-    for key, read in inputs.items():
-        if isinstance(read, str) and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
-            raise ConfigError(f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
-                             "output_file=answers.jsonl")  # fmt: skip
-
-
-def _check_alone(cfg: DictConfig) -> None:
-    """Raises a ValueError for what works in one process only."""
-    quantizer = cfg.self_speculation.get("draft_quantizer") if cfg.get("self_speculation") is not None else None
-    alone = {
-        "compile": cfg.get("compile") or None,
-        "self_speculation.draft_quantizer": quantizer,
-        "prompt": INTERACTIVE if is_conversation(cfg) else None,
-        "prompt_file": "-" if cfg.get("prompt_file") == "-" else None,
-    }
-    for key, value in alone.items():
-        if value is not None:
-            raise ConfigError(f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out")
+        check_draft_fits(self.self_speculation, self.quantizer, model, parallel)
+        alone = {
+            "compile": self.compile or None,
+            "self_speculation.draft_quantizer": self.self_speculation and self.self_speculation.draft_quantizer,
+            "prompt": INTERACTIVE if self.is_conversation else None,
+            "prompt_file": "-" if self.prompt_file == "-" else None,
+        }
+        for key, value in alone.items() if num_processes() > 1 else ():
+            if value is not None:
+                raise ConfigError(
+                    f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out"
+                )

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,8 +24,8 @@ from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
 from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
-from layerskip_recipes.config.checks import check_number
-from layerskip_recipes.config.settings import build, build_on_meta
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -36,24 +35,32 @@ from layerskip_recipes.processes import (
 )
 
 Plan = Mapping[str, ParallelStyle]
+EXAMPLE_PLAN = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
 
 
-def check_processes(cfg: DictConfig, model: TransformerDecoder) -> int:
-    """What can be wrong with several processes, before anything is loaded.
+def check_processes(
+    model: TransformerDecoder,
+    tensor_parallel_dim: int | None,
+    tensor_parallel_plan: Component | None,
+    quantizer: Component | None = None,
+    device: str | None = None,
+) -> int:
+    """Check what can be wrong with several processes, before anything is loaded.
 
     Args:
-        cfg: `tensor_parallel_dim`, `tensor_parallel_plan`, `quantizer` and `device` are read.
-        model: the decoder of `cfg.model`, on any device, not yet split.
+        model: the decoder, on any device, not yet split.
+        tensor_parallel_dim, tensor_parallel_plan: of the config. As in torchtune's generation, a plan without a number
+            means all ranks.
+        quantizer, device: of the config.
 
     Returns:
-        T, the ranks that share each matrix. As in torchtune's generation, a plan without T means all ranks.
+        T, the ranks that share each matrix.
 
     Raises:
-        ValueError: the key, what was given, what is allowed.
+        ConfigError: the key, what was given, what is allowed.
     """
-    processes, dim, plan = num_processes(), cfg.get("tensor_parallel_dim"), tensor_parallel_plan(cfg)
-    check_number("tensor_parallel_dim", dim, minimum=1, optional=True, example=2)
-    dim = dim or (1 if plan is None else processes)
+    processes, plan = num_processes(), read_plan(tensor_parallel_plan)
+    dim = tensor_parallel_dim or (1 if plan is None else processes)
     attn = model.layers[0].attn
     divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
     largest = math.gcd(*divided.values())
@@ -64,56 +71,57 @@ def check_processes(cfg: DictConfig, model: TransformerDecoder) -> int:
     if dim > 1 and not isinstance(attn, MultiHeadAttention):
         raise _wrong("tensor_parallel_dim", f"{dim} cannot split a {type(attn).__name__}", "1", 1)
     if dim > 1 and plan is None:
-        example = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
-        raise _wrong("tensor_parallel_plan", f"missing with tensor_parallel_dim {dim}", "a component", example)
-    if processes > 1 and cfg.get("quantizer") is not None:
-        raise _wrong("quantizer", f"{cfg.quantizer} with {processes} processes", "null", "null")
-    if processes > 1 and cfg.get("device") not in (None, "cpu", "cuda"):
-        raise _wrong("device", f"{cfg.device!r} with {processes} processes", "cpu, cuda (a GPU for each)", "cuda")
+        raise _wrong("tensor_parallel_plan", f"missing with tensor_parallel_dim {dim}", "a component", EXAMPLE_PLAN)
+    if processes > 1 and quantizer is not None:
+        raise _wrong("quantizer", f"{quantizer} with {processes} processes", "null", "null")
+    if processes > 1 and device not in (None, "cpu", "cuda"):
+        raise _wrong("device", f"{device!r} with {processes} processes", "cpu, cuda (a GPU for each)", "cuda")
     return dim
 
 
-def tensor_parallel_plan(cfg: DictConfig) -> Plan | None:
-    """The plan of `cfg.tensor_parallel_plan`; raises a ValueError if the component makes something else."""
-    if cfg.get("tensor_parallel_plan") is None:
+def read_plan(section: Component | None) -> Plan | None:
+    """The plan of `tensor_parallel_plan`; raises a ConfigError if the component makes something else."""
+    if section is None:
         return None
-    plan = build(cfg.tensor_parallel_plan, "tensor_parallel_plan")
+    plan = section.build()
     if not isinstance(plan, dict) or not all(isinstance(style, ParallelStyle) for style in plan.values()):
-        given = f"{cfg.tensor_parallel_plan._component_} makes a {type(plan).__name__}"
-        example = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
-        raise _wrong("tensor_parallel_plan", given, "a dict of module names to ParallelStyle", example)
+        given = f"{section.path} makes a {type(plan).__name__}"
+        raise _wrong("tensor_parallel_plan", given, "a dict of module names to ParallelStyle", EXAMPLE_PLAN)
     return plan
 
 
-def _wrong(key: str, given: str, allowed: str, example: Any) -> ValueError:
+def _wrong(key: str, given: str, allowed: str, example: Any) -> ConfigError:
     return ConfigError(f"{key}: {given}. Allowed: {allowed}; for example {key}={example}")
 
 
 def load_sharded_decoder(
-    cfg: DictConfig, device: torch.device, dtype: torch.dtype, kept_layers: int = 0
+    cfg: RecipeConfig,
+    device: torch.device,
+    kept_layers: int = 0,
+    tensor_parallel_dim: int = 1,
+    plan: Plan | None = None,
 ) -> LayerSkipDecoder:
-    """`checkpoint.load_decoder` for several processes: rank 0 reads the checkpoint, others get their parts only.
+    """`load_decoder` for several processes: rank 0 reads the checkpoint, the others get their parts only.
 
     Args:
-        cfg: sections model and checkpointer, and what `check_processes` reads.
-        device, dtype: of the weights.
+        cfg: sections model and checkpointer, and the dtype of the weights.
+        device: of the weights.
         kept_layers: the layers below it are whole on every rank: the exit E that drafts, 0 for plain decoding.
+        tensor_parallel_dim, plan: T of `check_processes`, and the plan of `read_plan`.
 
     Raises:
-        ValueError: on rank 0, if the checkpoint is not this model's.
+        ConfigError: on rank 0, if the checkpoint is not this model's.
     """
-    with training.set_default_dtype(dtype):
-        model = layerskip_decoder(build_on_meta(cfg))
-    dim, state = check_processes(cfg, model), {}
+    model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():
         if adapter_names(model):
             # As one process merges them: onto weights in this dtype, and with QLoRA onto what NF4 left of them.
-            state = load_decoder(cfg, torch.device("cpu"), dtype).state_dict()
+            state = load_decoder(cfg, torch.device("cpu")).state_dict()
         else:
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
     without_adapters(model)
-    return shard_decoder(model, state, device, dtype, kept_layers, dim, tensor_parallel_plan(cfg))
+    return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan)
 
 
 class _LateLayers(nn.Module):

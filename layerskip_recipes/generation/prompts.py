@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import utils
 from torchtune.data import Message
 
-from layerskip_recipes.config.settings import build
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.data.reference_tasks import no_object, try_json_lines
 from layerskip_recipes.errors import ConfigError
 
@@ -37,39 +36,39 @@ class Example:
     error: str | None = None
 
 
-def read_examples(cfg: DictConfig) -> list[Example]:
+def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None) -> list[Example]:
     """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
 
-    `prompt_file` (a text, JSONL with {"prompt": ...} per line and perhaps "response": ..., or "-" for standard input)
-    replaces `prompt` (a string, a mapping with `user` and perhaps `system`, or a list of these), and that replaces
-    `prompts` (a component that returns prompts, or mappings as in the JSONL).
+    A prompt that is broken is there too, with its error.
+
+    Args:
+        prompt: a string, a mapping with `user` and perhaps `system`, or a list of these; replaces `prompts`.
+        prompts: a component that returns prompts, or mappings as in the JSONL.
+        prompt_file: a text, JSONL with {"prompt": ...} per line and perhaps "response": ..., or "-" for standard input;
+            replaces both.
 
     Raises:
-        ValueError: if a file is missing or a line of it is broken (its number), or a prompt has another form.
+        ConfigError: if there are no prompts to read.
     """
-    examples = try_examples(cfg)
+    if prompt_file is not None:
+        return _read_prompt_file(prompt_file)
+    if prompt is None:
+        items = prompts.build()
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"prompts: {prompts.path} returns a {type(items).__name__}. Allowed: a list")
+        return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
+    if prompts is not None:
+        log.info("prompt: takes the place of prompts; for those set prompt=null")
+    return [_tried(_plain, item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
+
+
+def read_examples(
+    prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None
+) -> list[Example]:
+    """`try_examples`; raises a ConfigError if one of them is broken."""
+    examples = try_examples(prompt, prompts, prompt_file)
     refuse_bad(examples)
     return examples
-
-
-def try_examples(cfg: DictConfig) -> list[Example]:
-    """`read_examples`, but a prompt that is broken is there too, with its error.
-
-    Raises:
-        ValueError: if there are no prompts to read.
-    """
-    if cfg.get("prompt_file") is not None:
-        return _read_prompt_file(cfg.prompt_file)
-    if cfg.get("prompt") is None:
-        items = build(cfg.prompts, "prompts")
-        if not isinstance(items, list | tuple):
-            raise ConfigError(f"prompts: {cfg.prompts._component_} returns a {type(items).__name__}. Allowed: a list")
-        return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
-    prompt = cfg.prompt
-    if cfg.get("prompts") is not None:
-        log.info("prompt: takes the place of prompts; for those set prompt=null")
-    prompts = OmegaConf.to_container(prompt, resolve=True) if isinstance(prompt, DictConfig | ListConfig) else prompt
-    return [_tried(_plain, item, "prompt") for item in (prompts if isinstance(prompts, list) else [prompts])]
 
 
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:

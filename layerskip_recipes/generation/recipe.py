@@ -14,30 +14,20 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.checkpointers import ready
+from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
-from layerskip_recipes.config.settings import build, build_on_meta, check_section, check_vocabulary
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.answer_file import AnswersInOrder
-from layerskip_recipes.generation.config import benchmark, check_config, is_conversation, make_sampler
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length
-from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder
+from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
-from layerskip_recipes.generation.speculation_section import (
-    build_speculation,
-    check_speculation,
-    spare_slots,
-    tree_of,
-    weight_bytes,
-    with_vocabulary,
-)
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
@@ -47,65 +37,61 @@ class LayerSkipGenerate:
     """Generates from each prompt and reports speed and acceptance.
 
     Args:
-        cfg: the config, see the README; settings and prompts are all checked here.
+        source: the merged config, see `GenerateConfig`; settings and prompts are all checked here.
 
     Raises:
-        ValueError: for a wrong setting or prompt, before any weight is loaded.
+        ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        check_config(cfg)
-        self.cfg = cfg
-        log.setLevel(cfg.get("log_level", "INFO"))
-        self.device, self.dtype = ready(cfg)
-        self.max_new_tokens = cfg.get("max_new_tokens", 128)
-        self.batch_size = cfg.get("batch_size") or 1
-        self.interactive = is_conversation(cfg)
-        self.compare = benchmark(**check_section(cfg.get("benchmark"), "benchmark", benchmark))
-        if self.compare and self.interactive:
-            self.compare = False
+    def __init__(self, source: DictConfig) -> None:
+        self.cfg = cfg = GenerateConfig.load(source)
+        log.setLevel(cfg.log_level)
+        self.device, self.dtype = prepare_device(cfg), cfg.torch_dtype
+        self.max_new_tokens, self.batch_size = cfg.max_new_tokens, cfg.batch_size
+        self.interactive = cfg.is_conversation
+        self.compare = cfg.compares and not self.interactive
+        if cfg.compares and self.interactive:
             log.info("benchmark.compare: no baseline runs beside a conversation")
-        model = layerskip_decoder(build_on_meta(cfg))
-        self.draft = None
-        if cfg.get("self_speculation") is not None:
-            self.draft = check_speculation(cfg.self_speculation, model)
-        self.exit_layer = cfg.get("exit_layer")
-        self.tokenizer = build(cfg.tokenizer, "tokenizer")
+        self.parallel = check_processes(cfg.meta_model, cfg.tensor_parallel_dim, cfg.tensor_parallel_plan)
+        model = layerskip_decoder(cfg.meta_model)
+        self.draft, self.exit_layer = cfg.self_speculation, cfg.exit_layer
+        self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        greedy = make_sampler(cfg).greedy
-        self.spare = spare_slots(self.draft, greedy) if self.draft is not None else 0
+        greedy = cfg.temperature == 0
+        self.spare = self.draft.spare_slots(greedy) if self.draft is not None else 0
         self.examples: list[Example] = []
         self.prompt_tokens: list[list[int]] = []
         if self.interactive:
             self._tokens_of([], "?")  # a template that refuses the system prompt says so now
         else:
             self.examples, self.prompt_tokens = encode(
-                try_examples(cfg), self.tokenizer, lambda lengths: self._check_lengths(model, lengths)
+                try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file),
+                self.tokenizer,
+                lambda lengths: self._check_lengths(model, lengths),
             )
         self.prompts = [example.prompt for example in self.examples]
         self.good = [i for i, example in enumerate(self.examples) if example.error is None]
         self.bad = [i for i, example in enumerate(self.examples) if example.error is not None]
-        if cfg.get("on_bad_prompt") != "skip" or not self.good:
+        if cfg.on_bad_prompt != "skip" or not self.good:
             lengths = [len(tokens) for tokens in self.prompt_tokens]
             refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
         for i in self.bad:
             log.warning("skipped: %s", self.examples[i].error)
         if self.draft is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
-            self.draft = with_vocabulary(self.draft, model, self.tokenizer, tokens)
+            self.draft = self.draft.with_vocabulary(model, self.tokenizer, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
-            if self.device.type == "cuda" and cfg.get("compile") and len(self.good) > rows:
+            if self.device.type == "cuda" and cfg.compile and len(self.good) > rows:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            nodes = tree_of(self.draft, greedy).nodes if self.draft is not None else 1
+            nodes = self.draft.tree(greedy).nodes if self.draft is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
-            self.reserve = room + max(64, nodes) if cfg.get("compile") else None
+            self.reserve = room + max(64, nodes) if cfg.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
-        exits = [self.exit_layer or 0] if self.draft is None else self.draft["exit_layer"]
-        self.kept_layers = max(exits) if isinstance(exits, list) else exits
-        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
-        self.stop_strings = list(cfg.get("stop_strings") or [])
+        self.kept_layers = (self.exit_layer or 0) if self.draft is None else self.draft.exit_layer
+        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
+        self.stop_strings = cfg.stop_strings or []
         # Before the seed: processes that draw one share it.
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
@@ -116,27 +102,27 @@ class LayerSkipGenerate:
                 "for example prompt_file=prompts.jsonl"
             )
         if not self.interactive:
-            # Not before each process has its GPU.
-            parallel = check_processes(cfg, model)
-            weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
-            # Only the quantizer knows how many they will be.
-            weights = 0 if cfg.get("quantizer") is not None else weights
+            # Memory is looked at only now, as each process has its own GPU.
+            parallel, weights = self.parallel, 0
+            if cfg.quantizer is None:  # the size of quantised weights is known to the quantizer alone
+                weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights)
         self.interrupted = False
-        self.seed = training.set_seed(seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode"))
+        self.seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.shows = is_rank_zero()
 
     def setup(self) -> None:
         """Load the model."""
         if self.shows:
-            config.log_config(recipe_name=type(self).__name__, cfg=self.cfg)
+            config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
         if num_processes() > 1:
-            self.model = load_sharded_decoder(self.cfg, self.device, self.dtype, self.kept_layers)
+            plan = read_plan(self.cfg.tensor_parallel_plan)
+            self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
-            self.model = load_decoder(self.cfg, self.device, self.dtype)
+            self.model = load_decoder(self.cfg, self.device, self.cfg.quantizer)
         self.speculation = None
         if self.draft is not None:
-            self.speculation = build_speculation(self.draft, self.model)
+            self.speculation = self.draft.build(self.model)
 
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
@@ -157,13 +143,13 @@ class LayerSkipGenerate:
             what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
             log.warning("interrupted: the report is of %s", "the answers so far" if self.interactive else what)
         report = {
-            "exit_layer": self.exit_layer if self.draft is None else self.draft["exit_layer"],
-            "num_speculations": None if self.draft is None else self.draft["num_speculations"],
-            "temperature": self.cfg.get("temperature", 0.0),
+            "exit_layer": self.exit_layer if self.draft is None else self.draft.exit_layer,
+            "num_speculations": None if self.draft is None else self.draft.num_speculations,
+            "temperature": self.cfg.temperature,
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
             "skipped": len(self.bad),
-            **make_report(ours, baseline if self.compare else None, make_sampler(self.cfg).greedy, self.device),
+            **make_report(ours, baseline if self.compare else None, self.cfg.temperature == 0, self.device),
         }
         steps = getattr(self.model, "compiled_steps", None)
         if steps is not None:
@@ -184,7 +170,7 @@ class LayerSkipGenerate:
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
             if self.interrupted:
                 raise KeyboardInterrupt
-        path = self.cfg.get("output_file") if self.shows else None
+        path = self.cfg.output_file if self.shows else None
         with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
                 plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
@@ -219,7 +205,7 @@ class LayerSkipGenerate:
                 raise
             self.interrupted = True
         if shown is not None:
-            print("" if self.cfg.get("stream", True) else shown.text(generation.generated[0]), flush=True)
+            print("" if self.cfg.stream else shown.text(generation.generated[0]), flush=True)
         return dict(zip(batch, generation.generated, strict=True)), generation.stats
 
     def _generation(
@@ -231,16 +217,16 @@ class LayerSkipGenerate:
         shown: TextStream | None = None,
         **kwargs: Any,
     ) -> Generation:
-        dim_drafts = shown is not None and self.cfg.get("stream") == "draft" and sys.stdout.isatty()
+        dim_drafts = shown is not None and self.cfg.stream == "draft" and sys.stdout.isatty()
         generation = Generation(
             self.model,
             prompts,
             limit,
             exit_layer=None if plain else self.exit_layer,
             speculation=None if plain else self.speculation,
-            sampler=make_sampler(self.cfg, rng),
+            sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
-            compile=bool(self.cfg.get("compile")),
+            compile=bool(self.cfg.compile),
             agree=agree if num_processes() > 1 else None,
             **kwargs,
         )
@@ -249,7 +235,7 @@ class LayerSkipGenerate:
         return generation
 
     def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
-        follow(generation, texts, shown if self.cfg.get("stream", True) else None)
+        follow(generation, texts, shown if self.cfg.stream else None)
 
     def text_of(self, i: int) -> TextStream:
         """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
@@ -298,7 +284,7 @@ class LayerSkipGenerate:
             cache = generation.cache
             if not generation.generated[0]:
                 continue  # interrupted before the first token
-            print("" if self.cfg.get("stream", True) else answer.text(generation.generated[0]), flush=True)
+            print("" if self.cfg.stream else answer.text(generation.generated[0]), flush=True)
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
             ours.add({turn: generation.generated[0]}, generation.stats)
@@ -309,7 +295,7 @@ class LayerSkipGenerate:
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """A conversation so far, after the system prompt, with a question; raises a ValueError if it is refused."""
-        system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.get("system_prompt") else []
+        system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.system_prompt else []
         turn = [Message(role="user", content=question), Message(role="assistant", content="")]
         return to_tokens([*system, *history, *turn], self.tokenizer)
 

@@ -95,7 +95,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "acceptance_by_position": stats.acceptance_by_position,
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.arms),
-        "accepted_per_round": over(stats.accepted, row_rounds(stats)) if stats.drafted else None,
+        "accepted_per_round": safe_divide(stats.accepted, row_rounds(stats)) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
         "looping_outputs": ours.looping,
         "acceptance_rate_not_looping": straight.acceptance_rate,
@@ -134,12 +134,12 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
         speedup: measured.
     """
     rounds = row_rounds(stats)
-    d, steps = over(stats.drafted, rounds), over(stats.draft_steps, stats.rounds)
-    plain_s, draft_s = over(baseline.decode_s, baseline.rounds), over(stats.draft_s, stats.draft_steps)
+    d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
+    plain_s, draft_s = safe_divide(baseline.decode_s, baseline.rounds), safe_divide(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
     ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
     return {
-        "tokens_per_round": over(stats.tokens - stats.rows, rounds) if stats.rounds else None,
+        "tokens_per_round": safe_divide(stats.tokens - stats.rows, rounds) if stats.rounds else None,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
@@ -157,7 +157,7 @@ def row_rounds(stats: GenerationStats) -> int:
     return sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
 
 
-def over(a: float, b: float) -> float | None:
+def safe_divide(a: float, b: float) -> float | None:
     """a / b, None if b is 0."""
     return a / b if b else None
 

@@ -1,14 +1,25 @@
-"""Generated tokens as text: where it ends, and how it is shown while it grows."""
+"""Generated tokens as text: where it ends, how it is shown while it grows, and the file of answers."""
 
+import json
 import shutil
+import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+from torchtune import utils
+
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.prompts import Example
+
+log = utils.get_logger("INFO")
 
 DIM, PLAIN, SAVE, RESTORE = "\x1b[2m", "\x1b[0m", "\x1b[s", "\x1b[u\x1b[J"
 TAB = 8  # columns from one tab stop to the next
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose bytes are not all there
 
 
 def columns_of(character: str) -> int:
@@ -40,14 +51,16 @@ def column_after(text: str, column: int, width: int) -> int:
 
 
 class TextStream:
-    """The text of one output.
+    """The text of one output while it grows, and where it ends.
+
+    Only the last tokens are decoded for each new one: a token changes no text before the last whole character.
 
     Args:
         tokenizer: decodes.
         stop_tokens: they end an output and are not shown.
         stop_strings: an output ends before the first of them.
-        prompt: the tokens of a text that the output goes on from, whose end it must fit to the letter: what
-            SentencePiece decodes alone loses its first space, which is an indentation in a program.
+        prompt: the tokens of a text that the output continues. Its last tokens are decoded together with the output,
+            since SentencePiece drops the first space of what is decoded alone, an indentation in a program.
         column: of the cursor where the output begins to be shown, from 0.
     """
 
@@ -59,55 +72,66 @@ class TextStream:
         prompt: Sequence[int] = (),
         column: int = 0,
     ) -> None:
-        self.tokenizer = tokenizer
-        # A few are enough; none before the end of an earlier text, where some tokenizers stop decoding.
+        self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
+        # A few tokens of the prompt are enough, but none before the end of an earlier text, where some tokenizers stop
+        # decoding.
         tail = list(prompt[-8:])
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
         self.before = tail[begin:]
         self.before_text = tokenizer.decode(self.before) if self.before else ""
-        while "�" in self.before_text:  # it begins within a character, whose bytes are tokens
+        while UNFINISHED in self.before_text:  # the tail begins within a character, whose bytes are tokens
             self.before = self.before[1:]
             self.before_text = tokenizer.decode(self.before) if self.before else ""
-        self.stop_tokens = stop_tokens
-        self.stop_strings = stop_strings
+        self.window, self.window_text = list(self.before), self.before_text  # the tokens that are decoded with the next
+        self.unread: list[int] = []  # tokens whose last character is not whole yet
+        self.grown = ""  # the text of all others
+        self.read = 0  # tokens so far
         self.shown = ""
-        self.tokens: list[int] = []
         self.draft_is_shown = False
         self.column = column
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode([*self.before, *tokens])
-        if not text.startswith(self.before_text):  # a tokenizer whose texts depend on what follows
-            return self.tokenizer.decode(list(tokens))
-        return text[len(self.before_text) :]
-
     def text(self, tokens: Sequence[int]) -> str:
-        """Without the stop token, cut before a stop string."""
+        """The whole text of an output's tokens: without the stop token, cut before a stop string."""
         if tokens and tokens[-1] in self.stop_tokens:
             tokens = tokens[:-1]
-        text = self._decode(tokens)
+        text = self._continue(self.before, self.before_text, tokens)
         return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
 
-    def cut(self, tokens: list[int], new: int) -> bool:
-        """Shorten tokens to the first prefix whose text holds a stop string; only the last `new` are in question."""
-        if not self.stop_strings:
-            return False
-        text = self._decode(tokens)
-        if not any(s in text for s in self.stop_strings):
-            return False
-        for length in range(len(tokens) - new + 1, len(tokens) + 1):
-            text = self._decode(tokens[:length])
-            if any(s in text for s in self.stop_strings):
-                del tokens[length:]
-                return True
-        return False
+    def extend(self, new: Sequence[int]) -> int | None:
+        """Read new tokens, up to the first whose text completes a stop string.
 
-    def show(self, tokens: Sequence[int], last: bool) -> None:
-        """Print what tokens add to the text shown so far, but no unfinished character and no stop string's start."""
-        self.tokens = list(tokens)
-        text = self.text(tokens)
-        if not last:
-            text = text.rstrip("�")
+        Returns:
+            How many of them belong to the output if a stop string ends it, None if it goes on.
+        """
+        for position, token in enumerate(new, start=1):
+            self.read += 1
+            if token in self.stop_tokens:
+                continue
+            before = len(self.grown)
+            self.unread.append(token)
+            text = self._continue(self.window, self.window_text, self.unread)
+            if not text.endswith(UNFINISHED):
+                self.grown += text
+                self.window, self.unread = self.unread, []
+                self.window_text = self.tokenizer.decode(self.window)
+            longest = max(map(len, self.stop_strings), default=0)
+            if any(s in self.grown[max(before - longest, 0) :] for s in self.stop_strings):
+                return position
+        return None
+
+    def show(self, last: bool) -> None:
+        """Print what is new of the text, but no unfinished character and not the start of a stop string.
+
+        Args:
+            last: nothing follows: print all.
+        """
+        text = self.grown
+        if last:
+            text += self._continue(self.window, self.window_text, self.unread) if self.unread else ""
+        stop = min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=None)
+        if stop is not None:
+            text = text[:stop]
+        elif not last:
             held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             text = text[: len(text) - held]
         erase, new = RESTORE if self.draft_is_shown else "", text[len(self.shown) :]
@@ -118,32 +142,116 @@ class TextStream:
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
-        text = self._decode([*self.tokens, *drafts[0]])[len(self.shown) :]
-        # Across a line's end the cursor could not be brought back when the screen scrolls. The last column stays free.
-        line, room = next(iter(text.splitlines()), ""), shutil.get_terminal_size().columns - 1 - self.column
+        text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
+        # The cursor cannot be brought back across a line's end when the screen scrolls. The last column stays free.
+        line = next(iter(text[len(self.shown) :].splitlines()), "")
+        room = shutil.get_terminal_size().columns - 1 - self.column
         end = next((i for i in range(len(line)) if sum(map(columns_of, line[: i + 1])) > room), len(line))
-        self.draft_is_shown = True  # before it is: Ctrl-C may come between
+        self.draft_is_shown = True  # noted before the draft is printed: Ctrl-C may come between
         print(f"{SAVE}{DIM}{line[:end]}{PLAIN}", end="", flush=True)
+
+    def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
+        """The text that tokens add to those of a window."""
+        text = self.tokenizer.decode([*window, *tokens])
+        if not text.startswith(window_text):  # a tokenizer whose texts depend on the tokens that follow
+            return self.tokenizer.decode(list(tokens))
+        return text[len(window_text) :]
 
 
 def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStream | None = None) -> None:
     """Run a generation to its end, ending rows at stop strings.
 
+    The time for texts counts as decoding: the user waits for them.
+
     Args:
-        generation: not yet begun; of its statistics `tokens` is what is kept.
+        generation: not yet begun.
         texts: one for each row.
-        shown: prints the first row as it grows; after Ctrl-C too the text that stands, and no draft, is seen last.
+        shown: prints the first row as it grows. After Ctrl-C the accepted text stands, without the draft.
     """
+    seconds = 0.0
     try:
         for new in generation:
+            started = time.perf_counter()
             for row, output in enumerate(texts):
-                if new[row] and output.cut(generation.generated[row], len(new[row])):
-                    generation.finished[row] = True
+                kept = output.extend(new[row])
+                if kept is not None:
+                    generation.stop_row(row, len(generation.generated[row]) - len(new[row]) + kept)
             if shown is not None:
-                shown.show(generation.generated[0], last=generation.finished[0])
+                shown.show(last=generation.finished[0])
+            seconds += time.perf_counter() - started
     except KeyboardInterrupt:
         if shown is not None:
-            shown.show(generation.generated[0], last=True)
+            shown.extend(generation.generated[0][shown.read :])
+            shown.show(last=True)
         raise
     finally:
-        generation.stats.tokens = sum(map(len, generation.generated))
+        generation.stats.decode_s += seconds
+
+
+class AnswersInOrder:
+    """Shows answers in the order of their prompts and writes them to a file, in whatever order they come.
+
+    A context manager that writes the finished answers at its end, also after an interruption. Those of a run that is
+    killed stand in FILE.partial, in the order in which they came. A prompt that is skipped has a line in the file too,
+    with its error.
+
+    Args:
+        path: FILE, of JSON lines; None: there is none.
+        examples: the prompts, those with an error are skipped.
+        show: called with the index and the answer of each prompt when its turn comes.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+
+    def __init__(self, path: str | None, examples: Sequence[Example], show: Callable[[int, str], None]) -> None:
+        self.path, self.examples, self.show = path, examples, show
+        # Answers that wait for their turn, None of a prompt that has none.
+        self.waiting: dict[int, str | None] = {i: None for i, example in enumerate(examples) if example.error}
+        self.next = 0
+        self.lines: dict[int, str] = {}
+        self.file = None
+
+    def __enter__(self) -> "AnswersInOrder":
+        if self.path is not None:
+            partial = Path(f"{self.path}.partial")
+            try:
+                if partial.exists():  # all that a killed run left
+                    kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
+                    partial.rename(kept)
+                    log.warning("output_file: the answers of a run that came to no end are in %s", kept)
+                self.file = partial.open("w", encoding="utf-8")
+            except OSError as e:
+                message = f"output_file: {self.path!r} cannot be written ({e}); for example answers.jsonl"
+                raise ConfigError(message) from e
+            for i in self.waiting:
+                self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})
+        return self
+
+    def add(self, i: int, answer: str, tokens: int, interrupted: bool = False) -> None:
+        """The answer to a prompt, of so many tokens; interrupted: it would have gone on."""
+        self.waiting[i] = answer
+        line = {"prompt": self.examples[i].prompt, "text": answer, "tokens": tokens}
+        self._note(i, line | ({"interrupted": True} if interrupted else {}))
+        while self.next in self.waiting:
+            self._show(self.next)
+            self.next += 1
+
+    def __exit__(self, *_: object) -> None:
+        for i in sorted(self.waiting):
+            self._show(i)
+        if self.file is not None:
+            self.file.close()
+            lines = "".join(self.lines[i] for i in sorted(self.lines))
+            Path(self.path).write_text(lines, encoding="utf-8")
+            Path(self.file.name).unlink()
+
+    def _show(self, i: int) -> None:
+        if (answer := self.waiting.pop(i)) is not None:
+            self.show(i, answer)
+
+    def _note(self, i: int, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.lines[i] = json.dumps({"index": i} | line, ensure_ascii=False) + "\n"
+            self.file.write(self.lines[i])
+            self.file.flush()

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torchtune import utils
 
-from layerskip_recipes.config.settings import check_batch
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
+from layerskip_recipes.model.limits import check_batch
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP could not use again in training

@@ -6,16 +6,13 @@ part only. Draft and verification share it: each layer is written by whichever p
 a draft tree have slots of their own behind the text; `move` brings an accepted path to where its text belongs.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
 
@@ -190,57 +187,6 @@ def without_plans(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(kept)
-
-
-def check_cache_fits(
-    model: TransformerDecoder,
-    rows: int,
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    parallel: int = 1,
-    weights: int = 0,
-) -> None:
-    """Raises a ValueError if weights and caches are larger than memory: what is free on a GPU, all of a CPU's.
-
-    Args:
-        model: the decoder, on any device.
-        rows: b.
-        length: slots of each row: prompt, new tokens, drafts.
-        dtype: of the caches.
-        device: where they will be.
-        parallel: ranks that share each layer's heads.
-        weights: bytes that this process will load there, see `recipes.decoding.weight_bytes`.
-    """
-    attn = model.layers[0].attn
-    heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
-    row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize // parallel
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    left = free - weights
-    if rows * row <= left:
-        return
-    there = f"there are {free / 2**30:.1f}" + (f", of which weights take {weights / 2**30:.1f}" if weights else "")
-    takes = f"take {rows * row / 2**30:.1f} GiB, and {there}"
-    fits, positions = left // row, left * length // row
-    if positions < 1:
-        raise ConfigError(
-            f"model: its weights take {weights / 2**30:.1f} GiB, and {there}. Allowed here: a model that leaves room "
-            "for caches; for example dtype=bf16, a quantizer, or more processes"
-        )
-    if fits < 1:
-        raise ConfigError(
-            f"max_new_tokens: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {positions} "
-            "positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller max_new_tokens"
-        )
-    raise ConfigError(
-        f"batch_size: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for example "
-        f"batch_size={fits}"
-    )
 
 
 def _take_over(layer: nn.Module, cache: LayerCache) -> dict[str, object]:

@@ -19,17 +19,10 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_output_dir, check_tokenizer_dir
-from layerskip_recipes.config.settings import (
-    build,
-    build_on_meta,
-    check_batch,
-    check_device,
-    check_dtype,
-    check_length,
-    check_vocabulary,
-)
+from layerskip_recipes.config.settings import build, build_on_meta, check_device, check_dtype
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
+from layerskip_recipes.model.limits import check_batch, check_length, check_vocabulary
 from layerskip_recipes.processes import from_rank_zero, init_processes, is_rank_zero, num_processes
 from layerskip_recipes.training.batches import TrainingData, limit_samples
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint

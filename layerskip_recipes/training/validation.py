@@ -11,10 +11,10 @@ from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from layerskip_recipes.config.layer_strings import select_layers
-from layerskip_recipes.config.settings import check_length
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import exit_quality
+from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.batches import load_data
 from layerskip_recipes.training.parallel import Mesh, reshard

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
 
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
-    return benchmark_config(tmp_path, checkpoint)
+    return benchmark_config(tmp_path, checkpoint, prompt_tokens=8)
 
 
 def test_every_key_of_generation_is_known():
@@ -66,16 +66,16 @@ WRONG = [
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
     (
-        "variants.chain.threshold=auto; variants.chain.tree_width=2",
+        "variants.chain.threshold=0.5; variants.chain.tree_width=2",
         "variants.chain.threshold",
-        "auto",
+        "0.5",
         "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
     ),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
     ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "{early_exit: 3}"),
     ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
     ("variants.x.early_exit=5", "variants.x.early_exit", "5", "1..4"),
-    ("variants.x.early_exit=null", "variants.x.early_exit", "None", "1..4"),
+    ("variants.x.early_exit=null", "variants.x.early_exit", "None", "1 or more"),
     ("variants.baseline.early_exit=2", "variants.baseline", "taken", "variants.chain"),
     ("variants.torchtune.early_exit=2", "variants.torchtune", "taken", "variants.chain"),
     ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),

@@ -101,7 +101,10 @@ def test_whatever_a_config_says_of_drafts():
         (["self_speculation=null"], r"^variants: None has nothing to compare.* variants\.chain\.exit_layer=3"),
         (["self_speculation.exit_layer=9"], r"^self_speculation\.exit_layer: 9"),
         (["prompt_tokens=0"], "^prompt_tokens: 0"),
-        (["prompt_tokens=1020"], "^max_new_tokens: a prompt of 1020 tokens and .* more than the model's 1024"),
+        (
+            ["prompt_tokens=1020"],
+            "^prompt_tokens: 1020 and .* more than the model's 1024.* prompt_tokens=256 max_new_tokens=256",
+        ),
         (["self_speculation.tree_width=99999"], r"^self_speculation\.tree_width: 99999"),
         (["peers=[torchtune]"], "^peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
         (["metrics=[bleu]"], "^metrics: .* needs a checkpoint"),

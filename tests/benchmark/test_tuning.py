@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.tiny import make_tiny
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
 
 from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -24,6 +23,7 @@ from layerskip_recipes.benchmark.tuner import (
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
 
 L = 6

@@ -20,9 +20,9 @@ from torchtune.models.llama3 import llama3_tokenizer
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.config.settings import check_vocabulary
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.model.limits import check_vocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 CORPUS = [
@@ -164,11 +164,13 @@ def test_an_output_goes_on_from_its_prompt_to_the_letter(make_folder, kind, caps
             stream = TextStream(tokenizer, tokenizer.stop_tokens, prompt=prompt)
             assert tokenizer.decode(tokens[:at]) + stream.text([*tokens[at:], tokenizer.eos_id]) == text
         for end in range(at + 1, len(tokens) + 1):
-            stream.show(tokens[at:end], last=end == len(tokens))
+            stream.extend(tokens[end - 1 : end])
+            stream.show(last=end == len(tokens))
         assert tokenizer.decode(tokens[:at]) + capsys.readouterr().out == text
     ends = TextStream(tokenizer, stop_strings=["   four"], prompt=tokens[:1])
-    kept = tokens[1:]
-    assert ends.cut(kept, len(kept)) and ends.text(kept) == text.partition("   four")[0]
+    kept = ends.extend(tokens[1:])
+    assert ends.text(tokens[1 : 1 + kept]) == text.partition("   four")[0]
+    assert "   four" not in tokenizer.decode(tokens[:kept])  # the first token that completes the string is the last
 
 
 def test_a_prompt_that_ends_in_bytes_leaves_the_output_whole():

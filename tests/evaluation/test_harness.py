@@ -152,7 +152,7 @@ def test_answers_are_those_of_plain_greedy_decoding(way):
     model, tokenizer = make_tiny(), Letters()
     ways = {"plain": {}, "exit": {"exit_layer": 3}, "speculation": {"draft": {"exit_layer": 2, "num_speculations": 3}}}
     if way == "speculation":
-        from layerskip_recipes.generation.speculation_section import check_speculation
+        from layerskip_recipes.generation.drafting.section import check_speculation
 
         section = OmegaConf.create(ways[way]["draft"])
         ways[way] = {"draft": check_speculation(section, layerskip_decoder(model))}

@@ -19,13 +19,13 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.drafting.section import quantised_drafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps, rounded
 from layerskip_recipes.generation.kernels.few_rows import MOST_ROWS, FewRows, load_kernel
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.speculation_section import quantised_drafter
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"

@@ -17,7 +17,7 @@ from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
-from layerskip_recipes.model.kv_cache import check_cache_fits
+from layerskip_recipes.model.limits import check_cache_fits
 
 CPU = torch.device("cpu")
 TOKENS = greedy("llama3_2", PROMPT, 12)

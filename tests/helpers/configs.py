@@ -50,6 +50,13 @@ HF_CONFIG = {
 }
 
 
+# The model's weights: 9,600 of the embedding, which is the head too; in each of 4 layers 32 x 32 (q), 2 x 16 x 32
+# (k, v), 32 x 32 (output), 3 x 32 x 48 (MLP) and 2 x 32 (norms); 32 of the last norm.
+LAYER, REST = 1024 + 1024 + 1024 + 4608 + 64, 9600 + 32
+# The bytes of a slot of the cache: 4 layers x 2 (keys, values) x 1 head x 16, in fp32.
+SLOT = 4 * 2 * 16 * 4
+
+
 def unknown_suggestions(message: str, keys: Iterable[str]) -> list[str]:
     """The overrides that an error message suggests, behind what is allowed, and that begin with no key of the config:
     typed as they stand they would be another mistake."""

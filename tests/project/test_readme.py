@@ -175,7 +175,7 @@ def test_python_example():
 def test_every_key_of_the_sections_is_in_the_readme():
     import inspect
 
-    from layerskip_recipes.generation.speculation_section import self_speculation
+    from layerskip_recipes.generation.drafting.section import self_speculation
     from layerskip_recipes.model.layer_dropout import LayerDropout
     from layerskip_recipes.training.early_exit import EarlyExitLoss
 

@@ -1,0 +1,42 @@
+"""Files that a recipe writes: can they be written, and is the ending right? Nothing is made here."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerskip_recipes.errors import ConfigError
+
+PICTURES = (".png", ".pdf", ".svg")  # what a picture's name may end in
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raises a ConfigError if it is no folder and cannot become one. Nothing is made here."""
+    path = folder.absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} is in the way")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} gives no permission to")
+
+
+def check_ending(key: str, name: str | None, endings: Sequence[str]) -> None:
+    """Raises a ConfigError if a file's name has none of the endings; None is no name."""
+    if name and Path(name).suffix.lower() not in endings:
+        raise ConfigError(
+            f"{key}: {name!r} is not allowed. Allowed: names that end in {', '.join(endings)}; for example "
+            f"{key}={Path(name).stem or key}{endings[0]}"
+        )
+
+
+def check_file(key: str, name: str) -> None:
+    """Raises a ConfigError if no file of that name can be written."""
+    path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{key}: {name!r} is a folder. Allowed: a file; for example {key}={name.rstrip('/')}/{key}")
+    if not path.exists():
+        check_folder(key, path.parent)
+    elif not os.access(path, os.W_OK):  # its folder does not matter then: /dev/stdout
+        raise ConfigError(
+            f"{key}: {name!r} cannot be written, it is there and protected. Allowed: another file; for example "
+            f"{key}={path.with_stem(path.stem + '_2')}"
+        )

@@ -1,0 +1,198 @@
+"""The `self_speculation` section of a config: its keys, their checks, and the `Speculation` that it describes."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from torchtune.modules import TiedLinear, TransformerDecoder
+
+from layerskip_recipes.checkpoint.weights import quantise
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, Text
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.tree import DraftTree
+from layerskip_recipes.generation.steps import head_of
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+
+
+def _one_exit(value: Any) -> Any:
+    if isinstance(value, list):
+        raise ConfigError(
+            f": {value} is a list. Allowed: one exit, such as 8; layerskip_benchmark with tune=true finds the fastest"
+        )
+    return value
+
+
+def _fixed_threshold(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ConfigError(
+            f": {value!r} is not allowed. Allowed: a number of 0 to 1, such as 0.4, or null: no threshold"
+        )
+    return value
+
+
+class SelfSpeculation(Section):
+    """How drafts are made. The output stays that of the whole model."""
+
+    exit_layer: Annotated[PositiveInt, BeforeValidator(_one_exit), Field(examples=[8])]
+    """E: the number of layers that run for a draft, 1 to L."""
+    num_speculations: Annotated[PositiveInt, Field(examples=[6])]
+    """Tokens drafted in a round; of a draft tree its depth."""
+    tree_width: PositiveInt = 1
+    """Nodes that each level of a draft tree expands; 1 is a chain, one token after the other."""
+    tree_children: PositiveInt = 1
+    """Candidates from each expanded node."""
+    threshold: Annotated[Annotated[Fraction, Field(examples=[0.4])] | None, BeforeValidator(_fixed_threshold)] = None
+    """A draft stops at a token of which its probability is below this. Compiled steps look after 1, 2, 4, 8, ... tokens
+    only, since each length is a graph."""
+    draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
+    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts."""
+    draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
+    """A text in which the most frequent tokens are counted instead of in the prompts."""
+    prompt_lookup: Annotated[PositiveInt, Field(examples=[3])] | None = None
+    """Where the last so many tokens of the text occurred before, what followed them is drafted, if that pays."""
+    draft_quantizer: Annotated[Component, Takes()] | None = None
+    """Quantises the layers and the head that draft; verification stays in full precision."""
+
+    def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
+        """Raises a ConfigError if the section does not fit a model.
+
+        Args:
+            model: the decoder, on any device.
+            key: of the section, for messages.
+        """
+        vocabulary, file = self.draft_vocabulary, self.draft_vocabulary_file
+        if file is not None and not isinstance(vocabulary, int):
+            raise ConfigError(
+                f"{key}.draft_vocabulary_file: {file!r} needs a number of tokens too, for example "
+                f"{key}.draft_vocabulary=4096 {key}.draft_vocabulary_file=corpus.txt"
+            )
+        if file is not None and not Path(file).is_file():
+            raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
+        self._speculation(vocabulary if isinstance(vocabulary, list) else None, key).check(model, f"{key}.")
+
+    def _speculation(self, vocabulary: Any, key: str, drafter: LayerSkipDecoder | None = None) -> Speculation:
+        plain = ("exit_layer", "num_speculations", "tree_width", "tree_children", "threshold", "prompt_lookup")
+        try:
+            return Speculation(
+                **{name: getattr(self, name) for name in plain}, draft_vocabulary=vocabulary, drafter=drafter
+            )
+        except ConfigError as e:
+            raise ConfigError(f"{key}.{e}") from e
+
+    def tree(self, greedy: bool) -> DraftTree:
+        """The shape of a round's drafts; a chain is a tree of width 1."""
+        return DraftTree(self.num_speculations, self.tree_width, self.tree_children, greedy)
+
+    def spare_slots(self, greedy: bool) -> int:
+        """The cache slots of a draft tree; 0 for a chain, whose drafts stand where text will."""
+        tree = self.tree(greedy)
+        return 0 if tree.is_chain else tree.nodes
+
+    def with_vocabulary(
+        self,
+        model: LayerSkipDecoder,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        key: str = "self_speculation",
+    ) -> "SelfSpeculation":
+        """The section with the ids of the draft vocabulary in place of their number.
+
+        Args:
+            model: the decoder, on any device.
+            tokenizer: for draft_vocabulary_file.
+            prompts: tokens of the prompts, counted if there is no such file.
+            key: of the section, for messages.
+
+        Raises:
+            ConfigError: if there are too few for the tree.
+        """
+        if not isinstance(self.draft_vocabulary, int):
+            return self
+        texts = prompts
+        if self.draft_vocabulary_file is not None:
+            text = Path(self.draft_vocabulary_file).read_text(encoding="utf-8", errors="replace")
+            texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
+        counts = Counter(token for tokens in texts for token in tokens)
+        vocabulary = [token for token, _ in counts.most_common(self.draft_vocabulary)]
+        self._speculation(vocabulary, key).check(model, f"{key}.")
+        return self.model_copy(update={"draft_vocabulary": vocabulary})
+
+    def build(self, model: LayerSkipDecoder, key: str = "self_speculation") -> Speculation:
+        """The speculation, with quantised layers if the section asks for them.
+
+        Args:
+            model: with its weights; the draft vocabulary is ids by now, see `with_vocabulary`.
+            key: of the section, for messages.
+
+        Raises:
+            ConfigError: if the quantizer does not work on this device.
+        """
+        drafter = None
+        if self.draft_quantizer is not None:
+            drafter = quantised_drafter(model, self.exit_layer, self.draft_quantizer, self.draft_vocabulary is None)
+        return self._speculation(self.draft_vocabulary, key, drafter)
+
+
+def check_draft_fits(
+    section: SelfSpeculation | None, quantizer: Component | None, model: TransformerDecoder, parallel: int = 1
+) -> None:
+    """Raises a ConfigError for drafts that a quantised or split model does not allow.
+
+    Args:
+        section: how drafts are made.
+        quantizer: of the whole model.
+        model: the decoder, on any device.
+        parallel: the ranks that share each matrix.
+    """
+    if section is None:
+        return
+    packed = quantizer is not None and not isinstance(model.output, TiedLinear)
+    if section.draft_vocabulary is not None and (packed or parallel > 1):
+        why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
+        raise ConfigError(
+            f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
+            "self_speculation.draft_vocabulary=null"
+        )
+    if section.draft_quantizer is not None and quantizer is not None:
+        raise ConfigError(
+            "self_speculation.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
+            "Set one of them null; for example quantizer=null"
+        )
+
+
+def quantised_drafter(
+    model: LayerSkipDecoder, depth: int, quantizer: Component, with_head: bool = True
+) -> LayerSkipDecoder:
+    """A decoder whose first layers and head are quantised copies of the model's; all else is the model's own.
+
+    Args:
+        model: the model, left as it is.
+        depth: the exit that drafts.
+        quantizer: as for `quantise`.
+        with_head: False leaves the head, as where drafts have one of their own.
+
+    Raises:
+        ConfigError: if the quantizer does not work on this device.
+    """
+    # The table of positions is one for all layers, and for a long context as large as a layer in int8: share it.
+    shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
+    parts = [copy.deepcopy(layer, dict(shared)) for layer in model.layers[:depth]]
+    if with_head:
+        source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
+        state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
+        head = torch.nn.Linear(*reversed(source.weight.shape), bias="bias" in state, device="meta")
+        head.load_state_dict(state, assign=True)
+        parts.append(head)
+    drafter = copy.copy(model)
+    drafter._modules = dict(model._modules)  # a plain copy would share the registry of modules with the model
+    packed = quantise(torch.nn.ModuleList(parts), quantizer)
+    drafter.layers = packed[:depth]
+    if with_head:
+        drafter.output = packed[depth]
+    return drafter

@@ -1,0 +1,34 @@
+"""A benchmark must fit the memory."""
+
+from pathlib import Path
+
+import pytest
+from helpers.configs import LAYER, REST, SLOT, benchmark_config, generate_config, make_checkpoint
+
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.config.loading import load_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
+
+
+@pytest.fixture
+def path(tmp_path, checkpoint) -> Path:
+    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
+
+
+def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):
+    """The deepest draft of its variants counts: a sampled tree with its root and 2 x (1 + 2) nodes, and the drafts."""
+    variants = {"tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2}}
+    path = benchmark_config(tmp_path, checkpoint, prompt=["a", "b"], batch_size=2, variants=variants)
+    need = 4 * (4 * LAYER + REST) + 2 * (1 + 16 + 7) * SLOT
+
+    def with_memory(memory):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        LayerSkipBenchmark(load_config(str(path)))
+
+    with_memory(need)
+    with pytest.raises(ValueError, match=r"^batch_size: .* up to 1; for example batch_size=1$"):
+        with_memory(need - 1)

@@ -1,0 +1,133 @@
+"""The exits of a checkpoint on a dataset: their quality, reports and pictures, other checkpoints beside it."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
+from omegaconf import OmegaConf
+from torchtune import config as tune_config
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
+
+
+@pytest.fixture
+def path(tmp_path, checkpoint) -> Path:
+    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
+
+
+def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
+    """Loss, accuracy and agreement by plain PyTorch over the same samples; the picture is a PNG."""
+    path = eval_config(tmp_path, checkpoint, picture=str(tmp_path / "exits.png"), num_speculations=3)
+    recipe = LayerSkipEval(load_config(str(path)))
+    recipe.setup()
+    report = recipe.evaluate()
+    model = tune_config.instantiate(OmegaConf.create(MODEL))
+    model.load_state_dict(recipe.model.state_dict())
+    tokens = torch.tensor([sample["tokens"] for sample in recipe.batches.dataset])
+    labels = tokens[:, 1:].flatten()
+    with torch.no_grad():
+        h, logits = model.tok_embeddings(tokens), {}
+        for i, layer in enumerate(model.layers):
+            h = layer(h)
+            logits[i + 1] = model.output(model.norm(h))[:, :-1].flatten(0, 1)
+    assert list(report["exits"]) == [1, 2, 3, 4]
+    for e, quality in report["exits"].items():
+        assert quality["loss"] == pytest.approx(F.cross_entropy(logits[e], labels).item(), abs=1e-4)
+        agree = (logits[e].argmax(-1) == logits[4].argmax(-1)).float().mean().item()
+        assert quality["agreement"] == pytest.approx(agree, abs=1e-3)
+        assert quality["accuracy"] == pytest.approx((logits[e].argmax(-1) == labels).float().mean().item(), abs=1e-3)
+        # Of 3 tokens drafted from each position of a sample whose next 3 labels are there.
+        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1).tolist()
+        runs = [sum(all(row[i : i + k]) for k in (1, 2, 3)) for row in same for i in range(len(row) - 2)]
+        assert quality["accepted_length"] == pytest.approx(sum(runs) / len(runs), abs=1e-3)
+    assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
+
+
+def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
+    """Each has the figures that it has alone; the report is a file too."""
+    other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
+
+    def evaluate(**changes):
+        recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, **changes))))
+        recipe.setup()
+        return recipe.evaluate()
+
+    alone = {folder: evaluate(checkpoint=folder)["exits"] for folder in (checkpoint, other)}
+    report = tmp_path / "report" / "exits.json"
+    both = evaluate(checkpoint=checkpoint, compare={"other": {"checkpoint_dir": str(other)}}, report=str(report))
+    assert both["exits"] == alone[checkpoint] != alone[other] == both["compare"]["other"]
+    assert json.loads(report.read_text()) == json.loads(json.dumps(both))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
+def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
+    """The report says so; it goes beside a complete one of before, and so does the picture."""
+    report, picture = tmp_path / "exits.json", tmp_path / "exits.png"
+    compare = {"other": {"checkpoint_dir": str(checkpoint)}}
+    files = {"report": str(report), "picture": str(picture)}
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, compare=compare, **files))))
+    recipe.setup()
+    exits_of = recipe._measure_exits
+
+    def first_only(name):
+        if name == "other":
+            raise error
+        return exits_of(name)
+
+    monkeypatch.setattr(recipe, "_measure_exits", first_only)
+    complete = '{"exits": {}}'
+    for stem in ("exits", "exits_interrupted"):
+        with nullcontext() if error is KeyboardInterrupt else pytest.raises(RuntimeError, match="is broken"):
+            recipe.evaluate()
+        found = json.loads(report.with_stem(stem).read_text())
+        assert list(found["exits"]) == ["1", "2", "3", "4"] and found["compare"] == {} and found["interrupted"] is True
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+        assert found["picture"] == str(picture.with_stem(stem)) and picture.with_stem(stem).is_file()
+        # Were that one complete:
+        report.write_text(complete)
+        picture.write_text(complete)
+    assert report.read_text() == picture.read_text() == complete
+
+
+def test_an_evaluation_that_measured_nothing_leaves_the_last_report(tmp_path, checkpoint, monkeypatch):
+    (tmp_path / "exits.json").write_text("yesterday's")
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, report=str(tmp_path / "exits.json")))))
+    recipe.setup()
+    monkeypatch.setattr(recipe, "_measure_exits", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe.evaluate()
+    assert (tmp_path / "exits.json").read_text() == "yesterday's"
+
+
+@pytest.mark.parametrize("changes", [{"report": "folder"}, {"report": "file/exits.json"}, {"picture": "exits.txt"}])
+def test_eval_checks_what_it_will_write(tmp_path, checkpoint, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    [(key, value)] = changes.items()
+    with pytest.raises(ValueError, match=rf"^{key}: '{value}' |^{key}: 'file' cannot be written"):
+        LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, **changes))))
+
+
+def test_a_generation_config_becomes_an_evaluation(tmp_path, checkpoint, path):
+    """What means nothing here is switched off by null, and refused by its name where it is not."""
+    data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 64}
+    off = dict.fromkeys(
+        ("prompt", "self_speculation", "max_new_tokens", "benchmark", "top_k", "stop_strings", "stream")
+    )
+    own = write_yaml(tmp_path / "own.yaml", {"extends": str(path), "dataset": data, "temperature": 0.0, **off})
+    LayerSkipEval(load_config(str(own)))
+    for key, value in {"temperature": 1.0, "top_k": 1, "stop_tokens": [2], "prompt": "a"}.items():
+        with pytest.raises(ValueError, match=rf"^{key}: .* is not honoured by this recipe: .* Set {key}=null"):
+            LayerSkipEval(load_config(str(own), [f"{key}={value}"]))

@@ -1,0 +1,253 @@
+"""Conversations and chat prompts: the cache between turns, questions left out, drafts shown on a terminal."""
+
+import importlib
+import io
+import json
+import re
+
+import pytest
+import torch
+from helpers.generating import run
+from torchtune.data import Message
+
+from layerskip_recipes import generate
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.prompts import to_tokens
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.generation.text_stream import TextStream
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def test_interactive_keeps_the_conversation_and_its_cache(path, tmp_path):
+    """Two questions by standard input: the second prompt holds the first answer, whose cache is not computed again."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<reply>{% endif %}"
+    overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), [*overrides, "system_prompt=be"]))
+    recipe.setup()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("sys.stdin", io.StringIO("hello\n\nand now\n/exit\n"))
+    seen = []
+    monkey.setattr(recipe, "_generation", lambda prompts, *a, old=recipe._generation, **k: seen.append(
+        (prompts[0], made := old(prompts, *a, **k))) or made)  # fmt: skip
+    report = recipe.generate()
+    monkey.undo()
+    assert report["prompts"] == 2
+    (first, one), (second, two) = seen
+    decode = recipe.tokenizer.decode
+    assert decode(first) == "<system>be<user>hello<reply>"
+    answer = TextStream(recipe.tokenizer, recipe.stop_tokens).text(one.generated[0])
+    assert decode(second) == f"<system>be<user>hello<assistant>{answer}<user>and now<reply>"
+    common = next(i for i, (a, b) in enumerate(zip(first + one.generated[0], second, strict=False)) if a != b)
+    assert two.stats.reused_tokens == min(common, len(first) + len(one.generated[0]) - 1) > 4
+    assert two.stats.prefill_tokens == len(second) - two.stats.reused_tokens
+    alone = generate(recipe.model, torch.tensor(second), 8, stop_tokens=recipe.stop_tokens)
+    assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
+
+
+def test_a_question_in_another_encoding_is_left_out(path, monkeypatch, caplog):
+    lines = iter(["hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "and now"])
+
+    def read(prompt):
+        line = next(lines, "/exit")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=4"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert recipe.generate()["prompts"] == 2
+    assert sum("the question is left out: 'utf-8'" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_answer_that_was_interrupted_before_its_first_token_is_none(path, monkeypatch):
+    """It counts in no figure, and the conversation goes on without it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand now\n"))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=4"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    asked = []
+
+    def prefill(self, whole=Generation._prefill):
+        asked.append(self.prompts[0])
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    monkeypatch.setattr(Generation, "_prefill", prefill)
+    report = recipe.generate()
+    assert report["prompts"] == 1 and report["tokens"] <= 4
+    assert "hi" not in recipe.tokenizer.decode(asked[1])
+
+
+def test_a_conversation_has_no_baseline(path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=interactive", "benchmark.compare=true"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    report = recipe.generate()
+    assert report["prompts"] == 1 and "identical" not in report
+
+
+def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
+    """On a terminal: without what is between saving and restoring the cursor, the text is the accepted text."""
+    run(path)
+    plain = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run(path, "stream=draft")
+    shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+    assert "\x1b[2m" in shown
+    assert re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown) == plain
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 20, 12], [40]])
+@pytest.mark.parametrize("length", [1, 40, 4000])
+def test_only_the_last_tokens_are_decoded(length, sizes):
+    """However long the text is: what one more token costs does not grow with it."""
+    decoded = []
+
+    class Counting(Letters):
+        def decode(self, tokens):
+            decoded.append(len(tokens))
+            return super().decode(tokens)
+
+    stream = TextStream(Counting(), stop_strings=["zz"])
+    stream.extend(list(map(ord, "ab" * length)))
+    decoded.clear()
+    text = list(map(ord, "cd" * 20))
+    for size in sizes:
+        assert stream.extend(text[:size]) is None
+        text = text[size:]
+    assert max(decoded) <= 2 and len(decoded) <= 80
+    assert stream.grown == "ab" * length + "cd" * 20
+
+
+def test_a_stop_string_may_begin_in_one_round_and_end_in_another():
+    stream = TextStream(Letters(), stop_strings=["end", "zz"])
+    assert stream.extend(list(map(ord, "an e"))) is None
+    assert stream.extend(list(map(ord, "nd of"))) == 2
+    assert stream.text(list(map(ord, "an end"))) == "an "
+
+
+@pytest.mark.parametrize(
+    ("shown", "draft", "seen"),
+    [
+        ("", "abcdefghijklmnop", "abcdefghi"),  # of ten columns the last stays free
+        ("abcd", "efghijklmnop", "efghi"),
+        ("abcd\nab", "cdefghijklmnop", "cdefghi"),
+        ("abcdefghijklm", "nopqrstuvwxyz", "nopqrs"),  # the terminal wrapped it
+        ("abcdefghij", "klm", ""),
+        ("ab日本", "日本語", "日"),  # two columns each
+        ("e\u0301" * 4, "abcdefgh", "abcde"),  # an accent takes none
+        ("a\tb", "cd", ""),
+        ("ab", "c\rd", "c"),
+        ("ab", "c\nd", "c"),
+        ("ab", "", ""),
+    ],
+)
+def test_a_draft_stays_in_its_line(shown, draft, seen, capsys, monkeypatch):
+    """On a terminal of ten columns, whose cursor could not come back from another row."""
+    monkeypatch.setenv("COLUMNS", "10")
+    stream = TextStream(Letters())
+    tokens = list(map(ord, shown))
+    for token in tokens:
+        stream.extend([token])
+        stream.show(last=False)
+    capsys.readouterr()
+    stream.show_draft([list(map(ord, draft))])
+    assert capsys.readouterr().out == f"\x1b[s\x1b[2m{seen}\x1b[0m"
+
+
+def test_a_draft_stays_in_the_line_of_the_prompts_mark(path, capsys, monkeypatch):
+    """Ten columns, of which ">>> " takes four: no more than five of a draft."""
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run(path, "stream=draft", "max_new_tokens=4")
+    first = re.search(r">>> (.*?)\x1b\[s\x1b\[2m(.*?)\x1b\[0m", capsys.readouterr().out, flags=re.S)
+    assert "\n" not in first[1] and len(first[1] + first[2]) <= 5
+
+
+def test_a_question_that_does_not_fit_is_left_out(path, monkeypatch, caplog):
+    """The conversation goes on as if it had not been asked, and the message says how long one may be."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\n{'x' * 150}\nand now\n"))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    asked = []
+    monkeypatch.setattr(recipe, "_generation", lambda prompts, *a, old=recipe._generation, **k: asked.append(
+        prompts[0]) or old(prompts, *a, **k))  # fmt: skip
+    assert recipe.generate()["prompts"] == 2
+    assert "x" * 5 not in recipe.tokenizer.decode(asked[1]) and recipe.tokenizer.decode(asked[1]).endswith(
+        "and now<reply>"
+    )
+    (message,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    room = int(re.search(r"at most (\d+) tokens", message)[1])
+    # After it "and now" was asked: the question's tokens take what is left of the 128.
+    question = len(recipe.tokenizer.encode("and now", add_bos=False, add_eos=False))
+    assert room == 128 - 8 - (len(asked[1]) - question)
+
+
+def test_a_conversation_ends_where_no_question_fits(path, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" * 30))
+    overrides = [f"tokenizer.chat_template={json.dumps(CHAT)}", "prompt=interactive", "max_new_tokens=16"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    report = recipe.generate()
+    assert 1 <= report["prompts"] < 128 // 16
+    assert [r.getMessage().partition(":")[0] for r in caplog.records].count("the conversation is over") == 1
+
+
+def test_what_a_template_refuses_ends_no_conversation(path, monkeypatch, caplog):
+    """The question is left out, and the report comes as ever. What it refuses from the start is refused before."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nbad\nand now\n"))
+    refuses = (
+        "{% if messages[-1].content == 'bad' or messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    overrides = [f"tokenizer.chat_template={json.dumps(refuses + CHAT)}", "prompt=interactive", "max_new_tokens=8"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert recipe.generate()["prompts"] == 2
+    assert sum("left out" in record.getMessage() for record in caplog.records) == 1
+    with pytest.raises(ValueError, match=r"the tokenizer refuses .*: no$"):
+        LayerSkipGenerate(load_config(str(path), [*overrides, "system_prompt=be"]))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "leaves_it_open"),
+    [
+        ("llama2.Llama2Tokenizer", True),
+        ("llama3.Llama3Tokenizer", True),
+        *((name, False) for name in ("mistral.MistralTokenizer", "gemma.GemmaTokenizer", "phi3.Phi3MiniTokenizer")),
+        *((name, False) for name in ("qwen2.Qwen2Tokenizer", "qwen2_5.Qwen2_5Tokenizer", "phi4.Phi4Tokenizer")),
+    ],
+)
+def test_a_chat_needs_a_tokenizer_that_leaves_the_last_turn_open(tokenizer, leaves_it_open):
+    """Without files an instance can do nothing else, so one that may try ends in another error."""
+    module, name = tokenizer.split(".")
+    kind = getattr(importlib.import_module(f"torchtune.models.{module}._tokenizer"), name)
+    message = (
+        "^prompt: the tokenizer refuses" if leaves_it_open else rf"^tokenizer: {name} closes .*hf_tokenizer, path:"
+    )
+    for prompt in ({"user": "hi"}, [Message(role="user", content="hi"), Message(role="assistant", content="")]):
+        with pytest.raises(ValueError, match=message):
+            to_tokens(prompt, kind.__new__(kind))
+
+
+def test_a_chat_prompt_goes_through_the_template(path, checkpoint, tmp_path):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<reply>{% endif %}"
+    overrides = [f"tokenizer.chat_template={json.dumps(template)}", "prompt=null", "prompt.system=be", "prompt.user=hi"]
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    assert recipe.tokenizer.decode(recipe.prompt_tokens[0]) == "<system>be<user>hi<reply>"

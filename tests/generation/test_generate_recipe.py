@@ -1,0 +1,407 @@
+"""The generate recipe: outputs, stops, batches, variants, the comparison, the report."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+import torchao.quantization
+from helpers.commands import run_tune
+from helpers.configs import LAYER, MODEL, REST, SLOT
+from helpers.generating import run
+from omegaconf import OmegaConf
+from torchtune import config as tune_config
+from torchtune.generation import generate as torchtune_generate
+
+from layerskip_recipes import generate
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.cli.run import is_for_all
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.generation.report import Totals
+from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.model.limits import weight_bytes
+
+CPU = torch.device("cpu")
+MODES = {
+    "autoregressive": ["self_speculation=null"],
+    "early exit": ["self_speculation=null", "exit_layer=3"],
+    "self-speculative": [],
+}
+
+
+VARIANTS = [
+    "exit_layer=[1,2,3]",
+    "tree_width=3; tree_children=2",
+    "threshold=auto",
+    "threshold=0.2",
+    "prompt_lookup=2",
+    "draft_vocabulary=40",
+    "draft_vocabulary=[5,6,7,8,9,10,11]",
+    "draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
+]
+
+
+def test_greedy_output_is_torchtunes(path, capsys):
+    """The text on stdout is that of `torchtune.generation.generate`, and the last line is the report."""
+    recipe, report = run(path, "benchmark.compare=true")
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == report
+    expected, _ = torchtune_generate(
+        recipe.model,
+        torch.tensor(recipe.prompt_tokens[0]),
+        max_generated_tokens=24,
+        top_k=1,
+        stop_tokens=recipe.stop_tokens,
+    )
+    expected = expected[0, len(recipe.prompt_tokens[0]) :].tolist()
+    assert report["tokens"] == report["baseline_tokens"] == len(expected)
+    assert report["identical"] is True and report["speedup"] > 0
+    text = recipe.tokenizer.decode([token for token in expected if token not in recipe.stop_tokens])
+    assert text.strip() and f">>> {text}\n" in out
+
+
+def test_the_report_adds_up(path):
+    _, report = run(path, "prompt=[import os, class A, x = 1]")
+    assert report["prompts"] == 3
+    assert report["acceptance_rate"] == report["accepted"] / report["drafted"]
+    assert sum(report["accepted_histogram"]) == report["rounds"]
+    assert sum(k * n for k, n in enumerate(report["accepted_histogram"])) == report["accepted"]
+    # Each round gives its accepted tokens and one more; each prompt's first token comes from the prefill.
+    assert report["tokens"] == report["accepted"] + report["rounds"] + 3
+    assert report["peak_memory_bytes"] > 1e7 and report["prefill_s"] > 0 and report["decode_s"] > 0
+
+
+def test_early_exit_takes_all_tokens_from_that_exit(path):
+    """Chosen one by one from exit 3 of the whole text, without a cache."""
+    recipe, report = run(path, *MODES["early exit"], f"output_file={path.parent / 'out.jsonl'}")
+    tokens = list(recipe.prompt_tokens[0])
+    with torch.no_grad():
+        for _ in range(24):
+            tokens.append(recipe.model(torch.tensor([tokens]), exit_layer=3)[0, -1].argmax().item())
+            if tokens[-1] in recipe.stop_tokens:
+                break
+    (line,) = (path.parent / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == recipe.text_of(0).text(tokens[len(recipe.prompt_tokens[0]) :])
+    assert report["tokens"] == len(tokens) - len(recipe.prompt_tokens[0])
+    assert report["acceptance_rate"] is None and report["drafted"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_seeds_make_sampling_reproducible(path, mode, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        run(path, *MODES[mode], "temperature=0.9", "top_k=40", "top_p=0.95", f"seed={seed}")
+        texts.append(capsys.readouterr().out.split("\n---")[1])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, stream):
+    recipe, _ = run(path, "self_speculation=null", "stream=false")
+    stream_of = TextStream(recipe.tokenizer, recipe.stop_tokens)
+    whole = stream_of.text(generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24).tokens[0].tolist())
+    whole = whole[len("def main(") :]
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    expected = whole[: whole.index(stop)]
+    counts = []
+    for mode in ("autoregressive", "self-speculative"):
+        capsys.readouterr()
+        _, report = run(path, *MODES[mode], f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
+        shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
+        assert shown == expected
+        counts.append(report["tokens"])
+    assert counts[0] == counts[1] < 24
+
+
+def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
+    recipe, report = run(path)
+    output = (
+        generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24)
+        .tokens[0, len(recipe.prompt_tokens[0]) :]
+        .tolist()
+    )
+    stop = output[7]
+    _, stopped = run(path, f"stop_tokens=[{stop}]", "benchmark.compare=true")
+    assert stopped["tokens"] == output.index(stop) + 1 < report["tokens"]
+    assert stopped["identical"] is True
+
+
+def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
+    """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
+    texts = [
+        "x = 1\n" * 6,
+        "def f(",
+        "import os\nimport sys\n" * 3,
+        "class A:",
+        "a",
+        "for i in range(10):\n    print(i)",
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    overrides = [f"prompt_file={file}", "max_new_tokens=12", "benchmark.compare=true"]
+    answers = []
+    for size in (1, 2, 4):
+        out = tmp_path / f"{size}.jsonl"
+        _, report = run(path, *overrides, f"batch_size={size}", f"output_file={out}")
+        assert report["identical"] is True and report["prompts"] == 6
+        answers.append([json.loads(line) for line in out.read_text().splitlines()])
+        shown = capsys.readouterr().out
+        assert [shown.index(f"--- prompt {i + 1} of 6") for i in range(6)] == sorted(
+            shown.index(f"--- prompt {i + 1} of 6") for i in range(6)
+        )
+        assert [line["prompt"] for line in answers[-1]] == texts
+        assert all(line["text"] in shown for line in answers[-1])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
+    recipe, _ = run(path, "prompt=[def main(, import os]", "stream=false")
+    rows = [
+        generate(recipe.model, torch.tensor(tokens), 24).tokens[0, len(tokens) :] for tokens in recipe.prompt_tokens
+    ]
+    texts = [TextStream(recipe.tokenizer, recipe.stop_tokens).text(row.tolist()) for row in rows]
+    stop = next(texts[0][at : at + 4] for at in range(4, 20) if texts[0][at : at + 4] not in texts[1])
+    capsys.readouterr()
+    run(path, "prompt=[def main(, import os]", "batch_size=2", f"stop_strings=[{json.dumps(stop)}]")
+    shown = [part.split("\n\n---")[0] for part in capsys.readouterr().out.split(">>> ")[1:]]
+    assert [text.rstrip("\n") for text in shown] == [
+        texts[0][: texts[0].index(stop)].rstrip("\n"),
+        texts[1].rstrip("\n"),
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_leaves_the_output_as_it_is(path, variant):
+    overrides = [f"self_speculation.{part}" for part in variant.split("; ")]
+    _, report = run(path, *overrides, "prompt=[def main(, import os]", "benchmark.compare=true")
+    assert report["identical"] is True and report["drafted"] > 0
+    assert report["engine_efficiency"] == pytest.approx(report["speedup"] / report["ideal_speedup"])
+
+
+def test_the_draft_vocabulary_of_a_file_is_its_frequent_tokens(path, tmp_path):
+    (tmp_path / "text.txt").write_text("import os\n" * 9 + "zzz")
+    recipe, report = run(
+        path,
+        "self_speculation.draft_vocabulary=4",
+        f"self_speculation.draft_vocabulary_file={tmp_path / 'text.txt'}",
+    )
+    frequent = set(recipe.tokenizer.encode("import os\n" * 9, add_bos=False, add_eos=False))
+    assert set(recipe.speculation.draft_vocabulary) <= frequent and report["drafted"] > 0
+
+
+def test_the_report_says_how_near_to_the_ideal(path):
+    """Efficiency is measured / ((rho d + 1) / (d c + 1)), with rho and c of the same run."""
+    _, report = run(path, "benchmark.compare=true", "prompt=[def main(, import os]")
+    steps = report["baseline_tokens"] - report["prompts"]
+    c = (report["draft_s"] / (report["rounds"] * 3 - 2)) / (report["baseline_decode_s"] / steps)
+    assert report["draft_cost"] == pytest.approx(c, rel=0.2)
+    d = report["drafted"] / report["rounds"]
+    ideal = (report["acceptance_rate"] * d + 1) / (d * report["draft_cost"] + 1)
+    assert report["ideal_speedup"] == pytest.approx(ideal, rel=0.1)
+    assert report["draft_s"] + report["verify_s"] + report["accept_s"] == pytest.approx(report["decode_s"])
+
+
+@pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_quantised_weights_are_what_decodes(path, quantizer):
+    """The logits are those of a model that torchao quantises here; all layers' weights are torchao's."""
+    recipe, report = run(path, f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true")
+    assert report["identical"] is True
+    linears = [part for part in recipe.model.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 4 * 7 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    theirs = load_decoder(GenerateConfig.load(load_config(str(path))), CPU)
+    torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
+    tokens = torch.tensor([recipe.prompt_tokens[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(recipe.model(tokens), theirs(tokens))
+        assert not torch.equal(
+            recipe.model(tokens), load_decoder(GenerateConfig.load(load_config(str(path))), CPU)(tokens)
+        )
+
+
+@pytest.mark.parametrize("vocabulary", [None, 40])
+def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary):
+    """The head too, but where drafts have one of their own; the model and what it shares are as they were."""
+    quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+    recipe, _ = run(path, quantizer, *([f"self_speculation.draft_vocabulary={vocabulary}"] if vocabulary else []))
+    drafter, model = recipe.speculation.drafter, recipe.model
+    assert len(drafter.layers) == recipe.speculation.exits[-1]
+    linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 7 * len(drafter.layers)
+    assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+    assert drafter.norm is model.norm and drafter.tok_embeddings is model.tok_embeddings
+    assert (drafter.output is model.output) == (vocabulary is not None)
+    if vocabulary is None:
+        x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
+        expected = torch.nn.Linear(x.shape[-1], model.tok_embeddings.num_embeddings, bias=False)
+        expected.weight.data = getattr(model.output, "tied_module", model.output).weight.data.clone()
+        torchao.quantization.quantize_(expected, torchao.quantization.Int8WeightOnlyConfig())
+        with torch.no_grad():
+            torch.testing.assert_close(drafter.output(x), expected(x))
+
+
+def test_a_quantiser_that_does_not_work_here_is_named(path):
+    with pytest.raises(ValueError, match=r"^quantizer: .*Float8WeightOnlyConfig does not work on cpu \("):
+        run(path, "quantizer._component_=torchao.quantization.Float8WeightOnlyConfig")
+
+
+def test_a_quantiser_that_changes_nothing_is_refused(path):
+    """torchao leaves layers that groups do not fit as they are."""
+    quantizer = ["quantizer._component_=torchao.quantization.Int4WeightOnlyConfig", "quantizer.group_size=64"]
+    with pytest.raises(
+        ValueError, match=r"^quantizer: .*Int4WeightOnlyConfig changes no weight of this model.*divisor"
+    ):
+        run(path, *quantizer)
+
+
+def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    outputs = []
+    for flag in ("false", "true"):
+        out = tmp_path / f"{flag}.jsonl"
+        _, report = run(path, f"compile={flag}", f"output_file={out}", "benchmark.compare=true")
+        assert report["identical"] is True
+        assert (report["compile_s"] > 0) is (flag == "true")
+        outputs.append(out.read_text())
+    assert outputs[0] == outputs[1]
+
+
+def test_each_answer_is_printed_once(path, capsys):
+    """A batch that is left with one prompt, too."""
+    run(path, "prompt=[one, two, three]", "batch_size=2")
+    out = capsys.readouterr().out
+    assert [out.count(f"--- prompt {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_prompts_that_differ_between_ranks_are_refused(path, monkeypatch):
+    compared = []
+    monkeypatch.setattr("layerskip_recipes.generation.recipe.same_on_all", lambda value: compared.append(value) or True)
+    recipe = LayerSkipGenerate(load_config(str(path)))
+    assert compared == [([0], recipe.prompt_tokens)]
+    monkeypatch.setattr("layerskip_recipes.generation.recipe.same_on_all", lambda value: False)
+    with pytest.raises(ValueError, match=r"^prompts: differ between ranks\. .*prompt_file="):
+        LayerSkipGenerate(load_config(str(path)))
+
+
+def test_other_ranks_log_errors_only(monkeypatch):
+    def logged(rank, level):
+        monkeypatch.setenv("RANK", rank)
+        return is_for_all(logging.makeLogRecord({"levelno": level}))
+
+    assert logged("0", logging.INFO) and logged("1", logging.ERROR) and logged("3", logging.CRITICAL)
+    assert not logged("1", logging.INFO) and not logged("1", logging.WARNING)
+
+
+def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
+    """Sharded over two gloo processes, with drafts and without: the same text, printed once, as what is logged."""
+    overrides = ["benchmark.compare=true", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts"]
+    _, alone = run(path, *overrides)
+    text = capsys.readouterr().out.split("\n--- ")[1].replace("\r\n", "\n").replace("\r", "\n")  # as from a process
+    done = run_tune(
+        "run", "--nproc_per_node", "2", "layerskip_generate", "--config", str(path), *overrides, cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n--- ")[1] == text and done.stdout.count("--- prompt 1 of 1") == 1
+    # Behind it torchtune's launcher may say that it uses torchrun, when its own output is flushed.
+    report = json.loads([line for line in done.stdout.splitlines() if line != "Running with torchrun..."][-1])
+    for key in ("identical", "tokens", "rounds", "accepted", "baseline_tokens"):
+        assert report[key] == alone[key]
+    assert report["identical"] is True
+    assert done.stderr.count("prompt: takes the place of prompts") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("compile=true", "compile"),
+        ("prompt=interactive", "prompt"),
+        ("prompt_file=-", "prompt_file"),
+        (
+            "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
+            "self_speculation.draft_quantizer",
+        ),
+    ],
+)
+def test_what_works_in_one_process_only_is_refused_in_several(path, monkeypatch, override, key):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*one process, and there are 2"):
+        LayerSkipGenerate(load_config(str(path), [override]))
+
+
+def test_a_prompt_file_beside_prompt_interactive_is_for_several_processes(path, monkeypatch, tmp_path):
+    """The file takes the place of the conversation."""
+    (tmp_path / "one.txt").write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    GenerateConfig.load(load_config(str(path), ["prompt=interactive", f"prompt_file={tmp_path / 'one.txt'}"]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
+def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compiled, draft):
+    """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know."""
+    overrides = ["batch_size=2", "prompt=[a, b]", f"compile={str(compiled).lower()}", *filter(None, [draft])]
+    nodes = {"": 4, "self_speculation=null": 1}.get(draft, 6)
+    slots = 256 + 64 if compiled else 1 + 24 + nodes
+    weights = 4 * (4 * LAYER + REST)
+
+    def with_memory(memory):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        return LayerSkipGenerate(load_config(str(path), overrides))
+
+    with_memory(weights + 2 * slots * SLOT)
+    message = r"^batch_size: the caches of 2 rows .* weights take .* up to 1; for example batch_size=1$"
+    with pytest.raises(ValueError, match=message):
+        with_memory(weights + 2 * slots * SLOT - 1)
+    message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
+    with pytest.raises(ValueError, match=message):
+        with_memory(weights + slots * SLOT - 1)
+    with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
+        with_memory(weights)
+
+
+@pytest.mark.parametrize(("kept", "shards", "parallel", "bytes_"), [
+    (0, 1, 1, 2 * (4 * LAYER + REST)),
+    (2, 1, 1, 2 * (4 * LAYER + REST)),
+    (2, 2, 1, 2 * (2 * LAYER + REST + LAYER)),
+    (0, 4, 1, 2 * (REST + LAYER)),
+    (2, 2, 2, 2 * (2 * LAYER + REST + LAYER) // 2),
+])  # fmt: skip
+def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
+    """In bf16: layers below the exit whole, the others sharded; matrices split by tensor parallelism."""
+    with torch.device("meta"):
+        model = tune_config.instantiate(OmegaConf.create(MODEL))
+    assert weight_bytes(model, torch.bfloat16, kept, shards, parallel) == bytes_
+
+
+def test_a_torchtune_quantizer_keeps_output_identical_to_the_quantised_model(path):
+    _, report = run(
+        path, "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQuantizer",
+        "quantizer.groupsize=16", "benchmark.compare=true",
+    )  # fmt: skip
+    assert report["identical"] is True
+
+
+def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):
+    run_ = run_tune("run", "layerskip_generate", "--config", str(path), "benchmark.compare=true", cwd=tmp_path)
+    assert run_.returncode == 0, run_.stderr[-2000:]
+    assert run_.stdout.startswith("\n--- prompt 1 of 1\ndef main(\n>>> ")
+    assert json.loads(run_.stdout.splitlines()[-1])["identical"] is True
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["generate.yaml"]
+
+
+def test_what_does_not_loop_is_compared_on_the_same_prompts():
+    """Of three prompts one way loops on the first and the other on the second: the third is left."""
+    loop, straight = [1, 2] * 20, list(range(40))
+    outputs = {0: (loop, straight), 1: (straight, loop), 2: (straight, straight)}
+    totals, seconds = (Totals(), Totals()), ((1.0, 3.0), (5.0, 1.0), (1.0, 2.0))
+    for i, both in outputs.items():
+        for of_way, mine, other, took in zip(totals, both, both[::-1], seconds[i], strict=True):
+            of_way.add({i: mine}, GenerationStats(tokens=41, rows=1, decode_s=took), beside=[other])
+    assert [of_way.compared.decode_s for of_way in totals] == [1.0, 2.0]
+    assert [of_way.straight.decode_s for of_way in totals] == [5.0 + 1.0, 3.0 + 2.0]
+    assert [of_way.looping for of_way in totals] == [1, 1]
