@@ -103,7 +103,7 @@ def test_whatever_a_config_says_of_drafts():
         (["prompt_tokens=0"], "^prompt_tokens: 0"),
         (
             ["prompt_tokens=1020"],
-            "^prompt_tokens: 1020 and .* more than the model's 1024.* prompt_tokens=256 max_new_tokens=256",
+            "^prompt_tokens: 1020 and .* the model's 1024 .* prompt_tokens=256 max_new_tokens=256",
         ),
         (["self_speculation.tree_width=99999"], r"^self_speculation\.tree_width: 99999"),
         (["peers=[torchtune]"], "^peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
