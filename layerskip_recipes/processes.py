@@ -1,4 +1,9 @@
-"""The processes of torchrun: joining their group, rank 0's values for all, the same tensors on all."""
+"""The processes of torchrun: joining their groups, waiting for rank 0's files, rank 0's values for all.
+
+Two groups exist. torch's default group carries the tensors of each step; there a process that does not answer for
+minutes is lost. A second one, on the CPU, carries small Python objects and barriers around file work: one rank may read
+or write hundreds of gigabytes, pack a dataset, or wait for a user's next question, while the others wait for it.
+"""
 
 import os
 from datetime import timedelta
@@ -10,19 +15,19 @@ from torchtune import training
 
 from layerskip_recipes.errors import ConfigError
 
+STEP_TIMEOUT = timedelta(minutes=10)
+FILE_TIMEOUT = timedelta(days=1)  # if rank 0 fails meanwhile, torchrun ends the others at once
+
+_file_group: dist.ProcessGroup | None = None
+
 
 def num_processes() -> int:
-    """How many processes torchrun started, known before `init_processes`; 1 without it."""
+    """How many processes torchrun started, known before `init_processes`; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-# One rank may pack a dataset, or read or write hundreds of gigabytes, for hours while the others wait. If it fails
-# torchrun ends them at once.
-TIMEOUT = timedelta(days=1)
-
-
 def init_processes(device_type: str, with_cpu: bool = False) -> int:
-    """Join the process group of torchrun's processes (gloo for "cpu", nccl for "cuda"); one process needs none.
+    """Join the process groups of torchrun's processes (gloo for "cpu", nccl for "cuda"); one process needs none.
 
     Args:
         device_type: of the tensors that are sent.
@@ -32,8 +37,9 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
         This process's rank.
 
     Raises:
-        ValueError: if this machine has fewer GPUs than processes.
+        ConfigError: if this machine has fewer GPUs than processes.
     """
+    global _file_group
     if num_processes() == 1:
         return 0
     if device_type == "cuda":
@@ -43,12 +49,25 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
             raise ConfigError(f"nproc_per_node: {given}. Allowed: 1..{count}; for example nproc_per_node={count}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+    _file_group = new_file_group()
     return dist.get_rank()
 
 
+def new_file_group() -> dist.ProcessGroup:
+    """A further group of all ranks for file work, such as writing in the background; call it on all ranks."""
+    return dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
+
+
+def file_group() -> dist.ProcessGroup | None:
+    """The group for file work; None for torch's default group, where another program made that."""
+    return _file_group
+
+
 def end_processes() -> None:
-    """Leave the process group after a run that went well."""
+    """Leave the process groups after a run that went well."""
+    global _file_group
+    _file_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -58,27 +77,38 @@ def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def wait_for_all() -> None:
+    """Wait until every rank is here, for as long as file work may take."""
+    if dist.is_initialized():
+        dist.barrier(group=_file_group)
+
+
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value, any that can be pickled, on all ranks."""
+    """Rank 0's value, any that can be pickled, on all ranks; they wait for it as long as for files."""
     shared = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0)
+        dist.broadcast_object_list(shared, src=0, group=_file_group)
     return shared[0]
+
+
+def from_every_rank(value: Any) -> list[Any]:
+    """The values of all ranks, any that can be pickled, on all ranks; they wait for them as long as for files."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_file_group)
+    return values
 
 
 def same_on_all(value: Any) -> bool:
     """Whether all ranks have the same value, any that can be pickled."""
-    if not dist.is_initialized():
-        return True
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return all(other == value for other in values)
+    return all(other == value for other in from_every_rank(value))
 
 
-def agree(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's tensor (same shape, dtype and kind of device on all ranks): ranks that take it cannot diverge."""
+def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor (same shape, dtype and kind of device on all ranks), so that ranks cannot diverge."""
     if not dist.is_initialized():
         return tensor
-    agreed = tensor.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(agreed, src=0)
-    return agreed
+    shared = tensor.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(shared, src=0)
+    return shared

@@ -16,9 +16,9 @@ from layerskip_recipes.generation.timing import memory_bandwidth
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Tiny models are faster on one thread: on a busy machine four times, where threads wait for each other.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tiny models are faster on one thread: on a busy machine four times, where threads wait for each other. Results must
+# not depend on the number, which OMP_NUM_THREADS sets.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # Test files that are started as programs find tests/helpers too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # What inductor compiles is kept for one test run and found by all of its processes: xdist's workers inherit the
@@ -51,6 +51,20 @@ def tiny():
 def any_family(request):
     """A tiny model of each family."""
     return make_tiny(request.param)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """New models compute in float64 throughout, also where torchtune asks for fp32 (norms, rotations, logits).
+
+    For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
+    """
+    to_float32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

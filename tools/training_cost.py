@@ -19,21 +19,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torchtune import config, training
+from torchtune import training
 from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.settings import build_on_meta, check_device, check_dtype
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.config import check_config
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.optimizers import layers_to_checkpoint
 from layerskip_recipes.training.parallel import checkpoint_layers
 
 METHODS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer")
@@ -70,22 +69,22 @@ def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One method in this process: seconds of each step after the first, peak memory in GB, and before any step."""
-    cfg, method = load_config(args.config, args.overrides), args.method
-    device = check_device(cfg)
-    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+    cfg, method = FinetuneConfig.load(load_config(args.config, args.overrides)), args.method
+    device = cfg.find_device()
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     torch.manual_seed(0)
-    with training.set_default_dtype(check_dtype(cfg, device)), device:
-        base = config.instantiate(cfg.model.get("base") or cfg.model)
+    with training.set_default_dtype(cfg.torch_dtype), device:
+        base = (Component(cfg.model.get("base")) if cfg.model.get("base") else cfg.model).build()
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (args.batch, args.seq_len + 1))
     model = layerskip_decoder(base)
     freeze_base(model)
-    checkpoint_layers(model, layers_to_checkpoint(cfg))
+    checkpoint_layers(model, cfg.checkpoint_every_layers)
     if method == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
     exits, last = f"{args.layers},{depth - 1}", str(depth - 1)
-    compiled, section = bool(cfg.get("compile")), cfg.get("early_exit_loss") or {}
-    chunks = {"chunk_tokens": section["chunk_tokens"]} if section.get("chunk_tokens") else {}
+    compiled = bool(cfg.compile)
+    chunks = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
     if compiled:
         training.compile_model(model, verbose=False)
     if method == "ours, dropout":
@@ -127,9 +126,7 @@ def measure_in_process(method: str, arguments: list[str]) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """All methods in turns: medians of their figures, and the ratios that matter."""
-    cfg = load_config(args.config, args.overrides)
-    check_config(cfg)
-    depth = len(build_on_meta(cfg).layers)
+    depth = FinetuneConfig.load(load_config(args.config, args.overrides)).num_layers
     select_layers(args.layers, depth, key="--layers")
     runs: dict[str, list[dict]] = {method: [] for method in METHODS}
     for _ in range(args.repeats):

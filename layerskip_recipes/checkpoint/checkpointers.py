@@ -124,7 +124,7 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
         cfg: the config.
         writes: the recipe writes to output_dir, which torchtune wants outside of checkpoint_dir.
     """
-    section, output_dir = cfg.checkpointer, cfg.output_dir
+    section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if section.get("checkpoint_dir") is None:
         if checkpoint_files(section):
             raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")

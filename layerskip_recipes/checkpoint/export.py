@@ -142,7 +142,8 @@ def _copy_weights(files: list[Path], target: Path, layers: int) -> None:
             names = [name for name in every if (at := LAYER.search(name)) is None or int(at[1]) < layers]
             if names:
                 kept[file.name] = names
-    total, where = 0, {}
+    total = 0
+    where: dict[str, str] = {}
     for number, (name, names) in enumerate(kept.items(), start=1):
         new = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else "model.safetensors"
         with safe_open(files[0].with_name(name), framework="pt") as tensors:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
@@ -106,7 +108,7 @@ def adapter_state(cfg: RecipeConfig) -> dict[str, torch.Tensor]:
     return read_adapters(path, cfg.meta_model) if path is not None else {}
 
 
-def quantise(module: nn.Module, quantizer: Component) -> nn.Module:
+def quantise(module: M, quantizer: Component) -> M:
     """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
 
     Args:

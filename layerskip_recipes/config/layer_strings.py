@@ -18,7 +18,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
         L booleans.
 
     Raises:
-        ValueError: if the text is no selection, an index is outside of the model, or nothing is selected.
+        ConfigError: if the text is no selection, an index is outside of the model, or nothing is selected.
     """
 
     def wrong(why: str) -> ValueError:
@@ -48,3 +48,9 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
     if not chosen:
         raise wrong("selects no layer")
     return [layer in chosen for layer in range(num_layers)]
+
+
+def select_exits(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[int]:
+    """The exits behind the selected layers (see `select_layers`) and the last one, in order; layer l is exit l + 1."""
+    chosen = select_layers(layers, num_layers, key=key)
+    return sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {num_layers})

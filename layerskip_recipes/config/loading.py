@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,12 +16,18 @@ from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.errors import ConfigError
 
-PATHS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # how the keys of paths end
+PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # keys whose values are paths
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # in C, where there is one
-    """YAML as OmegaConf reads it (2e-5 is a number, no dates), but without numbers of base 60 and leading zeros,
-    which would read the layers 1:5 as 65 and the file number 00003 as 3; and a key that stands twice is an error."""
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is faster, and not always there
+
+
+class _Loader(_SafeLoader):
+    """YAML as OmegaConf reads it: 2e-5 is a number, and there are no dates.
+
+    Numbers of base 60 and leading zeros are text: else the layers 1:5 would be 65, and the file number 00003 would be 3.
+    A key that stands twice is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -55,7 +61,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         The config, interpolations unresolved, without `extends`; paths in the home folder, ~/..., are whole.
 
     Raises:
-        ValueError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
+        ConfigError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
     """
     cfg = _load_chain(find_config(name), ())
     later: dict[str, Any] = {}
@@ -72,13 +78,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _at_home(content: Any, key: str = "") -> Any:
-    """With the ~/ that begins a path as the home folder: a shell knows it, a file system does not."""
+    """The content with ~/ at the beginning of paths replaced by the home folder, as a shell does it."""
     if isinstance(content, dict):
         return {name: _at_home(value, str(name)) for name, value in content.items()}
     if isinstance(content, list):
         return [_at_home(value, key) for value in content]
-    a_path = isinstance(content, str) and content.startswith("~/") and PATHS.search(key)
-    return str(Path(content).expanduser()) if a_path else content
+    if isinstance(content, str) and content.startswith("~/") and PATH_KEYS.search(key):
+        return str(Path(content).expanduser())
+    return content
 
 
 def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
@@ -145,7 +152,7 @@ def parse_value(text: str) -> Any:
 
 
 def _check_colons(key: str, text: str) -> None:
-    """Raises a ValueError for {name:value}, which in YAML is a name without a value."""
+    """Raises a ConfigError for {name:value}, which in YAML is a name without a value."""
     spaced = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)
     if text[:1] in ("{", "[") and "{" in text and spaced != text:
         meant = parse_value(spaced)

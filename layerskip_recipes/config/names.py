@@ -37,7 +37,7 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
         key: what an error message calls it.
 
     Raises:
-        ValueError: if there is no such file or name; with the nearest names.
+        ConfigError: if there is no such file or name; with the nearest names.
     """
     places = [*([relative_to / name] if relative_to else []), Path(name).expanduser()]
     # Also the ones named _*, which our_configs does not show.

@@ -71,7 +71,8 @@ class RecipeConfig(Section):
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         kept = {}
-        for key, value in content.items():
+        for name, value in content.items():
+            key = str(name)
             if key in cls.REFUSED and key not in cls.model_fields:
                 if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
                     why = cls.REFUSED[key]

@@ -6,10 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.schema import Section, check
 from layerskip_recipes.config.settings import COMMON, anything, component, flag, number, one_of, text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import FILTERS
-from layerskip_recipes.training.batches import check_collate_fn, check_dataset
+from layerskip_recipes.training.batches import CollateFn, Datasets
 
 
 def check_tasks(key: str, value: Any) -> None:
@@ -41,10 +43,24 @@ def harness() -> ModuleType:
     return harness
 
 
+class _Data(Section):
+    dataset: Datasets | None
+
+
+def datasets_of(value: Any) -> list[Component]:
+    """The datasets of the `dataset` section; raises a ConfigError for a wrong one."""
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    datasets = _Data.parse({"dataset": plain}).dataset or []
+    for dataset in datasets:
+        dataset.key = "dataset"
+        dataset.check()
+    return datasets
+
+
 SETTINGS = COMMON | {
     "quantizer": component(optional=True),
-    "dataset": lambda key, value: None if value is None else check_dataset(key, value),
-    "collate_fn": check_collate_fn,
+    "dataset": lambda key, value: datasets_of(value),
+    "collate_fn": lambda key, value: check(key, value, CollateFn),
     "batch_size": number(minimum=1),
     "max_batches": number(minimum=1, optional=True),
     "layers": anything,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, ready
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.checks import PICTURES, check_ending, check_file
+from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.settings import (
     build,
     build_on_meta,
@@ -28,7 +29,15 @@ from layerskip_recipes.config.settings import (
 from layerskip_recipes.data.tokenizer import PLAIN_TEMPLATE
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
-from layerskip_recipes.evaluation.config import REFUSED, SETTINGS, check_measured, checkpoints, harness, task_folders
+from layerskip_recipes.evaluation.config import (
+    REFUSED,
+    SETTINGS,
+    check_measured,
+    checkpoints,
+    datasets_of,
+    harness,
+    task_folders,
+)
 from layerskip_recipes.evaluation.human_eval import HumanEval, check_execution, pass_at_1, read_problems
 from layerskip_recipes.generation.drafting.section import check_draft_fits, check_speculation, tree_of
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
@@ -38,7 +47,6 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 from layerskip_recipes.training.batches import limit_samples, load_data
-from layerskip_recipes.training.validation import chosen_exits
 
 log = utils.get_logger("INFO")
 
@@ -79,7 +87,7 @@ def check_config(cfg: DictConfig) -> None:
     check_ending("picture", cfg.get("picture"), PICTURES)
     model = layerskip_decoder(build_on_meta(cfg))
     check_checkpointer(cfg, model)
-    chosen_exits(cfg, "layers", model.num_layers)
+    select_exits(":" if cfg.get("layers") is None else cfg.layers, model.num_layers)
     if cfg.get("human_eval") is not None:
         HumanEval(**check_section(cfg.human_eval, "human_eval", HumanEval))
     if cfg.get("self_speculation") is not None:
@@ -132,8 +140,9 @@ class LayerSkipEval:
         check_vocabulary(self.tokenizer, model)
         self.batches = self.tasks = self.problems = None
         if cfg.get("dataset") is not None:
-            limit_samples(cfg, self.tokenizer, model)
-            dataset, collate = load_data(cfg, self.tokenizer, model, self.device)
+            datasets = datasets_of(cfg.dataset)
+            limit_samples(datasets, self.tokenizer, model)
+            dataset, collate = load_data(datasets, cfg.get("collate_fn"), self.tokenizer, model, self.device)
             self.batches = DataLoader(dataset, batch_size=cfg.get("batch_size", 1), collate_fn=collate)
             self.total = min(len(self.batches), cfg.get("max_batches") or len(self.batches))
         self.draft = None
@@ -250,7 +259,7 @@ class LayerSkipEval:
         progress = tqdm(self.batches, total=self.total, desc=name)
         batches = (batch for batch, _ in zip(progress, range(self.total), strict=False))
         draft = cfg.get("num_speculations") or 6
-        exits = chosen_exits(cfg, "layers", model.num_layers)
+        exits = select_exits(":" if cfg.get("layers") is None else cfg.layers, model.num_layers)
         quality = exit_quality(model, batches, exits, self.device, num_speculations=draft)
         progress.close()
         print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10} {f'of {draft}':>6}")

@@ -14,7 +14,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation, check
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.processes import agree, from_rank_zero, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, from_rank_zero, same_on_all
 
 
 @dataclass
@@ -112,7 +112,7 @@ def generate(
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
-        agree=agree if shared else None,
+        agree=broadcast_from_rank0 if shared else None,
     )
     for _ in generation:
         pass

@@ -24,7 +24,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import Draft, Steps
 from layerskip_recipes.generation.timing import Clock, Reads, Stopwatch
-from layerskip_recipes.model.decoder import is_plain_attention, on_device, walked
+from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
@@ -69,7 +69,7 @@ class Generation:
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
     ) -> None:
-        self.model = walked(model)
+        self.model = as_layerskip_decoder(model)
         self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
         self.speculation = speculation

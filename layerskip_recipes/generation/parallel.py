@@ -32,6 +32,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import (
     is_rank_zero,
     num_processes,
+    wait_for_all,
 )
 
 Plan = Mapping[str, ParallelStyle]
@@ -120,6 +121,7 @@ def load_sharded_decoder(
         else:
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
+    wait_for_all()  # rank 0 reads its files for longer than a collective may take
     without_adapters(model)
     return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan)
 
@@ -169,6 +171,7 @@ def shard_decoder(
     shards = dist.get_world_size() // tensor_parallel_dim
     mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))
     if tensor_parallel_dim > 1:
+        assert plan is not None
         parallelize(model, mesh["parallel"], plan)
     late = _LateLayers(model.layers[kept_layers:] if shards > 1 else [])
     for module in (*late.layers, late):

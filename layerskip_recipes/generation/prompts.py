@@ -72,7 +72,7 @@ def read_examples(
 
 
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
-    """Raises a ValueError if an example has an error: that of the longest prompt, and the lines of the others.
+    """Raises a ConfigError if an example has an error: that of the longest prompt, and the lines of the others.
 
     Args:
         examples: of `try_examples` or `encode`.
@@ -96,14 +96,14 @@ def encode(
     Args:
         examples: of `try_examples`.
         tokenizer: of the model.
-        check: raises a ValueError if prompts of these lengths do not fit the model, or there are none.
+        check: raises a ConfigError if prompts of these lengths do not fit the model, or there are none.
 
     Returns:
         The examples, and their tokens: [] of one that is broken.
     """
     if not examples:
         check([])
-    checked, tokens, fits = [], [], 0  # fits: no longer prompt had to be checked so far
+    checked, tokens, fits = [], [], 0  # the longest prompt that was checked so far
     for example in examples:
         made: list[int] = []
         if example.error is None:
@@ -194,8 +194,10 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
 
 
 def _check_open_turn(tokenizer: Any) -> None:
-    """Raises a ValueError for a tokenizer that closes the last turn too: of torchtune's only Llama's can leave it open,
-    and the others do not say that they ignore the wish."""
+    """Raises a ConfigError for a tokenizer that closes the last turn too.
+
+    Of torchtune's tokenizers only Llama's can leave the turn of the answer open; the others ignore `inference=True`.
+    """
     tokenize = getattr(tokenizer, "tokenize_messages", None)
     if tokenize is None or "add_end_tokens" not in inspect.signature(tokenize).parameters:
         raise ConfigError(
@@ -213,7 +215,7 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         tokenizer: of the model.
 
     Raises:
-        ValueError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
+        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
             or if the tokenizer leaves no assistant turn open.
     """
     if not isinstance(prompt, str):

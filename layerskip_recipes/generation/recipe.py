@@ -28,7 +28,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
-from layerskip_recipes.processes import agree, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -173,14 +173,14 @@ class LayerSkipGenerate:
         path = self.cfg.output_file if self.shows else None
         with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
-                plain = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
+                undrafted = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
                 outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
-                # Both or, after Ctrl-C, none: they are compared.
-                if plain is None:
+                if undrafted is None:
                     ours.add(outputs, stats)
-                elif not self.interrupted:
-                    baseline.add(*plain, beside=outputs.values())
-                    ours.add(outputs, stats, beside=plain[0].values())
+                elif not self.interrupted:  # after Ctrl-C neither counts, as they are compared
+                    texts, undrafted_stats = undrafted
+                    baseline.add(texts, undrafted_stats, beside=outputs.values())
+                    ours.add(outputs, stats, beside=texts.values())
                 for i, tokens in outputs.items() if self.shows else ():
                     answers.add(i, self.text_of(i).text(tokens), len(tokens), self.interrupted)
                 if self.interrupted:
@@ -227,7 +227,7 @@ class LayerSkipGenerate:
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.compile),
-            agree=agree if num_processes() > 1 else None,
+            agree=broadcast_from_rank0 if num_processes() > 1 else None,
             **kwargs,
         )
         if dim_drafts:
@@ -290,11 +290,11 @@ class LayerSkipGenerate:
             ours.add({turn: generation.generated[0]}, generation.stats)
 
     def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
-        """Raises a ValueError unless prompts of these lengths fit the model."""
+        """Raises a ConfigError unless prompts of these lengths fit the model."""
         check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
-        """A conversation so far, after the system prompt, with a question; raises a ValueError if it is refused."""
+        """A conversation so far, after the system prompt, with a question; raises a ConfigError if it is refused."""
         system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.system_prompt else []
         turn = [Message(role="user", content=question), Message(role="assistant", content="")]
         return to_tokens([*system, *history, *turn], self.tokenizer)

@@ -137,7 +137,9 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
     plain_s, draft_s = safe_divide(baseline.decode_s, baseline.rounds), safe_divide(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
-    ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d) if d and plain_s else None
+    ideal = None
+    if d and steps is not None and plain_s and stats.acceptance_rate is not None:
+        ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d)
     return {
         "tokens_per_round": safe_divide(stats.tokens - stats.rows, rounds) if stats.rounds else None,
         "drafted": stats.drafted,

@@ -11,7 +11,7 @@ from layerskip_recipes.generation.drafting.tree import DraftTree
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, cache_length, rounded
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import DraftHead, Steps
-from layerskip_recipes.model.decoder import LayerSkipDecoder, walked
+from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 
@@ -45,7 +45,7 @@ class Runner:
                 speculation.num_speculations, speculation.tree_width, speculation.tree_children, greedy=sampler.greedy
             )
             if speculation.drafter is not None:
-                self.drafter = walked(speculation.drafter)
+                self.drafter = as_layerskip_decoder(speculation.drafter)
         self.draft_head: DraftHead | None = None
         self.cache: DecodingCache | None = None
         self._steps: dict[tuple[int, int], Steps] = {}

@@ -325,7 +325,7 @@ class Steps:
             # Drafts behind a row's limit are cut later; a position that the model knows is good enough for them.
             input_pos=positions.clamp(max=self.last_position),
         )
-        self.cache.place.at = None
+        self.cache.cursor.at = None
         return out
 
     def _draft_scores(self, x, seen):

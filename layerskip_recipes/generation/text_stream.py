@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torchtune import utils
 
@@ -210,7 +210,7 @@ class AnswersInOrder:
         self.waiting: dict[int, str | None] = {i: None for i, example in enumerate(examples) if example.error}
         self.next = 0
         self.lines: dict[int, str] = {}
-        self.file = None
+        self.file: IO[str] | None = None
 
     def __enter__(self) -> "AnswersInOrder":
         if self.path is not None:

@@ -1,31 +1,31 @@
-"""LoRA and DoRA adapters of torchtune's builders: which they are, how they start, how they merge into the weights.
+"""LoRA and DoRA adapters of torchtune's builders: their names, their first values, and merging them into the weights.
 
-A model has adapters if its modules do; the recipe trains those, and everything else of it is frozen.
+A model has adapters if its modules do; a training then changes only the adapters.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
-from layerskip_recipes.config.checks import check_choice, check_number
-from layerskip_recipes.config.components import parameter_names as component_parameters
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 
-BIASES = "scaled biases"  # beside torchtune's keys in what a checkpoint holds
-ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own form; PEFT's lie beside
+BIASES = "scaled biases"  # a key of a checkpoint's contents, beside torchtune's own keys
+ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format; PEFT's files lie beside it
 
 
 def adapter_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The LoRA or DoRA layers of a model by name, before layers are wrapped for activation checkpointing."""
+    """The LoRA or DoRA layers of a model by name; call it before layers are wrapped for activation checkpointing."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
 
 
@@ -35,19 +35,19 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Only adapters train from here on, if the model has any."""
+    """Freeze all parameters but the adapters, if the model has any."""
     adapters = get_adapter_params(model)
     if adapters:
         set_trainable_params(model, adapters)
 
 
 def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Adapters that change nothing yet: A as a linear layer starts, B = 0, DoRA's magnitude that of the weight's rows.
+    """The first values of adapters, which change nothing yet: A as in a linear layer, B = 0, DoRA's magnitude |W|.
 
     Args:
         model: with adapters, on any device.
-        base: the state_dict of its other weights.
-        seed: of A.
+        base: the state_dict of the model's other weights.
+        seed: for A.
 
     Returns:
         The adapters' state_dict, on the CPU.
@@ -60,7 +60,7 @@ def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int
         state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
         if hasattr(module, "magnitude"):
             weight = base[f"{name}.weight"]
-            if isinstance(module.weight, NF4Tensor):  # the rows that the model will have
+            if isinstance(module.weight, NF4Tensor):  # the norms of the rounded rows, which the model computes with
                 weight = to_nf4(weight.to(a.dtype), module.weight.block_size, module.weight.scaler_block_size)
                 weight = weight.get_original_weight()
             state[f"{name}.magnitude"] = torch.linalg.norm(weight.float(), dim=1).to(a.dtype)
@@ -68,22 +68,22 @@ def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's adapter_config.json says, with torchtune's module names."""
+    """The contents of PEFT's adapter_config.json, with torchtune's module names."""
     modules = adapter_modules(model)
-    one = next(iter(modules.values()))
-    rank = one.lora_a.weight.shape[0]
+    first = next(iter(modules.values()))
+    rank = first.lora_a.weight.shape[0]
     config = {
         "r": rank,
-        "lora_alpha": one.alpha if hasattr(one, "alpha") else one.scaling * rank,
+        "lora_alpha": first.alpha if hasattr(first, "alpha") else first.scaling * rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "peft_type": "LORA",
     }
-    return config | ({"use_dora": True} if hasattr(one, "magnitude") else {})
+    return config | ({"use_dora": True} if hasattr(first, "magnitude") else {})
 
 
 @torch.no_grad()
 def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The biases as the trained model has them: torchtune's DoRA scales W x + b as a whole. Empty without any.
+    """The biases of DoRA layers times the row's scale, since torchtune's DoRA scales W x + b as a whole.
 
     Args:
         state: of the model with adapters, on rank 0.
@@ -108,19 +108,19 @@ def merged(
     Args:
         state: of the model with adapters.
         config: of `adapter_config`.
-        in_place: the weights of the state are nobody else's, and change; else they are copied.
+        in_place: change the weights of the state; else they are copied.
     """
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
     copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
     own = dict(state) | copies
-    own |= scaled_biases(state, config)  # torchtune's merge leaves them as they were
+    own |= scaled_biases(state, config)  # torchtune's merge does not scale them
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The model with plain linear layers: adapters merged into the weights, NF4 ones unpacked; changed in place."""
+    """Make all layers plain linear ones, in place: adapters are merged into the weights, NF4 weights unpacked."""
     modules = adapter_modules(model)
-    # On the CPU, where NF4 weights are unpacked to.
+    # On the CPU, where the state_dict hook unpacks NF4 weights to.
     state = model.state_dict() if modules else {}
     state = {name: value if value.is_meta else value.cpu() for name, value in state.items()}
     state = merged(state, adapter_config(model)) if modules else {}
@@ -132,22 +132,23 @@ def without_adapters(model: nn.Module) -> nn.Module:
         bias = state.get(f"{name}.bias") if name in modules else module.bias
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        place = {"device": module.weight.device, "dtype": module.weight.dtype}
-        linear.weight = nn.Parameter(weight.to(**place))
-        linear.bias = None if bias is None else nn.Parameter(bias.to(**place))
+        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        linear.weight = nn.Parameter(weight.to(**like))
+        linear.bias = None if bias is None else nn.Parameter(bias.to(**like))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     return model
 
 
 def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.Tensor]) -> None:
-    """Mend what torchtune 0.6.1 writes for PEFT: rows of q and k in Hugging Face's order, as their weights are.
+    """Correct the adapters that torchtune 0.6.1 writes for PEFT: their rows must have the order of the weights' rows.
 
-    It reorders B of every family, where Qwen2's weights are in that order already, and never DoRA's magnitudes. And
-    PEFT's DoRA scales no biases: they go beside the adapters, as those that PEFT itself trained would.
+    torchtune reorders the rows of B in q and k for every family, although Qwen2's weights need no other order, and
+    never those of DoRA's magnitudes. PEFT's DoRA scales no biases: scaled biases are written beside the adapters, as
+    PEFT writes biases that it trained itself.
 
     Args:
-        folder: a checkpoint's, with PEFT's two files or without.
+        folder: of a checkpoint, with PEFT's two files or without.
         model_type: torchtune's name of the family.
         biases: of `scaled_biases`.
     """
@@ -171,46 +172,67 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
         state[f"base_model.model.model.{module}.base_layer.bias"] = value.contiguous()
     save_file(state, file, metadata={"format": "pt"})
     if biases:
-        described = folder / "adapter_config.json"
-        described.write_text(json.dumps(json.loads(described.read_text()) | {"bias": "lora_only"}))
+        config_file = folder / "adapter_config.json"
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"bias": "lora_only"}))
 
 
-def check_lora_arguments(cfg: DictConfig) -> None:
-    """Raises a ValueError for a LoRA builder's arguments that torchtune itself stumbles over, or ignores."""
-    section = cfg.get("model")
-    section = section.get("base") or section if isinstance(section, DictConfig) else {}
-    check_number("model.lora_rank", section.get("lora_rank"), minimum=1, optional=True, example=8)
-    check_number(
-        "model.lora_alpha", section.get("lora_alpha"), minimum=0, above=True, integer=False, optional=True, example=16
-    )
-    modules = section.get("lora_attn_modules")
-    for name in modules if isinstance(modules, ListConfig) else ():
-        check_choice("model.lora_attn_modules", name, ("q_proj", "k_proj", "v_proj", "output_proj"))
+LORA_ARGUMENTS: dict[str, Any] = {
+    "lora_rank": Annotated[int, Field(ge=1, examples=[8])] | None,
+    "lora_alpha": Annotated[float, Field(gt=0, examples=[16])] | None,
+}
 
 
-def check_adapters(cfg: DictConfig, model: nn.Module) -> None:
-    """Raises a ValueError if a config asks for adapters that its model does not have, or has them where none may be."""
-    names = adapter_names(model)
-    builder = cfg.model.get("base") or cfg.model
-    if not names and "lora_attn_modules" in (component_parameters(builder._component_) or ()):
+def check_lora_arguments(model: Component) -> None:
+    """Check arguments of a LoRA builder that torchtune itself fails on without a message, or ignores.
+
+    Args:
+        model: the section of the model, a builder or `layerskip_decoder` around one.
+    """
+    builder = _builder(model)
+    for name, annotation in LORA_ARGUMENTS.items():
+        check(f"model.{name}", builder.get(name), annotation)
+    modules = builder.get("lora_attn_modules")
+    for name in modules if isinstance(modules, list) else ():
+        check("model.lora_attn_modules", name, Literal["q_proj", "k_proj", "v_proj", "output_proj"])
+
+
+def check_adapters(
+    model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
+) -> None:
+    """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has.
+
+    Args:
+        model: the section of the model.
+        meta_model: the model of this section, on any device.
+        save_adapter_weights_only: of the config.
+        safe_serialization: of the checkpointer.
+    """
+    names, builder = adapter_names(meta_model), _builder(model)
+    if not names and builder.takes("lora_attn_modules"):
         raise ConfigError(
-            f"model.lora_attn_modules: {builder._component_} makes no adapter parameters with these arguments; for "
-            'example model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
+            f"model.lora_attn_modules: {builder.path} makes no adapter parameters with these arguments; for example "
+            'model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
         )
-    if cfg.get("save_adapter_weights_only") and not names:
+    if save_adapter_weights_only and not names:
         raise ConfigError(
-            f"save_adapter_weights_only: True, but {builder._component_} has no adapters. Set "
+            f"save_adapter_weights_only: True, but {builder.path} has no adapters. Set "
             "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
         )
-    if names and cfg.checkpointer.get("safe_serialization") is False:
+    if names and not safe_serialization:
         raise ConfigError(
             "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
             "checkpointer.safe_serialization=true"
         )
 
 
+def _builder(model: Component) -> Component:
+    """The torchtune builder of a model's section, within `layerskip_decoder` or not."""
+    base = model.get("base")
+    return Component(base, f"{model.key}.base") if isinstance(base, Mapping) else model
+
+
 def adapter_file(path: str) -> Path:
-    """The file of `checkpointer.adapter_checkpoint`, which may name its folder; a ValueError if there is none."""
+    """The file that `checkpointer.adapter_checkpoint` names, directly or by its folder; a ConfigError without one."""
     file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError(
@@ -220,14 +242,14 @@ def adapter_file(path: str) -> Path:
 
 
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters in torchtune's form from a checkpoint's folder or its adapter_model.pt.
+    """The adapters in torchtune's format from a checkpoint's folder or its adapter_model.pt.
 
     Args:
         path: of the folder or the file.
         model: with adapters, on any device.
 
     Raises:
-        ValueError: if they are not there, or not this model's.
+        ConfigError: if there are none, or they belong to another model.
     """
     file = adapter_file(path)
     key = "checkpointer.adapter_checkpoint"
@@ -239,18 +261,18 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
         ) from e
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConfigError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
-    described, own = file.with_name("adapter_config.json"), adapter_config(model)
-    alpha = json.loads(described.read_text()).get("lora_alpha") if described.exists() else None
+    config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
+    alpha = json.loads(config_file.read_text()).get("lora_alpha") if config_file.exists() else None
     if alpha is not None and alpha != own["lora_alpha"]:
         raise ConfigError(
             f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
     expected = get_adapter_params(model)
-    for what, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
+    for verb, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
         if names:
             first = ", ".join(sorted(names)[:3])
-            raise ConfigError(f"{key}: {str(file)!r} is not of this model, it {what} {first}; {len(names)} in all")
+            raise ConfigError(f"{key}: {str(file)!r} is not of this model, it {verb} {first}; {len(names)} in all")
     for name, value in state.items():
         if value.shape != expected[name].shape:
             raise ConfigError(

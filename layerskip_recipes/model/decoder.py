@@ -1,7 +1,7 @@
-"""LayerSkipDecoder: the one class that owns the walk through a torchtune decoder's layers.
+"""LayerSkipDecoder: the one class that runs the layers of a torchtune decoder.
 
-It leaves layers out for some samples (layer dropout), looks at the hidden state between layers (early-exit loss) and
-runs a part of the stack (draft and verification). The parameters keep the base decoder's names, so checkpoints of
+The decoder leaves layers out for some samples (layer dropout), shows the hidden state between layers (early-exit loss)
+and runs a part of the stack (draft and verification). The parameters keep the base decoder's names, so checkpoints of
 both are the same files.
 
 Numbering, here and everywhere: layers are 0 .. L-1; x_0 is the embedding, x_{l+1} the output of layer l;
@@ -25,19 +25,21 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.families import capped, norm_and_cap
-from layerskip_recipes.model.layer_dropout import IDLE, Kept, LayerDropout
+from layerskip_recipes.model.layer_dropout import NO_LOCAL_ROWS, KeptRows, LayerDropout
+
+OnExit = Callable[[int, torch.Tensor], None]
 
 
 class LayerSkipDecoder(TransformerDecoder):
-    """A torchtune decoder that can skip, exit early and walk in parts.
+    """A torchtune decoder that can skip layers, exit early and run in parts.
 
     Args:
-        base: the decoder to take over. Its modules are shared, not copied, and not renamed. (Of Gemma 2, whose logits
-            torchtune caps in the wrong place, the final norm's parameters are; see gemma2.py.)
+        base: the decoder to wrap. Its modules are shared, not copied, and not renamed. (Gemma 2 shares the parameters
+            of the final norm only, because torchtune caps the logits in the wrong place; see families.py.)
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
 
     Raises:
-        ValueError: if base is not a plain `TransformerDecoder`, such as a `DeepFusionModel` around one.
+        ConfigError: if base is not a plain `TransformerDecoder`, such as a `DeepFusionModel` around one.
     """
 
     def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
@@ -57,12 +59,11 @@ class LayerSkipDecoder(TransformerDecoder):
             output=base.output,
         )
         self.logit_cap = cap
-        self.taken_over = tuple(getattr(base, part) for part in PARTS)
         self.num_output_chunks = base.num_output_chunks
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
         self.training = base.training
-        # QLoRA builders hang the hook that unpacks NF4 weights on the decoder itself, and always unpack to bf16.
+        # QLoRA builders register the hook that unpacks NF4 weights on the decoder itself, and always unpack to bf16.
         self._state_dict_hooks.update(base._state_dict_hooks)
         for hook in self._state_dict_hooks.values():
             if isinstance(hook, partial):
@@ -85,43 +86,35 @@ class LayerSkipDecoder(TransformerDecoder):
         encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
         exit_layer: int | None = None,
-        exits: Iterable[int] | None = None,
         hidden: torch.Tensor | None = None,
         start_layer: int = 0,
         unembed: bool = True,
-        then: Callable[[torch.Tensor, dict[int, torch.Tensor]], Any] | None = None,
-        passing: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> Any:
-        """Walk from layer `start_layer` up to, not including, layer `exit_layer`, then apply the head g.
+        on_exit: OnExit | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Run the layers `start_layer` .. `exit_layer` - 1, then apply the head g.
 
-        With the defaults this is the base decoder (but for Gemma 2, see gemma2.py). Every partial walk goes through
-        here, never through the layers directly, so that a sharded model gathers its parameters.
+        With the defaults this is the base decoder (but for Gemma 2, see families.py). Every partial run goes through
+        this method, never through the layers directly, so that a sharded model gathers its parameters.
 
         Args:
             tokens: [b, s] token ids. Left out when `hidden` is given.
             mask, encoder_input, encoder_mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
-            exit_layer: E, the layers to stop after; None means L.
-            exits: exits to look at on the way (each in 1 .. exit_layer); changes the result, see below.
+            exit_layer: E, the number of layers after which to stop; None means L.
             hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
             start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
             unembed: False returns x_E instead of g(x_E).
-            then: with `exits`: called on the pair that would be returned, and its result is returned instead. It runs
-                within this forward, where a sharded model's own parameters (norm, head) are whole.
-            passing: with `exits`: called with e and x_e when the walk is there, within this forward too. The pair's
-                second part is empty then: no more than one x_e exists at a time.
+            on_exit: called after each layer with E, the number of layers run so far, and x_E [b, s, d], before the
+                norm. The call is made within this method, where a sharded model's own parameters (norm, head) are
+                whole.
 
         Returns:
-            [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune), or x_E
-            [b, s, d] if `unembed` is False, or the pair (x_E, {e: x_e for e in exits}), all before the norm, if
-            `exits` is given.
+            [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune); or x_E
+            [b, s, d], before the norm, if `unembed` is False.
 
         Raises:
-            ValueError: if exit_layer or one of the exits is outside of the model.
+            ConfigError: if exit_layer is outside of the model.
         """
         exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
-        wanted = set() if exits is None else {self.check_exit(e, "exits") for e in exits}
-        if max(wanted, default=0) > exit_layer:
-            raise ConfigError(f"exits: {max(wanted)} is never reached, the walk ends at exit_layer {exit_layer}")
         assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
         if hidden is None:
             if not self.decoding:
@@ -137,24 +130,19 @@ class LayerSkipDecoder(TransformerDecoder):
             h = hidden
 
         if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
-            # It would make it in each layer, on the host.
+            # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        of_sample = {
+        layer_inputs = {
             "mask": mask,
             "encoder_input": encoder_input,
             "encoder_mask": encoder_mask,
             "input_pos": input_pos,
         }
         kept = self._draw(h) if self.training and self.layer_dropout else [None] * self.num_layers
-        seen = {}
         for layer in range(start_layer, exit_layer):
-            h = self._run_layer(self.layers[layer], h, kept[layer], of_sample)
-            if layer + 1 in wanted and passing is not None:
-                passing(layer + 1, h)
-            elif layer + 1 in wanted:
-                seen[layer + 1] = h
-        if exits is not None:
-            return (h, seen) if then is None else then(h, seen)
+            h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
+            if on_exit is not None:
+                on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
@@ -171,22 +159,29 @@ class LayerSkipDecoder(TransformerDecoder):
 
         Args:
             tokens: [b, s].
-            exits: the E to return.
+            exits: the exits E whose x_E is returned.
             **kwargs: mask, input_pos, ... of `forward`.
 
         Returns:
             x_L [b, s, d] and {E: x_E [b, s, d]}.
 
         Raises:
-            ValueError: if an exit is outside of 1 .. L.
+            ConfigError: if an exit is outside of 1 .. L.
         """
-        return self(tokens, exits=exits, **kwargs)
+        wanted = {self.check_exit(e, "exits") for e in exits}
+        hidden = {}
+
+        def keep(exit_layer: int, x: torch.Tensor) -> None:
+            if exit_layer in wanted:
+                hidden[exit_layer] = x
+
+        return self(tokens, on_exit=keep, unembed=False, **kwargs), hidden
 
     def check_exit(self, exit_layer: int, key: str = "exit_layer") -> int:
-        """`exit_layer` itself, if it is one; `key` is the name that an error message shows.
+        """`exit_layer` itself, if the model has that exit; `key` is its name in the error message.
 
         Raises:
-            ValueError: if it is no integer in 1 .. L.
+            ConfigError: if it is no integer in 1 .. L.
         """
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
             raise ConfigError(
@@ -195,36 +190,40 @@ class LayerSkipDecoder(TransformerDecoder):
             )
         return exit_layer
 
-    def _draw(self, h: torch.Tensor) -> list[torch.Tensor | Kept]:
-        """The samples that stay in each layer, those that some drop as row numbers on h's device: one copy for all."""
-        kept = self.layer_dropout.draw(h.shape[0])
-        partial = [layer for layer, rows in enumerate(kept) if isinstance(rows, list) and rows]
-        flat = on_device([row for layer in partial for row in kept[layer]], h.device)
-        rows = flat.split([len(kept[layer]) for layer in partial])
-        return list((dict(enumerate(kept)) | dict(zip(partial, rows, strict=True))).values())
+    def _draw(self, h: torch.Tensor) -> list[torch.Tensor | KeptRows]:
+        """The rows that stay in each layer. Lists of some rows become tensors on h's device, in one copy for all."""
+        kept: list[Any] = self.layer_dropout.draw(h.shape[0])
+        partly = {layer: rows for layer, rows in enumerate(kept) if isinstance(rows, list) and rows}
+        flat = on_device([row for rows in partly.values() for row in rows], h.device)
+        for layer, rows in zip(partly, flat.split([len(rows) for rows in partly.values()]), strict=True):
+            kept[layer] = rows
+        return kept
 
-    def _run_layer(self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | Kept, of_sample: dict) -> torch.Tensor:
+    def _run_layer(
+        self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | KeptRows, layer_inputs: dict
+    ) -> torch.Tensor:
         """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
 
         Args:
             layer: l.
             h: [b, s, d], x_l.
-            kept: the rows that stay, [k] on h's device; None for all, an empty list for none, `IDLE`.
-            of_sample: the layer's other inputs, of which each row belongs to a sample.
+            kept: the rows that stay, [k] on h's device; None for all, an empty list for none, or `NO_LOCAL_ROWS`.
+            layer_inputs: the layer's other inputs, each with a row for every sample, or one for all of them.
         """
         if kept is None:
-            return layer(h, **of_sample)
-        if isinstance(kept, list):  # an empty one
+            return layer(h, **layer_inputs)
+        if isinstance(kept, list):  # no rank keeps a row
             return h
-        idle = kept is IDLE
-        rows = torch.zeros(1, dtype=torch.long, device=h.device) if idle else kept
-        inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in of_sample.items()}
-        if isinstance(of_sample["mask"], torch.Tensor) and of_sample["mask"].dim() == 2:
-            inputs["mask"] = of_sample["mask"]  # [s, s], for all samples
+        others_only = kept is NO_LOCAL_ROWS
+        rows = torch.zeros(1, dtype=torch.long, device=h.device) if others_only else kept
+        inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in layer_inputs.items()}
+        if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
+            inputs["mask"] = layer_inputs["mask"]  # [s, s], for all samples
         x = h.index_select(0, rows)
         out = layer(x, **inputs)
-        # Idle: the gradient has to pass too, since the other ranks gather and reduce this layer in their backward.
-        return h.index_copy(0, rows, x + 0 * (out - x) if idle else out)
+        # Without rows of its own this rank still sends a (zero) gradient through the layer, because the other ranks
+        # gather and reduce the layer's parameters in their backward pass.
+        return h.index_copy(0, rows, x + 0 * (out - x) if others_only else out)
 
 
 BLOCK_TABLES = [
@@ -233,19 +232,26 @@ BLOCK_TABLES = [
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
-    """The rows of what belongs to the samples; what all samples share (None, a first dimension of 1) stays as it is."""
+    """The given rows of an input that has one for each sample; an input that all samples share stays as it is.
+
+    Args:
+        value: a tensor, a `BlockMask`, None, or a container of them. Its first dimension is `batch_size`, or 1 if the
+            samples share it.
+        rows: [k].
+        batch_size: b.
+    """
     if isinstance(value, torch.Tensor):
         return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch_size else value
     if isinstance(value, BlockMask):
         if value.shape[0] == 1 or batch_size == 1:
             return value
-        # Not value[rows], which works out anew, in some sixty steps for each layer, what here can be taken.
-        taken, whole = copy(value), value.mask_mod
+        # `value[rows]` would build the tables anew, in some sixty operations per layer; rows of them are enough.
+        taken, mask_of_batch = copy(value), value.mask_mod
         for name in BLOCK_TABLES:
             table = getattr(value, name, None)
             setattr(taken, name, table if table is None or table.shape[0] == 1 else table.index_select(0, rows))
-        # Partial blocks ask mask_mod again, by the row number within the taken batch.
-        taken.mask_mod = lambda b, h, q_idx, kv_idx: whole(rows[b], h, q_idx, kv_idx)
+        # Attention calls mask_mod within partial blocks, with row numbers of the taken rows.
+        taken.mask_mod = lambda b, h, q_idx, kv_idx: mask_of_batch(rows[b], h, q_idx, kv_idx)
         return taken
     if isinstance(value, Mapping):
         return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
@@ -255,8 +261,9 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
 
 
 def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
-    """Integers, or lists of them, as a tensor there; the host does not wait for a GPU to have them."""
-    cuda = device.type == "cuda"  # elsewhere a copy that nobody waits for may read memory that is free by then
+    """Integers, or lists of them, as a tensor on a device, without a device synchronisation."""
+    # Only CUDA orders a non-blocking copy before the memory of its source is freed.
+    cuda = device.type == "cuda"
     return torch.tensor(numbers, dtype=torch.long, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
@@ -265,19 +272,21 @@ def is_plain_attention(layer: nn.Module) -> bool:
     return type(layer.attn) is MultiHeadAttention
 
 
-PARTS = ("tok_embeddings", "layers", "norm", "output")
-_WALKED: WeakKeyDictionary[TransformerDecoder, LayerSkipDecoder] = WeakKeyDictionary()
+# For each plain decoder its modules and the `LayerSkipDecoder` around them, so that compiled graphs are kept.
+_DECODERS: WeakKeyDictionary[TransformerDecoder, tuple[list[nn.Module], LayerSkipDecoder]] = WeakKeyDictionary()
 
 
-def walked(model: TransformerDecoder) -> LayerSkipDecoder:
-    """The model, or the `LayerSkipDecoder` around a plain one: always the same, compiled graphs stay with it."""
+def as_layerskip_decoder(model: TransformerDecoder) -> LayerSkipDecoder:
+    """The model itself, or the `LayerSkipDecoder` around a plain one: the same at each call."""
     if isinstance(model, LayerSkipDecoder):
         return model
-    kept = _WALKED.get(model)
-    if kept is None or any(part is not getattr(model, name) for name, part in zip(PARTS, kept.taken_over, strict=True)):
-        kept = _WALKED[model] = LayerSkipDecoder(model)
-    kept.training = model.training
-    return kept
+    modules = [model.tok_embeddings, model.layers, model.norm, model.output]
+    known, decoder = _DECODERS.get(model, ([], None))
+    if decoder is None or any(ours is not theirs for ours, theirs in zip(known, modules, strict=True)):
+        decoder = LayerSkipDecoder(model)
+        _DECODERS[model] = modules, decoder
+    decoder.training = model.training
+    return decoder
 
 
 def layerskip_decoder(
@@ -294,7 +303,7 @@ def layerskip_decoder(
         The decoder, with the state_dict keys of base.
 
     Raises:
-        ValueError: if base is no plain decoder, or a dropout argument is out of range.
+        ConfigError: if base is no plain decoder, or a dropout argument is out of range.
 
     Example:
         >>> with torch.device("meta"):  # without memory for its weights
@@ -302,14 +311,11 @@ def layerskip_decoder(
         >>> model.num_layers
         16
     """
-    if isinstance(base, LayerSkipDecoder):
-        model = base
-    else:
-        model = LayerSkipDecoder(
-            config.instantiate(OmegaConf.create(dict(base))) if isinstance(base, Mapping) else base
-        )
+    if isinstance(base, Mapping):
+        base = config.instantiate(OmegaConf.create(dict(base)))
+    model = base if isinstance(base, LayerSkipDecoder) else LayerSkipDecoder(base)
+    if isinstance(layer_dropout, Mapping):
+        layer_dropout = LayerDropout(model.num_layers, **layer_dropout)
     if layer_dropout is not None:
-        if isinstance(layer_dropout, Mapping):
-            layer_dropout = LayerDropout(model.num_layers, **layer_dropout)
         model.layer_dropout = layer_dropout
     return model

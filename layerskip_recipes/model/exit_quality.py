@@ -33,30 +33,32 @@ def exit_quality(
         batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
         exits: the E to measure.
         device: of the model.
-        ignore_index: the label that counts nowhere.
-        chunk_tokens: the tokens whose logits exist at a time.
-        add_up: the sum of a tensor over the processes that have batches of their own.
+        ignore_index: the label of tokens without a loss.
+        chunk_tokens: the most tokens whose logits exist at a time.
+        add_up: sums a tensor over the data-parallel processes.
         num_speculations: d of "accepted_length".
         key: of the data in the config, for messages.
 
     Returns:
-        {E: {"loss": nats per token, "perplexity", "accuracy": top-1 against the labels,
-        "agreement": share of tokens on which exit E and the last layer choose the same, "accepted_length": how many of
-        d tokens after each other they agree on before they first differ, on the mean over the data's positions, None if
-        d labels in a row count nowhere}}.
+        For each E a dict of
+        - "loss": nats per token, and "perplexity";
+        - "accuracy": the share of labels that the exit's most likely token is;
+        - "agreement": the share of labels at which exit E and the last layer choose the same token;
+        - "accepted_length": of d tokens in a row, how many agree with the last layer before the first that does not;
+          the mean over all positions with d labels in a row, None if there is no such position.
 
     Raises:
-        ValueError: if no label counts, or a sample is longer than the model takes.
+        ConfigError: if no label counts, or a sample is longer than the model takes.
     """
     exits = sorted(exits)
-    sums = torch.zeros(len(exits), 6, dtype=_exact(device), device=device)
+    sums = torch.zeros(len(exits), 6, dtype=_widest_float(device), device=device)
     for batch in batches:
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        of_batch = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
-        model(batch.pop("tokens"), exits={*exits, model.num_layers}, passing=of_batch.passing, **batch)
-        sums += of_batch.compare()
+        measured = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
+        model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
+        sums += measured.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
         raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
@@ -72,16 +74,16 @@ def exit_quality(
     return quality
 
 
-def _exact(device: torch.device) -> torch.dtype:
-    """The longest floating-point numbers of a device."""
+def _widest_float(device: torch.device) -> torch.dtype:
+    """The most exact floating-point dtype of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Batch:
-    """What a batch adds to the sums: each exit is measured as the walk passes it, and only what it chose is kept.
+    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept.
 
     Args:
-        model: the decoder, whose walk this is called within.
+        model: the decoder.
         labels: [b, s], shifted.
         exits: in order.
         ignore_index, chunk_tokens, num_speculations: as in `exit_quality`.
@@ -98,36 +100,39 @@ class _Batch:
     ) -> None:
         self.model, self.exits, self.chunk_tokens, self.num_speculations = model, exits, chunk_tokens, num_speculations
         self.counts = labels != ignore_index
-        self.at = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU the host waits for it
-        self.labels = labels.flatten()[self.at]
-        self.sums = torch.zeros(len(exits), 6, dtype=_exact(labels.device), device=labels.device)
-        self.chosen: dict[int, torch.Tensor] = {}  # [labels that count], the tokens that an exit says
+        self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises
+        self.labels = labels.flatten()[self.rows]
+        self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)
+        self.chosen: dict[int, torch.Tensor] = {}  # for each exit its most likely tokens, [labels that count]
 
-    def passing(self, e: int, x: torch.Tensor) -> None:
-        """Loss, right choices and choices of exit e, of x_e [b, s, d]."""
-        x, sums = x.flatten(0, 1), self.sums[self.exits.index(e)] if e in self.exits else None
-        self.chosen[e] = torch.empty_like(self.labels)
+    def measure(self, exit_layer: int, x: torch.Tensor) -> None:
+        """Add the loss and the right choices of x_E [b, s, d]; the decoder's hook `on_exit`."""
+        if exit_layer not in (*self.exits, self.model.num_layers):
+            return
+        x = x.flatten(0, 1)
+        sums = self.sums[self.exits.index(exit_layer)] if exit_layer in self.exits else self.sums.new_zeros(6)
+        self.chosen[exit_layer] = torch.empty_like(self.labels)
         head = Head(self.model)
         with head.using(head.parameters):
             for start in range(0, len(self.labels), self.chunk_tokens):
-                rows = slice(start, start + self.chunk_tokens)
-                logits, labels = head(x[self.at[rows]]), self.labels[rows]
-                top = self.chosen[e][rows] = logits.argmax(-1)
-                if sums is not None:
-                    sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-                    sums[1] += (top == labels).sum()
+                part = slice(start, start + self.chunk_tokens)
+                logits, labels = head(x[self.rows[part]]), self.labels[part]
+                top = self.chosen[exit_layer][part] = logits.argmax(-1)
+                sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                sums[1] += (top == labels).sum()
 
     def compare(self) -> torch.Tensor:
-        """[exits, 6]: of each exit its loss, right choices, choices of the last layer, how many labels count, drafts'
-        accepted tokens, and how many drafts."""
+        """[exits, 6]: of each exit its loss, right choices, choices of the last layer, number of labels, accepted
+        tokens of drafts, and number of drafts."""
         n, final = self.num_speculations, self.chosen[self.model.num_layers]
-        whole = self.counts.unfold(1, n, 1).all(-1) if self.counts.shape[1] >= n else None
+        # A draft starts at each position whose next n labels count.
+        starts = self.counts.unfold(1, n, 1).all(-1) if self.counts.shape[1] >= n else None
         for e, sums in zip(self.exits, self.sums, strict=True):
             agrees = self.chosen[e] == final
             sums[2], sums[3] = agrees.sum(), len(self.labels)
-            if whole is not None:  # a draft from each position whose next n labels count
-                everywhere = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
-                everywhere.view(-1)[self.at] = agrees
-                sums[4] = (everywhere.unfold(1, n, 1).cumprod(-1).sum(-1) * whole).sum()
-                sums[5] = whole.sum()
+            if starts is not None:
+                by_position = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
+                by_position.view(-1)[self.rows] = agrees
+                sums[4] = (by_position.unfold(1, n, 1).cumprod(-1).sum(-1) * starts).sum()
+                sums[5] = starts.sum()
         return self.sums

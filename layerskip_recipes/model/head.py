@@ -1,8 +1,9 @@
-"""The head g = final norm + output projection, for those who unembed many chunks of many exits: losses, measurements.
+"""The head g = final norm + output projection, for callers that unembed many chunks of many exits.
 
-A sharded model gathers its head's weights whenever the head is called. Here they are gathered once, for all chunks.
+A sharded model gathers its head's weights whenever the head is called. `Head` gathers them once, for all chunks.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,14 +19,15 @@ TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
 
 
 class Head:
-    """g of a decoder, called past the hooks of its modules. Use it inside of the decoder's forward (`then=`), where
-    the parameters that FSDP keeps with the root are whole already.
+    """g of a decoder, called past the hooks of its modules.
+
+    Use it within the decoder's forward (`on_exit=`), where the parameters that FSDP keeps with the root are whole.
 
     Args:
         model: a decoder with `norm` and `output` (a linear layer, a LoRA layer, or tied to the embedding).
 
     Attributes:
-        parameters: of norm and output (tied: the embedding's), whole, differentiable towards the sharded ones.
+        parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,11 +42,11 @@ class Head:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self.parameters = [whole(module._parameters[name]) for module, name in self._places]
+        self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
 
     @contextmanager
     def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it the head computes with these tensors, in the order of `self.parameters`."""
+        """Within this context the head computes with these tensors, given in the order of `self.parameters`."""
         own = [module._parameters[name] for module, name in self._places]
         try:
             for (module, name), value in zip(self._places, parameters, strict=True):
@@ -56,15 +58,16 @@ class Head:
 
     @property
     def matrix(self) -> int | None:
-        """Where in `parameters` the output's matrix is, if the logits are nothing but a product with it."""
-        # FSDP gives a module that is sharded on its own a class of its own.
+        """The index in `parameters` of the output's matrix, if the logits are just the product with this matrix."""
+        # By the method, not the class: FSDP changes the class of a module that is sharded on its own.
         linear = isinstance(self.output, nn.Linear) and type(self.output).forward is nn.Linear.forward
         plain = self.cap is None and (self.tied or (linear and self.output.bias is None))
         return self._places.index((self.output, "weight")) if plain else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [n, v] in fp32 of hidden states [n, d]."""
-        return self.unembed(self.normed(x)).float()
+        """Logits [n, v] of hidden states [n, d], in fp32 (in fp64 if the model is)."""
+        logits = self.unembed(self.normed(x))
+        return logits.to(at_least_fp32(logits))
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """The final norm of x [n, d]."""
@@ -78,21 +81,24 @@ class Head:
         return capped(product, self.cap)
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A sharded parameter gathered, its gradient scattered and averaged over the data-parallel ranks as FSDP does it.
+def at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which sums over many tokens are taken: fp32, or fp64 if the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
-    Ranks that share a matrix (tensor parallelism) see the same samples and have the same gradient of all of it.
+
+def gather_parameter(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded parameter; its gradient is scattered and averaged over the data-parallel ranks as by FSDP.
+
+    Tensor-parallel ranks see the same samples and have the same gradient of the whole parameter.
     """
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    # With fsdp_cpu_offload it lies on the CPU, but where FSDP's own hook brings it.
+    # With fsdp_cpu_offload the parameter lies on the CPU; only FSDP's own hooks bring it to the device.
     parameter = parameter.to(mesh.device_type)
     shared = [name == TENSOR_PARALLEL for name in mesh.mesh_dim_names]
     gathered = parameter.full_tensor(grad_placements=[Replicate() if same else Partial() for same in shared])
     if gathered.requires_grad:
-        ranks = 1
-        for dim, same in enumerate(shared):
-            ranks *= 1 if same else mesh.size(dim)
+        ranks = math.prod(mesh.size(dim) for dim, same in enumerate(shared) if not same)
         gathered.register_hook(lambda grad: grad / ranks)
     return gathered

@@ -1,19 +1,24 @@
 """Layer dropout (paper, eq. 1-4): the rates D(l) and S(t), and the draw of the samples that stay in each layer.
 
-Applying the draw is the decoder's business (`decoder.py`): here is only the arithmetic and the generator.
+The decoder applies the draw (decoder.py); this file has the arithmetic and the random generator.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
-from layerskip_recipes.config.checks import check_choice, check_number
 from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, checked_arguments
+
+LayerScale = Literal["exp", "uniform", "linear", "log", "sin", "sigmoid", "step"]
+Schedule = Literal["constant", "exp", "progressive"]
+Probability = Annotated[Fraction, Field(examples=[0.1])]
 
 # D(l) over the relative depth u = l / (L-1) and the number of steps n = L-1.
-LAYER_SCALES: dict[str, Callable[[float, int], float]] = {
+LAYER_SCALES: dict[LayerScale, Callable[[float, int], float]] = {
     "exp": lambda u, n: math.exp(u * math.log(2)) - 1,
     "uniform": lambda u, n: 1.0,
     "linear": lambda u, n: u,
@@ -22,14 +27,17 @@ LAYER_SCALES: dict[str, Callable[[float, int], float]] = {
     "sigmoid": lambda u, n: 1 / (1 + math.exp(-10 * (u - 0.5))),
     "step": lambda u, n: 0.0 if u < 1 else 1.0,
 }
-SCHEDULES = ("constant", "exp", "progressive")
 
-# The rows of a batch that stay in a layer: None for all; IDLE where none of this rank's stays, and other ranks run it.
-IDLE: Literal["idle"] = "idle"
-Kept = list[int] | None | Literal["idle"]
+# The rows of a batch that stay in a layer: a list of them, None for all, or NO_LOCAL_ROWS where no row of this rank
+# stays, but other ranks run the layer.
+NO_LOCAL_ROWS: Literal["no local rows"] = "no local rows"
+KeptRows = list[int] | None | Literal["no local rows"]
 
 
-def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layers: str = ":") -> list[float]:
+@checked_arguments("layer_dropout.")
+def dropout_rates(
+    num_layers: PositiveInt, prob: Probability, layers_scale: LayerScale = "exp", layers: Layers = ":"
+) -> list[float]:
     """The probability p_l = D(l) p_max that a sample skips layer l, at S(t) = 1 (paper, eq. 2-3).
 
     D(l) = exp(l ln2 / (L-1)) - 1 for the scale "exp": 0 in the first layer, 1 in the last.
@@ -37,17 +45,15 @@ def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layer
     Args:
         num_layers: L.
         prob: p_max, in [0, 1].
-        layers_scale: the form of D, one of `LAYER_SCALES`.
-        layers: the layers that drop at all; D(l) stays a function of l in the whole model.
+        layers_scale: the form of D.
+        layers: the layers that may be skipped, as in `select_layers`; D(l) stays a function of l in the whole model.
 
     Returns:
         L probabilities.
 
     Raises:
-        ValueError: if prob or layers is out of range, or the scale is unknown.
+        ConfigError: if an argument is out of range.
     """
-    check_number("layer_dropout.prob", prob, minimum=0, maximum=1, integer=False, example=0.1)
-    check_choice("layer_dropout.layers_scale", layers_scale, LAYER_SCALES)
     selected = select_layers(layers, num_layers, key="layer_dropout.layers")
     steps = max(num_layers - 1, 1)
     # A model of one layer has no depth to scale over: its only layer is the last one.
@@ -55,15 +61,16 @@ def dropout_rates(num_layers: int, prob: float, layers_scale: str = "exp", layer
     return [prob * LAYER_SCALES[layers_scale](depth[layer], steps) * selected[layer] for layer in range(num_layers)]
 
 
-def schedule_scale(step: int, total_steps: int, schedule: str = "constant") -> float:
+@checked_arguments("layer_dropout.")
+def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant") -> float:
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
-    "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369): near 1 soon.
+    "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369), which soon
+    comes near 1.
 
     Raises:
-        ValueError: if the schedule is unknown.
+        ConfigError: if the schedule is unknown.
     """
-    check_choice("layer_dropout.schedule", schedule, SCHEDULES)
     if schedule == "constant" or total_steps <= 1:
         return 1.0
     if schedule == "progressive":
@@ -72,32 +79,35 @@ def schedule_scale(step: int, total_steps: int, schedule: str = "constant") -> f
 
 
 class LayerDropout:
-    """Draws, per layer and sample, who stays: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
+    """Draws, for each layer and sample, who stays: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
-    The generator is its own and lives on the CPU: no other random number moves it, every rank that seeds it alike
-    makes the same draw, and a GPU never waits for it.
+    The draw has a generator of its own on the CPU: no other random number changes the draw, all ranks with the same
+    seed draw the same, and a GPU does not wait for it.
 
     Args:
         num_layers: L.
-        prob, layers_scale, layers: see `dropout_rates`.
-        schedule: S(t), see `schedule_scale`; `set_step` moves t.
+        prob: p_max, the largest probability that a sample skips a layer.
+        layers_scale: D(l), how the probability grows with the depth; `exp` is the paper's.
+        layers: the layers that may be skipped, such as ":", "0::4" or "8,12,16".
+        schedule: S(t), how the probabilities change during the training; `exp` grows from 0 to 1.
         seed: of the generator. The same on every rank.
-        batch_size: the most rows of a batch on any rank. So many are drawn for, however many this rank's batch has:
-            the generators of all ranks stay alike, and each rank knows which layers run anywhere.
+        batch_size: the most rows of a batch on any rank. The draw is made for so many, however many rows this rank's
+            batch has: the generators of all ranks stay alike, and each rank knows which layers run anywhere.
 
     Raises:
-        ValueError: as `dropout_rates` and `schedule_scale` do.
+        ConfigError: if an argument is out of range.
     """
 
+    @checked_arguments("layer_dropout.")
     def __init__(
         self,
-        num_layers: int,
-        prob: float,
-        layers_scale: str = "exp",
-        layers: str = ":",
-        schedule: str = "constant",
+        num_layers: PositiveInt,
+        prob: Probability,
+        layers_scale: LayerScale = "exp",
+        layers: Layers = ":",
+        schedule: Schedule = "constant",
         seed: int = 0,
-        batch_size: int = 1,
+        batch_size: PositiveInt = 1,
     ) -> None:
         self.batch_size = batch_size
         self.rates = dropout_rates(num_layers, prob, layers_scale, layers)
@@ -114,23 +124,24 @@ class LayerDropout:
         """The largest p_{l,t} of any layer now."""
         return self.scale * max(self.rates)
 
-    def draw(self, batch_size: int) -> list[Kept]:
-        """Who stays in each layer at this forward pass.
+    def draw(self, batch_size: int) -> list[KeptRows]:
+        """The rows that stay in each layer at this forward pass.
 
         Args:
             batch_size: b, the rows of this rank's batch.
 
         Returns:
-            For each layer the kept row numbers in order, None when all stay, or `IDLE`.
+            For each layer the kept row numbers in order, None when all stay, or `NO_LOCAL_ROWS`.
         """
         if self.max_rate == 0:
             return [None] * len(self.rates)
         uniform = torch.rand(len(self.rates), max(batch_size, self.batch_size), generator=self.generator)
         keep = (uniform >= self.scale * torch.tensor(self.rates)[:, None]).tolist()
-        kept: list[Kept] = []
-        for everyone in keep:
-            mine = [row for row, stays in enumerate(everyone[:batch_size]) if stays]
-            kept.append(None if len(mine) == batch_size else IDLE if not mine and any(everyone) else mine)
+        kept: list[KeptRows] = []
+        for stays in keep:
+            rows = [row for row in range(batch_size) if stays[row]]
+            runs_elsewhere = not rows and any(stays)
+            kept.append(None if len(rows) == batch_size else NO_LOCAL_ROWS if runs_elsewhere else rows)
         return kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The checkpoints of a training run: whole or not there, kept or thrown away, found again by themselves.
+"""The checkpoints of a training run: written atomically, the oldest deleted, the newest found on resume.
 
-A checkpoint is written beside its place and renamed into it, so `epoch_N` or `step_N` either is complete or does not
-exist. Two forms: torchtune's checkpointer writes the whole model (rank 0 gathers it), readable anywhere; or every rank
-writes its shards in the background (torch.distributed.checkpoint), only to resume from.
+A checkpoint is written to a staging folder and renamed into its place, so `epoch_N` or `step_N` either is complete or
+does not exist. It has one of two forms: torchtune's checkpointer writes the whole model, which rank 0 gathers, readable
+anywhere; or every rank writes its shards in the background (torch.distributed.checkpoint), only to resume from.
 """
 
 import os
@@ -18,7 +18,6 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -30,69 +29,80 @@ from layerskip_recipes.checkpoint.checkpointers import (
     warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.weights import read_weights
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, correct_peft_form
-from layerskip_recipes.processes import TIMEOUT, from_rank_zero, is_rank_zero
+from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form
+from layerskip_recipes.processes import (
+    file_group,
+    from_every_rank,
+    from_rank_zero,
+    is_rank_zero,
+    new_file_group,
+    wait_for_all,
+)
+from layerskip_recipes.training.config import FinetuneConfig
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
 REPLACED = "replaced_"
-WRITTEN = "written"  # when, in seconds: the files' own times do not survive a copy
-SHARDED = ".metadata"  # the file by which a checkpoint of shards is known
+WRITTEN = "written"  # holds the time of writing in seconds: the files' own times do not survive a copy
+SHARDED = ".metadata"  # a file that only checkpoints of shards have
 
 Weights = Mapping[str, torch.Tensor]
 
 
+def _resumed_section(section: Component, checkpoint: Path) -> Component:
+    """The checkpointer section of a run that goes on from a whole checkpoint."""
+    weights = sorted(path.name for path in checkpoint.glob("model-*") if path.suffix in (".safetensors", ".bin"))
+    start = {"checkpoint_dir": str(checkpoint), "checkpoint_files": weights}
+    if is_scratch(section):  # a run from scratch writes Hugging Face checkpoints
+        component = "torchtune.training.FullModelHFCheckpointer"
+        start |= {"_component_": component, "model_type": section.get("model_type")}
+        return Component(start, section.key)
+    return section.replace(**start)
+
+
 class Checkpoints:
-    """What a run starts from, and what it leaves under `output_dir`.
+    """Reads the weights and the state that a run starts from, and writes its checkpoints under `output_dir`.
+
+    A resumed run of a model with adapters starts from the same base weights and the checkpoint's adapters.
 
     Args:
-        cfg: `checkpointer`, `output_dir`, `resume_from_checkpoint`, `keep_last_n_checkpoints` and
-            `enable_async_checkpointing` are read.
-        adapters: the model has adapters: a resumed run starts from the same base and the adapters of the checkpoint.
+        cfg: the config.
 
     Attributes:
         resumed_from: the folder of the checkpoint that the run goes on from, or None.
         sharded: that checkpoint is one of shards.
 
     Raises:
-        ValueError: on resume, if there is nothing to resume.
+        ConfigError: on resume, if there is nothing to resume.
     """
 
-    def __init__(self, cfg: DictConfig, adapters: bool = False) -> None:
+    def __init__(self, cfg: FinetuneConfig) -> None:
         self.output_dir = Path(cfg.output_dir)
         self.staging = self.output_dir / STAGING
-        self.keep = cfg.get("keep_last_n_checkpoints")
-        self.resumed_from = find_checkpoint(self.output_dir) if cfg.get("resume_from_checkpoint") else None
+        self.keep = cfg.keep_last_n_checkpoints
+        self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        self.adapters = adapters
-        whole = self.resumed_from if not (adapters or self.sharded) else None
+        self.adapters = bool(adapter_names(cfg.meta_model))
+        whole = self.resumed_from if not (self.adapters or self.sharded) else None
         section = cfg.checkpointer
         self.from_scratch = not whole and (is_scratch(section) or not checkpoint_files(section))
-        if whole:
-            weights = sorted(p.name for p in whole.glob("model-*") if p.suffix in (".safetensors", ".bin"))
-            start = {"checkpoint_dir": str(whole), "checkpoint_files": weights}
-            if is_scratch(section):
-                # What it writes are Hugging Face checkpoints, and those are there now.
-                component = "torchtune.training.FullModelHFCheckpointer"
-                section = OmegaConf.create({"_component_": component, "model_type": section.model_type})
-            # Not merged: the names of checkpoint_files may be a mapping before, and are a list now.
-            section = OmegaConf.create(OmegaConf.to_container(section, resolve=True) | start)
-        self._pending: Future | None = None
-        # Shards are written while the run goes on, so their writers talk in a group of their own.
-        asynchronous = cfg.get("enable_async_checkpointing") and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if asynchronous else None
-        if asynchronous:
-            check_shared(self.output_dir)
-        self._section = section
+        self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
-        self.waits = str(cfg.optimizer._component_).startswith("torchao.")
+        self._in_background = not cfg.optimizer.path.startswith("torchao.")
+        self._pending: Future | None = None
+        self._group = None
+        if cfg.enable_async_checkpointing and dist.is_initialized():
+            # Writers talk in a group of their own, since the run goes on meanwhile.
+            self._group = new_file_group()
+            check_shared(self.output_dir)
 
     def load_state(self) -> dict[str, Any] | None:
         """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0.
 
         Raises:
-            ValueError: if another recipe wrote it.
+            ConfigError: if another recipe wrote it.
         """
         if self.resumed_from is None:
             return None
@@ -110,7 +120,7 @@ class Checkpoints:
         return state | {training.OPT_KEY: optimizer}
 
     def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
-        """What the run starts from; other ranks than 0 get empty mappings.
+        """The weights that the run starts from; other ranks than 0 get empty mappings.
 
         Args:
             model: whose weights they are, on any device.
@@ -121,10 +131,10 @@ class Checkpoints:
         weights: Weights | None = None if self.from_scratch else {}
         adapters = None
         if is_rank_zero():
-            # Not before: it makes its folder.
+            # Not earlier, since a checkpointer makes its folder.
             self._checkpointer = build_checkpointer(self._section, str(self.staging))
             if self.from_scratch:
-                # A file that is written needs a place for each key: all go into the first shard.
+                # torchtune looks up the file of each key: all go into the first one.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
             else:
                 warn_of_contradictions(self._checkpointer, model)
@@ -138,8 +148,8 @@ class Checkpoints:
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
-            contents: torchtune's keys: the model's weights, the adapters', their config; and BIASES for PEFT's form.
-            state: what a resumed run needs beside.
+            contents: of `checkpoint_contents`.
+            state: of the recipe, for a resumed run.
         """
         self.finish()
         self._clear()
@@ -150,11 +160,11 @@ class Checkpoints:
         os.rename(folder, self.staging / name)
         folder = self.staging / name
         if training.ADAPTER_KEY not in contents:
-            # torchtune copies it from where the run began, and transformers then looks for adapters here.
+            # torchtune copies it from the checkpoint of the start, and transformers would look for adapters here.
             (folder / "adapter_config.json").unlink(missing_ok=True)
         correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         torch.save(dict(state), folder / RECIPE_STATE)
-        # From there the next one takes config and tokenizer: where this run began may be thrown away.
+        # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
         self._place(name)
@@ -162,25 +172,22 @@ class Checkpoints:
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
 
-        In the background, but with torchao's optimizers.
-
         Args:
             name: `step_N`.
             shards: a state_dict of sharded tensors.
-            state: what a resumed run needs beside, on rank 0.
+            state: of the recipe on rank 0, for a resumed run.
         """
         self.finish()
         if is_rank_zero():
             self._clear()
-        if dist.is_initialized():
-            dist.barrier()  # or a rank writes into what is being cleared
+        wait_for_all()  # no rank may write into a folder that is being cleared
         place = self.staging / name
-        if self.waits:
-            dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
-            future: Future = Future()
-            future.set_result(None)
-        else:
+        if self._in_background:
             future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
+        else:
+            dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
+            future = Future()
+            future.set_result(None)
         if is_rank_zero():
             self._pending = _after(future, lambda: (torch.save(dict(state), place / RECIPE_STATE), self._place(name)))
         else:
@@ -190,20 +197,22 @@ class Checkpoints:
         """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them.
 
         Returns:
-            The parameters whose optimizer had no state yet: what is there of it stays as it is.
+            The parameters whose optimizer had no state yet: their state is not changed.
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
         if any(f"model.{name}" not in written for name in shards["model"]):
             raise ConfigError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
-        # The state's names are state.PARAMETER.WHAT.
+        # The names of the optimizer's state are state.PARAMETER.NAME.
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
-        dcp.load(shards, storage_reader=reader, planner=DefaultLoadPlanner(allow_partial_load=bool(absent)))
+        planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
+        dcp.load(shards, storage_reader=reader, planner=planner, process_group=file_group())
+        wait_for_all()  # some ranks may read for longer than others
         states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
         return sorted({name.rpartition(".")[0] for name in states})
 
     def finish(self) -> None:
-        """Wait for the shards that are being written, and raise what went wrong with them."""
+        """Wait for the shards that are being written; raises the error of writing them, if there was one."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -211,13 +220,13 @@ class Checkpoints:
             self.staging.rmdir()  # the checkpointer made it
 
     def _clear(self) -> None:
-        put_back(self.output_dir)
+        restore_set_aside(self.output_dir)
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
 
     def _place(self, name: str) -> None:
-        """Move a checkpoint that is complete to its place, and throw away the oldest ones."""
-        # In their order even where the clock goes back, as from one machine to another.
+        """Move a complete checkpoint to its place, and delete the oldest ones."""
+        # Keep timestamps monotonic: the clock of another machine may be behind.
         before = [_written(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
         (self.staging / name / WRITTEN).write_text(repr(max([time.time(), *before])))
         place = self.output_dir / name
@@ -225,16 +234,16 @@ class Checkpoints:
             os.rename(place, self.staging / f"{REPLACED}{name}")
         os.rename(self.staging / name, place)
         if self.keep:
-            source = self._checkpointer._checkpoint_dir  # of the next whole checkpoint's config and tokenizer
+            source = self._checkpointer._checkpoint_dir  # the next whole checkpoint copies config and tokenizer from it
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
                 if old == source:
                     continue
-                os.rename(old, self.staging / f"old_{old.name}")  # at once: half a checkpoint is never there
+                os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
 def _snapshot(value: Any) -> Any:
-    """A copy of what lies on the CPU: torch 2.6 writes it as it is by then, and the training goes on."""
+    """The state with copies of all tensors on the CPU: torch 2.6 would write them after the next step changed them."""
     if isinstance(value, dict):
         return {key: _snapshot(part) for key, part in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
@@ -255,8 +264,8 @@ def _after(future: Future, then: Callable[[], Any]) -> Future:
     return both
 
 
-def put_back(output_dir: Path) -> None:
-    """Undo what a run killed between two renames left: a checkpoint set aside, and none in its place."""
+def restore_set_aside(output_dir: Path) -> None:
+    """Move back a checkpoint that a killed run had set aside to replace it, if there is none in its place."""
     for aside in (output_dir / STAGING).glob(f"{REPLACED}*"):
         place = output_dir / aside.name.removeprefix(REPLACED)
         if not place.exists():
@@ -270,20 +279,20 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _written(checkpoint: Path) -> float:
-    """When a checkpoint was written, in seconds."""
+    """The time at which a checkpoint was written, in seconds."""
     noted = checkpoint / WRITTEN
     return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime
 
 
 def find_checkpoint(output_dir: Path) -> Path:
-    """The newest complete checkpoint under output_dir, by the time at which it was written; rank 0 looks for all.
+    """The newest complete checkpoint under output_dir, by its time of writing; rank 0 looks for all.
 
     Raises:
-        ValueError: if there is none.
+        ConfigError: if there is none.
     """
     found = None
     if is_rank_zero():
-        put_back(output_dir)
+        restore_set_aside(output_dir)
         complete = complete_checkpoints(output_dir)
         if not complete:
             raise ConfigError(
@@ -295,14 +304,13 @@ def find_checkpoint(output_dir: Path) -> Path:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises a ValueError unless all ranks, on all machines, have the same folder: their shards go there together."""
+    """Raises a ConfigError unless all ranks, on all machines, see the same folder, where their shards go together."""
     marker = folder / f".{from_rank_zero(uuid4().hex)}"
     if is_rank_zero():
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    dist.barrier()
-    seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, marker.exists())
+    wait_for_all()
+    seen = from_every_rank(marker.exists())
     marker.unlink(missing_ok=True)
     if not all(seen):
         raise ConfigError(

@@ -1,14 +1,18 @@
 """The losses of several exits and their gradients, chunk by chunk in the forward pass (used by early_exit.py).
 
-The logits of one chunk of tokens, in one buffer, are all that exists at a time, whatever the number of exits. Each exit
-keeps its hidden state and that one's gradient, [b, s, d].
+Only the logits of one chunk of tokens exist at a time, in one buffer, whatever the number of exits. Each exit keeps its
+hidden state and the gradient of this state, [b, s, d].
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from layerskip_recipes.model.head import Head
+from layerskip_recipes.model.head import Head, at_least_fp32
+
+# From logits [n, v], labels [n] and a scale: the summed loss. The gradient of scale * loss takes the logits' place.
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropy_(
@@ -21,76 +25,118 @@ def cross_entropy_(
     """Cross-entropy summed over the labels that count, in one buffer, where autograd would hold four of that size.
 
     CE = log sum_j exp(z_j) - sum_j t_j z_j and dCE/dz = softmax(z) - t, with the target
-    t = (1 - label_smoothing) onehot(label) + label_smoothing / v.
+    t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better.
 
     Args:
-        logits: z [n, v] in fp32; scale * dCE/dz takes its place.
+        logits: z [n, v]; scale * dCE/dz takes their place.
         labels: [n].
         scale: of the gradient; the sum is not scaled.
-        ignore_index: the label that counts nowhere.
+        ignore_index: the label of tokens without a loss.
         label_smoothing: the part of the target that is spread evenly.
     """
+    z = logits.to(at_least_fp32(logits))
     counts = (labels != ignore_index)[:, None]
     label = labels[:, None].where(counts, 0)
-    scale = counts * scale
-    logits -= logits.amax(-1, keepdim=True)
-    of_target = (1 - label_smoothing) * logits.gather(-1, label)
+    scale = counts.to(z.dtype) * scale
+    z -= z.amax(-1, keepdim=True)
+    target_score = (1 - label_smoothing) * z.gather(-1, label)
     if label_smoothing:
-        of_target += label_smoothing * logits.mean(-1, keepdim=True)
-    total = logits.exp_().sum(-1, keepdim=True)
-    logits *= scale / total
+        target_score += label_smoothing * z.mean(-1, keepdim=True)
+    total = z.exp_().sum(-1, keepdim=True)
+    z *= scale / total
     if label_smoothing:
-        logits -= scale * (label_smoothing / logits.shape[-1])
-    logits.scatter_add_(-1, label, scale * (label_smoothing - 1))
-    return ((total.log() - of_target) * counts).sum()
+        z -= scale * (label_smoothing / z.shape[-1])
+    z.scatter_add_(-1, label, scale * (label_smoothing - 1))
+    if z is not logits:
+        logits.copy_(z)
+    return ((total.log() - target_score) * counts).sum()
 
 
-class ExitLosses(torch.autograd.Function):
-    """The weighted sum of the exits' losses, with the gradients taken chunk by chunk in the forward pass.
+def exit_losses(
+    head: Head,
+    hidden: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    chunk_loss: ChunkLoss,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the exits' losses, whose gradients are taken chunk by chunk in the forward pass.
 
     The weights are known beforehand, so each chunk's gradient is final as soon as its logits exist: one accumulator
-    serves the head for all exits, and each exit keeps a gradient of its hidden state's size. Only the `counted` rows
-    [n] of the labels and hidden states get logits.
+    serves the head for all exits, and each exit keeps a gradient of its hidden state's size.
+
+    Args:
+        head: g, within the forward of its decoder.
+        hidden: x_E [b, s, d] of each exit.
+        weights: of each exit.
+        labels: [b * s].
+        counted: [n], the indices of the labels with a loss. Only these rows get logits.
+        chunk_loss: from logits [n, v], labels [n] and a scale the sum of the losses, with the gradient of scale * sum
+            in place of the logits.
+        chunk_tokens: the most rows whose logits exist at a time.
+
+    Returns:
+        The weighted sum, a scalar, and the mean loss of each exit, detached.
     """
+    return _ExitLosses.apply(
+        chunk_loss,
+        chunk_tokens,
+        head,
+        labels,
+        counted,
+        weights,
+        torch.is_grad_enabled(),
+        *head.parameters,
+        *(x.flatten(0, 1) for x in hidden),
+    )
+
+
+class _ExitLosses(torch.autograd.Function):
+    """`exit_losses` for autograd: the forward pass computes the gradients, the backward pass hands them out."""
 
     @staticmethod
-    def forward(ctx, loss, head, labels, counted, weights, grad_enabled, *tensors):
+    def forward(ctx, chunk_loss, chunk_tokens, head, labels, counted, weights, grad_enabled, *tensors):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        every, labels = len(counted) == len(labels), labels[counted]
-        count = labels.new_full((), max(len(labels), 1))
+        all_count, labels = len(counted) == len(labels), labels[counted]
+        exact = at_least_fp32(hidden[0])
+        count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
-        # Leaves of their own: of a sharded parameter this is the gathered copy. Frozen ones stay frozen.
+        # New leaves: of a sharded parameter they are the gathered copy. Frozen parameters stay frozen.
         leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        # They add up in fp32: there are as many summands as chunks of all exits, which in bf16 would vanish.
-        sums = [torch.zeros_like(p, dtype=torch.float32) if p.requires_grad else None for p in leaves]
+        # Gradients add up in fp32: bf16 would lose most of the summands, one for each chunk of each exit.
+        sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         hidden_grads, per_exit = [], []
-        size = max(min(loss.chunk_tokens, len(labels)), 1)
-        # The logits of all chunks in turn: memory of that size, taken anew for each, costs a CPU a tenth of the step.
+        size = max(min(chunk_tokens, len(labels)), 1)
+        # One buffer for the logits of all chunks: allocating one for each chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
-        logits = hidden[0].new_empty(size, leaves[head.matrix].shape[0]) if plain and wants_gradient else None
-        # Nothing of a chunk outlives it, so hooks that offload or pack saved tensors have no business here.
+        buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0]) if plain else None
+        # No tensor of a chunk outlives the chunk, so saved-tensor hooks (offloading) must not see them.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
             for weight, x in zip(weights, hidden, strict=True):
                 trains = wants_gradient and weight > 0
                 x_grad = torch.zeros_like(x) if trains else None
-                exit_sum = torch.zeros((), dtype=torch.float32, device=x.device)
+                exit_sum = torch.zeros((), dtype=exact, device=x.device)
                 for start in range(0, len(labels), size):
                     part = slice(start, start + size)
-                    rows = part if every else counted[part]
+                    rows = part if all_count else counted[part]
                     if trains:
-                        chunk_sum, x_grad[rows] = _with_gradient(
-                            loss, head, leaves, sums, x[rows], labels[part], weight / count, logits
+                        chunk_sum, x_grad[rows] = _loss_and_gradient(
+                            chunk_loss, head, leaves, sums, x[rows], labels[part], weight / count, buffer
                         )
                     else:
-                        chunk_sum = loss.sum_of_chunk(head(x[rows]), labels[part])
+                        h = head.normed(x[rows])
+                        logits = head.unembed(h, out=None if buffer is None else buffer[: len(h)])
+                        chunk_sum = chunk_loss(logits, labels[part], torch.zeros_like(count))
                     exit_sum += chunk_sum
                 per_exit.append(exit_sum / count)
                 hidden_grads.append(x_grad)
         per_exit = torch.stack(per_exit)
-        # Pinned: a copy that is not waits for all that was launched.
-        of_exits = torch.tensor(weights, pin_memory=per_exit.is_cuda).to(per_exit.device, non_blocking=per_exit.is_cuda)
-        total = (per_exit * of_exits).sum()
+        # Pinned memory, so that the copy does not synchronise.
+        cuda = per_exit.is_cuda
+        factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
+        total = (per_exit * factors).sum()
         head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, leaves, strict=True))
         ctx.grads = (*head_grads, *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
@@ -98,16 +144,16 @@ class ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        # In place, and then let go: there is no second backward through the same loss.
+        # In place, and then freed: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
-        return (None, None, None, None, None, None, *(g if g is None else g.mul_(grad_total) for g in grads))
+        return (None,) * 7 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
 
 
 @torch.enable_grad()
-def _with_gradient(
-    loss: Any,
+def _loss_and_gradient(
+    chunk_loss: ChunkLoss,
     head: Head,
-    leaves: list[torch.Tensor],
+    leaves: list[Any],
     sums: list[torch.Tensor | None],
     x: torch.Tensor,
     labels: torch.Tensor,
@@ -121,22 +167,23 @@ def _with_gradient(
     """
     x = x.detach().requires_grad_()
     h = head.normed(x)
-    apart = head.matrix  # a plain matrix: in fp32 its gradient adds up without a tensor of its size for each chunk
-    if apart is None:
+    matrix = head.matrix
+    if matrix is None:
         end = head.unembed(h)
         grad = end.detach().clone()
-        chunk_sum = loss.gradient_of_chunk(grad, labels, scale)
+        chunk_sum = chunk_loss(grad, labels, scale)
     else:
+        # By hand: autograd would make a tensor of the matrix's size for each chunk, and add them up in its dtype.
         with torch.no_grad():
-            logits = head.unembed(h, out=buffer[: len(h)])
-            chunk_sum = loss.gradient_of_chunk(logits, labels, scale)
-            if sums[apart] is not None and sums[apart].dtype == h.dtype:
-                sums[apart].addmm_(logits.T, h)
-            elif sums[apart] is not None:
-                sums[apart] += logits.T @ h
-            end, grad = h, logits @ leaves[apart]
-    others = [i for i, total in enumerate(sums) if total is not None and i != apart]
+            grad_logits = head.unembed(h, out=buffer[: len(h)])
+            chunk_sum = chunk_loss(grad_logits, labels, scale)
+            if sums[matrix] is not None and sums[matrix].dtype == h.dtype:
+                sums[matrix].addmm_(grad_logits.T, h)
+            elif sums[matrix] is not None:
+                sums[matrix] += grad_logits.T @ h
+            end, grad = h, grad_logits @ leaves[matrix]
+    others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
     x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
-    for i, of_leaf in zip(others, grads, strict=True):
-        sums[i] += of_leaf
+    for i, leaf_grad in zip(others, grads, strict=True):
+        sums[i] += leaf_grad
     return chunk_sum, x_grad

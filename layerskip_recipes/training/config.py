@@ -1,293 +1,395 @@
-"""What a finetune config may say: every key with its check, our two sections, and their names in torchtune."""
+"""FinetuneConfig: every key of a finetune config with its default and meaning, and the rules about several keys."""
 
-from typing import Any
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, BeforeValidator, Field
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, checkpoint_files, is_scratch
-from layerskip_recipes.config.checks import check_number
-from layerskip_recipes.config.settings import (
-    COMMON,
-    anything,
-    build,
-    build_on_meta,
-    check_component,
-    check_section,
-    check_settings,
-    component,
-    flag,
-    list_of,
-    number,
-    one_of,
-    text,
-)
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.layer_strings import select_exits
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.batches import PADDED, check_collate_fn, check_dataset, sections_of
+from layerskip_recipes.training.batches import PADDED, CollateFn, Datasets
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.optimizers import layers_to_checkpoint
-from layerskip_recipes.training.validation import chosen_exits
 
+LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size"))
+EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing"))
 
-def _clip_grad_norm(key: str, value: object) -> None:
-    # torchtune reads "inf" as: log the norm, clip nothing.
-    if value != "inf":
-        number(minimum=0, integer=False, optional=True, example=1.0)(key, value)
-
-
-def _profiler(key: str, value: object) -> None:
-    if value is None:
-        return
-    default = {"_component_": "torchtune.training.setup_torch_profiler"}
-    if not isinstance(value, DictConfig):
-        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a section like torchtune's, or null")
-    section = OmegaConf.merge(default, value)
-    if check_component(section, key) is not setup_torch_profiler:
-        raise ConfigError(
-            f"{key}._component_: {section._component_!r} is not allowed. Allowed: {default['_component_']}"
-        )
-
-
-def logged(key: str, value: Any) -> None:
-    """What RunLog adds to the config that it logs, which can be run again; a ValueError if it is anything else."""
-    if not isinstance(value, DictConfig) or not {"total_steps", "torch"} & value.keys():
-        raise ConfigError(f"{key}: {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
-
-
-POSITIVE = number(minimum=1)
-SETTINGS = COMMON | {
-    "versions": logged,
-    "curriculum": logged,
-    "output_dir": text("/tmp/layerskip", optional=False),
-    "dataset": check_dataset,
-    "shuffle": one_of(True, False),
-    "collate_fn": check_collate_fn,
-    "init_std": number(minimum=0, above=True, integer=False, optional=True, example=0.02),
-    "resume_from_checkpoint": flag,
-    "batch_size": POSITIVE,
-    "epochs": POSITIVE,
-    "max_steps_per_epoch": number(minimum=1, optional=True),
-    "gradient_accumulation_steps": POSITIVE,
-    "optimizer": component(positional=1),
-    "optimizer_in_bwd": flag,
-    "lr_scheduler": component(positional=1, given=["num_training_steps", "last_epoch"], optional=True),
-    "clip_grad_norm": _clip_grad_norm,
-    "loss": component(),
-    "layer_dropout": anything,
-    "early_exit_loss": anything,
-    "compile": flag,
-    "enable_activation_checkpointing": flag,
-    "enable_activation_offloading": flag,
-    "ac_mode": one_of(None, "full", "selective"),
-    "ac_option": number(minimum=1, optional=True, example=2),
-    "custom_sharded_layers": list_of(str, "[tok_embeddings,output]"),
-    "fsdp_cpu_offload": flag,
-    "fsdp_reshard_after_forward": flag,
-    "data_parallel_shard_dim": number(minimum=-1, optional=True, example=-1),
-    "data_parallel_replicate_dim": number(minimum=1, optional=True, example=2),
-    "tensor_parallel_dim": number(minimum=1, optional=True, example=2),
-    "tensor_parallel_plan": component(optional=True),
-    "save_adapter_weights_only": flag,
-    "low_cpu_ram": flag,
-    "save_every_n_steps": number(minimum=1, optional=True, example=500),
-    "keep_last_n_checkpoints": number(minimum=1, optional=True, example=2),
-    "enable_async_checkpointing": flag,
-    "dataset_val": lambda key, value: None if value is None else check_dataset(key, value),
-    "run_val_every_n_steps": number(minimum=1, optional=True, example=200),
-    "batch_size_val": number(minimum=1, optional=True),
-    "max_batches_val": number(minimum=1, optional=True, example=50),
-    "layers_val": anything,
-    "val_loss_margin": number(minimum=0, integer=False, example=0.05),
-    "cudnn_deterministic_mode": one_of(None, 0, 1, 2, "default", "warn", "error"),
-    "metric_logger": component(),
-    "log_every_n_steps": POSITIVE,
-    "log_peak_memory_stats": flag,
-    "profiler": _profiler,
-}
-REQUIRED = ("output_dir", "dataset", "optimizer", "loss", "metric_logger")
-REFUSED = {
-    "fsdp": "it is an old name. Offloading is fsdp_cpu_offload",
-    "quantizer": "it is for quantisation-aware training",
-}
-
-
-def check_config(cfg: DictConfig) -> None:
-    """All of a finetune config that can be wrong on any machine: nothing is loaded, downloaded or written.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
-    if cfg.get("optimizer_in_bwd"):
-        if cfg.get("gradient_accumulation_steps", 1) > 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps: {cfg.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
-                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
-            )
-        if cfg.get("clip_grad_norm") is not None:
-            raise ConfigError(
-                f"clip_grad_norm: {cfg.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
-            )
-    for key, needs in (
-        ("run_val_every_n_steps", "dataset_val"),
-        ("batch_size_val", "dataset_val"),
-        ("max_batches_val", "dataset_val"),
-        ("layers_val", "dataset_val"),
-        ("val_loss_margin", "dataset_val"),
-        ("enable_async_checkpointing", "save_every_n_steps"),
-        ("ac_option", "ac_mode"),
-    ):
-        value = cfg.get(key)
-        if value is not None and value is not False and cfg.get(needs) is None:
-            raise ConfigError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
-    if cfg.get("ac_mode") == "selective" and cfg.get("ac_option") is None:
-        raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
-    if cfg.get("ac_mode") == "full" and cfg.get("ac_option") is not None:
-        raise ConfigError(
-            f"ac_option: {cfg.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option"
-        )
-    if cfg.get("enable_activation_offloading") and not layers_to_checkpoint(cfg):
-        raise ConfigError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
-    if cfg.get("enable_activation_offloading") and layers_to_checkpoint(cfg) != 1:
-        raise ConfigError(
-            "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy weights "
-            f"away too. ac_option: {cfg.get('ac_option')}; for example ac_mode=full ac_option=null"
-        )
-    if cfg.checkpointer.get("output_dir", cfg.output_dir) != cfg.output_dir:
-        raise ConfigError(
-            f"checkpointer.output_dir: {cfg.checkpointer.output_dir!r} is not output_dir. Checkpoints go there: "
-            "checkpointer.output_dir=${output_dir}"
-        )
-    _check_optimizer(cfg)
-
-    check_lora_arguments(cfg)
-    model = build_on_meta(cfg)
-    check_adapters(cfg, model)
-    check_checkpointer(cfg, model, trains=True)
-    from_scratch = is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer)
-    if cfg.get("init_std") is not None and not from_scratch:
-        raise ConfigError(
-            f"init_std: {cfg.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
-            "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
-        )
-    if adapter_names(model) and from_scratch:
-        raise ConfigError(
-            f"checkpointer.checkpoint_files: missing, and the adapters of {cfg.model._component_} need weights; "
-            "for example [model.safetensors]"
-        )
-    if adapter_names(model) and cfg.get("optimizer_in_bwd"):
-        raise ConfigError("optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false")
-    chosen_exits(cfg, "layers_val", len(model.layers))
-    if cfg.get("layer_dropout") is not None and getattr(model, "layer_dropout", None) is not None:
-        raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
-    layer_dropout_section(cfg, len(model.layers), seed=0)
-    loss_section(cfg, len(model.layers)).enabled(len(model.layers), 0, 1)
-
-
-def _check_optimizer(cfg: DictConfig) -> None:
-    """Raises a ValueError if the optimizer or the schedule refuses its arguments: both are tried on one number."""
-    if "lr" in cfg.optimizer:
-        check_number("optimizer.lr", cfg.optimizer.lr, minimum=0, integer=False, example="2e-5")
-    optimizer = build(cfg.optimizer, "optimizer", [torch.nn.Parameter(torch.zeros(1))])
-    build(cfg.get("lr_scheduler"), "lr_scheduler", optimizer, num_training_steps=1, last_epoch=-1)
-
-
-def without_effect(cfg: DictConfig, loss: EarlyExitLoss) -> list[str]:
-    """Settings that a config may well have, as from the one that it extends, and that change nothing in this run."""
-    lines = []
-    chunks, default = cfg.loss.get("num_output_chunks"), CEWithChunkedOutputLoss().num_output_chunks
-    if chunks not in (None, default):
-        lines.append(
-            f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
-            f"early_exit_loss.chunk_tokens tokens, {loss.chunk_tokens}"
-        )
-    interval = (cfg.get("early_exit_loss") or {}).get("interval")
-    if interval is not None and loss.curriculum != "rotational":
-        lines.append(
-            f"early_exit_loss.interval: {interval} changes nothing with curriculum {loss.curriculum}, only with "
-            "rotational"
-        )
-    packed = any(section.get("packed") for section in sections_of(cfg, "dataset"))
-    if cfg.get("collate_fn") not in (None, PADDED) and packed:
-        lines.append(f"collate_fn: {cfg.collate_fn} changes nothing where samples are packed; ~collate_fn")
-    return lines
-
-
-# torchtune's early-exit recipe names these by dotted path; here they have short names.
+# torchtune's early-exit recipe names these by dotted path; they have short names here.
 _UPSTREAM = "torchtune.modules.early_exit_loss."
-UPSTREAM_CURRICULA = {
-    _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
-    _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
+UPSTREAM_NAMES = {
+    "curriculum": {
+        _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
+        _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
+    },
+    "scale_fn": {
+        _UPSTREAM + "uniform_loss_scale": "uniform",
+        _UPSTREAM + "linear_l_loss_scale": "linear",
+        _UPSTREAM + "sum_l_loss_scale": "layerskip",
+        _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
+        _UPSTREAM + "inv_l_loss_scale": "inverse",
+        _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
+    },
 }
-UPSTREAM_SCALE_FNS = {
-    _UPSTREAM + "uniform_loss_scale": "uniform",
-    _UPSTREAM + "linear_l_loss_scale": "linear",
-    _UPSTREAM + "sum_l_loss_scale": "layerskip",
-    _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
-    _UPSTREAM + "inv_l_loss_scale": "inverse",
-    _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
-}
 
 
-def layer_dropout_section(cfg: DictConfig, num_layers: int, seed: int, batch_size: int = 1) -> LayerDropout | None:
-    """The `layer_dropout` section, checked and built; seed and batch_size are the same on all ranks."""
-    given = ["num_layers", "seed", "batch_size"]
-    section = cfg.get("layer_dropout")
-    if isinstance(section, DictConfig) and "disable_on_eval" in section:
-        # Upstream's key. Evaluation without dropout is the only way here.
-        if section.disable_on_eval is not True:
-            raise ConfigError(f"layer_dropout.disable_on_eval: {section.disable_on_eval!r}; only true is supported")
-        section = OmegaConf.masked_copy(section, [key for key in section if key != "disable_on_eval"])
-    arguments = check_section(section, "layer_dropout", LayerDropout, given=given)
-    if section is None:
-        return None
-    if "prob" not in arguments:
-        raise ConfigError("layer_dropout.prob: missing; for example layer_dropout.prob=0.1")
-    return LayerDropout(num_layers, seed=seed, batch_size=batch_size, **arguments)
+def _dropout_from_upstream(section: Any) -> Any:
+    """The `layer_dropout` section without torchtune's `disable_on_eval`: evaluation never drops layers here."""
+    if not isinstance(section, Mapping) or "disable_on_eval" not in section:
+        return section
+    if section["disable_on_eval"] is not True:
+        raise ConfigError(f".disable_on_eval: {section['disable_on_eval']!r} is not allowed. Allowed: true")
+    return {key: value for key, value in section.items() if key != "disable_on_eval"}
 
 
-def loss_section(cfg: DictConfig, num_layers: int) -> EarlyExitLoss:
-    """The `early_exit_loss` section over the `loss` section, checked and built. Without the former: the last exit."""
-    base = build(cfg.loss, "loss")
-    given = {"ignore_index": getattr(base, "ignore_index", -100)}
-    if given["ignore_index"] != -100:
-        raise ConfigError(
-            f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"
-        )
-    if isinstance(base, torch.nn.CrossEntropyLoss):
-        check_number("loss.label_smoothing", base.label_smoothing, minimum=0, maximum=1, integer=False)
-        given["label_smoothing"] = base.label_smoothing
-        if base.weight is not None or base.reduction != "mean":
-            raise ConfigError(
-                f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
-            )
-    elif not isinstance(base, CEWithChunkedOutputLoss):  # whose chunks are ours: chunk_tokens
-        raise ConfigError(
-            f"loss._component_: {type(base).__name__} makes no early-exit loss. Allowed: torch.nn.CrossEntropyLoss, "
-            "torchtune.modules.loss.CEWithChunkedOutputLoss"
-        )
-    if cfg.get("early_exit_loss") is None:
-        return EarlyExitLoss(curriculum=None, layers=str(num_layers - 1), **given)
-    arguments = check_section(
-        cfg.early_exit_loss, "early_exit_loss", EarlyExitLoss, given=["ignore_index", "label_smoothing"]
-    )
-    upstream = str(arguments.get("curriculum")) in UPSTREAM_CURRICULA
-    arguments |= {
-        key: short[arguments[key]]
-        for key, short in (("curriculum", UPSTREAM_CURRICULA), ("scale_fn", UPSTREAM_SCALE_FNS))
-        if isinstance(arguments.get(key), str) and arguments[key] in short
-    }
-    if upstream and arguments["curriculum"] == "rotational" and "interval" not in arguments:
+def _loss_from_upstream(section: Any) -> Any:
+    """The `early_exit_loss` section with short names in place of torchtune's dotted ones."""
+    if not isinstance(section, Mapping):
+        return section
+    renamed = dict(section)
+    for key, short in UPSTREAM_NAMES.items():
+        if isinstance(section.get(key), str):
+            renamed[key] = short.get(section[key], section[key])
+    if renamed.get("curriculum") == "rotational" != section["curriculum"] and "interval" not in section:
         # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
-        start, _, step = str(arguments.get("layers", ":")).partition("::")
+        start, _, step = str(section.get("layers", ":")).partition("::")
         if not step.isdigit() or start not in ("", "0"):
             raise ConfigError(
-                f"early_exit_loss.layers: {arguments.get('layers')!r} says no interval for the rotation. "
+                f".layers: {section.get('layers')!r} says no interval for the rotation. "
                 "Give it: curriculum: rotational, interval: 8"
             )
-        arguments |= {"layers": ":", "interval": int(step)}
-    return EarlyExitLoss(**arguments, **given)
+        renamed |= {"layers": ":", "interval": int(step)}
+    return renamed
+
+
+def _with_default_component(section: Any) -> Any:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f": {section!r} is not allowed. Allowed: a section like torchtune's, or null")
+    return {"_component_": "torchtune.training.setup_torch_profiler", **section}
+
+
+def _is_torchtunes_profiler(profiler: Component) -> Component:
+    if profiler.target is not setup_torch_profiler:
+        allowed = "torchtune.training.setup_torch_profiler"
+        raise ConfigError(f"._component_: {profiler.path!r} is not allowed. Allowed: {allowed}")
+    return profiler
+
+
+def _is_logged(value: Any) -> Any:
+    """The sections that `RunLog` adds to the config that it logs, so that a logged config can be run again."""
+    if not isinstance(value, Mapping) or not {"total_steps", "torch"} & value.keys():
+        raise ConfigError(f": {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
+    return value
+
+
+Logged = Annotated[Any, BeforeValidator(_is_logged)]
+Count = PositiveInt | None
+
+
+class FinetuneConfig(RecipeConfig):
+    """The keys of `layerskip_finetune`: torchtune's, and the sections `layer_dropout` and `early_exit_loss`."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "fsdp": "it is an old name. Offloading is fsdp_cpu_offload",
+        "quantizer": "it is for quantisation-aware training",
+    }
+
+    output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
+    """Where checkpoints and logs go."""
+
+    layer_dropout: Annotated[LayerDropoutSection | None, BeforeValidator(_dropout_from_upstream)] = None
+    """Layer dropout; null trains every layer with every sample."""
+    early_exit_loss: Annotated[EarlyExitLossSection | None, BeforeValidator(_loss_from_upstream)] = None
+    """The losses of early exits; null trains the last layer's alone."""
+    loss: Annotated[Component, Takes()]
+    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`."""
+
+    dataset: Datasets
+    """A torchtune dataset or a list of them, packed or padded."""
+    collate_fn: CollateFn = None
+    """What pads the samples of a batch; null is `torchtune.data.padded_collate_sft`."""
+    shuffle: bool = True
+    """Draw the order of the samples for each epoch."""
+    batch_size: PositiveInt = 1
+    """Samples of a micro-batch in each process."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches of an optimizer step."""
+    epochs: PositiveInt = 1
+    """Passes over the dataset."""
+    max_steps_per_epoch: Count = None
+    """The most optimizer steps of an epoch."""
+
+    optimizer: Annotated[Component, Takes(positional=1)]
+    """An optimizer of torch, torchao or bitsandbytes."""
+    optimizer_in_bwd: Flag = False
+    """Update each weight as soon as its gradient is there, so that no two gradients exist at a time."""
+    lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None
+    """One of `torchtune.training.lr_schedulers`; null keeps the learning rate."""
+    clip_grad_norm: Annotated[float, Field(ge=0, examples=[1.0])] | Literal["inf"] | None = None
+    """The largest norm of the gradient; "inf" logs the norm and clips nothing."""
+    init_std: Annotated[float, Field(gt=0, examples=[0.02])] | None = None
+    """The standard deviation of weights from scratch, 0.02 by default."""
+    compile: Flag = False
+    """Compile the layers and the loss."""
+
+    enable_activation_checkpointing: Flag = False
+    """Compute the activations of every layer again in the backward pass."""
+    ac_mode: Literal["full", "selective"] | None = None
+    """`full` checkpoints every layer, `selective` each `ac_option`-th."""
+    ac_option: Annotated[int, Field(ge=1, examples=[2])] | None = None
+    """Every how many layers one is checkpointed, with `ac_mode: selective`."""
+    enable_activation_offloading: Flag = False
+    """Keep the checkpointed layers' inputs in the memory of the CPU; needs a GPU."""
+
+    data_parallel_replicate_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
+    """Copies of the sharded model (HSDP)."""
+    data_parallel_shard_dim: Literal[-1] | PositiveInt | None = None
+    """Ranks over which each copy is sharded; -1 takes those that are left."""
+    tensor_parallel_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
+    """Ranks that share each matrix; needs `tensor_parallel_plan`."""
+    tensor_parallel_plan: Annotated[Component, Takes()] | None = None
+    """torchtune's plan, such as `{_component_: torchtune.models.llama3.base_llama_tp_plan}`."""
+    custom_sharded_layers: Annotated[list[Text], Field(examples=["[tok_embeddings,output]"])] | None = None
+    """Modules that are sharded by themselves; the loss gathers the head once for all exits."""
+    fsdp_cpu_offload: Flag = False
+    """Keep parameters, gradients and the optimizer's state in the memory of the CPU."""
+    fsdp_reshard_after_forward: Flag = True
+    """Let go of gathered weights after the forward pass, and gather them again for the backward pass."""
+
+    save_adapter_weights_only: Flag = False
+    """Checkpoints hold the adapters without the merged model."""
+    low_cpu_ram: Flag = False
+    """Unpack QLoRA's weights into a file when a checkpoint is written."""
+
+    save_every_n_steps: Annotated[int, Field(ge=1, examples=[500])] | None = None
+    """Write a checkpoint `step_N` too, beside the `epoch_N` after each epoch."""
+    keep_last_n_checkpoints: Annotated[int, Field(ge=1, examples=[2])] | None = None
+    """Delete older checkpoints; a new run does not begin where another one's are."""
+    enable_async_checkpointing: Flag = False
+    """Write each `step_N` in the background, by every rank its shards; only to resume from. With torchao's optimizers
+    training waits for it."""
+    resume_from_checkpoint: Flag = False
+    """Go on from the newest complete checkpoint under `output_dir`: data order, dropout, curriculum, schedules,
+    optimizer. The number of processes may change if `batch_size` x `gradient_accumulation_steps` x processes stays. A
+    changed dataset, curriculum or model is refused; more `epochs` are allowed."""
+
+    dataset_val: Datasets | None = None
+    """Held-out data, like `dataset`: measured before the first step and after the last."""
+    run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
+    """Measure `dataset_val` after every so many steps too."""
+    batch_size_val: Count = None
+    """Samples of a batch of `dataset_val`; null is `batch_size`."""
+    max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
+    """The most batches of `dataset_val` in each process."""
+    layers_val: Layers | None = None
+    """The layers whose exits are measured; null measures all."""
+    val_loss_margin: Annotated[float, Field(ge=0, examples=[0.05])] = 0.05
+    """Warn if the last layer's loss on `dataset_val` is by more than this part worse than at the start."""
+
+    cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
+    """torch's `set_deterministic_debug_mode`."""
+    metric_logger: Annotated[Component, Takes()]
+    """One of `torchtune.training.metric_logging`."""
+    log_every_n_steps: PositiveInt = 1
+    """Log the metrics of every so many steps."""
+    log_peak_memory_stats: Flag = False
+    """Log the GPU's peak memory too."""
+    profiler: (
+        Annotated[Component, BeforeValidator(_with_default_component), AfterValidator(_is_torchtunes_profiler)] | None
+    ) = None
+    """torchtune's profiler section; it records with `enabled: true`."""
+
+    versions: Logged = None
+    """Part of a logged config: what it ran with. Not read."""
+    curriculum: Logged = None
+    """Part of a logged config: the exits that were on. Not read."""
+
+    # ---- derived from the keys ----
+
+    @cached_property
+    def exit_loss(self) -> EarlyExitLoss:
+        """The early-exit loss over the `loss` section; without `early_exit_loss` only the last layer has one."""
+        base = self.loss.build()
+        given = {"ignore_index": getattr(base, "ignore_index", -100)}
+        if given["ignore_index"] != -100:
+            raise ConfigError(
+                f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"
+            )
+        if isinstance(base, torch.nn.CrossEntropyLoss):
+            check("loss.label_smoothing", base.label_smoothing, Fraction)
+            given["label_smoothing"] = base.label_smoothing
+            if base.weight is not None or base.reduction != "mean":
+                raise ConfigError(
+                    f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
+                )
+        elif not isinstance(base, CEWithChunkedOutputLoss):  # its chunks are early_exit_loss.chunk_tokens here
+            raise ConfigError(
+                f"loss._component_: {type(base).__name__} makes no early-exit loss. Allowed: "
+                "torch.nn.CrossEntropyLoss, torchtune.modules.loss.CEWithChunkedOutputLoss"
+            )
+        if self.early_exit_loss is None:
+            return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), **given)
+        return EarlyExitLoss(**self.early_exit_loss.arguments(), **given)
+
+    def build_layer_dropout(self, seed: int) -> LayerDropout | None:
+        """The dropout of the `layer_dropout` section, if there is one; `seed` is the same on all ranks."""
+        if self.layer_dropout is None:
+            return None
+        arguments = self.layer_dropout.arguments()
+        return LayerDropout(self.num_layers, seed=seed, batch_size=self.batch_size, **arguments)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.meta_model.layers)
+
+    @property
+    def checkpoint_every_layers(self) -> int:
+        """Every how many layers one's activations are computed again, 0 for none; torchtune has two ways to ask."""
+        if self.ac_mode == "selective":
+            assert self.ac_option is not None
+            return self.ac_option
+        return int(self.ac_mode == "full" or bool(self.enable_activation_checkpointing))
+
+    @property
+    def validated_exits(self) -> list[int]:
+        """The exits that validation measures, in order."""
+        return select_exits(":" if self.layers_val is None else self.layers_val, self.num_layers, key="layers_val")
+
+    # ---- rules about several keys ----
+
+    def check_together(self) -> None:
+        """Check the rules about several keys that hold on any machine: nothing is loaded or written.
+
+        Raises:
+            ConfigError: the first mistake.
+        """
+        self._check_needed_keys()
+        self._check_activations()
+        self._check_optimizer()
+        if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
+            raise ConfigError(
+                f"checkpointer.output_dir: {self.checkpointer.get('output_dir')!r} is not output_dir. Checkpoints go "
+                "there: checkpointer.output_dir=${output_dir}"
+            )
+        check_lora_arguments(self.model)
+        check_adapters(
+            self.model,
+            self.meta_model,
+            save_adapter_weights_only=bool(self.save_adapter_weights_only),
+            safe_serialization=self.checkpointer.get("safe_serialization") is not False,
+        )
+        check_checkpointer(self, trains=True)
+        self._check_start()
+        self._check_sharded_layers()
+        assert self.validated_exits
+        if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
+            raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
+        self.build_layer_dropout(seed=0)
+        self.exit_loss.enabled(self.num_layers, 0, 1)
+
+    def _check_needed_keys(self) -> None:
+        for key, needs in (
+            ("run_val_every_n_steps", "dataset_val"),
+            ("batch_size_val", "dataset_val"),
+            ("max_batches_val", "dataset_val"),
+            ("layers_val", "dataset_val"),
+            ("val_loss_margin", "dataset_val"),
+            ("enable_async_checkpointing", "save_every_n_steps"),
+            ("ac_option", "ac_mode"),
+        ):
+            value = getattr(self, key) if key in self.model_fields_set else None
+            if value is not None and value is not False and getattr(self, needs) is None:
+                raise ConfigError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
+
+    def _check_activations(self) -> None:
+        if self.ac_mode == "selective" and self.ac_option is None:
+            raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
+        if self.ac_mode == "full" and self.ac_option is not None:
+            raise ConfigError(
+                f"ac_option: {self.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option"
+            )
+        if self.enable_activation_offloading and not self.checkpoint_every_layers:
+            raise ConfigError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
+        if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
+            raise ConfigError(
+                "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy "
+                f"weights away too. ac_option: {self.ac_option}; for example ac_mode=full ac_option=null"
+            )
+
+    def _check_optimizer(self) -> None:
+        """Optimizer and schedule may refuse their arguments, so both are built once for a single number."""
+        if self.optimizer_in_bwd and self.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
+                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
+            )
+        if self.optimizer_in_bwd and self.clip_grad_norm is not None:
+            raise ConfigError(
+                f"clip_grad_norm: {self.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
+            )
+        if self.optimizer_in_bwd and self.fsdp_cpu_offload:
+            raise ConfigError(
+                "optimizer_in_bwd: True does not go with fsdp_cpu_offload, whose gradients may still be on their way "
+                "when it steps (pytorch 180666), and which keeps them off the GPU already. Set optimizer_in_bwd=false"
+            )
+        if "lr" in self.optimizer.arguments:
+            check("optimizer.lr", self.optimizer.get("lr"), Annotated[float, Field(ge=0, examples=["2e-5"])])
+        optimizer = self.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
+
+    def _check_start(self) -> None:
+        """Rules about the weights that a run starts with."""
+        from_scratch = is_scratch(self.checkpointer) or not checkpoint_files(self.checkpointer)
+        if self.init_std is not None and not from_scratch:
+            raise ConfigError(
+                f"init_std: {self.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
+                "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
+            )
+        if adapter_names(self.meta_model) and from_scratch:
+            raise ConfigError(
+                f"checkpointer.checkpoint_files: missing, and the adapters of {self.model.path} need weights; "
+                "for example [model.safetensors]"
+            )
+        if adapter_names(self.meta_model) and self.optimizer_in_bwd:
+            raise ConfigError(
+                "optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false"
+            )
+
+    def _check_sharded_layers(self) -> None:
+        """FSDP gathers in a forward, which a list of layers lacks. torchtune's configs name a tied head too."""
+        modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
+        for name in self.custom_sharded_layers or ():
+            if name not in modules:
+                raise ConfigError(
+                    f"custom_sharded_layers: {name!r} is no module of the model. "
+                    f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
+                    "custom_sharded_layers=[tok_embeddings,output]"
+                )
+
+    def unused_setting_warnings(self) -> list[str]:
+        """Settings that a config may well have, as from the one that it extends, and that change nothing in a run."""
+        lines = []
+        loss, chunks = self.exit_loss, self.loss.get("num_output_chunks")
+        if chunks not in (None, CEWithChunkedOutputLoss().num_output_chunks):
+            lines.append(
+                f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
+                f"early_exit_loss.chunk_tokens tokens, {loss.chunk_tokens}"
+            )
+        section = self.early_exit_loss
+        if section is not None and "interval" in section.model_fields_set and loss.curriculum != "rotational":
+            lines.append(
+                f"early_exit_loss.interval: {loss.interval} changes nothing with curriculum {loss.curriculum}, only "
+                "with rotational"
+            )
+        if self.collate_fn not in (None, PADDED) and any(section.get("packed") for section in self.dataset):
+            lines.append(f"collate_fn: {self.collate_fn} changes nothing where samples are packed; ~collate_fn")
+        return lines

@@ -1,18 +1,17 @@
-"""The grid of training processes (replicate x shard x tensor) and a decoder split over it: FSDP2, HSDP, TP.
+"""The grid of training processes (replicate x shard x tensor) and a decoder sharded over it: FSDP2, HSDP, TP.
 
-Every rank runs the same layers in the same order, or a collective would wait for ever: `LayerDropout` sees to that.
+Every rank runs the same layers in the same order, or a collective would never end; `LayerDropout` guarantees that.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -21,21 +20,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear
 
-from layerskip_recipes.config.checks import check_number
-from layerskip_recipes.config.settings import check_device, nearest
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.parallel import check_processes, parallelize, tensor_parallel_plan
+from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import TENSOR_PARALLEL
-from layerskip_recipes.processes import num_processes
+from layerskip_recipes.processes import is_rank_zero, num_processes, wait_for_all
+from layerskip_recipes.training.config import FinetuneConfig
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """replicate x shard x tensor processes. Data-parallel ranks (replicate x shard) have samples of their own.
+    """replicate x shard x tensor processes. Tensor-parallel ranks see the same samples, data-parallel ranks their own.
 
     Attributes:
         devices: None with one process.
@@ -56,120 +54,105 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """Which of them this process is."""
+        """The number of this process among the ranks with samples of their own."""
         return 0 if self.devices is None else dist.get_rank() // self.tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the data-parallel ranks, in place."""
         if self.devices is not None:
             dist.all_reduce(tensor)
-            tensor /= self.tensor  # its ranks have the same samples
+            tensor /= self.tensor  # tensor-parallel ranks see the same samples: count them once
         return tensor
 
 
-def mesh_sizes(cfg: DictConfig, model: TransformerDecoder) -> tuple[int, int, int]:
-    """replicate, shard and tensor for the processes that torchrun started.
-
-    Args:
-        cfg: `data_parallel_replicate_dim`, `data_parallel_shard_dim` (-1: what is left), `tensor_parallel_dim`, ...
-        model: of the config, on any device.
+def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
+    """The numbers of replicate, shard and tensor ranks for the processes that torchrun started.
 
     Raises:
-        ValueError: if they do not fit the number of processes, or a key needs more of them.
+        ConfigError: if they do not fit the number of processes, or a key does not go with it.
     """
     processes = num_processes()
-    if processes > 1 and cfg.get("tensor_parallel_plan") is not None and cfg.get("tensor_parallel_dim") is None:
+    plan, model = cfg.tensor_parallel_plan, cfg.meta_model
+    if processes > 1 and plan is not None and cfg.tensor_parallel_dim is None:
         raise ConfigError(
-            f"tensor_parallel_plan: {cfg.tensor_parallel_plan._component_} does nothing without tensor_parallel_dim. "
-            f"Set that, or leave it out: ~tensor_parallel_plan; for example tensor_parallel_dim={processes}, or 1 to "
-            "shard only"
+            f"tensor_parallel_plan: {plan.path} does nothing without tensor_parallel_dim. Set that, or leave it out: "
+            f"~tensor_parallel_plan; for example tensor_parallel_dim={processes}, or 1 to shard only"
         )
-    tensor = check_processes(OmegaConf.merge(cfg, {"tensor_parallel_dim": cfg.get("tensor_parallel_dim") or 1}), model)
+    tensor = check_processes(model, cfg.tensor_parallel_dim or 1, plan, device=cfg.device)
     if tensor > 1 and adapter_names(model):
         raise ConfigError(
             f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
             "(FSDP shards); for example tensor_parallel_dim=1"
         )
-    replicate, shard = cfg.get("data_parallel_replicate_dim") or 1, cfg.get("data_parallel_shard_dim")
-    shard = -1 if shard is None else shard
-    check_number("data_parallel_replicate_dim", replicate, minimum=1, example=2)
-    if shard != -1:
-        check_number("data_parallel_shard_dim", shard, minimum=1, example=-1)
-    left = processes // tensor
+    left = processes // tensor  # ranks to replicate and shard over
+    replicate = cfg.data_parallel_replicate_dim or 1
+    shard = -1 if cfg.data_parallel_shard_dim is None else cfg.data_parallel_shard_dim
     if left % replicate or (shard != -1 and replicate * shard != left):
         key = "data_parallel_replicate_dim" if shard == -1 else "data_parallel_shard_dim"
         raise ConfigError(
-            f"{key}: {cfg[key]} wrong: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim {shard} "
-            f"x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product of "
-            f"{processes}; "
-            "for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
+            f"{key}: {getattr(cfg, key)} wrong: data_parallel_replicate_dim {replicate} x data_parallel_shard_dim "
+            f"{shard} x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product "
+            f"of {processes}; for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
-    section = cfg.get("model") or {}
-    builder = section.get("base") or section
-    if replicate > 1 and builder.get("quantize_base", "qlora" in builder.get("_component_", "")):
+    if processes > 1:
+        _check_several_processes(cfg, replicate)
+    if cfg.fsdp_cpu_offload and (processes == 1 or cfg.find_device().type == "cpu"):
+        raise ConfigError(
+            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
+            "without them fsdp_cpu_offload=false"
+        )
+    if processes > 1 and left == 1:
+        _check_no_shards(cfg, processes)
+    return replicate, left // replicate, tensor
+
+
+def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
+    """Raises a ConfigError for keys that work in one process only."""
+    base = cfg.model.get("base") or cfg.model.section
+    if replicate > 1 and base.get("quantize_base", "qlora" in base.get("_component_", "")):
         raise ConfigError(
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"
         )
-    if processes > 1 and cfg.get("low_cpu_ram"):
+    if cfg.low_cpu_ram:
         raise ConfigError(
             "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
             "would write it at once. Set low_cpu_ram=false"
         )
-    if processes > 1 and str((cfg.get("optimizer") or {}).get("_component_", "")).startswith("torchao."):
+    if cfg.optimizer.path.startswith("torchao."):
         raise ConfigError(
-            f"optimizer: {cfg.optimizer._component_} works with one process: torch cannot gather its 8- or 4-bit state "
-            "for a checkpoint. For example optimizer._component_=torch.optim.AdamW"
+            f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
+            "checkpoint. For example optimizer._component_=torch.optim.AdamW"
         )
-    if cfg.get("fsdp_cpu_offload") and cfg.get("optimizer_in_bwd"):
-        raise ConfigError(
-            "optimizer_in_bwd: True does not go with fsdp_cpu_offload, whose gradients may still be on their way when "
-            "it steps (pytorch 180666), and which keeps them off the GPU already. Set optimizer_in_bwd=false"
-        )
-    named = list(cfg.get("custom_sharded_layers") or [])
-    if (
-        processes > 1
-        and cfg.get("optimizer_in_bwd")
-        and "tok_embeddings" in named
-        and isinstance(model.output, TiedLinear)
-    ):
+    apart = "tok_embeddings" in (cfg.custom_sharded_layers or ())
+    if cfg.optimizer_in_bwd and apart and isinstance(cfg.meta_model.output, TiedLinear):
         raise ConfigError(
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
             "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
             "tok_embeddings out"
         )
-    # FSDP gathers in a forward, which a list of layers lacks. A tied head is no module; torchtune's configs name it.
-    modules = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)} | {"output"}
-    for name in named:
-        if name not in modules:
-            raise ConfigError(
-                f"custom_sharded_layers: {name!r} is no module of the model. "
-                f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
-                "custom_sharded_layers=[tok_embeddings,output]"
-            )
-    if cfg.get("fsdp_cpu_offload") and (processes == 1 or check_device(cfg).type == "cpu"):
-        raise ConfigError(
-            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
-            "without them fsdp_cpu_offload=false"
-        )
-    for key, example in (("custom_sharded_layers", "null"), ("fsdp_reshard_after_forward", "true")):
-        if processes > 1 and left == 1 and cfg.get(key) not in (None, [], True):
-            shown = f"[{', '.join(cfg[key])}]" if key == "custom_sharded_layers" else cfg[key]
-            raise ConfigError(
-                f"{key}: {shown} does nothing where tensor_parallel_dim {tensor} takes all of {processes} "
-                f"processes, and no rank is left to shard over; {key}={example}"
-            )
-    if cfg.get("fsdp_cpu_offload") and left == 1:
-        raise ConfigError(
-            f"fsdp_cpu_offload: True needs ranks to shard over, and tensor_parallel_dim {tensor} takes all of "
-            f"{processes}; fsdp_cpu_offload=false"
-        )
-    return replicate, left // replicate, tensor
 
 
-def make_mesh(cfg: DictConfig, model: TransformerDecoder, device: torch.device) -> Mesh:
-    """The mesh of a config; the process group is there already. Raises as `mesh_sizes` does."""
-    replicate, shard, tensor = mesh_sizes(cfg, model)
+def _check_no_shards(cfg: FinetuneConfig, processes: int) -> None:
+    """Raises a ConfigError for keys about shards, where tensor parallelism takes all processes."""
+    takes_all = f"tensor_parallel_dim {processes} takes all of {processes}"
+    if cfg.custom_sharded_layers:
+        raise ConfigError(
+            f"custom_sharded_layers: [{', '.join(cfg.custom_sharded_layers)}] does nothing where {takes_all} "
+            "processes, and no rank is left to shard over; custom_sharded_layers=null"
+        )
+    if cfg.fsdp_reshard_after_forward is False:
+        raise ConfigError(
+            f"fsdp_reshard_after_forward: False does nothing where {takes_all} processes, and no rank is left to shard "
+            "over; fsdp_reshard_after_forward=true"
+        )
+    if cfg.fsdp_cpu_offload:
+        raise ConfigError(f"fsdp_cpu_offload: True needs ranks to shard over, and {takes_all}; fsdp_cpu_offload=false")
+
+
+def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
+    """The mesh of a config, where the process group exists. Raises as `mesh_sizes` does."""
+    replicate, shard, tensor = mesh_sizes(cfg)
     if num_processes() == 1:
         return Mesh()
     names = ("replicate", "shard", TENSOR_PARALLEL)
@@ -179,13 +162,13 @@ def make_mesh(cfg: DictConfig, model: TransformerDecoder, device: torch.device) 
 
 @contextmanager
 def rank_zero_first():
-    """Rank 0 runs the block before the others do: what it downloads or writes is there for them."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first:
-        dist.barrier()
+    """Rank 0 runs the block before the others do: the files that it downloads or writes are there for them."""
+    if not is_rank_zero():
+        wait_for_all()
     yield
-    if first and dist.is_initialized():
-        dist.barrier()
+    if is_rank_zero():
+        wait_for_all()
+    wait_for_all()  # the others' turn may take as long
 
 
 def checkpoint_layers(model: LayerSkipDecoder, every: int) -> None:
@@ -199,25 +182,26 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def split(model: LayerSkipDecoder, cfg: DictConfig, mesh: Mesh, checkpoint_every: int) -> None:
-    """Cut a decoder on the meta device into the parts of the ranks: matrices first, then what each rank keeps.
+def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> None:
+    """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
+
+    Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
 
     Args:
         model: changed in place.
-        cfg: `custom_sharded_layers`, `fsdp_cpu_offload`, `fsdp_reshard_after_forward`, `tensor_parallel_plan`.
+        cfg: the config.
         mesh: of several processes.
-        checkpoint_every: as for `checkpoint_layers`; between the two, since a plan names modules without wrappers.
     """
-    if mesh.tensor > 1:
-        parallelize(model, mesh.devices[TENSOR_PARALLEL], tensor_parallel_plan(cfg))
-    checkpoint_layers(model, checkpoint_every)
-    if mesh.data_size > 1:
-        named = list(cfg.get("custom_sharded_layers") or [])
+    if mesh.devices is not None and mesh.tensor > 1:
+        parallelize(model, mesh.devices[TENSOR_PARALLEL], read_plan(cfg.tensor_parallel_plan))
+    checkpoint_layers(model, cfg.checkpoint_every_layers)
+    if mesh.devices is not None and mesh.data_size > 1:
+        named = cfg.custom_sharded_layers or []
         training.shard_model(
             model,
             [lambda name, module: training.get_shard_conditions(clean_name(name), module, names_to_match=named)],
-            cpu_offload=bool(cfg.get("fsdp_cpu_offload")),
-            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True) is not False,
+            cpu_offload=bool(cfg.fsdp_cpu_offload),
+            reshard_after_forward=cfg.fsdp_reshard_after_forward is not False,
             dp_mesh=mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
         )
 
@@ -229,26 +213,27 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def load(
+def load_from_rank0(
     model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
 ) -> None:
     """Give each rank its part of rank 0's weights, tensor by tensor.
 
     Args:
-        model: split, on the meta device.
-        state: the whole state_dict on rank 0; not looked at on other ranks.
+        model: sharded, on the meta device.
+        state: the whole state_dict on rank 0; ignored on other ranks.
         device, dtype: of the weights.
-        offload: they live on the CPU.
+        offload: the weights live on the CPU.
     """
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
                 module.rope_init()
+    wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
-    weights = {name: value.to(dtype) for name, value in state.items()} if dist.get_rank() == 0 else {}
+    weights = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
-    with quiet():
+    with suppress_dcp_warnings():
         set_model_state_dict(model, weights, options=options)
     training.validate_no_params_on_meta_device(model)
 
@@ -259,9 +244,9 @@ def is_packed(parameter: torch.Tensor) -> bool:
 
 
 def _load_packed(model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
-    """`load` where weights are NF4: every rank packs the whole tensor and keeps its part."""
+    """`load_from_rank0` where weights are NF4: every rank packs the whole tensor and keeps its part."""
     for name, own in model.state_dict().items():
-        value = state[name].to(device=device, dtype=dtype) if dist.get_rank() == 0 else None
+        value = state[name].to(device=device, dtype=dtype) if is_rank_zero() else None
         value = torch.empty(own.shape, device=device, dtype=dtype) if value is None else value.contiguous()
         dist.broadcast(value, src=0)
         training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
@@ -269,19 +254,19 @@ def _load_packed(model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], dev
 
 
 @contextmanager
-def quiet():
-    """Without what torch's distributed checkpointing says about its own calls."""
+def suppress_dcp_warnings():
+    """Without the warnings of torch's distributed checkpointing about its own calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
         yield
 
 
-def alike(parameters: Any) -> list[list[nn.Parameter]]:
-    """The parameters by the mesh that they live on: operations over many tensors at once take one kind."""
-    kinds: dict[Any, list[nn.Parameter]] = {}
+def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters of each mesh: fused and foreach operations do not mix meshes."""
+    groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return list(kinds.values())
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
@@ -289,9 +274,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     with_gradient = [p for p in model.parameters() if p.grad is not None]
     if not with_gradient:  # all layers with adapters were dropped
         return torch.zeros((), device=next(model.parameters()).device)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in alike(with_gradient)]
+    groups = group_by_mesh(with_gradient)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     if math.isfinite(max_norm):
-        for kind in alike(with_gradient):
-            torch.nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total

@@ -1,67 +1,76 @@
-"""What a training run says about itself: to the metric logger, and to the run that resumes it."""
+"""The description of a training run: for the metric logger, and for the run that resumes it."""
 
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune import utils
 
-from layerskip_recipes.config.checks import PACKAGE
-from layerskip_recipes.config.settings import build
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import is_rank_zero
-from layerskip_recipes.training.batches import TrainingData
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.training_data import TrainingData
 
-# What makes a run the same run when it is resumed. The rest (lr, logging, number of ranks, ...) may change, as what of
-# these is a matter of memory only, or of nothing: chunk_tokens takes the place of num_output_chunks.
 log = utils.get_logger("INFO")
-KEPT = ("model", "dataset", "collate_fn", "shuffle", "layer_dropout", "early_exit_loss", "loss", "optimizer_in_bwd")
-FREE = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
+# A resumed run must have the same values for these keys. The others (lr, logging, number of ranks, ...) may change, and
+# so may the settings of memory within these sections.
+SAME_KEYS = {
+    "model",
+    "dataset",
+    "collate_fn",
+    "shuffle",
+    "layer_dropout",
+    "early_exit_loss",
+    "loss",
+    "optimizer_in_bwd",
+}
+FREE_SETTINGS = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
 STEPS = "steps of the run"
+CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
     """The metric logger of a config, on rank 0; the others write nothing. It begins with what describes the run.
 
     Args:
-        cfg: `metric_logger` is read, and all of it is logged, with versions and curriculum.
-        loss: the early-exit loss, for its curriculum.
-        num_layers: L.
+        cfg: the config; all of it is logged, with versions and curriculum.
         total_steps: T.
     """
 
-    def __init__(self, cfg: DictConfig, loss: EarlyExitLoss, num_layers: int, total_steps: int) -> None:
+    def __init__(self, cfg: FinetuneConfig, total_steps: int) -> None:
         self._logger = None
         if is_rank_zero():
-            self._logger = build(cfg.metric_logger, "metric_logger")
-            extra = {"versions": versions(), "curriculum": curriculum(loss, num_layers, total_steps)}
-            self._logger.log_config(OmegaConf.create(OmegaConf.to_container(cfg) | extra))
+            self._logger = cfg.metric_logger.build()
+            extra = {"versions": versions(), "curriculum": curriculum(cfg.exit_loss, cfg.num_layers, total_steps)}
+            self._logger.log_config(OmegaConf.create(OmegaConf.to_container(cfg.source) | extra))
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
-        """Log numbers of a step."""
+        """Log the metrics of a step."""
         if self._logger is not None and metrics:
             self._logger.log_dict(metrics, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the logger."""
         if self._logger is not None:
             self._logger.close()
 
 
 def package_versions() -> dict[str, str]:
-    """Of this package and what it stands on."""
+    """Of this package and the packages that it builds on."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def versions() -> dict[str, str]:
-    """Those of `package_versions`; in a git checkout its commit too."""
+    """The versions of `package_versions`, and in a git checkout its commit."""
     found = package_versions()
-    if (PACKAGE.parent / ".git").exists():
-        command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty"]
+    if (CHECKOUT / ".git").exists():
+        command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
     return found
@@ -70,7 +79,7 @@ def versions() -> dict[str, str]:
 def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
     """T, L and the exits whose loss is on, at the steps where that set first appears."""
     sets: dict[str, list[int]] = {}
-    # A rotation has as many sets as its interval; the gradual curriculum changes L times up to T/2.
+    # A rotation has as many sets as its interval. The gradual curriculum changes L times up to T/2.
     changes = {-(-k * total_steps // (2 * num_layers)) for k in range(num_layers + 1)}
     gradual = loss.curriculum == "gradual"
     for step in sorted(changes) if gradual else range(min(total_steps, loss.interval)):
@@ -80,49 +89,46 @@ def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[s
     return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
 
 
-def described(cfg: DictConfig, data: TrainingData, tokenizer: Any, adapters: bool) -> dict[str, Any]:
-    """What must be the same in a run that resumes this one."""
-    kept = {key: cfg.get(key) for key in KEPT}
-    plain = {
-        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for key, value in kept.items()
-    }
-    plain = _without_free(plain)
-    if adapters:  # they belong to the weights that they were trained on
-        plain["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
-    plain["optimizer._component_"] = cfg.optimizer._component_  # its state is of no use to another one
-    plain["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
-    plain["samples in the dataset"] = data.num_samples
-    plain["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
-    plain["steps in an epoch"] = data.steps_per_epoch
-    plain[STEPS] = data.steps_per_epoch * cfg.get("epochs", 1)
-    return plain
+def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
+    """The settings and sizes that must be the same in a run that resumes this one."""
+    given = cfg.model_dump(include=SAME_KEYS, exclude_unset=True)
+    if len(cfg.dataset) == 1:
+        given["dataset"] = cfg.dataset[0].section
+    fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
+    if adapter_names(cfg.meta_model):  # adapters belong to the weights that they were trained on
+        fingerprint["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
+    fingerprint["optimizer._component_"] = cfg.optimizer.path  # another one cannot use its state
+    fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
+    fingerprint["samples in the dataset"] = data.num_samples
+    fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
+    fingerprint["steps in an epoch"] = data.steps_per_epoch
+    fingerprint[STEPS] = data.total_steps
+    return _without_free_settings(fingerprint)
 
 
-def _without_free(described: dict[str, Any]) -> dict[str, Any]:
+def _without_free_settings(fingerprint: dict[str, Any]) -> dict[str, Any]:
     kept = {
-        key: {name: value for name, value in section.items() if name != FREE.get(key)}
-        for key, section in described.items()
+        key: {name: value for name, value in section.items() if name != FREE_SETTINGS.get(key)}
+        for key, section in fingerprint.items()
         if isinstance(section, dict)
     }
-    return described | kept
+    return fingerprint | kept
 
 
-def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     """The first difference of two sections: its key, and both values, None where there is none."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return key, before, now
     none = object()
     name = next(name for name in [*now, *before] if before.get(name, none) != now.get(name, none))
-    return _difference(f"{key}.{name}", before.get(name), now.get(name))
+    return _first_difference(f"{key}.{name}", before.get(name), now.get(name))
 
 
-def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ValueError naming what changed, if a resumed run would not be the same one."""
-    before = _without_free(before)
+def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a ConfigError that names the change, if a resumed run would not be the same run."""
+    before = _without_free_settings(before)
     for key, value in now.items():
-        # An earlier version did not note all of it, nor a length that is the model's.
-        noted = before.get(key, value)
+        noted = before.get(key, value)  # an earlier version did not note all of them
         if key == STEPS:
             if noted != value and is_rank_zero():
                 log.warning(
@@ -130,8 +136,9 @@ def same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
                     "part of the run that is done goes another way from here: the gradual curriculum, layer dropout's "
                     "schedule exp, learning rate schedules"
                 )
+        # An earlier version noted no length of samples if it was the model's.
         elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
-            name, noted, value = _difference(key, noted, value)
+            name, noted, value = _first_difference(key, noted, value)
             raise ConfigError(
                 f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run goes on as it "
                 "began; to start anew set resume_from_checkpoint=false and another output_dir"

@@ -3,43 +3,25 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.batches import load_data
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh, reshard
 
 log = utils.get_logger("INFO")
 
 
-def chosen_exits(cfg: DictConfig, key: str, num_layers: int) -> list[int]:
-    """The exits behind the layers that a key chooses (null: all), and the last one, in order.
-
-    Args:
-        cfg: `key` is read.
-        key: of a selection as in `select_layers`.
-        num_layers: L.
-
-    Raises:
-        ValueError: if the selection is wrong.
-    """
-    layers = ":" if cfg.get(key) is None else cfg[key]
-    chosen = select_layers(layers, num_layers, key=key)
-    return sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {num_layers})
-
-
-class Even(Dataset):
-    """The samples, and the first ones again without labels until each of `ranks` has as many: all run the same walks.
+class PadToRanks(Dataset):
+    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches.
 
     Args:
         dataset: of {"tokens", "labels", ...}.
@@ -62,44 +44,39 @@ class Even(Dataset):
 
 
 class Validation:
-    """Held-out data and what was measured on it at the start.
+    """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start.
 
     Args:
-        cfg: `dataset_val` (null: no validation), `run_val_every_n_steps` (null: at the start and the end only),
-            `batch_size_val`, `max_batches_val`, `layers_val` and `val_loss_margin` are read.
+        cfg: the config.
         tokenizer: for the data.
-        model: of the config, on any device; device: where it will be.
+        device: of the model.
         mesh: each data-parallel rank measures a part of the data.
 
     Raises:
-        ValueError: if the data is no batch for each rank.
+        ConfigError: if the data is no batch for each rank.
     """
 
-    def __init__(
-        self, cfg: DictConfig, tokenizer: Any, model: TransformerDecoder, device: torch.device, mesh: Mesh
-    ) -> None:
-        self.on = cfg.get("dataset_val") is not None
-        self.every = cfg.get("run_val_every_n_steps")
-        self.margin = cfg.get("val_loss_margin", 0.05)
-        self.mesh = mesh
+    def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
+        self.on = cfg.dataset_val is not None
+        self.every, self.margin, self.mesh = cfg.run_val_every_n_steps, cfg.val_loss_margin, mesh
         self.first: float | None = None  # the last layer's loss at the start
-        if not self.on:
+        if cfg.dataset_val is None:
             return
-        self.exits = chosen_exits(cfg, "layers_val", len(model.layers))
-        dataset, collate = load_data(cfg, tokenizer, model, device, key="dataset_val")
-        if len(dataset) < mesh.data_size:
-            raise ConfigError(f"dataset_val: {len(dataset)} samples are fewer than the {mesh.data_size} ranks")
-        check_length(len(dataset[0]["tokens"]), model, key="dataset_val")
-        dataset = Even(dataset, mesh.data_size)
+        self.exits = cfg.validated_exits
+        indexed, collate = load_data(cfg.dataset_val, cfg.collate_fn, tokenizer, cfg.meta_model, device)
+        if len(indexed) < mesh.data_size:
+            raise ConfigError(f"dataset_val: {len(indexed)} samples are fewer than the {mesh.data_size} ranks")
+        check_length(len(indexed[0]["tokens"]), cfg.meta_model, key="dataset_val")
+        dataset = PadToRanks(indexed, mesh.data_size)
         sampler = DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False)
         self.batches = DataLoader(
             dataset,
-            batch_size=cfg.get("batch_size_val") or cfg.get("batch_size", 1),
+            batch_size=cfg.batch_size_val or cfg.batch_size,
             sampler=sampler,
             collate_fn=collate,
-            generator=torch.Generator(),  # the global one belongs to the training
+            generator=torch.Generator(),  # the global generator belongs to the training
         )
-        self.count = min(len(self.batches), cfg.get("max_batches_val") or len(self.batches))
+        self.count = min(len(self.batches), cfg.max_batches_val or len(self.batches))
 
     def due(self, step: int) -> bool:
         """Whether to measure after optimizer step `step` (from 1)."""
@@ -138,7 +115,7 @@ class Validation:
         return named | {"val_loss_final": final}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run compares with."""
+        """The value with which a resumed run compares."""
         return {"first": self.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

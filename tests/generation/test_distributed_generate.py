@@ -152,7 +152,7 @@ def decode_worker(folder):
         run(split("llama3", *SPLITS["draft_whole"]), [[5 + dist.get_rank()]], **MODES["speculative"])
     except ValueError as e:
         result["other prompts"] = str(e)
-    result["agreed"] = processes.agree(torch.tensor([5, dist.get_rank()])).tolist()
+    result["agreed"] = processes.broadcast_from_rank0(torch.tensor([5, dist.get_rank()])).tolist()
     return result
 
 
@@ -196,7 +196,7 @@ def fail_worker(folder):
     """A user's mistake that only rank 1 meets, while rank 0 waits for it."""
     if dist.get_rank() == 1:
         check_number("temperature", -1, minimum=0)
-    processes.agree(torch.zeros(1))
+    processes.broadcast_from_rank0(torch.zeros(1))
 
 
 def fail_load_worker(folder):
@@ -357,7 +357,7 @@ def test_ranks_with_other_prompts_are_refused(decoded):
 def test_agree(decoded):
     assert [rank["agreed"] for rank in decoded] == [[5, 0], [5, 0]]
     alone = torch.tensor([5, 1])
-    assert processes.agree(alone) is alone
+    assert processes.broadcast_from_rank0(alone) is alone
 
 
 @pytest.fixture(scope="module")

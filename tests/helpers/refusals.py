@@ -13,14 +13,14 @@ from layerskip_recipes.evaluation import recipe as evaluation
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.config import SETTINGS as GENERATE_KEYS
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.training import config as settings
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
 
 
 KEYS = {
-    "finetune": {*settings.SETTINGS},
+    "finetune": {*FinetuneConfig.model_fields},
     "generate": {*GENERATE_KEYS},
     "eval": {*evaluation.SETTINGS},
 }

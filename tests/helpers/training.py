@@ -1,5 +1,6 @@
-"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, train."""
+"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, start_section, texts, train."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,30 @@ def read_log(out: Path) -> dict[int, dict[str, float]]:
 def losses(out: Path) -> dict[int, dict[str, float]]:
     """What must not change by a resume: all but the speed."""
     return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}
+
+
+def texts(folder):
+    """40 texts of 21 to 89 tokens: ranks differ in the length of their batches and in the labels that count."""
+    file = folder / "texts.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"def f{n}(x):\n    return x + {n}\n" * (1 + 7 * n % 4) for n in range(40)]
+        file.write_text(json.dumps([{"text": text} for text in lines]))
+    return {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json",
+        "data_files": str(file),
+        "column": "text",
+        "split": "train",
+    }
+
+
+def start_section(folder, form="HF", file="model.safetensors"):
+    """The checkpointer section of a start from a checkpoint."""
+    return {
+        "_component_": f"torchtune.training.FullModel{form}Checkpointer",
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": [file],
+        "output_dir": "${output_dir}",
+        "model_type": "LLAMA3_2",
+    }

@@ -1,8 +1,6 @@
-"""Shared by tests: tokens, walk."""
+"""Shared by tests: walk."""
 
-import pytest
-import torch
-from helpers.tiny import VOCAB, unembedded
+from helpers.tiny import unembedded
 
 
 def walk(model, tokens, layers, **inputs):
@@ -11,8 +9,3 @@ def walk(model, tokens, layers, **inputs):
     for layer in layers:
         h = model.layers[layer](h, **inputs)
     return unembedded(model, h)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))

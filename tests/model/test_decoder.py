@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchtune.generation
-from helpers.tiny import logits_of, make_tiny
+from helpers.tiny import VOCAB, logits_of, make_tiny
 from helpers.walks import walk
 from torch import nn
 from torchtune.modules import MultiHeadAttention
@@ -12,6 +12,11 @@ from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 from layerskip_recipes import LayerSkipDecoder, layerskip_decoder
 
 L = 6
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
@@ -61,10 +66,12 @@ def test_wrapping_keeps_the_mode(tiny, training):
     assert layerskip_decoder(tiny).training == training
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
 def test_exit_runs_that_many_layers_and_the_head(any_family, tokens, exit_layer):
     expected = walk(any_family, tokens, range(exit_layer))
-    torch.testing.assert_close(layerskip_decoder(any_family)(tokens, exit_layer=exit_layer), expected)
+    ours = layerskip_decoder(any_family)(tokens, exit_layer=exit_layer)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
@@ -73,14 +80,27 @@ def test_layers_above_the_exit_do_not_run(tiny, tokens, layers_run, exit_layer):
     assert layers_run == list(range(exit_layer))
 
 
+@pytest.mark.usefixtures("float64")
 def test_hidden_states_are_the_outputs_of_the_layers_before_the_norm(any_family, tokens):
     final, hidden = layerskip_decoder(any_family).hidden_states(tokens, exits=[1, 4, L])
     h = any_family.tok_embeddings(tokens)
     outputs = {exit_layer: (h := layer(h)) for exit_layer, layer in enumerate(any_family.layers, start=1)}
     assert set(hidden) == {1, 4, L}
     for exit_layer, x in hidden.items():
-        torch.testing.assert_close(x, outputs[exit_layer])
-    torch.testing.assert_close(final, outputs[L])
+        torch.testing.assert_close(x, outputs[exit_layer], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(final, outputs[L], rtol=1e-9, atol=1e-9)
+
+
+def test_the_hook_is_called_at_each_exit_within_the_forward(tiny, tokens, layers_run):
+    """With E and x_E, before the next layer runs; the result is that without a hook."""
+    model, seen = layerskip_decoder(tiny), []
+    logits = model(tokens, exit_layer=4, on_exit=lambda e, x: seen.append((e, len(layers_run), x)))
+    assert [(e, layers) for e, layers, _ in seen] == [(e, e) for e in (1, 2, 3, 4)]
+    assert torch.equal(model.unembed(seen[-1][2]), logits)
+    seen.clear()
+    hidden = model(tokens, exit_layer=2, unembed=False)
+    resumed = model(hidden=hidden, start_layer=2, unembed=False, on_exit=lambda e, x: seen.append((e, x)))
+    assert [e for e, _ in seen] == [3, 4, 5, 6] and torch.equal(seen[-1][1], resumed)
 
 
 @pytest.mark.parametrize("split", range(1, L + 1))

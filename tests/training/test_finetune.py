@@ -22,9 +22,10 @@ from torchtune.models.convert_weights import tune_to_meta
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.utils import get_logger
 
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.batches import limit_samples, packed_with_dense_mask
-from layerskip_recipes.training.config import loss_section, without_effect
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -233,17 +234,16 @@ def test_a_column_that_is_not_there(packed, tmp_path, tokenizer_folder):
 )
 def test_samples_are_cut_at_the_models_length(limit, packed, expected):
     """Not so packs, whose length the user has to say."""
-    cfg = OmegaConf.create({"dataset": {"packed": packed}})
+    plain, packed = (Component({"_component_": "a.dataset", "packed": on}) for on in (False, packed))
     tokenizer, model = SimpleNamespace(max_seq_len=limit), SimpleNamespace(max_seq_len=64)
     if expected is ValueError:
         with pytest.raises(ValueError, match=r"^tokenizer\.max_seq_len: 65 is more than .* 64; for example"):
-            limit_samples(cfg, tokenizer, model)
+            limit_samples([packed], tokenizer, model)
     else:
-        limit_samples(cfg, tokenizer, model)
+        limit_samples([packed], tokenizer, model)
         assert tokenizer.max_seq_len == expected
-        held_out = OmegaConf.create({"dataset": {}, "dataset_val": {"packed": packed}})
         tokenizer.max_seq_len = limit
-        limit_samples(held_out, tokenizer, model)
+        limit_samples([plain, packed], tokenizer, model)
         assert tokenizer.max_seq_len == expected
 
 
@@ -398,19 +398,25 @@ def test_a_number_of_chunks_that_changes_nothing_is_said(chunks, said, tmp_path,
     assert found == [line + "early_exit_loss.chunk_tokens tokens, 512"] * said
 
 
+PACKED = "dataset={_component_: torchtune.datasets.text_completion_dataset, source: json, packed: true}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["early_exit_loss.curriculum=gradual"], "early_exit_loss.interval: 2 changes nothing with curriculum gradual"),
         (["early_exit_loss.curriculum=null"], "early_exit_loss.interval: 2 changes nothing with curriculum None"),
         (["early_exit_loss.curriculum=rotational"], None),
-        (["dataset.packed=true", "collate_fn=my.own"], "collate_fn: my.own changes nothing where samples are packed"),
-        (["dataset.packed=true", "collate_fn=torchtune.data.padded_collate_sft"], None),
+        (
+            [PACKED, "collate_fn=torchtune.data.padded_collate_dpo"],
+            "collate_fn: torchtune.data.padded_collate_dpo changes nothing where samples are packed",
+        ),
+        ([PACKED, "collate_fn=torchtune.data.padded_collate_sft"], None),
     ],
 )
 def test_a_setting_that_changes_nothing_is_said(overrides, said, tmp_path, tokenizer_folder):
-    cfg = load_config(str(finetune_config(tmp_path, tokenizer_folder)), overrides)
-    lines = without_effect(cfg, loss_section(cfg, 4))
+    cfg = FinetuneConfig.load(load_config(str(finetune_config(tmp_path, tokenizer_folder)), overrides))
+    lines = cfg.unused_setting_warnings()
     assert [line[: len(said)] for line in lines] == [said] if said else lines == []
 
 

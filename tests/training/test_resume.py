@@ -22,7 +22,7 @@ import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from helpers.commands import run_tune
 from helpers.configs import HF_CONFIG, MODEL, finetune_config
 from helpers.resuming import COSINE, checkpoints, final_weights
-from helpers.training import eager, few_texts, losses, train  # noqa: F401
+from helpers.training import losses, train
 from torch.distributed.checkpoint import FileSystemWriter
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.utils import get_logger
@@ -150,7 +150,7 @@ FROM_ALL = ("packed data, accumulation, gradual", "optimizer in backward", "shar
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder, eager):  # noqa: F811
+def test_resume_is_the_run_that_never_stopped(name, tmp_path, tokenizer_folder, eager):
     """Every loss and the weights. The learning rate of each step is the schedule's, also as a tensor (torchao)."""
     changes = MOVING | RUNS[name]
     overrides = []
@@ -495,7 +495,7 @@ def whole_checkpoints(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
-def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):  # noqa: F811
+def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):
     """Run after run, each killed one call later than the one before; all of them together are the whole run."""
     path = finetune_config(
         tmp_path, tokenizer_folder, epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,

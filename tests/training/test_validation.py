@@ -18,7 +18,7 @@ from helpers.commands import last_line, run_tune
 from helpers.configs import MODEL, finetune_config, make_checkpoint
 from helpers.refusals import check
 from helpers.resuming import COSINE, checkpoints, final_weights
-from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+from helpers.training import losses, read_log, train
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torchtune.training import FullModelHFCheckpointer

@@ -186,7 +186,8 @@ def quantised_drafter(
     if with_head:
         source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
         state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
-        head = torch.nn.Linear(*reversed(source.weight.shape), bias="bias" in state, device="meta")
+        rows, width = source.weight.shape
+        head = torch.nn.Linear(width, rows, bias="bias" in state, device="meta")
         head.load_state_dict(state, assign=True)
         parts.append(head)
     drafter = copy.copy(model)

@@ -1,0 +1,91 @@
+"""TrainingData: which samples each optimizer step takes, on each rank."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from torchtune import utils
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.limits import check_length
+from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.training.batches import load_data
+from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.parallel import Mesh
+
+log = utils.get_logger("INFO")
+
+
+class TrainingData:
+    """The batches of a run: the samples of a step follow from seed, epoch and position alone.
+
+    They are the same for any number of data-parallel ranks, if batch_size x ranks stays.
+
+    Args:
+        cfg: the config.
+        tokenizer: for the datasets.
+        device: of the model.
+        mesh: each data-parallel rank takes every n-th sample.
+        seed: of the order; the same on all ranks.
+
+    Raises:
+        ConfigError: if the samples make no step.
+    """
+
+    def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
+        self.dataset, self._collate = load_data(
+            cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device, cfg.exit_loss.ignore_index
+        )
+        self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
+        self._warned_of_cuts = not is_rank_zero()
+        self.num_samples = len(self.dataset)
+        self.batch_size, self.shuffle, self.seed, self.mesh = cfg.batch_size, cfg.shuffle, seed, mesh
+        self.samples_per_step = self.batch_size * cfg.gradient_accumulation_steps * mesh.data_size
+        steps = self.num_samples // self.samples_per_step
+        if steps < 1:
+            ranks = f" x {mesh.data_size} data-parallel ranks" if mesh.data_size > 1 else ""
+            raise ConfigError(
+                f"dataset: {self.num_samples} samples make no step of batch_size {self.batch_size} x "
+                f"gradient_accumulation_steps {cfg.gradient_accumulation_steps}{ranks}; lower one of them"
+            )
+        self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
+        self.total_steps = self.steps_per_epoch * cfg.epochs
+        check_length(len(self.dataset[0]["tokens"]), cfg.meta_model)
+
+    def warn_of_cuts(self, tokens: torch.Tensor) -> None:
+        """Say once that samples are cut: a tokenizer does so silently, perhaps before the answer begins."""
+        if self._warned_of_cuts or self.cut_at is None or tokens.shape[1] < self.cut_at:
+            return
+        self._warned_of_cuts = True
+        log.warning(
+            f"dataset: there are samples of tokenizer.max_seq_len={self.cut_at} tokens or more; what is beyond is cut "
+            "off and not learned"
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of the samples of an epoch, in the order of the training, for all ranks."""
+        everyone = DistributedSampler(
+            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
+        )
+        everyone.set_epoch(epoch)
+        return list(everyone)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """This rank's batches of an epoch, from batch number `start` on."""
+        mine = self.order(epoch)[self.mesh.data_rank :: self.mesh.data_size][start * self.batch_size :]
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=self.batch_size,
+                sampler=mine,
+                collate_fn=self._collate,
+                drop_last=True,
+                generator=torch.Generator(),  # the global generator belongs to the model's own draws
+            )
+        )
+
+    def samples(self, step: int) -> list[int]:
+        """The numbers of the samples that optimizer step `step` (from 0) takes on all ranks."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[done * self.samples_per_step : (done + 1) * self.samples_per_step]

@@ -1,0 +1,28 @@
+"""Several processes as torchrun starts them, as forks of one that has imported everything: see forks.py."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from helpers import forks
+
+
+def run_on_ranks(
+    script: str, *arguments: Any, cwd: Path, processes: int = 2, timeout: int = 120
+) -> list[subprocess.CompletedProcess]:
+    """`python SCRIPT ARGUMENTS` on so many ranks at the same time, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "HF_HUB_OFFLINE": "1"}
+    ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return forks.run([script, *map(str, arguments)], cwd, ranks, timeout)
+
+
+def check_success(ranks: list[subprocess.CompletedProcess]) -> None:
+    """All of them ended with status 0."""
+    said = "\n".join(rank.stdout + rank.stderr for rank in ranks)
+    assert {rank.returncode for rank in ranks} == {0}, said[-4000:]

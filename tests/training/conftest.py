@@ -1,0 +1,3 @@
+"""Fixtures of all training tests."""
+
+from helpers.training import eager, few_texts  # noqa: F401

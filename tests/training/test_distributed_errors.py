@@ -1,0 +1,45 @@
+"""A user's mistake on two ranks: one line from rank 0, and no traceback from the rank that waits for it."""
+
+import pytest
+from helpers import training_ranks
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.ranks import run_on_ranks
+from helpers.training import start_section, texts
+
+pytestmark = pytest.mark.distributed
+
+# name: (overrides, how rank 0's last line begins, its later words). Rank 0 alone finds the last two.
+WRONG = {
+    "replicate": (["data_parallel_replicate_dim=3"], "data_parallel_replicate_dim: 3 ", "processes, 2. Allowed: a "),
+    "samples": (["batch_size=21"], "dataset: 40 samples make no step of batch_size 21 x ", "2 data-parallel ranks"),
+    "other model": (
+        ["model.num_layers=5"],
+        "checkpointer: the checkpoint is not this model's, it lacks layers.4.attn.q_proj.weight, "
+        "layers.4.attn.k_proj.weight, layers.4.attn.v_proj.weight and 6 more",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_one_line(name, tmp_path, tokenizer_folder):
+    """Exit status 1, before weights are read (which fails with words of its own) or anything is written."""
+    start = tmp_path / "start"
+    if name == "other model":
+        make_checkpoint(start, tokenizer_folder)
+    else:
+        start.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (start / file).write_bytes(b"{}")
+    path = finetune_config(tmp_path, tokenizer_folder, dataset=texts(tmp_path), checkpointer=start_section(start))
+    overrides, begins, then = WRONG[name]
+    arguments = ("train", tmp_path, "--config", path, *overrides)
+    zero, one = run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path)
+    *before, last = zero.stderr.splitlines()
+    assert last.startswith("ValueError: " + begins) and then in last
+    assert not any("Error" in line or "Traceback" in line for line in before)
+    assert (zero.returncode, one.returncode) == (1, 1)
+    assert "Traceback" not in one.stderr
+    if name == "replicate":
+        assert one.stderr.splitlines()[-1] == last
+    assert name == "other model" or not (tmp_path / "out").exists()

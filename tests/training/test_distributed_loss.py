@@ -1,0 +1,152 @@
+"""The early-exit loss on two ranks: gradients by plain PyTorch, where ranks drop other samples; what is gathered."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import training_ranks
+from helpers.configs import SIZE, finetune_config, make_checkpoint
+from helpers.ranks import check_success, run_on_ranks
+from helpers.tiny import unembedded
+from helpers.training import losses, start_section, texts
+from helpers.training_ranks import COUNTED, DRAWS, PROB, ROWS, some_tokens, tiny_model
+from torchtune import config
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes.config.loading import load_config
+
+pytestmark = pytest.mark.distributed
+L, SEED = SIZE["num_layers"], 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    check_success(run_on_ranks(training_ranks.__file__, "rows", folder, cwd=folder))
+    return torch.load(folder / "rows.pt")
+
+
+@pytest.fixture(scope="module")
+def counts(folder):
+    check_success(run_on_ranks(training_ranks.__file__, "counts", folder, cwd=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dropout_config(folder, tokenizer_folder):
+    """One step of two micro-batches of two samples in order, from wide weights."""
+    start = make_checkpoint(folder / "dropout" / "start", tokenizer_folder)
+    return finetune_config(
+        folder / "dropout", tokenizer_folder, dataset=texts(folder), checkpointer=start_section(start), shuffle=False,
+        layer_dropout={"prob": PROB}, gradient_accumulation_steps=2, max_steps_per_epoch=1, seed=SEED,
+    )  # fmt: skip
+
+
+def exit_sums(model, tokens, keep):
+    """Of one sample: the summed cross-entropy of each exit, x_{l+1} = x_l + M_l f_l(x_l) with keep[l] = M_l."""
+    h, sums = model.tok_embeddings(tokens[None]), []
+    for layer, stays in zip(model.layers, keep, strict=True):
+        h = h + float(stays) * (layer(h) - h)
+        logits = unembedded(model, h)[0]
+        sums.append(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
+    return torch.stack(sums)
+
+
+def papers_weights(exits, num_layers, scale=0.5):
+    """e~ of eq. 6 for these exits, 0 for the others."""
+    e = [scale * layer * (layer + 1) / 2 for layer in range(num_layers)]
+    e[-1] = num_layers - 1 + scale * (num_layers - 2) * (num_layers - 1) / 2
+    on = torch.tensor([value * (layer + 1 in exits) for layer, value in enumerate(e)], dtype=torch.float64)
+    return (on / on.sum()).float().double()  # the loss has them in fp32
+
+
+def same_gradients(model, found):
+    """model has gradients where a layer ran on any rank."""
+    for name, p in model.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        actual = torch.zeros_like(p) if found[name] is None else found[name]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_same_draw_drops_each_ranks_own_samples(folder, dropout_config):
+    """Two ranks, two micro-batches of two samples: the loss and the gradients of the first step, by plain PyTorch."""
+    check_success(run_on_ranks(training_ranks.__file__, "first_gradients", folder, dropout_config, cwd=folder))
+    cfg, model = load_config(str(dropout_config)), llama3_2(**SIZE)
+    read = config.instantiate(cfg.checkpointer, output_dir=str(folder / "nowhere"))
+    model.load_state_dict(read.load_checkpoint()["model"])
+    data = config.instantiate(cfg.dataset, config.instantiate(cfg.tokenizer))
+    samples = [torch.tensor(data[i]["tokens"]) for i in range(8)]
+
+    generator = torch.Generator().manual_seed(SEED)
+    rates = torch.tensor([PROB * (math.exp(layer * math.log(2) / (L - 1)) - 1) for layer in range(L)])
+    sums, count = 0, 0
+    for micro in range(2):
+        keep = torch.rand(L, 2, generator=generator) >= rates[:, None]
+        assert not keep.all()
+        for number in range(2):
+            for row in range(2):
+                tokens = samples[2 * (2 * micro + row) + number]  # every second sample is a rank's own
+                sums = sums + exit_sums(model, tokens, keep[:, row])
+                count += len(tokens) - 1
+    means = sums / count
+    loss = (papers_weights({1, 3, 4}, L) * means).sum()
+    loss.backward()
+
+    out = folder / "dropout" / "out"
+    first = losses(out)[1]
+    assert first["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for exit_layer in (1, 3, 4):
+        assert first[f"loss_exit_{exit_layer}"] == pytest.approx(means[exit_layer - 1].item(), abs=1e-5)
+    same_gradients(model, torch.load(out / "gradients.pt"))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_of_different_rows_and_idle_layers(rows, name):
+    """No hang, and the gradients of the mean over the ranks; also of layers that one rank skips, or both."""
+    results, seen = rows, set()
+    per_rank, lora, _ = ROWS[name]
+    for seed in range(DRAWS):
+        model = tiny_model("llama3", lora).double()
+        keep = torch.rand(6, 3, generator=torch.Generator().manual_seed(seed)) >= PROB
+        loss = 0
+        for tokens, count in zip(some_tokens(), per_rank, strict=True):
+            sums = sum(exit_sums(model, tokens[row], keep[:, row]) for row in range(count))
+            loss = loss + (papers_weights(range(1, 7), 6) * sums).sum() / (count * (tokens.shape[1] - 1)) / 2
+        loss.backward()
+        for layer in keep.tolist():
+            seen.add((*(any(layer[:count]) for count in per_rank), any(layer)))
+        mean, found = results[name, seed]
+        torch.testing.assert_close(mean, loss.detach(), atol=1e-5, rtol=1e-5)
+        same_gradients(model, found)
+    # A layer that nobody keeps, one that all keep, and one that a rank skips while another runs it.
+    assert {(False, False, False), (True, True, True)} < seen
+
+
+def test_the_head_is_gathered_once_for_all_exits_and_chunks(counts):
+    counts = json.loads((counts / "counts.json").read_text())
+    assert set(counts) == {
+        f"{name}: {how}"
+        for name in COUNTED
+        for how in ("2 exits, chunks of 512", "6 exits, chunks of 512", "6 exits, chunks of 3")
+    }
+    for key, (forward, _) in counts.items():
+        assert forward == COUNTED[key.split(":")[0]][2]
+    for name in COUNTED:
+        backward = {counted[1] for key, counted in counts.items() if key.startswith(f"{name}:")}
+        assert len(backward) == 1 and (backward == {0}) == (name == "untied, kept")
+
+
+def test_a_checkpoint_of_adapters_alone_gathers_nothing_else(counts):
+    """A and B of q, v and three matrices of the MLP in each of 6 layers, as rank 0 alone had them."""
+    gathered, written = torch.load(counts / "adapters.pt")
+    start = tiny_model("llama3", lora=True).state_dict()
+    expected = {name: value for name, value in start.items() if "lora" in name}
+    assert gathered == len(expected) == 2 * 5 * 6
+    assert set(written) == {"adapter", "adapter_config", "scaled biases"} and set(written["adapter"]) == set(expected)
+    assert all(torch.equal(written["adapter"][name], value) for name, value in expected.items())

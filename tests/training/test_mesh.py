@@ -1,0 +1,101 @@
+"""The grid of processes and the settings that do not go with it, in this process with torchrun's WORLD_SIZE."""
+
+import pytest
+from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.training import start_section
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.parallel import mesh_sizes
+
+PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+TWO_HEADS = {"num_kv_heads": 2}
+
+
+@pytest.fixture
+def sizes_of(tmp_path, tokenizer_folder, monkeypatch):
+    """The sizes of the grid for a model's changes, other keys, and a number of processes."""
+
+    def sizes(model, keys, processes=2):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        cfg = load_config(str(finetune_config(tmp_path, tokenizer_folder, model=MODEL | model, **keys)))
+        cfg.checkpointer.hf_config = HF_CONFIG | {"num_key_value_heads": model.get("num_kv_heads", 1)}
+        return mesh_sizes(FinetuneConfig.load(cfg))
+
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "message"),
+    [
+        ({}, {"data_parallel_replicate_dim": 3}, "data_parallel_replicate_dim: 3 wrong: "),
+        ({}, {"data_parallel_shard_dim": 3}, "data_parallel_shard_dim: 3 wrong: "),
+        ({}, {"tensor_parallel_dim": 3}, "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; "),
+        ({}, {"fsdp_cpu_offload": True}, "fsdp_cpu_offload: True needs several processes with device=cuda"),
+        (
+            {},
+            {"optimizer_in_bwd": True, "custom_sharded_layers": ["tok_embeddings"]},
+            "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",
+        ),
+        (
+            {},
+            {"optimizer_in_bwd": True, "fsdp_cpu_offload": True},
+            "optimizer_in_bwd: True does not go with fsdp_cpu_offload",
+        ),
+        (
+            {},
+            {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}},
+            "optimizer: torchao.optim.AdamW8bit works with one process",
+        ),
+        ({}, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
+        (
+            TWO_HEADS,
+            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "custom_sharded_layers": ["output"]},
+            "custom_sharded_layers: [output] does nothing where tensor_parallel_dim 2 takes all of 2 processes",
+        ),
+        (
+            TWO_HEADS,
+            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "fsdp_reshard_after_forward": False},
+            "fsdp_reshard_after_forward: False does nothing where tensor_parallel_dim 2 takes all of 2 processes",
+        ),
+        (
+            {},
+            {"tensor_parallel_plan": PLAN},
+            "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_dim",
+        ),
+    ],
+)
+def test_splits_that_would_go_wrong_or_do_nothing_are_refused(model, keys, message, sizes_of):
+    with pytest.raises(ValueError) as error:
+        sizes_of(model, keys)
+    assert str(error.value).startswith(message)
+
+
+def test_packed_weights_are_not_replicated(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    start = start_section(make_checkpoint(tmp_path / "start", tokenizer_folder))
+    model = {
+        "_component_": "torchtune.models.llama3_2._component_builders.lora_llama3_2",
+        "lora_attn_modules": ["q_proj"],
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "quantize_base": True,
+        **SIZE,
+    }
+    path = finetune_config(tmp_path, tokenizer_folder, model=model, checkpointer=start)
+    cfg = FinetuneConfig.load(load_config(str(path), ["data_parallel_replicate_dim=2"]))
+    with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 does not go with QLoRA"):
+        mesh_sizes(cfg)
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "sizes"),
+    [
+        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}, (1, 2, 1)),
+        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, (1, 1, 2)),
+        (1, {"tensor_parallel_plan": PLAN}, (1, 1, 1)),  # on one device the plan waits for more
+        (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
+    ],
+)
+def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
+    assert sizes_of(TWO_HEADS, keys, processes) == sizes
