@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
 from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.generation.steps import DraftHead
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -74,11 +75,14 @@ def pair(request, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "model_type": model_type,
     }
-    return model, OmegaConf.create({"model": {"_component_": builder, **OURS, **ours}, "checkpointer": section})
+    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": "unused"}
+    model_section = {"_component_": builder, **OURS, **ours}
+    content = {"model": model_section, "checkpointer": section, "tokenizer": tokenizer, "dtype": "fp32"}
+    return model, OmegaConf.create(content)
 
 
 def load(cfg):
-    return load_decoder(cfg, torch.device("cpu"), torch.float32)
+    return load_decoder(RecipeConfig.load(cfg), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def test_numbers_that_contradict_the_checkpoint_are_said(pair, caplog):
 
 def test_what_is_saved_is_what_was_loaded(pair, tmp_path):
     _, cfg = pair
-    checkpointer = build_checkpointer(cfg.checkpointer, str(tmp_path / "out"))
+    checkpointer = build_checkpointer(RecipeConfig.load(cfg).checkpointer, str(tmp_path / "out"))
     checkpointer.save_checkpoint(checkpointer.load_checkpoint(), epoch=0)
     saved = {
         name: tensor
