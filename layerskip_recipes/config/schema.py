@@ -74,7 +74,7 @@ def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
         field: its constraints and examples beside those in the annotation.
     """
     phrases, example, nullable = [], None, False
-    for kind, rules in _alternatives(annotation, [field] if field else []):
+    for kind, rules in alternatives(annotation, [field] if field else []):
         if kind is type(None):
             nullable = True
             continue
@@ -85,15 +85,15 @@ def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
     return " or ".join(dict.fromkeys(phrases)) + (" (or null)" if nullable else ""), example or "null"
 
 
-def _alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
+def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
     """The alternatives of a union, each with its constraints."""
     rules = list(rules)
     if get_origin(annotation) is Annotated:
         base, *more = get_args(annotation)
-        yield from _alternatives(base, [*more, *rules])
+        yield from alternatives(base, [*more, *rules])
     elif get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
-            yield from _alternatives(part, rules)
+            yield from alternatives(part, rules)
     else:
         yield annotation, rules
 
@@ -111,7 +111,7 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         return "text", "text"
     if get_origin(kind) in (list, Sequence):
         (item,) = get_args(kind)
-        what = {int: "integers", float: "numbers", str: "texts"}.get(next(_alternatives(item))[0], "values")
+        what = {int: "integers", float: "numbers", str: "texts"}.get(next(alternatives(item))[0], "values")
         return f"a list of {what}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words
@@ -162,7 +162,7 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
     for part in details["loc"]:
         fields = _fields(annotation)
         if fields is None:
-            values = [get_args(kind)[1] for kind, _ in _alternatives(annotation) if get_origin(kind) is dict]
+            values = [get_args(kind)[1] for kind, _ in alternatives(annotation) if get_origin(kind) is dict]
             if not values:
                 break  # an item of a list, or the name of an alternative: the key is the whole value's
             annotation, field = values[0], None
@@ -174,19 +174,25 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
             break
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        # A message that begins with a dot or a colon goes on from the key.
-        return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
+    if own := _own_words(details, key):
+        return own
     if details["type"] == "missing":
         words, example = allowed(annotation, field)
         return ConfigError(f"{key}: missing. Allowed: {words}; for example {key}={example}")
     return refusal(key, content, annotation, field)
 
 
+def _own_words(details: Any, key: str) -> ConfigError | None:
+    """The error of a validator of ours, whose message goes on from the key if it begins with a dot or a colon."""
+    cause = details.get("ctx", {}).get("error")
+    if not isinstance(cause, ConfigError):
+        return None
+    return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
+
+
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
     """The fields of a section, None for any other type."""
-    for kind, _ in _alternatives(annotation):
+    for kind, _ in alternatives(annotation):
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             return kind.model_fields
     return None
@@ -206,7 +212,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
     try:
         TypeAdapter(annotation, config=_CONFIG).validate_python(value)
     except ValidationError as e:
-        raise refusal(key, value, annotation) from e
+        raise _own_words(e.errors()[0], key) or refusal(key, value, annotation) from e
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -235,7 +241,8 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
                     try:
                         adapters[name].validate_python(value)
                     except ValidationError as e:
-                        raise refusal(prefix + name, value, hints[name]) from e
+                        key = prefix + name
+                        raise _own_words(e.errors()[0], key) or refusal(key, value, hints[name]) from e
             return function(*args, **kwargs)
 
         return checked
@@ -246,7 +253,7 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
 def _is_setting(annotation: Any) -> bool:
     """Whether a parameter is a plain value, as a config may hold, and not a model or a tensor."""
     plain = (int, float, str, bool, type(None))
-    return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in _alternatives(annotation))
+    return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in alternatives(annotation))
 
 
 def section_of(function: Callable, name: str, without: Sequence[str] = ()) -> type[Section]:

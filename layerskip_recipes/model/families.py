@@ -1,7 +1,7 @@
-"""Gemma 2 as its authors and transformers have it, where torchtune 0.6.1 has not.
+"""What each model family needs beyond torchtune 0.6.1. So far only Gemma 2 needs corrections.
 
-torchtune takes the two norms around each feed-forward layer for one another when it reads or writes a checkpoint, and
-caps the final hidden state where Gemma 2 caps the logits.
+torchtune confuses Gemma 2's two norms around each feed-forward layer when it reads or writes a checkpoint, and caps the
+final hidden state where Gemma 2 caps the logits.
 """
 
 from copy import copy
@@ -15,22 +15,21 @@ BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for si
 
 
 def correct_names() -> None:
-    """Let torchtune read and write GEMMA2 checkpoints with each norm in its place."""
+    """Correct the names with which torchtune reads and writes the norms of GEMMA2; a second call changes nothing."""
     names = _convert_weights._GEMMA2_FROM_HF
     if names[BEFORE] == "layers.{}.mlp_scale.scale":
         names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
 
 
 def norm_and_cap(norm: nn.Module) -> tuple[nn.Module, float | None]:
-    """A decoder's final norm without a cap, of the same parameters by the same names, and the cap of its logits.
+    """A decoder's final norm without a cap, and the cap of its logits (None for all families but Gemma 2).
 
-    Args:
-        norm: any; left as it is.
+    The given norm stays unchanged; the returned one has the same parameters by the same names.
     """
     if not isinstance(norm, Gemma2FinalNorm):
         return norm, None
     plain = copy(norm)
-    plain._modules = dict(norm._modules) | {"logit_capping": nn.Identity()}  # a plain copy shares the dict
+    plain._modules = dict(norm._modules) | {"logit_capping": nn.Identity()}  # copy() shares the dict of submodules
     return plain, norm.capping_value
 
 

@@ -1,13 +1,18 @@
 """The KV cache of generation: one buffer per layer, written at slots that the engine chooses.
 
-torchtune's own `KVCache` counts forward only and hands the whole allocation to attention. This one goes back by
-writing again: a row's slot p is valid once written, later slots are never looked at, and attention gets the filled
-part only. Draft and verification share it: each layer is written by whichever pass runs that layer. The candidates of
-a draft tree have slots of their own behind the text; `move` brings an accepted path to where its text belongs.
+Attention is patched here: within `DecodingCache.used_by`, `attn.kv_cache` of each layer is a `LayerCache`, and
+torchtune's own attention calls `cached_attention` (`attn._attention_call`) with unexpanded key heads
+(`attn.num_kv_heads`).
+
+torchtune's own `KVCache` counts forward only and hands the whole allocation to attention. A `LayerCache` goes back by
+writing again: a row's slot p is valid once written, later slots are never read, and attention gets the filled part
+only. Draft and verification share the cache: each layer is written by whichever pass runs that layer. The candidates of
+a draft tree have slots of their own behind the text; `move` copies an accepted path to the slots of the text.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +21,49 @@ from torch import nn
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
 
-class Place:
-    """Where the next tokens stand; what all layers' caches share. It refers to none: caches are freed at once."""
+class CacheCursor:
+    """The slots of the next tokens, which all layers' caches share.
+
+    A layer's cache refers to the cursor, not to its `DecodingCache`: without a cycle the buffers are freed at once.
+
+    Args:
+        max_len: slots per row.
+
+    Attributes:
+        at: [b or 1, s], the slots of the next tokens.
+        end: attention sees the slots below it.
+    """
 
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
-        self.at: torch.Tensor | None = None
+        self.at: Any = None
         self.end = 0
 
 
 class LayerCache:
     """Keys and values of one layer; takes the place of `attn.kv_cache` in torchtune's attention."""
 
-    def __init__(self, place: "Place") -> None:
-        self.place = place
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
+    def __init__(self, cursor: CacheCursor) -> None:
+        self.cursor = cursor
+        self.k: Any = None  # [b, heads, slots, head_dim] once there are keys, and as many values
+        self.v: Any = None
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return all that is filled."""
+        """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return the filled part."""
         if self.k is None:
-            # Allocated by what arrives: the number of heads differs between attention classes and under sharding.
-            shape = (*k.shape[:2], self.place.max_len, k.shape[3])
+            # Allocated at the first call: the number of heads depends on the attention class and on sharding.
+            shape = (*k.shape[:2], self.cursor.max_len, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
             if k.is_cuda:
-                # CUDA graphs write into it where it is. Unguarded: a graph takes the buffers of its call.
+                # CUDA graphs write to fixed addresses. Unguarded, since a graph takes the buffers of its call.
                 torch._dynamo.mark_static_address(self.k, guard=False)
                 torch._dynamo.mark_static_address(self.v, guard=False)
-        self._write(self.k, self.place.at, k)
-        self._write(self.v, self.place.at, v)
-        return self.k[:, :, : self.place.end], self.v[:, :, : self.place.end]
+        self._write(self.k, self.cursor.at, k)
+        self._write(self.v, self.cursor.at, v)
+        return self.k[:, :, : self.cursor.end], self.v[:, :, : self.cursor.end]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """What stands at the slots `source` [b, n] goes to the slots `target` [b, n]."""
+        """Copy the slots `source` [b, n] to the slots `target` [b, n]."""
         for buffer in (self.k, self.v):
             index = source[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
             self._write(buffer, target, buffer.gather(2, index))
@@ -60,7 +75,7 @@ class LayerCache:
         elif not torch.compiler.is_compiling():
             buffer.scatter_(2, at[:, None, :, None].expand_as(values), values)
         else:
-            # A compiled scatter_ would be done on a copy of the whole buffer.
+            # A compiled scatter_ would copy the whole buffer first.
             rows, heads = (torch.arange(size, device=at.device) for size in buffer.shape[:2])
             buffer.index_put_((rows[:, None, None], heads[:, None], at[:, None]), values)
 
@@ -79,31 +94,31 @@ class DecodingCache:
         self.rows = rows
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=device)
-        self.place = Place(max_len)
-        self.layers = [LayerCache(self.place) for _ in model.layers]
-        # The tokens of each row whose keys and values stand at slots 0, 1, ...: a later prompt goes on from them.
+        self.cursor = CacheCursor(max_len)
+        self.layers = [LayerCache(self.cursor) for _ in model.layers]
+        # The tokens of each row whose keys and values are at slots 0, 1, ... of the first `depth` layers: a later
+        # prompt that begins with the same tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.depth = 0  # in the first so many layers
+        self.depth = 0
 
     @contextmanager
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
-        """Inside, the decoders' attention layers use these caches; afterwards what they had before.
+        """Within this context the decoders' attention layers use these caches; afterwards what they had before.
 
-        Of a decoder with fewer layers, such as a draft in another precision, they are the first ones.
+        A decoder with fewer layers, such as a draft in another precision, uses the first caches.
         """
-        with (
-            ExitStack() as afterwards
-        ):  # backwards: a drafter may have layers of the model, which are this cache's already
+        # Undone backwards: a drafter may share layers with the model, which have this cache already.
+        with ExitStack() as afterwards:
             for decoder in decoders:
                 afterwards.callback(setattr, decoder, "decoding", decoder.decoding)
                 for layer, cache in zip(decoder.layers, self.layers[: len(decoder.layers)], strict=True):
-                    afterwards.callback(_give_back, layer, _take_over(layer, cache))
+                    afterwards.callback(_restore_attention, layer, _patch_attention(layer, cache))
                 decoder.decoding = True
             yield
 
     def seek(self, at: torch.Tensor, end: int) -> None:
-        """The next tokens stand at the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
-        self.place.at, self.place.end = at, end
+        """The next tokens go to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
+        self.cursor.at, self.cursor.end = at, end
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """In all layers, see `LayerCache.move`."""
@@ -126,7 +141,7 @@ def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.
 
 
 def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of a draft tree, whose node k stands at slot root + k: all before the root, and a node's ancestors.
+    """The mask of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
 
     Args:
         slots: [end].
@@ -152,13 +167,13 @@ def cached_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention over a cache without a copy of its grouped heads: the queries that share a key head stand in one row.
+    """Attention over a cache without a copy of its grouped heads: queries that share a key head become one row.
 
     Args:
         q: [b, heads, s, head_dim].
         k, v: [b, key heads, end, head_dim]; heads is a multiple of key heads.
-        mask: [b or 1, s, end], added to the scores; None: causal if there are several queries, else all is seen.
-        dropout_p, is_causal: torchtune passes them; generation drops nothing and its masks say what is seen.
+        mask: [b or 1, s, end], added to the scores; None: causal for several queries, all slots for a single one.
+        dropout_p, is_causal: passed by torchtune, and unused: generation has no dropout, and its own masks.
 
     Returns:
         [b, heads, s, head_dim].
@@ -167,7 +182,7 @@ def cached_attention(
     group = heads // k.shape[1]
     if mask is None and s > 1:
         if group > 1 and q.is_cuda and (q.dtype == torch.float32 or dim > 256):
-            # There only the kernel that holds all scores knows grouped queries.
+            # In these cases the only kernel for grouped queries is the one that holds all scores.
             k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     if mask is not None:
@@ -178,8 +193,8 @@ def cached_attention(
 
 @contextmanager
 def without_plans(device: torch.device) -> Iterator[None]:
-    """On a GPU without cuDNN's attention, which newer ones prefer: it plans each length of keys anew, and while a text
-    grows every step has another, tens of milliseconds each."""
+    """Disable cuDNN's attention on a GPU: it makes a plan for each new length of the keys, tens of milliseconds each,
+    and a growing text has a new length at every step."""
     kept = torch.backends.cuda.cudnn_sdp_enabled()
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -189,21 +204,21 @@ def without_plans(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(kept)
 
 
-def _take_over(layer: nn.Module, cache: LayerCache) -> dict[str, object]:
-    """Put the cache into a layer's attention; returns what was there."""
+def _patch_attention(layer: nn.Module, cache: LayerCache) -> dict[str, object]:
+    """Let a layer's attention use the cache; returns the attributes that it had before."""
     attn = layer.attn
     before = {"kv_cache": attn.kv_cache, "cache_enabled": attn.cache_enabled}
-    # torchtune's KVCache is a module, and a module's slot takes no plain object.
+    # torchtune's KVCache is a submodule, whose name takes no plain object.
     attn._modules.pop("kv_cache", None)
     attn.kv_cache, attn.cache_enabled = cache, True
     if is_plain_attention(layer):
         before |= {"num_kv_heads": attn.num_kv_heads, "_attention_call": attn._attention_call}
-        # With as many key heads as heads torchtune does not expand the cache; the projections decide the real number.
+        # With as many key heads as heads torchtune does not expand the cache. The projections keep the real number.
         attn.num_kv_heads, attn._attention_call = attn.num_heads, cached_attention
     return before
 
 
-def _give_back(layer: nn.Module, before: dict[str, object]) -> None:
+def _restore_attention(layer: nn.Module, before: dict[str, object]) -> None:
     del layer.attn.kv_cache
     for name, value in before.items():
         setattr(layer.attn, name, value)

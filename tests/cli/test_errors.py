@@ -15,8 +15,8 @@ from helpers.refusals import KEYS, RECIPES, check, refusal
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
-from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 
@@ -371,11 +371,11 @@ GENERATE = [
     ("self_speculation.tree_width=0", "self_speculation.tree_width", "0", "1 or more"),
     ("self_speculation.tree_children=x", "self_speculation.tree_children", "'x'", "1 or more"),
     ("self_speculation.threshold=1.5", "self_speculation.threshold", "1.5", "0 to 1"),
-    ("self_speculation.threshold=high", "self_speculation.threshold", "'high'", "self_speculation.threshold=auto"),
+    ("self_speculation.threshold=high", "self_speculation.threshold", "'high'", "self_speculation.threshold=0.4"),
     (
-        "self_speculation.threshold=auto; self_speculation.tree_width=2",
+        "self_speculation.threshold=0.5; self_speculation.tree_width=2",
         "self_speculation.threshold",
-        "auto",
+        "0.5",
         "self_speculation.threshold=null",
     ),
     ("self_speculation.prompt_lookup=0", "self_speculation.prompt_lookup", "0", "1 or more"),

@@ -1,28 +1,31 @@
-"""Every config that we carry: it validates, its model builds, its header starts it, its exits make sense; and for each
-full and LoRA config of torchtune there is one of ours. Nothing is downloaded, no weight takes memory."""
+"""Every config of ours validates, its model builds, its header starts it, its exits make sense; and each full and LoRA
+config of torchtune has one of ours. Nothing is downloaded, and no weight takes memory."""
 
 import re
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torchtune
+import torchtune.config
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.cli.commands import validate
-from layerskip_recipes.config import settings
+from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import our_configs, torchtune_configs
-from layerskip_recipes.config.settings import build_on_meta
+from layerskip_recipes.config.names import CONFIG_DIR, find_config, our_configs, torchtune_configs
+from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.layer_dropout import dropout_rates
 from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
 
-# Families of which each size has its configs, and the words that mark a config of theirs as something else.
+# The families of torchtune whose training configs have one of ours, and the words that mark a config as no such.
 FAMILIES = (
     *("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral"),
     *("qwen2", "qwen2_5", "gemma", "gemma2", "phi3", "phi4"),
@@ -51,9 +54,8 @@ PAPER = {
     "topv2_1_5B": (0.2, "constant", 1.0, "gradual", None, 1e-4, 32, 5_800),
 }
 
-
-# Exit and draft length of the authors' weights: the paper's for CNN/DM where its table has them, else their blog's and
-# their code's.
+# Exit and draft length of the authors' weights: the paper's for CNN/DM where its table has them, else those of their
+# blog and their code.
 RELEASED = {
     "llama2_7B": (8, 12),
     "llama2_13B": (15, 12),
@@ -65,28 +67,51 @@ RELEASED = {
 }
 
 
+@cache
 def family_configs() -> list[str]:
-    """Those of ours that extend a config of torchtune's by its name."""
+    """Our training configs of torchtune's families."""
     return [name for name in our_configs() if name.partition("/")[0] in FAMILIES and "generate" not in name]
 
 
+@cache
 def torchtunes() -> list[str]:
-    """Every full and LoRA config in torchtune's folder that belongs to the families, without `LEFT_OUT`."""
+    """Every full and LoRA config of the families in torchtune's folder, without `LEFT_OUT`."""
     folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml")]
     return sorted(n for n in names if n.partition("/")[0] in FAMILIES and not any(word in n for word in LEFT_OUT))
 
 
 def is_distributed(name: str) -> bool:
-    """Whether torchtune trains this config of its own on several devices."""
+    """Whether torchtune has this config for several devices."""
     (recipe,) = {r.name for r in get_all_recipes() for c in r.configs if c.name == name}
     return recipe.endswith("_distributed")
 
 
+@cache
 def header(name: str) -> str:
     """The comment at the top of a config, lines that a backslash continues joined."""
     lines = re.match(r"(?:#.*\n)*", our_configs()[name].read_text())[0]
     return re.sub(r"\\\n#\s*", "", lines)
+
+
+def own(path: Path) -> dict[str, Any]:
+    """A file's own keys, without those that it extends."""
+    return yaml.safe_load(path.read_text())
+
+
+def bases(path: Path) -> list[str]:
+    """The names that a file extends."""
+    found = own(path).get("extends", [])
+    return found if isinstance(found, list) else [found]
+
+
+def leaves(section: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{key}{name}.")
+        else:
+            yield f"{key}{name}", value
 
 
 @cache
@@ -95,25 +120,40 @@ def merged(name: str) -> DictConfig:
 
 
 @cache
+def resolved(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(merged(name), resolve=True)
+
+
+@cache
 def on_meta(name: str) -> TransformerDecoder:
-    return build_on_meta(merged(name))
+    shared = {key: value for key, value in resolved(name).items() if key in RecipeConfig.model_fields}
+    return RecipeConfig.parse(shared).meta_model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def each_model_once():
-    """The meta device's models, which many configs have alike."""
-    build = settings.build
+    """Many configs have the same model: build each on the meta device once."""
+    instantiate, models = torchtune.config.instantiate, {}
 
-    @cache
-    def built(section: str, key: str) -> TransformerDecoder:
-        return build(OmegaConf.create(section), key)
+    def instantiate_once(section: DictConfig, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or torch.get_default_device().type != "meta":
+            return instantiate(section, *args, **kwargs)
+        key = OmegaConf.to_yaml(section, resolve=True)
+        if key not in models:
+            models[key] = instantiate(section)
+        return models[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "build", lambda section, key: built(OmegaConf.to_yaml(section, resolve=True), key))
+        patch.setattr(torchtune.config, "instantiate", instantiate_once)
         yield
 
 
-# By its header, so that a run of other tests need not merge them all; that it is right is tested below.
+SHARED = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("_*.yaml"))
+
+# Overrides in the headers of the families. They set keys of _layerskip.yaml, which all extend: once is enough.
+CHECKED: list[list[str]] = []
+
+# Found by their headers, as merging all configs takes seconds; a test below compares the headers with the recipes.
 FINETUNE = [name for name in our_configs() if re.search("^#   tune run .*layerskip_finetune", header(name), flags=re.M)]
 
 
@@ -130,8 +170,38 @@ def test_it_validates_and_its_header_starts_that_recipe(name):
         place = words.index("--config")
         assert words[place + 1] == name
         assert words[place - 1] == recipe
-        if words[place + 2 :]:
-            assert validate(load_config(name, words[place + 2 :])) == recipe
+        overrides = words[place + 2 :]
+        if overrides and (name not in family_configs() or overrides not in CHECKED):
+            assert validate(load_config(name, overrides)) == recipe
+            CHECKED.append(overrides)
+
+
+@pytest.mark.parametrize("name", [name for name in our_configs() if "tune download" in header(name)])
+def test_its_download_goes_where_the_config_looks(name):
+    """`tune download` writes to --output-dir, else to a folder in /tmp with the repository's name."""
+    words = shlex.split(re.search(r"^#   tune download (.*)$", header(name), flags=re.M)[1])
+    folder = words[words.index("--output-dir") + 1] if "--output-dir" in words else f"/tmp/{Path(words[0]).name}"
+    overrides = re.findall(r"\S+=FOLDER\S*", header(name))  # several machines: a folder that all of them see
+    config = OmegaConf.to_container(load_config(name, overrides), resolve=True) if overrides else resolved(name)
+    read = [config["checkpointer"].get("checkpoint_dir"), *config["tokenizer"].values()]
+    paths = [path for path in read if isinstance(path, str) and "/" in path]
+    assert paths and all(path.removeprefix(folder)[:1] in ("", "/") for path in paths)
+
+
+@pytest.mark.parametrize("name", [*our_configs(), *SHARED])
+def test_it_says_only_what_is_its_own(name):
+    """No value stands again that the file inherits."""
+    path = find_config(name)
+    inherited: dict[str, Any] = {}
+    for base in bases(path):
+        inherited |= dict(leaves(OmegaConf.to_container(merged(base))))
+    repeated = {key for key, value in leaves(own(path)) if key in inherited and inherited[key] == value}
+    assert repeated == set()
+
+
+def test_each_shared_file_is_extended():
+    """The files named _* are only there to be extended."""
+    assert set(SHARED) <= {base for name in [*our_configs(), *SHARED] for base in bases(find_config(name))}
 
 
 @pytest.mark.parametrize("name", our_configs())
@@ -172,7 +242,7 @@ def test_the_gradual_curriculum_has_all_exits_on_from_the_middle():
 
 
 def test_each_run_has_a_folder_of_its_own():
-    folders = [OmegaConf.to_container(merged(name), resolve=True)["output_dir"] for name in FINETUNE]
+    folders = [resolved(name)["output_dir"] for name in FINETUNE]
     assert len(set(folders)) == len(folders)
 
 
@@ -183,8 +253,8 @@ def test_no_run_needs_bitsandbytes():
 # ----------------------------------------------------------------------------------------------------------- families
 
 
-def test_torchtunes_folder_has_what_we_look_for():
-    """Otherwise the test below would pass on an empty list."""
+def test_torchtunes_folder_has_the_configs():
+    """An empty list would let the test below pass."""
     assert len(torchtunes()) >= 90
     assert {name.partition("/")[0] for name in torchtunes()} == set(FAMILIES)
     assert set(torchtunes()) <= set(torchtune_configs())
@@ -194,9 +264,9 @@ def test_torchtunes_folder_has_what_we_look_for():
 def test_each_of_torchtunes_has_one_of_ours(name):
     ours = f"{name}_layerskip"
     assert ours in our_configs()
-    assert yaml.safe_load(our_configs()[ours].read_text())["extends"] == name
+    assert bases(our_configs()[ours])[:2] == [name, "_layerskip"]
     assert bool(re.search(r"tune run .*--nproc_per_node \d+ ", header(ours))) == is_distributed(name)
-    assert merged(ours).model._component_ == load_config(name).model._component_
+    assert merged(ours).model == merged(name).model
 
 
 @pytest.mark.parametrize("name", family_configs())
@@ -225,7 +295,7 @@ def test_the_papers_values(name):
         (config.epochs * config.max_steps_per_epoch, steps),
     ):
         assert expected is None or given == expected
-    assert OmegaConf.to_container(config, resolve=True)["tokenizer"]["max_seq_len"] == 4096
+    assert resolved(f"paper/{name}")["tokenizer"]["max_seq_len"] == 4096
 
 
 @pytest.mark.parametrize("name", RELEASED)

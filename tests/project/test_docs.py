@@ -1,34 +1,68 @@
-"""The scripts in docs/ run, on something tiny and uncompiled: what they measure is their readers' business."""
+"""The pages of the documentation: links, Python examples, the made reference of keys, and the names of files."""
 
+import doctest
+import re
 import runpy
-from pathlib import Path
 
 import pytest
-from helpers.configs import benchmark_config, make_checkpoint
+import yaml
+from helpers.pages import PAGES, ROOT, anchors, blocks
 
-from layerskip_recipes.generation.kernels import compiling
+from layerskip_recipes.generation import api
+from layerskip_recipes.model import decoder
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    """Compiling takes a minute; every other line is the same."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
+OTHER_PAGES = {name: ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 
-def test_intermediate_verification(tmp_path, tokenizer_folder, monkeypatch, capsys):
-    config = benchmark_config(tmp_path, make_checkpoint(tmp_path / "model", tokenizer_folder))
-    monkeypatch.setattr("sys.argv", ["intermediate_verification.py", str(config), "max_new_tokens=12"])
-    runpy.run_path(str(DOCS / "intermediate_verification.py"), run_name="__main__")
-    cost, one, two = capsys.readouterr().out.strip().splitlines()[-3:]
-    assert cost.startswith("cost of positions: 1: 1.00, 2: ")
-    assert one.startswith("one stage: ") and two.startswith("two stages: ")
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES])
+def test_links_lead_somewhere(page):
+    path = (PAGES | OTHER_PAGES)[page]
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.exists(), f"{page}: {target}"
+        name = linked.relative_to(ROOT).as_posix()
+        assert not anchor or anchor[1:] in anchors(name), f"{page}: {target}{anchor}"
 
 
-def test_long_contexts(monkeypatch, capsys):
-    script = runpy.run_path(str(DOCS / "long_contexts.py"))
-    monkeypatch.setitem(script["main"].__globals__, "NEW", 6)
-    script["main"]([8, 16])
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("text before") and [row.split()[0] for row in rows] == ["8", "16"]
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_example(page):
+    for example in blocks(page, "python"):
+        exec(compile(example, page, "exec"), {})
+
+
+@pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)
+def test_examples_of_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 2 and result.failed == 0
+
+
+def test_the_reference_of_keys_is_what_the_tool_makes():
+    """After a change of a config class: `python tools/configuration_reference.py`."""
+    tool = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
+    assert PAGES["docs/configuration.md"].read_text(encoding="utf-8") == tool["page"]()
+
+
+def test_the_readme_is_a_front_door():
+    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 260
+
+
+def test_each_room_is_in_the_page_about_development():
+    """Each folder of the package with modules, and no folder that is not there."""
+    text = PAGES["docs/development.md"].read_text(encoding="utf-8")
+    (tree,) = re.findall(r"## Layout.*?```\n(.*?)```", text, flags=re.S)
+    named = set(re.findall(r"^ {2,4}(\w+)/ ", tree, flags=re.M))
+    package = ROOT / "layerskip_recipes"
+    rooms = {path.parent.name for path in package.glob("*/**/__init__.py")}
+    assert named == rooms
+
+
+@pytest.mark.parametrize("file", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(".github/**/*.yml")))
+def test_yaml_of_github_is_readable(file):
+    assert isinstance(yaml.safe_load((ROOT / file).read_text(encoding="utf-8")), dict)
+
+
+def test_ci_finds_the_test_command():
+    """`.ci/run` takes the line of python3 after this marker."""
+    section = PAGES["README.md"].read_text(encoding="utf-8").partition("<!-- tests -->")[2]
+    (line,) = [line for line in section.splitlines() if line.startswith("python3 ")]
+    assert "-m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder" in line

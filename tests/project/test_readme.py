@@ -1,48 +1,106 @@
-"""Every command and every example of the README and of the config headers, run as written.
+"""Every command of the README, of docs/ and of the config headers.
 
-Only the size changes: overrides are appended that shorten a training, or put a tiny model in a gated one's place.
+The quick tier checks them as written, by `layerskip validate`. The slow tier runs them as written, with overrides
+appended that shorten a training, or put a tiny model in the place of one that has to be downloaded.
 """
 
-import doctest
 import json
 import re
-import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.commands import run_command
-from helpers.configs import HF_CONFIG, MODEL, finetune_config, generate_config, make_checkpoint
-from omegaconf import OmegaConf
+from helpers.configs import finetune_config, generate_config, make_checkpoint
+from helpers.pages import ROOT, commands, examples
+from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import our_configs
-from layerskip_recipes.generation import api
-from layerskip_recipes.model import decoder
+from layerskip_recipes.config.names import find_config, our_configs
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.S | re.M)
+# These set up an environment, download from the hub, or run these tests.
+ELSEWHERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "pre-commit", "tune download")
+COMMANDS = {line: words for line, words in commands().items() if not line.startswith(ELSEWHERE)}
+TUNE_RUN = {line: words for line, words in COMMANDS.items() if words[:2] == ["tune", "run"]}
 
 
-def commands() -> list[str]:
-    """The README's command lines, those joined by && taken apart."""
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&")]
+def header_commands() -> dict[str, list[str]]:
+    """The command lines in the headers of our configs that run here, and that no page has.
 
-
-def header_commands() -> list[str]:
-    """The command lines in the headers of our configs."""
-    found = []
+    The headers of SmolLM2 need the real model: test_real.py runs them. The configs of large models differ in values
+    only: tests/config validates them, and one of each recipe is run here with a tiny model.
+    """
+    here = re.compile(r"quickstart/|llama3_2/1B_full_single_device_|llama3_2/1B_gen")
+    found: dict[str, list[str]] = {}
     for path in our_configs().values():
-        found += re.findall(r"^#   ((?:tune|layerskip) .*)$", path.read_text(), flags=re.M)
+        for line in re.findall(r"^#   ((?:tune run|layerskip) .*)$", path.read_text(encoding="utf-8"), flags=re.M):
+            if here.search(line) and line not in COMMANDS:
+                found[line] = [word.strip("\"'") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', line)]
     return found
 
 
-def flat(content: dict, prefix: str = "") -> list[str]:
+def split(words: list[str]) -> tuple[str, str, list[str]]:
+    """The recipe, the config and the overrides of a `tune run`."""
+    place = words.index("--config")
+    return words[place - 1], words[place + 1], words[place + 2 :]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer_folder) -> Path:
+    """A folder to type commands in: the examples of the pages, the tools, and a tiny model."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, content in examples().items():
+        (folder / name).write_text(content)
+    # A command of the README copies this one.
+    (folder / "my_generate.yaml").write_text(find_config("llama3_2/1B_generate_layerskip").read_text())
+    (folder / "tools").symlink_to(ROOT / "tools")
+    (folder / "stdlib.txt").write_text("def main(argv):\n    return 0\n" * 50)
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(checkpoint), "chat_template": template}
+    generate_config(folder, checkpoint, tokenizer=tokenizer, prompt={"user": "x"}).rename(folder / "tiny.yaml")
+    return folder
+
+
+@pytest.mark.parametrize("line", [line for line in TUNE_RUN if "my_tuned.yaml" not in line.split()])
+def test_command_is_valid_as_written(line, workplace, layerskip, monkeypatch):
+    """Its config, its overrides and its recipe fit each other. (The tuner has to make my_tuned.yaml first.)"""
+    recipe, config, overrides = split(TUNE_RUN[line])
+    monkeypatch.chdir(workplace)
+    status, out, err = layerskip("validate", config, *overrides)
+    assert status == 0, err
+    assert f"`tune run {recipe}`" in out
+
+
+@pytest.mark.parametrize("name", [name for name in examples() if name != "my_tuned.yaml"])
+def test_yaml_example_is_valid(name, workplace, layerskip, monkeypatch):
+    monkeypatch.chdir(workplace)
+    status, _, err = layerskip("validate", name)
+    assert status == 0, err
+
+
+# ---- in their short forms ----
+
+QUICKSTART = {
+    "layerskip_finetune": {
+        "max_steps_per_epoch": 2,
+        "log_every_n_steps": 1,
+        "dataset.split": "heldout",
+        "dataset.max_samples": 16,
+    },
+    "layerskip_generate": {"max_new_tokens": 6},
+    "layerskip_eval": {"dataset.max_samples": 8, "layers": ":"},
+    "layerskip_benchmark": {"max_new_tokens": 16, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []},
+}
+STEPS_OF_COST = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--method", "ours"]
+COMPILED = "tune run layerskip_generate --config quickstart/generate"  # the others decode uncompiled
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> list[str]:
     """A config as command-line overrides; a section's component first."""
     overrides = []
     for key, value in sorted(content.items(), key=lambda item: item[0] != "_component_"):
@@ -54,149 +112,109 @@ def flat(content: dict, prefix: str = "") -> list[str]:
     return overrides
 
 
-# In processes of their own, as a user starts them; the others are forks.
-COLD = [f"tune run layerskip_{recipe} --config quickstart/{recipe}" for recipe in ("finetune", "generate", "eval")]
-# A compiled draft is one graph of num_speculations steps.
-QUICKSTART = {
-    "quickstart/finetune": ["max_steps_per_epoch=2", "log_every_n_steps=1"],
-    "quickstart/generate": ["max_new_tokens=6", "prompts.count=2", "self_speculation.num_speculations=2"],
-    "quickstart/eval": ["max_batches=1"],
-    "quickstart/benchmark": [
-        *("max_new_tokens=16", "prompts.count=2", "repeats=1", "temperatures=[0.0]", "compile=false"),
-    ],
-}
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tokenizer_folder):
-    """A folder to type commands in: the README's files, and a tiny model to put in the place of theirs."""
-    folder = tmp_path_factory.mktemp("readme")
-    for example in blocks("yaml"):
-        (folder / re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
-    checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(checkpoint), "chat_template": template}
-    generate_config(folder, checkpoint, tokenizer=tokenizer, prompt={"user": "x"}).rename(folder / "tiny.yaml")
-    return folder
-
-
-def shortened(command: list[str], folder: Path) -> list[str]:
+def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
-    if command[:2] != ["tune", "run"]:
-        return command
-    name = command[command.index("--config") + 1]
-    if name in QUICKSTART:
-        few = ["sweep.exit_layers=[1,2]", "sweep.num_speculations=[2]"] if "sweep={}" in command else []
-        return [*command, *few, "model.num_layers=4", *QUICKSTART[name]]
-    tiny = OmegaConf.to_container(OmegaConf.load(folder / "tiny.yaml"))
-    keep = ("model", "checkpointer", "tokenizer", "device", "dtype")
-    model = flat({key: tiny[key] for key in keep})
-    if "layerskip_generate" in command:
-        draft = ["self_speculation.exit_layer=2", "self_speculation.num_speculations=2"]
-        return [*command, *model, "max_new_tokens=6", *([] if name == "my_tuned.yaml" else draft)]
-    if "layerskip_eval" in command:
+    if words[:2] == ["python", "tools/training_cost.py"]:
+        return [*words, "model.num_layers=2", *STEPS_OF_COST] if "quickstart/finetune" in words else [
+            *words, *flat({"model": tiny(folder)["model"]}), *STEPS_OF_COST,
+        ]  # fmt: skip
+    if words[:2] != ["tune", "run"]:
+        return words
+    recipe, config, overrides = split(words)
+    cfg = load_config(config, overrides)
+    if config.startswith("quickstart/"):
+        changes = {"model.num_layers": 4, "model.vocab_size": 300} | QUICKSTART[recipe]
+        if recipe == "layerskip_finetune":
+            changes["tokenizer.path"] = str(folder / "tokenizer")
+        else:
+            changes["output_dir"] = "quickstart"  # where the model is trained
+        if recipe == "layerskip_generate" and cfg.get("self_speculation") is not None:
+            changes["self_speculation.num_speculations"] = 2
+        if recipe == "layerskip_generate" and line != COMPILED:
+            changes["compile"] = False
+        if cfg.get("prompts") is not None:
+            changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
+    else:
+        changes = tiny_changes(recipe, config, cfg, folder)
+    if cfg.get("sweep") is not None:
+        changes |= {"sweep.exit_layers": [1, 2], "sweep.num_speculations": [2]}
+    return [*words, *flat(changes)]
+
+
+def tiny(folder: Path) -> dict[str, Any]:
+    """The tiny model: its sections of a config."""
+    content = OmegaConf.to_container(OmegaConf.load(folder / "tiny.yaml"))
+    assert isinstance(content, dict)
+    return {key: content[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype")}
+
+
+def tiny_changes(recipe: str, config: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What makes the config of a large model one of the tiny model."""
+    changes = tiny(folder)
+    if recipe == "layerskip_finetune":
+        content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
+        assert isinstance(content, dict)
+        changes |= {key: content[key] for key in ("dataset", "batch_size", "max_steps_per_epoch")}
+        changes["checkpointer"] = {k: v for k, v in changes["checkpointer"].items() if k != "output_dir"}
+        if "layers" in (cfg.get("early_exit_loss") or {}):
+            changes["early_exit_loss"] = {"layers": ":"}
+        return changes | {"epochs": 1, "gradient_accumulation_steps": 1, "output_dir": str(folder / "out")}
+    if recipe == "layerskip_generate":
+        changes |= {"max_new_tokens": 6, "compile": False}
+        if cfg.get("exit_layer") is not None:
+            changes["exit_layer"] = 2
+        if cfg.get("self_speculation") is not None and config != "my_tuned.yaml":
+            changes["self_speculation"] = {"exit_layer": 2, "num_speculations": 2}
+    elif recipe == "layerskip_eval":
         data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
-        return [*command, *model, *flat({"dataset": data}), "max_batches=1"]
-    if "layerskip_benchmark" in command:
-        exits = ["variants.chain.exit_layer=2", "variants.lookup.exit_layer=2"]
-        return [*command, *model, *exits, "max_new_tokens=9", "repeats=1", "temperatures=[0.0]"]
-    content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
-    content |= {key: tiny[key] for key in ("model", "checkpointer", "tokenizer")}
-    del content["checkpointer"]["output_dir"]  # stays ${output_dir}
-    keep = ("model", "tokenizer", "dataset", "checkpointer", "batch_size", "max_steps_per_epoch", "device", "dtype")
-    few = ["gradient_accumulation_steps=1", f"output_dir={folder / 'out'}"]
-    return [*command, *flat({key: content[key] for key in keep}), *few]
+        changes |= {"dataset": data | {"max_samples": 4}, "max_batches": 1}
+        weights = {key: changes["checkpointer"][key] for key in ("checkpoint_dir", "checkpoint_files")}
+        if cfg.get("compare") is not None:
+            changes["compare"] = {name: dict(weights) for name in cfg.compare}
+    else:
+        changes |= {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
+        changes["variants"] = {name: {"exit_layer": 2} for name in cfg.variants}
+    return changes
 
 
 @pytest.fixture(scope="module")
-def run(workplace):
-    """Runs a command in its small form. Of those that mean the same then, the first one's result serves all."""
+def run(workplace, tmp_path_factory):
+    """Runs a command in its short form. Of commands that mean the same then, the first one's result serves all."""
     finished: dict[str, subprocess.CompletedProcess] = {}
 
-    def run(command: str) -> subprocess.CompletedProcess:
-        words = shortened(shlex.split(command), workplace)
-        meaning = command
-        if "--config" in words:
-            place = words.index("--config") + 1
-            merged = load_config(words[place], words[place + 1 :])
-            meaning = f"{words[:place]}\n{OmegaConf.to_yaml(merged, sort_keys=True)}"
+    def run(line: str, words: list[str]) -> subprocess.CompletedProcess:
+        short = shortened(line, words, workplace)
+        meaning = line
+        if "--config" in short:
+            place = short.index("--config") + 1
+            merged = load_config(short[place], short[place + 1 :])
+            meaning = f"{short[:place]}\n{OmegaConf.to_yaml(merged, sort_keys=True)}"
         if meaning not in finished:
-            finished[meaning] = run_command(*words, cwd=workplace, timeout=900, cold=command in COLD)
+            if short[0] in ("tune", "layerskip"):
+                finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
+            else:
+                # What other commands write is larger than what stands in the workplace for it.
+                folder = workplace if short[0] == "python" else tmp_path_factory.mktemp("elsewhere")
+                program = [sys.executable, *short[1:]] if short[0] == "python" else ["bash", "-c", line]
+                finished[meaning] = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=900)
         return finished[meaning]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
+        (workplace / "my_generate.yaml").unlink()  # by the README's command
         yield run
 
 
-# The environment is there, the hub is not, the tests are running already, and test_cli.py and test_decoding_cost.py run
-# the measurements.
-NOT_HERE = (
-    "python3 -m venv",
-    ". .venv",
-    "pip install",
-    ".venv/bin/",
-    "tune download",
-    "layerskip cost",
-    "layerskip decoding-cost",
-)
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith(NOT_HERE)])
-def test_readme_command(command, run):
-    """In the README's order; the quickstart's checkpoint serves the commands after it."""
-    done = run(command)
+@pytest.mark.slow
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_runs(line, run):
+    """In the order of the pages: the quickstart's checkpoint and the files that are copied serve later commands."""
+    done = run(line, COMMANDS[line])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def runs_here(command: str) -> bool:
-    """SmolLM2's headers need the real model: tests/test_real.py runs them. The large models' configs differ in values
-    only: tests/test_family_configs.py validates them, and one of each recipe is run here with a tiny model."""
-    return bool(re.search(r"(quickstart/|llama3_2/1B_full_single_device_|llama3_2/1B_gen)", command))
-
-
-@pytest.mark.parametrize("command", [c for c in header_commands() if runs_here(c) and c not in commands()])
-def test_config_header_command(command, run):
-    done = run(command)
+@pytest.mark.slow
+@pytest.mark.parametrize("line", header_commands())
+def test_config_header_command_runs(line, run):
+    done = run(line, header_commands()[line])
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)
-def test_examples_of_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted >= 2 and result.failed == 0
-
-
-def test_python_example():
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-
-
-def test_every_key_of_the_sections_is_in_the_readme():
-    import inspect
-
-    from layerskip_recipes.generation.drafting.section import self_speculation
-    from layerskip_recipes.model.layer_dropout import LayerDropout
-    from layerskip_recipes.training.early_exit import EarlyExitLoss
-
-    for name in inspect.signature(self_speculation).parameters:
-        assert f"`self_speculation.{name}`" in README
-    for name in inspect.signature(LayerDropout).parameters.keys() - {"num_layers", "seed", "batch_size"}:
-        assert f"`layer_dropout.{name}`" in README
-    for name in inspect.signature(EarlyExitLoss).parameters.keys() - {"ignore_index", "label_smoothing"}:
-        assert f"`early_exit_loss.{name}`" in README
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/results.md"])
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).is_file(), target
-
-
-def test_the_file_map_is_the_tree():
-    """Each module of the package is in the README's map, and nothing else is."""
-    (section,) = re.findall(r"## Where things are\n\n```\n(.*?)```", README, flags=re.S)
-    named = set(re.findall(r"\b\w+\.py\b", section))
-    package = ROOT / "layerskip_recipes"
-    assert named == {p.name for p in [*package.glob("*.py"), *package.glob("recipes/*.py")]} - {"__init__.py"}
-    assert MODEL["num_layers"] == HF_CONFIG["num_hidden_layers"]

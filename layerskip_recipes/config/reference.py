@@ -1,0 +1,137 @@
+"""The reference of a recipe's keys, made from its config class: Markdown for docs/, a JSON schema for editors."""
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Section, allowed, alternatives
+
+EXTENDS = {
+    "description": "The config that this one is laid over: a name, a path, or a list of them.",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+}
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may be read from another key
+
+
+# ---- JSON schema ----
+
+
+def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
+    """The JSON schema of a recipe's YAML files, for editors that complete and check YAML.
+
+    The schema allows more than `RecipeConfig.load` does, because a file is read before it is merged: every key may be
+    missing or null, and every value may be an interpolation. Unknown keys of the top level may hold plain values,
+    which other keys interpolate.
+
+    Args:
+        config: the config class of the recipe.
+    """
+    schema = _relaxed(config.model_json_schema())
+    properties = {"extends": EXTENDS} | schema.pop("properties")
+    for key, why in config.REFUSED.items():
+        properties.setdefault(key, {"description": f"Not honoured: {why}.", "type": ["null", "boolean", "number"]})
+    variables = {"type": ["string", "number", "boolean", "null"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {
+        "properties": properties,
+        "additionalProperties": variables,
+    }  # fmt: skip
+
+
+def _relaxed(schema: Any) -> Any:
+    """A schema of merged configs as one of files: nothing is required, values may be null or interpolations."""
+    if isinstance(schema, list):
+        return [_relaxed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    relaxed = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "properties", "title")}
+    for name, value in schema.get("properties", {}).items():
+        described = {key: value[key] for key in ("description", "default") if key in value}
+        kind = {key: part for key, part in _relaxed(value).items() if key not in described}
+        relaxed.setdefault("properties", {})[name] = described | {"anyOf": [kind, INTERPOLATION, {"type": "null"}]}
+    return relaxed
+
+
+# ---- Markdown ----
+
+
+def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
+    """The keys of all recipes as Markdown: those of every recipe first, then each recipe's own.
+
+    Args:
+        recipes: config classes by the names of their recipes, such as "layerskip_finetune".
+    """
+    parts = ["## All recipes", *_tables(RecipeConfig, RecipeConfig.model_fields)]
+    for name, config in recipes.items():
+        own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field)}
+        parts += [f"## {name}", *_tables(config, own)]
+        if refused := {key: why for key, why in config.REFUSED.items() if key not in config.model_fields}:
+            rows = [[f"`{key}`", why] for key, why in refused.items()]
+            parts += ["These keys of other configs are refused unless they are switched off:"]
+            parts += [_table(["key", "why"], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_common(key: str, field: FieldInfo) -> bool:
+    """Whether a key is documented under all recipes already."""
+    common = RecipeConfig.model_fields.get(key)
+    return common is not None and (_row(key, common) == _row(key, field))
+
+
+def _tables(config: type[Section], fields: dict[str, FieldInfo]) -> Iterator[str]:
+    """A table of the keys, and one for each section among them."""
+    if fields:
+        yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
+    for key, field in fields.items():
+        for section in _sections(field.annotation):
+            # A mapping of sections has names of the user's choice between its key and the keys of a section.
+            prefix = f"{key}." if section in _direct(field.annotation) else f"{key}.NAME."
+            yield f"### {key}"
+            if summary := _summary(section):
+                yield summary
+            rows = [_row(prefix + name, part) for name, part in section.model_fields.items()]
+            yield _table(["key", "allowed", "default", "meaning"], rows)
+
+
+def _direct(annotation: Any) -> list[type[Section]]:
+    """The sections that are alternatives of an annotation themselves."""
+    kinds = [kind for kind, _ in alternatives(annotation)]
+    return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections in an annotation, those in a mapping or a list included."""
+    inner = [part for kind, _ in alternatives(annotation) for item in get_args(kind) for part in _sections(item)]
+    return list(dict.fromkeys([*_direct(annotation), *inner]))
+
+
+def _summary(section: type[Section]) -> str:
+    """The first sentence of a section's docstring."""
+    return (section.__doc__ or "").partition("\n\n")[0].replace("\n", " ").strip()
+
+
+def _row(key: str, field: FieldInfo) -> list[str]:
+    words, _ = allowed(field.annotation, field)
+    words = words.replace(Component.ALLOWED[0], "a component")
+    return [f"`{key}`", words, _default(field), " ".join((field.description or "").split())]
+
+
+def _default(field: FieldInfo) -> str:
+    """A default as YAML has it."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined or isinstance(value, Section):
+        return ""
+    return f"`{value if isinstance(value, str) else json.dumps(value, default=str)}`"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,87 @@
+"""The reference of keys that is made from a config class: the Markdown tables and the JSON schema."""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.reference import json_schema, markdown
+from layerskip_recipes.config.schema import PositiveInt, Section
+
+
+class Draft(Section):
+    """How tokens are drafted.
+
+    Not part of the summary.
+    """
+
+    length: PositiveInt
+    """Tokens of a draft."""
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A confidence | below which a draft stops."""
+
+
+class ExampleConfig(RecipeConfig):
+    """A recipe."""
+
+    REFUSED: ClassVar = {"stream": "it prints figures"}
+
+    draft: Draft | None = None
+    """The draft."""
+    variants: dict[str, Draft | None] = Field(default_factory=dict)
+    """Several drafts by name."""
+    mode: Literal["fast", "slow"] = "fast"
+    stop_tokens: Sequence[int] | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    quantizer: Annotated[Component, Takes()] | None = None
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return markdown({"layerskip_example": ExampleConfig})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `draft` | a section of keys and values (or null) | `null` | The draft. |",
+        "| `draft.length` | an integer of 1 or more | required | Tokens of a draft. |",
+        "| `draft.threshold` | a number of 0 to 1 (or null) | `null` | A confidence \\| below which a draft stops. |",
+        "| `variants.NAME.length` | an integer of 1 or more | required | Tokens of a draft. |",
+        "| `mode` | fast, slow | `fast` |  |",
+        "| `quantizer` | a component (or null) | `null` |  |",
+        "| `stream` | it prints figures |",
+    ],
+)
+def test_a_row_of_the_page(row, page):
+    assert row in page.splitlines()
+
+
+def test_keys_of_all_recipes_stand_once_unless_a_recipe_changes_them(page):
+    common, own = page.split("## layerskip_example\n")
+    assert page.count("| `device` |") == 1 and "| `device` |" in common
+    assert "| `dtype` | fp32, bf16 | required |" in common and "| `dtype` | fp32, bf16 | `bf16` |" in own
+
+
+def test_the_summary_of_a_section_is_its_first_paragraph(page):
+    assert page.count("How tokens are drafted.") == 2 and "Not part" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "fits"),
+    [
+        ({"extends": "quickstart/_model", "draft": {"length": 2}}, True),
+        ({"extends": ["a", "b"], "draft": None, "stream": False, "mine": 3}, True),
+        ({"draft": {"length": "${mine}"}, "model": {"num_layers": 4}}, True),
+        ({"draft": {"length": 0}}, False),
+        ({"draft": {"lenght": 2}}, False),
+        ({"darft": {"length": 2}}, False),
+        ({"mode": "quick"}, False),
+    ],
+)
+def test_the_json_schema_of_a_file(content, fits):
+    jsonschema = pytest.importorskip("jsonschema")
+    assert jsonschema.Draft202012Validator(json_schema(ExampleConfig)).is_valid(content) is fits

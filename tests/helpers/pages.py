@@ -1,0 +1,57 @@
+"""The commands and examples of the README and of docs/, as a reader finds them."""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.S | re.M)
+
+
+def examples() -> dict[str, str]:
+    """The YAML files of all pages: {name: content}. Their first line is a comment with the name."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            name = re.match(r"# (my\w*\.yaml)\n", block)
+            assert name, f"{page}: an example has no name in its first line: {block[:60]!r}"
+            assert name[1] not in found, f"{page}: {name[1]} is on another page too"
+            found[name[1]] = block
+    return found
+
+
+def commands() -> dict[str, list[str]]:
+    """The command lines of all pages without repetition: {line: words}, in the order of the pages.
+
+    Lines that && or a backslash join are taken apart or joined, variables of the shell are put in, and variables of the
+    environment that stand before a command are left out. The commands of blocks of measured figures come along.
+    """
+    found: dict[str, list[str]] = {}
+    for page, path in PAGES.items():
+        variables: dict[str, str] = {}
+        measured = re.findall(r"<!-- run \w+: (.+?) -->", path.read_text(encoding="utf-8"))
+        for block in [*blocks(page, "bash"), "\n".join(measured)]:
+            for line in block.replace("\\\n", " ").splitlines():
+                if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+                    variables[assigned[1]] = assigned[2]
+                    continue
+                for name, value in variables.items():
+                    line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+                for part in line.split("&&"):
+                    command = re.sub(r"^(\s*[A-Z_]+=\S+)+ ", "", part).strip()
+                    if command and not command.startswith("#"):
+                        found.setdefault(command, shlex.split(command))
+    return found
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
