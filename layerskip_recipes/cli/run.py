@@ -14,6 +14,7 @@ from torchtune import utils
 from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError, UnknownKeyError
+from layerskip_recipes.processes import exit_at_once, num_processes
 
 # How gloo says that a process for which it waits has ended, or that the network to it is down.
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -51,6 +52,18 @@ def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: st
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run the main function of a command. A ConfigError becomes the last line on stderr and exit status 1."""
+    status: Any = 0
+    try:
+        _run(main)
+    except SystemExit as e:
+        if num_processes() == 1:
+            raise
+        status = e.code or 0
+    if num_processes() > 1:
+        exit_at_once(status)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()

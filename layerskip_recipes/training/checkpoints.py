@@ -183,13 +183,18 @@ class Checkpoints:
         wait_for_all()  # no rank may write into a folder that is being cleared
         place = self.staging / name
         if self._in_background:
-            future = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
+            future: Any = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         else:
             dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
             future = Future()
             future.set_result(None)
         if is_rank_zero():
-            self._pending = _after(future, lambda: (torch.save(dict(state), place / RECIPE_STATE), self._place(name)))
+
+            def complete() -> None:
+                torch.save(dict(state), place / RECIPE_STATE)
+                self._place(name)
+
+            self._pending = _after(future, complete)
         else:
             self._pending = future
 

@@ -20,9 +20,6 @@ from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training.batches import PADDED, CollateFn, Datasets
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
-LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size"))
-EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing"))
-
 # torchtune's early-exit recipe names these by dotted path; they have short names here.
 _UPSTREAM = "torchtune.modules.early_exit_loss."
 UPSTREAM_NAMES = {
@@ -90,6 +87,14 @@ def _is_logged(value: Any) -> Any:
     return value
 
 
+LayerDropoutSection = Annotated[  # type: ignore[valid-type]
+    section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size")),
+    BeforeValidator(_dropout_from_upstream),
+]
+EarlyExitLossSection = Annotated[  # type: ignore[valid-type]
+    section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing")),
+    BeforeValidator(_loss_from_upstream),
+]
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 
@@ -105,9 +110,9 @@ class FinetuneConfig(RecipeConfig):
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
     """Where checkpoints and logs go."""
 
-    layer_dropout: Annotated[LayerDropoutSection | None, BeforeValidator(_dropout_from_upstream)] = None
+    layer_dropout: LayerDropoutSection | None = None  # type: ignore[valid-type]
     """Layer dropout; null trains every layer with every sample."""
-    early_exit_loss: Annotated[EarlyExitLossSection | None, BeforeValidator(_loss_from_upstream)] = None
+    early_exit_loss: EarlyExitLossSection | None = None  # type: ignore[valid-type]
     """The losses of early exits; null trains the last layer's alone."""
     loss: Annotated[Component, Takes()]
     """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`."""
@@ -218,7 +223,7 @@ class FinetuneConfig(RecipeConfig):
     def exit_loss(self) -> EarlyExitLoss:
         """The early-exit loss over the `loss` section; without `early_exit_loss` only the last layer has one."""
         base = self.loss.build()
-        given = {"ignore_index": getattr(base, "ignore_index", -100)}
+        given: dict[str, Any] = {"ignore_index": getattr(base, "ignore_index", -100)}
         if given["ignore_index"] != -100:
             raise ConfigError(
                 f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"

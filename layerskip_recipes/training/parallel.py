@@ -193,7 +193,9 @@ def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> Non
         mesh: of several processes.
     """
     if mesh.devices is not None and mesh.tensor > 1:
-        parallelize(model, mesh.devices[TENSOR_PARALLEL], read_plan(cfg.tensor_parallel_plan))
+        plan = read_plan(cfg.tensor_parallel_plan)
+        assert plan is not None  # see `check_processes`
+        parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
     checkpoint_layers(model, cfg.checkpoint_every_layers)
     if mesh.devices is not None and mesh.data_size > 1:
         named = cfg.custom_sharded_layers or []
@@ -231,7 +233,7 @@ def load_from_rank0(
     wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
-    weights = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
+    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
     with suppress_dcp_warnings():
         set_model_state_dict(model, weights, options=options)
@@ -275,7 +277,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     if not with_gradient:  # all layers with adapters were dropped
         return torch.zeros((), device=next(model.parameters()).device)
     groups = group_by_mesh(with_gradient)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     if math.isfinite(max_norm):
         for group in groups:

@@ -48,14 +48,14 @@ class LayerSkipFinetune:
     """Trains the weights of a torchtune model, or its adapters, with layer dropout and early-exit loss.
 
     Args:
-        cfg: the merged config, see `FinetuneConfig`; all of it is checked here.
+        source: the merged config, see `FinetuneConfig`; all of it is checked here.
 
     Raises:
         ConfigError: for a wrong setting, before anything is loaded or written.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg = FinetuneConfig.load(cfg)
+    def __init__(self, source: DictConfig) -> None:
+        self.cfg = cfg = FinetuneConfig.load(source)
         self.device = cfg.find_device()
         if cfg.enable_activation_offloading and self.device.type != "cuda":
             raise ConfigError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
@@ -198,7 +198,7 @@ class LayerSkipFinetune:
         dropout, in_backward = self.model.layer_dropout, self.optimizers.in_backward
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
-        tokens, total, per_exit = 0, 0.0, {}
+        tokens, total, per_exit = 0, torch.zeros((), device=self.device), dict[int, Any]()
         for _ in range(self.cfg.gradient_accumulation_steps):
             count, loss, exits = self._forward(next(batches))
             # Micro-batches weigh by their tokens. An optimizer in backward has a single one, whose loss is a mean
@@ -224,7 +224,7 @@ class LayerSkipFinetune:
             clip = self.cfg.clip_grad_norm
             norm = clip_gradients(self.model, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
-        self._check_sums(*sums[:2], norm)
+        self._check_sums(sums[0], sums[1], norm)
         self.optimizers.step()
         metrics["lr"] = self.optimizers.lr
         self.optimizers.step_schedule()

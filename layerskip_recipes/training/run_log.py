@@ -47,7 +47,8 @@ class RunLog:
         if is_rank_zero():
             self._logger = cfg.metric_logger.build()
             extra = {"versions": versions(), "curriculum": curriculum(cfg.exit_loss, cfg.num_layers, total_steps)}
-            self._logger.log_config(OmegaConf.create(OmegaConf.to_container(cfg.source) | extra))
+            logged: Any = OmegaConf.to_container(cfg.source)
+            self._logger.log_config(OmegaConf.create(logged | extra))
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """Log the metrics of a step."""

@@ -65,7 +65,7 @@ class TrainingData:
 
     def order(self, epoch: int) -> list[int]:
         """The numbers of the samples of an epoch, in the order of the training, for all ranks."""
-        everyone = DistributedSampler(
+        everyone: DistributedSampler = DistributedSampler(
             self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
         )
         everyone.set_epoch(epoch)

@@ -13,7 +13,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
-from layerskip_recipes.training.batches import load_data
+from layerskip_recipes.training.batches import IndexedErrorDataset, load_data
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh, reshard
 
@@ -28,7 +28,7 @@ class PadToRanks(Dataset):
         ranks: how many share it.
     """
 
-    def __init__(self, dataset: Dataset, ranks: int) -> None:
+    def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset
         self.length = -(-len(dataset) // ranks) * ranks
 
@@ -68,7 +68,9 @@ class Validation:
             raise ConfigError(f"dataset_val: {len(indexed)} samples are fewer than the {mesh.data_size} ranks")
         check_length(len(indexed[0]["tokens"]), cfg.meta_model, key="dataset_val")
         dataset = PadToRanks(indexed, mesh.data_size)
-        sampler = DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False)
+        sampler: DistributedSampler = DistributedSampler(
+            dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False
+        )
         self.batches = DataLoader(
             dataset,
             batch_size=cfg.batch_size_val or cfg.batch_size,
@@ -101,15 +103,15 @@ class Validation:
         reshard(model)
         model.train()
         final = quality[self.exits[-1]]["loss"]
-        if self.first is None:
-            self.first = final
-        if not final <= self.first * (1 + self.margin) and is_rank_zero():  # NaN too
+        assert final is not None
+        first = self.first = final if self.first is None else self.first
+        if not final <= first * (1 + self.margin) and is_rank_zero():  # NaN too
             log.warning(
-                f"val_loss_final: {final:.4f} after step {step} is {final / self.first - 1:.1%} worse than at the "
-                f"start ({self.first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
+                f"val_loss_final: {final:.4f} after step {step} is {final / first - 1:.1%} worse than at the "
+                f"start ({first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
                 "layer_dropout.prob or lr keeps the last layer"
             )
-        named = {
+        named: dict[str, Any] = {
             f"val_{what}_exit_{e}": quality[e][what] for e in self.exits for what in ("loss", "perplexity", "agreement")
         }
         return named | {"val_loss_final": final}

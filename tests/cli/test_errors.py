@@ -273,7 +273,7 @@ FINETUNE = [
     ("early_exit_loss.scale=.inf", "early_exit_loss.scale", "inf", "0 or more"),
     ("early_exit_loss.interval=0", "early_exit_loss.interval", "0", "integer of 1 or more"),
     ("early_exit_loss.interval=1.5", "early_exit_loss.interval", "1.5", "integer of 1 or more"),
-    ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual, null"),
+    ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual"),
     (
         "early_exit_loss.curriculum=[gradual]",
         "early_exit_loss.curriculum",
@@ -297,9 +297,12 @@ FINETUNE = [
             "1-2": "'1-2'",
             "first": "'first'",
             "[]": "[]",
-            "null": "None",
-            "1.5": "1.5",
         }.items()
+    ),
+    *(
+        (f"{section}.layers={value}", f"{section}.layers", shown, f"for example {section}.layers=:")
+        for section in ("layer_dropout", "early_exit_loss")
+        for value, shown in {"null": "None", "1.5": "1.5"}.items()
     ),
 ]
 

@@ -10,7 +10,7 @@ from helpers import forks
 
 
 def run_on_ranks(
-    script: str, *arguments: Any, cwd: Path, processes: int = 2, timeout: int = 120
+    script: str, *arguments: Any, cwd: Path, processes: int = 2, timeout: int = 400
 ) -> list[subprocess.CompletedProcess]:
     """`python SCRIPT ARGUMENTS` on so many ranks at the same time, with the environment that torchrun gives them."""
     with socket.socket() as free:

@@ -1,4 +1,5 @@
-"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, start_section, texts, train."""
+"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, start_section, texts, train, VALIDATION,
+validated, whole_log."""
 
 import json
 from pathlib import Path
@@ -83,3 +84,24 @@ def start_section(folder, form="HF", file="model.safetensors"):
         "output_dir": "${output_dir}",
         "model_type": "LLAMA3_2",
     }
+
+
+VALIDATION = {
+    "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 48, "max_samples": 5,
+}  # fmt: skip
+
+
+def whole_log(out: Path) -> dict[int, dict[str, float]]:
+    """The disk logger's numbers by step: those of the training and those of the validation."""
+    lines: dict[int, dict[str, float]] = {}
+    for line in (out / "logs" / "log.txt").read_text().splitlines():
+        step, _, rest = line.partition(" | ")
+        pairs = (pair.rsplit(":", 1) for pair in rest.split())
+        lines.setdefault(int(step.split()[1]), {}).update({k: float(v) for k, v in pairs})
+    return lines
+
+
+def validated(out: Path) -> dict[int, dict[str, float]]:
+    """Of each step the validation's numbers, if there are any."""
+    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in whole_log(out).items()}
+    return {step: line for step, line in lines.items() if line}

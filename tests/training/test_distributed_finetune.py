@@ -152,7 +152,7 @@ def train_on_ranks(path, *overrides, processes=2):
 
 def tune_on_two(path, *overrides):
     command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-    return run_tune(*command, *overrides, cwd=path.parent, timeout=120)
+    return run_tune(*command, *overrides, cwd=path.parent, timeout=400)
 
 
 @pytest.fixture(scope="module")

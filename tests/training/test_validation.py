@@ -1,62 +1,29 @@
-"""Validation while training, the logged config, the warning for the last layer, the stop at a loss that is not finite.
-
-Expected values: plain PyTorch on single samples without padding; the order of samples by torch.randperm.
-"""
+"""Validation while training: its values by plain PyTorch on single samples, and the warning for the last layer."""
 
 import json
 import logging
 import math
-import re
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.adapters import EveryExit, adapted_section, make_start, plain_section, read_hf, reader
-from helpers.commands import last_line, run_tune
+from helpers.adapters import EveryExit, adapted_section, make_start, read_hf, reader
 from helpers.configs import MODEL, finetune_config, make_checkpoint
-from helpers.refusals import check
-from helpers.resuming import COSINE, checkpoints, final_weights
-from helpers.training import losses, read_log, train
-from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
-from torchtune.training import FullModelHFCheckpointer
+from helpers.resuming import final_weights
+from helpers.training import VALIDATION, losses, train, validated, whole_log
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
-VALIDATION = {
-    "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 48, "max_samples": 5,
-}  # fmt: skip
 EXITS = (1, 2, 3, 4)
-
-
-def whole_log(out: Path) -> dict[int, dict[str, float]]:
-    """The disk logger's numbers by step: those of the training and those of the validation."""
-    lines: dict[int, dict[str, float]] = {}
-    for line in (out / "logs" / "log.txt").read_text().splitlines():
-        step, _, rest = line.partition(" | ")
-        pairs = (pair.rsplit(":", 1) for pair in rest.split())
-        lines.setdefault(int(step.split()[1]), {}).update({k: float(v) for k, v in pairs})
-    return lines
-
-
-def validated(out: Path) -> dict[int, dict[str, float]]:
-    """Of each step the validation's numbers, if there are any."""
-    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in whole_log(out).items()}
-    return {step: line for step, line in lines.items() if line}
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tokenizer_folder) -> Path:
     """A checkpoint whose exits differ."""
     return make_checkpoint(tmp_path_factory.mktemp("validation") / "start", tokenizer_folder)
-
-
-# ------------------------------------------------------------------------------------------------------------ values
 
 
 def chats(folder: Path) -> dict:
@@ -173,96 +140,6 @@ def test_without_validation_nothing_is_measured(tmp_path, tokenizer_folder):
     assert not validated(tmp_path / "out") and sorted(whole_log(tmp_path / "out")) == [1, 2]
 
 
-# ----------------------------------------------------------------------------------------------------------- loggers
-
-NAMES = {f"val_{what}_exit_{e}" for what in ("loss", "perplexity", "agreement") for e in EXITS} | {"val_loss_final"}
-EVERY_EXIT = {f"loss_exit_{e}" for e in EXITS} | {"loss_final", "layer_dropout_rate"}
-
-
-def test_wandb_offline_has_every_exit_and_the_config(tmp_path, tokenizer_folder, monkeypatch):
-    """wandb for real, offline: the run's file holds the names and the config with versions and curriculum."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = {
-        "_component_": "torchtune.training.metric_logging.WandBLogger", "project": "layerskip",
-        "log_dir": str(tmp_path),
-    }  # fmt: skip
-    train(finetune_config(tmp_path, tokenizer_folder, metric_logger=logger, dataset_val=VALIDATION))
-    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    for name in NAMES | EVERY_EXIT | {"versions", "layerskip-recipes", "curriculum"}:
-        assert name.encode() in content, name
-
-
-def test_tensorboard_has_every_exit(tmp_path, tokenizer_folder):
-    """At the start, after step 2 and at the end, with the values that the disk logger has."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    component = "torchtune.training.metric_logging.TensorBoardLogger"
-    path = finetune_config(
-        tmp_path, tokenizer_folder, dataset_val=VALIDATION, run_val_every_n_steps=2, max_steps_per_epoch=3
-    )
-    train(path)
-    logger = json.dumps({"_component_": component, "log_dir": str(tmp_path / "tb")})
-    train(path, "~metric_logger.filename", f"metric_logger={logger}", f"output_dir={tmp_path}/other")
-    (folder,) = (tmp_path / "tb").iterdir()
-    events = accumulator.EventAccumulator(str(folder)).Reload()
-    assert set(events.Tags()["tensors"]) >= NAMES | {"loss", "loss_exit_4"}
-    for step, line in validated(tmp_path / "out").items():
-        for name, value in line.items():
-            found = {e.step: e.tensor_proto.float_val[0] for e in events.Tensors(name)}
-            assert sorted(found) == [0, 2, 3] and found[step] == pytest.approx(value, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("loss", "steps", "exits"),
-    [
-        ({"scale": 0.5, "curriculum": "rotational", "interval": 2}, 8, {"step 1": [1, 3, 4], "step 2": [2, 4]}),
-        (
-            {"scale": 0.5, "curriculum": "rotational", "interval": 3}, 8,
-            {"step 1": [1, 4], "step 2": [2, 4], "step 3": [3, 4]},
-        ),
-        (
-            # One layer more from the last down every T / (2 L) = 2 steps.
-            {"scale": 0.5, "curriculum": "gradual"}, 16,
-            {"step 1": [4], "step 3": [3, 4], "step 5": [2, 3, 4], "step 7": [1, 2, 3, 4]},
-        ),
-        ({"scale": 0.5, "curriculum": None, "layers": "0,2"}, 4, {"step 1": [1, 3, 4]}),
-        (None, 4, {"step 1": [4]}),
-    ],
-    ids=["rotational 2", "rotational 3", "gradual", "all of some", "none"],
-)  # fmt: skip
-def test_the_logged_config_has_versions_and_curriculum(loss, steps, exits, tmp_path, tokenizer_folder):
-    """Beside all that the config says; and the training's exits at each step are those."""
-    path = finetune_config(tmp_path, tokenizer_folder, early_exit_loss=loss, max_steps_per_epoch=4, epochs=steps // 4)
-    train(path)
-    logged = OmegaConf.to_container(OmegaConf.load(tmp_path / "out" / "torchtune_config.yaml"))
-    assert logged.pop("curriculum") == {"total_steps": steps, "num_layers": 4, "exits": exits}
-    versions = logged.pop("versions")
-    for name in ("layerskip-recipes", "torch", "torchtune", "torchao"):
-        assert versions[name] == version(name)
-    assert re.fullmatch(r"3\.\d+\.\d+.*", versions["python"])
-    assert logged == OmegaConf.to_container(load_config(str(path)))
-    on, sets = [], list(exits.values())
-    for step, line in sorted(read_log(tmp_path / "out").items()):
-        on = exits.get(f"step {step}", on)
-        if loss and loss["curriculum"] == "rotational":
-            on = sets[(step - 1) % len(sets)]
-        assert sorted(int(name.split("_")[2]) for name in line if name.startswith("loss_exit_")) == on
-
-
-def test_the_curriculum_of_a_long_gradual_run_is_logged_to_its_end():
-    """Sets that appear late too, up to 16 of them: T = 800000 and L = 4 are 100000 steps a layer."""
-    from layerskip_recipes.training.run_log import curriculum
-
-    logged = curriculum(EarlyExitLoss(curriculum="gradual"), 4, 800_000)["exits"]
-    assert logged == {
-        "step 1": [4], "step 100001": [3, 4], "step 200001": [2, 3, 4], "step 300001": [1, 2, 3, 4],
-    }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- the warning
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, tokenizer_folder) -> Path:
     """A config on a start that has learned something: another step at a low rate leaves it, at a high one ruins it."""
@@ -325,230 +202,3 @@ def test_the_warning_if_the_last_layer_is_not_finite(good, tmp_path, caplog):
     messages = warnings_of(caplog, good, *overrides)
     assert not math.isfinite(validated(tmp_path / "out")[1]["val_loss_final"])
     assert messages
-
-
-# ------------------------------------------------------------------------------------------------------- not finite
-
-
-def order(samples: int, seed: int, epoch: int) -> list[int]:
-    """The shuffled order of an epoch."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-
-
-@pytest.fixture
-def poisoned(tmp_path, tokenizer_folder) -> tuple[Path, int]:
-    """A config with one poisonous sample, and its number: the embedding of a token that only it has is NaN."""
-    sample = order(20, seed=3, epoch=0)[13]  # late in the first epoch, so that there are checkpoints before it
-    texts = [{"text": f"x{n} = {n * 37}\n" + "@" * (n == sample)} for n in range(20)]
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    dataset = {
-        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "texts.json"), "column": "text",
-    }  # fmt: skip
-    make_start(tmp_path / "start", "llama2", tokenizer_folder)  # its head is not the embedding
-    path = finetune_config(
-        tmp_path, tokenizer_folder, model=plain_section("llama2"), checkpointer=reader(tmp_path / "start", "llama2"),
-        dataset=dataset, layer_dropout=None, shuffle=True, gradient_accumulation_steps=2, max_steps_per_epoch=None,
-        epochs=2, save_every_n_steps=1, seed=3,
-    )  # fmt: skip
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    recipe.cleanup()
-    tokens = [set(recipe.data.dataset[i]["tokens"]) for i in range(20)]
-    (token,) = tokens[sample] - set().union(*(tokens[:sample] + tokens[sample + 1 :]))
-    weights = load_file(tmp_path / "start" / "model.safetensors")
-    weights["model.embed_tokens.weight"][token] = math.nan
-    save_file(weights, tmp_path / "start" / "model.safetensors")
-    return path, sample
-
-
-def test_a_poisonous_sample_stops_the_run_and_is_named(poisoned, tmp_path):
-    """By the real command: one last line with the step and its samples, exit status 1, and the checkpoint before it."""
-    path, sample = poisoned
-    places = order(20, seed=3, epoch=0)
-    step = places.index(sample) // 4 + 1
-    assert step == 4
-    run = run_tune("run", "layerskip_finetune", "--config", str(path), cwd=tmp_path)
-    assert run.returncode == 1
-    last = last_line(run.stderr)
-    named = places[4 * (step - 1) : 4 * step]
-    assert last.startswith(f"ValueError: loss: not finite at step {step}, with samples {named} of the dataset.")
-    assert sample in named and "Traceback" not in run.stderr
-    out = tmp_path / "out"
-    assert f"The last checkpoint under {str(out)!r} is whole; for example resume_from_checkpoint=true" in last
-    assert "optimizer.lr=0.0005" in last
-    assert checkpoints(out) == [f"step_{n}" for n in range(1, step)]
-    assert sorted(read_log(out)) == list(range(1, step))
-    assert all(math.isfinite(line["loss"]) for line in read_log(out).values())
-    # It goes on from there, up to the sample.
-    recipe = LayerSkipFinetune(load_config(str(path), ["resume_from_checkpoint=true"]))
-    recipe.setup()
-    assert recipe.step == step - 1
-    with pytest.raises(ValueError, match=re.escape(f"not finite at step {step}, with samples {named}")):
-        recipe.train()
-
-
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_a_passing_fault_is_forgotten_on_resume(in_backward, start, tmp_path, tokenizer_folder, monkeypatch):
-    """A loss that is NaN once, in the second epoch: resumed, the run is the one that never had it."""
-    path = finetune_config(
-        tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), epochs=2, max_steps_per_epoch=3,
-        save_every_n_steps=1, shuffle=True, optimizer_in_bwd=in_backward, lr_scheduler=COSINE,
-        layer_dropout={"prob": 0.5},
-    )  # fmt: skip
-    train(path, f"output_dir={tmp_path}/whole")
-    whole, sound = losses(tmp_path / "whole"), EarlyExitLoss.__call__
-
-    def faulty(self, *args, step, **kwargs):
-        loss, exits = sound(self, *args, step=step, **kwargs)
-        return (loss * math.inf if step == 4 else loss), exits
-
-    monkeypatch.setattr(EarlyExitLoss, "__call__", faulty)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    named = order(8, seed=0, epoch=1)[2:4]
-    with pytest.raises(ValueError, match=re.escape(f"loss: not finite at step 5, with samples {named} of the dataset")):
-        recipe.train()
-    assert checkpoints(tmp_path / "out")[-1] == "step_4"
-    monkeypatch.undo()
-    train(path, "resume_from_checkpoint=true")
-    assert losses(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize("weight", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
-def test_a_start_that_is_not_finite(weight, start, tmp_path, tokenizer_folder):
-    """The first step says it, and nothing is written over or saved."""
-    folder = tmp_path / "start"
-    folder.mkdir()
-    for file in start.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights[weight].flatten()[3] = math.nan
-    save_file(weights, folder / "model.safetensors")
-    section = reader(folder, "llama3_2")
-    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=section, shuffle=False, layer_dropout=None)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    with pytest.raises(ValueError, match=r"^loss: not finite at step 1, with samples \[0, 1\] of the dataset"):
-        recipe.train()
-    assert not checkpoints(tmp_path / "out")
-
-
-def test_a_learning_rate_that_explodes(start, tmp_path, tokenizer_folder):
-    """The step after the update says it, with half the rate as an example."""
-    path = finetune_config(tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), shuffle=False)
-    recipe = LayerSkipFinetune(load_config(str(path), ["optimizer.lr=1e18"]))
-    recipe.setup()
-    with pytest.raises(ValueError, match=r"^loss: not finite at step 2, with samples \[2, 3\].*lr=5e\+17") as error:
-        recipe.train()
-    assert "There is no checkpoint under" in str(error.value) and "resume_from" not in str(error.value)
-
-
-def test_the_rate_to_try_next_is_half_of_the_configs_not_of_the_schedules(start, tmp_path, tokenizer_folder):
-    warm_up = {"_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 9}
-    path = finetune_config(
-        tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), shuffle=False, lr_scheduler=warm_up
-    )
-    recipe = LayerSkipFinetune(load_config(str(path), ["optimizer.lr=1e-3"]))
-    recipe.setup()
-    with torch.no_grad():
-        recipe.model.tok_embeddings.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"not finite at step 1.*optimizer.lr=0.0005"):
-        recipe.train()
-
-
-def gradients_explode_at(step: int, monkeypatch) -> None:
-    """The gradient of one number is infinite at optimizer step `step` (from 1); the loss is not."""
-    sound = LayerSkipFinetune._train_step
-
-    def faulty(self, batches):
-        parameter = self.model.layers[1].mlp.w1.weight
-        hook = parameter.register_hook(lambda grad: grad * (math.inf if self.step == step - 1 else 1))
-        try:
-            return sound(self, batches)
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(LayerSkipFinetune, "_train_step", faulty)
-
-
-@pytest.mark.parametrize(
-    "clip",
-    [
-        "1.0",
-        "inf",
-        "null",
-    ],
-)  # fmt: skip
-def test_a_gradient_that_is_not_finite(clip, start, tmp_path, tokenizer_folder, monkeypatch):
-    """Named with its own step and samples, before the weights or a checkpoint have it; the run goes on from there."""
-    path = finetune_config(
-        tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), shuffle=False, layer_dropout=None,
-        max_steps_per_epoch=4, save_every_n_steps=1,
-    )  # fmt: skip
-    gradients_explode_at(2, monkeypatch)
-    recipe = LayerSkipFinetune(load_config(str(path), [f"clip_grad_norm={clip}"]))
-    recipe.setup()
-    with pytest.raises(ValueError, match=r"^gradient.*: not finite at step 2, with samples \[2, 3\] of the dataset"):
-        recipe.train()
-    assert checkpoints(tmp_path / "out") == ["step_1"]
-    monkeypatch.undo()
-    assert train(path, f"clip_grad_norm={clip}", "resume_from_checkpoint=true").step == 4
-    assert all(value.isfinite().all() for value in final_weights(tmp_path / "out" / "epoch_0").values())
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def path(start, tmp_path, tokenizer_folder, monkeypatch) -> Path:
-    """A config with validation on a checkpoint whose weights must not be read."""
-
-    def load(self, *args, **kwargs):
-        raise AssertionError("the weights are loaded before the mistake is found")
-
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
-    monkeypatch.chdir(tmp_path)
-    return finetune_config(tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), dataset_val=VALIDATION)
-
-
-NO_INTEGER = {"0": "0", "-1": "-1", "true": "True", "1.5": "1.5", "two": "'two'", "[1]": "[1]"}
-BAD = [
-    *(
-        (f"{key}={value}", key, shown, f"an integer of 1 or more (or null); for example {key}=")
-        for key in (
-            "run_val_every_n_steps", "batch_size_val", "max_batches_val", "save_every_n_steps",
-            "keep_last_n_checkpoints",
-        )
-        for value, shown in NO_INTEGER.items()
-    ),
-    *(
-        (f"{key}=flase", key, "'flase'", "true, false")
-        for key in ("enable_async_checkpointing", "save_adapter_weights_only")
-    ),
-    *(
-        (f"val_loss_margin={value}", "val_loss_margin", shown, "a number of 0 or more; for example val_loss_margin=")
-        for value, shown in {"-1": "-1", "null": "None", "5%": "'5%'", ".nan": "nan", ".inf": "inf"}.items()
-    ),
-    *(
-        (f"layers_val={value}", "layers_val", shown, "Allowed: indices 0..3 and slices")
-        for value, shown in {"9": "9", "[]": "[]", "first": "'first'", "2:2": "2:2"}.items()
-    ),
-    ("dataset_val=null; layers_val=9", "layers_val", "9", "dataset_val"),
-    ("dataset_val=3", "dataset_val", "3", "_component_"),
-    ("dataset_val=[]", "dataset_val", "[]", "_component_"),
-    ("dataset_val=heldout", "dataset_val._component_", "'heldout'", ""),
-    ("dataset_val.sqlen=3", "dataset_val.sqlen", "no such argument", "Nearest: seq_len"),
-    ("~dataset_val._component_", "dataset_val", "'heldout'", "_component_"),
-    ("dataset_val=null; run_val_every_n_steps=3", "run_val_every_n_steps", "3", "dataset_val"),
-    ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
-    ("run_val_every_n_step=3", "run_val_every_n_step", "unknown key", "Nearest: run_val_every_n_steps"),
-    ("dataset_val.seq_len=0", "dataset_val", "0", "1 or more"),
-    ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("overrides", "key", "given", "allowed"), BAD)
-def test_bad_input(overrides, key, given, allowed, path):
-    """One ValueError with the key, the value and what works, before weights are loaded or anything is written."""
-    check("finetune", path, overrides, key, given, allowed)

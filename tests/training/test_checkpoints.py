@@ -1,0 +1,119 @@
+"""Which checkpoints a run leaves, in which order, and with which files."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers.configs import finetune_config
+from helpers.resuming import FILES, checkpoints
+from helpers.training import train
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.training import checkpoints as run_checkpoints
+from layerskip_recipes.training.checkpoints import Checkpoints
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        (None, ["step_2", "step_4", "epoch_0", "step_6", "step_8", "epoch_1"]),
+        (3, ["step_6", "step_8", "epoch_1"]),
+        (1, ["epoch_1"]),
+    ],
+)
+def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, tokenizer_folder):
+    """step_N after N steps of the whole run, epoch_N (from 0) at an epoch's end and not twice; the oldest go."""
+    dataset = {
+        "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 16,
+        "max_samples": 10,
+    }  # fmt: skip
+    path = finetune_config(
+        tmp_path, tokenizer_folder, dataset=dataset, epochs=2, max_steps_per_epoch=None, save_every_n_steps=2,
+        keep_last_n_checkpoints=keep, enable_async_checkpointing=asynchronous,
+    )  # fmt: skip
+    train(path)
+    out = tmp_path / "out"
+    assert checkpoints(out) == names
+    assert {path.name for path in out.iterdir()} == {*names, "logs", "torchtune_config.yaml"}
+    for name in names:
+        files = {path.name for path in (out / name).iterdir()}
+        shards = asynchronous and name.startswith("step")
+        assert {".metadata", "recipe_state.pt"} <= files if shards else files >= FILES
+        step = torch.load(out / name / "recipe_state.pt", weights_only=True)["step"]
+        assert step == {"epoch_0": 5, "epoch_1": 10}.get(name, int(name.split("_")[1]))
+
+
+def test_a_finished_run_leaves_no_folder_behind(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder)
+    train(path)
+    train(path, "resume_from_checkpoint=true")
+    assert not (tmp_path / "out" / ".incomplete").exists()
+
+
+def test_a_resumed_run_that_threw_its_start_away_still_writes_whole_checkpoints(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, keep_last_n_checkpoints=1)
+    train(path)
+    train(path, "resume_from_checkpoint=true", "epochs=3")
+    assert {file.name for file in (tmp_path / "out" / "epoch_2").iterdir()} >= FILES
+    assert train(path, "resume_from_checkpoint=true", "epochs=4").step == 8
+
+
+def test_shards_do_not_throw_away_the_config_of_the_next_whole_checkpoint(tmp_path, tokenizer_folder):
+    """It is copied from the checkpoint that the run began with, which is older than all that are kept."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, keep_last_n_checkpoints=1, save_every_n_steps=1, enable_async_checkpointing=True
+    )
+    train(path, "max_steps_per_epoch=3")
+    train(path, "max_steps_per_epoch=3", "resume_from_checkpoint=true", "epochs=2")
+    out = tmp_path / "out"
+    assert [state.parent.name for state in out.glob("*/recipe_state.pt")] == ["epoch_1"]
+    assert {file.name for file in (out / "epoch_1").iterdir()} >= FILES
+
+
+def test_a_copied_run_goes_on_from_its_last_checkpoint(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=3, save_every_n_steps=1)
+    train(path)
+    copy = tmp_path / "copy"
+    for name in sorted(checkpoints(tmp_path / "out")):  # epoch_2 before step_1
+        shutil.copytree(tmp_path / "out" / name, copy / name, copy_function=shutil.copy)
+    assert train(path, f"output_dir={copy}", "resume_from_checkpoint=true").checkpoints.resumed_from.name == "epoch_2"
+
+
+def test_a_clock_that_goes_back(tmp_path, tokenizer_folder, monkeypatch):
+    """As from one machine to another: the last checkpoint stays the newest, and is what is kept."""
+    path = finetune_config(tmp_path, tokenizer_folder, epochs=2, save_every_n_steps=1, keep_last_n_checkpoints=2)
+    clock = itertools.count(1e9, -100.0)
+    monkeypatch.setattr(run_checkpoints.time, "time", lambda: next(clock))
+    train(path)
+    left = [folder.name for folder in run_checkpoints.complete_checkpoints(tmp_path / "out")]
+    assert left == ["step_3", "epoch_1"]
+
+
+def test_shards_are_of_their_step(tmp_path, tokenizer_folder, monkeypatch):
+    """What is written in the background is no memory that the next step changes."""
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
+    given, write = [], dcp.async_save
+    monkeypatch.setattr(dcp, "async_save", lambda shards, **kwargs: (given.append(shards), write(shards, **kwargs))[1])
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    recipe.train()
+    own = {parameter.data_ptr() for parameter in recipe.model.parameters()}
+    assert given and not any(value.data_ptr() in own for shards in given for value in shards["model"].values())
+    recipe.cleanup()
+
+
+def test_shards_that_cannot_be_written_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
+
+    def full(self, name, place=Checkpoints._place):
+        if name == "step_1":
+            raise OSError("No space left on device")
+        place(self, name)
+
+    monkeypatch.setattr(Checkpoints, "_place", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(path)

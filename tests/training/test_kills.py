@@ -1,0 +1,181 @@
+"""Checkpoints are whole after a kill at any moment, and the run goes on as if it had never stopped."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
+from helpers.commands import run_tune
+from helpers.configs import finetune_config
+from helpers.resuming import FILES, MOVING, checkpoints, final_weights, packed
+from helpers.training import losses, train
+from torch.distributed.checkpoint import FileSystemWriter
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data import standard_library as quickstart
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+# Children that die: forked from a process that has imported everything and has no threads.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+FORKS.set_forkserver_preload(["layerskip_recipes.training.recipe", "pytest"])
+
+
+def every_line(out: Path) -> list[tuple[int, dict[str, float]]]:
+    """All lines of the log without the speed, also those of steps that were taken again."""
+    lines = []
+    for line in (out / "logs" / "log.txt").read_text().splitlines():
+        step, _, rest = line.partition(" | ")
+        pairs = (pair.rsplit(":", 1) for pair in rest.split())
+        lines.append((int(step.split()[1]), {k: float(v) for k, v in pairs if "second" not in k}))
+    return lines
+
+
+def run_and_die(path: str, overrides: list[str], texts: dict[str, str], call: int, note: str) -> None:
+    """Train, and die by SIGKILL at the `call`-th step of writing checkpoints; a file that is written is left half.
+
+    The name of what was interrupted goes to the file `note`. Runs in a process of its own.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    quickstart.stdlib_texts = lambda split: texts
+    calls = itertools.count(1)
+
+    def wrap(owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            within_shards = name == "save" and not isinstance(args[1], str | Path)
+            if within_shards or next(calls) != call:
+                return function(*args, **kwargs)
+            if name in ("save", "save_file"):
+                function(*args, **kwargs)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            if name == "rmtree" and Path(args[0]).exists():
+                for file in [file for file in Path(args[0]).rglob("*") if file.is_file()][::2]:
+                    file.unlink()
+            if name == "write_data":
+                function(*args, **kwargs).wait()
+            Path(note).write_text(name)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in (
+        (os, "rename"), (shutil, "rmtree"), (torch, "save"), (torchtune_checkpointer, "save_file"),
+        (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"),
+    ):  # fmt: skip
+        wrap(owner, name)
+    recipe = LayerSkipFinetune(load_config(path, overrides))
+    recipe.setup()
+    recipe.train()
+
+
+def whole_checkpoints(out: Path) -> list[str]:
+    """The names of the checkpoints, each of which must be whole."""
+    for path in [path for path in out.iterdir() if path.name.startswith(("step_", "epoch_"))]:
+        torch.load(path / "recipe_state.pt", weights_only=True)
+        if (path / ".metadata").exists():
+            assert (path / "__0_0.distcp").stat().st_size > 0
+        else:
+            assert {file.name for file in path.iterdir()} >= FILES
+            final_weights(path)
+    return checkpoints(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
+def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):
+    """Run after run, each killed one call later than the one before; all of them together are the whole run."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
+        enable_async_checkpointing=asynchronous, **MOVING,
+    )  # fmt: skip
+    train(path, f"output_dir={tmp_path}/whole")
+    whole, out, interrupted = losses(tmp_path / "whole"), tmp_path / "out", []
+    out.mkdir()
+    for call in range(1, 11):  # there are six to eight calls for each checkpoint
+        resume = f"resume_from_checkpoint={'true' if whole_checkpoints(out) else 'false'}"
+        note = tmp_path / "note"
+        child = FORKS.Process(target=run_and_die, args=(str(path), [resume], few_texts, call, str(note)))
+        child.start()
+        child.join(600)
+        assert child.exitcode == -signal.SIGKILL
+        interrupted.append(note.read_text())
+        assert len(whole_checkpoints(out)) <= 3  # a third one just before the oldest goes
+    assert {"rename", "rmtree", "save"} <= set(interrupted)
+    assert ({"write_data", "finish"} if asynchronous else {"save_file"}) <= set(interrupted)
+    newest = checkpoints(out)[-1]
+    assert train(path, "resume_from_checkpoint=true").checkpoints.resumed_from.name == newest != "epoch_3"
+    lines = every_line(out)
+    assert {step for step, _ in lines} == set(whole) and len(lines) > len(whole)
+    for step, line in lines:
+        assert line == whole[step]
+    assert checkpoints(out) == ["step_15", "epoch_3"] and not (out / ".incomplete").exists()
+    end = final_weights(tmp_path / "whole" / "epoch_3")
+    assert all(torch.equal(end[name], value) for name, value in final_weights(out / "epoch_3").items())
+
+
+def kill_when(path: Path, overrides: list[str], moment) -> None:
+    """Start the real `tune run` and kill it when `moment()` is true."""
+    tune = str(Path(sys.executable).with_name("tune"))
+    command = [tune, "run", "layerskip_finetune", "--config", str(path), *overrides]
+    process = subprocess.Popen(command, cwd=path.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
+    """Three times: in the middle of a save, then at random; packed data, accumulation, gradual, as a user has it."""
+    path = finetune_config(
+        tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
+        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=10, max_steps_per_epoch=None,
+        save_every_n_steps=2, **MOVING,
+    )  # fmt: skip
+    length = "tokenizer.max_seq_len=48"
+    train(path, length, f"output_dir={tmp_path}/whole")
+    whole, out = losses(tmp_path / "whole"), tmp_path / "out"
+    out.mkdir()
+    chance = random.Random(0)
+    for kill in range(3):
+        before = checkpoints(out)
+        # Not before this run has written a checkpoint of its own.
+        wait = chance.uniform(0, 0.1)
+
+        def moment(before=before, wait=wait, kill=kill) -> bool:
+            if len({path.name for path in out.glob("*_*[0-9]")} - set(before)) < 1:
+                return False
+            if kill == 0:
+                return (out / ".incomplete").exists()
+            time.sleep(wait)
+            return True
+
+        kill_when(path, [length, f"resume_from_checkpoint={'true' if before else 'false'}"], moment)
+        assert whole_checkpoints(out)
+    newest = out / checkpoints(out)[-1]
+    done = torch.load(newest / "recipe_state.pt", weights_only=True)["step"]
+    command = ["run", "layerskip_finetune", "--config", str(path), length, "resume_from_checkpoint=true"]
+    run = run_tune(*command, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"Resumed from {newest}: {done} of {len(whole)} steps done." in run.stderr
+    lines = every_line(out)
+    assert {step for step, _ in lines} == set(whole)
+    for step, line in lines:
+        assert line == whole[step]
+    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_9"
