@@ -10,12 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compiled import CPU, END, LONG, SHORT, WAYS, make_small, needs_compiler, run
+from helpers.compiled import CPU, END, LONG, SHORT, VOCAB, WAYS, make_small, needs_compiler, run
 from helpers.speculation import plain
-from helpers.tiny import make_tiny
 from omegaconf import OmegaConf
 
-from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import quantised_drafter
@@ -42,8 +40,8 @@ def not_compiled(monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_up_to_the_models_last_position(way):
     """A compiled draft is whole, so its last tokens lie behind it."""
-    model = layerskip_decoder(make_tiny())
-    prompt = list(range(1, 97)) + list(range(1, 13))
+    model = make_small(max_seq_len=128)
+    prompt = [token % VOCAB for token in range(108)]
     generation = run(model, [prompt], 20, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
     assert model.max_seq_len == len(prompt) + 20
     assert generation.generated == [plain(model, tuple(prompt), 20)] and not compiled_steps(model).failed

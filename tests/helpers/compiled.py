@@ -22,9 +22,9 @@ SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
 LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
 
 
-def make_small():
+def make_small(max_seq_len=512):
     torch.manual_seed(80)
-    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=max_seq_len, **SIZES)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
