@@ -108,14 +108,11 @@ class Generation:
 
         graphs = compiled_steps(self.model) if compile else None
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
-        needed = max(lengths) + self.limit + nodes
-        if cache is None or cache.rows != len(lengths) or cache.max_len < (cache_length(needed) if graphs else needed):
-            room = max(needed, reserve or 0)
-            if graphs is None:
-                device = self.model.tok_embeddings.weight.device
-                cache = DecodingCache(self.model, len(lengths), room, device)
-            else:
-                cache = graphs.cache(self.model, len(lengths), cache_length(room))
+        needed, rows = max(lengths) + self.limit + nodes, len(lengths)
+        size = cache_length if compile else int  # the slots of a cache for so many
+        if cache is None or cache.rows != rows or cache.max_len < size(needed):
+            room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
+            cache = graphs.cache(self.model, rows, room) if graphs else DecodingCache(self.model, rows, room, device)
         self.cache = cache
         draft_model = draft_head = None
         if speculation is not None and speculation.drafter is not None:

@@ -66,6 +66,7 @@ def test_a_result_or_a_length_from_elsewhere_is_not_bound():
     assert last.bind((x, slots), 6, result) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [None, 2])
 def test_within_a_generation_only(drafts, monkeypatch):
     """From its second call on a step is bound; afterwards nothing is, and a cache without users is freed at once."""

@@ -10,9 +10,14 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.engine import Generation
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
-)
+has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+
+
+def compiles(test):
+    """Marks a test that compiles steps: it needs a C++ compiler, and takes seconds for each graph."""
+    return pytest.mark.slow(has_compiler(test))
+
+
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
 VOCAB = 31
