@@ -34,7 +34,6 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import place_of
@@ -42,7 +41,13 @@ from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
+from layerskip_recipes.model.limits import (
+    check_cache_fits,
+    check_prompt_lengths,
+    check_vocabulary,
+    most_positions,
+    weight_bytes,
+)
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
@@ -108,7 +113,7 @@ class LayerSkipBenchmark:
     def _read_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
         """The config's prompts, and draft vocabularies that are counted in them."""
         cfg = self.cfg
-        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
+        check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers, speed
-from layerskip_recipes.generation.drafting.speculation import most_positions
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.model.limits import most_positions
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,10 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.picture import plot_exits
-from layerskip_recipes.generation.drafting.speculation import most_positions
 from layerskip_recipes.generation.report import place_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
-from layerskip_recipes.model.limits import check_vocabulary
+from layerskip_recipes.model.limits import check_vocabulary, most_positions
 from layerskip_recipes.processes import check_one_process
 from layerskip_recipes.training.batches import limit_samples, load_data
 

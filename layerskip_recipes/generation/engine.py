@@ -17,13 +17,14 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
 from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
-from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths, check_tokens
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
+from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
 
@@ -92,8 +93,8 @@ class Generation:
             tree = speculation.tree(sampler.greedy)
             nodes, spare = tree.nodes, 0 if tree.is_chain else tree.nodes
         lengths = [len(prompt) for prompt in self.prompts]
-        check_tokens(self.model, self.prompts)
-        check_lengths(self.model, lengths, max_generated_tokens, spare=spare)
+        check_prompt_tokens(self.model, self.prompts)
+        check_prompt_lengths(self.model, lengths, max_generated_tokens, spare=spare)
         if isinstance(stop_tokens, int):
             raise ConfigError(
                 f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
@@ -107,14 +108,11 @@ class Generation:
 
         graphs = compiled_steps(self.model) if compile else None
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
-        needed = max(lengths) + self.limit + nodes
-        if cache is None or cache.rows != len(lengths) or cache.max_len < (cache_length(needed) if graphs else needed):
-            room = max(needed, reserve or 0)
-            if graphs is None:
-                device = self.model.tok_embeddings.weight.device
-                cache = DecodingCache(self.model, len(lengths), room, device)
-            else:
-                cache = graphs.cache(self.model, len(lengths), cache_length(room))
+        needed, rows = max(lengths) + self.limit + nodes, len(lengths)
+        size = cache_length if compile else int  # the slots of a cache for so many
+        if cache is None or cache.rows != rows or cache.max_len < size(needed):
+            room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
+            cache = graphs.cache(self.model, rows, room) if graphs else DecodingCache(self.model, rows, room, device)
         self.cache = cache
         draft_model = draft_head = None
         if speculation is not None and speculation.drafter is not None:

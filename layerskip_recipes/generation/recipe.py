@@ -19,7 +19,6 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
@@ -28,7 +27,13 @@ from layerskip_recipes.generation.report import Totals, make_report, print_repor
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
+from layerskip_recipes.model.limits import (
+    check_cache_fits,
+    check_prompt_lengths,
+    check_vocabulary,
+    most_positions,
+    weight_bytes,
+)
 from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
@@ -293,7 +298,7 @@ class LayerSkipGenerate:
 
     def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
         """Raises a ConfigError unless prompts of these lengths fit the model."""
-        check_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
+        check_prompt_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """A conversation so far, after the system prompt, with a question; raises a ConfigError if it is refused."""

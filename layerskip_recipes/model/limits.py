@@ -1,11 +1,16 @@
 """What a model takes: its vocabulary, its lengths, and the memory of its weights and caches."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Annotated, Any
 
 import torch
-from torchtune.modules import TransformerDecoder
+from pydantic import Field
+from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
+from torchtune.modules.model_fusion import FusionLayer
 
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
 
@@ -40,6 +45,61 @@ def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -
             f"{key}: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
             f"example tokenizer.max_seq_len={model.max_seq_len}"
         )
+
+
+def most_positions(model: TransformerDecoder, spare: int = 0) -> tuple[int, str]:
+    """How many positions of text and new tokens a model decodes with a cache, and what limits them.
+
+    Args:
+        model: the decoder.
+        spare: slots of a draft tree, which count where attention has a sliding window.
+    """
+    # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
+    # the window's size nothing is cut, so there it does no harm.
+    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
+    limits = [(w - spare, "the attention's sliding window") for w in windows if w]
+    return min([*limits, (model.max_seq_len, "max_seq_len")])
+
+
+def check_prompt_lengths(
+    model: TransformerDecoder,
+    prompt_lengths: Sequence[int],
+    max_generated_tokens: int,
+    key: str = "max_generated_tokens",
+    spare: int = 0,
+) -> None:
+    """Raises a ConfigError unless each prompt has a token and fits the model together with the new tokens.
+
+    Args:
+        model: the decoder.
+        prompt_lengths: tokens of each prompt.
+        max_generated_tokens: new tokens, at most.
+        key: what an error message calls them.
+        spare: see `most_positions`.
+    """
+    check(key, max_generated_tokens, Annotated[int, Field(ge=1, examples=[128])])
+    if not prompt_lengths or min(prompt_lengths) == 0:
+        raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
+    if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
+        raise ConfigError("model: generation supports decoders of self-attention layers only, no fusion layers")
+    limit, what = most_positions(model, spare)
+    longest = max(prompt_lengths)
+    if longest + 1 > limit:
+        raise ConfigError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
+    if longest + max_generated_tokens > limit:
+        raise ConfigError(
+            f"{key}: a prompt of {longest} tokens and {max_generated_tokens} new ones make "
+            f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
+            f"{limit - longest}, for example {key}={limit - longest}"
+        )
+
+
+def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises a ConfigError for a token that the model does not know: on a GPU it would end the process."""
+    known = model.tok_embeddings.num_embeddings
+    for token in (token for prompt in prompts for token in prompt):
+        if not isinstance(token, Integral) or not 0 <= token < known:
+            raise ConfigError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")
 
 
 def weight_bytes(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.tiny import make_tiny
+from helpers.compiled import make_small
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -66,14 +66,15 @@ def test_a_result_or_a_length_from_elsewhere_is_not_bound():
     assert last.bind((x, slots), 6, result) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [None, 2])
 def test_within_a_generation_only(drafts, monkeypatch):
     """From its second call on a step is bound; afterwards nothing is, and a cache without users is freed at once."""
-    model, calls = make_tiny(), []
+    model, calls = make_small(), []
     monkeypatch.setattr(BoundGraph, "__call__", counted(BoundGraph.__call__, calls))
 
     def run():
-        speculation = None if drafts is None else Speculation(2, drafts)
+        speculation = None if drafts is None else Speculation(1, drafts)
         generation = Generation(model, [[5, 6, 7]], 12, speculation=speculation, compile=True)
         for _ in generation:
             pass

@@ -50,7 +50,7 @@ def test_how_much_of_the_text_a_look_up_found_again(ngram):
     """Against a search in the whole text; what longer matches promise is learned apart from that of shorter ones."""
     generator, levels = random.Random(56), Counter()
     text, index = [], TextIndex(ngram)
-    for _ in range(400):
+    for _ in range(120):
         repeat = text[(at := generator.randrange(len(text))) : at + generator.randrange(1, 20)] if text else []
         new = repeat if generator.random() < 0.5 else [generator.randrange(6)]
         text += new

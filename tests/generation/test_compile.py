@@ -10,12 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compiled import CPU, END, LONG, SHORT, WAYS, make_small, needs_compiler, run
+from helpers.compiled import CPU, END, LONG, SHORT, VOCAB, WAYS, compiles, make_small, run
 from helpers.speculation import plain
-from helpers.tiny import make_tiny
 from omegaconf import OmegaConf
 
-from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import quantised_drafter
@@ -38,18 +36,18 @@ def not_compiled(monkeypatch):
     monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
 
 
-@needs_compiler
+@compiles
 @pytest.mark.parametrize("way", WAYS)
 def test_up_to_the_models_last_position(way):
     """A compiled draft is whole, so its last tokens lie behind it."""
-    model = layerskip_decoder(make_tiny())
-    prompt = list(range(1, 97)) + list(range(1, 13))
+    model = make_small(max_seq_len=128)
+    prompt = [token % VOCAB for token in range(108)]
     generation = run(model, [prompt], 20, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
     assert model.max_seq_len == len(prompt) + 20
     assert generation.generated == [plain(model, tuple(prompt), 20)] and not compiled_steps(model).failed
 
 
-@needs_compiler
+@compiles
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_and_nothing_compiled_twice(small, way):
     """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
@@ -83,7 +81,7 @@ def test_the_same_tokens_and_nothing_compiled_twice(small, way):
     assert compiled_steps(small).graphs == graphs
 
 
-@needs_compiler
+@compiles
 def test_sampled_and_penalised_steps(small):
     """With the same draws: up to where the eager draft gets shorter, since nothing is needed behind the limit.
 
@@ -108,7 +106,7 @@ def test_sampled_and_penalised_steps(small):
     assert min(accepted) > 0 and len(set(accepted)) > 1 and not compiled_steps(small).failed
 
 
-@needs_compiler
+@compiles
 def test_graphs_read_the_weights_of_their_call(small):
     speculation = Speculation(**WAYS["chain"])
     before = run(small, SHORT, 9, speculation=speculation)
@@ -134,7 +132,7 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
     assert compiled_steps(model) is not steps
 
 
-@needs_compiler
+@compiles
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
 def test_compiled_steps_use_products_of_few_rows(small):
     """Each round all seven of a layer, of which q, k and v are one, and gate and up; and the head: two drafts through a
@@ -150,7 +148,7 @@ def test_compiled_steps_use_products_of_few_rows(small):
     assert calls["layerskip::linear2"] == calls["layerskip::linear3"] == rounds * layers
 
 
-@needs_compiler
+@compiles
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
 @pytest.mark.parametrize("version", [1, 2], ids="torchao's version {}".format)
 def test_a_quantised_draft_multiplies_int8_as_it_is_stored(small, version):
@@ -181,7 +179,7 @@ def test_a_quantised_draft_has_no_tables_of_its_own(small):
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
 
 
-@needs_compiler
+@compiles
 def test_a_draft_that_stops_early_is_compiled_step_by_step(small):
     """Each length that is verified has a graph of its own."""
     lengths = Counter()
@@ -200,7 +198,7 @@ def test_a_draft_that_stops_early_is_compiled_step_by_step(small):
     assert 0 < generation.stats.acceptance_rate < 1 and not compiled_steps(small).failed
 
 
-@needs_compiler
+@compiles
 def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
     """The cache of one call is that of the next one; a call in between that takes it over is noticed."""
     speculation = Speculation(**WAYS["chain"])
@@ -231,7 +229,7 @@ print(generation.generated, graphs, found["fxgraph_cache_hit"], found["fxgraph_c
 """
 
 
-@needs_compiler
+@compiles
 def test_a_second_run_finds_the_compiled_code(small):
     """In another process, by torch's own counts; this one has compiled the same graphs."""
     speculation = Speculation(**WAYS["chain"])

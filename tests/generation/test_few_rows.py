@@ -168,6 +168,7 @@ def test_which_attention_of_a_graph_is_of_few_queries():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 drops the option of torch.compile")
+@pytest.mark.slow
 def test_compiled_steps_use_attention_of_few_queries():
     """One in each layer: of each drafted token and once more for the last below the exit, of all drafts above it."""
     torch.manual_seed(0)

@@ -228,7 +228,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     recipe, _ = run(path, quantizer, *([f"self_speculation.draft_vocabulary={vocabulary}"] if vocabulary else []))
     drafter, model = recipe.speculation.drafter, recipe.model
-    assert len(drafter.layers) == recipe.speculation.exits[-1]
+    assert len(drafter.layers) == recipe.speculation.exit_layer
     linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
     assert len(linears) == 7 * len(drafter.layers)
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)

@@ -50,6 +50,7 @@ def test_a_finished_generation_is_freed_at_once(speculation):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_model_with_compiled_steps_is_freed_at_once():
     model = layerskip_decoder(two_layers())
     run(model, compile=True, count=2)
@@ -94,6 +95,7 @@ def test_a_plain_decoder_drafts():
     assert plain.layers[0].attn.kv_cache is None
 
 
+@pytest.mark.slow
 def test_a_draft_vocabulary_of_all_tokens_and_none():
     model = layerskip_decoder(two_layers("llama3"))
     for vocabulary in (range(97), None, range(97)):
@@ -152,6 +154,7 @@ def test_a_quantiser_leaves_the_compilers_settings():
     assert torch._inductor.config.save_config_portable() == before
 
 
+@pytest.mark.slow
 def test_a_plain_decoder_keeps_its_graphs():
     base = two_layers()
     first, second = (generate(base, torch.tensor(PROMPT), 6, compile=True) for _ in range(2))

@@ -10,9 +10,14 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.engine import Generation
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
-)
+has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+
+
+def compiles(test):
+    """Marks a test that compiles steps: it needs a C++ compiler, and takes seconds for each graph."""
+    return pytest.mark.slow(has_compiler(test))
+
+
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
 VOCAB = 31
@@ -22,9 +27,9 @@ SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
 LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
 
 
-def make_small():
+def make_small(max_seq_len=512):
     torch.manual_seed(80)
-    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=max_seq_len, **SIZES)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)

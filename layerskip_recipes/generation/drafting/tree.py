@@ -25,13 +25,14 @@ class TreeDrafter(ChainDrafter):
     def __init__(self, context: StepContext, exit_layer: int, tree: DraftTree) -> None:
         super().__init__(context, exit_layer, tree.depth)
         self.tree, self.strategy = tree, DraftStrategy("tree")
+        self.trees: dict[int, DraftTree] = {}  # by their depth
         self.tables: dict[DraftTree, tuple[torch.Tensor, ...]] = {}
 
     def propose(self, now: RoundStart) -> Draft:
         context, depth = self.context, now.depth(self.context, self.longest)
         if depth == 0:
             return Draft(self.strategy, context.slots(now.last_slot + 1), now.last[:, None])
-        tree = replace(self.tree, depth=depth)
+        tree = self.trees.setdefault(depth, replace(self.tree, depth=depth))
         slots = context.slots(now.last_slot + tree.nodes)
         noise = context.noise(len(tree.expanded), draft=True)
         step = Step(context, draft_tree, self.exit_layer, tree)
