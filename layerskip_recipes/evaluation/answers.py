@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -66,6 +67,7 @@ class Answers:
         if self.self_speculation is not None:
             section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
             speculation = section.build(self.model)
+        choice = DiscountedUCB()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         texts: dict[int, str] = {}
@@ -80,6 +82,7 @@ class Answers:
                 speculation=speculation,
                 sampler=replace(sampler or Sampler(), rng=rng),
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
+                choice=choice,
             )
             rows = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in batch]
             follow(generation, rows)
