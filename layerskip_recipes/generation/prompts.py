@@ -215,8 +215,8 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         tokenizer: of the model.
 
     Raises:
-        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
-            or if the tokenizer leaves no assistant turn open.
+        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not
+            know, or if the tokenizer leaves no assistant turn open.
     """
     if not isinstance(prompt, str):
         _check_open_turn(tokenizer)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.configs import unknown_suggestions
 
-from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.config import GenerateConfig
