@@ -154,7 +154,7 @@ class EvalConfig(RecipeConfig):
         """Raises a ConfigError if nothing is to be measured, or a key would be ignored."""
         if self.dataset is None and self.tasks is None:
             raise ConfigError(
-                "dataset: null, and tasks too, so there is nothing to measure. Allowed: one or both; for example "
+                "dataset: None, and tasks too, so there is nothing to measure. Allowed: one or both; for example "
                 "dataset={_component_: ...} or tasks=[arc_easy]"
             )
         for needed, keys in REQUIRES.items():
