@@ -36,11 +36,11 @@ from layerskip_recipes.config.settings import check_one_process
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import place_of
+from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text_stream import TextStream
-from layerskip_recipes.generation.timing import memory_bandwidth
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
@@ -257,7 +257,7 @@ class LayerSkipBenchmark:
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
         used = {PEERS[name].package for name in self.peers if name not in self.turns.failed}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
-        steps = getattr(self.model, "compiled_steps", None)
+        steps = find_compiled_steps(self.model)
         return {
             "command": shlex.join(command),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
