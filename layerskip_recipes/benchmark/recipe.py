@@ -32,7 +32,6 @@ from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, pro
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
-from layerskip_recipes.config.settings import check_one_process
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
@@ -44,6 +43,7 @@ from layerskip_recipes.generation.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
+from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
 

@@ -11,7 +11,7 @@ from helpers.commands import last_line, run_tune
 from helpers.configs import finetune_config, generate_config, make_checkpoint, write_yaml
 
 import layerskip_recipes
-from layerskip_recipes.cli.commands import recipe_of
+from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.cli.recipes import evaluate as evaluate_main
 from layerskip_recipes.cli.recipes import finetune as finetune_main
 from layerskip_recipes.cli.recipes import generate as generate_main
