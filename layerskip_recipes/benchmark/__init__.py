@@ -1,1 +1,1 @@
-"""`layerskip_benchmark`: ways of decoding, measured in turns. Imports evaluation and what lies below."""
+"""`layerskip_benchmark`: methods of decoding, measured in turns. Imports evaluation and the rooms below."""

@@ -59,6 +59,11 @@ class Turns:
         seed: of the first batch. All methods draw the same numbers, and other ones in each repeat.
         spare_tokens: a generation ends when as many new tokens as this are missing to the limit: with the longest draft
             no round is cut short by the limit.
+
+    Attributes:
+        choices: by temperature and name, the rates of drafts and look-ups that earlier batches measured.
+        compile_s: by temperature and name, seconds.
+        failed: the peers that failed, and why.
     """
 
     model: LayerSkipDecoder
@@ -70,29 +75,24 @@ class Turns:
     reserve: int
     seed: int
     spare_tokens: int = 0
-    compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))  # seconds
-    failed: dict[str, str] = field(default_factory=dict)  # peers, and why
     choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(DiscountedUCB))
+    compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
+    failed: dict[str, str] = field(default_factory=dict)
 
     def decode(
         self, method: Method, temperature: float, batch: Rows, seed: int, choice: DiscountedUCB | None = None
     ) -> tuple[list, GenerationStats]:
-        """One batch by one method: the new tokens of each row, and what they took.
-
-        Args:
-            choice: what the method has learned from earlier batches.
-        """
+        """One batch by one method: the new tokens of each row, and the counts and times."""
         if isinstance(method, Peer):
             return method.decode(batch, self.sampler(temperature, None), seed)
+        rng = torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
         generation = Generation(
             self.model,
             batch,
             self.limit,
             exit_layer=method if isinstance(method, int) else None,
             speculation=method if isinstance(method, Speculation) else None,
-            sampler=self.sampler(
-                temperature, torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
-            ),
+            sampler=self.sampler(temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=self.compile,
             reserve=self.reserve,
@@ -130,9 +130,8 @@ class Turns:
         runs = {}
         for name, method in list(methods.items()):
             try:
-                runs[name] = Run(
-                    repeat, *self.decode(method, temperature, batch, seed, self.choices[temperature, name])
-                )
+                choice = self.choices[temperature, name]
+                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, choice))
             except Exception as e:  # another library may fail in any way, and ours are measured without it
                 if not isinstance(method, Peer):
                     raise

@@ -322,7 +322,7 @@ def find_peers(
 
     Args:
         names: the peers asked for.
-        job: what they decode.
+        job: model, prompts and lengths.
         sampler: of the trials.
         compile: whether compiled decoding is tried, too.
     """

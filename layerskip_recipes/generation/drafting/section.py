@@ -1,6 +1,7 @@
 """The `self_speculation` section of a config: its keys, their checks, and the `Speculation` that it describes."""
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ class SelfSpeculation(Section):
                 **{name: getattr(self, name) for name in plain}, draft_vocabulary=vocabulary, drafter=drafter
             )
         except ConfigError as e:
-            raise ConfigError(f"{key}.{e}") from e
+            # The message names arguments of Speculation, and suggests values for them.
+            raise ConfigError(re.sub(rf"(?<![\w.])({'|'.join(plain)})(?=[:=])", rf"{key}.\1", str(e))) from e
 
     def tree(self, greedy: bool) -> DraftTree:
         """The shape of a round's drafts; a chain is a tree of width 1."""
