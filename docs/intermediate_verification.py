@@ -22,10 +22,11 @@ from layerskip_recipes.checkpoint.checkpointers import ready
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.settings import build
+from layerskip_recipes.generation.drafting.chain import chain_logits
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.prompts import read_examples, to_tokens
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.steps import Steps
+from layerskip_recipes.generation.steps import Step, StepContext
 
 POSITIONS = (1, 2, 4, 7, 13)
 
@@ -43,18 +44,18 @@ def predictions(model, prompt: list[int], count: int) -> dict[int, list[int]]:
 def costs(model) -> dict[int, float]:
     """{positions: what they cost in one compiled pass, in steps of one position}."""
     device = model.tok_embeddings.weight.device
-    graphs = compiled_steps(model, device)
+    graphs = compiled_steps(model)
     cache = graphs.cache(model, 1, 512)
     with cache.used_by(model):
-        sampler = Sampler()
-        steps = Steps(model, cache, sampler, sampler.settings(device), model.num_layers)
+        context = StepContext(model, cache, Sampler(), graphs)
+        step = Step(context, chain_logits, model.num_layers, choice=False)
         start, slots = torch.tensor([200], device=device), cache.slots[:256]
         tokens = {k: torch.zeros(1, k, dtype=torch.long, device=device) for k in POSITIONS}
-        steps.chain_logits(tokens[1], None, start, slots)  # makes the cache's memory
+        step.run(slots, tokens[1], None, start)  # makes the cache's memory
 
         def seconds(k: int) -> float:
             began = time.perf_counter()
-            graphs(k, steps.chain_logits, slots, tokens[k], None, start, slots).sum().item()
+            step(slots, tokens[k], None, start).sum().item()
             return time.perf_counter() - began
 
         for k in POSITIONS * 3:

@@ -34,9 +34,7 @@ def main() -> None:
     began = time.perf_counter()
     plain = generate(model, prompt, NEW_TOKENS, stop_tokens=stop_tokens)
     middle = time.perf_counter()
-    drafted = generate(
-        model, prompt, NEW_TOKENS, exit_layer=exit_layer, num_speculations=4, stop_tokens=stop_tokens
-    )
+    drafted = generate(model, prompt, NEW_TOKENS, exit_layer=exit_layer, num_speculations=4, stop_tokens=stop_tokens)
     ended = time.perf_counter()
     print(f"autoregressive: {middle - began:.2f} s; drafts from exit {exit_layer}: {ended - middle:.2f} s")
     print(f"acceptance {drafted.stats.acceptance_rate:.2f}; same tokens: {plain.tokens.equal(drafted.tokens)}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.tiny import FAMILIES, make_tiny
 
-from layerskip_recipes.generation.timing import memory_bandwidth
+from layerskip_recipes.generation.stats import memory_bandwidth
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,9 +23,8 @@ from layerskip_recipes.generation.config import check_config, make_sampler
 from layerskip_recipes.generation.drafting.section import build_speculation, check_speculation, tree_of
 from layerskip_recipes.generation.drafting.speculation import Speculation, most_positions
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length
-from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.timing import memory_bandwidth
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
+from layerskip_recipes.generation.stats import GenerationStats, memory_bandwidth
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, weight_bytes
@@ -128,7 +127,7 @@ def measure(cfg: DictConfig, drafts: Sequence[int], text: int, rounds: int, repe
     def median(way: tuple[int, int] | None, name: str, count: str = "rounds") -> float:
         return statistics.median(getattr(stats, name) / getattr(stats, count) for stats in runs[way])
 
-    step, steps = median(None, "decode_s"), getattr(model, "compiled_steps", None)
+    step, steps = median(None, "decode_s"), find_compiled_steps(model)
     plain = runs[None][0]
     report = {
         "parameters": sum(parameter.numel() for parameter in meta.parameters()),

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,16 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config import settings
 from layerskip_recipes.config.checks import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import build_speculation, sampler_of, tree_of, with_vocabulary
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.prompts import encode, read_examples, refuse_bad
 from layerskip_recipes.generation.report import place_of
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.stats import GenerationStats, memory_bandwidth
 from layerskip_recipes.generation.text_stream import TextStream
-from layerskip_recipes.generation.timing import memory_bandwidth
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
 
@@ -121,6 +120,7 @@ class LayerSkipBenchmark:
         self.predicted: dict[str, Prediction] = {}
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
         self.compile_s: dict[tuple[float, str], float] = defaultdict(float)
+        self.choices: dict[tuple[float, str], DiscountedUCB] = defaultdict(DiscountedUCB)
 
     def setup(self) -> None:
         """Load the model, make the drafts, and find each peer's best setting."""
@@ -179,9 +179,7 @@ class LayerSkipBenchmark:
 
     def _measure(self, temperature: float, bar: tqdm) -> None:
         """All ways at one temperature."""
-        # What a speculation learned at another temperature would mislead it: a copy knows nothing.
-        ways = {name: replace(way) if isinstance(way, Speculation) else way for name, way in self.ways.items()}
-        for turn in self.take_turns(ways | self.peers[temperature], temperature):
+        for turn in self.take_turns(self.ways | self.peers[temperature], temperature):
             for name, run in turn.items():
                 self.runs[temperature, name].append(run)
             bar.update()
@@ -243,6 +241,7 @@ class LayerSkipBenchmark:
             stop_tokens=self.stop_tokens,
             compile=self.cfg.get("compile", False),
             reserve=self.reserve,
+            choice=self.choices[temperature, name],
         )
         for _ in generation:
             pass
@@ -293,7 +292,7 @@ class LayerSkipBenchmark:
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
         used = {name.partition("_")[0] for peers in self.peers.values() for name in peers}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
-        steps = getattr(self.model, "compiled_steps", None)
+        steps = find_compiled_steps(self.model)
         return {
             "command": shlex.join(command),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),

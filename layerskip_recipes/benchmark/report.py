@@ -77,7 +77,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy and runs else None,
         **draft_figures(stats, total(baseline), speedup and speedup["median"]),
         "rounds": stats.rounds,
-        "rounds_by_kind": dict(stats.arms),
+        "rounds_by_kind": dict(stats.rounds_by_kind),
         "round_s": over(stats.decode_s, stats.rounds),
         "draft_s_per_round": over(stats.draft_s, stats.rounds) if drafts else None,
         "verify_s_per_round": over(stats.verify_s, stats.rounds) if drafts else None,

@@ -18,10 +18,10 @@ from layerskip_recipes.benchmark.report import by_repeat, speedups, total
 from layerskip_recipes.benchmark.sweep_files import Cell, Journal, Measured, heat_map, read_journal, rows
 from layerskip_recipes.benchmark.tuner import LONGEST, NOTHING_TO_DRAFT, observe, write_fastest
 from layerskip_recipes.config.checks import check_choice, check_number
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.config.settings import check_section
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.choice import check_threshold
-from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.speculation import Speculation, Threshold
 
 if TYPE_CHECKING:
     from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -74,7 +74,7 @@ def check_sweep(section: Any, model: TransformerDecoder, max_new_tokens: int) ->
     for length in values["num_speculations"]:
         check_number("sweep.num_speculations", length, minimum=1, maximum=limit, example="[2,4,6]")
     for threshold in values["thresholds"]:
-        check_threshold(threshold, "sweep.thresholds")
+        check("sweep.thresholds", threshold, Threshold | None)
     check_choice("sweep.prune", values["prune"], (True, False))
     return values
 

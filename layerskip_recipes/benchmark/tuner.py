@@ -226,8 +226,7 @@ def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dic
     """Predict every pair, print the best.
 
     Returns:
-        The few pairs to measure as sections of `variants`, the best one also with an automatic threshold; and what was
-        predicted of them.
+        The few pairs to measure as sections of `variants`, and what was predicted of them.
     """
     temperature = bench.temperatures[0]
     tokens, step_s = observe(bench, temperature)
@@ -243,13 +242,6 @@ def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dic
     chosen = choose(ranked)
     sections: dict[str, dict[str, Any]] = {
         pair.name: {"exit_layer": pair.exit_layer, "num_speculations": pair.num_speculations} for pair in chosen
-    }
-    best = chosen[0]
-    longer = min(best.num_speculations + 2, LONGEST)
-    sections[f"exit{best.exit_layer}_auto"] = {
-        "exit_layer": best.exit_layer,
-        "num_speculations": longer,
-        "threshold": "auto",
     }
     return sections, {pair.name: pair for pair in chosen}
 

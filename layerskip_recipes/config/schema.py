@@ -174,14 +174,20 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
             break
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):
-        # A message that begins with a dot or a colon goes on from the key.
-        return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
+    if own := _own_words(details, key):
+        return own
     if details["type"] == "missing":
         words, example = allowed(annotation, field)
         return ConfigError(f"{key}: missing. Allowed: {words}; for example {key}={example}")
     return refusal(key, content, annotation, field)
+
+
+def _own_words(details: Any, key: str) -> ConfigError | None:
+    """The error of a validator of ours, whose message goes on from the key if it begins with a dot or a colon."""
+    cause = details.get("ctx", {}).get("error")
+    if not isinstance(cause, ConfigError):
+        return None
+    return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
@@ -206,7 +212,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
     try:
         TypeAdapter(annotation, config=_CONFIG).validate_python(value)
     except ValidationError as e:
-        raise refusal(key, value, annotation) from e
+        raise _own_words(e.errors()[0], key) or refusal(key, value, annotation) from e
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -235,7 +241,8 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
                     try:
                         adapters[name].validate_python(value)
                     except ValidationError as e:
-                        raise refusal(prefix + name, value, hints[name]) from e
+                        key = prefix + name
+                        raise _own_words(e.errors()[0], key) or refusal(key, value, hints[name]) from e
             return function(*args, **kwargs)
 
         return checked

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import build_speculation, with_vocabulary
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -68,6 +69,7 @@ class Answers:
         if self.draft:
             draft = with_vocabulary(self.draft, self.model, self.tokenizer, prompts)
             speculation = build_speculation(draft, self.model)
+        choice = DiscountedUCB()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         texts, stats = {}, GenerationStats()
@@ -81,6 +83,7 @@ class Answers:
                 speculation=speculation,
                 sampler=replace(sampler or Sampler(), rng=rng),
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
+                choice=choice,
             )
             rows = [TextStream(self.tokenizer, generation.stop_tokens, stops, prompts[i]) for i in batch]
             follow(generation, rows)

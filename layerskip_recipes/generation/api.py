@@ -8,9 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.speculation import Speculation, check_num_speculations
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -30,7 +30,7 @@ def generate(
     prompt: torch.Tensor | Sequence[torch.Tensor],
     max_generated_tokens: int,
     *,
-    exit_layer: int | Sequence[int] | None = None,
+    exit_layer: int | None = None,
     num_speculations: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -58,8 +58,8 @@ def generate(
         stop_tokens: a row ends with the first of them.
         pad_id: fills the output.
         rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
-            With `threshold: auto`, several exits or prompt_lookup the times of rounds choose how to draft, so the same
-            seed may give other tokens, of the same distribution.
+            With prompt_lookup the times of rounds choose how to draft, so the same seed may give other tokens, of the
+            same distribution.
         compile: compile the steps; the graphs are kept with the model for later calls. Sampling takes other graphs than
             greedy decoding, and so does each other set of filters and each other top_k.
         **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
@@ -69,7 +69,7 @@ def generate(
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.
 
     Raises:
-        ValueError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
+        ConfigError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
 
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
@@ -87,7 +87,9 @@ def generate(
         one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
-    check_num_speculations(num_speculations, exit_layer)
+    if num_speculations is not None and exit_layer is None:
+        given = f"num_speculations: {num_speculations} needs exit_layer too"
+        raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
     known = {field.name for field in fields(Speculation) if field.init}
     for name in speculation:
         if name not in known:
@@ -112,7 +114,7 @@ def generate(
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
-        agree=broadcast_from_rank0 if shared else None,
+        broadcast_from_rank0=broadcast_from_rank0 if shared else None,
     )
     for _ in generation:
         pass
@@ -121,7 +123,7 @@ def generate(
         [pad_id] * (width - len(before)) + before + after + [pad_id] * (longest - len(after))
         for before, after in zip(rows, generation.generated, strict=True)
     ]
-    return GenerationOutput(torch.tensor(padded, device=generation.device), generation.stats)
+    return GenerationOutput(torch.tensor(padded, device=generation.context.device), generation.stats)
 
 
 def strip_left_padding(row: list[int], pad_id: int) -> list[int]:

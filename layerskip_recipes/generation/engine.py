@@ -1,33 +1,30 @@
-"""The decoding loop: prefill, then rounds of draft and verify (or plain steps), on one KV cache.
+"""The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
-Self-speculation (paper, section 4.3): the layers below exit E draft d tokens one by one; their hidden states x_E are
-kept; the layers from E up verify all of them in one pass, starting from those hidden states. A round costs d early
-passes with head, one early pass without (the last draft must be verified too), and one late pass over d+1 tokens.
-What a step computes stands in steps.py, what runs it in runner.py, drafts in drafting.py and tree.py, what a round does
-next in adaptive.py.
+Self-speculation (paper, section 4.3): the layers below exit E draft d tokens, and the layers from E up verify all of
+them in one pass. The engine knows drafters by their interface only (drafting/drafter.py). The computations of a step
+are in steps.py and beside the drafters, their compiled graphs in kernels/compiling.py.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 import torch
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.choice import Arm
-from layerskip_recipes.generation.drafting.drafts import Drafting
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
+from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths, check_tokens
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
-from layerskip_recipes.generation.runner import Runner
+from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.steps import Draft, Steps
-from layerskip_recipes.generation.timing import Clock, Reads, Stopwatch
+from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
+from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
 
-PREFILL_CHUNK = 512  # positions whose mask is held at a time, where a prompt goes on from a cache
+PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
 
 
 class Generation:
@@ -35,20 +32,33 @@ class Generation:
 
     Stopping early (break) is fine: `stats` and `generated` hold what there is so far.
 
-    Args and errors: see `generate`. `prompts` are rows of token ids without padding. Besides:
-        speculation: how to draft; None decodes plainly, from exit_layer if that is given.
-        cache: of an earlier generation (its `cache`), of as many rows: what it holds of the prompts is not run again.
-        agree: makes what a round chose the same on all processes.
+    Args:
+        model: a `LayerSkipDecoder`, or a plain torchtune decoder.
+        prompts: rows of token ids without padding.
+        max_generated_tokens: new tokens of each row, at most.
+        exit_layer: without speculation, the exit that decodes; None: the whole model.
+        speculation: how to draft; None decodes plainly.
+        sampler: how tokens are chosen; None: greedily.
+        stop_tokens: a row ends with the first of them.
+        compile: compile the steps; the graphs are kept for later generations of the model.
+        cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
+        broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
+            process.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
         on_draft: called with each round's drafted tokens, [b][n], before they are verified; of a tree with those that
             a chain would have.
+        choice: rates of drafts and look-ups that earlier generations measured, which this one goes on from; None:
+            measure them anew. Only `prompt_lookup` needs it.
+
+    Raises:
+        ConfigError: see `generate`.
 
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
         >>> from layerskip_recipes import Generation, Speculation
         >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)
         >>> generation = Generation(model, [[1, 2, 3]], 16, speculation=Speculation(exit_layer=2, num_speculations=6))
-        >>> text = [token for new in generation for token in new[0]]  # new: [b][n], what a round made final
+        >>> text = [token for new in generation for token in new[0]]  # new: [b][n], final since this round
         >>> len(text), text == generation.generated[0]
         (16, True)
     """
@@ -65,44 +75,60 @@ class Generation:
         stop_tokens: Sequence[int] = (),
         compile: bool = False,
         cache: DecodingCache | None = None,
-        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        broadcast_from_rank0: Broadcast | None = None,
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
+        choice: DiscountedUCB | None = None,
     ) -> None:
         self.model = as_layerskip_decoder(model)
         self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
-        self.speculation = speculation
         self.limit = max_generated_tokens
-        self.sampler = sampler or Sampler()
+        sampler = sampler or Sampler()
+        nodes, spare = 1, 0
         if speculation is not None:
             speculation.check(self.model)
-        device = self.model.tok_embeddings.weight.device
-        compiled = compiled_steps(self.model, device) if compile else None
-        self.runner = runner = Runner(self.model, len(self.prompts), self.sampler, speculation, compiled)
-        self.device, self.tree = device, runner.tree
-        nodes = self.tree.nodes if self.tree else 1
+            tree = speculation.tree(sampler.greedy)
+            nodes, spare = tree.nodes, 0 if tree.is_chain else tree.nodes
         lengths = [len(prompt) for prompt in self.prompts]
         check_tokens(self.model, self.prompts)
-        check_lengths(
-            self.model, lengths, max_generated_tokens, spare=0 if self.tree is None or self.tree.is_chain else nodes
-        )
+        check_lengths(self.model, lengths, max_generated_tokens, spare=spare)
         if isinstance(stop_tokens, int):
             raise ConfigError(
                 f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
             )
         self.stop_tokens = {int(token) for token in stop_tokens}
-        self.agree = agree or _alone
         self.on_draft = on_draft
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
         self.stats = GenerationStats(rows=len(self.prompts))
-        self.clock = Clock(device, lambda: runner.compile_s)
-        self.watch = Stopwatch(device, lambda: runner.compile_s, agree)
-        # The last generated token is never an input; drafts behind a row's limit have slots of their own.
-        runner.take_cache(cache, max(lengths) + self.limit + nodes, reserve or 0)
-        self.cache = runner.cache
         self.started = False
+
+        graphs = compiled_steps(self.model) if compile else None
+        # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
+        needed = max(lengths) + self.limit + nodes
+        if cache is None or cache.rows != len(lengths) or cache.max_len < (cache_length(needed) if graphs else needed):
+            room = max(needed, reserve or 0)
+            if graphs is None:
+                device = self.model.tok_embeddings.weight.device
+                cache = DecodingCache(self.model, len(lengths), room, device)
+            else:
+                cache = graphs.cache(self.model, len(lengths), cache_length(room))
+        self.cache = cache
+        draft_model = draft_head = None
+        if speculation is not None and speculation.drafter is not None:
+            draft_model = as_layerskip_decoder(speculation.drafter)
+        if speculation is not None and speculation.draft_vocabulary is not None:
+            draft_head = draft_head_of(self.model, speculation.draft_vocabulary)
+        self.context = StepContext(
+            self.model, cache, sampler, graphs, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
+        )
+        self.speculation, self.drafter = speculation, None
+        if speculation is not None:
+            self.drafter = make_drafter(speculation, self.context, self.prompts, choice)
+        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
+        self.choose_token = Step(self.context, choose_token, layers=False)
+        self.phases = PhaseTimer(self.context)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -113,203 +139,161 @@ class Generation:
                 "another Generation of this model has not ended: iterate it to its end, or close() its iterator"
             )
         self.started = True
-        # Logits in one piece, whatever a training left.
-        users = list({id(user): user for user in (self.model, self.runner.drafter)}.values())
-        training = [(module, module.training) for user in users for module in user.modules()]
-        chunks = [(user, user.num_output_chunks) for user in users]
-        timed, rest = 0, 0.0  # rounds that compiled nothing; of the others what was no compilation
-        for user in users:
-            user.num_output_chunks = 0
-            user.eval()
+        timed, untimed_s = 0, 0.0  # rounds without compilation; seconds of the others beside compilation
         try:
-            with self.cache.used_by(*users):
-                self._prepare()
+            with self._models_in_use():
                 started = time.perf_counter()
-                with without_plans(self.device):
+                with without_plans(self.context.device):
                     new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
                 yield new
                 while not all(self.finished):
-                    started, compiled, phases = time.perf_counter(), self.compile_s, self.clock.mark()
-                    with without_plans(self.device):
-                        new = self._step() if self.speculation is None else self._round()
+                    started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
+                    with without_plans(self.context.device):
+                        new = self._plain_round() if self.drafter is None else self._draft_round()
                     self.stats.rounds += 1
-                    if self.compile_s == compiled:
-                        self.stats.decode_s += time.perf_counter() - started
+                    seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
+                    if compile_s == 0:
+                        self.stats.decode_s += seconds
                         timed += 1
                     else:
-                        rest += time.perf_counter() - started - (self.compile_s - compiled)
-                        self.stats.compile_s += self.compile_s - compiled
-                        self.clock.forget(phases)
+                        untimed_s += seconds - compile_s
+                        self.stats.compile_s += compile_s
+                        self.phases.forget(phases)
                     yield new
         finally:
-            self.clock.read(self.stats)
+            self.phases.read(self.stats)
             if timed:
                 self.stats.scale_times(self.stats.rounds / timed)
             else:
-                self.stats.decode_s = rest
-            # What stands in the cache: all but the last token, which was never an input.
+                self.stats.decode_s = untimed_s
+            # The cache holds all tokens but the last one, which was never an input.
             if all(self.generated):
                 self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
-            if self.runner.compiled is not None:
-                self.runner.compiled.release()
-            for module, was in training:
-                module.training = was
-            for user, was in chunks:
-                user.num_output_chunks = was
-
-    @property
-    def _depth(self) -> int:
-        """The layers that run over the text."""
-        return self.model.num_layers if self.speculation is not None else self.exit_layer
-
-    @cached_property
-    def reads(self) -> Reads:
-        """Made in the first round: only then there are a cache and a draft head to measure."""
-        return Reads(self.model, self.cache, self.runner.drafter, self.runner.draft_head)
+            if self.context.graphs is not None:
+                self.context.graphs.release()
 
     @property
     def compile_s(self) -> float:
         """Seconds that compilation took so far, in all generations of this model."""
-        return self.runner.compile_s
+        return self.context.compile_s
 
-    def _prepare(self) -> None:
-        """What the rounds need to know of the text so far."""
-        self.drafting = None
-        if self.speculation is not None:
-            self.drafting = Drafting(self.runner, self.speculation, self.prompts, self.agree, self.watch)
-        self.seen = None
-        if self.sampler.penalises:
-            vocabulary_size = self.model.tok_embeddings.num_embeddings
-            self.seen = torch.zeros(len(self.prompts), vocabulary_size, dtype=torch.bool, device=self.device)
-            for row, prompt in enumerate(self.prompts):
-                self.seen[row, on_device(prompt, self.device)] = True
+    def stop_row(self, row: int, keep: int) -> None:
+        """End a row before its limit, as at a stop string; call this between two steps of the iteration.
+
+        Args:
+            row: of the batch.
+            keep: how many of its generated tokens stay, in `generated` and in the statistics.
+        """
+        self.stats.tokens -= len(self.generated[row][keep:])
+        del self.generated[row][keep:]
+        self.finished[row] = True
+
+    @contextmanager
+    def _models_in_use(self) -> Iterator[None]:
+        """The model and the draft model in eval mode, with this generation's cache; afterwards as they were."""
+        users = list({id(user): user for user in (self.model, self.context.draft_model)}.values())
+        with ExitStack() as afterwards:
+            for user in users:
+                for module in user.modules():
+                    afterwards.callback(setattr, module, "training", module.training)
+                afterwards.callback(setattr, user, "num_output_chunks", user.num_output_chunks)
+            for user in users:
+                user.num_output_chunks = 0  # a training may have left chunked logits on
+                user.eval()
+            with self.cache.used_by(*users):
+                if self.context.sampler.penalises:
+                    self._begin_seen()
+                yield
 
     # ---- prefill ----
+
+    @property
+    def _depth(self) -> int:
+        """The layers that run over the text."""
+        return self.exit_layer if self.drafter is None else self.model.num_layers
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, the head at each row's last position only."""
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in self.prompts]
-        reused = min(_common(old, new) for old, new in zip(held, self.prompts, strict=True))
+        reused = min(_common_length(old, new) for old, new in zip(held, self.prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
-        # Until the end of the prefill no more than that counts: it may be interrupted.
+        # Until the end of the prefill, which may be interrupted, the cache holds no more than these.
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in self.prompts], self._depth
-        width = max(len(prompt) for prompt in self.prompts)
+        width, device = max(len(prompt) for prompt in self.prompts), self.context.device
         self.stats.reused_tokens = reused * len(self.prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
-        # Padded on the right: what stands after a row's prompt is overwritten before any of its queries sees it.
-        tokens = on_device([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], self.device)
-        last = on_device([len(prompt) - 1 for prompt in self.prompts], self.device)
-        whole = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
-        rows = torch.arange(len(self.prompts), device=self.device)
+        # Padded on the right: slots behind a row's prompt are overwritten before any of its queries sees them.
+        tokens = on_device([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], device)
+        last = on_device([len(prompt) - 1 for prompt in self.prompts], device)
+        at_once = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
+        rows = torch.arange(len(self.prompts), device=device)
         final = None
-        for start in range(reused, width, width if whole else PREFILL_CHUNK):
-            end = width if whole else min(start + PREFILL_CHUNK, width)
+        for start in range(reused, width, width if at_once else PREFILL_CHUNK):
+            end = width if at_once else min(start + PREFILL_CHUNK, width)
             at = self.cache.slots[None, start:end]
             self.cache.seek(at, end)
-            mask = None if whole else visible(self.cache.slots[:end], at, self.model.tok_embeddings.weight.dtype)
+            mask = None if at_once else visible(self.cache.slots[:end], at, self.context.dtype)
             x = self.model(tokens[:, start:end], exit_layer=self._depth, unembed=False, input_pos=at, mask=mask)
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
         logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
-        scores = self.sampler.scores(logits, self.seen, self.runner.settings)
-        self.last = self.agree(self.sampler.choose(scores, self.runner.noise()))
+        self.last = self.context.broadcast(self.choose_token.run(None, logits, self.context.noise(), self.seen))
         return self._keep([[token] for token in self.last.tolist()])
 
     # ---- rounds ----
 
-    def _step(self) -> list[list[int]]:
+    def _plain_round(self) -> list[list[int]]:
         """One token of each row from exit E (E = L: the ordinary model)."""
-        self.runner.begin_round()
-        steps = self.runner.steps(self.exit_layer)
-        start, slots = self._where(1)
-        noise = self.runner.noise()
-        logits = self.runner.run(steps, "plain_logits", slots, self.last, start, slots)
-        if self.sampler.greedy:
-            self.last = self.agree(steps.choose(logits, noise, self.seen))
+        context = self.context
+        context.begin_round()
+        start, last_slot = self._starts()
+        slots = context.slots(last_slot + 1)
+        noise = context.noise()
+        logits = self.next_logits(slots, self.last, start)
+        if context.sampler.greedy:
+            chosen = self.choose_token.run(None, logits, noise, self.seen)
         else:
-            self.last = self.agree(self.runner.run(steps, "choose", slots, logits, noise, self.seen)).clone()
-        self.reads.count(self.stats, len(slots), self.exit_layer)
+            chosen = self.choose_token(None, logits, noise, self.seen).clone()
+        self.last = context.broadcast(chosen)
+        self.traffic.count(self.stats, len(slots), self.exit_layer)
         return self._keep([[token] for token in self.last.tolist()])
 
-    def _round(self) -> list[list[int]]:
+    def _draft_round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
-        self.runner.begin_round()
-        started = self.watch.start()
-        looked_up, match = self.drafting.look_up(self.finished)
-        policy = self.speculation.policy
-        arm = policy.pick(match)
+        self.context.begin_round()
+        running = [row for row, done in enumerate(self.finished) if not done]
         room = [self.limit - len(row) for row in self.generated]
-        depth = self.tree.depth
-        if self.runner.compiled is None:
-            # Nothing is drafted behind the limit of all rows; graphs are made for one depth.
-            depth = min(depth, max(r for r, done in zip(room, self.finished, strict=True) if not done) - 1)
-        steps = self.runner.steps(arm.exit_layer, max(depth, 1))
-        start, slots = self._where(steps.tree.nodes)
-        confidences = None
-        with self.clock.phase("draft"):
-            if depth == 0 or arm.kind == "plain":
-                draft = Draft(self.last[:, None], None, None)
-            elif arm.kind == "lookup":
-                draft = Draft(torch.cat([self.last[:, None], looked_up[:, :depth]], 1), None, None)
-            elif arm.kind == "adaptive":
-                draft, confidences = self.drafting.stopping(
-                    steps, arm, self.last, start, slots, self.seen, self.finished
-                )
-            else:
-                draft = self.drafting.whole(steps, self.last, start, slots, self.seen)
+        most_room = max(room[row] for row in running)
+        start, last_slot = self._starts()
+        now = RoundStart(self.last, start, last_slot, self.seen, self.finished, most_room)
+        with self.phases.phase("draft"):
+            draft = self.drafter.propose(now)
         if self.on_draft is not None:
-            drafted = draft.tokens[:, 1:].tolist()
-            self.on_draft(drafted if draft.parents is None else [self.tree.chain(row) for row in drafted])
-
-        chain = draft.parents is None
-        b, n = len(self.prompts), draft.tokens.shape[1] - 1 if chain else depth
-        with self.clock.phase("verify"):
-            outcome = self._verify(steps, draft, start, slots, n)
-            outcome = self.agree(outcome)
+            self.on_draft(draft.chains())
+        with self.phases.phase("verify"):
+            outcome = self.context.broadcast(self.drafter.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # The only time in a round that the host waits for the device.
-        rows = outcome.tolist()
+        outcomes = outcome.tolist()
 
-        running = [not done for done in self.finished]
-        kept = self._keep([[*tokens[:count], following] for count, following, *tokens in rows])
-        for row in range(b):
-            if running[row]:
-                # The last token of a round is the full model's own; what stands behind a stop counts nowhere.
-                accepted = len(kept[row]) - 1
-                stopped = accepted < rows[row][0]
-                self.stats.count_round(accepted if stopped else min(n, room[row] - 1), accepted)
-                if confidences is not None:
-                    policy.lengths[arm.exit_layer].learn(confidences[row], rows[row][0])
-        self._count_round(arm, draft, slots, n)
-        # A round cut at the limit says nothing about others, nor do the rows that had finished.
-        whole = max(r for r, runs in zip(room, running, strict=True) if runs) > self.tree.depth
-        if policy.has_choice and whole and (seconds := self.watch.since(started)):
-            stood = sum(row[0] == n for row, runs in zip(rows, running, strict=True) if runs)
-            policy.learn(arm, sum(map(len, kept)) / sum(running), seconds, stood / sum(running), depth - n)
+        kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
+        for row in running:
+            # The last token of a round is the full model's own; tokens after a stop token are not counted.
+            accepted = len(kept[row]) - 1
+            stopped = accepted < outcomes[row][0]
+            self.stats.count_round(accepted if stopped else min(draft.length, room[row] - 1), accepted)
+        self._count_round(draft)
+        # A round that the limit cuts says nothing about the rate of others.
+        if most_room > self.speculation.num_speculations:
+            self.drafter.learn(draft, sum(map(len, kept)) / len(running))
         return kept
 
-    def _verify(self, steps: Steps, draft: Draft, start: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
-        """[b, 2 + n]: how many of n drafted tokens stand, the next token, the drafted tokens."""
-        chain = draft.parents is None
-        if chain and self.sampler.greedy and self.seen is None:
-            return self.runner.run(steps, "verify_greedily", slots, draft.tokens, draft.hidden, start, slots)
-        b = len(self.prompts)
-        uniform = self.sampler.uniform((b, n) if chain else (b, n, self.tree.candidates(1)), self.device)
-        noise = self.runner.noise()
-        if chain:
-            logits = self.runner.run(steps, "chain_logits", slots, draft.tokens, draft.hidden, start, slots)
-        else:
-            parts = (draft.tokens, draft.hidden, draft.ancestors)
-            logits = self.runner.run(steps, "tree_logits", slots, *parts, start, slots)
-        name = "accept_chain" if chain else "accept_tree"
-        return self.runner.run(steps, name, slots, logits, draft, start, uniform, noise, self.seen)
-
-    def _where(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slot of each row's last token [b], and the slots that attention sees with count tokens from there."""
+    def _starts(self) -> tuple[torch.Tensor, int]:
+        """The slot of each row's last token [b], and the largest of them."""
         starts = [len(p) + len(g) - 1 for p, g in zip(self.prompts, self.generated, strict=True)]
-        return on_device(starts, self.device), self.runner.visible(max(starts) + count)
+        return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
@@ -326,30 +310,45 @@ class Generation:
             self.stats.tokens += len(tokens)
             self.finished[row] = stop is not None or len(self.generated[row]) >= self.limit
             kept.append(tokens)
-        if self.drafting is not None:
-            self.drafting.extend(kept)
+        if self.drafter is not None:
+            self.drafter.extend(kept)
         if self.seen is not None:
-            at = on_device([(row, token) for row, tokens in enumerate(kept) for token in tokens], self.device)
-            if len(at):
-                self.seen[at[:, 0], at[:, 1]] = True
+            self._mark_seen(kept)
         return kept
 
-    def _count_round(self, arm: Arm, draft: Draft, slots: torch.Tensor, n: int) -> None:
-        """Statistics of a round: its kind, and what its steps read."""
-        e, depth = arm.exit_layer, self.model.num_layers
-        self.stats.arms[f"{arm.kind} exit {e}" if arm.kind in ("fixed", "adaptive") else arm.kind] += 1
-        # The late pass over all drafts, and the early one of the last draft, which no head looked at yet.
-        self.reads.count(self.stats, len(slots), depth)
+    # ---- repetition penalty ----
+
+    seen: torch.Tensor | None = None  # [b, v], tokens of prompt and output so far, where the sampler penalises them
+
+    def _begin_seen(self) -> None:
+        shape = (len(self.prompts), self.context.vocabulary_size)
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=self.context.device)
+        self._mark_seen(self.prompts)
+
+    def _mark_seen(self, tokens: Sequence[Sequence[int]]) -> None:
+        pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
+        if pairs:
+            at = on_device(pairs, self.context.device)
+            self.seen[at[:, 0], at[:, 1]] = True
+
+    # ---- statistics ----
+
+    @cached_property
+    def traffic(self) -> MemoryTraffic:
+        """Made in the first round, when the cache is allocated."""
+        return MemoryTraffic(self.context)
+
+    def _count_round(self, draft: Draft) -> None:
+        """Statistics of a round: its kind, and the bytes that its steps read."""
+        self.stats.rounds_by_kind[draft.strategy.name] += 1
+        # The late pass over all drafts and the early one of the last draft, of which no head was computed.
+        self.traffic.count(self.stats, len(draft.slots), self.model.num_layers)
         if draft.hidden is not None:
-            self.stats.draft_steps += n
-            self.reads.count(self.stats, len(slots), e, times=n, draft=True)
+            self.stats.draft_steps += draft.length
+            e = self.speculation.exit_layer
+            self.traffic.count(self.stats, len(draft.slots), e, times=draft.length, draft=True)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """One process agrees with itself."""
-    return tensor
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts share at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

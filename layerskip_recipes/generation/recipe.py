@@ -18,9 +18,10 @@ from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
@@ -120,7 +121,7 @@ class LayerSkipGenerate:
             self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
             self.model = load_decoder(self.cfg, self.device, self.cfg.quantizer)
-        self.speculation = None
+        self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
             self.speculation = self.draft.build(self.model)
 
@@ -151,7 +152,7 @@ class LayerSkipGenerate:
             "skipped": len(self.bad),
             **make_report(ours, baseline if self.compare else None, self.cfg.temperature == 0, self.device),
         }
-        steps = getattr(self.model, "compiled_steps", None)
+        steps = find_compiled_steps(self.model)
         if steps is not None:
             report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
@@ -227,7 +228,8 @@ class LayerSkipGenerate:
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=bool(self.cfg.compile),
-            agree=broadcast_from_rank0 if num_processes() > 1 else None,
+            broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
+            choice=self.choice,
             **kwargs,
         )
         if dim_drafts:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torchtune import utils
 
-from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, is_looping
-from layerskip_recipes.generation.timing import memory_bandwidth
+from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, is_looping, memory_bandwidth
 
 log = utils.get_logger("INFO")
 
@@ -94,7 +93,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "acceptance_rate": stats.acceptance_rate,
         "acceptance_by_position": stats.acceptance_by_position,
         "rounds": stats.rounds,
-        "rounds_by_kind": dict(stats.arms),
+        "rounds_by_kind": dict(stats.rounds_by_kind),
         "accepted_per_round": safe_divide(stats.accepted, row_rounds(stats)) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
         "looping_outputs": ours.looping,

@@ -1,15 +1,17 @@
 """From logits to tokens: the filters, and the acceptance of a chain of drafted tokens, greedy and speculative.
 
 p is the full model's distribution, q the draft's; both after the same penalty, temperature, top-k, top-p and min-p.
-Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible. Trees of drafts: tree.py.
+Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible. Trees of drafts are accepted in
+drafting/tree_shape.py.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 
-from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.config.schema import checked_arguments
 
 
 def next_token_probs(
@@ -64,24 +66,24 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Te
 
 
 def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
-    """31 of them in each int32: the noise of `lots`, of which a CPU makes nine times as much as of Exp(1) itself."""
+    """31 random bits in each int32, the noise of an exponential race; a CPU makes them nine times as fast as Exp(1)."""
     return torch.empty(shape, dtype=torch.int32, device=device).random_(generator=rng)
 
 
-def lots(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """probs / Exp(1): the place of the largest is a draw, those of the k largest are k draws without replacement.
+def exponential_race_scores(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """probs / Exp(1): the largest score is a draw from probs, the k largest are k draws without replacement.
 
     Args:
         probs: [..., v].
-        noise: [..., v] `random_bits`, of which u in (0, 1) and -log(1 - u) are made; u is fine near 0, where it counts.
+        noise: [..., v] `random_bits`. They give u in (0, 1) and -log(1 - u), which is finest near 0, where draws win.
     """
     uniform = ((noise.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
     return probs / -torch.log1p(-uniform)
 
 
-def race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One token of each distribution [..., v] -> [...], by `lots`: which needs no synchronisation."""
-    return lots(probs, noise).argmax(-1)
+def sample_exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """One token of each distribution [..., v] -> [...], without a synchronisation of host and device."""
+    return exponential_race_scores(probs, noise).argmax(-1)
 
 
 def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +126,7 @@ def accept_sampled(
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
     row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
     p_row, q_row = p.gather(1, row)[:, 0], q.gather(1, row)[:, 0]
-    return accepted, race(residual(p_row, q_row), noise)
+    return accepted, sample_exponential_race(residual(p_row, q_row), noise)
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -135,8 +137,8 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, rest / total, p)
 
 
-class Settings(NamedTuple):
-    """The numbers of a `Sampler` as tensors [], None for a filter that is off: a graph's inputs, not a part of it."""
+class SamplerTensors(NamedTuple):
+    """The numbers of a `Sampler` as tensors [], None for a filter that is off: inputs of a graph, not a part of it."""
 
     temperature: torch.Tensor
     top_p: torch.Tensor | None
@@ -148,27 +150,26 @@ class Settings(NamedTuple):
 class Sampler:
     """How tokens are chosen: greedy at temperature 0, else by the filtered distribution.
 
-    Attributes:
-        greedy: the most likely token is always taken. (Kept, as a graph that reads temperature holds for that one.)
+    Args:
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: see `next_token_probs`.
+        repetition_penalty: see `penalise`; 1 is none.
+        rng: of the random numbers, on their device; None: torch's global one.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ConfigError: if a setting is out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: Annotated[float, Field(ge=0, examples=[0.8])] = 0.0
+    top_k: Annotated[int, Field(ge=1, examples=[50])] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, examples=[0.9])] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, examples=[0.05])] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, examples=[1.1])] = 1.0
     rng: torch.Generator | None = None
     greedy: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, minimum=0, integer=False, example=0.8)
-        check_number("top_k", self.top_k, minimum=1, optional=True, example=50)
-        check_number("top_p", self.top_p, minimum=0, above=True, maximum=1, integer=False, optional=True, example=0.9)
-        check_number("min_p", self.min_p, minimum=0, maximum=1, integer=False, optional=True, example=0.05)
-        check_number("repetition_penalty", self.repetition_penalty, minimum=0, above=True, integer=False, example=1.1)
+        # Stored: a compiled graph that read the temperature would hold for one temperature only.
         self.greedy = self.temperature == 0
 
     @property
@@ -176,20 +177,22 @@ class Sampler:
         """Whether the tokens so far count, so that `seen` is needed."""
         return self.repetition_penalty != 1
 
-    def settings(self, device: torch.device) -> Settings:
-        """Its numbers on that device."""
+    def settings(self, device: torch.device) -> SamplerTensors:
+        """The numbers on a device."""
         top_p = None if self.top_p == 1 else self.top_p
         numbers = (self.temperature, top_p, self.min_p or None, self.repetition_penalty)
-        return Settings(*(None if n is None else torch.tensor(n, dtype=torch.float32, device=device) for n in numbers))
+        return SamplerTensors(
+            *(None if n is None else torch.tensor(n, dtype=torch.float32, device=device) for n in numbers)
+        )
 
     @property
     def kind(self) -> tuple:
-        """What a graph of `scores` depends on beside the `settings`."""
+        """All that a graph of `scores` depends on beside the `settings`."""
         if self.greedy:
             return True, self.penalises
         return False, self.penalises, self.top_k, self.top_p in (None, 1), not self.min_p
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: Settings) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
         """What to choose by: penalised logits when greedy, else the filtered distribution; [..., v] -> [..., v]."""
         if seen is not None:
             logits = penalise(logits, seen, settings.repetition_penalty)
@@ -199,7 +202,7 @@ class Sampler:
 
     def choose(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """A token by each row of `scores` [..., v] -> [...], with the noise of `noise`."""
-        return scores.argmax(-1) if noise is None else race(scores, noise)
+        return scores.argmax(-1) if noise is None else sample_exponential_race(scores, noise)
 
     def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
         """`random_bits` for so many tokens, None when greedy."""
@@ -208,3 +211,6 @@ class Sampler:
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
         """U(0, 1) draws, None when greedy."""
         return None if self.greedy else torch.rand(shape, device=device, generator=self.rng)
+
+
+Sampler.__init__ = checked_arguments()(Sampler.__init__)  # type: ignore[method-assign]

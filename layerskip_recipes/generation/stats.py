@@ -1,8 +1,16 @@
-"""What a generation measured: counts, times, acceptance, bytes; and whether an output runs in a loop."""
+"""What a generation measures: counts, times, acceptance and bytes; the timers behind them; and loops in outputs."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from layerskip_recipes.generation.steps import StepContext, head_of
 
 
 @dataclass
@@ -11,8 +19,8 @@ class GenerationStats:
 
     `tokens` are the tokens generated, stop tokens included. `prefill_s` ends with the first token of each row on the
     host; `decode_s` covers the rest, so `tokens_per_second` leaves the first tokens out of its count. `draft_s` and
-    `verify_s` are parts of `decode_s`; on a GPU they are the device's own times. Compilation is only in `compile_s`:
-    a round with it counts in the others as rounds without do on the mean.
+    `verify_s` are parts of `decode_s`; on a GPU they are the device's own times. Compilation counts only in
+    `compile_s`: in the other times, a round that compiled counts as much as the mean of those that did not.
     """
 
     tokens: int = 0
@@ -33,7 +41,7 @@ class GenerationStats:
     rounds_accepting: Counter = field(default_factory=Counter)  # [k]: rounds of a row in which k drafts were accepted
     drafted_at: Counter = field(default_factory=Counter)  # [i]: how often an i-th token was drafted, from 0
     accepted_at: Counter = field(default_factory=Counter)
-    arms: Counter = field(default_factory=Counter)  # rounds of each kind, as "fixed exit 4"
+    rounds_by_kind: Counter = field(default_factory=Counter)  # by the name of the draft strategy, such as "chain"
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -47,7 +55,7 @@ class GenerationStats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Of the first, second, ... drafted tokens, the share that was accepted."""
+        """The share of the first, second, ... drafted tokens that was accepted."""
         return [self.accepted_at[i] / self.drafted_at[i] for i in range(len(self.drafted_at))]
 
     @property
@@ -57,17 +65,17 @@ class GenerationStats:
 
     @property
     def accept_s(self) -> float:
-        """What is neither draft nor verification: choosing, keeping, looking for stops on the host."""
+        """Neither draft nor verification: the host accepts tokens and looks for stop tokens."""
         return max(self.decode_s - self.draft_s - self.verify_s, 0.0)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Weights and cache read per token, by the sizes of what the steps run over."""
+        """Bytes of weights and cache that the steps read per token."""
         count = self.tokens - self.rows
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
     def count_round(self, drafted: int, accepted: int) -> None:
-        """One row in one round of draft and verification."""
+        """Count one row in one round of draft and verification."""
         self.drafted += drafted
         self.accepted += accepted
         self.rounds_accepting[accepted] += 1
@@ -75,10 +83,10 @@ class GenerationStats:
         self.accepted_at.update(range(accepted))
 
     def scale_times(self, factor: float) -> None:
-        """Of the rounds; such as from some rounds to all."""
-        self.decode_s, self.draft_s, self.verify_s = (
-            factor * seconds for seconds in (self.decode_s, self.draft_s, self.verify_s)
-        )
+        """Multiply the times of rounds, as when only some of the rounds were timed."""
+        self.decode_s *= factor
+        self.draft_s *= factor
+        self.verify_s *= factor
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -96,7 +104,7 @@ def ideal_speedup(acceptance_rate: float, num_speculations: float, draft_cost: f
 
 
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:
-    """Whether a generated sequence ends by repeating itself: any draft predicts that, so it flatters acceptance.
+    """Whether a generated sequence ends by repeating itself: any draft predicts a loop, which flatters acceptance.
 
     Args:
         tokens: the generated tokens, without the prompt.
@@ -111,3 +119,133 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
         ):
             return True
     return False
+
+
+class PhaseTimer:
+    """Times drafts and verifications; on a GPU by events, which are read at the end without delaying a phase.
+
+    Args:
+        context: of the steps; its device, and its seconds of compilation, which count in no phase.
+    """
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
+        if context.device.type == "cuda":
+            self.events = []
+        self.seconds = {"draft": 0.0, "verify": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block as part of the phase "draft" or "verify"."""
+        compiled = self.context.compile_s
+        if self.events is None:
+            started = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - started - (self.context.compile_s - compiled)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.context.device)
+        begin.record(stream)
+        yield
+        end.record(stream)
+        if self.context.compile_s == compiled:
+            self.events.append((name, begin, end))
+
+    def mark(self) -> tuple[dict[str, float], int]:
+        """The state by now, for `forget`."""
+        return dict(self.seconds), len(self.events or ())
+
+    def forget(self, mark: tuple[dict[str, float], int]) -> None:
+        """Drop all phases since `mark`, such as those of a round that compiled."""
+        self.seconds, events = dict(mark[0]), mark[1]
+        if self.events:
+            del self.events[events:]
+
+    def read(self, stats: GenerationStats) -> None:
+        """Write the times of all phases into the statistics."""
+        if self.events:
+            torch.cuda.synchronize(self.context.device)
+            for name, begin, end in self.events:
+                self.seconds[name] += begin.elapsed_time(end) / 1000
+            self.events.clear()
+        stats.draft_s, stats.verify_s = self.seconds["draft"], self.seconds["verify"]
+
+
+class RoundTimer:
+    """Times whole rounds, by rank 0's clock on all ranks, so that all of them choose the same way to draft."""
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+        self.start()
+
+    def start(self) -> None:
+        """A round begins."""
+        self.started, self.compiled = time.perf_counter(), self.context.compile_s
+
+    def seconds(self) -> float:
+        """Seconds since the start; 0 if something was compiled meanwhile, as that does not repeat."""
+        seconds = time.perf_counter() - self.started if self.context.compile_s == self.compiled else 0.0
+        if self.context.broadcast_from_rank0 is None:
+            return seconds
+        on_device = torch.tensor(seconds, device=self.context.device, dtype=torch.float32)
+        return self.context.broadcast_from_rank0(on_device).item()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """The memory that a tensor takes here; of a quantised or sharded one the sum of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(tensor_bytes(part) for part in parts if isinstance(part, torch.Tensor))
+    return tensor.numel() * tensor.element_size()
+
+
+def _weight_bytes(module: object) -> int:
+    """Bytes of a module's weights after they are gathered from other ranks; 0 for a plain function."""
+    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+
+
+def _num_shards(weight: torch.Tensor) -> int:
+    """From how many ranks a weight is gathered before a step reads it."""
+    if not isinstance(weight, DTensor) or "shards" not in (weight.device_mesh.mesh_dim_names or ()):
+        return 1
+    return weight.device_mesh["shards"].size()
+
+
+class MemoryTraffic:
+    """Bytes that steps read from memory: the weights of their layers and heads, and the slots of the cache.
+
+    Args:
+        context: of the steps; its cache must have been used once, as its first use allocates it.
+    """
+
+    def __init__(self, context: StepContext) -> None:
+        model, draft_model, draft_head = context.model, context.draft_model, context.draft_head
+        head_bytes = _weight_bytes(head_of(draft_model)) if draft_head is None else tensor_bytes(draft_head.weight)
+        self.full = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
+        self.draft = (_weight_bytes(draft_model.layers[0]), head_bytes)
+        first = context.cache.layers[0]
+        self.slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
+
+    def count(self, stats: GenerationStats, slots: int, layers: int, times: int = 1, draft: bool = False) -> None:
+        """Add `times` steps of so many layers and a head, whose attention sees so many slots."""
+        layer, head = self.draft if draft else self.full
+        stats.weight_bytes += times * (layers * layer + head)
+        stats.cache_bytes += times * layers * slots * self.slot
+
+
+@torch.inference_mode()
+def memory_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 5) -> float:
+    """Bytes per second that the device reads: the best of a few sums over a large tensor; 0 if memory is too full."""
+    try:
+        data = torch.ones(megabytes * 2**18, device=device)
+    except RuntimeError:  # torch has no out-of-memory error of its own on a CPU
+        return 0.0
+    best, times = float("inf"), 1 if device.type == "cpu" else 16  # 16 launches in a row hide their launch times
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(times):
+            total = data.sum()
+        float(total)
+        best = min(best, (time.perf_counter() - started) / times)
+    return data.numel() * data.element_size() / best

@@ -142,6 +142,10 @@ class LayerSkipDecoder(TransformerDecoder):
         for layer in range(start_layer, exit_layer):
             h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
             if on_exit is not None:
+                if layer + 1 == exit_layer:
+                    # A tensor of its own: on a layer's output FSDP's hook of this model would follow the layer's hook,
+                    # and precede it where rows were left out, so ranks would gather in different orders and hang.
+                    h = h.view_as(h)
                 on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h
 

@@ -15,7 +15,7 @@ BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for si
 
 
 def correct_names() -> None:
-    """Correct the names with which torchtune reads and writes the norms of GEMMA2 checkpoints. A second call changes nothing."""
+    """Correct the names with which torchtune reads and writes the norms of GEMMA2; a second call changes nothing."""
     names = _convert_weights._GEMMA2_FROM_HF
     if names[BEFORE] == "layers.{}.mlp_scale.scale":
         names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]

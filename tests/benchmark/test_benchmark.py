@@ -417,9 +417,9 @@ WRONG = [
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
     (
-        "variants.chain.threshold=auto; variants.chain.tree_width=2",
+        "variants.chain.threshold=0.5; variants.chain.tree_width=2",
         "variants.chain.threshold",
-        "auto",
+        "0.5",
         "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
     ),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),

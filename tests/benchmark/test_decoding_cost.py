@@ -92,7 +92,7 @@ def test_whatever_a_config_says_of_drafts(cost):
     options = ["--drafts", "2", "--text", "8", "--rounds", "1", "--repeats", "1"]
     status, out, _ = cost(*TINY, *section.split(), quantizer, "batch_size=3", "temperature=0.8", *options)
     assert status == 0 and json.loads(out.splitlines()[-1])["batch_size"] == 3
-    chosen = ["self_speculation.threshold=auto", "self_speculation.prompt_lookup=2"]
+    chosen = ["self_speculation.threshold=0.4", "self_speculation.prompt_lookup=2"]
     status, out, _ = cost(*TINY, *chosen, *options)
     assert status == 0 and len(json.loads(out.splitlines()[-1])["rounds"]) == 1
 

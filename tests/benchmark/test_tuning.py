@@ -132,7 +132,7 @@ def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
             assert a == b or a.exit_layer != b.exit_layer or abs(a.num_speculations - b.num_speculations) >= 3
 
 
-@pytest.mark.parametrize("best", [{"exit_layer": 3, "num_speculations": 5, "threshold": "auto"}, None])
+@pytest.mark.parametrize("best", [{"exit_layer": 3, "num_speculations": 5, "threshold": 0.4}, None])
 def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
     """It loads, validates, keeps the user's keys, and sets the choice, compiled as it was measured; null where nothing
     pays."""
@@ -175,8 +175,8 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
-    assert predicted == {(0.0, name) for name in rows if not name.endswith("_auto")}
-    assert set(rows) == set(recipe.variants) and any(name.endswith("_auto") for name in rows)
+    assert predicted == {(0.0, name) for name in rows}
+    assert set(rows) == set(recipe.variants)
     fastest = max(rows, key=rows.get)
     cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
     assert cfg.compile is False  # as it was measured

@@ -11,11 +11,10 @@ from helpers.tiny import make_tiny
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.bound_graph import Backend, Bound, LastCall
+from layerskip_recipes.generation.kernels.bound_graph import BoundGraph, LastCall, RecordingBackend
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-CPU = torch.device("cpu")
 
 
 class Pair(NamedTuple):
@@ -40,7 +39,7 @@ class Owner:
 def compiled(function, owner, *args):
     last = LastCall()
     torch._dynamo.mark_dynamic(args[1], 0)
-    call = torch.compile(function, fullgraph=True, backend=Backend({}, last))
+    call = torch.compile(function, fullgraph=True, backend=RecordingBackend({}, last))
     return last, call(owner, *args)
 
 
@@ -71,7 +70,7 @@ def test_a_result_or_a_length_from_elsewhere_is_not_bound():
 def test_within_a_generation_only(drafts, monkeypatch):
     """From its second call on a step is bound; afterwards nothing is, and a cache without users is freed at once."""
     model, calls = make_tiny(), []
-    monkeypatch.setattr(Bound, "__call__", counted(Bound.__call__, calls))
+    monkeypatch.setattr(BoundGraph, "__call__", counted(BoundGraph.__call__, calls))
 
     def run():
         speculation = None if drafts is None else Speculation(2, drafts)
@@ -89,7 +88,7 @@ def test_within_a_generation_only(drafts, monkeypatch):
         kinds = 1 if drafts is None else 2
         assert generation.generated == expected.generated
         assert len(calls) == kinds * (generation.stats.rounds - 1) > 0
-        assert compiled_steps(generation.model, CPU).bound == {}
+        assert compiled_steps(generation.model).bound == {}
     with torch.no_grad():  # another tensor in a weight's place
         model.tok_embeddings.weight = torch.nn.Parameter(model.tok_embeddings.weight.flip(0))
     other = Generation(model, [[5, 6, 7]], 12)
@@ -98,7 +97,7 @@ def test_within_a_generation_only(drafts, monkeypatch):
     assert run().generated == other.generated != expected.generated
     gc.disable()
     try:
-        steps = generation.model.compiled_steps
+        steps = compiled_steps(generation.model)
         cache = weakref.ref(steps._caches.pop(1).layers[0].k)
         del generation
         assert cache() is None

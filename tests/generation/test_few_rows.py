@@ -1,7 +1,5 @@
-"""Attention of few queries in C++ (few_rows.cpp): the formula, the same bits for any number of them, where it is used.
-
-Products of few rows are tested in test_compile.py.
-"""
+"""Products and attention of few rows in C++ (few_rows.cpp): the formula, the same bits for any number of rows, and
+where compiled steps use them."""
 
 import shutil
 from collections import Counter
@@ -15,9 +13,81 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.few_rows import MOST_QUERIES, SDPA, FewRows, load_kernel
+from layerskip_recipes.generation.kernels.few_rows import MOST_QUERIES, MOST_ROWS, SDPA, FewRows, load_kernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
+@pytest.mark.parametrize("n", [1, 5, 64, 130])
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_of_few_rows(n, k, int8):
+    """x W^T, of several W side by side, and each row of it to the last bit what it is alone."""
+    load_kernel()
+    generator = torch.Generator().manual_seed(n * k)
+    x, w = torch.randn(21, k, generator=generator), torch.randn(n, k, generator=generator)
+    w = (60 * w).clamp(-128, 127).to(torch.int8) if int8 else w
+    alone = torch.cat([torch.ops.layerskip.linear(row[None], w) for row in x])
+    atol = (6e-3 if int8 else 1e-4) * max(1, k / 576)
+    torch.testing.assert_close(alone, (x.double() @ w.double().T).float(), atol=atol, rtol=1e-4)
+    few, half = w[:3].contiguous(), w[n // 2 :].contiguous()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows in range(1, 22):
+            assert torch.equal(torch.ops.layerskip.linear(x[:rows], w), alone[:rows])
+            two = torch.ops.layerskip.linear2(x[:rows], few, w)
+            assert torch.equal(two, torch.cat([alone[:rows, :3], alone[:rows]], 1))
+            three = torch.ops.layerskip.linear3(x[:rows], w, half, few)
+            assert torch.equal(three, torch.cat([alone[:rows], alone[:rows, n // 2 :], alone[:rows, :3]], 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.ops.layerskip.linear(x.T.contiguous().T, w), alone)
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x, w.T)
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x.double(), w.double())
+    with pytest.raises(RuntimeError):
+        torch.ops.layerskip.linear(x[:, :12], w[:, :12].contiguous())
+
+
+def test_which_products_of_a_graph_are_of_few_rows():
+    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32 or int8, with a bias or
+    without."""
+    load_kernel()
+    x, w, bias = torch.randn(7, 16), torch.randn(5, 16), torch.randn(5)
+    int8 = torch.arange(-40, 40, dtype=torch.int8).view(5, 16)
+    cases = {
+        "linear": (lambda x, w, b: x @ w.T, (x, w, bias), True),
+        "bias": (lambda x, w, b: torch.addmm(b, x, w.T), (x, w, bias), True),
+        "two of the same x": (lambda x, v, w: (x @ w.T).sum(1) * (x @ v.T).sum(1), (x, w, torch.randn(4, 16)), True),
+        "int8": (lambda x, w, b: x @ w.to(x.dtype).T * b, (x, int8, bias), True),
+        "int8 and a bias": (lambda x, w, b: torch.addmm(b, x, w.T.to(x.dtype)), (x, int8, bias), True),
+        "int8 with scales inside": (lambda x, w, b: x @ (w.to(x.dtype) * b[:, None]).T, (x, int8, bias), False),
+        "int16": (lambda x, w, b: x @ w.T.to(x.dtype), (x, int8.short(), bias), False),
+        "half a bias": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5), (x, w, bias), False),
+        "many rows": (lambda x, w, b: x @ w.T, (torch.randn(MOST_ROWS + 1, 16), w, bias), False),
+        "narrow": (lambda x, w, b: x @ w.T, (x[:, :12], w[:, :12].contiguous(), bias), False),
+        "double": (lambda x, w, b: x @ w.T, (x.double(), w.double(), bias), False),
+        "no transposed weight": (lambda x, w, b: x @ w, (x, w.T.contiguous(), bias), False),
+        "a computed weight": (lambda x, w, b: x @ (2 * w).T, (x, w, bias), False),
+        "a column-major weight": (lambda x, w, b: x @ w.T, (x, w.T.contiguous().T, bias), False),
+    }
+    for case, (function, inputs, ours) in cases.items():
+        graph = make_fx(function, tracing_mode="fake")(*inputs)
+        for node in graph.graph.nodes:  # as inductor has it by then
+            if node.target is torch.ops.aten.t.default:
+                node.target, node.args = torch.ops.aten.permute.default, (node.args[0], [1, 0])
+            elif node.target is torch.ops.aten._to_copy.default:
+                convert, source = torch.ops.prims.convert_element_type.default, node.args[0]
+                node.target, node.args, node.kwargs = convert, (source, node.kwargs["dtype"]), {}
+        FewRows()(graph.graph)
+        graph.recompile()
+        targets = {node.target for node in graph.graph.nodes}
+        few = torch.ops.layerskip.linear2 if case.startswith("two") else torch.ops.layerskip.linear
+        assert (few.default in targets) == ours, case
+        assert targets.isdisjoint({torch.ops.aten.mm.default, torch.ops.aten.addmm.default}) == ours, case
+        torch.testing.assert_close(graph(*inputs), function(*inputs), msg=lambda text, case=case: f"{case}: {text}")
 
 
 def attend(q, k, v, mask):

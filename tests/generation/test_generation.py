@@ -297,6 +297,25 @@ def test_each_step_yields_the_new_tokens(arguments):
     assert so_far == [greedy("llama3_2", prompt, 20) for prompt in prompts]
 
 
+@pytest.mark.parametrize("arguments", [{}, {"speculation": Speculation(3, 4)}], ids=str)
+def test_a_row_is_stopped_on_request(arguments):
+    """Between two steps, by a number of tokens to keep; the other row goes on, and nothing else is counted."""
+    prompts, model = [PROMPT, PROMPT[:1]], model_of("llama3_2")
+    generation, keep = Generation(model, prompts, 20, **arguments), 5
+    for _ in generation:
+        if not generation.finished[0] and len(generation.generated[0]) >= keep:
+            generation.stop_row(0, keep)
+            rounds = generation.stats.rounds
+            assert generation.stats.tokens == sum(map(len, generation.generated))
+    expected = [greedy("llama3_2", PROMPT, 20)[:keep], greedy("llama3_2", PROMPT[:1], 20)]
+    assert generation.generated == expected and generation.finished == [True, True]
+    assert generation.stats.tokens == keep + 20 and generation.stats.rounds > rounds
+    # The cache holds only the tokens that were kept, so that a later prompt goes on from them.
+    prompts = [(*prompt, *tokens, 9) for prompt, tokens in zip(prompts, expected, strict=True)]
+    again = Generation(model, prompts, 4, cache=generation.cache)
+    assert list(again)[-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
+
+
 @pytest.mark.parametrize("end", ["finished", "break", "the model fails", "the caller fails"])
 @pytest.mark.parametrize("caches", [False, True])
 @pytest.mark.parametrize("training", [False, True])
@@ -464,8 +483,8 @@ WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__
 @pytest.mark.parametrize("sampler", [None, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}])
 @pytest.mark.parametrize(
     "speculation",
-    [None, {}, {"tree_width": 2, "tree_children": 2}, {"prompt_lookup": 2}, {"exit_layer": [1, 2]}],
-    ids=["plain", "chain", "tree", "lookup", "exits"],
+    [None, {}, {"tree_width": 2, "tree_children": 2}, {"prompt_lookup": 2}],
+    ids=["plain", "chain", "tree", "lookup"],
 )
 def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
     """What was accepted is the only thing that it reads from the device, however many tokens are drafted."""

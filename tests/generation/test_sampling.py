@@ -10,17 +10,17 @@ from layerskip_recipes.generation.sampling import (
     Sampler,
     accept_greedy,
     accept_sampled,
-    lots,
+    exponential_race_scores,
     next_token_probs,
     penalise,
-    race,
     random_bits,
+    sample_exponential_race,
 )
 
 
 def draw(probs, generator):
     """One token of each distribution."""
-    return race(probs, random_bits(probs.shape, probs.device, generator))
+    return sample_exponential_race(probs, random_bits(probs.shape, probs.device, generator))
 
 
 def accept(drafted, q, p, seed):
@@ -38,20 +38,23 @@ def test_the_chi_square_test_can_tell():
     assert p_value(torch.multinomial(wrong, N, replacement=True, generator=rng()), p) < 1e-6
 
 
-def test_lots_are_of_an_exponential_race():
+def test_the_scores_of_an_exponential_race():
     """Against Python's logarithm; the ends of the range are numbers above 0, and a sure token is always drawn."""
     last = 2**31 - 1
     bits = [0, 1, 2, 1000, 2**20, 2**30, last - 2**20, last]
-    drawn = (1 / lots(torch.ones(len(bits)), torch.tensor(bits, dtype=torch.int32))).tolist()
+    drawn = (1 / exponential_race_scores(torch.ones(len(bits)), torch.tensor(bits, dtype=torch.int32))).tolist()
     for number, bit in zip(drawn[:-1], bits[:-1], strict=True):
         assert number == pytest.approx(-math.log1p(-(bit + 0.5) / 2**31), rel=1e-4)
     assert 16 < drawn[-1] < 17
     for bit in bits:
         noise = torch.tensor([0, bit, 0], dtype=torch.int32)
-        assert race(torch.tensor([0.0, 1.0, 0.0]), noise) == 1
+        assert sample_exponential_race(torch.tensor([0.0, 1.0, 0.0]), noise) == 1
     # A token of probability 1e-8 is drawn by 1e-8 of the numbers, so it has to win with the smallest ones.
     noise = torch.tensor([0, last // 2], dtype=torch.int32)
-    assert race(torch.tensor([1e-8, 1.0]), noise) == 0 and race(torch.tensor([1e-11, 1.0]), noise) == 1
+    assert (
+        sample_exponential_race(torch.tensor([1e-8, 1.0]), noise) == 0
+        and sample_exponential_race(torch.tensor([1e-11, 1.0]), noise) == 1
+    )
 
 
 # ---- filters ----

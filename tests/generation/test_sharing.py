@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.checkpoint.weights import quantise
-from layerskip_recipes.generation import timing
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
+from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.model.limits import check_cache_fits
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_model_with_compiled_steps_is_freed_at_once():
 def test_caches_of_compiled_steps_by_rows():
     """CUDA graphs know where they are: batches of several sizes in turns have each their own."""
     model = make_model()
-    steps = compiled_steps(model, CPU)
+    steps = compiled_steps(model)
     caches = {rows: steps.cache(model, rows, 300) for rows in (1, 8)}
     for rows in (1, 8, 1):
         assert steps.cache(model, rows, 200) is caches[rows]
@@ -128,15 +128,15 @@ def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():
     with torch.no_grad():
         other.output.weight.copy_(other.output.weight.flip(0))
     drafts = Speculation(2, 3, draft_vocabulary=range(0, 97, 2))
-    first = run(model, speculation=drafts).runner.draft_head
+    first = run(model, speculation=drafts).context.draft_head
     with torch.no_grad():
         model.output.weight.copy_(other.output.weight)
     again, fresh = run(model, speculation=drafts), run(other, speculation=drafts)
-    assert again.runner.draft_head is first and again.runner.draft_head.weight.data_ptr() == first.weight.data_ptr()
-    assert torch.equal(again.runner.draft_head.weight, fresh.runner.draft_head.weight)
+    assert again.context.draft_head is first and again.context.draft_head.weight.data_ptr() == first.weight.data_ptr()
+    assert torch.equal(again.context.draft_head.weight, fresh.context.draft_head.weight)
     assert again.stats.accepted == fresh.stats.accepted and again.generated == fresh.generated
     less = run(model, speculation=Speculation(2, 3, draft_vocabulary=[1, 2]))
-    assert less.runner.draft_head is not first and less.runner.draft_head.weight.shape[0] == 2
+    assert less.context.draft_head is not first and less.context.draft_head.weight.shape[0] == 2
     assert not any("draft_head" in name for name in model.state_dict())
 
 
@@ -205,7 +205,7 @@ def test_a_full_device_has_no_known_bandwidth(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch, "ones", ones)
-    assert timing.memory_bandwidth(torch.device("cpu")) == 0
+    assert memory_bandwidth(torch.device("cpu")) == 0
 
 
 def test_ranks_that_share_heads_share_their_caches(monkeypatch):

@@ -9,7 +9,7 @@ from helpers.sampling import N, V, distributions, p_value, penalised, rng
 from helpers.walks import walk
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.drafting.tree import DraftTree, accept_greedy_tree, accept_sampled_tree
+from layerskip_recipes.generation.drafting.tree_shape import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler, next_token_probs, random_bits
 from layerskip_recipes.model.kv_cache import DecodingCache, visible, visible_tree
@@ -305,15 +305,15 @@ def drafts_of(prompts, count, shape, sampler=None, **speculation):
         sampler=sampler,
         speculation=Speculation(EXIT, depth, width, children, **speculation),
     )
-    run, rounds, last = generation.runner.run, [], []
+    propose, rounds, last = generation.drafter.propose, [], []
 
-    def recording(steps, name, *args):
-        out = run(steps, name, *args)
-        if name == "draft_tree":
-            last.append(out)
-        return out
+    def recording(now):
+        draft = propose(now)
+        if draft.tree is not None:
+            last.append(draft)
+        return draft
 
-    generation.runner.run = recording
+    generation.drafter.propose = recording
     texts = [list(prompt) for prompt in prompts]
     for new in generation:
         if last:

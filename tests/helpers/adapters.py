@@ -1,18 +1,23 @@
-"""Shared by tests of adapters: models, checkpoints, and readers of them."""
+"""Shared by tests of adapters: configs, checkpoints, the formulas by hand, and runs."""
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from helpers.configs import HF_CONFIG, SIZE
-from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+import torch.nn.functional as F
+from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import config as tune_config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 SHAPE = {key: value for key, value in SIZE.items() if key not in ("rope_base", "scale_factor")}
 
@@ -34,6 +39,11 @@ HF_CONFIGS = {
     "llama2": HF_CONFIG | {"tie_word_embeddings": False},
     "qwen2": HF_CONFIG | {"tie_word_embeddings": False} | QWEN2,
 }
+
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % 300
+EXITS = (1, 2, 3, 4)
+FILE = "checkpointer.adapter_checkpoint"
 
 
 def plain_section(family: str) -> dict:
@@ -102,3 +112,85 @@ def read_hf(folder: Path, family: str) -> dict:
     files = reader(folder, family)["checkpoint_files"]
     nowhere = str(folder.parent / "unused")  # it makes the folder that it would write to
     return FullModelHFCheckpointer(str(folder), files, family.upper(), nowhere).load_checkpoint()["model"]
+
+
+def adapter_config(folder: Path, tokenizer: Path, family: str, start: Path, builder: dict | None = None, **changes):
+    """4 steps of 2 samples from `start` with adapters, all of them moving; no dropout and no shuffling."""
+    defaults = {
+        "model": adapted_section(family, **(builder or {})),
+        "checkpointer": reader(start, family),
+        "layer_dropout": None,
+        "shuffle": False,
+        "max_steps_per_epoch": 4,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
+    }
+    return finetune_config(folder, tokenizer, **defaults | changes)
+
+
+def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
+    """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
+    weights = dict(start)
+    for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
+        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
+        weights[f"{name}.weight"] = start[f"{name}.weight"] + update
+        if f"{name}.magnitude" in adapters:
+            # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).
+            factor = adapters[f"{name}.magnitude"] / weights[f"{name}.weight"].norm(dim=1).detach()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] * factor[:, None]
+            if f"{name}.bias" in start:
+                weights[f"{name}.bias"] = start[f"{name}.bias"] * factor
+    return weights
+
+
+def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> torch.Tensor:
+    """J of eq. 5-6 with e_scale 0.5 and R = 2, as in `finetune_config`."""
+    by_exit = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in logits]
+    last = len(by_exit) - 1
+    e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
+    on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
+    return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the plain tensors of some shapes that come into being, other than views of what is there."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, made = (
+            {x.untyped_storage().data_ptr(): x.shape for x in tensors if type(x) in (torch.Tensor, torch.nn.Parameter)}
+            for tensors in (args, [out])
+        )
+        self.count += sum(tuple(shape) in self.shapes for place, shape in made.items() if place not in inputs)
+        return out
+
+
+def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:
+    """A generation of 12 tokens: the start with adapters, or the merged checkpoint without."""
+    checkpoint = trained.folder / "start" if adapters else trained.checkpoint
+    section = reader(checkpoint, trained.family) | {"output_dir": "unused"}
+    section |= {"adapter_checkpoint": str(adapters)} if adapters else {}
+    model = OmegaConf.load(trained.path).model if adapters else plain_section(trained.family)
+    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(trained.folder / "start")}
+    changes = {"max_new_tokens": 12, "checkpointer": section, "model": model, "tokenizer": tokenizer} | changes
+    return generate_config(folder, checkpoint, **changes)
+
+
+def tokens_of(path: Path, *overrides: str) -> list[int]:
+    """What a generation config generates for its prompt."""
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
+    return recipe._run([0], recipe.max_new_tokens)[0][0]
+
+
+# NF4 packs 64 x 256 numbers at a time.
+WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
+WIDE_SHAPE = {key: WIDE[key] for key in SHAPE}
+WIDE_PLAIN = plain_section("llama3_2") | WIDE
+WIDE_HF = {
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256,
+}  # fmt: skip

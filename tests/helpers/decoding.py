@@ -1,4 +1,4 @@
-"""Shared by tests: L, PROMPT, SMALL, greedy, make_model, model_of, small_model, until."""
+"""Shared by tests of decoding: tiny models, and greedy decoding from scratch for every token."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Shared by tests: N, V, distributions, filtered, p_value, penalised, rng."""
+"""Shared by tests of sampling: distributions, a chi-square test, and filters with Python lists."""
 
 import math
 

@@ -1,11 +1,17 @@
-"""Shared by tests: PROMPTS, plain."""
+"""Shared by tests of self-speculation: prompts, ways to draft, and plain decoding and searches to compare with."""
 
+import copy
 import functools
 
 import torch
 from helpers.decoding import PROMPT
 from helpers.sampling import penalised
+from helpers.tiny import VOCAB
 from helpers.walks import walk
+
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
 
 PROMPTS = [(5,), (9, 60, 2, 41, 41, 7, 3, 88, 1), PROMPT, (30, 31), (8, 8, 8, 8, 8)]
 
@@ -20,3 +26,78 @@ def plain(model, prompt, count, penalty=1.0, exit_layer=None):
         logits = penalised(logits, tokens, penalty)
         tokens.append(max(range(len(logits)), key=logits.__getitem__))
     return tokens[len(prompt) :]
+
+
+@functools.cache
+def perturbed(model, noise=0.05, layers=None):
+    """A decoder whose layers are copies of the model's that say something else now and then."""
+    drafter = copy.copy(model)
+    drafter._modules = dict(model._modules)
+    drafter._modules["layers"] = copy.deepcopy(model.layers[:layers])
+    torch.manual_seed(60)
+    for parameter in drafter.layers.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
+    return drafter
+
+
+VARIANTS = {
+    "chain": {"exit_layer": 2, "num_speculations": 4},
+    "tree": {"exit_layer": 2, "num_speculations": 3, "tree_width": 3, "tree_children": 2},
+    "one level": {"exit_layer": 1, "num_speculations": 1, "tree_width": 2},
+    "narrow": {"exit_layer": 1, "num_speculations": 3, "tree_children": 3},
+    "vocabulary": {"exit_layer": 2, "num_speculations": 4, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
+    "look-up": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
+    "threshold 0": {"exit_layer": 2, "num_speculations": 4, "threshold": 0.0},
+    "threshold 0.15": {"exit_layer": 2, "num_speculations": 4, "threshold": 0.15},
+    "threshold 1": {"exit_layer": 2, "num_speculations": 4, "threshold": 1.0},
+    "drafter": {"exit_layer": 2, "num_speculations": 4, "drafter": perturbed},
+    "all with a chain": {
+        "exit_layer": 1,
+        "num_speculations": 5,
+        "threshold": 0.15,
+        "draft_vocabulary": range(0, VOCAB, 2),
+        "prompt_lookup": 1,
+        "drafter": perturbed,
+    },
+    "all with a tree": {
+        "exit_layer": 3,
+        "num_speculations": 3,
+        "tree_width": 2,
+        "tree_children": 2,
+        "draft_vocabulary": torch.arange(0, VOCAB, 2),
+        "prompt_lookup": 2,
+        "drafter": perturbed,
+    },
+}
+
+
+def speculation_of(variant, model):
+    """A new Speculation of that name."""
+    arguments = dict(VARIANTS[variant])
+    if "drafter" in arguments:
+        arguments["drafter"] = arguments["drafter"](model)
+    return Speculation(**arguments)
+
+
+def run(model, prompts, count, **arguments):
+    """A generation at its end."""
+    generation = Generation(model, prompts, count, **arguments)
+    for _ in generation:
+        pass
+    return generation
+
+
+class AlwaysLookUp(DiscountedUCB):
+    """Looks up wherever the text offers a draft, fast or not."""
+
+    def pick(self, strategies):
+        return strategies[-1]
+
+
+def search(tokens, ngram, count):
+    """What followed the last earlier place with the same last `ngram` tokens, from the text's end on once more."""
+    for start in range(len(tokens) - ngram - 1, -1, -1):
+        if tokens[start : start + ngram] == tokens[len(tokens) - ngram :]:
+            found = tokens[start + ngram :]
+            return [found[i % len(found)] for i in range(count)]
+    return []

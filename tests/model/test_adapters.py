@@ -1,4 +1,4 @@
-"""LoRA, DoRA and QLoRA: what trains, what checkpoints hold, how generation reads them, resume, bad input.
+"""LoRA and DoRA adapters: what trains, what checkpoints hold, how generation and evaluation read them.
 
 Expected values: torchtune's plain builders with weights that are put together here, W + alpha/r B A and DoRA's formula.
 """
@@ -6,40 +6,36 @@ Expected values: torchtune's plain builders with weights that are put together h
 import functools
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.adapters import (
     ALPHA,
+    EXITS,
     RANK,
-    SHAPE,
+    TOKENS,
+    Allocations,
     EveryExit,
-    adapted_section,
+    adapter_config,
+    by_hand,
+    generate_with,
     make_start,
+    papers_loss,
     plain_section,
     read_hf,
-    reader,
+    tokens_of,
 )
 from helpers.commands import run_tune
-from helpers.configs import SIZE, finetune_config, generate_config, make_checkpoint
-from helpers.refusals import check
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-from torchtune.modules import common_utils
-from torchtune.training import FullModelHFCheckpointer
+from safetensors.torch import load_file
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.adapters import correct_peft_form, merged
-from layerskip_recipes.training.optimizers import checkpoint_contents
+from layerskip_recipes.model.adapters import merged
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 # Tied head; a head of its own with an adapter; biases in q, k and v.
@@ -50,45 +46,6 @@ CASES = {
     "qwen2": ("qwen2", {}),
     "qwen2 dora": ("qwen2", {"use_dora": True}),
 }
-EXITS = (1, 2, 3, 4)
-TOKENS = torch.arange(40).view(2, 20) * 7 % 300
-
-
-def adapter_config(folder: Path, tokenizer: Path, family: str, start: Path, builder: dict | None = None, **changes):
-    """4 steps of 2 samples from `start` with adapters, all of them moving; no dropout and no shuffling."""
-    defaults = {
-        "model": adapted_section(family, **(builder or {})),
-        "checkpointer": reader(start, family),
-        "layer_dropout": None,
-        "shuffle": False,
-        "max_steps_per_epoch": 4,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
-    }
-    return finetune_config(folder, tokenizer, **defaults | changes)
-
-
-def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
-    """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
-    weights = dict(start)
-    for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
-        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
-        weights[f"{name}.weight"] = start[f"{name}.weight"] + update
-        if f"{name}.magnitude" in adapters:
-            # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).
-            factor = adapters[f"{name}.magnitude"] / weights[f"{name}.weight"].norm(dim=1).detach()
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] * factor[:, None]
-            if f"{name}.bias" in start:
-                weights[f"{name}.bias"] = start[f"{name}.bias"] * factor
-    return weights
-
-
-def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> torch.Tensor:
-    """J of eq. 5-6 with e_scale 0.5 and R = 2, as in `finetune_config`."""
-    by_exit = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in logits]
-    last = len(by_exit) - 1
-    e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
-    on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
-    return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
 
 
 @pytest.fixture(scope="module")
@@ -175,23 +132,6 @@ def test_only_adapters_change(trained):
         assert torch.equal(value, after[name])
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the plain tensors of some shapes that come into being, other than views of what is there."""
-
-    def __init__(self, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shapes, self.count = shapes, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs, made = (
-            {x.untyped_storage().data_ptr(): x.shape for x in tensors if type(x) in (torch.Tensor, torch.nn.Parameter)}
-            for tensors in (args, [out])
-        )
-        self.count += sum(tuple(shape) in self.shapes for place, shape in made.items() if place not in inputs)
-        return out
-
-
 def count_head_gradients(path: Path) -> int:
     """How many tensors of the head's shape an optimizer step makes."""
     recipe = LayerSkipFinetune(load_config(str(path)))
@@ -250,6 +190,7 @@ def test_the_merged_checkpoint_is_the_formula(trained):
     assert changed == {f"{name}.weight" for name in names} | {f"{name}.bias" for name in biased}
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("in_place", [True, False])
 def test_merging_in_place_takes_no_second_copy_of_the_weights(in_place):
     state = {"q.weight": torch.randn(8, 6), "q.lora_a.weight": torch.randn(2, 6), "q.lora_b.weight": torch.randn(8, 2)}
@@ -257,7 +198,7 @@ def test_merging_in_place_takes_no_second_copy_of_the_weights(in_place):
     expected = before + 16 / 2 * state["q.lora_b.weight"] @ state["q.lora_a.weight"]
     plain = merged(state, {"r": 2, "lora_alpha": 16}, in_place)
     assert plain.keys() == {"q.weight"}
-    torch.testing.assert_close(plain["q.weight"], expected)
+    torch.testing.assert_close(plain["q.weight"], expected, rtol=1e-9, atol=1e-9)
     assert (plain["q.weight"].data_ptr() == place) == in_place
     assert torch.equal(state["q.weight"], before) == (not in_place)
 
@@ -340,25 +281,6 @@ def test_adapters_only(read, tmp_path):
 # -------------------------------------------------------------------------------------------------------- generation
 
 
-def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:
-    """A generation of 12 tokens: the start with adapters, or the merged checkpoint without."""
-    checkpoint = trained.folder / "start" if adapters else trained.checkpoint
-    section = reader(checkpoint, trained.family) | {"output_dir": "unused"}
-    section |= {"adapter_checkpoint": str(adapters)} if adapters else {}
-    model = OmegaConf.load(trained.path).model if adapters else plain_section(trained.family)
-    tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(trained.folder / "start")}
-    changes = {"max_new_tokens": 12, "checkpointer": section, "model": model, "tokenizer": tokenizer} | changes
-    return generate_config(folder, checkpoint, **changes)
-
-
-def tokens_of(path: Path, *overrides: str) -> list[int]:
-    """What a generation config generates for its prompt."""
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
-    assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
-    return recipe._run([0], recipe.max_new_tokens)[0][0]
-
-
 def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_path):
     """From a folder and from the file; self-speculative, autoregressive, from an exit. Also those of plain PyTorch."""
     weights = by_hand(read.start, read.adapters)
@@ -415,311 +337,3 @@ def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):
     recipe.generate()
     answers = (tmp_path / "adapters.jsonl").read_text()
     assert json.loads(answers)["tokens"] == 12 and answers == (tmp_path / "merged.jsonl").read_text()
-
-
-# ------------------------------------------------------------------------------------------------------------- QLoRA
-
-# NF4 packs 64 x 256 numbers at a time.
-WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
-WIDE_SHAPE = {key: WIDE[key] for key in SHAPE}
-WIDE_PLAIN = plain_section("llama3_2") | WIDE
-WIDE_HF = {
-    "num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256,
-}  # fmt: skip
-
-
-def quantised_run(folder: Path, tokenizer: Path, **changes) -> SimpleNamespace:
-    """A QLoRA run: its start with the weights that NF4 makes of it, its first adapters, its recipe, its checkpoint."""
-    start = make_start(folder / "start", "llama3_2", tokenizer, WIDE_PLAIN, **WIDE_HF)
-    builder, dtype = WIDE | {"quantize_base": True, **changes.pop("builder", {})}, changes.get("dtype")
-    path = adapter_config(folder, tokenizer, "llama3_2", folder / "start", builder, **changes)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    packed = {name: p for name, p in recipe.model.named_parameters() if isinstance(p, NF4Tensor)}
-    for name, parameter in packed.items():
-        unpacked, of_start = parameter.get_original_weight(), to_nf4(start[name]).get_original_weight()
-        torch.testing.assert_close(unpacked.float(), of_start, atol=0, rtol=0.02 if dtype == "bf16" else 0)
-    start |= {name: parameter.get_original_weight() for name, parameter in packed.items()}
-    first = {name: p.detach().clone() for name, p in recipe.model.named_parameters() if p.requires_grad}
-    recipe.train()
-    recipe.cleanup()
-    return SimpleNamespace(
-        path=path, start=start, packed=set(packed), first=first, recipe=recipe, log=read_log(folder / "out"),
-        folder=folder, checkpoint=folder / "out" / "epoch_0", family="llama3_2", plain=EveryExit(WIDE_PLAIN),
-        adapters=torch.load(folder / "out" / "epoch_0" / "adapter_model.pt", weights_only=True),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=[{}, {"use_dora": True}], ids=["qlora", "qdora"])
-def quantised(request, tmp_path_factory, tokenizer_folder) -> SimpleNamespace:
-    return quantised_run(tmp_path_factory.mktemp("quantised"), tokenizer_folder, builder=request.param)
-
-
-def test_qlora_trains_adapters_on_nf4_weights(quantised):
-    """Its losses, and its exits at the end, are those of plain PyTorch on the weights that NF4 gives back."""
-    assert len(quantised.packed) == 2 * 7
-    leaves = {name: value.clone().requires_grad_() for name, value in quantised.first.items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2)
-    dataset = quantised.recipe.data.dataset
-    for step in range(4):
-        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
-        loss = papers_loss(quantised.plain.logits(by_hand(quantised.start, leaves), tokens), tokens, step)
-        assert quantised.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=5e-4), f"step {step + 1}"
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for name, p in quantised.recipe.model.named_parameters():
-        if isinstance(p, NF4Tensor):
-            assert torch.equal(p.get_original_weight(), quantised.start[name])
-    expected = quantised.plain.logits(by_hand(quantised.start, quantised.adapters), TOKENS)
-    quantised.recipe.model.eval()
-    with torch.no_grad():
-        for exit_layer, logits in zip((1, 2), expected, strict=True):
-            torch.testing.assert_close(
-                quantised.recipe.model(TOKENS, exit_layer=exit_layer), logits, atol=1e-3, rtol=1e-3
-            )
-
-
-def test_qloras_merged_checkpoint_is_the_formula(quantised):
-    """With the NF4 weights unpacked, in the run's dtype."""
-    merged, expected = read_hf(quantised.checkpoint, "llama3_2"), by_hand(quantised.start, quantised.adapters)
-    assert set(merged) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5)
-        assert not torch.equal(value, quantised.start[name]) or name not in quantised.packed
-
-
-def test_qloras_merged_checkpoint_has_the_trained_models_logits(quantised):
-    merged = read_hf(quantised.checkpoint, "llama3_2")
-    quantised.recipe.model.eval()
-    with torch.no_grad():
-        for exit_layer, logits in zip((1, 2), quantised.plain.logits(merged, TOKENS), strict=True):
-            torch.testing.assert_close(
-                quantised.recipe.model(TOKENS, exit_layer=exit_layer), logits, atol=1e-3, rtol=1e-3
-            )
-
-
-def test_qdora_starts_as_the_model_that_it_adapts(quantised):
-    """Its magnitudes are the norms of the rows that the model has, which NF4 rounded."""
-    magnitudes = {name: value for name, value in quantised.first.items() if name.endswith("magnitude")}
-    for name, value in magnitudes.items():
-        norms = quantised.start[name.replace("magnitude", "weight")].norm(dim=1)
-        torch.testing.assert_close(value, norms, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("builder", [{}, {"use_dora": True}], ids=["qlora", "qdora"])
-def test_qlora_in_bf16(builder, tmp_path, tokenizer_folder):
-    """Trains, and its checkpoint, all bf16, holds the formula."""
-    run = quantised_run(tmp_path, tokenizer_folder, builder=builder, dtype="bf16")
-    expected = by_hand({n: v.float() for n, v in run.start.items()}, {n: v.float() for n, v in run.adapters.items()})
-    merged = read_hf(run.checkpoint, "llama3_2")
-    assert {value.dtype for value in [*merged.values(), *run.adapters.values()]} == {torch.bfloat16}
-    for name, value in expected.items():
-        # DoRA's factor is in bf16 too.
-        torch.testing.assert_close(merged[name].float(), value, atol=2**-6 if builder else 2**-8, rtol=2**-6)
-    dataset = run.recipe.data.dataset
-    tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
-    start = {name: value.float() for name, value in run.start.items()}
-    first = {name: value.float() for name, value in run.first.items()}
-    with torch.no_grad():
-        loss = papers_loss(run.plain.logits(by_hand(start, first), tokens), tokens, 0).item()
-    assert run.log[1]["loss"] == pytest.approx(loss, rel=0.02)
-    assert run.log[1]["loss"] != run.log[4]["loss"]
-
-
-def test_merged_weights_take_no_adapters(quantised, tmp_path):
-    """Their own would count twice."""
-    for place in (quantised.checkpoint, quantised.checkpoint / "adapter_model.pt"):
-        reads = reader(quantised.checkpoint, "llama3_2") | {"adapter_checkpoint": str(place), "output_dir": "x"}
-        section = adapted_section("llama3_2", **WIDE)
-        path = generate_config(tmp_path, quantised.checkpoint, model=section, checkpointer=reads)
-        with pytest.raises(ValueError, match=r"^checkpointer\.adapter_checkpoint: .* they would count twice"):
-            LayerSkipGenerate(load_config(str(path)))
-
-
-def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quantised, tmp_path):
-    """NF4 weights are unpacked, so that decoding needs no other kernels."""
-    with_adapters = generate_with(quantised, tmp_path / "adapters", quantised.checkpoint)
-    merged = generate_with(quantised, tmp_path / "merged", None, model=WIDE_PLAIN)
-    tokens = tokens_of(with_adapters)
-    assert tokens == tokens_of(merged) == tokens_of(with_adapters, "self_speculation=null")
-    assert len(set(tokens)) > 3
-
-
-def test_a_checkpoint_of_adapters_alone_unpacks_no_weights(quantised):
-    """Nor copies any: no tensor of a weight's shape comes into being."""
-    recipe = quantised.recipe
-    cfg = OmegaConf.merge(recipe.cfg, {"save_adapter_weights_only": True})
-    with Allocations((256, 256), (128, 256), (300, 256)) as made:
-        contents = checkpoint_contents(cfg, recipe.model, recipe.meta, torch.device("cpu"))
-    assert made.count == 0 and "model" not in contents
-    assert set(contents["adapter"]) == set(quantised.adapters)
-    assert all(torch.equal(value, quantised.adapters[name]) for name, value in contents["adapter"].items())
-    with Allocations((256, 256)) as made:
-        checkpoint_contents(recipe.cfg, recipe.model, recipe.meta, torch.device("cpu"))
-    assert made.count > 0
-
-
-# ------------------------------------------------------------------------------------------------------------ resume
-
-
-@pytest.mark.parametrize(
-    ("family", "builder", "overrides"),
-    [
-        ("llama3_2", {}, []),
-        ("qwen2", {"use_dora": True}, ["save_adapter_weights_only=true"]),
-        ("llama2", {"apply_lora_to_output": True}, ["enable_async_checkpointing=true"]),
-        ("llama3_2", WIDE_SHAPE | {"quantize_base": True}, []),
-        # torchtune's llama3_2 takes no notice of low_cpu_ram.
-        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["low_cpu_ram=true", "enable_async_checkpointing=true"]),
-    ],
-    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards with little memory"],
-)
-def test_resume_gives_the_losses_of_the_run_that_never_stopped(
-    family, builder, overrides, tmp_path, tokenizer_folder, monkeypatch
-):
-    """From the middle of the first epoch, with dropout in the adapters and of layers: the very losses and weights."""
-    monkeypatch.setattr(common_utils, "_use_low_cpu_ram", False)  # what the recipe makes of it goes with the test
-    wide = "quantize_base" in builder
-    start = (plain_section(family) | WIDE_SHAPE, WIDE_HF) if wide else (None, {})
-    make_start(tmp_path / "start", family, tokenizer_folder, start[0], **start[1])
-    path = adapter_config(
-        tmp_path, tokenizer_folder, family, tmp_path / "start", builder | {"lora_dropout": 0.3}, epochs=2, shuffle=True,
-        layer_dropout={"prob": 0.5, "schedule": "exp"}, max_steps_per_epoch=3, save_every_n_steps=2, lr_scheduler={
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
-        },
-    )  # fmt: skip
-    out = tmp_path / "out"
-    train(path, *overrides)
-    whole, end = losses(out), torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
-    assert sorted(path.name for path in out.glob("*_*[0-9]")) == ["epoch_0", "epoch_1", "step_2", "step_4"]
-    for name in ("epoch_0", "epoch_1", "step_4"):
-        shutil.rmtree(out / name)
-    (out / "logs" / "log.txt").unlink()
-    train(path, *overrides, "resume_from_checkpoint=true")
-    assert losses(out) == {step: whole[step] for step in (3, 4, 5, 6)}
-    again = torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
-    assert set(again) == set(end) and all(torch.equal(again[name], end[name]) for name in end)
-
-
-def test_resume_on_other_weights_is_refused(tmp_path, tokenizer_folder):
-    """The adapters were trained on others."""
-    make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
-    make_checkpoint(tmp_path / "other", tokenizer_folder)
-    path = adapter_config(tmp_path, tokenizer_folder, "llama3_2", tmp_path / "start")
-    train(path)
-    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint_dir.*start.*other"):
-        train(path, "resume_from_checkpoint=true", "epochs=2", f"checkpointer.checkpoint_dir={tmp_path}/other")
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture(scope="module")
-def adapter_paths(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
-    """A LoRA run, and configs on its start: training and generation, with adapters and without."""
-    folder = tmp_path_factory.mktemp("bad")
-    make_start(folder / "start", "llama3_2", tokenizer_folder)
-    paths = {"adapters": adapter_config(folder / "run", tokenizer_folder, "llama3_2", folder / "start")}
-    train(paths["adapters"])
-    start = reader(folder / "start", "llama3_2")
-    paths["full"] = finetune_config(folder / "full", tokenizer_folder, checkpointer=start)
-    paths["scratch"] = finetune_config(folder / "scratch", tokenizer_folder, model=adapted_section("llama3_2"))
-    paths["checkpoint"] = folder / "run" / "out" / "epoch_0"
-    torch.save(dict.fromkeys(torch.load(paths["checkpoint"] / "adapter_model.pt"), 1), folder / "numbers.pt")
-    paths["numbers"] = folder / "numbers.pt"
-    run = SimpleNamespace(folder=folder, family="llama3_2", path=paths["adapters"])
-    paths["generate"] = generate_with(run, folder / "generate", paths["checkpoint"])
-    paths["generate full"] = generate_config(folder / "generate full", folder / "start")
-    return paths
-
-
-@pytest.fixture
-def no_weights(monkeypatch, tmp_path):
-    """Weights must not be read before a mistake is found."""
-
-    def load(self, *args, **kwargs):
-        raise AssertionError("the weights are loaded before the mistake is found")
-
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
-    monkeypatch.chdir(tmp_path)
-
-
-FILE = "checkpointer.adapter_checkpoint"
-BAD = [
-    # Training.
-    ("adapters", "model.lora_attn_modules=[qproj]; model.apply_lora_to_mlp=false", "model.lora_attn_modules",
-     "'qproj'", "q_proj"),
-    ("adapters", "model.lora_attn_modules=[]", "model", "lora_attn_modules=[]", "q_proj"),
-    ("adapters", "model.lora_dropout=2", "model", "lora_dropout=2", "between 0 and 1"),
-    ("adapters", "checkpointer.safe_serialization=false", "checkpointer.safe_serialization", "False", "=true"),
-    ("adapters", "model.lora_rank=four", "model.lora_rank", "'four'", "lora_rank=8"),
-    ("adapters", "model.lora_rnk=4", "model.lora_rnk", "no such argument", "lora_rank"),
-    ("adapters", "~model.lora_rank", "model.lora_rank", "missing", "model.lora_rank="),
-    ("adapters", "model.apply_lora_to_output=true", "model", "apply_lora_to_output=True", "tie"),
-    ("adapters", "optimizer_in_bwd=true", "optimizer_in_bwd", "True", "false"),
-    ("adapters", f"{FILE}=somewhere", FILE, "'somewhere'", "resume_from_checkpoint=true"),
-    ("adapters", "checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "[model.safetensors]"),
-    ("scratch", "seed=1", "checkpointer.checkpoint_files", "missing", "[model.safetensors]"),
-    ("full", "save_adapter_weights_only=true", "save_adapter_weights_only", "True", "lora_llama3_2_1b"),
-    ("full", "save_adapter_weights_only=maybe", "save_adapter_weights_only", "'maybe'", "true, false"),
-    ("full", "low_cpu_ram=maybe", "low_cpu_ram", "'maybe'", "true, false"),
-    ("adapters", "model.lora_rank=0", "model", "0", ""),
-    ("adapters", "model.lora_alpha=eight", "model", "eight", ""),
-    ("adapters", "model.lora_attn_modules=[q_proj,v_prj]", "model", "v_prj", "v_proj"),
-    # Generation.
-    ("generate", f"~{FILE}", FILE, "None", f"{FILE}="),
-    ("generate", f"{FILE}=null", FILE, "None", f"{FILE}="),
-    ("generate full", f"{FILE}=CHECKPOINT", FILE, "epoch_0", "neither"),
-    ("generate", f"{FILE}=3", FILE, "3", "text"),
-    ("generate", f"{FILE}=[a]", FILE, "['a']", "text"),
-    ("generate", f"{FILE}=/nowhere", FILE, "'/nowhere'", "adapter_model.pt"),
-    ("generate", f"{FILE}=START", FILE, "start'", "adapter_model.pt"),
-    ("generate", f"{FILE}=CHECKPOINT/config.json", FILE, "config.json'", "adapter_model.pt"),
-    ("generate", f"{FILE}=CHECKPOINT/adapter_model.safetensors", FILE, "adapter_model.safetensors'", "lora_a"),
-    ("generate", "model.lora_rank=8", FILE, "(3, 32)", "(8, 32)"),
-    ("generate", "model.lora_attn_modules=[q_proj]", FILE, "k_proj", ""),
-    ("generate", "model.apply_lora_to_mlp=false", FILE, "mlp", ""),
-    ("generate", "model.use_dora=true", FILE, "magnitude", ""),
-    ("generate", "model.num_layers=5; checkpointer.checkpoint_dir=START", FILE, "layers.4", ""),
-    ("generate", f"{FILE}=NUMBERS", FILE, "holds no tensors", ""),
-    ("generate", "model.lora_alpha=70", "model.lora_alpha", "70", "7"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "overrides", "key", "given", "allowed"), BAD)
-def test_bad_input(name, overrides, key, given, allowed, adapter_paths, no_weights):
-    """One ValueError with the key, the value and what works, before weights are loaded or anything is written."""
-    recipe = "generate" if name.startswith("generate") else "finetune"
-    places = {"CHECKPOINT": "checkpoint", "NUMBERS": "numbers"}
-    for place, path in places.items():
-        overrides = overrides.replace(place, str(adapter_paths[path]))
-    overrides = overrides.replace("START", str(adapter_paths["numbers"].parent / "start"))
-    check(recipe, adapter_paths[name], overrides, key, given, allowed)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (f"{FILE}=/nowhere", r"'/nowhere' is neither an adapter_model\.pt nor a folder with one"),
-        ("model.lora_rank=8", r"\(3, 32\) there and \(8, 32\) in the model; check model\.lora_rank"),
-        ("model.lora_attn_modules=[q_proj]", "not of this model, it has in addition .*k_proj.lora_a"),
-        ("model.use_dora=true", "not of this model, it lacks .*magnitude"),
-    ],
-)
-def test_the_adapters_of_another_model(override, message, adapter_paths):
-    """What the message says, wherever it is found."""
-    recipe = LayerSkipGenerate(load_config(str(adapter_paths["generate"]), [override]))
-    with pytest.raises(ValueError, match=rf"^checkpointer\.adapter_checkpoint: .*{message}"):
-        recipe.setup()
-
-
-def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
-    """Llama 1's: all heads have their own. DoRA's magnitudes of k go into Hugging Face's order by that number."""
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
-    magnitude = torch.arange(8.0)
-    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector.weight"
-    save_file({name: magnitude}, tmp_path / "adapter_model.safetensors")
-    correct_peft_form(tmp_path, "LLAMA2", {})
-    # Of each head the even rows, then the odd ones: torchtune rotates neighbours, Hugging Face halves.
-    assert load_file(tmp_path / "adapter_model.safetensors")[name].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

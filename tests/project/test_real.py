@@ -75,10 +75,9 @@ def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
 
 VARIANTS = {
     "tree": {"tree_width": 3, "tree_children": 2},
-    "adaptive": {"threshold": "auto"},
+    "adaptive": {"threshold": 0.4},
     "lookup": {"prompt_lookup": 3},
     "vocabulary": {"draft_vocabulary": range(0, 49152, 3)},
-    "exits": {"exit_layer": [10, 20]},
     "penalty": {"repetition_penalty": 1.2},
 }
 

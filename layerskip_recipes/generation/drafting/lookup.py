@@ -1,15 +1,22 @@
-"""Drafts that are looked up in the text so far."""
+"""Drafts that are looked up in the text so far: prompt look-up decoding (Saxena, 2023).
+
+Summaries and edits repeat their prompt, and what followed a place in it follows again.
+"""
 
 from collections.abc import Sequence
 
+import torch
 
-class LookUp:
-    """Drafts from the text itself: what followed the last earlier place with the same last `ngram` tokens.
+from layerskip_recipes.generation.drafting.drafter import Draft, DraftStrategy, RoundStart
+from layerskip_recipes.generation.steps import StepContext
+from layerskip_recipes.model.decoder import on_device
 
-    Prompt look-up decoding (Saxena, 2023): summaries and edits repeat their prompt.
+
+class TextIndex:
+    """Finds what followed the last earlier place with the same last `ngram` tokens.
 
     Args:
-        ngram: tokens that have to agree, 1 or more.
+        ngram: tokens that have to be the same, 1 or more.
     """
 
     def __init__(self, ngram: int) -> None:
@@ -18,7 +25,7 @@ class LookUp:
         self.after: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its last place stands
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """More text."""
+        """The text goes on by these tokens."""
         for token in tokens:
             # Entered once something follows, so that the end of the text never finds itself.
             if len(self.tokens) >= self.ngram:
@@ -26,7 +33,7 @@ class LookUp:
             self.tokens.append(token)
 
     def find(self, count: int) -> tuple[list[int], int]:
-        """Tokens that may follow, and how much of the text before them is the same: which says how likely they are.
+        """Tokens that may follow, and how long the text before them is the same: the longer, the likelier they are.
 
         Args:
             count: how many.
@@ -44,3 +51,35 @@ class LookUp:
         found = self.tokens[at : at + count]
         # A repetition shorter than the draft goes on repeating.
         return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
+
+
+class LookupDrafter:
+    """Drafts from the text, where each row that still runs finds its end again; else the draft is empty.
+
+    Args:
+        context: of the steps.
+        longest: d, the tokens of a draft.
+        ngram: see `TextIndex`.
+        prompts: of each row.
+    """
+
+    def __init__(self, context: StepContext, longest: int, ngram: int, prompts: Sequence[Sequence[int]]) -> None:
+        self.context, self.longest = context, longest
+        self.texts = [TextIndex(ngram) for _ in prompts]
+        self.extend(prompts)
+
+    def propose(self, now: RoundStart) -> Draft:
+        """See `Drafter.propose`; drafters of an exit verify such drafts."""
+        depth, match, tokens = now.depth(self.context, self.longest), 0, now.last[:, None]
+        rows = zip(self.texts, now.finished, strict=True)
+        found = [([0] * depth, 2) if done else text.find(depth) for text, done in rows]
+        if depth and all(row for row, _ in found):
+            tokens = torch.cat([tokens, on_device([row for row, _ in found], self.context.device)], 1)
+            match = min(match for _, match in found)
+        slots = self.context.slots(now.last_slot + tokens.shape[1])
+        return Draft(DraftStrategy("lookup", match), slots, tokens)
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> None:
+        """The text of each row goes on by these tokens."""
+        for text, new in zip(self.texts, tokens, strict=True):
+            text.extend(new)

@@ -7,39 +7,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.weights import quantise
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.drafting.tree import DraftTree
+from layerskip_recipes.generation.drafting.speculation import ExitLayer, Speculation, Threshold
+from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.generation.steps import head_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-
-
-def _one_exit(value: Any) -> Any:
-    if isinstance(value, list):
-        raise ConfigError(
-            f": {value} is a list. Allowed: one exit, such as 8; layerskip_benchmark with tune=true finds the fastest"
-        )
-    return value
-
-
-def _fixed_threshold(value: Any) -> Any:
-    if isinstance(value, str):
-        raise ConfigError(
-            f": {value!r} is not allowed. Allowed: a number of 0 to 1, such as 0.4, or null: no threshold"
-        )
-    return value
 
 
 class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
-    exit_layer: Annotated[PositiveInt, BeforeValidator(_one_exit), Field(examples=[8])]
+    exit_layer: Annotated[ExitLayer, Field(ge=1, examples=[8])]
     """E: the number of layers that run for a draft, 1 to L."""
     num_speculations: Annotated[PositiveInt, Field(examples=[6])]
     """Tokens drafted in a round; of a draft tree its depth."""
@@ -47,7 +31,7 @@ class SelfSpeculation(Section):
     """Nodes that each level of a draft tree expands; 1 is a chain, one token after the other."""
     tree_children: PositiveInt = 1
     """Candidates from each expanded node."""
-    threshold: Annotated[Annotated[Fraction, Field(examples=[0.4])] | None, BeforeValidator(_fixed_threshold)] = None
+    threshold: Threshold | None = None
     """A draft stops at a token of which its probability is below this. Compiled steps look after 1, 2, 4, 8, ... tokens
     only, since each length is a graph."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None

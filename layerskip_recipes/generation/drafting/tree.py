@@ -1,175 +1,176 @@
-"""Trees of drafted tokens: their shape, and how verification walks them, greedy or by multi-candidate sampling.
+"""Trees of drafted tokens: several candidates for each of the next tokens, from an exit, verified in one pass."""
 
-Node 0 is the last token that stands; level i (1 .. depth) holds candidates for the i-th token after it. Each level
-expands `width` nodes, the likeliest by the draft, into `children` candidates each. A chain is width 1, children 1.
-
-Greedy drafts keep only the nodes that are expanded further; sampled ones keep every candidate that was drawn, because
-dropping some by their probability would change the distribution of those that stay.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 
-from layerskip_recipes.generation.sampling import race, residual
+from layerskip_recipes.generation.drafting.chain import ChainDrafter, outcome
+from layerskip_recipes.generation.drafting.drafter import Draft, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.tree_shape import DraftTree, accept_greedy_tree, accept_sampled_tree
+from layerskip_recipes.generation.sampling import exponential_race_scores
+from layerskip_recipes.generation.steps import Step, StepContext
+from layerskip_recipes.model.decoder import on_device
+from layerskip_recipes.model.kv_cache import visible_tree
 
 
-@dataclass(frozen=True)
-class DraftTree:
-    """The shape of a round's draft.
-
-    Args:
-        depth: levels, each one sequential draft step; `num_speculations`.
-        width: nodes that each level expands.
-        children: candidates drawn from each expanded node; the root gets at least `width`.
-        greedy: whether only expanded nodes are kept.
-    """
-
-    depth: int
-    width: int = 1
-    children: int = 1
-    greedy: bool = True
-
-    @property
-    def is_chain(self) -> bool:
-        """One candidate a level: node i is the i-th drafted token."""
-        return self.width == 1 and (self.greedy or self.children == 1)
-
-    def candidates(self, level: int) -> int:
-        """Candidates drawn from each node that level-1 expands."""
-        return max(self.width, self.children) if level == 1 else self.children
-
-    def level_size(self, level: int) -> int:
-        """Nodes on a level."""
-        if level == 0:
-            return 1
-        drawn = self.candidates(level) * (1 if level == 1 else self.width)
-        return self.width if self.greedy else drawn
-
-    @cached_property
-    def offsets(self) -> list[int]:
-        """The first node of each level, and the number of all nodes at the end."""
-        offsets = [0]
-        for level in range(self.depth + 1):
-            offsets.append(offsets[-1] + self.level_size(level))
-        return offsets
-
-    def chain(self, drafted: Sequence[int]) -> list[int]:
-        """Of a row's drafted tokens, level by level, the first of each: what a chain would draft."""
-        return [drafted[first - 1] for first in self.offsets[1:-1] if first <= len(drafted)]
-
-    @property
-    def nodes(self) -> int:
-        """All nodes, the root too: the positions that verification looks at."""
-        return self.offsets[-1]
-
-    @cached_property
-    def expanded(self) -> list[int]:
-        """The nodes that ran through the early layers while drafting, in that order: the first ones of each level."""
-        return [0] + [self.offsets[level] + i for level in range(1, self.depth) for i in range(self.width)]
-
-    @cached_property
-    def leaves(self) -> list[int]:
-        """The other nodes."""
-        return sorted(set(range(self.nodes)) - set(self.expanded))
-
-    @cached_property
-    def levels(self) -> list[int]:
-        """The level of each node."""
-        return [level for level in range(self.depth + 1) for _ in range(self.level_size(level))]
-
-    @cached_property
-    def draft_rows(self) -> list[int]:
-        """For each node its place in `expanded`; 0 for leaves, whose draft distribution nobody has."""
-        places = {node: place for place, node in enumerate(self.expanded)}
-        return [places.get(node, 0) for node in range(self.nodes)]
-
-
-def accept_greedy_tree(
-    tree: DraftTree, tokens: torch.Tensor, parents: torch.Tensor, logits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The longest path of drafted tokens that the full model would have chosen, and its own next token.
+class TreeDrafter(ChainDrafter):
+    """Drafts several candidates for each of the next tokens from exit E; also verifies chains that were looked up.
 
     Args:
-        tree: the shape.
-        tokens: [b, nodes].
-        parents: [b, nodes], the node that each came from; the root's is -1.
-        logits: [b, nodes, v] of the full model after each node.
-
-    Returns:
-        accepted [b]; next token [b]; path [b, depth], the node at each level, meaningful up to `accepted`.
+        context: of the steps.
+        exit_layer: E.
+        tree: the shape; rounds that need fewer levels cut its depth.
     """
-    chosen = logits.argmax(-1)
-    current = torch.zeros_like(tokens[:, 0])
-    accepted, alive, path = current, torch.ones_like(current, dtype=torch.bool), []
+
+    def __init__(self, context: StepContext, exit_layer: int, tree: DraftTree) -> None:
+        super().__init__(context, exit_layer, tree.depth)
+        self.tree, self.strategy = tree, DraftStrategy("tree")
+        self.tables: dict[DraftTree, tuple[torch.Tensor, ...]] = {}
+
+    def propose(self, now: RoundStart) -> Draft:
+        context, depth = self.context, now.depth(self.context, self.longest)
+        if depth == 0:
+            return Draft(self.strategy, context.slots(now.last_slot + 1), now.last[:, None])
+        tree = replace(self.tree, depth=depth)
+        slots = context.slots(now.last_slot + tree.nodes)
+        noise = context.noise(len(tree.expanded), draft=True)
+        step = Step(context, draft_tree, self.exit_layer, tree)
+        tokens, hidden, q, *nodes = step(slots, now.last, now.start, noise, now.seen)
+        return Draft(self.strategy, slots, tokens, hidden, q, tree, *nodes)
+
+    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+        context, tree = self.context, draft.tree
+        if tree is None:
+            return super().verify(draft, now)
+        if tree not in self.tables:
+            nodes = tree.expanded + tree.leaves
+            order = [nodes.index(node) for node in range(tree.nodes)]
+            lists = (order, tree.leaves, tree.levels, tree.draft_rows)
+            self.tables[tree] = tuple(on_device(numbers, context.device) for numbers in lists)
+        *tables, draft_rows = self.tables[tree]
+        uniform = context.sampler.uniform((context.cache.rows, tree.depth, tree.candidates(1)), context.device)
+        noise = context.noise()
+        step = Step(context, tree_logits, self.exit_layer, choice=False)
+        logits = step(draft.slots, draft.tokens, draft.hidden, draft.ancestors, now.start, *tables)
+        nodes = (draft.tokens, draft.parents, draft.ranks, draft.ancestors)
+        step = Step(context, accept_tree, tree)
+        return step(None, logits, *nodes, draft.q, draft_rows, now.start, uniform, noise, now.seen)
+
+
+def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, last, start, noise, seen):
+    """`tree.depth` levels of candidates.
+
+    last, start [b]; noise [b, expanded nodes, v'] or None; seen [b, v] or None -> the tensors of a `Draft`: tokens,
+    hidden, q, parents, ranks, ancestors.
+    """
+    count, b = context.cache.slots, last.shape[0]
+    eye = torch.eye(tree.nodes, dtype=torch.bool, device=last.device)
+    root = torch.zeros_like(last)[:, None]
+    tokens, parents, ranks, hidden, q = [last[:, None]], [root - 1], [root], [], []
+    ancestors = [eye[None, :1].expand(b, -1, -1)]
+    frontier, score = last[:, None], torch.zeros_like(last, dtype=torch.float32)[:, None]
+    path_seen = None if seen is None else seen[:, None]
+    done = 0
     for level in range(1, tree.depth + 1):
-        here = slice(tree.offsets[level], tree.offsets[level + 1])
-        want = chosen.gather(1, current[:, None])
-        match = (parents[:, here] == current[:, None]) & (tokens[:, here] == want)
-        alive = alive & match.any(1)
-        current = torch.where(alive, tree.offsets[level] + match.long().argmax(1), current)
-        accepted = accepted + alive
-        path.append(current)
-    return accepted, chosen.gather(1, current[:, None])[:, 0], torch.stack(path, 1)
+        width, drawn = frontier.shape[1], tree.candidates(level)
+        first = tree.offsets[level - 1]
+        on_path = ancestors[-1][:, :width]
+        x = context.run(
+            context.draft_model,
+            frontier,
+            start[:, None] + first + count[:width],
+            slots,
+            exit_layer=exit_layer,
+            unembed=False,
+            positions=(start + level - 1)[:, None].expand(-1, width),
+            mask=visible_tree(slots, start, on_path, context.dtype),
+        )
+        hidden.append(x)
+        scores = context.draft_scores(x, path_seen)
+        if noise is None:
+            values, candidates = scores.log_softmax(-1).topk(drawn, -1)
+        else:
+            # The order of an exponential race is that of draws without replacement.
+            race = exponential_race_scores(scores, noise[:, done : done + width])
+            candidates = race.topk(drawn, -1).indices
+            values = scores.gather(-1, candidates).log()
+            q.append(scores)
+        done += width
+        size = tree.level_size(level)
+        total = (score[..., None] + values).flatten(1)
+        # Node 0 of a level goes on from node 0 by its likeliest token, even if other nodes have a better score: so
+        # the tree holds the chain's draft, and accepts at least as much however unreliable the confidence is.
+        order = total.index_fill(1, root[0], torch.inf).topk(size, -1).indices
+        score = total.gather(1, order)
+        new = context.in_full_vocabulary(candidates.flatten(1).gather(1, order))
+        parent = order // drawn
+        tokens.append(new)
+        parents.append(first + parent)
+        ranks.append(order % drawn)
+        offset = tree.offsets[level]
+        inherited = on_path.gather(1, parent[..., None].expand(-1, -1, tree.nodes))
+        ancestors.append(inherited | eye[offset : offset + size])
+        frontier, score = new[:, : tree.width], score[:, : tree.width]
+        if path_seen is not None:
+            parent = parent[:, : tree.width, None].expand(-1, -1, path_seen.shape[-1])
+            path_seen = path_seen.gather(1, parent).scatter(2, frontier[..., None], True)
+    return (
+        torch.cat(tokens, 1),
+        torch.cat(hidden, 1),
+        torch.cat(q, 1) if q else None,
+        torch.cat(parents, 1),
+        torch.cat(ranks, 1),
+        torch.cat(ancestors, 1),
+    )
 
 
-def accept_sampled_tree(
+def tree_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, ancestors, start, order, leaves, levels):
+    """The full model on all nodes of a tree, after the leaves caught up with the early layers.
+
+    tokens [b, k], hidden [b, expanded, d], ancestors [b, k, k], start [b] -> [b, k, v]. order [k]: the place of each
+    node among the expanded ones and the leaves; leaves [leaves]; levels [k].
+    """
+    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    positions = start[:, None] + levels
+    mask = visible_tree(slots, start, ancestors, context.dtype)
+    if not context.shares_layers:
+        return context.run(model, tokens, at, slots, positions=positions, mask=mask)
+    of_leaves = {"positions": positions[:, leaves], "mask": mask[:, leaves]}
+    x = context.run(model, tokens[:, leaves], at[:, leaves], slots, exit_layer=exit_layer, unembed=False, **of_leaves)
+    x = torch.cat([hidden, x], 1)[:, order]
+    return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, positions=positions, mask=mask)
+
+
+def accept_tree(
+    context: StepContext,
     tree: DraftTree,
-    tokens: torch.Tensor,
-    parents: torch.Tensor,
-    ranks: torch.Tensor,
-    q: torch.Tensor,
-    draft_rows: torch.Tensor,
-    p: torch.Tensor,
-    uniform: torch.Tensor,
-    noise: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Multi-candidate speculative sampling: at each node its candidates are tried in the order they were drawn.
+    slots,
+    logits,
+    tokens,
+    parents,
+    ranks,
+    ancestors,
+    q,
+    draft_rows,
+    start,
+    uniform,
+    noise,
+    seen,
+):
+    """The result of `Drafter.verify` with the accepted path; it also moves to its place in the cache, behind the text.
 
-    Candidates are drawn without replacement from q. Each is accepted with probability min(1, p(x)/q(x)); a rejection
-    leaves p <- norm(max(0, p - q)) and q <- q without x, renormalised. What is accepted has the distribution p
-    (recursive rejection: Jeon et al., arXiv 2402.14160; Chen et al., Sequoia, arXiv 2402.12374).
-
-    Args:
-        tree: the shape.
-        tokens, parents: as in `accept_greedy_tree`.
-        ranks: [b, nodes], the place of each node in the order of its parent's draws.
-        q: [b, expanded, v] the draft's distribution after each expanded node, in the order of `tree.expanded`.
-        draft_rows: [nodes], `tree.draft_rows` as a tensor.
-        p: [b, nodes, v] the full model's.
-        uniform: [b, depth, candidates of the root] draws of U(0, 1).
-        noise: [b, v] `random_bits`.
-
-    Returns:
-        As `accept_greedy_tree`.
+    Shapes as in `accept_sampled_tree` and `Draft`.
     """
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    current = torch.zeros_like(tokens[:, 0])
-    accepted, alive, path, rest = current, torch.ones_like(current, dtype=torch.bool), [], p[:, 0]
-    for level in range(1, tree.depth + 1):
-        here = slice(tree.offsets[level], tree.offsets[level + 1])
-        p_left, q_left = p[rows, current], q[rows, draft_rows[current]]
-        found, following = torch.zeros_like(alive), current
-        for rank in range(tree.candidates(level)):
-            match = (parents[:, here] == current[:, None]) & (ranks[:, here] == rank)
-            node = tree.offsets[level] + match.long().argmax(1)
-            x = tokens.gather(1, node[:, None])
-            q_x, p_x = q_left.gather(1, x)[:, 0], p_left.gather(1, x)[:, 0]
-            # Fewer tokens than candidates can have a probability: then q_x is 0 and the candidate none.
-            tried = alive & ~found & match.any(1) & (q_x > 0)
-            took = tried & (uniform[:, level - 1, rank] * q_x < p_x)
-            following, found = torch.where(took, node, following), found | took
-            rejected = (tried & ~took)[:, None]
-            without = q_left.scatter(1, x, 0)
-            total = without.sum(-1, keepdim=True)
-            p_left = torch.where(rejected, residual(p_left, q_left), p_left)
-            q_left = torch.where(rejected, torch.where(total > 0, without / total, without), q_left)
-        rest = torch.where((alive & ~found)[:, None], p_left, rest)
-        alive = alive & found
-        current = torch.where(alive, following, current)
-        accepted = accepted + alive
-        path.append(current)
-    rest = torch.where(alive[:, None], p[rows, current], rest)
-    return accepted, race(rest, noise), torch.stack(path, 1)
+    scores = context.scores(logits, None if seen is None else context.seen_at(seen, tokens, ancestors))
+    if context.sampler.greedy:
+        accepted, following, path = accept_greedy_tree(tree, tokens, parents, scores)
+    else:
+        full_q = context.full_q(q, scores)
+        accepted, following, path = accept_sampled_tree(
+            tree, tokens, parents, ranks, full_q, draft_rows, scores, uniform, noise
+        )
+    level = context.cache.slots[1 : tree.depth + 1]
+    # Slots behind the accepted path are never looked at again, so they may keep what they hold.
+    source = torch.where(level <= accepted[:, None], path, level)
+    context.cache.move(start[:, None] + source, start[:, None] + level)
+    return outcome(accepted, following, tokens.gather(1, path))

@@ -1,7 +1,7 @@
-"""Calls of compiled steps without the walk to their inputs.
+"""Calls of compiled steps that do not look up weights and caches again.
 
-torch.compile looks up each weight and each cache by its name at every call: a tenth of a small model's step. In one
-generation they stay the same, so after its first call a step gets those of that call, and only the arguments change.
+torch.compile looks up each weight and each cache by its name at every call: a tenth of a small model's step. Within
+one generation they stay the same, so a step's first call records them, and later calls exchange its arguments.
 """
 
 import weakref
@@ -14,24 +14,24 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 class LastCall:
-    """The last call of a compiled function, its inputs and outputs; kept with the step that torch.compile made."""
+    """The last call of a compiled function, its inputs and outputs; kept with the function that torch.compile made."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Weights and caches are freed."""
+        """Drop the references to weights and caches."""
         self.function: Callable | None = None
         self.inputs: Sequence[Any] = ()
         self.outputs: Sequence[torch.Tensor] = ()
 
-    def bind(self, args: Sequence[Any], length: int | None, result: Any) -> "Bound | None":
-        """The inputs for more calls like it; None if it is not clear where they come from. The call is forgotten.
+    def bind(self, args: Sequence[Any], length: int | None, result: Any) -> "BoundGraph | None":
+        """The graph for more calls like the last one; None if an input or output cannot be traced. Forgets the call.
 
         Args:
-            args: of the step in that call.
-            length: the one that is dynamic, if there is one.
-            result: of the step in that call.
+            args: of the step in the last call.
+            length: the dynamic length in it, if there is one.
+            result: of the step in it.
         """
         function, inputs, outputs = self.function, self.inputs, self.outputs
         self.forget()
@@ -43,7 +43,7 @@ class LastCall:
             id(leaf) not in output and isinstance(leaf, torch.Tensor) for leaf in leaves
         ):
             return None
-        return Bound(
+        return BoundGraph(
             function,
             list(inputs),
             [(i, argument[id(value)]) for i, value in enumerate(inputs) if id(value) in argument],
@@ -53,14 +53,14 @@ class LastCall:
         )
 
 
-class Backend:
-    """Inductor as a backend of torch.compile that notes the calls of what it compiled.
+class RecordingBackend:
+    """Inductor as a backend of torch.compile that records each call of a compiled function.
 
-    torch keeps backends as long as the process, so this one refers to nothing that it made.
+    torch keeps backends as long as the process lives, so this one holds no strong reference to what it made.
 
     Args:
         options: of inductor.
-        last: where the last call is noted.
+        last: where the last call is recorded.
     """
 
     def __init__(self, options: dict[str, Any], last: LastCall) -> None:
@@ -77,15 +77,15 @@ class Backend:
         return call
 
 
-class Bound:
+class BoundGraph:
     """A compiled function with its weights and caches in place.
 
     Args:
         compiled: the function.
         inputs: of its first call.
-        moving: which of them are which of the step's arguments.
-        lengths: which of them are the dynamic length.
-        outputs: for each part of the step's result, which of the function's outputs it is; None is None.
+        moving: pairs (place of an input, place of the step's argument that it is).
+        lengths: places of the inputs that are the dynamic length.
+        outputs: for each part of the step's result the place in the function's outputs; None for a part that is None.
         structure: of the step's result.
     """
 
@@ -100,20 +100,20 @@ class Bound:
     ) -> None:
         self.compiled, self.inputs, self.moving, self.lengths = compiled, inputs, moving, lengths
         self.outputs, self.structure = outputs, structure
-        self._let_go()
+        self._drop_arguments()
 
-    def _let_go(self) -> None:
-        """Of the arguments: what one CUDA graph made and another one reads is gone with the round."""
+    def _drop_arguments(self) -> None:
+        """Arguments may be results of another CUDA graph, whose memory is used again in the next round."""
         for i, _ in self.moving:
             self.inputs[i] = None
 
     def __call__(self, args: Sequence[Any], length: int | None) -> Any:
-        """The step's result for other arguments of the same kinds."""
+        """The step's result for other arguments of the same shapes."""
         leaves = tree_leaves(args)
         for i, argument in self.moving:
             self.inputs[i] = leaves[argument]
         for i in self.lengths:
             self.inputs[i] = length
         outputs = self.compiled(*self.inputs)
-        self._let_go()
+        self._drop_arguments()
         return tree_unflatten([None if i is None else outputs[i] for i in self.outputs], self.structure)

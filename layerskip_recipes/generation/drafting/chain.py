@@ -1,0 +1,149 @@
+"""Chains of drafted tokens: drafts from an early exit, token by token, and their verification in one pass.
+
+A round of n drafted tokens costs n early passes with head, one early pass without (the last token must be verified
+too), and one late pass over n + 1 tokens that starts from the hidden states of the early ones (paper, section 4.3).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from layerskip_recipes.generation.drafting.drafter import Draft, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
+from layerskip_recipes.generation.steps import Step, StepContext
+
+
+class ChainDrafter(Drafter):
+    """Drafts tokens one by one from exit E.
+
+    Args:
+        context: of the steps.
+        exit_layer: E.
+        longest: d, the tokens of a draft.
+        threshold: a draft stops after the first token whose confidence, the draft's probability of it, is below, in
+            all rows that still run; None: never.
+    """
+
+    def __init__(self, context: StepContext, exit_layer: int, longest: int, threshold: float | None = None) -> None:
+        self.context, self.exit_layer, self.longest, self.threshold = context, exit_layer, longest, threshold
+        self.strategy = DraftStrategy("chain")
+
+    def propose(self, now: RoundStart) -> Draft:
+        depth = now.depth(self.context, self.longest)
+        slots = self.context.slots(now.last_slot + depth + 1)
+        if depth == 0:
+            return Draft(self.strategy, slots, now.last[:, None])
+        if self.threshold is not None:
+            return self._until_unsure(now, depth, slots, self.threshold)
+        noise = self.context.noise(depth, draft=True)
+        step = Step(self.context, draft_chain, self.exit_layer, depth)
+        return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen))
+
+    def _until_unsure(self, now: RoundStart, depth: int, slots: torch.Tensor, threshold: float) -> Draft:
+        """Draft step by step; where the draft may stop, the host waits for the confidence."""
+        context, seen = self.context, now.seen
+        tokens, hidden, q = [now.last], [], []
+        step = Step(context, draft_token, self.exit_layer)
+        for i in range(depth):
+            results = step(slots, tokens[-1], now.start + i, context.noise(draft=True), seen)
+            if context.graphs is not None and context.device.type == "cuda":
+                # The next step runs the same CUDA graph, which overwrites its results.
+                results = [None if result is None else result.clone() for result in results]
+            token, x, q_token, confidence, seen = results
+            tokens.append(token)
+            hidden.append(x)
+            q.append(q_token)
+            # Each length that is verified needs a compiled graph of its own: 1, 2, 4, 8, ... are enough.
+            if i + 1 < depth and (context.graphs is None or (i + 1) & i == 0):
+                confidences = context.broadcast(confidence).tolist()
+                if all(c < threshold for c, done in zip(confidences, now.finished, strict=True) if not done):
+                    break
+        all_q = None if q[0] is None else torch.stack(q, 1)
+        return Draft(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+
+    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+        context = self.context
+        if context.sampler.greedy and now.seen is None:
+            step = Step(context, verify_greedily, self.exit_layer, choice=False)
+            return step(draft.slots, draft.tokens, draft.hidden, now.start)
+        uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
+        noise = context.noise()
+        step = Step(context, chain_logits, self.exit_layer, choice=False)
+        logits = step(draft.slots, draft.tokens, draft.hidden, now.start)
+        return Step(context, accept_chain, layers=False)(None, logits, draft.tokens, draft.q, uniform, noise, now.seen)
+
+
+# ---- steps of drafts ----
+
+
+def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, start, noise, seen):
+    """`depth` tokens one after the other.
+
+    last, start [b]; noise [b, n, v'] or None; seen [b, v] or None -> tokens [b, n + 1], x_E [b, n, d], q [b, n, v'].
+    """
+    tokens, hidden, q = [last], [], []
+    for i in range(depth):
+        noise_i = None if noise is None else noise[:, i]
+        token, x, scores, _, seen = _next_draft(context, exit_layer, slots, tokens[-1], start + i, noise_i, seen)
+        tokens.append(token)
+        hidden.append(x)
+        q.append(scores)
+    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1)
+
+
+def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen):
+    """One token [b], its x_E [b, 1, d], q [b, v'] or None, the confidence q(token) [b], and `seen` with the token."""
+    token, x, scores, place, seen = _next_draft(context, exit_layer, slots, last, start, noise, seen)
+    probs = scores.softmax(-1) if noise is None else scores
+    return token, x, None if noise is None else scores, probs.gather(-1, place[:, None])[:, 0], seen
+
+
+def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise, seen):
+    """A token, its x_E, the scores that it was chosen by, its place among them, and `seen` with it."""
+    model, at = context.draft_model, start[:, None]
+    x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
+    scores = context.draft_scores(x, None if seen is None else seen[:, None])[:, -1]
+    place = context.sampler.choose(scores, noise)
+    token = context.in_full_vocabulary(place)
+    return token, x, scores, place, None if seen is None else seen.scatter(1, token[:, None], True)
+
+
+# ---- steps of verification ----
+
+
+def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start):
+    """The full model on all drafted tokens in one pass.
+
+    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None: all layers run; start [b]
+    -> [b, n + 1, v].
+    """
+    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    if hidden is None or not context.shares_layers:
+        return context.run(model, tokens, at, slots)
+    x = context.run(model, tokens[:, -1:], at[:, -1:], slots, exit_layer=exit_layer, unembed=False)
+    return context.run(model, None, at, slots, hidden=torch.cat([hidden, x], 1), start_layer=exit_layer)
+
+
+def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen):
+    """The result of `Drafter.verify`. Without q, as of looked up tokens, each one had probability 1.
+
+    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n], noise, seen [b, v]; the last four or None.
+    """
+    if seen is not None:
+        count = context.cache.slots[: tokens.shape[1]]
+        seen = context.seen_at(seen, tokens, (count <= count[:, None])[None])
+    scores, drafted = context.scores(logits, seen), tokens[:, 1:]
+    if context.sampler.greedy:
+        return outcome(*accept_greedy(drafted, scores), drafted)
+    full_q = F.one_hot(drafted, scores.shape[-1]).to(scores) if q is None else context.full_q(q, scores)
+    return outcome(*accept_sampled(drafted, full_q, scores, uniform, noise), drafted)
+
+
+def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start):
+    """`chain_logits` and greedy acceptance as one graph: a greedy choice has no settings that could change."""
+    drafted = tokens[:, 1:]
+    return outcome(*accept_greedy(drafted, chain_logits(context, exit_layer, slots, tokens, hidden, start)), drafted)
+
+
+def outcome(accepted: torch.Tensor, following: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+    """One tensor, so that the host waits once: accepted [b], next token [b], drafted [b, n] -> [b, 2 + n]."""
+    return torch.cat([accepted[:, None], following[:, None], drafted], 1)

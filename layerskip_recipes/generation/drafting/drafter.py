@@ -1,0 +1,96 @@
+"""The interface between the engine and whatever drafts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from layerskip_recipes.generation.drafting.tree_shape import DraftTree
+from layerskip_recipes.generation.steps import StepContext
+
+
+class RoundStart(NamedTuple):
+    """What a drafter may know of the text when a round begins."""
+
+    last: torch.Tensor  # [b], the last token of each row
+    start: torch.Tensor  # [b], its slot
+    last_slot: int  # the largest of these slots
+    seen: torch.Tensor | None  # [b, v] bool, the tokens so far, where the sampler penalises them
+    finished: Sequence[bool]  # [b], rows whose text is complete
+    room: int  # the most tokens that a row may still get
+
+    def depth(self, context: StepContext, longest: int) -> int:
+        """How many tokens to draft: no more than can be kept; but graphs are made for one depth only."""
+        return longest if context.graphs is not None else min(longest, self.room - 1)
+
+
+@dataclass(frozen=True)
+class DraftStrategy:
+    """A way to draft, as the choice between ways knows it.
+
+    Args:
+        name: "chain", "tree" or "lookup".
+        match: of a look-up how long a text was found again: 0, 1 or 2, see `TextIndex.find`.
+    """
+
+    name: str
+    match: int = 0
+
+
+@dataclass
+class Draft:
+    """The tokens proposed for one round; without any the round is a step of the full model.
+
+    Args:
+        strategy: that proposed them.
+        slots: 0 .. end-1, what attention sees in this round.
+        tokens: [b, k], the root, which is the last token of the text, first.
+        hidden: [b, expanded nodes, d], x_E; None: verification starts from the tokens.
+        q: [b, expanded nodes, v'], the distributions that tokens were drawn from; None when greedy or looked up.
+        tree: the shape; None for a chain. Only trees have:
+        parents: [b, k], the node that each one came from; the root's is -1.
+        ranks: [b, k], the place of each node in the order of its parent's draws.
+        ancestors: [b, k, k] bool, for each node those on its path, itself included.
+    """
+
+    strategy: DraftStrategy
+    slots: torch.Tensor
+    tokens: torch.Tensor
+    hidden: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    tree: DraftTree | None = None
+    parents: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+    ancestors: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """n, the most drafted tokens that can be accepted in a row."""
+        return self.tokens.shape[1] - 1 if self.tree is None else self.tree.depth
+
+    def chains(self) -> list[list[int]]:
+        """[b][n], the drafted tokens; of a tree those that a chain would have."""
+        drafted = self.tokens[:, 1:].tolist()
+        return drafted if self.tree is None else [self.tree.chain(row) for row in drafted]
+
+
+class Drafter(ABC):
+    """Proposes a draft each round, and verifies it. Whatever it proposes, the output is that of the full model."""
+
+    strategy: DraftStrategy
+
+    @abstractmethod
+    def propose(self, now: RoundStart) -> Draft:
+        """The draft of the next round."""
+
+    @abstractmethod
+    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+        """[b, 2 + n]: how many drafted tokens stand, the full model's next token, the drafted tokens."""
+
+    def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - not every drafter learns
+        """A round that no limit cut gave each running row so many tokens, on the mean."""
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 - nor reads the text
+        """The text of each row goes on by these tokens, [b][any number]."""

@@ -1,0 +1,204 @@
+"""The cache of an earlier generation, and attention over the cache."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.decoding import PROMPT, L, greedy, make_model, model_of
+from helpers.sampling import rng
+from helpers.speculation import PROMPTS, run, speculation_of
+
+from layerskip_recipes.generation import engine
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.model.kv_cache import DecodingCache, cached_attention
+
+# ---- the cache of an earlier generation ----
+
+
+def count_positions(model):
+    """A Counter of (layer, positions) for every call from now on."""
+    calls = Counter()
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda _, args, number=number: calls.update([(number, args[0].shape[1])]))
+    return calls
+
+
+@pytest.mark.parametrize("chunk", [512, 3, 2])
+@pytest.mark.parametrize("variant", [None, "chain", "tree", "drafter", "look-up"])
+@pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
+def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
+    """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+    model = make_model(family)
+    calls, cache, prompt, reused = count_positions(model), None, PROMPT, 0
+    for more in [(30, 31, 7), (9,), (60, 2, 41, 7, 7)]:
+        speculation = speculation_of(variant, model) if variant else None
+        generation = Generation(model, [prompt], 7, speculation=speculation, cache=cache, reserve=50)
+        calls.clear()
+        steps = iter(generation)
+        next(steps)
+        new = len(prompt) - reused
+        pieces = [min(chunk, new - i) for i in range(0, new, chunk)] if reused or family == "gemma2" else [new]
+        assert calls == Counter({(layer, n): m for layer in range(L) for n, m in Counter(pieces).items()})
+        assert (generation.stats.reused_tokens, generation.stats.prefill_tokens) == (reused, new)
+        for _ in steps:
+            pass
+        assert generation.generated == [greedy(family, prompt, 7)]
+        assert cache is None or generation.cache is cache
+        cache = generation.cache
+        # The last token of the answer was never an input.
+        reused = len(prompt) + 7 - 1
+        prompt = (*prompt, *generation.generated[0], *more)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reused"),
+    [
+        ((*PROMPT, 1, 2, 3), 4),
+        ((*PROMPT[:2], 1, 2, 3), 2),
+        (PROMPT[:3], 2),  # at least the last token runs
+        (PROMPT, 3),
+        ((77, *PROMPT), 0),
+        ((4,), 0),
+    ],
+)
+def test_a_prompt_that_diverges_reuses_the_common_part(prompt, reused):
+    model = model_of("llama3_2")
+    first = run(model, [PROMPT], 9, speculation=Speculation(2, 3, 2, 2), reserve=40)
+    again = run(model, [prompt], 9, speculation=Speculation(2, 3), cache=first.cache)
+    assert again.stats.reused_tokens == reused and again.cache is first.cache
+    assert again.generated == [greedy("llama3_2", prompt, 9)]
+
+
+def test_rows_reuse_what_all_of_them_have():
+    model = model_of("llama3_2")
+    first = run(
+        model, PROMPTS[:3], 6, stop_tokens=[greedy("llama3_2", PROMPTS[0], 6)[2]], speculation=Speculation(2, 3)
+    )
+    prompts = [(*prompt, *tokens, 1, 2) for prompt, tokens in zip(first.prompts, first.generated, strict=True)]
+    assert len(first.generated[0]) == 3
+    again = run(model, prompts, 6, cache=first.cache, reserve=30, speculation=Speculation(3, 2, 2))
+    assert again.cache is not first.cache and again.stats.reused_tokens == 0  # too small
+    assert again.generated == [greedy("llama3_2", prompt, 6) for prompt in prompts]
+    prompts = [(*prompts[0], 5), (*prompts[1], 5), (*prompts[2][:6], 5)]
+    last = run(model, prompts, 6, cache=again.cache)
+    # The third row has six tokens in common with what ran before, the others more.
+    assert last.cache is again.cache and last.stats.reused_tokens == 3 * 6
+    assert last.stats.prefill_tokens == sum(len(prompt) - 6 for prompt in prompts)
+    assert last.generated == [greedy("llama3_2", prompt, 6) for prompt in prompts]
+    fewer = run(model, prompts[:2], 6, cache=again.cache)
+    assert fewer.cache is not again.cache and fewer.stats.reused_tokens == 0
+    assert fewer.generated == last.generated[:2]
+
+
+def test_an_exits_cache_is_no_cache_of_the_whole_model():
+    """Layers above the exit never ran; the other way round what is there is enough."""
+    model = model_of("llama3_2")
+    first = run(model, [PROMPT], 6, exit_layer=2, reserve=60)
+    prompt = (*PROMPT, *first.generated[0], 9)
+    exit_again = run(model, [prompt], 6, exit_layer=2, cache=first.cache)
+    assert exit_again.stats.reused_tokens == len(prompt) - 2
+    assert exit_again.generated == [greedy("llama3_2", prompt, 6, 2)]
+    whole = run(model, [prompt], 6, cache=first.cache, speculation=Speculation(2, 3))
+    assert whole.cache is first.cache and whole.stats.reused_tokens == 0
+    assert whole.generated == [greedy("llama3_2", prompt, 6)]
+    prompt = (*prompt, *whole.generated[0], 9)
+    exit_again = run(model, [prompt], 6, exit_layer=3, cache=first.cache)
+    assert exit_again.stats.reused_tokens == len(prompt) - 2
+    assert exit_again.generated == [greedy("llama3_2", prompt, 6, 3)]
+
+
+@pytest.mark.parametrize("when", ["prefill", "rounds"])
+def test_after_an_interruption_the_cache_holds_what_ran(when):
+    model = make_model()
+    first = run(model, [PROMPT], 6, reserve=60)
+    prompt = (*PROMPT, *first.generated[0], 9, 60, 2)
+    generation, steps = Generation(model, [prompt], 12, cache=first.cache, speculation=Speculation(2, 3, 2, 2)), 0
+    fails = 2 if when == "rounds" else 0
+    hook = model.layers[4].register_forward_pre_hook(lambda *_: 1 / 0 if steps == fails else None)
+    with pytest.raises(ZeroDivisionError):
+        for _ in generation:
+            steps += 1
+    hook.remove()
+    assert generation.generated[0] == greedy("llama3_2", prompt, 12)[: len(generation.generated[0])]
+    prompt = (*prompt, *generation.generated[0], 41)
+    again = run(model, [prompt], 12, cache=first.cache)
+    assert again.cache is first.cache
+    assert again.stats.reused_tokens == len(prompt) - (2 if when == "rounds" else 4 + 1)
+    assert again.generated == [greedy("llama3_2", prompt, 12)]
+
+
+# ---- attention over the cache ----
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize(("s", "end"), [(1, 1), (1, 9), (5, 9), (5, 5)])
+def test_cached_attention_is_that_of_expanded_heads(heads, s, end):
+    """Softmax of the scores by hand, each query head with the key head that it shares."""
+    generator = rng(70)
+    q = torch.randn(3, heads[0], s, 8, generator=generator)
+    k, v = torch.randn(2, 3, heads[1], end, 8, generator=generator)
+    seen = torch.rand(3, s, end, generator=generator) < 0.5
+    seen[:, :, 0] = True
+    masks = [torch.zeros(3, s, end).masked_fill(~seen, -torch.inf), torch.zeros(1, s, end).masked_fill(~seen[:1], -9e9)]
+    for mask in [*masks, *([None] if s in (1, end) else [])]:
+        causal = torch.zeros(1, s, end).masked_fill(torch.ones(s, end).tril(end - s) == 0, -torch.inf)
+        expected = torch.empty_like(q)
+        for head in range(heads[0]):
+            of = head * heads[1] // heads[0]
+            scores = torch.einsum("bsd,btd->bst", q[:, head], k[:, of]) / 8**0.5
+            weights = (scores + (causal if mask is None else mask)).softmax(-1)
+            expected[:, head] = torch.einsum("bst,btd->bsd", weights, v[:, of])
+        torch.testing.assert_close(cached_attention(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize("variant", [None, "chain", "tree", "drafter"])
+@pytest.mark.parametrize("family", ["llama3_2", "qwen2", "phi3"])
+def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, variant, monkeypatch):
+    """The keys of every call are a view of the cache, of its own heads, up to the last slot that is in use."""
+    model, rows, reserve = model_of(family), 2, 100
+    calls, attention = [], F.scaled_dot_product_attention
+
+    def recording(q, k, v, **arguments):
+        calls.append((k, v))
+        return attention(q, k, v, **arguments)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    speculation = speculation_of(variant, model) if variant else None
+    generation = Generation(model, [PROMPT, PROMPT[:2]], 14, speculation=speculation, reserve=reserve)
+    nodes = speculation.tree(greedy=True).nodes if variant else 1
+    longest, rounds = 0, 0
+    for _ in generation:
+        cache = generation.cache
+        assert cache.max_len == reserve
+        buffers = {layer.k.untyped_storage().data_ptr() for layer in cache.layers}
+        buffers |= {layer.v.untyped_storage().data_ptr() for layer in cache.layers}
+        assert all(tensor.untyped_storage().data_ptr() in buffers for pair in calls for tensor in pair)
+        if rounds == 0:
+            assert {tuple(k.shape) for k, _ in calls} == {(rows, 2, len(PROMPT), 8)}
+        else:
+            ends = {k.shape for k, _ in calls} | {v.shape for _, v in calls}
+            assert len(ends) == 1
+            ((b, heads, end, width),) = ends
+            assert (b, heads, width) == (rows, 2, 8)
+            assert longest < end <= longest + nodes
+        longest = max(len(p) + len(g) for p, g in zip(generation.prompts, generation.generated, strict=True)) - 1
+        rounds += 1
+        calls.clear()
+    assert rounds > 3
+
+
+def test_the_cache_is_written_where_it_says():
+    """Slots of each row of its own, or the same in all rows; slots that are not written stay."""
+    cache = DecodingCache(model_of("llama3_2"), 3, 8, torch.device("cpu"))
+    layer, expected = cache.layers[0], torch.zeros(2, 3, 2, 8, 4)
+    for at, end in (([[0, 1, 2]], 3), ([[3], [1], [2]], 4), ([[7, 4], [2, 3], [5, 6]], 8)):
+        new = torch.randn(2, 3, 2, len(at[0]), 4, generator=rng(71))
+        cache.seek(torch.tensor(at), end)
+        k, v = layer.update(*new)
+        for row, i in itertools.product(range(3), range(len(at[0]))):
+            expected[:, row, :, at[row % len(at)][i]] = new[:, row, :, i]
+        assert torch.equal(torch.stack([k, v]), expected[:, :, :, :end])

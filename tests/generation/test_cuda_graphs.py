@@ -1,0 +1,99 @@
+"""Compiled steps as CUDA graphs: the tokens of the CPU, graphs that serve later calls, one wait of the host a round."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.compiled import LONG, SHORT, VOCAB, WAYS, make_small, run
+from helpers.speculation import plain
+from omegaconf import OmegaConf
+
+from layerskip_recipes.generation.drafting.section import quantised_drafter
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
+from layerskip_recipes.generation.sampling import Sampler
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cuda_graphs(way):
+    """Greedy in fp32, a batch of two, each call's rounds on the same graphs; the reference runs on the CPU."""
+    model, reference = make_small().cuda(), make_small()
+    graphs = None
+    for prompts, count in ((SHORT, 40), (LONG, 25), (SHORT, 7)):
+        speculation = Speculation(**WAYS[way]) if WAYS[way] else None
+        generation = run(model, prompts, count, speculation=speculation)
+        assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
+        assert not compiled_steps(model).failed
+        graphs = graphs or dict(compiled_steps(model).graphs)
+        assert compiled_steps(model).graphs == graphs
+        assert way == "plain" or generation.stats.draft_s > 0
+    assert generation.stats.compile_s == 0
+
+
+OTHER_WAYS = WAYS | {
+    "looked up": {"exit_layer": 1, "num_speculations": 3, "prompt_lookup": 2},
+    "as long as it is sure": {"exit_layer": 1, "num_speculations": 4, "threshold": 0.3},
+    "of some tokens": {"exit_layer": 1, "num_speculations": 2, "draft_vocabulary": tuple(range(0, VOCAB, 2))},
+}
+LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # its text outgrows the first length of the graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_cuda_graphs_of_one_row_and_other_lengths(way, dtype):
+    """One row, whose products and writes are other kernels, and a text that needs longer graphs on the way; in fp32
+    the tokens of the CPU."""
+    model, reference = make_small().to("cuda", dtype), make_small()
+    for prompts, count in ((SHORT[:1], 40), (LONGER, 60), (LONGER, 60)):
+        speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
+        generation = run(model, prompts, count, speculation=speculation)
+        assert len(generation.generated[0]) == count and not compiled_steps(model).refused
+        if dtype == torch.float32:
+            assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
+
+
+def test_cuda_graphs_of_a_quantised_draft():
+    model, reference = make_small().cuda(), make_small()
+    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    drafter = quantised_drafter(model, 1, quantizer, with_head=True)
+    for prompts in (SHORT[:1], SHORT, LONGER):
+        generation = run(model, prompts, 30, speculation=Speculation(1, 2, drafter=drafter))
+        assert generation.generated == [plain(reference, prompt, 30) for prompt in prompts]
+        assert not compiled_steps(model).refused
+
+
+@pytest.mark.parametrize("way", ["chain", "tree"])
+def test_cuda_graphs_repeat_by_the_seed(way):
+    model, outputs = make_small().cuda(), []
+    for seed in (1, 1, 2):
+        sampler = Sampler(1.0, top_k=20, rng=torch.Generator("cuda").manual_seed(seed))
+        generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS[way]))
+        outputs.append(generation.generated)
+    assert outputs[0] == outputs[1] != outputs[2] and not compiled_steps(model).failed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_waits_once_in_a_round_on_a_gpu(way):
+    """By torch's own count of calls that wait for the device."""
+    model, speculation = make_small().cuda(), Speculation(**WAYS[way]) if WAYS[way] else None
+    for _ in range(2):  # captures
+        run(model, SHORT, 20, speculation=speculation)
+    generation = Generation(model, SHORT, 20, compile=True, speculation=speculation)
+    rounds = iter(generation)
+    next(rounds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            while not all(generation.finished):
+                next(rounds)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    assert len(waits) == generation.stats.rounds > 3

@@ -1,0 +1,150 @@
+"""What each drafter proposes, against walks through the layers, searches in the text and confidences by hand."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers.decoding import PROMPT, L, greedy, make_model, model_of, small_model
+from helpers.sampling import penalised
+from helpers.speculation import PROMPTS, AlwaysLookUp, perturbed, plain, run, search
+from helpers.tiny import VOCAB
+from helpers.walks import walk
+
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.stats import GenerationStats
+
+# ---- what is drafted ----
+
+
+def drafts_of(model, prompts, count, speculation, sampler=None, choice=None):
+    """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
+    rounds = []
+
+    def on_draft(tokens):
+        rows = zip(prompts, generation.generated, generation.finished, strict=True)
+        rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
+
+    arguments = {"speculation": speculation, "sampler": sampler, "choice": choice}
+    generation = Generation(model, prompts, count, **arguments, on_draft=on_draft)
+    for _ in generation:
+        pass
+    assert len(rounds) == generation.stats.rounds
+    return generation, rounds
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("vocabulary", [None, [90, 8, 8, 21, 70, 3, 55, 41]], ids=["all", "some"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 2)], ids=["chain", "one node a level", "tree"])
+def test_a_chain_is_the_exits_own_text(shape, vocabulary, penalty):
+    """Of the draft vocabulary the likeliest token at the exit, its own drafts penalised too; so is a tree's chain."""
+    model, count, d = model_of("llama3_2"), 14, 3
+    speculation = Speculation(2, d, *shape, draft_vocabulary=vocabulary)
+    _, rounds = drafts_of(model, PROMPTS[:3], count, speculation, Sampler(repetition_penalty=penalty))
+    assert speculation.tree(greedy=True).is_chain == (shape[0] == 1)  # children of one node a level are for sampling
+    for texts, drafts in rounds:
+        lengths = [len(text) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=False) if text]
+        for text, draft in zip(texts, drafts, strict=True):
+            expected, tokens = [], text
+            for _ in range(min(d, count - min(lengths) - 1) if text else 0):
+                logits = walk(model, torch.tensor([tokens]), range(2))[0, -1].tolist()
+                logits = penalised(logits, tokens, penalty)
+                expected.append(max(vocabulary or range(VOCAB), key=logits.__getitem__))
+                tokens = [*tokens, expected[-1]]
+            assert draft == expected or text is None
+
+
+def test_drafts_looked_up_beside_a_tree_are_told_as_they_are():
+    """All of them, though the tree of other rounds has more nodes than its chain."""
+    prompts, count, d = [PROMPT * 3], 20, 4
+    speculation = Speculation(2, d, 3, 2, prompt_lookup=2)
+    generation, rounds = drafts_of(model_of("llama3_2"), prompts, count, speculation)
+    assert generation.stats.rounds_by_kind["lookup"] and speculation.tree(greedy=True).nodes > d + 1
+    for (text,), (draft,) in rounds:
+        assert len(draft) == min(d, count - (len(text) - len(prompts[0])) - 1)
+
+
+def test_a_drafter_drafts_in_the_models_place():
+    """From exit 1 of a drafter whose attention is the model's, so that what stands in the cache is its own too."""
+    model = model_of("llama3_2")
+    drafter = perturbed(model, 0.3, 1)
+    drafter.layers[0].attn = copy.deepcopy(model.layers[0].attn)
+    drafter.layers[0].sa_norm = copy.deepcopy(model.layers[0].sa_norm)
+    differs = 0
+    for (text,), (draft,) in drafts_of(model, [PROMPT], 18, Speculation(1, 3, drafter=drafter))[1]:
+        tokens = tuple(text)
+        assert draft == plain(drafter, tokens, len(draft), 1.0, 1)
+        differs += draft != plain(model, tokens, len(draft), 1.0, 1)
+    assert differs > 2
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.15, 0.2, 1.0])
+def test_a_draft_stops_after_the_first_token_below_the_threshold(threshold):
+    """In a batch when that holds for every row that still runs."""
+    model, count, d = model_of("llama3_2"), 16, 4
+    lengths = Counter()
+    for prompts in ([PROMPT], PROMPTS[:2], PROMPTS[1:4]):
+        for texts, drafts in drafts_of(model, prompts, count, Speculation(2, d, threshold=threshold))[1]:
+            running = [row for row, text in enumerate(texts) if text]
+            room = max(count - len(texts[row]) + len(prompts[row]) for row in running)
+            expected = [[] for _ in running]
+            for _ in range(min(d, room - 1)):
+                confidences = []
+                for row, tokens in zip(running, expected, strict=True):
+                    probs = walk(model, torch.tensor([[*texts[row], *tokens]]), range(2))[0, -1].softmax(-1)
+                    tokens.append(probs.argmax().item())
+                    confidences.append(probs.max())
+                if max(confidences) < threshold:
+                    break
+            assert [drafts[row] for row in running] == expected
+            lengths[len(expected[0])] += 1
+    assert (set(lengths) - {0} == {1}) == (threshold == 1.0)
+    assert threshold in (0.0, 1.0) or min(lengths[1], lengths[2], lengths[d]) > 0
+
+
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_look_ups_are_what_a_search_finds(ngram):
+    """Of a model with five tokens, whose texts repeat themselves: such drafts are often right."""
+    model, stats, n, count = small_model(), GenerationStats(), 4, 24
+    for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
+        speculation = Speculation(2, n, prompt_lookup=ngram)
+        generation, rounds = drafts_of(model, [prompt], count, speculation, choice=AlwaysLookUp())
+        found = 0
+        for (text,), (draft,) in rounds:
+            expected = search(text, ngram, n)
+            room = count + len(prompt) - len(text) - 1
+            found += bool(expected[:room])
+            assert draft == expected[:room] or not expected
+        assert generation.generated == [plain(model, prompt, count)]
+        assert generation.stats.rounds_by_kind["lookup"] == found
+        stats += generation.stats
+    assert stats.rounds_by_kind["lookup"] > 5 and 0 < stats.acceptance_rate < 1
+
+
+def test_a_look_up_needs_every_row_that_still_runs():
+    model, prompts = small_model(), [(1, 3, 0, 1, 3), (0, 1, 2, 3, 4)]
+    speculation = Speculation(2, 3, prompt_lookup=2)
+    generation, rounds = drafts_of(model, prompts, 20, speculation, choice=AlwaysLookUp())
+    assert generation.generated == [plain(model, prompt, 20) for prompt in prompts]
+    with_all = [all(text is None or search(text, 2, 3) for text in texts) for texts, _ in rounds]
+    assert generation.stats.rounds_by_kind["lookup"] == sum(with_all)
+    assert 0 < sum(with_all) < len(with_all)
+
+
+@pytest.mark.parametrize("kind", ["copies", "the model itself", "shared layers"])
+def test_a_drafter_and_the_model_are_left_as_they_were(kind):
+    model = make_model()
+    drafter = model if kind == "the model itself" else perturbed(model)
+    if kind == "shared layers":
+        drafter.layers[0] = model.layers[0]
+    drafter.train()
+    layers = {*model.layers, *drafter.layers}
+    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3, drafter=drafter))
+    assert generation.generated == [greedy("llama3_2", PROMPT, 10)]
+    assert not model.decoding and not drafter.decoding
+    assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in layers)
+    assert all(layer.attn.num_kv_heads == 2 for layer in layers)
+    tokens = torch.tensor([PROMPT])
+    assert torch.equal(drafter.eval()(tokens), walk(drafter, tokens, range(L)))

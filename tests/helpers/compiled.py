@@ -1,0 +1,45 @@
+"""Shared by tests of compiled steps: a small model, prompts of different lengths, and ways to decode."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.speculation import PROMPTS
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation.engine import Generation
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
+)
+CPU = torch.device("cpu")
+SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
+VOCAB = 31
+# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache.
+END = [tuple(range(start, start + 25)) * 8 for start in (2, 5)]
+SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
+LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
+
+
+def make_small():
+    torch.manual_seed(80)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return layerskip_decoder(model).eval()
+
+
+def run(model, prompts, count, *, compile=True, **arguments):
+    generation = Generation(model, prompts, count, compile=compile, **arguments)
+    for _ in generation:
+        pass
+    return generation
+
+
+WAYS = {
+    "plain": {},
+    "chain": {"exit_layer": 1, "num_speculations": 2},
+    "tree": {"exit_layer": 1, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
+}

@@ -1,0 +1,134 @@
+"""Wrong settings of adapters: one ValueError with the key, the value and what works, before weights are loaded."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.adapters import (
+    FILE,
+    adapted_section,
+    adapter_config,
+    generate_with,
+    make_start,
+    reader,
+)
+from helpers.configs import finetune_config, generate_config
+from helpers.refusals import check
+from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+from safetensors.torch import load_file, save_file
+from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.model.adapters import correct_peft_form
+
+
+@pytest.fixture(scope="module")
+def adapter_paths(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
+    """A LoRA run, and configs on its start: training and generation, with adapters and without."""
+    folder = tmp_path_factory.mktemp("bad")
+    make_start(folder / "start", "llama3_2", tokenizer_folder)
+    paths = {"adapters": adapter_config(folder / "run", tokenizer_folder, "llama3_2", folder / "start")}
+    train(paths["adapters"])
+    start = reader(folder / "start", "llama3_2")
+    paths["full"] = finetune_config(folder / "full", tokenizer_folder, checkpointer=start)
+    paths["scratch"] = finetune_config(folder / "scratch", tokenizer_folder, model=adapted_section("llama3_2"))
+    paths["checkpoint"] = folder / "run" / "out" / "epoch_0"
+    torch.save(dict.fromkeys(torch.load(paths["checkpoint"] / "adapter_model.pt"), 1), folder / "numbers.pt")
+    paths["numbers"] = folder / "numbers.pt"
+    run = SimpleNamespace(folder=folder, family="llama3_2", path=paths["adapters"])
+    paths["generate"] = generate_with(run, folder / "generate", paths["checkpoint"])
+    paths["generate full"] = generate_config(folder / "generate full", folder / "start")
+    return paths
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path):
+    """Weights must not be read before a mistake is found."""
+
+    def load(self, *args, **kwargs):
+        raise AssertionError("the weights are loaded before the mistake is found")
+
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
+    monkeypatch.chdir(tmp_path)
+
+
+BAD = [
+    # Training.
+    ("adapters", "model.lora_attn_modules=[qproj]; model.apply_lora_to_mlp=false", "model.lora_attn_modules",
+     "'qproj'", "q_proj"),
+    ("adapters", "model.lora_attn_modules=[]", "model", "lora_attn_modules=[]", "q_proj"),
+    ("adapters", "model.lora_dropout=2", "model", "lora_dropout=2", "between 0 and 1"),
+    ("adapters", "checkpointer.safe_serialization=false", "checkpointer.safe_serialization", "False", "=true"),
+    ("adapters", "model.lora_rank=four", "model.lora_rank", "'four'", "lora_rank=8"),
+    ("adapters", "model.lora_rnk=4", "model.lora_rnk", "no such argument", "lora_rank"),
+    ("adapters", "~model.lora_rank", "model.lora_rank", "missing", "model.lora_rank="),
+    ("adapters", "model.apply_lora_to_output=true", "model", "apply_lora_to_output=True", "tie"),
+    ("adapters", "optimizer_in_bwd=true", "optimizer_in_bwd", "True", "false"),
+    ("adapters", f"{FILE}=somewhere", FILE, "'somewhere'", "resume_from_checkpoint=true"),
+    ("adapters", "checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "[model.safetensors]"),
+    ("scratch", "seed=1", "checkpointer.checkpoint_files", "missing", "[model.safetensors]"),
+    ("full", "save_adapter_weights_only=true", "save_adapter_weights_only", "True", "lora_llama3_2_1b"),
+    ("full", "save_adapter_weights_only=maybe", "save_adapter_weights_only", "'maybe'", "true, false"),
+    ("full", "low_cpu_ram=maybe", "low_cpu_ram", "'maybe'", "true, false"),
+    ("adapters", "model.lora_rank=0", "model", "0", ""),
+    ("adapters", "model.lora_alpha=eight", "model", "eight", ""),
+    ("adapters", "model.lora_attn_modules=[q_proj,v_prj]", "model", "v_prj", "v_proj"),
+    # Generation.
+    ("generate", f"~{FILE}", FILE, "None", f"{FILE}="),
+    ("generate", f"{FILE}=null", FILE, "None", f"{FILE}="),
+    ("generate full", f"{FILE}=CHECKPOINT", FILE, "epoch_0", "neither"),
+    ("generate", f"{FILE}=3", FILE, "3", "text"),
+    ("generate", f"{FILE}=[a]", FILE, "['a']", "text"),
+    ("generate", f"{FILE}=/nowhere", FILE, "'/nowhere'", "adapter_model.pt"),
+    ("generate", f"{FILE}=START", FILE, "start'", "adapter_model.pt"),
+    ("generate", f"{FILE}=CHECKPOINT/config.json", FILE, "config.json'", "adapter_model.pt"),
+    ("generate", f"{FILE}=CHECKPOINT/adapter_model.safetensors", FILE, "adapter_model.safetensors'", "lora_a"),
+    ("generate", "model.lora_rank=8", FILE, "(3, 32)", "(8, 32)"),
+    ("generate", "model.lora_attn_modules=[q_proj]", FILE, "k_proj", ""),
+    ("generate", "model.apply_lora_to_mlp=false", FILE, "mlp", ""),
+    ("generate", "model.use_dora=true", FILE, "magnitude", ""),
+    ("generate", "model.num_layers=5; checkpointer.checkpoint_dir=START", FILE, "layers.4", ""),
+    ("generate", f"{FILE}=NUMBERS", FILE, "holds no tensors", ""),
+    ("generate", "model.lora_alpha=70", "model.lora_alpha", "70", "7"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "overrides", "key", "given", "allowed"), BAD)
+def test_bad_input(name, overrides, key, given, allowed, adapter_paths, no_weights):
+    """One ValueError with the key, the value and what works, before weights are loaded or anything is written."""
+    recipe = "generate" if name.startswith("generate") else "finetune"
+    places = {"CHECKPOINT": "checkpoint", "NUMBERS": "numbers"}
+    for place, path in places.items():
+        overrides = overrides.replace(place, str(adapter_paths[path]))
+    overrides = overrides.replace("START", str(adapter_paths["numbers"].parent / "start"))
+    check(recipe, adapter_paths[name], overrides, key, given, allowed)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{FILE}=/nowhere", r"'/nowhere' is neither an adapter_model\.pt nor a folder with one"),
+        ("model.lora_rank=8", r"\(3, 32\) there and \(8, 32\) in the model; check model\.lora_rank"),
+        ("model.lora_attn_modules=[q_proj]", "not of this model, it has in addition .*k_proj.lora_a"),
+        ("model.use_dora=true", "not of this model, it lacks .*magnitude"),
+    ],
+)
+def test_the_adapters_of_another_model(override, message, adapter_paths):
+    """What the message says, wherever it is found."""
+    recipe = LayerSkipGenerate(load_config(str(adapter_paths["generate"]), [override]))
+    with pytest.raises(ValueError, match=rf"^checkpointer\.adapter_checkpoint: .*{message}"):
+        recipe.setup()
+
+
+def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
+    """Llama 1's: all heads have their own. DoRA's magnitudes of k go into Hugging Face's order by that number."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    magnitude = torch.arange(8.0)
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector.weight"
+    save_file({name: magnitude}, tmp_path / "adapter_model.safetensors")
+    correct_peft_form(tmp_path, "LLAMA2", {})
+    # Of each head the even rows, then the odd ones: torchtune rotates neighbours, Hugging Face halves.
+    assert load_file(tmp_path / "adapter_model.safetensors")[name].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

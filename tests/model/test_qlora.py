@@ -1,0 +1,165 @@
+"""QLoRA and QDoRA: adapters on NF4 weights, their checkpoints, and generation with them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.adapters import (
+    TOKENS,
+    WIDE,
+    WIDE_HF,
+    WIDE_PLAIN,
+    Allocations,
+    EveryExit,
+    adapted_section,
+    adapter_config,
+    by_hand,
+    generate_with,
+    make_start,
+    papers_loss,
+    read_hf,
+    reader,
+    tokens_of,
+)
+from helpers.configs import generate_config
+from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+from omegaconf import OmegaConf
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.training.optimizers import checkpoint_contents
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+
+def quantised_run(folder: Path, tokenizer: Path, **changes) -> SimpleNamespace:
+    """A QLoRA run: its start with the weights that NF4 makes of it, its first adapters, its recipe, its checkpoint."""
+    start = make_start(folder / "start", "llama3_2", tokenizer, WIDE_PLAIN, **WIDE_HF)
+    builder, dtype = WIDE | {"quantize_base": True, **changes.pop("builder", {})}, changes.get("dtype")
+    path = adapter_config(folder, tokenizer, "llama3_2", folder / "start", builder, **changes)
+    recipe = LayerSkipFinetune(load_config(str(path)))
+    recipe.setup()
+    packed = {name: p for name, p in recipe.model.named_parameters() if isinstance(p, NF4Tensor)}
+    for name, parameter in packed.items():
+        unpacked, of_start = parameter.get_original_weight(), to_nf4(start[name]).get_original_weight()
+        torch.testing.assert_close(unpacked.float(), of_start, atol=0, rtol=0.02 if dtype == "bf16" else 0)
+    start |= {name: parameter.get_original_weight() for name, parameter in packed.items()}
+    first = {name: p.detach().clone() for name, p in recipe.model.named_parameters() if p.requires_grad}
+    recipe.train()
+    recipe.cleanup()
+    return SimpleNamespace(
+        path=path, start=start, packed=set(packed), first=first, recipe=recipe, log=read_log(folder / "out"),
+        folder=folder, checkpoint=folder / "out" / "epoch_0", family="llama3_2", plain=EveryExit(WIDE_PLAIN),
+        adapters=torch.load(folder / "out" / "epoch_0" / "adapter_model.pt", weights_only=True),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[{}, {"use_dora": True}], ids=["qlora", "qdora"])
+def quantised(request, tmp_path_factory, tokenizer_folder) -> SimpleNamespace:
+    return quantised_run(tmp_path_factory.mktemp("quantised"), tokenizer_folder, builder=request.param)
+
+
+def test_qlora_trains_adapters_on_nf4_weights(quantised):
+    """Its losses, and its exits at the end, are those of plain PyTorch on the weights that NF4 gives back."""
+    assert len(quantised.packed) == 2 * 7
+    leaves = {name: value.clone().requires_grad_() for name, value in quantised.first.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2)
+    dataset = quantised.recipe.data.dataset
+    for step in range(4):
+        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
+        loss = papers_loss(quantised.plain.logits(by_hand(quantised.start, leaves), tokens), tokens, step)
+        assert quantised.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=5e-4), f"step {step + 1}"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, p in quantised.recipe.model.named_parameters():
+        if isinstance(p, NF4Tensor):
+            assert torch.equal(p.get_original_weight(), quantised.start[name])
+    expected = quantised.plain.logits(by_hand(quantised.start, quantised.adapters), TOKENS)
+    quantised.recipe.model.eval()
+    with torch.no_grad():
+        for exit_layer, logits in zip((1, 2), expected, strict=True):
+            torch.testing.assert_close(
+                quantised.recipe.model(TOKENS, exit_layer=exit_layer), logits, atol=1e-3, rtol=1e-3
+            )
+
+
+def test_qloras_merged_checkpoint_is_the_formula(quantised):
+    """With the NF4 weights unpacked, in the run's dtype."""
+    merged, expected = read_hf(quantised.checkpoint, "llama3_2"), by_hand(quantised.start, quantised.adapters)
+    assert set(merged) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(value, quantised.start[name]) or name not in quantised.packed
+
+
+def test_qloras_merged_checkpoint_has_the_trained_models_logits(quantised):
+    merged = read_hf(quantised.checkpoint, "llama3_2")
+    quantised.recipe.model.eval()
+    with torch.no_grad():
+        for exit_layer, logits in zip((1, 2), quantised.plain.logits(merged, TOKENS), strict=True):
+            torch.testing.assert_close(
+                quantised.recipe.model(TOKENS, exit_layer=exit_layer), logits, atol=1e-3, rtol=1e-3
+            )
+
+
+def test_qdora_starts_as_the_model_that_it_adapts(quantised):
+    """Its magnitudes are the norms of the rows that the model has, which NF4 rounded."""
+    magnitudes = {name: value for name, value in quantised.first.items() if name.endswith("magnitude")}
+    for name, value in magnitudes.items():
+        norms = quantised.start[name.replace("magnitude", "weight")].norm(dim=1)
+        torch.testing.assert_close(value, norms, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("builder", [{}, {"use_dora": True}], ids=["qlora", "qdora"])
+def test_qlora_in_bf16(builder, tmp_path, tokenizer_folder):
+    """Trains, and its checkpoint, all bf16, holds the formula."""
+    run = quantised_run(tmp_path, tokenizer_folder, builder=builder, dtype="bf16")
+    expected = by_hand({n: v.float() for n, v in run.start.items()}, {n: v.float() for n, v in run.adapters.items()})
+    merged = read_hf(run.checkpoint, "llama3_2")
+    assert {value.dtype for value in [*merged.values(), *run.adapters.values()]} == {torch.bfloat16}
+    for name, value in expected.items():
+        # DoRA's factor is in bf16 too.
+        torch.testing.assert_close(merged[name].float(), value, atol=2**-6 if builder else 2**-8, rtol=2**-6)
+    dataset = run.recipe.data.dataset
+    tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
+    start = {name: value.float() for name, value in run.start.items()}
+    first = {name: value.float() for name, value in run.first.items()}
+    with torch.no_grad():
+        loss = papers_loss(run.plain.logits(by_hand(start, first), tokens), tokens, 0).item()
+    assert run.log[1]["loss"] == pytest.approx(loss, rel=0.02)
+    assert run.log[1]["loss"] != run.log[4]["loss"]
+
+
+def test_merged_weights_take_no_adapters(quantised, tmp_path):
+    """Their own would count twice."""
+    for place in (quantised.checkpoint, quantised.checkpoint / "adapter_model.pt"):
+        reads = reader(quantised.checkpoint, "llama3_2") | {"adapter_checkpoint": str(place), "output_dir": "x"}
+        section = adapted_section("llama3_2", **WIDE)
+        path = generate_config(tmp_path, quantised.checkpoint, model=section, checkpointer=reads)
+        with pytest.raises(ValueError, match=r"^checkpointer\.adapter_checkpoint: .* they would count twice"):
+            LayerSkipGenerate(load_config(str(path)))
+
+
+def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quantised, tmp_path):
+    """NF4 weights are unpacked, so that decoding needs no other kernels."""
+    with_adapters = generate_with(quantised, tmp_path / "adapters", quantised.checkpoint)
+    merged = generate_with(quantised, tmp_path / "merged", None, model=WIDE_PLAIN)
+    tokens = tokens_of(with_adapters)
+    assert tokens == tokens_of(merged) == tokens_of(with_adapters, "self_speculation=null")
+    assert len(set(tokens)) > 3
+
+
+def test_a_checkpoint_of_adapters_alone_unpacks_no_weights(quantised):
+    """Nor copies any: no tensor of a weight's shape comes into being."""
+    recipe = quantised.recipe
+    cfg = OmegaConf.merge(recipe.cfg, {"save_adapter_weights_only": True})
+    with Allocations((256, 256), (128, 256), (300, 256)) as made:
+        contents = checkpoint_contents(cfg, recipe.model, recipe.meta, torch.device("cpu"))
+    assert made.count == 0 and "model" not in contents
+    assert set(contents["adapter"]) == set(quantised.adapters)
+    assert all(torch.equal(value, quantised.adapters[name]) for name, value in contents["adapter"].items())
+    with Allocations((256, 256)) as made:
+        checkpoint_contents(recipe.cfg, recipe.model, recipe.meta, torch.device("cpu"))
+    assert made.count > 0
