@@ -8,11 +8,12 @@ Each prompt is decoded twice: autoregressively, and with drafts from an early ex
 
 import argparse
 import time
+from typing import Any
 
 import torch
+from torchtune.config import instantiate
 
-from layerskip_recipes import Generation, Speculation, generate
-from layerskip_recipes.checkpoint import load_decoder
+from layerskip_recipes import Generation, LayerSkipDecoder, Speculation, generate, layerskip_decoder
 from layerskip_recipes.config import load_config
 
 PROMPT = "def read_file(path):\n"
@@ -47,10 +48,12 @@ def main() -> None:
     print(f"\n{generation.stats.rounds} rounds for {len(generation.generated[0])} tokens")
 
 
-def load_model(name: str, overrides: list[str]):
-    """The decoder with its weights, and the tokenizer, of a generation config."""
-    cfg = GenerateConfig.load(load_config(name, overrides))
-    return load_decoder(cfg, torch.device("cpu"), torch.float32), cfg.tokenizer.build()
+def load_model(name: str, overrides: list[str]) -> tuple[LayerSkipDecoder, Any]:
+    """The decoder with its weights, and the tokenizer, of a config: all three are torchtune components."""
+    cfg = load_config(name, overrides)
+    base = instantiate(cfg.model)
+    base.load_state_dict(instantiate(cfg.checkpointer).load_checkpoint()["model"])
+    return layerskip_decoder(base.eval()), instantiate(cfg.tokenizer)
 
 
 if __name__ == "__main__":
