@@ -148,7 +148,8 @@ def test_a_cycle_is_an_error_that_shows_it(tmp_path):
         ("nothere.yaml", "'nothere.yaml'"),
         ("", "''"),
         (3, "3"),
-        (["quickstart/finetune"], r"\['quickstart/finetune'\]"),
+        (["quickstart/finetune", "quickstart/finetun"], "'quickstart/finetun'"),
+        ([3], "3"),
         ({"a": "b"}, "{'a': 'b'}"),
     ],
 )
