@@ -9,10 +9,12 @@ this script makes.
 from pathlib import Path
 
 from layerskip_recipes.config.reference import markdown
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.training.config import FinetuneConfig
 
 MARKER = "<!-- Made by tools/configuration_reference.py from here on; do not edit. -->\n"
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-RECIPES = {}
+RECIPES = {"layerskip_finetune": FinetuneConfig, "layerskip_generate": GenerateConfig}
 
 
 def page() -> str:
