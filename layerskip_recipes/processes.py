@@ -26,6 +26,15 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_one_process() -> None:
+    """Raises a ConfigError under torchrun with several processes, for a recipe that runs on one device."""
+    if num_processes() > 1:
+        raise ConfigError(
+            f"nproc_per_node: {num_processes()} processes, and this version runs on one device; start it without "
+            "--nproc_per_node, or with --nproc_per_node 1"
+        )
+
+
 def init_processes(device_type: str, with_cpu: bool = False) -> int:
     """Join the process groups of torchrun's processes (gloo for "cpu", nccl for "cuda"); one process needs none.
 

@@ -1,241 +1,293 @@
-"""The config of `layerskip_benchmark`: which keys there are, and all that can be wrong on any machine."""
+"""BenchmarkConfig: the keys of `layerskip_benchmark`, and what goes together."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from omegaconf import DictConfig, ListConfig
+from pydantic import BeforeValidator, Field
 from torchtune import utils
-from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.benchmark.peers import PEERS, check_peers
-from layerskip_recipes.benchmark.sweep import check_sweep
+from layerskip_recipes.benchmark.sweep import Sweep
 from layerskip_recipes.benchmark.text_metrics import check_names
-from layerskip_recipes.benchmark.tuner import config_path
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
-from layerskip_recipes.config import settings
-from layerskip_recipes.config.checks import PICTURES, check_ending, check_number
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
+from layerskip_recipes.config.paths import PICTURES, check_ending
+from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation import config as generate_config
-from layerskip_recipes.generation.drafting.section import FILTERS, check_speculation, sampler_of, self_speculation
+from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 log = utils.get_logger("INFO")
 
 BASELINE = "baseline"
+EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
 
 
-def check_temperatures(key: str, value: Any) -> None:
-    """Raises a ValueError unless it is a list of different numbers of 0 or more."""
-    listed = list(value) if isinstance(value, ListConfig) else []
-    if not listed or any(temperature in listed[:at] for at, temperature in enumerate(listed)):
-        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for "
-                         f"example {key}=[0.0,0.8]")  # fmt: skip
-    for temperature in value:
-        check_number(key, temperature, minimum=0, integer=False, example="[0.0,0.8]")
+class EarlyExitVariant(Section):
+    """Every token from an exit, without verification: fast, and another output."""
+
+    early_exit: PositiveInt
+    """E: the number of layers that run for a token, 1 to L."""
 
 
-SETTINGS = settings.COMMON | {
-    "prompt": settings.anything,
-    "prompts": settings.component(optional=True),
-    "prompt_file": settings.text("prompts.jsonl"),
-    "max_new_tokens": settings.number(minimum=2, example=128),
-    "temperatures": check_temperatures,
-    **dict.fromkeys(FILTERS, settings.anything),
-    "compile": settings.one_of(True, False),
-    "repeats": settings.number(minimum=1, example=3),
-    "batch_size": settings.number(minimum=1),
-    "variants": settings.anything,
-    "peers": settings.list_of(str, "[torchtune]"),
-    "metrics": settings.list_of(str, "[rougeL]"),
-    "stop_strings": settings.list_of(str, "[END]"),
-    "stop_tokens": settings.list_of(int, "[2]"),
-    "report_dir": settings.text("benchmark", optional=False),
-    "picture": settings.text("benchmark.png"),
-    "sweep": settings.anything,
-    "tune": settings.flag,
-    "tune_extends": settings.text("quickstart/generate"),
-    "tune_file": settings.text("tuned.yaml"),
-    "enable_kv_cache": settings.one_of(True, None),
-}
-REQUIRED = ("variants", "report_dir")
-REFUSED = {
-    "temperature": "temperatures lists them",
-    "self_speculation": "variants lists what is compared",
-    "exit_layer": "variants lists what is compared",
-    "quantizer": "all ways decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
-    "benchmark": "it always compares",
-    "stream": "it prints figures, no texts",
-    "output_file": "it keeps figures, no texts",
-    "on_bad_prompt": "it measures all prompts or none",
-    "system_prompt": "it has no conversation",
-    "log_level": "it says little",
-    "cudnn_deterministic_mode": "it measures the kernels that torch takes by itself",
-    "tensor_parallel_plan": "it measures one device",
-    "tensor_parallel_dim": "it measures one device",
-}
+Variant = SelfSpeculation | EarlyExitVariant
 
 
-def early_exit_variant(early_exit: int | None = None) -> dict[str, int | None]:
-    """A variant that takes all tokens from an exit, without verification: fast, and another output."""
-    return {"early_exit": early_exit}
-
-
-def read_variants(cfg: DictConfig, model: TransformerDecoder) -> dict[str, dict[str, Any]]:
-    """The variants by name: {"early_exit": E}, or what `check_speculation` makes of a section. null drops one.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    if cfg.get("sweep") is not None:
-        return {}  # it measures other things
-    given = cfg.get("variants")
-    sections = {k: v for k, v in given.items() if v is not None} if isinstance(given, DictConfig) else {}
-    example = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
+def _parse_variants(value: Any) -> dict[str, Variant]:
+    """The sections by name. A null drops a variant that an extended config has."""
+    sections = {name: section for name, section in value.items() if section is not None} if _is_section(value) else {}
     if not sections:
-        raise ConfigError(f"variants: {given!r} has nothing to compare. Allowed: sections by names; {example}")
-    variants = {}
+        raise ConfigError(f": {value!r} has nothing to compare. Allowed: sections by names; {EXAMPLE}")
+    variants: dict[str, Variant] = {}
     for name, section in sections.items():
         key = f"variants.{name}"
         if name == BASELINE or name in PEERS:
-            raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {example}")
-        if not isinstance(section, DictConfig):
-            raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {example}")
+            raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {EXAMPLE}")
+        if not _is_section(section):
+            raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {EXAMPLE}")
         if "early_exit" in section:
-            variants[name] = settings.check_section(section, key, early_exit_variant)
-            model.check_exit(section.early_exit, f"{key}.early_exit")
+            variants[name] = EarlyExitVariant.parse(section, key)
             continue
-        settings.check_section(section, key, self_speculation)
-        for needed, value in (("exit_layer", 3), ("num_speculations", 5)):
+        for needed, example in (("exit_layer", 3), ("num_speculations", 5)):
             if section.get(needed) is None:
                 raise ConfigError(
-                    f"{key}.{needed}: missing; for example {key}.{needed}={value}, or for all tokens from an exit, "
+                    f"{key}.{needed}: missing; for example {key}.{needed}={example}, or for all tokens from an exit, "
                     f"without verification, {key}={{early_exit: 3}}"
                 )
-        variants[name] = check_speculation(section, model, key)
+        variants[name] = SelfSpeculation.parse(section, key)
     return variants
 
 
-def first_draft(variants: dict[str, dict[str, Any]]) -> tuple[int, int] | None:
-    """Exit layer and draft length of the first variant that drafts."""
-    for values in variants.values():
-        if "early_exit" not in values:
-            exits = values["exit_layer"]
-            return exits[0] if isinstance(exits, list) else exits, values["num_speculations"]
-    return None
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
-def check_config(cfg: DictConfig) -> None:
-    """All of a benchmark config that can be wrong on any machine.
-
-    Raises:
-        ValueError: the key, what was given, what is allowed.
-    """
-    settings.check_settings(cfg, SETTINGS, REFUSED, REQUIRED)
-    check_names(cfg.get("metrics") or [])
-    check_ending("picture", cfg.get("picture"), PICTURES)
-    sampler = sampler_of(cfg, 0.0)
-    model = layerskip_decoder(settings.build_on_meta(cfg))
-    check_checkpointer(cfg, model)
-    variants = read_variants(cfg, model)
-    if cfg.get("sweep") is None:
-        check_peers(cfg.get("peers") or [], sampler, cfg.get("batch_size", 1), first_draft(variants))
-    if cfg.get("sweep") is not None:
-        check_sweep(cfg.sweep, model, cfg.get("max_new_tokens", 128))
-    _check_choice(cfg, len(model.layers))
-    if cfg.get("stop_strings") and not cfg.get("metrics") and cfg.get("sweep") is None:
+def _check_temperatures(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else []
+    if not all(isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in numbers):
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"stop_strings: {list(cfg.stop_strings)} end texts for metrics, and there are none; for example "
-            "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
+            f": {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for example "
+            "temperatures=[0.0,0.8]"
         )
-    if all(cfg.get(key) is None for key in ("prompt", "prompts", "prompt_file")):
-        raise ConfigError('prompt: missing. Give prompt="text", prompt=[text, text], or prompt_file=FILE')
-    if generate_config.is_conversation(cfg):
-        raise ConfigError(
-            f"prompt: {cfg.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for example "
-            'prompt=["def main(", "import os"]'
-        )
+    return value
 
 
-def _check_choice(cfg: DictConfig, layers: int) -> None:
-    """Raises a ValueError for settings of `tune` and `sweep` that do not go together."""
-    chooses = [key for key in ("tune", "sweep") if cfg.get(key) not in (None, False)]
-    if len(chooses) > 1:
-        raise ConfigError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
-    if chooses == ["tune"] and cfg.get("tune_extends") is None:
-        raise ConfigError(f"tune: {cfg.tune} needs the generation config that it extends; for example "
-                         "tune_extends=quickstart/generate")  # fmt: skip
-    if chooses == ["tune"] and layers < 4:
-        raise ConfigError(f"tune: a model of {layers} layers has nothing to choose. Set tune=false")
-    needs = {"tune_extends": chooses, "tune_file": chooses and cfg.get("tune_extends")}
-    for key, there in needs.items():
-        if cfg.get(key) is not None and not there:
-            wants = "tune or sweep" if not chooses else "tune_extends"
-            raise ConfigError(f"{key}: {cfg[key]} needs {wants}, which is not there. Set {key}=null")
-    if cfg.get("tune_extends") is not None:
-        extended = find_config(cfg.tune_extends, key="tune_extends")
-        if extended == config_path(cfg).resolve():
-            raise ConfigError(f"tune_extends: {cfg.tune_extends} is the file that is written. Give another tune_file")
-    if not chooses:
-        return
-    if cfg.get("repetition_penalty") not in (None, 1):
-        raise ConfigError(
-            f"repetition_penalty: {cfg.repetition_penalty} is not allowed with {chooses[0]}, which takes acceptance "
-            "from the text as it is. Set repetition_penalty=null"
-        )
-    for key in ("metrics", "stop_strings") if chooses == ["sweep"] else ():
-        if cfg.get(key) is not None:
-            raise ConfigError(f"{key}: {cfg[key]} is not for a sweep, whose outputs are all the same. Set {key}=null")
-    if cfg.get("tune_extends") is not None:
-        _check_extended(cfg, chooses[0])
+class BenchmarkConfig(DecodingConfig):
+    """A checkpoint, prompts, and the methods of decoding that are compared."""
 
-
-def _check_extended(cfg: DictConfig, chooses: str) -> None:
-    """Raises a ValueError unless `tune_extends` is a generation config that decodes as it is measured here."""
-    name = cfg.tune_extends
-    try:
-        extended = load_config(name)
-        generate_config.check_config(extended)
-    except ValueError as e:
-        raise ConfigError(
-            f"tune_extends: {name} is no generation config that works ({e}). For example "
-            "tune_extends=quickstart/generate"
-        ) from e
-    ours = _decoding(cfg, cfg.get("temperatures", [0.0])[0])
-    theirs = _decoding(extended, extended.get("temperature", 0.0))
-    for key, value in theirs.items():
-        if value != ours[key]:
-            value, here = ("null" if side is None else side for side in (value, ours[key]))
-            examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": "repetition_penalty=null there"}
-            raise ConfigError(
-                f"tune_extends: {name} has {key}={value}, and {chooses} would choose for {here}. Allowed: the same in "
-                f"both; for example {examples.get(key, f'{key}={value}')}"
-            )
-    there, here = bool(extended.get("compile")), cfg.get("compile", False)
-    if there != here:  # quick, and rough
-        message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
-        log.warning(message, name, there, here)
-    ours, theirs = _model(cfg), _model(extended)
-    for key in ours:
-        if ours[key] != theirs[key]:
-            message = "tune_extends: %s has %s=%s, which is kept, and the choice is for %s, as it is here"
-            log.warning(message, name, key, theirs[key], ours[key])
-
-
-def _model(cfg: DictConfig) -> dict[str, Any]:
-    """What the model is that decodes."""
-    section, quantizer = cfg.checkpointer, cfg.get("quantizer")
-    folders = {key: section.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
-    return {
-        **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},
-        "dtype": cfg.get("dtype"),
-        "quantizer": quantizer and quantizer.get("_component_"),
+    REQUIRED: ClassVar = ("variants", "report_dir")  # but with random_weights, for which any generation config will do
+    REFUSED: ClassVar = {
+        "exit_layer": "variants lists what is compared",
+        "quantizer": "all methods decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
+        "stream": "it prints figures, no texts",
+        "output_file": "it keeps figures, no texts",
+        "on_bad_prompt": "it measures all prompts or none",
+        "system_prompt": "it has no conversation",
+        "log_level": "it says little",
+        "cudnn_deterministic_mode": "it measures the kernels that torch chooses",
+        "tensor_parallel_plan": "it measures one device",
+        "tensor_parallel_dim": "it measures one device",
     }
 
+    variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
+    """What is compared with autoregressive decoding: sections like `self_speculation` by names of your own, or
+    `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
+    self_speculation: SelfSpeculation | None = None
+    """Of a generation config: the only variant, where `variants` is not there."""
+    peers: Annotated[list[str], Field(examples=["[torchtune]"])] | None = None
+    """Other libraries on the same checkpoint: `torchtune`, `transformers`, `transformers_early_exit` (drafts like the
+    first variant that drafts). One that is not installed is left out."""
+    temperatures: Annotated[list[Temperature], BeforeValidator(_check_temperatures)] | None = None
+    """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
+    temperature: Temperature | None = None
+    """Of a generation config: the only temperature, where `temperatures` is not there."""
+    benchmark: Comparison | None = None
+    """Of a generation config: this recipe always compares."""
+    max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
+    """At most so many new tokens for each prompt."""
+    repeats: PositiveInt = 3
+    """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
+    metrics: Annotated[list[str], Field(examples=["[rougeL]"])] | None = None
+    """How near outputs come to the prompts' references: `rouge1`, `rouge2`, `rougeL`, `bleu`, `exact_match`."""
+    random_weights: Flag = None
+    """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor
+    tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
+    prompt_tokens: PositiveInt = 128
+    """The length of the random prompt of `random_weights`."""
+    sweep: Sweep | None = None
+    """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md, .csv and .png."""
+    tune: Flag = None
+    """Predict the speed of every exit and draft length, and measure the best few in place of the variants; writes
+    tune.json, .md and .png."""
+    tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
+    """With `tune` or `sweep`: the generation config that the config of the fastest pair extends."""
+    tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
+    """Where the config of the fastest pair goes; the default is tuned.yaml in `report_dir`."""
+    report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
+    """The folder of benchmark.json, a table in benchmark.md, and tuned.yaml."""
+    picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
+    """A bar chart of tokens per second."""
 
-def _decoding(cfg: DictConfig, temperature: float) -> dict[str, Any]:
+    @property
+    def compared(self) -> dict[str, Variant]:
+        """The variants by name; none where `sweep` or `tune` chooses them."""
+        if self.chooser:
+            return {}
+        return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
+
+    @property
+    def all_temperatures(self) -> list[float]:
+        """The temperatures, in the order of their tables."""
+        return self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+
+    @property
+    def chooser(self) -> str | None:
+        """The key that chooses the variants, if there is one."""
+        return "sweep" if self.sweep is not None else "tune" if self.tune else None
+
+    @property
+    def tuned_path(self) -> Path:
+        """Where the config of the fastest pair goes."""
+        return Path(self.tune_file or Path(self.report_dir) / "tuned.yaml")
+
+    @property
+    def first_draft(self) -> tuple[int, int] | None:
+        """Exit layer and draft length of the first variant that drafts."""
+        drafts = (v for v in self.compared.values() if isinstance(v, SelfSpeculation))
+        return next(((v.exit_layer, v.num_speculations) for v in drafts), None)
+
+    def check_together(self) -> None:
+        model = layerskip_decoder(self.meta_model)
+        check_names(self.metrics or [])
+        check_ending("picture", self.picture, PICTURES)
+        self._check_what_is_compared()
+        for name, variant in self.compared.items():
+            key = f"variants.{name}" if self.variants else name
+            if isinstance(variant, SelfSpeculation):
+                variant.check_against(model, key)
+            else:
+                model.check_exit(variant.early_exit, f"{key}.early_exit")
+        if self.sweep is not None:
+            self.sweep.pairs(model, self.max_new_tokens)
+        if self.random_weights:
+            self._check_random_weights()
+            return
+        if self.report_dir is None:
+            raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
+        check_checkpointer(self)
+        if self.sweep is None:
+            check_peers(self.peers or [], self.sampler(0.0), self.batch_size, self.first_draft)
+        self._check_chooser(len(model.layers))
+        if self.stop_strings and not self.metrics:
+            raise ConfigError(
+                f"stop_strings: {self.stop_strings} end texts for metrics, and there are none; for example "
+                "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
+            )
+        self.check_prompts()
+        if self.is_conversation:
+            raise ConfigError(
+                f"prompt: {self.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for "
+                'example prompt=["def main(", "import os"]'
+            )
+
+    def _check_what_is_compared(self) -> None:
+        """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
+        if self.variants is None and self.self_speculation is None and not self.chooser:
+            raise ConfigError(f"variants: None has nothing to compare. Allowed: sections by names; {EXAMPLE}")
+        if self.variants is not None and self.self_speculation is not None:
+            raise ConfigError(
+                f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "
+                "compared. Set self_speculation=null"
+            )
+        if self.temperatures is not None and self.temperature is not None:
+            raise ConfigError(
+                f"temperature: {self.temperature} is not honoured: temperatures lists them. Set temperature=null"
+            )
+
+    def _check_random_weights(self) -> None:
+        """Raises a ConfigError for what needs a checkpoint or texts."""
+        for key in ("peers", "metrics", "tune", "tune_extends"):
+            if value := getattr(self, key):
+                raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
+
+    def _check_chooser(self, num_layers: int) -> None:
+        """Raises a ConfigError for settings of `tune` and `sweep` that do not go together."""
+        if self.sweep is not None and self.tune:
+            raise ConfigError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
+        if self.tune and self.tune_extends is None:
+            raise ConfigError(
+                "tune: True needs the generation config that it extends; for example tune_extends=quickstart/generate"
+            )
+        if self.tune and num_layers < 4:
+            raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
+        if self.tune_extends is not None and not self.chooser:
+            raise ConfigError(
+                f"tune_extends: {self.tune_extends} needs tune or sweep, which is not there. Set tune_extends=null"
+            )
+        if self.tune_file is not None and self.tune_extends is None:
+            raise ConfigError(f"tune_file: {self.tune_file} needs tune_extends, which is not there. Set tune_file=null")
+        if self.tune and self.repetition_penalty not in (None, 1):
+            raise ConfigError(
+                f"repetition_penalty: {self.repetition_penalty} is not allowed with tune, which takes acceptance from "
+                "the text as it is. Set repetition_penalty=null"
+            )
+        if self.tune_extends is not None:
+            if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
+                raise ConfigError(
+                    f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file"
+                )
+            self._check_extended()
+
+    def _check_extended(self) -> None:
+        """Raises a ConfigError unless `tune_extends` is a generation config that decodes as this benchmark does."""
+        name = self.tune_extends
+        try:
+            extended = GenerateConfig.load(load_config(name))
+        except ValueError as e:
+            raise ConfigError(
+                f"tune_extends: {name} is no generation config that works ({e}). For example "
+                "tune_extends=quickstart/generate"
+            ) from e
+        ours, theirs = (
+            _decoding(cfg, temperature)
+            for cfg, temperature in ((self, self.all_temperatures[0]), (extended, extended.temperature))
+        )
+        for key, value in theirs.items():
+            if value != ours[key]:
+                value, here = ("null" if side is None else side for side in (value, ours[key]))
+                examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": f"{key}=null there"}
+                raise ConfigError(
+                    f"tune_extends: {name} has {key}={value}, and {self.chooser} would choose for {here}. Allowed: the "
+                    f"same in both; for example {examples.get(key, f'{key}={value}')}"
+                )
+        if bool(extended.compile) != bool(self.compile):  # a rough choice, but a quick one
+            message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
+            log.warning(message, name, bool(extended.compile), bool(self.compile))
+        ours, theirs = _model(self), _model(extended)
+        for key in ours:
+            if ours[key] != theirs[key]:
+                message = "tune_extends: %s has %s=%s, which is kept, and the choice is for %s, as it is here"
+                log.warning(message, name, key, theirs[key], ours[key])
+
+
+def _decoding(cfg: DecodingConfig, temperature: float) -> dict[str, Any]:
     """What decides beside the model which draft is fastest; None is off. Greedy decoding has no filters."""
     off = {"repetition_penalty": 1} | ({"top_k": None, "top_p": 1, "min_p": 0} if temperature > 0 else {})
-    filters = {key: None if cfg.get(key) == nothing else cfg.get(key) for key, nothing in off.items()}
-    return {"temperature": temperature, "batch_size": cfg.get("batch_size") or 1, **filters}
+    filters = {key: None if getattr(cfg, key) == nothing else getattr(cfg, key) for key, nothing in off.items()}
+    return {"temperature": temperature, "batch_size": cfg.batch_size, **filters}
+
+
+def _model(cfg: DecodingConfig) -> dict[str, Any]:
+    """The weights that decode."""
+    folders = {key: cfg.checkpointer.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
+    quantizer = getattr(cfg, "quantizer", None)
+    return {
+        **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},
+        "dtype": cfg.dtype,
+        "quantizer": quantizer and quantizer.path,
+    }

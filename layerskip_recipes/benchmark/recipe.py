@@ -1,7 +1,7 @@
 """`tune run layerskip_benchmark`: autoregressive decoding, variants of self-speculation and other libraries, compared.
 
-One process, one checkpoint, the same prompts. For each repeat and each batch of prompts all ways decode one after the
-other, so that a machine that gets slower or faster does so for all of them. Compilation is in no time but its own.
+One process, one checkpoint, the same prompts. Wiring only: measuring.py decodes, report.py makes figures of the runs,
+tuner.py and sweep.py choose what is compared.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,150 +22,185 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.benchmark.config import BASELINE, check_config, first_draft, read_variants
-from layerskip_recipes.benchmark.peers import Job, Peer, check_peer_files, find_peers, first_line
-from layerskip_recipes.benchmark.report import Run, device_name, figures, markdown, plot
-from layerskip_recipes.benchmark.sweep import check_sweep, sweep
-from layerskip_recipes.benchmark.sweep_files import read_journal
+from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Variant
+from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
+from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_peer_files, find_peers
+from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
+from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
 from layerskip_recipes.benchmark.text_metrics import check_metrics, text_metrics
-from layerskip_recipes.benchmark.tuner import LONGEST, Prediction, check_config_path, propose, write_choice
-from layerskip_recipes.checkpoint.checkpointers import ready
+from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
+from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
-from layerskip_recipes.config import settings
-from layerskip_recipes.config.checks import check_file, check_folder
+from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.section import build_speculation, sampler_of, tree_of, with_vocabulary
-from layerskip_recipes.generation.drafting.speculation import Speculation, check_lengths
-from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import check_lengths, most_positions
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
-from layerskip_recipes.generation.prompts import encode, read_examples, refuse_bad
+from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import place_of
-from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.stats import GenerationStats, memory_bandwidth
+from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text_stream import TextStream
-from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.adapters import without_adapters
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_cache_fits, check_vocabulary, weight_bytes
+from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
 
 
-def longest(batch: Sequence[Sequence[int]]) -> int:
-    """Tokens of the longest prompt."""
-    return max(map(len, batch))
-
-
 class LayerSkipBenchmark:
-    """Compares ways of decoding a checkpoint.
+    """Compares methods of decoding a checkpoint.
 
     Args:
-        cfg: the config, see the README; settings and prompts are all checked here.
+        cfg: the merged config; settings and prompts are all checked here.
 
     Raises:
-        ValueError: for a wrong setting or prompt, before any weight is loaded.
+        ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        check_config(cfg)
-        self.cfg = cfg
-        self.device, self.dtype = ready(cfg)
-        check_folder("report_dir", Path(cfg.report_dir))
-        if cfg.get("picture"):
-            check_file("picture", cfg.picture)
-        if cfg.get("tune_extends") is not None:
-            check_config_path(cfg)
-        settings.check_one_process()
-        self.seed = training.set_seed(seed=cfg.get("seed"))
-        self.limit, self.repeats = cfg.get("max_new_tokens", 128), cfg.get("repeats", 3)
-        self.temperatures = list(cfg.get("temperatures", [0.0, 0.8]))
-        model = layerskip_decoder(settings.build_on_meta(cfg))
-        self.variants = read_variants(cfg, model)
-        self.tokenizer = settings.build(cfg.tokenizer, "tokenizer")
-        check_vocabulary(self.tokenizer, model)
-        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.get("stop_tokens") or [])]
-        trees = [
-            tree_of(values, greedy=temperature == 0)
-            for values in self.variants.values()
-            for temperature in self.temperatures
-            if "early_exit" not in values
-        ]
-        spare = max((tree.nodes for tree in trees if not tree.is_chain), default=0)
-        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
-        self.examples, self.prompts = encode(read_examples(cfg), self.tokenizer, check)
-        refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
-        check_metrics(cfg.get("metrics") or [], self.examples)
-        self.variants = {
-            name: with_vocabulary(values, model, self.tokenizer, self.prompts, f"variants.{name}")
-            if "early_exit" not in values
-            else values
-            for name, values in self.variants.items()
-        }
-        # One size of the cache for all ways: compiled steps are made for a size.
-        drafted = [tree.nodes for tree in trees] + [LONGEST if cfg.get("tune") else 1]
-        if cfg.get("sweep") is not None:
-            drafted += check_sweep(cfg.sweep, model, self.limit)["num_speculations"]
-            read_journal(self)
+        self.cfg = cfg = BenchmarkConfig.load(cfg)
+        check_one_process()
+        if cfg.random_weights:
+            self.device = cfg.find_device()
+            torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         else:
-            check_peer_files(cfg.get("peers") or [], cfg.checkpointer)
-        self.reserve = longest(self.prompts) + self.limit + max(drafted)
-        rows = cfg.get("batch_size", 1)
+            self.device = prepare_device(cfg)
+            check_peer_files(cfg.peers or [], cfg.checkpointer)
+        if cfg.report_dir is not None:
+            check_folder("report_dir", Path(cfg.report_dir))
+        if cfg.picture:
+            check_file("picture", cfg.picture)
+        if cfg.tune_extends is not None:
+            check_config_path(cfg.tuned_path)
+        self.seed = training.set_seed(seed=cfg.seed)
+        model = layerskip_decoder(cfg.meta_model)
+        self.predictions: dict[str, Prediction] = {}
+        self.pairs: dict[str, Pair] = {}
+        self.variants: dict[str, Variant] = cfg.compared
+        if cfg.sweep is not None:
+            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model, cfg.max_new_tokens)}
+            self.variants = {name: pair.variant for name, pair in self.pairs.items()}
+        drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
+        greedy = [temperature == 0 for temperature in cfg.all_temperatures]
+        longest = max((draft.num_speculations for draft in drafts), default=0)
+        self.spare_tokens = longest + 1 if cfg.random_weights else 0
+        self.limit = cfg.max_new_tokens + self.spare_tokens
+        spare_slots = max((draft.spare_slots(g) for draft in drafts for g in greedy), default=0)
+        if cfg.random_weights:
+            self._draw_prompts(model, spare_slots)
+        else:
+            self._read_prompts(model, spare_slots)
+        rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(
                 f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
                 "measurement. Allowed: a number that does; for example batch_size=1"
             )
-        slots = cache_length(self.reserve) if cfg.get("compile", False) else self.reserve
-        check_cache_fits(model, rows, slots, self.dtype, self.device, weights=weight_bytes(model, self.dtype))
+        nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST if cfg.tune else 1]
+        self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
+        slots = cache_length(self.reserve) if cfg.compile else self.reserve
+        weights = weight_bytes(model, cfg.torch_dtype)
+        check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, weights=weights)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
-        self.predicted: dict[str, Prediction] = {}
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
-        self.compile_s: dict[tuple[float, str], float] = defaultdict(float)
-        self.choices: dict[tuple[float, str], DiscountedUCB] = defaultdict(DiscountedUCB)
+
+    def _read_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
+        """The config's prompts, and draft vocabularies that are counted in them."""
+        cfg = self.cfg
+        check = partial(check_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
+        self.tokenizer = cfg.tokenizer.build()
+        check_vocabulary(self.tokenizer, model)
+        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
+        self.examples: list[Example]
+        self.examples, self.prompts = encode(
+            try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file), self.tokenizer, check
+        )
+        refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
+        check_metrics(cfg.metrics or [], self.examples)
+        self.variants = {
+            name: variant.with_vocabulary(model, self.tokenizer, self.prompts, f"variants.{name}")
+            if isinstance(variant, SelfSpeculation)
+            else variant
+            for name, variant in self.variants.items()
+        }
+
+    def _draw_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
+        """Random prompts, and of each variant the rounds that always draft its whole length."""
+        cfg, tokens = self.cfg, model.tok_embeddings.num_embeddings
+        positions, why = most_positions(model, spare)
+        if cfg.prompt_tokens + self.limit > positions:
+            raise ConfigError(
+                f"prompt_tokens: {cfg.prompt_tokens} and {self.limit} new tokens are more than the model's {positions} "
+                f"({why}); for example prompt_tokens={max(1, positions // 4)} max_new_tokens={max(2, positions // 4)}"
+            )
+        self.stop_tokens: list[int] = []
+        self.prompts = torch.randint(tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
+        for name, variant in self.variants.items():
+            if isinstance(variant, SelfSpeculation):
+                changes: dict[str, Any] = {"threshold": None, "prompt_lookup": None}
+                if isinstance(variant.draft_vocabulary, int):  # which tokens these are does not change the time
+                    changes["draft_vocabulary"] = list(range(min(variant.draft_vocabulary, tokens)))
+                self.variants = self.variants | {name: variant.model_copy(update=changes)}
 
     def setup(self) -> None:
-        """Load the model, make the drafts, and find each peer's best setting."""
+        """Load the model, choose the variants with `tune`, build the drafts, find each peer's fastest setting."""
         cfg = self.cfg
-        config.log_config(recipe_name=type(self).__name__, cfg=cfg)
+        config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
-        self.model = load_decoder(cfg, self.device, self.dtype)
-        self.peers, self.left_out = {temperature: {} for temperature in self.temperatures}, {}
-        # None: the whole model, a number: an exit without verification.
-        self.ways: dict[str, int | Speculation | None] = {BASELINE: None}
-        if cfg.get("sweep") is not None:
-            return
-        for name, values in self.variants.items():
-            self.ways[name] = values["early_exit"] if "early_exit" in values else self._speculation(name, values)
-        job = Job(
-            cfg,
+        if cfg.random_weights:
+            with training.set_default_dtype(cfg.torch_dtype), self.device:
+                self.model = without_adapters(layerskip_decoder(cfg.model.build())).eval()
+        else:
+            self.model = load_decoder(cfg, self.device)
+        self.turns = Turns(
             self.model,
-            self.batches[0],
-            longest(self.prompts),
+            self.batches,
             self.limit,
+            cfg.sampler,
             self.stop_tokens,
-            compile=cfg.get("compile", False),
-            draft=first_draft(self.variants),
+            bool(cfg.compile),
+            self.reserve,
+            self.seed,
+            self.spare_tokens,
         )
-        samplers = {temperature: self.sampler(temperature) for temperature in self.temperatures}
-        self.peers, self.left_out = find_peers(cfg.get("peers") or [], job, samplers)
-
-    def _speculation(self, name: str, values: dict[str, Any]) -> Speculation:
-        try:
-            return build_speculation(values, self.model)
-        except ValueError as e:
-            raise ConfigError(str(e).replace("self_speculation", f"variants.{name}")) from e
-
-    def tune(self) -> None:
-        """Replace the variants by the pairs of exit layer and draft length that promise most."""
-        self.variants, self.predicted = propose(self)
-        self.ways = {BASELINE: None} | {name: Speculation(**section) for name, section in self.variants.items()}
+        if cfg.tune:
+            self.predictions = propose(self.turns, cfg.all_temperatures[0])
+            self.pairs = {name: prediction.pair for name, prediction in self.predictions.items()}
+            self.variants = {name: pair.variant for name, pair in self.pairs.items()}
+        self.methods: dict[str, Method] = {BASELINE: None}
+        for name, variant in self.variants.items():
+            drafts = isinstance(variant, SelfSpeculation)
+            self.methods[name] = variant.build(self.model, f"variants.{name}") if drafts else variant.early_exit
+        self.peers: dict[str, Peer] = {}
+        self.left_out: dict[str, str] = {}
+        if cfg.peers and cfg.sweep is None:
+            job = Job(
+                cfg.model,
+                cfg.checkpointer.get("checkpoint_dir"),
+                self.model,
+                self.batches[0],
+                longest_prompt(self.prompts),
+                self.limit,
+                self.stop_tokens,
+                cfg.first_draft,
+            )
+            sampler = cfg.sampler(cfg.all_temperatures[0])
+            self.peers, self.left_out = find_peers(cfg.peers, job, sampler, bool(cfg.compile))
 
     def benchmark(self) -> dict[str, Any]:
-        """Measure and write the report; after Ctrl-C or an error with what there is by then."""
-        interrupted = True  # until all is measured
+        """Measure and write the report; after Ctrl-C or an error with all that is measured by then."""
+        cfg, interrupted = self.cfg, True  # until all is measured
+        temperatures = cfg.all_temperatures
         try:
-            with tqdm(total=len(self.temperatures) * (1 + self.repeats * len(self.batches)), desc="batches") as bar:
-                for temperature in self.temperatures:
-                    self._measure(temperature, bar)
+            with tqdm(total=len(temperatures) * (1 + cfg.repeats * len(self.batches)), desc="batches") as bar:
+                for temperature in temperatures:
+                    failed = self.turns.failed
+                    methods = self.methods | {name: peer for name, peer in self.peers.items() if name not in failed}
+                    for turn in self.turns.take(methods, temperature, cfg.repeats):
+                        for name, run in turn.items():
+                            self.runs[temperature, name].append(run)
+                        bar.update()
             interrupted = False
         except KeyboardInterrupt:
             log.warning("interrupted: the report has what was measured so far")
@@ -173,124 +208,54 @@ class LayerSkipBenchmark:
             report = self._report(interrupted)
             if report["results"]:  # else the last report stays
                 self._write(report)
-        if self.cfg.get("tune") and not interrupted:
-            write_choice(self, report)
+        if cfg.tune_extends is not None and not interrupted:
+            write_choice(cfg, report, self.pairs)
         return report
 
-    def _measure(self, temperature: float, bar: tqdm) -> None:
-        """All ways at one temperature."""
-        for turn in self.take_turns(self.ways | self.peers[temperature], temperature):
-            for name, run in turn.items():
-                self.runs[temperature, name].append(run)
-            bar.update()
-
-    def take_turns(self, ways: dict[str, Any], temperature: float) -> Iterator[dict[str, Run]]:
-        """A warm-up of each way, then the repeats: for each batch of prompts what every way made of it.
-
-        Args:
-            ways: by name. A peer that fails is taken out, and left out of the report.
-            temperature: of all.
-
-        Yields:
-            The runs by name; nothing in the first one, after the warm-up.
-        """
-        # Two lengths, as torch compiles again for the second, and from then on for any.
-        for batch in (min(self.batches, key=longest), max(self.batches, key=longest)):
-            self._turn(ways, temperature, batch, self.seed)
-        yield {}
-        for repeat in range(self.repeats):
-            for i, batch in enumerate(self.batches):
-                # The same numbers for all ways, other ones in each repeat.
-                seed = self.seed + repeat * len(self.batches) + i
-                yield {name: Run(repeat, *made) for name, made in self._turn(ways, temperature, batch, seed).items()}
-
-    def _turn(self, ways: dict[str, Any], temperature: float, batch: list[list[int]], seed: int) -> dict[str, tuple]:
-        """One batch by every way, see `run`."""
-        made = {}
-        for name, way in list(ways.items()):
-            try:
-                made[name] = self.run(name, way, temperature, batch, seed)
-            except Exception as e:
-                if not isinstance(way, Peer):
-                    raise
-                del ways[name]
-                self._leave_out(name, f"{first_line(e)}, at temperature {temperature}")
-        return made
-
-    def _leave_out(self, name: str, why: str) -> None:
-        """Drop a peer that failed from all temperatures: what ran only in part compares with nothing."""
-        log.warning("peers: %s is left out (%s)", name, why)
-        self.left_out[name] = why
-        for temperature, peers in self.peers.items():
-            peers.pop(name, None)
-            self.runs.pop((temperature, name), None)
-
-    def run(
-        self, name: str, way: Any, temperature: float, batch: list[list[int]], seed: int
-    ) -> tuple[list[list[int]], GenerationStats]:
-        """One batch by one way: the new tokens of each row, and what they took."""
-        if isinstance(way, Peer):
-            return way.decode(batch, self.sampler(temperature), seed)
-        generation = Generation(
-            self.model,
-            batch,
-            self.limit,
-            exit_layer=way if isinstance(way, int) else None,
-            speculation=way if isinstance(way, Speculation) else None,
-            sampler=self.sampler(temperature, torch.Generator(device=self.device).manual_seed(seed)),
-            stop_tokens=self.stop_tokens,
-            compile=self.cfg.get("compile", False),
-            reserve=self.reserve,
-            choice=self.choices[temperature, name],
-        )
-        for _ in generation:
-            pass
-        self.compile_s[temperature, name] += generation.stats.compile_s
-        return generation.generated, generation.stats
-
-    def sweep(self) -> dict[str, Any]:
-        """Measure exits with draft lengths instead of the variants; after Ctrl-C report what there is by then."""
-        return sweep(self)
-
     def _report(self, interrupted: bool) -> dict[str, Any]:
-        where, results = self.circumstances(), []
+        """The document: where, how, and a row for each method and temperature."""
+        results: list[dict[str, Any]] = []
+        left_out = self.left_out | self.turns.failed
         for (temperature, name), runs in self.runs.items():
-            predicted = self.predicted if temperature == self.temperatures[0] else {}  # it is for that one
-            peer = self.peers[temperature].get(name)
+            if name in left_out:  # a peer that ran in part only compares with nothing
+                continue
+            peer = self.peers.get(name)
+            baseline = self.runs[temperature, BASELINE]
             row = {
                 "temperature": temperature,
                 "name": name,
                 "kind": "peer" if peer else "variant" if name in self.variants else "baseline",
                 "setting": peer and peer.setting,
                 "trial_tokens_per_second": peer and peer.trial,
-                "compile_s": None if peer else self.compile_s[temperature, name],
-                "predicted_speedup": predicted[name].speedup if name in predicted else None,
+                "compile_s": None if peer else self.turns.compile_s[temperature, name],
+                "predicted_speedup": None,
             }
-            row |= figures(runs, self.runs[temperature, BASELINE], temperature == 0, self.bandwidth)
+            if name in self.predictions and temperature == self.cfg.all_temperatures[0]:
+                row["predicted_speedup"] = self.predictions[name].speedup
+            row |= figures(runs, baseline, temperature == 0, self.bandwidth)
             results.append(row | self._quality(runs))
-        return where | {"peers_left_out": self.left_out, "interrupted": interrupted, "results": results}
+            if self.cfg.random_weights:
+                step_s = results[0]["round_s"]  # of the baseline, whose round is a step
+                results[-1]["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
+        return self._circumstances() | {"peers_left_out": left_out, "interrupted": interrupted, "results": results}
 
     def _quality(self, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-        """The metrics of a way's outputs, if there are any, over all repeats."""
-        names = list(self.cfg.get("metrics") or [])
-        if not names:
+        """The metrics of a method's outputs, if there are any, over all repeats."""
+        if not self.cfg.metrics:
             return {}
-        text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.get("stop_strings") or []).text
+        text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
-        # Always in the order of the prompts; after Ctrl-C the last repeat has fewer.
+        # Outputs are in the order of the prompts. After Ctrl-C the last repeat has fewer.
         references = [self.examples[i % len(self.examples)].response for i in range(len(outputs))]
-        return {"metrics": text_metrics(names, outputs, references)}
+        return {"metrics": text_metrics(self.cfg.metrics, outputs, references)}
 
-    def sampler(self, temperature: float, rng: torch.Generator | None = None) -> Sampler:
-        """How tokens are chosen at a temperature."""
-        return sampler_of(self.cfg, temperature, rng)
-
-    def circumstances(self) -> dict[str, Any]:
+    def _circumstances(self) -> dict[str, Any]:
         """Where and how everything here is measured."""
-        # Best of before and after: on a machine that others use too, one look is too low.
+        cfg = self.cfg
+        # The better of before and after: on a machine that others use too, one measurement is too low.
         self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        used = {name.partition("_")[0] for peers in self.peers.values() for name in peers}
+        used = {PEERS[name].package for name in self.peers if name not in self.turns.failed}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
         steps = find_compiled_steps(self.model)
         return {
@@ -301,30 +266,43 @@ class LayerSkipBenchmark:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "memory_bandwidth": self.bandwidth,
-            # No step ran where a sweep was complete before.
-            "compiled": self.cfg.get("compile", False) and not getattr(steps, "failed", False),
+            "compiled": bool(cfg.compile) and not getattr(steps, "failed", False),
             "not_compiled": sorted(set(getattr(steps, "refused", {}).values())),
+            "random_weights": bool(cfg.random_weights),
+            "sweep": cfg.sweep is not None,
+            "tune": bool(cfg.tune),
+            "parameters": sum(parameter.numel() for parameter in cfg.meta_model.parameters()),
             "prompts": len(self.prompts),
             "prompt_tokens": statistics.mean(map(len, self.prompts)),
             "batch_size": len(self.batches[0]),
-            "max_new_tokens": self.limit,
-            "repeats": self.repeats,
+            "max_new_tokens": cfg.max_new_tokens,
+            "repeats": cfg.repeats,
             "seed": self.seed,
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "config": OmegaConf.to_container(cfg.source, resolve=True),
         }
 
     def _write(self, report: dict[str, Any]) -> None:
-        """The files, the table on stdout, and as its last line where the files are."""
-        folder, stem = Path(self.cfg.report_dir), "tune" if self.cfg.get("tune") else "benchmark"
-        folder.mkdir(parents=True, exist_ok=True)
-        document = place_of(folder / f"{stem}.json", "report_dir", report["interrupted"])
-        stem = document.stem
+        """The table on stdout, the files, and as the last line where they are; without report_dir the report."""
+        print(markdown(report))
+        if self.cfg.report_dir is None:
+            print(json.dumps(report), flush=True)
+            return
+        stem = self.cfg.chooser or "benchmark"
+        document = place_of(Path(self.cfg.report_dir) / f"{stem}.json", "report_dir", report["interrupted"])
+        document.parent.mkdir(parents=True, exist_ok=True)
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
         files["markdown"].write_text(markdown(report))
-        if self.cfg.get("picture") and report["results"]:
+        results = report["results"]
+        if self.cfg.sweep is not None:
+            files["csv"] = document.with_suffix(".csv")
+            write_csv(results, self.pairs, files["csv"])
+        if self.cfg.picture:
             picture = Path(self.cfg.picture)
-            files["picture"] = picture if stem == "benchmark" else picture.with_stem(stem)
-            plot(report["results"], files["picture"], title=self.cfg.checkpointer.checkpoint_dir)
-        print(markdown(report))
+            files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
+            title = str(self.cfg.checkpointer.get("checkpoint_dir"))
+            if self.cfg.sweep is not None and not self.cfg.random_weights:
+                heat_map(results, self.pairs, files["picture"], title)
+            else:
+                plot(results, files["picture"], title)
         print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)

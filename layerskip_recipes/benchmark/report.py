@@ -1,31 +1,19 @@
-"""What a benchmark reports: figures of each way over its runs, as a document, a table and a picture."""
+"""What a benchmark reports: the figures of each method over its runs, as a document, a table and a picture."""
 
 import platform
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerskip_recipes.generation.report import draft_figures, over
-from layerskip_recipes.generation.stats import GenerationStats, is_looping
+from layerskip_recipes.benchmark.measuring import Run
+from layerskip_recipes.generation.report import draft_figures, safe_divide
+from layerskip_recipes.generation.stats import GenerationStats
 
-
-@dataclass
-class Run:
-    """What one way made of one batch of prompts in one repeat."""
-
-    repeat: int
-    outputs: list[list[int]]
-    stats: GenerationStats
-
-    @property
-    def loops(self) -> int:
-        """Outputs that end in a loop."""
-        return sum(map(is_looping, self.outputs))
+ACCEPTANCES = (0.5, 0.7, 0.9)  # for which the speed-up of random weights is reported
 
 
 def total(runs: Sequence[Run]) -> GenerationStats:
@@ -33,14 +21,14 @@ def total(runs: Sequence[Run]) -> GenerationStats:
     return sum((run.stats for run in runs), GenerationStats())
 
 
-def by_repeat(runs: Sequence[Run], straight: bool = False) -> list[GenerationStats]:
-    """The totals of each repeat; `straight`: of batches without a looping output."""
+def by_repeat(runs: Sequence[Run], without_loops: bool = False) -> list[GenerationStats]:
+    """The totals of each repeat, perhaps of batches without a looping output only."""
     repeats = sorted({run.repeat for run in runs})
-    return [total([run for run in runs if run.repeat == i and not (straight and run.loops)]) for i in repeats]
+    return [total([run for run in runs if run.repeat == i and not (without_loops and run.loops)]) for i in repeats]
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Median, least and largest of what there is."""
+    """Median, least and largest of the values that are there."""
     there = [value for value in values if value is not None]
     return {"median": statistics.median(there), "min": min(there), "max": max(there)} if there else None
 
@@ -52,18 +40,18 @@ def speedups(ours: Sequence[GenerationStats], baseline: Sequence[GenerationStats
 
 
 def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
-    """What is reported of a way at a temperature; times in seconds, rates as median, min and max over the repeats.
+    """The figures of a method at a temperature; times in seconds, rates as median, min and max over the repeats.
 
     Args:
-        runs: of the way.
+        runs: of the method.
         baseline: those of autoregressive decoding, on the same prompts in the same repeats.
         greedy: whether outputs can be compared; two samplings differ by chance.
         bandwidth: bytes per second that the device reads.
     """
-    stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, straight=True)
+    stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, without_loops=True)
     rate = spread([s.tokens_per_second for s in repeats])
     speedup = spread(speedups(repeats, by_repeat(baseline)))
-    # Where neither side loops: the same prompts on both.
+    # Prompts on which neither side loops, so that both sides have the same prompts.
     pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
     both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
     per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
@@ -78,23 +66,36 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         **draft_figures(stats, total(baseline), speedup and speedup["median"]),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
-        "round_s": over(stats.decode_s, stats.rounds),
-        "draft_s_per_round": over(stats.draft_s, stats.rounds) if drafts else None,
-        "verify_s_per_round": over(stats.verify_s, stats.rounds) if drafts else None,
-        "rest_s_per_round": over(stats.accept_s, stats.rounds) if drafts else None,
+        "round_s": safe_divide(stats.decode_s, stats.rounds),
+        "draft_s_per_round": safe_divide(stats.draft_s, stats.rounds) if drafts else None,
+        "verify_s_per_round": safe_divide(stats.verify_s, stats.rounds) if drafts else None,
+        "rest_s_per_round": safe_divide(stats.accept_s, stats.rounds) if drafts else None,
         "bytes_per_token": per_token,
-        "share_of_memory_bandwidth": over(per_token * rate["median"], bandwidth) if per_token and rate else None,
-        "prefill_s": over(stats.prefill_s, len(runs)),
+        "share_of_memory_bandwidth": safe_divide(per_token * rate["median"], bandwidth) if per_token and rate else None,
+        "prefill_s": safe_divide(stats.prefill_s, len(runs)),
         "per_repeat": [
             {
-                "decoded_tokens": of_all.tokens - of_all.rows,
-                "decode_s": of_all.decode_s,
-                "decoded_tokens_not_looping": of_some.tokens - of_some.rows,
-                "decode_s_not_looping": of_some.decode_s,
+                "decoded_tokens": every.tokens - every.rows,
+                "decode_s": every.decode_s,
+                "decoded_tokens_not_looping": some.tokens - some.rows,
+                "decode_s_not_looping": some.decode_s,
             }
-            for of_all, of_some in zip(repeats, straight, strict=True)
+            for every, some in zip(repeats, straight, strict=True)
         ],
     }
+
+
+def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
+    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted.
+
+    Args:
+        row: of `figures`.
+        step_s: seconds of an autoregressive step.
+    """
+    d, round_s = row["drafted_per_round"], row["round_s"]
+    if not (d and round_s and step_s):
+        return None
+    return {str(rho): (rho * d + 1) * step_s / round_s for rho in ACCEPTANCES}
 
 
 # ---- the report ----
@@ -119,7 +120,7 @@ def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0)
 
 
 COLUMNS = {
-    "way": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
+    "method": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
     "tokens/s": lambda r: show(r["tokens_per_second"], ".1f"),
     "speed-up": lambda r: show(r["speedup"], ".2f"),
     "not looping": lambda r: show(r["speedup_not_looping"], ".2f"),
@@ -139,29 +140,40 @@ COLUMNS = {
     "compile, s": lambda r: show(r["compile_s"], ".0f"),
     "identical": lambda r: {True: "yes", False: "NO", None: "-"}[r["identical"]],
 }
+# With random weights texts and acceptance mean nothing.
+COST_COLUMNS = ("method", "round, ms", "draft, verify, rest", "draft cost", "efficiency", "MB/token", "bandwidth")
 
 
-def _metric(name: str, row: dict[str, Any]) -> str:
+def _metric(name: str, row: Mapping[str, Any]) -> str:
     return show(row["metrics"][name], ".3f")
 
 
-def markdown(report: dict[str, Any]) -> str:
+def _at_acceptance(rho: str, row: Mapping[str, Any]) -> str:
+    return show((row["speedup_by_acceptance"] or {}).get(rho), ".2f")
+
+
+def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table for each temperature, with where and how it was measured."""
     cfg = report["config"]
+    if report["random_weights"]:
+        columns = {name: COLUMNS[name] for name in COST_COLUMNS}
+        columns |= {f"at acceptance {rho}": partial(_at_acceptance, str(rho)) for rho in ACCEPTANCES}
+        title = f"{cfg['model']['_component_']}, {report['parameters'] / 1e6:.0f} million random weights"
+    else:
+        columns = COLUMNS | {name: partial(_metric, name) for name in cfg.get("metrics") or []}
+        title = cfg["checkpointer"]["checkpoint_dir"]
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
-        f"# {cfg['checkpointer']['checkpoint_dir']}\n",
+        f"# {title}\n",
         f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}, {compiled}, batch "
         f"{report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} tokens on average, "
         f"{report['max_new_tokens']} new ones, {report['repeats']} repeats. "
         f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
         f"    {report['command']}",
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
-        *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report.get("not_compiled") else []),
+        *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report["not_compiled"] else []),
         *(["\nInterrupted: not all repeats are in."] if report["interrupted"] else []),
     ]
-    metrics = {name: partial(_metric, name) for name in cfg.get("metrics") or []}
-    columns = COLUMNS | metrics
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
         lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         rows = [row for row in report["results"] if row["temperature"] == temperature]
@@ -169,8 +181,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """A PNG: tokens per second of each way, the range over the repeats, a panel for each temperature."""
+def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A picture: tokens per second of each method, the range over the repeats, a panel for each temperature."""
     from matplotlib.figure import Figure  # a second to import, and only here
 
     temperatures = list(dict.fromkeys(row["temperature"] for row in results))

@@ -6,7 +6,7 @@ corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics comput
 
 from collections.abc import Callable, Sequence
 
-from layerskip_recipes.config.settings import nearest
+from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.prompts import Example
 

@@ -1,50 +1,42 @@
 """`layerskip_benchmark tune=true`: which exit layer and draft length are fastest on this machine?
 
-One pass over the baseline's outputs says how many tokens a round of each exit would give; a few short probes say what
-it costs; together they predict the speed of every pair. The best few are then measured like any variant.
+One pass over the baseline's outputs tells how many tokens a round of each exit would give, and a few short probes tell
+what a round costs. Together they predict the speed of every pair. The best few are then measured like any variant.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from omegaconf import DictConfig
 
-from layerskip_recipes.config.checks import check_file
+from layerskip_recipes.benchmark.config import BenchmarkConfig
+from layerskip_recipes.benchmark.measuring import Turns
+from layerskip_recipes.benchmark.sweep import LONGEST, Pair
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
+from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.section import self_speculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-if TYPE_CHECKING:
-    from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-
-LONGEST = 12  # the longest draft that is considered
-WRITTEN = "# Written by layerskip_benchmark: "  # the beginning of a config
+FIRST_LINE = "# Written by layerskip_benchmark: "  # of a config
 NOTHING_TO_DRAFT = (
     "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
 )
 
 
 class Prediction(NamedTuple):
-    """What a pair of exit layer and draft length promises."""
+    """How fast a pair of exit layer and draft length should be."""
 
-    exit_layer: int
-    num_speculations: int
+    pair: Pair
     tokens_per_round: float
     round_s: float
     speedup: float  # over autoregressive decoding
-
-    @property
-    def name(self) -> str:
-        """Of the variant that measures it."""
-        return f"exit{self.exit_layer}_draft{self.num_speculations}"
 
 
 @torch.no_grad()
@@ -55,10 +47,10 @@ def round_tokens(
     sampler: Sampler,
     longest: int = LONGEST,
 ) -> dict[int, list[float]]:
-    """Tokens of a round by exit and draft length, on what the whole model wrote: one pass for all exits.
+    """Tokens of a round by exit and draft length, on outputs of the whole model: one pass for all exits.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v) (greedy: 1 or 0, and the rounds are those
-    that decoding has).
+    A token drafted from q is accepted with probability sum_v min(p_v, q_v). Greedily this is 1 or 0, and the rounds are
+    those of decoding.
 
     Args:
         model: the decoder, in eval mode.
@@ -78,7 +70,7 @@ def round_tokens(
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = torch.tensor([[*prompt, *output]], device=device)
         final, hidden = model.hidden_states(tokens, exits)
-        # Row i gives the (i+1)-th token of the output; the first one comes from the prompt and is not drafted.
+        # Row i gives the (i+1)-th token of the output. The first token comes from the prompt and is not drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
         drafted += len(output) - 1
         whole = model.unembed(final[:, rows])[0]
@@ -151,119 +143,97 @@ def predict(tokens: dict[int, list[float]], cost: torch.Tensor, step_s: float) -
         for d, count in enumerate(of_exit, start=1):
             seconds = float(cost @ torch.tensor([1, e, d, e * d], dtype=torch.float64))
             seconds = max(seconds, step_s)  # every layer runs once at least
-            found.append(Prediction(e, d, count, seconds, count * step_s / seconds))
-    return sorted(found, key=lambda pair: -pair.speedup)
+            found.append(Prediction(Pair(e, d), count, seconds, count * step_s / seconds))
+    return sorted(found, key=lambda prediction: -prediction.speedup)
 
 
 def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
     """The best few to measure, no neighbours: at most two draft lengths of an exit, three tokens or more apart."""
     chosen: list[Prediction] = []
-    for pair in ranked:
-        same = [other.num_speculations for other in chosen if other.exit_layer == pair.exit_layer]
-        if len(same) < 2 and all(abs(pair.num_speculations - other) >= 3 for other in same):
-            chosen.append(pair)
+    for prediction in ranked:
+        exit_layer, length = prediction.pair
+        same = [other.pair.num_speculations for other in chosen if other.pair.exit_layer == exit_layer]
+        if len(same) < 2 and all(abs(length - other) >= 3 for other in same):
+            chosen.append(prediction)
         if len(chosen) == count:
             break
     return chosen
 
 
-def write_config(path: Path, extends: str, best: dict[str, Any] | None, compile: bool, why: str) -> None:
-    """A generation config that extends the user's with the choice.
+def propose(turns: Turns, temperature: float) -> dict[str, Prediction]:
+    """Decode all prompts autoregressively, time the probes, predict every pair, and print the best.
 
-    Args:
-        path: of the file.
-        extends: a config's name or path.
-        best: keys of `self_speculation`; None: autoregressive decoding is fastest.
-        compile: whether it was measured compiled.
-        why: for its first line.
+    Returns:
+        The few pairs to measure, by name.
     """
-    # From everywhere: a path of the user's is relative to where the command was given.
-    known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
-    content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
-    # All keys, since those that are left out would be the user's, and were not measured.
-    content["self_speculation"] = None if best is None else self_speculation(**best)
-    content["compile"] = compile  # the user's may be another, for which the choice is not
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{WRITTEN}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
+    baseline = _decode_all(turns, None, temperature)
+    outputs = [row for rows, _ in baseline for row in rows]
+    plain = sum((stats for _, stats in baseline), GenerationStats())
+    prompts = [prompt for batch in turns.batches for prompt in batch]
+    tokens = round_tokens(turns.model, prompts, outputs, turns.sampler(temperature, None))
+    timed = {}
+    for pair in probes(turns.model.num_layers):
+        runs = _decode_all(turns, Speculation(*pair), temperature)
+        timed[pair] = statistics.median(stats.decode_s / stats.rounds for _, stats in runs if stats.rounds)
+    ranked = predict(tokens, round_cost(timed), plain.decode_s / plain.rounds)
+    print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
+    for pair, count, seconds, speedup in ranked[:10]:
+        print(f"{pair.name:<18}{count:>15.2f}{1000 * seconds:>12.2f}{speedup:>9.2f}x")
+    return {prediction.pair.name: prediction for prediction in choose(ranked)}
 
 
-def config_path(cfg: DictConfig) -> Path:
-    """Where the config goes."""
-    return Path(cfg.get("tune_file") or Path(cfg.report_dir) / "tuned.yaml")
+def _decode_all(turns: Turns, method: Speculation | None, temperature: float) -> list[tuple[list, GenerationStats]]:
+    """Every batch once, after a warm-up."""
+    batches = [turns.batches[0], *turns.batches]
+    return [turns.decode(method, temperature, batch, turns.seed) for batch in batches][1:]
 
 
-def check_config_path(cfg: DictConfig) -> None:
-    """Raises a ValueError if the config cannot be written, or a file of somebody else's stands there."""
-    path = config_path(cfg)
+# ---- the config of the fastest pair, of the tuner or of a sweep ----
+
+
+def check_config_path(path: Path) -> None:
+    """Raises a ConfigError if the config cannot be written, or somebody else's file stands there."""
     check_file("tune_file", str(path))
-    if path.is_file() and not path.read_bytes().startswith(WRITTEN.encode()):
+    if path.is_file() and not path.read_bytes().startswith(FIRST_LINE.encode()):
         raise ConfigError(
             f"tune_file: {str(path)!r} is there, and layerskip_benchmark did not write it. Allowed: a new file, or one "
             f"that it wrote; for example tune_file={path.with_stem(path.stem + '_2')}"
         )
 
 
-# ---- with the benchmark ----
+def write_config(path: Path, extends: str, best: SelfSpeculation | None, compile: bool, why: str) -> None:
+    """A generation config that extends the user's with the choice.
 
-
-def observe(
-    bench: "LayerSkipBenchmark", temperature: float, longest: int = LONGEST
-) -> tuple[dict[int, list[float]], float]:
-    """Decode all prompts autoregressively.
-
-    Returns:
-        The tokens of a round by exit and draft length (see `round_tokens`), and the seconds of a step.
+    Args:
+        path: of the file.
+        extends: a config's name or path.
+        best: None where autoregressive decoding is fastest.
+        compile: whether the choice was measured compiled.
+        why: for the first line.
     """
-    batches = [bench.batches[0], *bench.batches]  # the first time warms up
-    runs = [bench.run("baseline", None, temperature, batch, bench.seed) for batch in batches][1:]
-    outputs = [row for rows, _ in runs for row in rows]
-    stats = sum((stats for _, stats in runs), GenerationStats())
-    tokens = round_tokens(bench.model, bench.prompts, outputs, bench.sampler(temperature), longest)
-    return tokens, stats.decode_s / stats.rounds
+    # A path of the user's is relative to the folder where the command was given: make it absolute.
+    known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
+    content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    # All keys are written: of those left out the user's own values, which were not measured, would hold.
+    content["self_speculation"] = None if best is None else best.arguments()
+    content["compile"] = compile  # the choice is not for the other value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
 
-def propose(bench: "LayerSkipBenchmark") -> tuple[dict[str, dict[str, Any]], dict[str, Prediction]]:
-    """Predict every pair, print the best.
-
-    Returns:
-        The few pairs to measure as sections of `variants`, and what was predicted of them.
-    """
-    temperature = bench.temperatures[0]
-    tokens, step_s = observe(bench, temperature)
-    timed = {}
-    for pair in probes(bench.model.num_layers):
-        batches = [bench.batches[0], *bench.batches]
-        turns = [bench.run("probe", Speculation(*pair), temperature, batch, bench.seed)[1] for batch in batches]
-        timed[pair] = statistics.median(t.decode_s / t.rounds for t in turns[1:] if t.rounds)
-    ranked = predict(tokens, round_cost(timed), step_s)
-    print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
-    for pair in ranked[:10]:
-        print(f"{pair.name:<18}{pair.tokens_per_round:>15.2f}{1000 * pair.round_s:>12.2f}{pair.speedup:>9.2f}x")
-    chosen = choose(ranked)
-    sections: dict[str, dict[str, Any]] = {
-        pair.name: {"exit_layer": pair.exit_layer, "num_speculations": pair.num_speculations} for pair in chosen
-    }
-    return sections, {pair.name: pair for pair in chosen}
-
-
-def write_choice(bench: "LayerSkipBenchmark", report: dict[str, Any]) -> None:
-    """Print prediction beside measurement, and write the config of the fastest."""
-    temperature = bench.temperatures[0]
-    rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
-    measured = {name: rows[name]["speedup"]["median"] for name in bench.variants if rows[name]["speedup"]}
-    print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
-    for name, speedup in measured.items():
-        pair = bench.predicted.get(name)
-        print(f"{name:<18}{f'{pair.speedup:.2f}x' if pair else '':>10}{speedup:>9.2f}x")
+def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
+    """Print the measured pairs beside what was predicted, and write the config of the fastest."""
+    temperature = cfg.all_temperatures[0]
+    rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature and row["speedup"]}
+    measured = {name: rows[name]["speedup"]["median"] for name in pairs if name in rows}
+    if cfg.tune:
+        print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
+        for name, speedup in measured.items():
+            print(f"{name:<18}{rows[name]['predicted_speedup']:>9.2f}x{speedup:>9.2f}x")
+    if not measured:
+        raise ConfigError(NOTHING_TO_DRAFT)
     best = max(measured, key=measured.__getitem__)
-    write_fastest(
-        bench.cfg, best, bench.variants[best], measured[best], f"temperature {temperature}, {report['device']}"
-    )
-
-
-def write_fastest(cfg: DictConfig, name: str, section: dict[str, Any], speedup: float, where: str) -> None:
-    """The config of the fastest way of those measured; autoregressive if that is faster than all."""
-    path = config_path(cfg)
-    best, why = section if speedup > 1 else None, f"{name} at {speedup:.2f}x, {where}"
-    write_config(path, cfg.tune_extends, best, cfg.get("compile", False), why)
-    print(f"fastest: {name if speedup > 1 else 'autoregressive'}; written to {path}")
+    faster = measured[best] > 1
+    why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
+    write_config(cfg.tuned_path, cfg.tune_extends, pairs[best].variant if faster else None, bool(cfg.compile), why)
+    print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

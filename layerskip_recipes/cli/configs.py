@@ -10,8 +10,8 @@ from layerskip_recipes.training.config import FinetuneConfig
 
 CONFIGS: dict[str, type[RecipeConfig]] = {
     "layerskip_finetune": FinetuneConfig,
-    "layerskip_benchmark": BenchmarkConfig,
     "layerskip_generate": GenerateConfig,
+    "layerskip_benchmark": BenchmarkConfig,
     "layerskip_eval": EvalConfig,
 }
 

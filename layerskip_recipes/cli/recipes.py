@@ -76,10 +76,7 @@ def benchmark() -> None:
     def steps() -> None:
         recipe = build_recipe(LayerSkipBenchmark, "layerskip_benchmark", benchmark.__doc__)
         recipe.setup()
-        if recipe.cfg.tune:
-            recipe.tune()
-        report = recipe.sweep() if recipe.cfg.sweep is not None else recipe.benchmark()
-        if report["interrupted"]:
+        if recipe.benchmark()["interrupted"]:
             sys.exit(130)  # what a shell expects after Ctrl-C
 
     run_cli(steps)

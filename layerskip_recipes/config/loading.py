@@ -25,8 +25,8 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C
 class _Loader(_SafeLoader):
     """YAML as OmegaConf reads it: 2e-5 is a number, and there are no dates.
 
-    Numbers of base 60 and leading zeros are text: else the layers 1:5 would be 65, and the file number 00003 would be 3.
-    A key that stands twice is an error.
+    Numbers of base 60 and with leading zeros are text; else the layers 1:5 would be 65, and the file number 00003 would
+    be 3. A key that stands twice is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

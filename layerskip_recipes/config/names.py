@@ -6,9 +6,9 @@ from pathlib import Path
 import torchtune
 from torchtune._recipe_registry import get_all_recipes
 
-from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.errors import ConfigError
 
+PACKAGE = Path(__file__).parents[1]
 # The wheel carries the configs inside of the package, a checkout beside it.
 CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
 

@@ -8,18 +8,21 @@ import os
 import sysconfig
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 
-from layerskip_recipes.config.checks import check_choice, check_number
+from layerskip_recipes.config.schema import PositiveInt, check, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 
+Split = Literal["train", "heldout"]
+
 END = "<|endoftext|>"
-# Not on every machine (tests, the editor) or no code that anyone reads (tables).
+# Folders that are not on every machine (tests, the editor), or hold tables instead of code.
 LEFT_OUT = (
     "site-packages",
     "dist-packages",
@@ -33,21 +36,14 @@ LEFT_OUT = (
 )
 
 
-def stdlib_texts(split: str) -> dict[str, str]:
-    """The standard library's modules by relative path, in a fixed order; about one in twenty is held out.
-
-    Args:
-        split: "train" or "heldout".
-
-    Raises:
-        ValueError: for another split.
-    """
-    check_choice("dataset.split", split, ("train", "heldout"))
+@checked_arguments("dataset.")
+def stdlib_texts(split: Split) -> dict[str, str]:
+    """The standard library's modules by relative path, in a fixed order; about one in twenty is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        # By a hash of the name, so that the split is the same on every machine.
+        # Split by a hash of the name, alike on every machine.
         held_out = zlib.crc32(name.encode()) % 20 == 0
         if held_out == (split == "heldout") and not set(path.relative_to(root).parts) & set(LEFT_OUT):
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -61,8 +57,11 @@ def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None 
 
     Args:
         path: the folder; trained (a few seconds) if it does not exist yet.
-        vocab_size: its size, end token included.
+        vocab_size: with the end token.
         max_seq_len: as in `hf_tokenizer`.
+
+    Raises:
+        ConfigError: if the folder has a tokenizer of another size.
     """
     folder = Path(path)
     if not (folder / "tokenizer.json").is_file():
@@ -79,7 +78,7 @@ def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None 
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        # Last, and by renaming: a folder with this file is complete.
+        # Written last and renamed, so that a folder with this file is complete.
         tokenizer.save(str(folder / "tokenizer.json.part"))
         os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
     tokenizer = hf_tokenizer(path, max_seq_len=max_seq_len)
@@ -97,15 +96,19 @@ class StdlibDataset(Dataset):
     Args:
         tokenizer: any torchtune tokenizer.
         split: "train" or "heldout".
-        seq_len: tokens of a window; each sample is {"tokens": [seq_len], "labels": the same}, shifted by the recipe.
-        max_samples: fewer windows, spread over the stream; None for all.
+        seq_len: tokens of a window; a sample is {"tokens": [seq_len], "labels": the same}, and the recipe shifts the
+            labels.
+        max_samples: windows to keep, spread over the stream; None for all.
     """
 
+    @checked_arguments("dataset.")
     def __init__(
-        self, tokenizer: Any, split: str = "train", seq_len: int = 256, max_samples: int | None = None
+        self,
+        tokenizer: Any,
+        split: Split = "train",
+        seq_len: Annotated[PositiveInt, Field(examples=[256])] = 256,
+        max_samples: PositiveInt | None = None,
     ) -> None:
-        check_number("dataset.seq_len", seq_len, minimum=1, example=256)
-        check_number("dataset.max_samples", max_samples, minimum=1, optional=True)
         stream = []
         for text in stdlib_texts(split).values():
             stream += [*tokenizer.encode(text, add_bos=False, add_eos=False), tokenizer.eos_id]
@@ -122,20 +125,22 @@ class StdlibDataset(Dataset):
         return {"tokens": window, "labels": window}
 
 
-def heldout_prompts(count: int = 8, characters: int = 450) -> list[str]:
-    """Beginnings of function bodies from held-out files: code that goes on sensibly.
+@checked_arguments("prompts.")
+def heldout_prompts(
+    count: Annotated[PositiveInt, Field(examples=[8])] = 8,
+    characters: Annotated[PositiveInt, Field(examples=[450])] = 450,
+) -> list[str]:
+    """Code up to the signature of a function, from held-out files: text with a sensible continuation.
 
     Each prompt ends with the signature of a function in the middle of its file and starts `characters` before it.
 
     Args:
         count: how many prompts, from as many files.
-        characters: their length, about three a token.
+        characters: the length of a prompt; a token has about three.
 
     Raises:
-        ValueError: if one is less than 1, or there are fewer such files.
+        ConfigError: if one is less than 1, or there are fewer such files.
     """
-    check_number("prompts.count", count, minimum=1, example=8)
-    check_number("prompts.characters", characters, minimum=1, example=450)
     prompts = []
     for text in stdlib_texts("heldout").values():
         lines = text.splitlines(keepends=True)
@@ -150,5 +155,5 @@ def heldout_prompts(count: int = 8, characters: int = 450) -> list[str]:
             f"prompts.characters: {characters} are more than any held-out file has before a function in its middle; "
             "for example prompts.characters=450"
         )
-    check_number("prompts.count", count, minimum=1, maximum=len(prompts), example=min(8, len(prompts)))
+    check("prompts.count", count, Annotated[int, Field(ge=1, le=len(prompts), examples=[min(8, len(prompts))])])
     return [prompts[i * len(prompts) // count] for i in range(count)]

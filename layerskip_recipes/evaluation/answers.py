@@ -1,9 +1,6 @@
-"""Answers to many prompts: batches of similar length through the engine, cut at stop strings, and what they took.
+"""Answers to many prompts, for lm-eval's tasks: batches of similar length, cut at stop strings, with statistics."""
 
-Evaluation asks for them: lm-eval's generate_until tasks (harness.py) and HumanEval (human_eval.py).
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.section import build_speculation, with_vocabulary
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -27,8 +24,8 @@ class Answers:
         tokenizer: decodes, and has the stop tokens.
         batch_size: prompts decoded together.
         exit_layer: all tokens come from that exit; None: from the last layer.
-        draft: values of `check_speculation`, to decode self-speculatively; None: autoregressively.
-        seed: of what is sampled.
+        self_speculation: how drafts are made; None decodes autoregressively.
+        seed: of sampling.
     """
 
     def __init__(
@@ -38,11 +35,12 @@ class Answers:
         *,
         batch_size: int = 1,
         exit_layer: int | None = None,
-        draft: Mapping[str, Any] | None = None,
+        self_speculation: SelfSpeculation | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.exit_layer, self.draft, self.seed = batch_size, exit_layer, draft, seed
+        self.batch_size, self.exit_layer, self.seed = batch_size, exit_layer, seed
+        self.self_speculation = self_speculation
         self.device = model.tok_embeddings.weight.device
 
     def __call__(
@@ -57,22 +55,23 @@ class Answers:
 
         Args:
             prompts: their tokens.
-            limit: new tokens, at most.
+            limit: the most new tokens of an answer.
             stops: an answer ends before the first of these strings.
-            sampler: greedy by default; its rng is replaced by one of each batch.
+            sampler: greedy by default; each batch has a random generator of its own.
             name: for the progress bar.
 
         Raises:
-            ValueError: if a prompt is empty, or does not fit the model together with the new tokens.
+            ConfigError: if a prompt is empty, or does not fit the model together with the new tokens.
         """
         speculation = None
-        if self.draft:
-            draft = with_vocabulary(self.draft, self.model, self.tokenizer, prompts)
-            speculation = build_speculation(draft, self.model)
+        if self.self_speculation is not None:
+            section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
+            speculation = section.build(self.model)
         choice = DiscountedUCB()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        texts, stats = {}, GenerationStats()
+        texts: dict[int, str] = {}
+        stats = GenerationStats()
         for batch in tqdm(batches, desc=name):
             rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
             generation = Generation(
@@ -85,7 +84,7 @@ class Answers:
                 stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
                 choice=choice,
             )
-            rows = [TextStream(self.tokenizer, generation.stop_tokens, stops, prompts[i]) for i in batch]
+            rows = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in batch]
             follow(generation, rows)
             texts |= {i: row.text(tokens) for i, row, tokens in zip(batch, rows, generation.generated, strict=True)}
             stats = stats + generation.stats
@@ -93,6 +92,6 @@ class Answers:
 
 
 def speed(stats: GenerationStats) -> dict[str, Any]:
-    """What a report says of the answers: tokens, tokens per second, and how many drafts were accepted, if any."""
+    """The statistics of answers for a report: tokens, tokens per second, and the acceptance rate of drafts, if any."""
     figures = {"tokens": stats.tokens, "tokens_per_second": stats.tokens_per_second}
     return figures | ({"acceptance_rate": stats.acceptance_rate} if stats.drafted else {})

@@ -1,151 +1,196 @@
-"""What may stand in an evaluation config, what has to, and what it means where a plain value would not say."""
+"""EvalConfig: the keys of `layerskip_eval`, and which keys go together."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import AfterValidator, BeforeValidator, Field
+from typing_extensions import Self
 
-from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.schema import Section, check
-from layerskip_recipes.config.settings import COMMON, anything, component, flag, number, one_of, text
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.layer_strings import select_exits
+from layerskip_recipes.config.paths import PICTURES, check_ending
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.section import FILTERS
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.training.batches import CollateFn, Datasets
 
+# Keys that mean nothing without another key.
+REQUIRES = {
+    "dataset": ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
+    "tasks": (
+        "task_path",
+        "num_fewshot",
+        "limit",
+        "apply_chat_template",
+        "confirm_run_unsafe_code",
+        "exit_layer",
+        "self_speculation",
+        "max_new_tokens",
+    ),
+}
 
-def check_tasks(key: str, value: Any) -> None:
-    """Raises a ValueError unless value is null or a list of names."""
-    names = list(value) if isinstance(value, ListConfig) else []
-    if value is not None and (not names or not all(isinstance(name, str) and name for name in names)):
-        raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: a list of names; for example {key}=[arc_easy]")
+
+TaskNames = Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])]
+
+
+def _named_once(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
-        raise ConfigError(f"{key}: {value!r} has a name twice. Allowed: each once; for example {key}=[arc_easy]")
+        raise ConfigError(f": {names} has a name twice. Allowed: each once; for example tasks=[arc_easy]")
+    return names
 
 
-def task_folders(key: str, value: Any) -> list[str]:
-    """`task_path` as a list; raises a ValueError unless it is null, a folder or a list of folders."""
-    folders = list(value) if isinstance(value, ListConfig) else [] if value is None else [value]
-    for folder in folders:
+def _as_folders(value: Any) -> list[str] | None:
+    folders = value if isinstance(value, list) or value is None else [value]
+    for folder in folders or ():
         if not isinstance(folder, str) or not Path(folder).is_dir():
-            raise ConfigError(
-                f"{key}: {folder!r} is no folder. Allowed: folders of task files; for example {key}=tasks"
-            )
+            raise ConfigError(f": {folder!r} is no folder. Allowed: folders of task files; for example task_path=tasks")
     return folders
 
 
-def harness() -> ModuleType:
-    """Our harness.py, which imports lm-eval; raises a ValueError if that is not installed."""
-    try:
-        from layerskip_recipes.evaluation import harness
-    except ImportError as e:
-        raise ConfigError(f'tasks: lm-eval is missing ({e}). For example: pip install "lm-eval>=0.4.12,<0.5"') from e
-    return harness
-
-
-class _Data(Section):
-    dataset: Datasets | None
-
-
-def datasets_of(value: Any) -> list[Component]:
-    """The datasets of the `dataset` section; raises a ConfigError for a wrong one."""
-    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    datasets = _Data.parse({"dataset": plain}).dataset or []
-    for dataset in datasets:
-        dataset.key = "dataset"
-        dataset.check()
-    return datasets
-
-
-SETTINGS = COMMON | {
-    "quantizer": component(optional=True),
-    "dataset": lambda key, value: datasets_of(value),
-    "collate_fn": lambda key, value: check(key, value, CollateFn),
-    "batch_size": number(minimum=1),
-    "max_batches": number(minimum=1, optional=True),
-    "layers": anything,
-    "num_speculations": number(minimum=1, optional=True, example=6),
-    "tasks": check_tasks,
-    "task_path": task_folders,
-    "num_fewshot": number(minimum=0, optional=True),
-    "limit": number(minimum=1, optional=True),
-    "apply_chat_template": flag,
-    "human_eval": anything,
-    "exit_layer": anything,
-    "self_speculation": anything,
-    "max_new_tokens": number(minimum=1, optional=True, example=256),
-    "compare": anything,
-    "picture": text("exits.png"),
-    "report": text("exits.json"),
-    "enable_kv_cache": one_of(True, None),
-}
-REFUSED = {
-    **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset, tasks or human_eval"),
-    "temperature": "tasks say it themselves, for HumanEval it is human_eval.temperature",
-    "on_bad_prompt": "it answers no prompts of a config",
-    "benchmark": "a comparison is for layerskip_generate or layerskip_benchmark",
-    **dict.fromkeys(("stream", "output_file"), "it prints figures, no texts"),
-    **dict.fromkeys(FILTERS, "tasks say it themselves"),
-    **dict.fromkeys(("stop_tokens", "stop_strings"), "tasks say it themselves"),
-    **dict.fromkeys(("tensor_parallel_plan", "tensor_parallel_dim"), "it measures on one device"),
-    "system_prompt": "it has no conversation",
-    "compile": "its steps are not compiled",
-    "log_level": "it says little",
-    "cudnn_deterministic_mode": "it trains nothing",
-}
-# What is measured, and the settings that mean nothing without it.
-MEASURED = ("dataset", "tasks", "human_eval")
-OF = {
-    ("dataset",): ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
-    ("tasks",): ("task_path", "num_fewshot", "limit", "apply_chat_template"),
-    ("tasks", "human_eval"): ("exit_layer", "self_speculation", "max_new_tokens"),
-}
-
-
-def check_measured(cfg: DictConfig) -> None:
-    """Raises a ValueError if nothing is to be measured, or a setting would be ignored."""
-    if all(cfg.get(key) is None for key in MEASURED):
+def _by_name(value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(part, Mapping) for part in value.values()):
         raise ConfigError(
-            "dataset: None, and neither tasks nor human_eval: nothing to measure. Allowed: one or more of "
-            "dataset={_component_: ...}, tasks=[arc_easy], human_eval={file: HumanEval.jsonl.gz, execute: true}"
+            f": {value!r} is not allowed. Allowed: names, each with the keys of the checkpointer section that differ; "
+            'for example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
         )
-    for needed, keys in OF.items():
-        for key in keys:
-            if cfg.get(key) is not None and all(cfg.get(need) is None for need in needed):
-                raise ConfigError(f"{key}: {cfg[key]} needs {' or '.join(needed)}, which is not there. Set {key}=null")
-    if cfg.get("exit_layer") is not None and cfg.get("self_speculation") is not None:
-        raise ConfigError(
-            f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all answers from that exit: "
-            f"exit_layer={cfg.exit_layer} self_speculation=null"
-        )
+    return {str(name): part for name, part in value.items()}
 
 
-def checkpoints(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The config once for its own checkpoint, and once for each of `compare`, by name.
+class EvalConfig(RecipeConfig):
+    """Measures a checkpoint: every exit on a `dataset`, or lm-eval's `tasks`, or both."""
 
-    Raises:
-        ValueError: if `compare` is no mapping of names to parts of the checkpointer section.
-    """
-    compare = OmegaConf.create({}) if cfg.get("compare") is None else cfg.compare
-    if not isinstance(compare, DictConfig) or not all(isinstance(part, DictConfig) for part in compare.values()):
-        raise ConfigError(
-            f"compare: {compare!r} is not allowed. Allowed: names with what differs in the checkpointer section; for "
-            'example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
-        )
-    others = {str(name): _with_checkpointer(cfg, section) for name, section in compare.items()}
-    own = Path(str(cfg.checkpointer.get("checkpoint_dir"))).name
-    if own in others:
-        raise ConfigError(f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
-                         f'"compare={{before: ...}}"')  # fmt: skip
-    return {own: cfg} | others
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "human_eval": "HumanEval is one of lm-eval's tasks: tasks=[humaneval] confirm_run_unsafe_code=true",
+        **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset or tasks"),
+        **dict.fromkeys(("stream", "output_file"), "it prints figures, no texts"),
+        **dict.fromkeys(
+            ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_tokens", "stop_strings"),
+            "each task has its own",
+        ),
+        **dict.fromkeys(("tensor_parallel_plan", "tensor_parallel_dim"), "it measures on one device"),
+        "on_bad_prompt": "it answers no prompts of a config",
+        "benchmark": "a comparison is for layerskip_generate or layerskip_benchmark",
+        "system_prompt": "it has no conversation",
+        "compile": "its steps are not compiled",
+        "log_level": "it logs little",
+        "cudnn_deterministic_mode": "it trains nothing",
+    }
 
+    quantizer: Annotated[Component, Takes()] | None = None
+    """Quantises the whole model, as in `layerskip_generate`."""
+    batch_size: PositiveInt = 1
+    """Samples or prompts that are computed together."""
 
-def _with_checkpointer(cfg: DictConfig, section: DictConfig) -> DictConfig:
-    """The config with other values in its checkpointer section."""
-    other = cfg.copy()
-    for key, value in section.items():
-        before = cfg.checkpointer.get(key)
-        # checkpoint_files may be a list in one, and a mapping in the other.
-        both = isinstance(before, DictConfig) and isinstance(value, DictConfig)
-        other.checkpointer[key] = OmegaConf.merge(before, value) if both else value
-    return other
+    dataset: Datasets | None = None
+    """Any torchtune dataset, or a list of them: loss, perplexity, accuracy and agreement with the last layer of every
+    exit, in one pass."""
+    collate_fn: CollateFn = None
+    """Makes a batch of the dataset's samples; null is `torchtune.data.padded_collate_sft`."""
+    max_batches: PositiveInt | None = None
+    """The first so many batches of the dataset; null for all."""
+    layers: Layers | None = None
+    """The layers whose outputs are measured as exits, such as "0::4" or "3,7"; null for all. The last exit is always
+    measured."""
+    num_speculations: Annotated[int, Field(ge=1, examples=[6])] | None = None
+    """The draft length of the column that says how many tokens in a row an exit agrees on with the last layer; null is
+    6."""
+    picture: Annotated[Text, Field(examples=["exits.png"])] | None = None
+    """A .png, .pdf or .svg of loss and agreement over the exits of every checkpoint."""
+
+    tasks: Annotated[list[Text], AfterValidator(_named_once), Field(min_length=1, examples=["[arc_easy]"])] | None = (
+        None
+    )
+    """Names of lm-eval's tasks, groups or tags, or of your own task files; needs `pip install lm-eval`."""
+    task_path: Annotated[list[str] | None, BeforeValidator(_as_folders)] = None
+    """A folder, or a list of folders, with task files of your own."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null for each task's own number."""
+    limit: PositiveInt | None = None
+    """The first so many documents of each task; null for all."""
+    apply_chat_template: Flag = False
+    """Ask each question as a conversation; needs `hf_tokenizer` and a model with a chat template."""
+    confirm_run_unsafe_code: Flag = False
+    """Allow tasks that run programs which the model writes, such as `humaneval`. They run on this machine without a
+    sandbox, so take a container or a virtual machine."""
+    exit_layer: int | None = None
+    """All answers of tasks come from this exit; null for the last layer."""
+    self_speculation: SelfSpeculation | None = None
+    """Tasks that generate are decoded self-speculatively; greedy answers stay the same, and the report has speed and
+    acceptance."""
+    max_new_tokens: Annotated[int, Field(ge=1, examples=[256])] | None = None
+    """The longest answer of a task that does not name its limit; null is 256."""
+
+    compare: Annotated[dict[str, dict[str, Any]], BeforeValidator(_by_name)] | None = None
+    """Other checkpoints of the same model, by names of your own: the keys of the checkpointer section that differ."""
+    report: Annotated[Text, Field(examples=["exits.json"])] | None = None
+    """A JSON file for the report, which is also the last line of the output."""
+    enable_kv_cache: Literal[True] | None = None
+    """A key of torchtune; the cache is always on."""
+
+    def check_together(self) -> None:
+        self._check_measured()
+        check_ending("report", self.report, [".json"])
+        check_ending("picture", self.picture, PICTURES)
+        model = layerskip_decoder(self.meta_model)
+        check_checkpointer(self)
+        select_exits(self.layers or ":", model.num_layers, key="layers")
+        if self.self_speculation is not None:
+            self.self_speculation.check_against(model)
+            check_draft_fits(self.self_speculation, self.quantizer, model)
+        if self.exit_layer is not None:
+            model.check_exit(self.exit_layer)
+        for name, other in self.checkpoints().items():
+            other.checkpointer.check()
+            try:
+                check_checkpointer(other)
+            except ConfigError as e:
+                raise ConfigError(f"compare.{name}: {e}") from e
+
+    def _check_measured(self) -> None:
+        """Raises a ConfigError if nothing is to be measured, or a key would be ignored."""
+        if self.dataset is None and self.tasks is None:
+            raise ConfigError(
+                "dataset: null, and tasks too, so there is nothing to measure. Allowed: one or both; for example "
+                "dataset={_component_: ...} or tasks=[arc_easy]"
+            )
+        for needed, keys in REQUIRES.items():
+            for key in keys if getattr(self, needed) is None else ():
+                value = getattr(self, key)
+                if key in self.model_fields_set and value is not None:
+                    raise ConfigError(f"{key}: {value} needs {needed}, which is not there. Set {key}=null")
+        if self.exit_layer is not None and self.self_speculation is not None:
+            raise ConfigError(
+                f"exit_layer: {self.exit_layer} is set beside self_speculation. For all answers from that exit: "
+                f"exit_layer={self.exit_layer} self_speculation=null"
+            )
+
+    def checkpoints(self) -> dict[str, Self]:
+        """The config once for its own checkpoint, and once for each of `compare`, by name.
+
+        Raises:
+            ConfigError: if two have the same name.
+        """
+        own = Path(str(self.checkpointer.get("checkpoint_dir"))).name
+        compare = self.compare or {}
+        if own in compare:
+            raise ConfigError(
+                f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
+                '"compare={before: ...}"'
+            )
+        others = {name: self._with_checkpointer(f"compare.{name}", section) for name, section in compare.items()}
+        return {own: self, **others}
+
+    def _with_checkpointer(self, key: str, changes: Mapping[str, Any]) -> Self:
+        """The config with other values in its checkpointer section."""
+        section = dict(self.checkpointer.section)
+        for name, value in changes.items():
+            # checkpoint_files may be a list in one section, and a mapping in the other.
+            both = isinstance(section.get(name), Mapping) and isinstance(value, Mapping)
+            section[name] = {**section[name], **value} if both else value
+        checkpointer = Component(section, key)
+        checkpointer.given = self.checkpointer.given
+        return self.model_copy(update={"checkpointer": checkpointer})

@@ -96,7 +96,9 @@ def generate(
             raise ConfigError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")
         if num_speculations is None:
             raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    drafting = num_speculations is not None
+    drafts = None
+    if num_speculations is not None and exit_layer is not None:
+        drafts = Speculation(exit_layer, num_speculations, **speculation)
     # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
     shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if shared and not same_on_all(rows):
@@ -109,8 +111,8 @@ def generate(
         model,
         rows,
         max_generated_tokens,
-        exit_layer=None if drafting else exit_layer,
-        speculation=Speculation(exit_layer, num_speculations, **speculation) if drafting else None,
+        exit_layer=exit_layer if drafts is None else None,
+        speculation=drafts,
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -228,7 +229,7 @@ class Generation:
         last = on_device([len(prompt) - 1 for prompt in self.prompts], device)
         at_once = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
         rows = torch.arange(len(self.prompts), device=device)
-        final = None
+        final: Any = None
         for start in range(reused, width, width if at_once else PREFILL_CHUNK):
             end = width if at_once else min(start + PREFILL_CHUNK, width)
             at = self.cache.slots[None, start:end]
@@ -297,7 +298,7 @@ class Generation:
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
-        kept = []
+        kept: list[list[int]] = []
         for row, tokens in enumerate(new):
             if self.finished[row]:
                 kept.append([])
@@ -318,7 +319,7 @@ class Generation:
 
     # ---- repetition penalty ----
 
-    seen: torch.Tensor | None = None  # [b, v], tokens of prompt and output so far, where the sampler penalises them
+    seen: Any = None  # [b, v] bool, tokens of prompt and output so far, where the sampler penalises them
 
     def _begin_seen(self) -> None:
         shape = (len(self.prompts), self.context.vocabulary_size)

@@ -11,7 +11,7 @@ from torchtune import utils
 from torchtune.data import Message
 
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.data.reference_tasks import no_object, try_json_lines
+from layerskip_recipes.data.json_lines import bad_line_message, parse_json_lines
 from layerskip_recipes.errors import ConfigError
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
@@ -136,7 +136,7 @@ def _read_prompt_file(name: str) -> list[Example]:
     content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
     if not lines:
         return [_tried(_plain, content, "prompt_file")]
-    found = try_json_lines(content)
+    found = parse_json_lines(content)
     if not found:
         raise ConfigError(f"prompt_file: {name!r} holds no prompt")
     return [_tried(_with_reference, line, f"prompt_file line {at}", at) for at, line in found.items()]
@@ -163,7 +163,7 @@ def _example(item: Any, key: str) -> Example:
 
 def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
     if isinstance(item, str):
-        raise ConfigError(f"{key}: {no_object(item)}")
+        raise ConfigError(f"{key}: {bad_line_message(item)}")
     response = item.get("response")
     if "prompt" not in item:
         raise ConfigError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
@@ -215,8 +215,8 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         tokenizer: of the model.
 
     Raises:
-        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not know,
-            or if the tokenizer leaves no assistant turn open.
+        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not
+            know, or if the tokenizer leaves no assistant turn open.
     """
     if not isinstance(prompt, str):
         _check_open_turn(tokenizer)

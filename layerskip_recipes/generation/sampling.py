@@ -179,10 +179,15 @@ class Sampler:
 
     def settings(self, device: torch.device) -> SamplerTensors:
         """The numbers on a device."""
-        top_p = None if self.top_p == 1 else self.top_p
-        numbers = (self.temperature, top_p, self.min_p or None, self.repetition_penalty)
+
+        def tensor(number: float) -> torch.Tensor:
+            return torch.tensor(number, dtype=torch.float32, device=device)
+
         return SamplerTensors(
-            *(None if n is None else torch.tensor(n, dtype=torch.float32, device=device) for n in numbers)
+            tensor(self.temperature),
+            None if self.top_p is None or self.top_p == 1 else tensor(self.top_p),
+            tensor(self.min_p) if self.min_p else None,
+            tensor(self.repetition_penalty),
         )
 
     @property

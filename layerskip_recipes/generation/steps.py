@@ -72,7 +72,8 @@ def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[i
 
     The last one is kept in place if it has the same vocabulary: CUDA graphs know its memory.
     """
-    output, wanted = head_of(model), torch.as_tensor(vocabulary).long().unique().cpu()
+    output: Any = head_of(model)
+    wanted = torch.as_tensor(vocabulary).long().unique().cpu()
     kept = _DRAFT_HEADS.get(model)
     if (
         kept is None
@@ -82,7 +83,7 @@ def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[i
     ):
         kept = _DRAFT_HEADS[model] = DraftHead(model, wanted)
     else:
-        kept.weight.copy_(output.weight[kept.vocabulary])
+        kept.weight.copy_(output.weight.index_select(0, kept.vocabulary))
         if kept.bias is not None:
             kept.bias.copy_(output.bias[kept.vocabulary])
     return kept

@@ -1,1 +1,1 @@
-"""The decoder and its parts: walk, dropout, head, KV cache, adapters, families. Imports config only."""
+"""The decoder and its parts: dropout, head, KV cache, adapters, families, measures, limits. Imports config only."""

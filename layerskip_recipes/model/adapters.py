@@ -24,7 +24,7 @@ BIASES = "scaled biases"  # a key of a checkpoint's contents, beside torchtune's
 ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format; PEFT's files lie beside it
 
 
-def adapter_modules(model: nn.Module) -> dict[str, nn.Module]:
+def adapter_modules(model: nn.Module) -> dict[str, Any]:
     """The LoRA or DoRA layers of a model by name; call it before layers are wrapped for activation checkpointing."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
 
@@ -134,7 +134,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         like = {"device": module.weight.device, "dtype": module.weight.dtype}
         linear.weight = nn.Parameter(weight.to(**like))
-        linear.bias = None if bias is None else nn.Parameter(bias.to(**like))
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(**like)))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     return model

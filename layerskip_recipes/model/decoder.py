@@ -219,7 +219,7 @@ class LayerSkipDecoder(TransformerDecoder):
         if isinstance(kept, list):  # no rank keeps a row
             return h
         others_only = kept is NO_LOCAL_ROWS
-        rows = torch.zeros(1, dtype=torch.long, device=h.device) if others_only else kept
+        rows = kept if isinstance(kept, torch.Tensor) else torch.zeros(1, dtype=torch.long, device=h.device)
         inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in layer_inputs.items()}
         if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
             inputs["mask"] = layer_inputs["mask"]  # [s, s], for all samples

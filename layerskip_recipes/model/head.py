@@ -6,6 +6,7 @@ A sharded model gathers its head's weights whenever the head is called. `Head` g
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,10 @@ class Head:
 
     def __init__(self, model: nn.Module) -> None:
         self.tied = isinstance(model.output, TiedLinear)
-        self.norm = model.norm
+        self.norm: Any = model.norm
         self.cap = getattr(model, "logit_cap", None)
-        self.output = model.output.tied_module if self.tied else model.output
-        self._places = [
+        self.output: Any = model.output.tied_module if self.tied else model.output
+        self._places: list[tuple[Any, str]] = [
             (module, name)
             for part in (self.norm, self.output)
             for module in part.modules()

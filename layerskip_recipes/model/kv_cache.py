@@ -12,6 +12,7 @@ a draft tree have slots of their own behind the text; `move` copies an accepted 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class CacheCursor:
 
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
-        self.at: torch.Tensor | None = None
+        self.at: Any = None
         self.end = 0
 
 
@@ -44,8 +45,8 @@ class LayerCache:
 
     def __init__(self, cursor: CacheCursor) -> None:
         self.cursor = cursor
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
+        self.k: Any = None  # [b, heads, slots, head_dim] once there are keys, and as many values
+        self.v: Any = None
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return the filled part."""

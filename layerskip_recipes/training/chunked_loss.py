@@ -154,11 +154,11 @@ def _loss_and_gradient(
     chunk_loss: ChunkLoss,
     head: Head,
     leaves: list[Any],
-    sums: list[torch.Tensor | None],
+    sums: list[Any],
     x: torch.Tensor,
     labels: torch.Tensor,
     scale: torch.Tensor,
-    buffer: torch.Tensor | None,
+    buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one chunk x [n, d], and the gradient of scale * loss by x.
 

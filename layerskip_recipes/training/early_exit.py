@@ -15,7 +15,7 @@ from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import cross_entropy_, exit_losses
+from layerskip_recipes.training.chunked_loss import ChunkLoss, cross_entropy_, exit_losses
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
@@ -57,10 +57,10 @@ def exit_weights(
     last = num_layers - 1
     last_weight = last + scale * f(last - 1) if scale_fn == "layerskip" else f(last)
     weights = [scale * f(layer) for layer in range(last)] + [last_weight if last else 1.0]
-    weights = torch.tensor([w * on for w, on in zip(weights, enabled, strict=True)], dtype=torch.float64)
-    if weights.sum() <= 0:
+    e = torch.tensor([w * on for w, on in zip(weights, enabled, strict=True)], dtype=torch.float64)
+    if e.sum() <= 0:
         raise ConfigError("early_exit_loss: no enabled exit has a weight above 0; the last layer must be enabled")
-    return (weights / weights.sum()).float()
+    return (e / e.sum()).float()
 
 
 @checked_arguments("early_exit_loss.")
@@ -141,6 +141,7 @@ class EarlyExitLoss:
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.chunk_tokens = chunk_tokens
+        self.chunk_loss: ChunkLoss = self._cross_entropy
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
         """C(t, l) of this loss, see `enabled_exits`."""
@@ -148,9 +149,9 @@ class EarlyExitLoss:
 
     def compile(self) -> None:
         """Compile the computation on the logits of a chunk."""
-        self.chunk_loss = torch.compile(self.chunk_loss, dynamic=True)
+        self.chunk_loss = torch.compile(self._cross_entropy, dynamic=True)
 
-    def chunk_loss(self, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The summed cross-entropy of a chunk, whose gradient takes the place of its logits; see `cross_entropy_`."""
         return cross_entropy_(logits, labels, scale, self.ignore_index, self.label_smoothing)
 

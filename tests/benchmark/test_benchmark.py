@@ -1,4 +1,4 @@
-"""The benchmark recipe: its report against the raw numbers in it, the peers' outputs, Ctrl-C, and wrong settings.
+"""The benchmark recipe: its report against the raw numbers in it, the peers' outputs, and Ctrl-C.
 
 No speed is asserted: only that what is reported follows from what was measured.
 """
@@ -12,25 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import run_tune
-from helpers.configs import benchmark_config, generate_config, make_checkpoint, unknown_suggestions
-from omegaconf import OmegaConf
-from torchtune.training import FullModelHFCheckpointer
+from helpers.configs import benchmark_config, make_checkpoint
 
-from layerskip_recipes.benchmark import peers
-from layerskip_recipes.benchmark import recipe as benchmark
-from layerskip_recipes.benchmark.config import REFUSED, SETTINGS
-from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark, Run, figures
-from layerskip_recipes.checkpoint.export import export
+from layerskip_recipes.benchmark.measuring import Run, Turns
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.benchmark.report import figures
+from layerskip_recipes.cli import recipes as cli
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.config import SETTINGS as GENERATE_SETTINGS
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 PEERS = ["torchtune", *(["transformers", "transformers_early_exit"] if HAS_TRANSFORMERS else [])]
-WAYS = ["baseline", "chain", "tree", *PEERS]
+METHODS = ["baseline", "chain", "tree", *PEERS]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,7 @@ def test_the_files_and_what_is_printed(report):
         "picture": str(folder / "benchmark.png"),
     }
     assert len(re.findall("^## Temperature", table, flags=re.M)) == 2
-    for name in WAYS:
+    for name in METHODS:
         assert len(re.findall(rf"^\| {name}[ ,]", table, flags=re.M)) == 2, name
 
 
@@ -96,7 +91,7 @@ def test_where_and_how_it_was_measured(report):
 def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     """Rates and speed-ups from tokens and seconds of each repeat; efficiency from acceptance and the draft's cost."""
     table = rows(report, temperature)
-    assert list(table) == WAYS
+    assert list(table) == METHODS
     base = table["baseline"]
     for name, row in table.items():
         assert row["kind"] == ("peer" if name in PEERS else "baseline" if name == "baseline" else "variant")
@@ -128,9 +123,9 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     assert base["drafted"] == 0 and base["engine_efficiency"] is None and base["compile_s"] == 0
 
 
-def test_greedy_outputs_are_the_same_in_all_ways(report):
+def test_greedy_outputs_are_the_same_by_all_methods(report):
     """The peers' too: torchtune's and transformers' own decoding of the checkpoint."""
-    assert {name: row["identical"] for name, row in rows(report, 0.0).items()} == dict.fromkeys(WAYS, True)
+    assert {name: row["identical"] for name, row in rows(report, 0.0).items()} == dict.fromkeys(METHODS, True)
     assert {row["identical"] for row in rows(report, 0.8).values()} == {None}
 
 
@@ -155,7 +150,7 @@ def test_outputs_are_compared_with_references(path, capsys):
         LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge]"]))
 
 
-def test_repeats_sample_anew_and_ways_take_turns(path, monkeypatch):
+def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
     """Baseline, chain, tree; then again for the next prompt: after a warm-up of two lengths."""
     seen = []
     whole = Generation.__init__
@@ -167,8 +162,8 @@ def test_repeats_sample_anew_and_ways_take_turns(path, monkeypatch):
 
     monkeypatch.setattr(Generation, "__init__", noted)
     recipe, _ = run(path, "prompt=[def main(argument, import os]")
-    ways, (one, two) = ["baseline", "chain", "tree"], recipe.prompts
-    assert [kind for kind, *_ in seen] == ways * 2 * (2 + 4)
+    methods, (one, two) = ["baseline", "chain", "tree"], recipe.prompts
+    assert [kind for kind, *_ in seen] == methods * 2 * (2 + 4)
     assert [prompt for _, prompt, *_ in seen[:18:3]] == [two, one, one, two, one, two]
     assert [seed for *_, seed, _ in seen[6:18]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert [t for *_, t in seen] == [0.0] * 18 + [0.8] * 18
@@ -190,7 +185,7 @@ def test_a_batch_of_two_lengths_and_an_exit_without_verification(path):
 
 def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
     """In the middle of the second repeat: turns that are not complete count in no way."""
-    calls, whole = [], LayerSkipBenchmark.run
+    calls, whole = [], Turns.decode
 
     def until(self, *args):
         calls.append(args)
@@ -198,13 +193,13 @@ def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(LayerSkipBenchmark, "run", until)
+    monkeypatch.setattr(Turns, "decode", until)
     prompts = path.parent / "prompts.jsonl"
     prompts.write_text('{"prompt": "def main(", "response": "x"}\n{"prompt": "import os", "response": "y"}\n')
     asked = ["metrics=[exact_match]", f"prompt_file={prompts}"]
     monkeypatch.setattr("sys.argv", ["layerskip_benchmark", "--config", str(path), *asked])
     with pytest.raises(SystemExit) as caught:
-        benchmark.main()
+        cli.benchmark()
     assert caught.value.code == 130
     report = json.loads((path.parent / "report/benchmark.json").read_text())
     assert report["interrupted"] is True and "Interrupted" in (path.parent / "report/benchmark.md").read_text()
@@ -216,7 +211,7 @@ def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypa
     few, folder = ["temperatures=[0.0]", "repeats=1"], path.parent / "report"
     run(path, *few)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    calls, whole = [], LayerSkipBenchmark.run
+    calls, whole = [], Turns.decode
 
     def until(self, *args):
         calls.append(args)
@@ -224,7 +219,7 @@ def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypa
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(LayerSkipBenchmark, "run", until)
+    monkeypatch.setattr(Turns, "decode", until)
     partial = {"benchmark_interrupted.json", "benchmark_interrupted.md", "benchmark_interrupted.png"}
     for _ in range(2):
         del calls[:]
@@ -237,60 +232,9 @@ def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypa
     assert json.loads((folder / "benchmark_interrupted.json").read_text())["interrupted"] is True
 
 
-def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
-    def broken(job):
-        raise RuntimeError("no such kernel\nmore")
-
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "transformers" else True)
-    monkeypatch.setitem(peers.PEERS, "torchtune", broken)
-    _, report = run(path, "peers=[torchtune,transformers]", "temperatures=[0.0]", "repeats=1")
-    assert list(rows(report, 0.0)) == ["baseline", "chain", "tree"] and "transformers" not in report["versions"]
-    left_out = {"torchtune": "RuntimeError: no such kernel"}
-    left_out["transformers"] = "ModuleNotFoundError: transformers is not installed"
-    assert report["peers_left_out"] == left_out
-    assert "transformers is left out" in (path.parent / "report/benchmark.md").read_text()
-
-
-def of_torchtune(monkeypatch, fails) -> list[float]:
-    """Replaces the peer: what it decodes is nothing, and fails(call, temperature) says whether it raises.
-
-    Returns:
-        The temperatures of its calls; the first two of each temperature are its trial.
-    """
-    calls = []
-
-    def decode(prompts, sampler, seed):
-        calls.append(sampler.temperature)
-        if fails(len(calls), sampler.temperature):
-            raise MemoryError("no more\nmemory")
-        return [[1, 2] for _ in prompts], GenerationStats(tokens=2, rows=1, decode_s=1.0)
-
-    monkeypatch.setitem(peers.PEERS, "torchtune", lambda job: {"only": decode})
-    return calls
-
-
-def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypatch):
-    of_torchtune(monkeypatch, lambda call, temperature: temperature > 0)
-    _, report = run(path, "peers=[torchtune]", "repeats=1")
-    assert report["peers_left_out"] == {"torchtune": "RuntimeError: only: MemoryError: no more"}
-    assert [row["name"] for row in report["results"]] == ["baseline", "chain", "tree"] * 2
-
-
-def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
-    """In its trials (4 calls), in the warm-up and turns of the first temperature (2 + 4) it works; then no more."""
-    calls = of_torchtune(monkeypatch, lambda call, temperature: call > 4 + 6 + 3)
-    _, report = run(path, "peers=[torchtune]")
-    assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
-    assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
-    assert [(row["name"], row["outputs"]) for row in report["results"]] == [
-        *((name, 4) for name in ["baseline", "chain", "tree"] * 2)
-    ]
-    assert report["interrupted"] is False
-
-
 def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):
     """In the second turn at the second temperature; an error before the first turn leaves the last report."""
-    calls, whole = [], LayerSkipBenchmark.run
+    calls, whole = [], Turns.decode
 
     def broken(self, *args):
         calls.append(args)
@@ -298,7 +242,7 @@ def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):
             raise RuntimeError("out of memory")
         return whole(self, *args)
 
-    monkeypatch.setattr(LayerSkipBenchmark, "run", broken)
+    monkeypatch.setattr(Turns, "decode", broken)
     file = path.parent / "report/benchmark.json"
     with pytest.raises(RuntimeError, match="out of memory"):
         run(path, "repeats=1")
@@ -310,23 +254,6 @@ def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="out of memory"):
         run(path)
     assert file.read_text() == text
-
-
-def test_the_best_setting_of_a_peer_wins():
-    """By the second call of each; a setting that fails is only noted."""
-
-    def decode(seconds: float):
-        def run(prompts, sampler, seed):
-            return [[1, 2]], GenerationStats(tokens=11, rows=1, decode_s=seconds)
-
-        return run
-
-    def fails(*_):
-        raise RuntimeError("no compiler")
-
-    job = peers.Job(*[None] * 8)
-    peer = peers._best({"slow": decode(2.0), "fast": decode(1.0), "broken": fails}, job, None)
-    assert peer.setting == "fast" and peer.trial == {"slow": 5.0, "fast": 10.0, "broken": "RuntimeError: no compiler"}
 
 
 def stats(tokens: int, seconds: float, **more) -> GenerationStats:
@@ -361,11 +288,6 @@ def test_nothing_compared_is_not_identical():
     assert figures([], [], greedy=True, bandwidth=1.0)["identical"] is None
 
 
-def test_every_key_of_generation_is_known():
-    """Honoured or refused by name: a benchmark config extends a generation config."""
-    assert {*GENERATE_SETTINGS} <= {*SETTINGS} | {*REFUSED}
-
-
 def test_drafts_that_are_looked_up_cost_no_step():
     """Of 10 rounds of 4 drafts 5 were drafted, at .1 of a plain step each; half of the 40 drafts stood."""
     ours = stats(30, 1.0, rounds=10, drafted=40, accepted=20, draft_steps=20, draft_s=0.2)
@@ -379,142 +301,3 @@ def test_drafts_that_are_looked_up_cost_no_step():
 def test_help_shows_two_commands(tmp_path):
     ran = run_tune("run", "layerskip_benchmark", "--config", "x", "--help", cwd=tmp_path)
     assert ran.returncode == 0 and ran.stdout.count("tune run layerskip_benchmark --config quickstart/benchmark") == 2
-
-
-# Overrides, the key at the message's start, the value given, what is allowed.
-WRONG = [
-    ("temperatures=[]", "temperatures", "[]", "[0.0,0.8]"),
-    ("temperatures=0.8", "temperatures", "0.8", "[0.0,0.8]"),
-    ("temperatures=[0.8, 0.8]", "temperatures", "[0.8, 0.8]", "different"),
-    ("temperatures=[0.0, -1]", "temperatures", "-1", "0 or more"),
-    ("temperatures=[hot]", "temperatures", "'hot'", "0 or more"),
-    ("temperature=0.8", "temperature", "0.8", "temperatures lists them"),
-    ("repeats=0", "repeats", "0", "1 or more"),
-    ("max_new_tokens=1", "max_new_tokens", "1", "2 or more"),
-    ("max_new_tokens=1000", "max_new_tokens", "1000", "up to "),
-    ("batch_size=0", "batch_size", "0", "1 or more"),
-    ("prompt=[a, b, c]; batch_size=2", "batch_size", "2", "batch_size=1"),
-    ("compile=yes please", "compile", "'yes please'", "true, false"),
-    ("top_k=0", "top_k", "0", "1 or more"),
-    ("min_p=2", "min_p", "2", "0 to 1"),
-    ("repetition_penalty=0", "repetition_penalty", "0", "above 0"),
-    ("report_dir=null", "report_dir", "None", "text"),
-    ("~report_dir", "report_dir", "None", "text"),
-    ("report_dir=benchmark.yaml/x", "report_dir", "'benchmark.yaml/x'", "in the way"),
-    ("picture=3", "picture", "3", "text"),
-    ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
-    ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
-    ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
-    ("stop_strings=[END]", "stop_strings", "END", "metrics=[rougeL]"),
-    ("stream=true", "stream", "True", "stream=null"),
-    ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
-    ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),
-    ("variant=3", "variant", "unknown key", "Nearest: variants"),
-    ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
-    ("variants=chain", "variants", "'chain'", "variants.chain.exit_layer=3"),
-    ("variants.chain=null; variants.tree=null", "variants", "None", "variants.chain.exit_layer=3"),
-    ("variants.chain=3", "variants.chain", "3", "self_speculation"),
-    ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
-    ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
-    (
-        "variants.chain.threshold=0.5; variants.chain.tree_width=2",
-        "variants.chain.threshold",
-        "0.5",
-        "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
-    ),
-    ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
-    ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "{early_exit: 3}"),
-    ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
-    ("variants.x.early_exit=5", "variants.x.early_exit", "5", "1..4"),
-    ("variants.x.early_exit=null", "variants.x.early_exit", "None", "1..4"),
-    ("variants.baseline.early_exit=2", "variants.baseline", "taken", "variants.chain"),
-    ("variants.torchtune.early_exit=2", "variants.torchtune", "taken", "variants.chain"),
-    ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),
-    ("peers=[vllm]", "peers", "'vllm'", "torchtune, transformers, transformers_early_exit"),
-    ("peers=[torchtune, torchtune]", "peers", "'torchtune' stands twice", "peers=[torchtune]"),
-    ("peers=[torchtune]; top_p=0.9", "peers", "top_p=0.9", "peers=[transformers]"),
-    ("peers=[transformers_early_exit]; batch_size=2", "peers", "2", "batch_size=1"),
-    (
-        "peers=[transformers_early_exit]; variants.chain=null; variants.tree=null; variants.x.early_exit=2",
-        "peers",
-        "none does",
-        "variants.chain.exit_layer=8",
-    ),
-    ("self_speculation.exit_layer=2", "self_speculation", "2", "variants"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "key", "given", "allowed"), WRONG)
-def test_a_wrong_setting_is_one_error_before_the_model_loads(path, monkeypatch, overrides, key, given, allowed):
-    def load(self, *args, **kwargs):
-        raise AssertionError("the weights are loaded before the mistake is found")
-
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
-    monkeypatch.chdir(path.parent)
-    with pytest.raises(ValueError) as caught:
-        LayerSkipBenchmark(load_config(str(path), overrides.split("; "))).setup()
-    message = " ".join(str(caught.value).split())
-    assert isinstance(caught.value, ConfigError) and message.startswith(f"{key}: "), message
-    assert given in message and allowed in message
-    assert not unknown_suggestions(message, SETTINGS), message
-    assert [p.name for p in path.parent.iterdir()] == ["benchmark.yaml"]
-
-
-ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}"]
-
-
-def test_odd_values_are_taken_or_refused_by_key(path):
-    """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""
-    keys = {*SETTINGS} - {"model", "checkpointer", "tokenizer"} | {"variants.chain", "variants.x"}
-    keys |= {f"variants.chain.{key}" for key in ("exit_layer", "num_speculations", "threshold", "early_exit")}
-    overrides = [f"{key}={value}" for key in sorted(keys) for value in ODD]
-    # All keys are resolved together, before any is looked at.
-    overrides += ["report_dir=${nowhere}", "variants.chain.exit_layer=${nowhere}"]
-    wrong = []
-    for override in overrides:
-        try:
-            LayerSkipBenchmark(load_config(str(path), [override]))
-        except ValueError as e:
-            key = override.partition("=")[0]
-            if not isinstance(e, ConfigError) or not {key, key.split(".")[-1], key.split(".")[0]} & set(
-                re.split("[.:]", str(e))
-            ):
-                wrong.append(f"{override}: {e}")
-        except Exception as e:
-            wrong.append(f"{override}: {type(e).__name__}: {e}")
-    assert not wrong, "\n".join(wrong)
-
-
-def test_a_checkpoint_that_transformers_cannot_open():
-    """Its folder has no config.json, which torchtune's own checkpointers do not need."""
-    with pytest.raises(ValueError, match=r"^peers: transformers needs config.json .*'/nowhere'.* peers=\[torchtune\]"):
-        peers.check_peer_files(["torchtune", "transformers"], OmegaConf.create({"checkpoint_dir": "/nowhere"}))
-    peers.check_peer_files(["torchtune"], OmegaConf.create({}))
-
-
-def test_adapters_are_not_the_peers_model():
-    section = OmegaConf.create({"checkpoint_dir": "/base", "adapter_checkpoint": "/adapters"})
-    with pytest.raises(ValueError, match=r"^peers: torchtune would run the base without .*adapter_checkpoint"):
-        peers.check_peer_files(["torchtune"], section)
-    peers.check_peer_files([], section)
-
-
-def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
-    """A LoRA training's epoch_N has them beside the weights; what `layerskip export` makes of it has not."""
-    folder = make_checkpoint(tmp_path / "epoch_0", tokenizer_folder)
-    (folder / "adapter_config.json").write_text("{}")
-    section = OmegaConf.create({"checkpoint_dir": str(folder)})
-    for name in ("transformers", "transformers_early_exit"):
-        with pytest.raises(ValueError, match=rf"^peers: {name} would add the adapters .*`layerskip export {folder} "):
-            peers.check_peer_files(["torchtune", name], section)
-    peers.check_peer_files(["torchtune"], section)
-    exported = export(str(folder), str(tmp_path / "exported"))
-    peers.check_peer_files(["transformers"], OmegaConf.create({"checkpoint_dir": str(exported)}))
-
-
-def test_a_generation_config_becomes_a_benchmark(tmp_path, checkpoint):
-    """What means nothing here is switched off by null; the stop tokens count."""
-    user = generate_config(tmp_path, checkpoint, stop_tokens=[7], stream=False, benchmark={"compare": True})
-    own = ["self_speculation=null", "temperature=null", "benchmark=null", "stream=null", f"report_dir={tmp_path}"]
-    cfg = load_config(str(user), [*own, "variants.chain={exit_layer: 2, num_speculations: 2}"])
-    assert 7 in LayerSkipBenchmark(cfg).stop_tokens

@@ -11,6 +11,7 @@ from helpers.tiny import make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.benchmark.sweep import Pair
 from layerskip_recipes.benchmark.tuner import (
     choose,
     count_rounds,
@@ -21,8 +22,8 @@ from layerskip_recipes.benchmark.tuner import (
     write_config,
 )
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.config import check_config
-from layerskip_recipes.generation.drafting.section import self_speculation
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
 
 L = 6
@@ -120,19 +121,20 @@ def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
     tokens = {e: [sum(min(0.3 + 0.02 * e, 1) ** k for k in range(d + 1)) for d in range(1, 13)] for e in range(1, 32)}
     ranked = predict(tokens, cost, step_s=0.036)
     best = max(((e, d) for e in tokens for d in range(1, 13)), key=lambda p: tokens[p[0]][p[1] - 1] / seconds(*p))
-    assert (ranked[0].exit_layer, ranked[0].num_speculations) == best
+    assert ranked[0].pair == Pair(*best)
     first = ranked[0]
     assert first.round_s == pytest.approx(seconds(*best))
     assert first.speedup == pytest.approx(0.036 * tokens[best[0]][best[1] - 1] / seconds(*best))
-    assert [pair.speedup for pair in ranked] == sorted((pair.speedup for pair in ranked), reverse=True)
+    assert [one.speedup for one in ranked] == sorted((one.speedup for one in ranked), reverse=True)
     chosen = choose(ranked, 4)
     assert chosen[0] == first and len(chosen) == 4
     for a in chosen:
         for b in chosen:
-            assert a == b or a.exit_layer != b.exit_layer or abs(a.num_speculations - b.num_speculations) >= 3
+            same_exit = a != b and a.pair.exit_layer == b.pair.exit_layer
+            assert not same_exit or abs(a.pair.num_speculations - b.pair.num_speculations) >= 3
 
 
-@pytest.mark.parametrize("best", [{"exit_layer": 3, "num_speculations": 5, "threshold": 0.4}, None])
+@pytest.mark.parametrize("best", [SelfSpeculation(exit_layer=3, num_speculations=5), None])
 def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
     """It loads, validates, keeps the user's keys, and sets the choice, compiled as it was measured; null where nothing
     pays."""
@@ -142,21 +144,19 @@ def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypa
     monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder
     write_config(tmp_path / "a" / "tuned.yaml", "generate.yaml", best, False, "because")
     monkeypatch.chdir("/")
-    cfg = load_config(str(tmp_path / "a" / "tuned.yaml"))
-    check_config(cfg)
+    cfg = GenerateConfig.load(load_config(str(tmp_path / "a" / "tuned.yaml")))
     assert cfg.max_new_tokens == 17 and cfg.compile is False
-    # What was not measured is off, also where the user has it on.
-    assert cfg.self_speculation == (None if best is None else self_speculation(**best))
+    # Keys that were not measured are off, also where the user has them on.
+    assert cfg.self_speculation == best
     assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
 
 
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
-    write_config(tmp_path / "tuned.yaml", str(user), {"exit_layer": 1, "num_speculations": 2}, True, "because")
-    cfg = load_config(str(tmp_path / "tuned.yaml"))
-    check_config(cfg)
-    assert cfg.compile is True
+    write_config(tmp_path / "tuned.yaml", str(user), Pair(1, 2).variant, True, "because")
+    cfg = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
+    assert cfg.compile is True and cfg.exit_layer is None
     write_config(tmp_path / "ours.yaml", "quickstart/generate", None, False, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
 
@@ -169,21 +169,17 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer
     )
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
-    recipe.tune()
     report = recipe.benchmark()
     variants = [row for row in report["results"] if row["kind"] == "variant"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
     assert predicted == {(0.0, name) for name in rows}
-    assert set(rows) == set(recipe.variants)
+    assert set(rows) == set(recipe.variants) == set(recipe.predictions)
     fastest = max(rows, key=rows.get)
-    cfg = load_config(str(tmp_path / "report" / "tuned.yaml"))
+    cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
-    if rows[fastest] > 1:
-        assert dict(cfg.self_speculation) == self_speculation(**recipe.variants[fastest])
-    else:
-        assert cfg.self_speculation is None
+    assert cfg.self_speculation == (recipe.variants[fastest] if rows[fastest] > 1 else None)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out
     # Beside the report of the same config without tune.

@@ -1,7 +1,5 @@
 """The command line: `layerskip ls / cp / cat / validate`, and what `tune run` shows after a user's mistake."""
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -9,13 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import forks
 from helpers.commands import last_line, run_tune
 from helpers.configs import finetune_config, generate_config, make_checkpoint, write_yaml
 
 import layerskip_recipes
-from layerskip_recipes.benchmark import training_cost
-from layerskip_recipes.cli.commands import recipe_of
+from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.cli.recipes import evaluate as evaluate_main
 from layerskip_recipes.cli.recipes import finetune as finetune_main
 from layerskip_recipes.cli.recipes import generate as generate_main
@@ -73,28 +69,6 @@ def test_cp_overwrites_nothing(layerskip):
 def test_cp_into_a_file(layerskip):
     Path("file").touch()
     assert "'file/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "file/mine.yaml"))
-
-
-def test_cost_compares_ours_with_torchtunes(layerskip, monkeypatch):
-    """Every way has figures, and the ratios are those of the figures. The first way's process is a real one."""
-    start, started = subprocess.run, []
-
-    def run(command, **kwargs):
-        started.append(command)
-        if len(started) == 1:
-            return start(command, **kwargs)
-        return forks.run(command[1:], Path.cwd(), [os.environ])[0]
-
-    monkeypatch.setattr(training_cost.subprocess, "run", run)
-    options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
-    status, out, _ = layerskip("cost", "quickstart/finetune", "model.num_layers=3", "--layers", "0", *options)
-    report = json.loads(out.splitlines()[-1])
-    figures = report["figures"]
-    assert status == 0 and len(started) == 6
-    assert set(figures) == {"ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer"}
-    assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
-    time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]
-    assert report["ratios"]["exits / torchtune's exits, time"] == pytest.approx(time)
 
 
 def test_cat_shows_the_merged_config(layerskip):
@@ -198,8 +172,7 @@ def test_a_wrong_command_shows_the_usage(args, layerskip):
 def test_help_names_the_commands(layerskip):
     status, out, _ = layerskip("--help")
     assert status == 0 and all(
-        f"    {command} " in out
-        for command in ("ls", "cp", "cat", "validate", "cost", "decoding-cost", "export", "results")
+        f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "schema", "export")
     )
 
 
@@ -218,10 +191,8 @@ def test_the_installed_command(tmp_path):
     assert done.returncode == 1 and last_line(done.stderr).startswith("ValueError: epochs: 0")
 
 
-def test_overrides_behind_options(layerskip):
-    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "model.num_layers=3")
-    assert status == 1 and err.startswith("ValueError: --repeats: 0")
-    status, _, err = layerskip("cost", "quickstart/finetune", "--repeats", "0", "--wrong=3")
+def test_an_option_behind_overrides(layerskip):
+    status, _, err = layerskip("validate", "quickstart/finetune", "epochs=1", "--wrong=3")
     assert status == 2 and "unrecognized arguments: --wrong=3" in err
 
 

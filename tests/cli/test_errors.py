@@ -15,8 +15,8 @@ from helpers.refusals import KEYS, RECIPES, check, refusal
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
-from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 

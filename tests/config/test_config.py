@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 
-from layerskip_recipes.cli.commands import validate
-from layerskip_recipes.cli.run import fail, main_of
+from layerskip_recipes.cli.configs import validate
+from layerskip_recipes.cli.run import fail, run_cli
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import torchtune_configs
 from layerskip_recipes.training.recipe import LayerSkipFinetune
@@ -421,7 +421,7 @@ def test_a_rank_whose_peer_ended_says_so_after_a_while(lost, capsys, monkeypatch
         raise RuntimeError(f"{said}\nmore of it")
 
     with pytest.raises(SystemExit) as ended:
-        main_of(steps)
+        run_cli(steps)
     assert ended.value.code == 1
     assert before == [(2, "")]
     assert capsys.readouterr().err == f"RuntimeError: another process ended or cannot be reached: {said}\n"
@@ -432,7 +432,7 @@ def test_ctrl_c_while_it_loads_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        main_of(steps)
+        run_cli(steps)
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
@@ -453,4 +453,4 @@ def test_other_connections_keep_their_traceback():
         raise RuntimeError("wandb: Connection reset by peer")
 
     with pytest.raises(RuntimeError, match="wandb"):
-        main_of(steps)
+        run_cli(steps)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.cli.commands import validate
+from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import CONFIG_DIR, find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.recipe_config import RecipeConfig

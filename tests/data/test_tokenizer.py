@@ -367,7 +367,7 @@ def test_errors(make_folder, tmp_path):
     folder = make_folder(template=STRICT)
     with pytest.raises(ValueError, match=r"max_seq_len: 0 is not allowed"):
         hf_tokenizer(folder, max_seq_len=0)
-    with pytest.raises(ValueError, match=r"truncation_type: 'middle' is unknown"):
+    with pytest.raises(ValueError, match=r"truncation_type: 'middle' is not allowed. Allowed: right, left"):
         hf_tokenizer(folder, truncation_type="middle")
     with pytest.raises(ValueError, match="there are none"):
         hf_tokenizer(folder).tokenize_messages([])

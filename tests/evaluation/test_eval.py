@@ -1,6 +1,4 @@
-"""The config of `layerskip_eval`, what `compare` may say, and its memory. What it measures: test_generate.py,
-test_harness.py.
-"""
+"""The config of `layerskip_eval`, its section `compare`, and its memory."""
 
 import json
 import weakref
@@ -9,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configs import SIZE, eval_config, make_checkpoint
+from helpers.training import few_texts  # noqa: F401
 from torchtune.models.llama3_2 import llama3_2
 
 from layerskip_recipes.checkpoint.checkpointers import checkpoint_files
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation.config import checkpoints
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -33,14 +31,14 @@ def test_the_files_of_checkpoints_have_either_form(own, others, tmp_path, tokeni
     compare = {"before": {"checkpoint_dir": str(folders[1]), "checkpoint_files": others}}
     path = eval_config(tmp_path, folders[0], compare=compare)
     form = [f"checkpointer.checkpoint_files={own}".replace("'", '"')]
-    cfg = LayerSkipEval(load_config(str(path), form)).cfg
-    found = {name: one.checkpointer for name, one in checkpoints(cfg).items()}
-    assert {name: section.checkpoint_dir for name, section in found.items()} == {
+    checkpoints = LayerSkipEval(load_config(str(path), form)).checkpoints
+    found = {name: cfg.checkpointer for name, cfg in checkpoints.items()}
+    assert {name: section.get("checkpoint_dir") for name, section in found.items()} == {
         "own": str(folders[0]),
         "before": str(folders[1]),
     }
     assert all(checkpoint_files(section) == NAMED for section in found.values())
-    assert found["before"].model_type == "LLAMA3_2"
+    assert found["before"].get("model_type") == "LLAMA3_2"
 
 
 class Kept(torch.nn.Module):

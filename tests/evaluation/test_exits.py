@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
+from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 

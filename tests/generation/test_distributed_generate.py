@@ -34,11 +34,13 @@ from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes import layerskip_decoder, processes
 from layerskip_recipes.checkpoint.weights import load_decoder
-from layerskip_recipes.cli.run import main_of
-from layerskip_recipes.config.checks import check_number
+from layerskip_recipes.cli.run import run_cli
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.config import GenerateConfig, Temperature
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
@@ -157,11 +159,11 @@ def decode_worker(folder):
 
 def load_worker(folder):
     """load_sharded_decoder, in bf16 from fp32 files, against load_decoder."""
-    cfg = load_config(str(folder / "generate.yaml"))
-    whole = load_decoder(cfg, CPU, torch.bfloat16)
+    cfg = GenerateConfig.load(load_config(str(folder / "generate.yaml"), ["dtype=bf16"]))
+    whole = load_decoder(cfg, CPU)
     if dist.get_rank() == 1:
         parallel.read_weights = None  # not to be called
-    model = parallel.load_sharded_decoder(cfg, CPU, torch.bfloat16, kept_layers=2)
+    model = parallel.load_sharded_decoder(cfg, CPU, kept_layers=2)
     full = full_weights(model)
     buffers = dict(model.named_buffers())
     arguments = {"exit_layer": 2, "num_speculations": 3}
@@ -178,9 +180,9 @@ def adapted_worker(folder):
     """Adapters of each kind, merged by load_sharded_decoder as load_decoder merges them, in bf16 from fp32 files."""
     result = {}
     for kind in ADAPTED:
-        cfg = load_config(str(folder / f"{kind}.yaml"))
-        whole = load_decoder(cfg, CPU, torch.bfloat16)
-        model = parallel.load_sharded_decoder(cfg, CPU, torch.bfloat16, kept_layers=1)
+        cfg = GenerateConfig.load(load_config(str(folder / f"{kind}.yaml"), ["dtype=bf16"]))
+        whole = load_decoder(cfg, CPU)
+        model = parallel.load_sharded_decoder(cfg, CPU, kept_layers=1)
         full = full_weights(model)
         arguments = {"exit_layer": 1, "num_speculations": 3}
         result[kind] = [
@@ -194,14 +196,14 @@ def adapted_worker(folder):
 def fail_worker(folder):
     """A user's mistake that only rank 1 meets, while rank 0 waits for it."""
     if dist.get_rank() == 1:
-        check_number("temperature", -1, minimum=0)
+        check("temperature", -1, Temperature)
     processes.broadcast_from_rank0(torch.zeros(1))
 
 
 def fail_load_worker(folder):
     """A checkpoint of another model, which rank 0 alone sees."""
-    cfg = load_config(str(folder / "generate.yaml"), ["model.num_layers=3"])
-    parallel.load_sharded_decoder(cfg, CPU, torch.float32)
+    cfg = GenerateConfig.load(load_config(str(folder / "generate.yaml"), ["model.num_layers=3"]))
+    parallel.load_sharded_decoder(cfg, CPU)
 
 
 WORKERS = {
@@ -434,6 +436,13 @@ def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 
 
+def check_processes(keys, model):
+    """`parallel.check_processes` of the keys of a config."""
+    values = {key: Component(value, key) if isinstance(value, dict) else value for key, value in keys.items()}
+    names = ("tensor_parallel_dim", "tensor_parallel_plan", "quantizer", "device")
+    return parallel.check_processes(model, *(values.get(name) for name in names))
+
+
 @pytest.mark.parametrize(
     ("processes", "keys", "dim"),
     [
@@ -447,15 +456,13 @@ PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 )
 def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert parallel.check_processes(OmegaConf.create(keys), make_tiny("llama3")) == dim
+    assert check_processes(keys, make_tiny("llama3")) == dim
 
 
 @pytest.mark.parametrize(
     ("processes", "keys", "message"),
     [
         (2, {"tensor_parallel_dim": 2}, "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: a comp"),
-        (2, {"tensor_parallel_dim": 0}, "tensor_parallel_dim: 0 is not allowed. Allowed: an integer of 1 or more"),
-        (2, {"tensor_parallel_dim": "2"}, "tensor_parallel_dim: '2' is not allowed. Allowed: an integer of 1 or more"),
         (
             3,
             {"tensor_parallel_dim": 2},
@@ -489,7 +496,7 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
 def test_refused(processes, keys, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ValueError) as error:
-        parallel.check_processes(OmegaConf.create(keys), make_tiny("llama3"))
+        check_processes(keys, make_tiny("llama3"))
     assert str(error.value).startswith(message)
     assert "; for example " in str(error.value)
 
@@ -497,7 +504,7 @@ def test_refused(processes, keys, message, monkeypatch):
 def test_an_attention_that_torchtune_cannot_split(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^tensor_parallel_dim: 2 cannot split a Gemma2Attention\. Allowed: 1; for "):
-        parallel.check_processes(OmegaConf.create({"tensor_parallel_plan": PLAN}), make_tiny("gemma2"))
+        check_processes({"tensor_parallel_plan": PLAN}, make_tiny("gemma2"))
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -529,4 +536,4 @@ if __name__ == "__main__":
     if arguments[0] == "grid":
         grid(arguments[1])
     else:
-        main_of(lambda: work(*arguments))
+        run_cli(lambda: work(*arguments))

@@ -16,7 +16,7 @@ from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes import generate
 from layerskip_recipes.checkpoint.weights import load_decoder
-from layerskip_recipes.cli.run import is_for_all
+from layerskip_recipes.cli.run import logs_here
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -290,7 +290,7 @@ def test_prompts_that_differ_between_ranks_are_refused(path, monkeypatch):
 def test_other_ranks_log_errors_only(monkeypatch):
     def logged(rank, level):
         monkeypatch.setenv("RANK", rank)
-        return is_for_all(logging.makeLogRecord({"levelno": level}))
+        return logs_here(logging.makeLogRecord({"levelno": level}))
 
     assert logged("0", logging.INFO) and logged("1", logging.ERROR) and logged("3", logging.CRITICAL)
     assert not logged("1", logging.INFO) and not logged("1", logging.WARNING)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from helpers.configs import unknown_suggestions
 
-from layerskip_recipes.config.checks import PACKAGE
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation import recipe as evaluation
+from layerskip_recipes.config.names import PACKAGE
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
-from layerskip_recipes.generation.config import SETTINGS as GENERATE_KEYS
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
@@ -21,8 +21,8 @@ RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval":
 
 KEYS = {
     "finetune": {*FinetuneConfig.model_fields},
-    "generate": {*GENERATE_KEYS},
-    "eval": {*evaluation.SETTINGS},
+    "generate": {*GenerateConfig.model_fields},
+    "eval": {*EvalConfig.model_fields},
 }
 
 

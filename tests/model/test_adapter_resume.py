@@ -10,6 +10,18 @@ from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from torchtune.modules import common_utils
 
 
+@pytest.mark.parametrize(
+    ("family", "builder", "overrides"),
+    [
+        ("llama3_2", {}, []),
+        ("qwen2", {"use_dora": True}, ["save_adapter_weights_only=true"]),
+        ("llama2", {"apply_lora_to_output": True}, ["enable_async_checkpointing=true"]),
+        ("llama3_2", WIDE_SHAPE | {"quantize_base": True}, []),
+        # torchtune's llama3_2 takes no notice of low_cpu_ram.
+        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["low_cpu_ram=true", "enable_async_checkpointing=true"]),
+    ],
+    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards with little memory"],
+)
 def test_resume_gives_the_losses_of_the_run_that_never_stopped(
     family, builder, overrides, tmp_path, tokenizer_folder, monkeypatch
 ):

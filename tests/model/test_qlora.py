@@ -24,12 +24,11 @@ from helpers.adapters import (
 )
 from helpers.configs import generate_config
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
-from omegaconf import OmegaConf
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.training.optimizers import checkpoint_contents
+from layerskip_recipes.training.model_setup import checkpoint_contents
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -154,12 +153,12 @@ def test_generation_with_qlora_adapters_gives_the_merged_checkpoints_tokens(quan
 def test_a_checkpoint_of_adapters_alone_unpacks_no_weights(quantised):
     """Nor copies any: no tensor of a weight's shape comes into being."""
     recipe = quantised.recipe
-    cfg = OmegaConf.merge(recipe.cfg, {"save_adapter_weights_only": True})
+    whole = recipe.model, recipe.cfg.meta_model, torch.device("cpu")
     with Allocations((256, 256), (128, 256), (300, 256)) as made:
-        contents = checkpoint_contents(cfg, recipe.model, recipe.meta, torch.device("cpu"))
+        contents = checkpoint_contents(*whole, adapters_only=True)
     assert made.count == 0 and "model" not in contents
     assert set(contents["adapter"]) == set(quantised.adapters)
     assert all(torch.equal(value, quantised.adapters[name]) for name, value in contents["adapter"].items())
     with Allocations((256, 256)) as made:
-        checkpoint_contents(recipe.cfg, recipe.model, recipe.meta, torch.device("cpu"))
+        checkpoint_contents(*whole)
     assert made.count > 0

@@ -400,12 +400,16 @@ def test_a_frozen_head_gets_no_gradient_and_the_layers_their_own(family):
 
 @pytest.mark.usefixtures("float64")
 def test_only_the_head_trains():
+    """The decoder's output needs a gradient then too: FSDP waits for one before it reduces those of the head."""
     model = layerskip_decoder(make_tiny("llama2"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "output.weight")
     tokens, labels = batch()
+    outputs = []
+    model.register_forward_hook(lambda _, args, out: outputs.append(out))
     total, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=1)
     expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
+    assert outputs[0].requires_grad
     assert_same_gradients(gradients(total, model), gradients(expected, model))
 
 

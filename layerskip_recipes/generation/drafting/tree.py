@@ -43,8 +43,8 @@ class TreeDrafter(ChainDrafter):
         if tree is None:
             return super().verify(draft, now)
         if tree not in self.tables:
-            nodes = tree.expanded + tree.leaves
-            order = [nodes.index(node) for node in range(tree.nodes)]
+            places = tree.expanded + tree.leaves
+            order = [places.index(node) for node in range(tree.nodes)]
             lists = (order, tree.leaves, tree.levels, tree.draft_rows)
             self.tables[tree] = tuple(on_device(numbers, context.device) for numbers in lists)
         *tables, draft_rows = self.tables[tree]

@@ -39,8 +39,10 @@ class LastCall:
         output = {id(tensor): i for i, tensor in enumerate(outputs)}
         lengths = [i for i, value in enumerate(inputs) if not isinstance(value, torch.Tensor)]
         leaves, structure = tree_flatten(result)
-        if any(inputs[i] != length for i in lengths) or any(
-            id(leaf) not in output and isinstance(leaf, torch.Tensor) for leaf in leaves
+        if (
+            function is None
+            or any(inputs[i] != length for i in lengths)
+            or any(id(leaf) not in output and isinstance(leaf, torch.Tensor) for leaf in leaves)
         ):
             return None
         return BoundGraph(
@@ -67,7 +69,8 @@ class RecordingBackend:
         self.options, self.last = options, weakref.ref(last)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-        function, last = compile_fx(graph, inputs, config_patches=self.options), self.last()
+        function: Any = compile_fx(graph, inputs, config_patches=self.options)
+        last = self.last()
 
         def call(*inputs: Any) -> Sequence[torch.Tensor]:
             outputs = function(*inputs)

@@ -190,7 +190,7 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
         options |= {"post_grad_custom_pre_pass": FewRows(), "size_asserts": False}
     # Older versions of torch do not know all of them (2.6 drops passes over the graph), and are slower.
     options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
-    guards = {}
+    guards: dict[str, Any] = {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     last = LastCall()

@@ -1,7 +1,7 @@
-"""Products and attention of a few rows on a CPU: compiled steps use few_rows.cpp for them, not the BLAS.
+"""Products and attention of a few rows on a CPU: compiled steps use few_rows.cpp for them in place of the BLAS.
 
 A verification of 7 positions then costs little more than a step of one, as each weight is read once for all of them.
-Imported only where steps are compiled: inductor takes a second to import.
+Imported only when steps are compiled: inductor takes a second to import.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.library import register_fake
 
-MOST_ROWS = 64  # more are a BLAS's work
+MOST_ROWS = 64  # of x; a BLAS multiplies more rows faster
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
-WHOLE = 16  # widths are multiples of it: whole vectors, whatever the processor's are
-MOST_QUERIES = 256  # those of all heads that share a key head
+VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
+MOST_QUERIES = 256  # of all heads that share a key head
 VIEWS = (aten.view.default, aten.reshape.default)
 CONVERT = torch.ops.prims.convert_element_type.default
 SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -27,8 +27,8 @@ SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
 class _Library(CppCodeCache):
     """Inductor's compiler and its cache on disk, with torch's headers and libraries."""
 
-    cache: ClassVar[dict[str, Any]] = {}
-    cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}
+    cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}  # type: ignore[misc]
 
 
 @cache
@@ -36,7 +36,7 @@ def load_kernel() -> None:
     """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
 
     `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32 or int8, k a multiple of
-    WHOLE; the result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v
+    VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v
     [b, h, slots, d], a mask to be added [b or 1, 1, s, slots] and the scale of the scores.
 
     Raises:
@@ -93,8 +93,9 @@ class FewRows(CustomGraphPass):
 
 
 def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None:
-    """The stored W of a product x W^T that is ours to do, else None."""
-    weight, way = transposed, []
+    """The stored W of a product x W^T that few_rows.cpp can do, else None."""
+    weight: Any = transposed
+    way = []
     while weight.target in (aten.permute.default, CONVERT):
         way.append(weight.target)
         weight = weight.args[0]
@@ -107,7 +108,7 @@ def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None
         and weight.op == "placeholder"
         and weight.meta["val"].dtype == (torch.int8 if CONVERT in way else torch.float32)
         and weight.meta["val"].is_contiguous()
-        and weight.meta["val"].shape[1] % WHOLE == 0
+        and weight.meta["val"].shape[1] % VECTOR == 0
     )
     return weight if ours else None
 
@@ -117,7 +118,7 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
     rows, width = q.shape[2:]
     few = isinstance(rows, int) and rows <= MOST_QUERIES
-    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % WHOLE:
+    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % VECTOR:
         return
     scale = node.kwargs.get("scale")
     inputs = (*node.args, mask, width**-0.5 if scale is None else scale)

@@ -1,22 +1,18 @@
-"""Prompts with references, the paper's tasks, and the metrics: against the files and the formulas."""
+"""Prompts with references and the paper's tasks, against the files that they are read from."""
 
 import gzip
 import json
-import math
-import re
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import pandas
 import pytest
+from helpers.json_lines import task_component, write_lines
 from omegaconf import OmegaConf
 
-from layerskip_recipes.benchmark.text_metrics import METRICS, check_metrics, text_metrics
 from layerskip_recipes.data import reference_tasks as tasks
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.prompts import Example, read_examples
 
 QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
 ARTICLES = [{"article": f"Story {i} goes on.", "highlights": f"Story {i}.", "id": str(i)} for i in range(4)]
@@ -30,17 +26,6 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def write_lines(name: str, rows: list[dict]) -> str:
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
-
-
-def prompts_of(**section) -> OmegaConf:
-    """A config whose prompts come from a task, as the recipes read it."""
-    component = f"layerskip_recipes.tasks.{section.pop('task')}"
-    return OmegaConf.create({"prompts": {"_component_": component, **section}})
 
 
 # ---- examples in front of a prompt ----
@@ -152,65 +137,7 @@ def test_a_byte_order_mark_before_the_first_line():
     assert tasks.jsonl("bom.jsonl", **TEMPLATES) == tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES)
 
 
-# ---- as the recipes read them ----
-
-
-def test_examples_of_a_config():
-    write_lines("qa.jsonl", QUESTIONS)
-    cfg = prompts_of(task="jsonl", path="qa.jsonl", **TEMPLATES, count=1, system="be brief")
-    assert read_examples(cfg) == [Example({"user": "Q: question 1?\nA:", "system": "be brief"}, " answer 1")]
-    assert [example.prompt for example in read_examples(cfg)] == [{"user": "Q: question 1?\nA:", "system": "be brief"}]
-    lines = [
-        {"prompt": "a", "response": "b", "id": 1},
-        {"prompt": {"user": "c"}},
-        {"prompt": "d", "response": None},
-        {"prompt": "e", "response": ""},
-    ]
-    file = OmegaConf.create({"prompt_file": write_lines("p.jsonl", lines)})
-    assert read_examples(file) == [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
-    assert [example.prompt for example in read_examples(file)] == ["a", {"user": "c"}, "d", "e"]
-    assert read_examples(OmegaConf.create({"prompt": ["a", {"user": "b"}]})) == [Example("a"), Example({"user": "b"})]
-
-
-def test_an_example_knows_its_line():
-    """Empty lines count, as in an editor."""
-    Path("p.jsonl").write_text('\n{"prompt": "a"}\n\n{"prompt": "b"}\n')
-    assert [example.line for example in read_examples(OmegaConf.create({"prompt_file": "p.jsonl"}))] == [2, 4]
-
-
-def test_items_of_a_component(monkeypatch):
-    items = ["a", {"user": "b"}, {"prompt": "c", "response": "d"}]
-    monkeypatch.setattr("layerskip_recipes.tasks.human_eval", lambda: items)
-    assert read_examples(prompts_of(task="human_eval")) == [Example("a"), Example({"user": "b"}), Example("c", "d")]
-    for wrong, message in {
-        "": "prompts: item 4: '' is empty",
-        3: "prompts: item 4: 3 is empty or no text",
-        '{"response": "a"}': "prompts: item 4: {'response': 'a'} has no field prompt",
-        '{"prompt": "a", "response": 3}': "prompts: item 4: response 3 is no text",
-    }.items():
-        items[3:] = [json.loads(wrong) if str(wrong).startswith("{") else wrong]
-        with pytest.raises(ValueError, match="^" + re.escape(message)):
-            read_examples(prompts_of(task="human_eval"))
-    monkeypatch.setattr("layerskip_recipes.tasks.human_eval", lambda: "no list")
-    with pytest.raises(
-        ValueError, match=r"^prompts: layerskip_recipes.tasks.human_eval returns a str\. Allowed: a list"
-    ):
-        read_examples(prompts_of(task="human_eval"))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"prompt": "a", "response": 3}, "prompt_file line 2: response 3 is no text"),
-        ({"response": "a"}, "prompt_file line 2: {'response': 'a'} has no field prompt"),
-        ({"prompt": 3, "response": "a"}, "prompt_file line 2: 3 is empty or no text"),
-    ],
-)
-def test_a_broken_line_of_a_prompt_file(line, message):
-    file = write_lines("p.jsonl", [{"prompt": "a"}, line])
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        read_examples(OmegaConf.create({"prompt_file": file}))
-
+# ---- mistakes ----
 
 # The task's arguments, what the message starts with, what is given, what is allowed.
 WRONG = [
@@ -263,93 +190,11 @@ def test_bad_input_is_one_clear_error(arguments, key, given, allowed):
     Path("qa.csv").write_text("q,a\nb,c\n")
     Path("folder").mkdir()
     write_lines("folder/train.jsonl", ARTICLES)
-    section = OmegaConf.from_dotlist(arguments.split("; "))
-    section = {"task": "jsonl", **section}
+    section = {"task": "jsonl", **OmegaConf.to_container(OmegaConf.from_dotlist(arguments.split("; ")))}
     if section["task"] == "jsonl":
         section = {"path": "qa.jsonl", **TEMPLATES, **section}
     with pytest.raises(ValueError) as caught:
-        read_examples(prompts_of(**section))
+        task_component(**section).build()
     message = " ".join(str(caught.value).split())
     assert isinstance(caught.value, ConfigError) and message.startswith(f"{key}: "), message
     assert given in message and allowed in message, message
-
-
-# ---- the metrics ----
-
-OUTPUTS = ["The cat sat on the mat.", "a b c d e f", "", "x y z"]
-REFERENCES = ["the cat, the dog: on a mat", "a c b d e f g", "nothing here", "X Y Z"]
-
-
-def f_measure(hits: int, output: int, reference: int) -> float:
-    """2PR / (P + R)."""
-    return 2 * hits / (output + reference) if hits else 0.0
-
-
-def ngrams(words: list[str], n: int) -> Counter:
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-def common_subsequence(a: list[str], b: list[str]) -> int:
-    """The longest one, by its definition."""
-    if not a or not b:
-        return 0
-    if a[0] == b[0]:
-        return 1 + common_subsequence(a[1:], b[1:])
-    return max(common_subsequence(a[1:], b), common_subsequence(a, b[1:]))
-
-
-def rouge_by_hand(n: int | str, output: str, reference: str) -> float:
-    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (output, reference))
-    if n == "L":
-        return f_measure(common_subsequence(a, b), len(a), len(b))
-    a, b = ngrams(a, n), ngrams(b, n)
-    return f_measure((a & b).total(), a.total(), b.total())
-
-
-@pytest.mark.parametrize(("name", "n"), [("rouge1", 1), ("rouge2", 2), ("rougeL", "L")])
-def test_rouge_is_the_mean_f_measure(name, n):
-    expected = [rouge_by_hand(n, *pair) for pair in zip(OUTPUTS, REFERENCES, strict=True)]
-    assert 0 < expected[0] < 1 and expected[2:] == [0, 1]
-    found = text_metrics([name], OUTPUTS, REFERENCES)
-    assert list(found) == [name] and found[name] == pytest.approx(sum(expected) / 4, abs=1e-6)
-
-
-def test_bleu_is_the_corpus_formula():
-    """Precisions of 1 to 4 words over all outputs, their geometric mean, and the brevity penalty."""
-    outputs, references = ["the cat sat on the mat.", "one two"], ["the cat sat on the red mat.", "one two three"]
-    # Full stops are words. In one: the cat sat on the mat . / the cat sat on the red mat .
-    hits, counts = [7 + 2, 5 + 1, 3, 2], [7 + 2, 6 + 1, 5, 4]
-    length, reference = 7 + 2, 8 + 3
-    mean = math.exp(sum(math.log(h / c) for h, c in zip(hits, counts, strict=True)) / 4)
-    expected = math.exp(1 - reference / length) * mean
-    assert text_metrics(["bleu"], outputs, references) == {"bleu": pytest.approx(expected, abs=1e-6)}
-    assert text_metrics(["bleu"], references, references) == {"bleu": pytest.approx(1.0)}
-
-
-def test_exact_match_is_without_the_space_around():
-    outputs, references = [" [IN:X ]\n", "[in:x ]", "", "a b"], ["[IN:X ]", "[IN:X ]", " ", "a  b"]
-    assert text_metrics(["exact_match"], outputs, references) == {"exact_match": 2 / 4}
-
-
-def test_metrics_come_in_the_order_asked_for_as_plain_numbers():
-    found = text_metrics(["exact_match", *METRICS][:3], REFERENCES, REFERENCES)
-    assert list(found) == ["exact_match", "rouge1", "rouge2"] and json.loads(json.dumps(found)) == found
-
-
-@pytest.mark.parametrize(
-    ("names", "responses", "message"),
-    [
-        (["rouge2", "rogueL"], ["a"], r"metrics: 'rogueL' is unknown. Nearest: rougeL.*metrics=\[rouge2\]"),
-        (["perplexity"], ["a"], "metrics: 'perplexity' is unknown. Allowed: bleu, exact_match, rouge1, rouge2, rougeL"),
-        (["bleu", "bleu"], ["a"], r"metrics: 'bleu' stands twice; for example metrics=\[bleu\]"),
-        (["bleu", "rouge1"], ["a", None, None], "metrics: bleu, rouge1 needs references, and prompt 2 of 3 has none"),
-    ],
-)
-def test_wrong_metrics(names, responses, message):
-    with pytest.raises(ValueError, match=message):
-        check_metrics(names, [Example("p", response) for response in responses])
-
-
-def test_right_metrics():
-    check_metrics(list(METRICS), [Example("p", ""), Example("q", "r")])
-    check_metrics([], [Example("p")])

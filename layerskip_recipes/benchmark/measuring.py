@@ -1,0 +1,144 @@
+"""Decoding by several methods in turns, and what each made of each batch of prompts.
+
+For each repeat and each batch all methods decode one after the other, so that a machine that gets slower or faster does
+so for all of them. Compilation is in no time but its own.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torchtune import utils
+
+from layerskip_recipes.benchmark.peers import Peer, Rows, first_line
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.stats import GenerationStats, is_looping
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+
+log = utils.get_logger("INFO")
+
+Method = int | Speculation | Peer | None  # an exit without verification, drafts, another library, or the whole model
+
+
+@dataclass
+class Run:
+    """What one method made of one batch of prompts in one repeat."""
+
+    repeat: int
+    outputs: list[list[int]]
+    stats: GenerationStats
+
+    @property
+    def loops(self) -> int:
+        """Outputs that end in a loop."""
+        return sum(map(is_looping, self.outputs))
+
+
+def longest_prompt(prompts: Rows) -> int:
+    """Tokens of the longest prompt."""
+    return max(map(len, prompts))
+
+
+@dataclass
+class Turns:
+    """All that the methods have in common.
+
+    Args:
+        model: the decoder, in eval mode.
+        batches: prompts that are decoded together, as tokens.
+        limit: new tokens of a prompt, at most.
+        sampler: (temperature, rng) -> how tokens are chosen.
+        stop_tokens: a row ends with the first of them.
+        compile: whether our steps are compiled.
+        reserve: slots of the cache. One size for all methods, since compiled steps are made for a size.
+        seed: of the first batch. All methods draw the same numbers, and other ones in each repeat.
+        spare_tokens: a generation ends when as many new tokens as this are missing to the limit: with the longest draft
+            no round is cut short by the limit.
+    """
+
+    model: LayerSkipDecoder
+    batches: Sequence[Rows]
+    limit: int
+    sampler: Callable[[float, torch.Generator | None], Sampler]
+    stop_tokens: Sequence[int]
+    compile: bool
+    reserve: int
+    seed: int
+    spare_tokens: int = 0
+    compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))  # seconds
+    failed: dict[str, str] = field(default_factory=dict)  # peers, and why
+    choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(DiscountedUCB))
+
+    def decode(
+        self, method: Method, temperature: float, batch: Rows, seed: int, choice: DiscountedUCB | None = None
+    ) -> tuple[list, GenerationStats]:
+        """One batch by one method: the new tokens of each row, and what they took.
+
+        Args:
+            choice: what the method has learned from earlier batches.
+        """
+        if isinstance(method, Peer):
+            return method.decode(batch, self.sampler(temperature, None), seed)
+        generation = Generation(
+            self.model,
+            batch,
+            self.limit,
+            exit_layer=method if isinstance(method, int) else None,
+            speculation=method if isinstance(method, Speculation) else None,
+            sampler=self.sampler(
+                temperature, torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
+            ),
+            stop_tokens=self.stop_tokens,
+            compile=self.compile,
+            reserve=self.reserve,
+            choice=choice,
+        )
+        with closing(iter(generation)) as steps:
+            for _ in steps:
+                if self.spare_tokens and max(map(len, generation.generated)) >= self.limit - self.spare_tokens:
+                    break
+        return generation.generated, generation.stats
+
+    def take(self, methods: dict[str, Method], temperature: float, repeats: int) -> Iterator[dict[str, Run]]:
+        """A warm-up of each method, then the repeats.
+
+        Args:
+            methods: by name. A peer that fails is taken out, and noted in `failed`.
+            temperature: of all.
+            repeats: how often all batches are decoded.
+
+        Yields:
+            The runs of a batch by name; nothing in the first one, after the warm-up.
+        """
+        # Warm up at two lengths: torch compiles again for the second one, and from then on for any.
+        for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
+            self._turn(methods, temperature, batch, 0, self.seed)
+        yield {}
+        for repeat in range(repeats):
+            for i, batch in enumerate(self.batches):
+                yield self._turn(methods, temperature, batch, repeat, self.seed + repeat * len(self.batches) + i)
+
+    def _turn(
+        self, methods: dict[str, Method], temperature: float, batch: Rows, repeat: int, seed: int
+    ) -> dict[str, Run]:
+        """One batch by every method."""
+        runs = {}
+        for name, method in list(methods.items()):
+            try:
+                runs[name] = Run(
+                    repeat, *self.decode(method, temperature, batch, seed, self.choices[temperature, name])
+                )
+            except Exception as e:  # another library may fail in any way, and ours are measured without it
+                if not isinstance(method, Peer):
+                    raise
+                del methods[name]
+                self.failed[name] = f"{first_line(e)}, at temperature {temperature}"
+                log.warning("peers: %s is left out (%s)", name, self.failed[name])
+            else:
+                self.compile_s[temperature, name] += runs[name].stats.compile_s
+        return runs

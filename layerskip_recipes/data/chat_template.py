@@ -1,0 +1,202 @@
+"""Chat templates of Hugging Face folders: rendered as transformers renders them, and which text is whose message."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from layerskip_recipes.errors import ConfigError
+
+Turn = Mapping[str, str]  # {"role": ..., "content": ...}
+
+# For a folder without a chat template: bos, then the contents as they are, eos after each assistant message.
+# Separators are up to the dataset (`prompt_template`), as for torchtune's tokenizers of base models.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Replaces a message's content, to see where the template puts it. From Unicode's private use area: no text contains it.
+MARK = "\U0010fa57"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the tokens that it may write.
+
+    Args:
+        source: Jinja text.
+        named_tokens: special tokens by name, such as {"eos_token": "</s>"}.
+        special_tokens: all special tokens of the tokenizer.
+
+    Raises:
+        ConfigError: if the source is no Jinja template.
+    """
+
+    source: str
+    named_tokens: Mapping[str, str]
+    special_tokens: Sequence[str]
+
+    def __post_init__(self) -> None:
+        try:
+            _compile(self.source)
+        except TemplateError as e:
+            raise ConfigError(f"tokenizer.chat_template: no valid Jinja template: {e}") from e
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; `add_generation_prompt` adds the header of the assistant's reply."""
+        # As in transformers, a template can ask for tools and documents without an error.
+        return _compile(self.source).render(
+            messages=turns,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.named_tokens,
+        )
+
+    def render_prompt(self, turns: Sequence[Turn]) -> str:
+        """The text of a conversation up to where the reply continues: after the last turn, or in an assistant's."""
+        if turns[-1]["role"] != "assistant":
+            return self.render(turns, add_generation_prompt=True)
+        if not turns[-1]["content"]:  # torchtune's way to ask for a reply
+            return self.render(turns[:-1], add_generation_prompt=True)
+        text = self.render(turns)
+        span = self._content_span(turns, len(turns) - 1, text)
+        return text[: span[1]] if span else text
+
+    def end_of_turn(self) -> str | None:
+        """The special token directly after an assistant's content, if the template writes one."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        try:
+            after = self.render(turns).partition(MARK)[2]
+        except TemplateError:
+            return None
+        found = re.match(rf"\s*({self._special_pattern})", after)
+        return found[1] if found else None
+
+    def message_ends(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+        """Where each message ends in the rendered text, in the order of the text.
+
+        The first i messages, rendered alone, are mostly the beginning of the text, so that message i ends at their
+        length. Where they are not, `_message_ends_by_content` looks for the contents.
+
+        Args:
+            turns: the messages.
+            text: of `render`.
+
+        Returns:
+            (character where the message ends, index of the message), by character.
+
+        Raises:
+            ConfigError: if the template mixes the messages.
+        """
+        ends = [0]
+        try:
+            for count in range(1, len(turns)):
+                prefix = self.render(turns[:count])
+                if not text.startswith(prefix) or len(prefix) < ends[-1]:
+                    return self._message_ends_by_content(turns, text)
+                ends.append(len(prefix))
+        except TemplateError:  # some templates refuse a conversation that stops early
+            return self._message_ends_by_content(turns, text)
+        return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
+
+    def _message_ends_by_content(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+        """`message_ends` for templates that treat the last turns unlike earlier ones: they drop earlier reasoning, or
+        move the system prompt. A message ends with the special token after its content; then the next header begins.
+        """
+        found = ((self._content_span(turns, i, text), i) for i in range(len(turns)))
+        spans = sorted((span, i) for span, i in found if span is not None)
+        ends = []
+        for ((_, end), i), ((start, _), _) in pairwise(spans):
+            footer = re.match(rf".*?(?:{self._special_pattern})\n*", text[end:start], flags=re.DOTALL)
+            ends.append((end + footer.end() if footer else end, i))
+        return [*ends, (len(text), spans[-1][1] if spans else 0)]
+
+    def _content_span(self, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int] | None:
+        """Where the text shows the content of one message; None if it does not."""
+        marked = self.render([{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)])
+        if marked == text:
+            return None
+        before, _, after = marked.partition(MARK)
+        if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
+            raise ConfigError(
+                f"messages: the chat template changes more than the content of message {index} "
+                f"({turns[index]['role']}), so its tokens cannot be told from the others"
+            )
+        return len(before), len(text) - len(after)
+
+    @property
+    def _special_pattern(self) -> str:
+        """A regular expression for any special token, the longest first, since one may be the beginning of another."""
+        by_length = sorted(self.special_tokens, key=len, reverse=True)
+        return "|".join(map(re.escape, by_length)) or r"(?!)"
+
+
+def pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) -> str | None:
+    """The Jinja text of the wanted template, or of the folder's default; None if the folder has no template.
+
+    Args:
+        folder: of the tokenizer; its template files win over entries of tokenizer_config.json.
+        config: the content of tokenizer_config.json.
+        wanted: Jinja text, or the name of a template.
+
+    Raises:
+        ConfigError: if the folder has no template of that name.
+    """
+    if wanted is not None and "{" in wanted:
+        return wanted
+    templates = config.get("chat_template") or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    elif isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    files = [*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    if files:
+        templates = {("default" if f.parent == folder else f.stem): f.read_text(encoding="utf-8") for f in files}
+    if wanted is None and not templates:
+        return None
+    if (wanted or "default") not in templates:
+        raise ConfigError(
+            f"tokenizer.chat_template: {folder} has no template {wanted or 'default'!r}. "
+            f"Allowed: {', '.join(sorted(templates)) or 'no name, it has no template'}; or the Jinja text itself"
+        )
+    return templates[wanted or "default"]
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for transformers; its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares an attribute of the instance)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+# Cached here instead of kept in the tokenizer: a compiled template cannot be pickled, as data loader workers may need.
+@lru_cache
+def _compile(source: str) -> Template:
+    """The template, with the sandbox and the functions of transformers."""
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    # Jinja's own filter escapes HTML characters.
+    def tojson(value: Any, ensure_ascii: bool = False, **kwargs: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return env.from_string(source)

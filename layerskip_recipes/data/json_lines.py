@@ -1,0 +1,55 @@
+"""JSONL: files with a JSON object on each line."""
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+from layerskip_recipes.errors import ConfigError
+
+
+def parse_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
+    """The objects of a JSONL text by line number, from 1; a line without an object stays text.
+
+    Args:
+        content: the text; bytes that were not UTF-8 are surrogates in the text. Empty lines are skipped.
+    """
+    objects: dict[int, dict[str, Any] | str] = {}
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line.encode())
+        except (ValueError, RecursionError):
+            found = None
+        objects[number] = found if isinstance(found, dict) else line
+    return objects
+
+
+def bad_line_message(line: str) -> str:
+    """The error message for a line that holds no JSON object."""
+    return f'{line[:60]!r} is no JSON object in UTF-8, such as {{"prompt": "text"}}'
+
+
+def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
+    """The objects of a JSONL file by line number; a name that ends with .gz is decompressed.
+
+    Args:
+        path: the file.
+        key: the setting that names the file, for messages.
+
+    Raises:
+        ConfigError: if the file cannot be read, or a line holds no JSON object: the numbers of the first such lines.
+    """
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            content = file.read()
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
+        raise ConfigError(f"{key}: {path!r} cannot be read ({e}). Give a file with a JSON object on each line") from e
+    parsed = parse_json_lines(content)
+    objects = {number: line for number, line in parsed.items() if isinstance(line, dict)}
+    broken = [number for number in parsed if number not in objects]
+    if broken:
+        others = f" (also lines {', '.join(map(str, broken[1:9]))})" if len(broken) > 1 else ""
+        raise ConfigError(f"{key}: {path!r} line {broken[0]}: {bad_line_message(str(parsed[broken[0]]))}{others}")
+    return objects

@@ -1,0 +1,123 @@
+"""`layerskip_benchmark random_weights=true`: what rounds of drafts cost, before there is a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes.benchmark import measuring
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.benchmark.report import speedup_by_acceptance
+from layerskip_recipes.config.loading import load_config
+
+TINY = (
+    *("random_weights=true", "model.num_layers=4", "self_speculation.exit_layer=2", "compile=false"),
+    *("max_new_tokens=8", "prompt_tokens=20", "repeats=2"),
+)
+
+
+def run(*overrides: str, config: str = "quickstart/generate") -> dict:
+    recipe = LayerSkipBenchmark(load_config(config, [*TINY, *overrides]))
+    recipe.setup()
+    return recipe.benchmark()
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_needs_no_weights(monkeypatch, capsys):
+    """A generation config will do: neither checkpoint nor tokenizer is there, and no file is written."""
+    generations, new = [], measuring.Generation
+
+    def noted(*args, **kwargs):
+        generations.append(new(*args, **kwargs))
+        return generations[-1]
+
+    monkeypatch.setattr(measuring, "Generation", noted)
+    report = run("self_speculation.num_speculations=3")
+    assert list(Path().iterdir()) == []
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == json.loads(json.dumps(report))
+    model = llama3_2(
+        vocab_size=2048, num_layers=4, num_heads=2, num_kv_heads=2, embed_dim=128, max_seq_len=64, intermediate_dim=384
+    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert report["parameters"] == count and f"{count / 1e6:.0f} million random weights" in printed
+    plain, drafts = report["results"]
+    assert (plain["name"], drafts["name"]) == ("baseline", "self_speculation")
+    # All weights but the norms, and the keys and values of the text.
+    assert 4 * count < plain["bytes_per_token"] < 4 * count + 4 * 2 * 4 * 128 * 32
+    step = plain["round_s"]
+    assert drafts["draft_cost"] == pytest.approx(drafts["draft_s_per_round"] / 3 / step)
+    assert drafts["speedup_by_acceptance"]["0.7"] == pytest.approx((0.7 * 3 + 1) * step / drafts["round_s"])
+    assert plain["speedup_by_acceptance"] is None
+    # Two warm-ups and two repeats of both methods, in turns, and no round is cut short by the end of the text.
+    assert len(generations) == 2 * 4
+    for i, generation in enumerate(generations):
+        assert not any(generation.finished)
+        assert generation.stats.drafted == (3 * generation.stats.rounds if i % 2 else 0)
+
+
+def test_the_speedup_by_hand():
+    """Plain steps of 2 s, rounds of 3 drafts of 3.5 s."""
+    row = {"drafted_per_round": 3, "round_s": 3.5}
+    expected = {"0.5": 2.5 * 2 / 3.5, "0.7": 3.1 * 2 / 3.5, "0.9": 3.7 * 2 / 3.5}
+    assert speedup_by_acceptance(row, 2.0) == pytest.approx(expected)
+    assert speedup_by_acceptance({"drafted_per_round": None, "round_s": 3.5}, 2.0) is None
+
+
+def test_variants_and_pairs():
+    """Exits and lengths to compare, as variants or as a sweep; files go to report_dir."""
+    own = ["self_speculation=null", "variants.a={exit_layer: 1, num_speculations: 2}", "variants.b={early_exit: 2}"]
+    report = run(*own, "report_dir=out", "picture=out/x.png", config="quickstart/generate")
+    assert [row["name"] for row in report["results"]] == ["baseline", "a", "b"]
+    assert {path.name for path in Path("out").iterdir()} == {"benchmark.json", "benchmark.md", "x.png"}
+    report = run("sweep={exit_layers: [1, 2], num_speculations: [2]}", "repeats=1")
+    assert [row["name"] for row in report["results"]] == ["baseline", "exit1_draft2", "exit2_draft2"]
+
+
+def test_whatever_a_config_says_of_drafts():
+    """Batches, trees, sampling, draft vocabulary, int8; a threshold and look-ups only choose between such rounds."""
+    tree = ["self_speculation.tree_width=2", "self_speculation.tree_children=2", "self_speculation.draft_vocabulary=64"]
+    quantizer = "self_speculation.draft_quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig}"
+    report = run(
+        *tree, quantizer, "batch_size=3", "temperature=0.8", "self_speculation.num_speculations=2", "repeats=1"
+    )
+    assert report["batch_size"] == 3 and {row["temperature"] for row in report["results"]} == {0.8}
+    report = run("self_speculation.threshold=0.5", "self_speculation.prompt_lookup=2", "repeats=1")
+    assert (
+        report["results"][1]["drafted_per_round"]
+        == load_config("quickstart/generate").self_speculation.num_speculations
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["self_speculation=null"], r"^variants: None has nothing to compare.* variants\.chain\.exit_layer=3"),
+        (["self_speculation.exit_layer=9"], r"^self_speculation\.exit_layer: 9"),
+        (["prompt_tokens=0"], "^prompt_tokens: 0"),
+        (
+            ["prompt_tokens=1020"],
+            "^prompt_tokens: 1020 and .* the model's 1024 .* prompt_tokens=256 max_new_tokens=256",
+        ),
+        (["self_speculation.tree_width=99999"], r"^self_speculation\.tree_width: 99999"),
+        (["peers=[torchtune]"], "^peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
+        (["metrics=[bleu]"], "^metrics: .* needs a checkpoint"),
+        (["tune=true"], "^tune: True needs a checkpoint"),
+    ],
+)
+def test_mistakes(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        LayerSkipBenchmark(load_config("quickstart/generate", [*TINY, *overrides]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    report = run("device=cuda", "dtype=bf16", "compile=true", "repeats=1")
+    assert report["compiled"] and 0 < report["results"][1]["draft_cost"] < 1

@@ -1,0 +1,332 @@
+"""lm-eval's tasks through `layerskip_eval`, offline: against plain PyTorch, and mistakes found before the weights."""
+
+import builtins
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.configs import MODEL, eval_config, make_checkpoint
+from helpers.plain_decoding import plain_logits, plain_score
+from helpers.training import few_texts  # noqa: F401
+from omegaconf import OmegaConf
+from torchtune import config as tune_config
+from torchtune.training import FullModelHFCheckpointer
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.evaluation.config import REQUIRES
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+
+pytest.importorskip("lm_eval")
+import lm_eval
+
+from layerskip_recipes.evaluation import harness
+
+QUESTIONS = [
+    {"question": "import os", "choices": ["path", "sys.argv", "return self"], "answer": 0},
+    {"question": "def main(args):", "choices": ["pass", "yield None", "x"], "answer": 1},
+    {"question": "class Queue:", "choices": ["def get(self)", "raise"], "answer": 1},
+    {"question": "for i in range(10):", "choices": ["print(i)", "break", "continue", "if i:"], "answer": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder):
+    return make_checkpoint(tmp_path_factory.mktemp("harness") / "checkpoint", tokenizer_folder)
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A folder with a multiple-choice task and one that generates, over a small JSONL; the hub is out of reach."""
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in QUESTIONS))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "questions.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    choice = {
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    text = {
+        "task": "tiny_text",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (choice, text):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(data | task))
+    return folder
+
+
+def evaluate(path, *overrides: str):
+    recipe = LayerSkipEval(load_config(str(path), overrides))
+    recipe.setup()
+    return recipe, recipe.evaluate()
+
+
+def config(tmp_path, checkpoint, folder, **changes):
+    changes = {"dataset": None, "task_path": str(folder), "max_new_tokens": 8} | changes
+    return eval_config(tmp_path, checkpoint, **changes)
+
+
+@pytest.mark.parametrize("exit_layer", [None, 2])
+def test_a_multiple_choice_task_by_hand(exit_layer, tmp_path, checkpoint, tasks, tokenizer_folder, capsys):
+    """The accuracy is that of the likeliest choices by plain PyTorch; of each checkpoint its own."""
+    other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
+    compare = {"other": {"checkpoint_dir": str(other)}}
+    path = config(tmp_path, checkpoint, tasks, tasks=["tiny_choice"], compare=compare, limit=3)
+    recipe, report = evaluate(path, f"exit_layer={'null' if exit_layer is None else exit_layer}", "report=report.json")
+    model = tune_config.instantiate(OmegaConf.create(MODEL))
+
+    def accuracy(state) -> float:
+        model.load_state_dict(state)
+        right = 0
+        for doc in QUESTIONS[:3]:
+            scores = []
+            for choice in doc["choices"]:
+                context = recipe.tokenizer.encode(doc["question"], add_eos=False)
+                whole = recipe.tokenizer.encode(f"{doc['question']} {choice}", add_eos=False)
+                scores.append(plain_score(model, context, whole[len(context) :], exit_layer)[0])
+            right += scores.index(max(scores)) == doc["answer"]
+        return right / 3
+
+    assert report["compare_tasks"]["other"]["tiny_choice"]["acc"] == pytest.approx(accuracy(recipe.model.state_dict()))
+    own = FullModelHFCheckpointer(str(checkpoint), ["model.safetensors"], "LLAMA3_2", str(tmp_path / "unused"))
+    acc = accuracy(own.load_checkpoint()["model"])
+    # The standard error of a mean of 0s and 1s, with n - 1.
+    expected = {"acc": acc, "acc_stderr": (acc * (1 - acc) / 2) ** 0.5, "documents": 3}
+    assert report["tasks"] == {"tiny_choice": pytest.approx(expected)}
+    out = capsys.readouterr().out
+    assert "|tiny_choice|" in out and json.loads(out.splitlines()[-1]) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert "exits" not in report and "batches" not in report
+
+
+def test_a_generating_task_is_the_same_with_drafts(tmp_path, checkpoint, tasks, monkeypatch):
+    """Texts by plain greedy decoding, alike with and without self-speculation; the report has speed and acceptance."""
+    found = {}
+    generate = harness.LayerSkipLM.generate_until
+
+    def keep(lm, requests, *args):
+        is_plain = lm.answers.self_speculation is None
+        found[is_plain] = [r.args[0] for r in requests], generate(lm, requests, *args)
+        return found[is_plain][1]
+
+    monkeypatch.setattr(harness.LayerSkipLM, "generate_until", keep)
+    path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text", "tiny_choice"], num_fewshot=1)
+    drafting = "self_speculation={exit_layer: 2, num_speculations: 3}"
+    (recipe, ours), (_, plain) = evaluate(path, drafting), evaluate(path)
+    assert found[True] == found[False]
+    contexts, texts = found[True]
+    model = tune_config.instantiate(OmegaConf.create(MODEL))
+    model.load_state_dict(recipe.model.state_dict())
+    for context, text in zip(contexts, texts, strict=True):
+        assert context.count("\n\n") == 1  # the example and the question
+        tokens = recipe.tokenizer.encode(context, add_eos=False)
+        room = len(tokens) + 8
+        while len(tokens) < room and tokens[-1] not in recipe.tokenizer.stop_tokens:
+            tokens.append(int(plain_logits(model, tokens)[-1].argmax()))
+        written = recipe.tokenizer.decode(tokens[room - 8 :])
+        assert text == written.split("\n")[0]
+    report = ours["tasks"]["tiny_text"]
+    assert report["exact_match"] == plain["tasks"]["tiny_text"]["exact_match"]
+    assert 0 <= report["acceptance_rate"] <= 1 and report["tokens_per_second"] > 0
+    assert report["tokens"] == plain["tasks"]["tiny_text"]["tokens"] > 4
+    assert "acceptance_rate" not in plain["tasks"]["tiny_text"]
+    assert ours["tasks"]["tiny_choice"] == plain["tasks"]["tiny_choice"]
+
+
+def test_tasks_beside_a_dataset_and_through_the_chat_template(tmp_path, checkpoint, tasks, monkeypatch):
+    """The exits are measured too; the template wraps each question."""
+    contexts = []
+    score = harness.LayerSkipLM.loglikelihood
+
+    def keep(lm, requests, *args):
+        contexts.extend(r.args[0] for r in requests)
+        return score(lm, requests, *args)
+
+    monkeypatch.setattr(harness.LayerSkipLM, "loglikelihood", keep)
+    path = eval_config(tmp_path, checkpoint, tasks=["tiny_choice"], task_path=[str(tasks)], limit=1)
+    template = (
+        "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
+    _, report = evaluate(path, "apply_chat_template=true", f"tokenizer.chat_template='{template}'", "max_batches=1")
+    assert list(report["exits"]) == [1, 2, 3, 4] and report["batches"] == 1
+    assert report["tasks"]["tiny_choice"]["documents"] == 1
+    assert set(contexts) == {"<user>import os<me>"}
+
+
+# ---- programs that the model writes ----
+
+
+class CodeEval:
+    """Stands in for the metric `code_eval`, which `evaluate` would download."""
+
+    def compute(self, references, predictions, k):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+        passed = []
+        for test, candidates in zip(references, predictions, strict=True):
+            for candidate in candidates:
+                try:
+                    exec(f"{candidate}\n{test}", {})
+                    passed.append(1.0)
+                except Exception:
+                    passed.append(0.0)
+        return {"pass@1": sum(passed) / len(passed)}, {}
+
+
+@pytest.fixture
+def humaneval(tasks, tmp_path, monkeypatch):
+    """A task with lm-eval's own file for HumanEval, over problems of which the first cannot be solved."""
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setattr("evaluate.load", lambda name: CodeEval())
+    check = {"test": "def check(f): pass\n", "entry_point": "f"}
+    problems = [check | {"prompt": "x = '''"}, check | {"prompt": "def f(x): pass\n#"}, check | {"prompt": "f = 3  #"}]
+    file = tasks / "problems.jsonl"
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    keys = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / "humaneval" / "humaneval.yaml"),
+        "task": "tiny_humaneval",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")},
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+    }
+    (tasks / "tiny_humaneval.yaml").write_text(yaml.safe_dump(keys))
+    return tasks
+
+
+def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tmp_path, checkpoint):
+    """Whatever continues a comment solves two of the problems; the speed is reported too."""
+    path = config(tmp_path, checkpoint, humaneval, tasks=["tiny_humaneval"])
+    report = evaluate(path, "confirm_run_unsafe_code=true")[1]["tasks"]["tiny_humaneval"]
+    assert report["pass@1,create_test"] == pytest.approx(2 / 3)
+    assert report["documents"] == 3 and report["tokens"] > 0
+
+
+def test_humaneval_is_refused_without_a_confirmation(humaneval, tmp_path, checkpoint, monkeypatch):
+    """Before the metric is loaded."""
+    monkeypatch.setattr("evaluate.load", lambda name: pytest.fail("the metric is loaded"))
+    path = config(tmp_path, checkpoint, humaneval, tasks=["tiny_humaneval"])
+    with pytest.raises(ValueError, match=r"^tasks: tiny_humaneval runs programs .* confirm_run_unsafe_code=true$"):
+        LayerSkipEval(load_config(str(path))).setup()
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+# ---- mistakes ----
+
+
+def change(tasks, **keys) -> None:
+    path = tasks / "tiny_text.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("tasks=[tiny_chioce]", r"tasks: 'tiny_chioce' is no task.*Nearest: tiny_choice"),
+        ("tasks=[qqqqqqqqqqqq]", r"tasks: 'qqqqqqqqqqqq' is no task.*(Allowed|for example)"),
+        ("tasks=tiny_choice", r"tasks: 'tiny_choice' is not allowed.*tasks=\[arc_easy\]"),
+        ("tasks=[]", r"tasks: \[\] is not allowed"),
+        ("tasks=[tiny_text,tiny_text]", r"tasks: .* twice"),
+        ("task_path=nowhere", r"task_path: 'nowhere' is no folder.*task_path=tasks"),
+        ("task_path=[nowhere]", r"task_path: 'nowhere' is no folder"),
+        ("exit_layer=5", r"exit_layer: 5 is not an exit of this model. Allowed: 1\.\.4"),
+        ("self_speculation={exit_layer: 5, num_speculations: 2}", r"self_speculation.exit_layer: 5 .*1\.\.4"),
+        ("exit_layer=2; self_speculation={exit_layer: 2, num_speculations: 2}", r"exit_layer: 2 is set beside"),
+        ("num_fewshot=-1", r"num_fewshot: -1 is not allowed.*0 or more"),
+        ("limit=0", r"limit: 0 is not allowed.*1 or more"),
+        ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
+        ("tasks=null", r"dataset: null, and tasks too.*_component_.*tasks="),
+        ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
+        ("confirm_run_unsafe_code=3", r"confirm_run_unsafe_code: 3 is not allowed.*true, false"),
+    ],
+)
+def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, checkpoint, tasks, monkeypatch):
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda *_: pytest.fail("weights are loaded"))
+    index = harness.TaskManager  # lm-eval's own tasks take ten seconds to list
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: index(None, include_path, False))
+    path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
+    with pytest.raises(ValueError, match=message):
+        LayerSkipEval(load_config(str(path), overrides.split("; "))).setup()
+
+
+VALUES = {  # one for each key that means nothing without something to measure
+    "collate_fn": "torchtune.data.padded_collate_sft",
+    "max_batches": 1,
+    "layers": "1::2",
+    "num_speculations": 3,
+    "picture": "exits.png",
+    "task_path": "tasks",
+    "num_fewshot": 1,
+    "limit": 1,
+    "apply_chat_template": True,
+    "confirm_run_unsafe_code": True,
+    "exit_layer": 2,
+    "self_speculation": "{exit_layer: 2, num_speculations: 3}",
+    "max_new_tokens": 8,
+}
+
+
+@pytest.mark.parametrize(("needed", "key"), [(needed, key) for needed, keys in REQUIRES.items() for key in keys])
+def test_a_key_without_the_key_that_it_needs_is_refused_and_the_advice_works(needed, key, tmp_path, checkpoint, tasks):
+    absent = {"dataset": None, "task_path": None, "max_new_tokens": None}
+    changes = absent | {"tasks": ["tiny_text"]} if needed == "dataset" else {}
+    path = str(eval_config(tmp_path, checkpoint, **changes))
+    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}, .* Set {key}=null$") as error:
+        LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}"]))
+    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("Set ")[2]]))
+
+
+def test_null_is_the_default(tmp_path, checkpoint):
+    """All exits, and the accepted length of 6."""
+    path = eval_config(tmp_path, checkpoint)
+    assert evaluate(path, "layers=null", "num_speculations=null")[1] == evaluate(path)[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"generation_kwargs": {"until": ["."], "num_beams": 4}}, r"tiny_text asks for generation_kwargs.num_beams"),
+        ({"generation_kwargs": {"until": ["."], "top_k": 0}}, r"tiny_text, generation_kwargs.top_k: 0"),
+        ({"num_fewshot": 0}, r"num_fewshot: 2 is not for tiny_text"),
+        ({"dataset_kwargs": {"data_files": "nowhere.jsonl"}}, r"tasks: tiny_text cannot be loaded: FileNotFoundError"),
+        ({"unsafe_code": True}, r"tasks: tiny_text runs programs that the model writes"),
+    ],
+)
+def test_what_a_task_file_asks_for(keys, message, tmp_path, checkpoint, tasks, monkeypatch):
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda *_: pytest.fail("weights are loaded"))
+    change(tasks, **keys)
+    path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"], num_fewshot=2)
+    with pytest.raises(ValueError, match=message):
+        LayerSkipEval(load_config(str(path))).setup()
+
+
+def test_without_lm_eval(tmp_path, checkpoint, tasks, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "layerskip_recipes.evaluation" and "harness" in (args[2] or ()):
+            raise ModuleNotFoundError("No module named 'lm_eval'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
+    with pytest.raises(ValueError, match=re.escape('pip install "lm-eval>=0.4.12,<0.5"')):
+        LayerSkipEval(load_config(str(path))).setup()

@@ -1,0 +1,47 @@
+"""Scores and greedy answers of a decoder by plain PyTorch, one text at a time, and a tokenizer of single letters."""
+
+import torch
+
+
+class Letters:
+    """A token for each character below 97; 0 is bos and eos."""
+
+    bos_id = eos_id = 0
+    stop_tokens = (0,)
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        return [0] * add_bos + [ord(letter) % 97 for letter in text] + [0] * add_eos
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+
+def plain_logits(model, tokens: list[int], exit_layer: int | None = None) -> torch.Tensor:
+    """[s, v] of one text, by the layers one after the other."""
+    with torch.no_grad():
+        h = model.tok_embeddings(torch.tensor([tokens]))
+        for layer in list(model.layers)[:exit_layer]:
+            h = layer(h)
+        return model.output(model.norm(h))[0].float()
+
+
+def plain_score(model, context: list[int], answer: list[int], exit_layer: int | None = None) -> tuple[float, bool]:
+    """log p(answer | context), and whether each of its tokens is the likeliest, token by token."""
+    total, greedy = 0.0, True
+    for i, token in enumerate(answer):
+        logits = plain_logits(model, context + answer[:i], exit_layer)[-1]
+        total += logits.log_softmax(-1)[token].item()
+        greedy &= int(logits.argmax()) == token
+    return total, greedy
+
+
+def plain_answer(model, context: list[int], limit: int, until: list[str], exit_layer=None) -> str:
+    text = ""
+    for _ in range(limit):
+        token = int(plain_logits(model, context, exit_layer)[-1].argmax())
+        if token == 0:
+            break
+        context, text = [*context, token], text + chr(token)
+        if any(stop in text for stop in until):
+            return text[: min(text.find(stop) for stop in until if stop in text)]
+    return text

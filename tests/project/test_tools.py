@@ -1,0 +1,168 @@
+"""The scripts in tools/ run: the training cost on a tiny model, the results page on commands of the test's own."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from helpers import forks
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- training_cost.py ----
+
+
+@pytest.mark.slow
+def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
+    """Every method has figures, and the ratios are those of the figures. The first method's process is a real one."""
+    script, start, started = load("training_cost"), subprocess.run, []
+
+    def run(command, **kwargs):
+        started.append(command)
+        if len(started) == 1:
+            return start(command, **kwargs)
+        return forks.run(command[1:], Path.cwd(), [os.environ])[0]
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
+    script.main(["quickstart/finetune", "model.num_layers=3", "--layers", "0", *options])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures = report["figures"]
+    assert len(started) == 6 and set(figures) == set(script.METHODS)
+    assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
+    time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]
+    assert report["ratios"]["exits / torchtune's exits, time"] == pytest.approx(time)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart/finetune", "--layers", "99"], "--layers: '99'"),
+        (["quickstart/finetune", "epochs=0"], "epochs: 0"),
+        (["quickstart/finetune", "--repeats", "0"], "--repeats: 0 is not allowed. Allowed: an integer of 1 or more"),
+        (["quickstart/finetune", "--prob", "2"], "--prob: 2 is not allowed. Allowed: a number of 0 to 1"),
+    ],
+)
+def test_a_mistake_in_training_cost(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("training_cost").main(arguments)
+    assert message in f"{caught.value.code} {capsys.readouterr().err}"
+
+
+# ---- results_page.py ----
+
+SPEED = {"median": 2.0, "min": 1.5, "max": 2.5}
+ROW = {
+    **dict.fromkeys(("setting", "ideal_speedup", "engine_efficiency", "speedup_not_looping", "identical")),
+    **{"temperature": 0.0, "kind": "variant", "name": "exit3_draft5", "tokens_per_second": SPEED, "speedup": SPEED},
+    **{"looping_outputs": 0, "outputs": 8, "acceptance_rate": 0.75, "tokens_per_round": 3.5, "predicted_speedup": 1.9},
+}
+BENCHMARK = {
+    **{"device": "a processor", "threads": 2, "memory_bandwidth": 2e10, "versions": {"torch": "2.13"}},
+    **{"date": "today", "config": {"dtype": "fp32"}, "prompts": 8, "max_new_tokens": 128, "batch_size": 1},
+    **{"repeats": 3, "compiled": True, "peers_left_out": {"transformers": "not installed"}, "results": [ROW]},
+    **{"sweep": False, "tune": False},
+}
+REPORTS = {
+    "cost": {
+        "figures": {"ours": {"seconds": 1.25, "peak_gb": 2.5}},
+        "ratios": {"last layer / torchtune's, time": 0.83},
+        **{"batch": 8, "seq_len": 256, "layers": "0::4"},
+    },
+    "quality": {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}},
+    "speed": BENCHMARK,
+    "sweep": BENCHMARK | {"sweep": True},
+    "tuner": BENCHMARK | {"tune": True},
+}
+LINES = {
+    "cost": ["| ours | 1.250 | 2.50 |", "- last layer / torchtune's, time: 0.83"],
+    "quality": ["| 2 | 3.125 | 0.250 | 0.375 | 0.75 |"],
+    "speed": [
+        "a processor, 2 threads, 20.0 GB/s, fp32; torch 2.13; today. 8 prompts x 128 tokens, batch 1, 3 repeats, "
+        "compiled.",
+        "transformers is left out (not installed).",
+        "| exit3_draft5 | 2.0 (1.5-2.5) | 2.00 (1.50-2.50) | - | 0 of 8 | 0.75 | 3.50 | - | - | - |",
+    ],
+    "sweep": ["Fastest of 1 pairs: exit3_draft5, 2.00x."],
+    "tuner": ["| exit3_draft5 | 1.90 | 2.00 (1.50-2.50) |"],
+}
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page with a block for each report; the commands print a document of this test's folder."""
+    blocks = []
+    for name, report in REPORTS.items():
+        document, picture = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
+        document.write_text(json.dumps(report))
+        picture.write_bytes(b"a picture")
+        printed = tmp_path / f"{name}.printed"
+        files = {"json": str(document), "picture": str(picture)}
+        # An evaluation prints the report, a benchmark where the report is.
+        last = json.dumps(files if name in ("speed", "sweep", "tuner") else report)
+        printed.write_text(f"a table\n{last}\n")
+        command = shlex.join([sys.executable, "-c", f"print(open({str(printed)!r}).read())"])
+        blocks.append(f"Before {name}.\n\n<!-- run {name}: {command} -->\n<!-- end -->\n\nAfter {name}.\n")
+    path = tmp_path / "docs" / "page.md"
+    path.parent.mkdir()
+    path.write_text("# Results\n\n" + "\n".join(blocks))
+    return path
+
+
+def test_the_page_gets_the_figures_of_its_commands(page):
+    load("results_page").main([str(page)])
+    text = page.read_text()
+    for name, lines in LINES.items():
+        block = text.partition(f"Before {name}.")[2].partition(f"After {name}.")[0]
+        assert all(line in block for line in lines), block
+        assert f"\n    {sys.executable} -c " in block and block.rstrip().endswith("<!-- end -->")
+    for name in ("speed", "sweep", "tuner"):
+        assert f"![{name}](page_{name}.png)" in text
+        assert page.with_name(f"page_{name}.png").read_bytes() == b"a picture"
+
+
+def test_a_page_is_updated_in_place(page, tmp_path):
+    """A second run changes nothing; --only and --missing choose blocks; text outside of the blocks stays."""
+    script = load("results_page")
+    script.main([str(page), "--only", "cost", "quality"])
+    assert "1.250" in page.read_text() and "Fastest" not in page.read_text()
+    page.write_text(page.read_text() + "\nBy hand.\n")
+    (tmp_path / "cost.printed").write_text(json.dumps(REPORTS["cost"] | {"batch": 99}))
+    script.main([str(page), "--missing"])
+    text = page.read_text()
+    assert "Fastest" in text and "8 x 256" in text and "99 x 256" not in text and text.endswith("\nBy hand.\n")
+    script.main([str(page)])
+    again = page.read_text()
+    assert again == text.replace("8 x 256", "99 x 256")
+
+
+def test_a_command_that_fails_says_so(page, tmp_path):
+    before = page.read_text()
+    (tmp_path / "cost.printed").unlink()
+    with pytest.raises(SystemExit, match=r"failed: [\s\S]*No such file"):
+        load("results_page").main([str(page)])
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--only", "nothing"], "no block nothing. There: cost, quality"), (["../nowhere.md"], "unrecognized")],
+)
+def test_a_mistake_in_the_page(options, message, page, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("results_page").main([str(page), *options])
+    assert message in f"{caught.value.code} {capsys.readouterr().err}"

@@ -1,0 +1,215 @@
+"""What a training step costs, ours beside torchtune's: seconds and peak memory.
+
+    python tools/training_cost.py CONFIG [key=value ...] [--batch 2] [--seq-len 512] [--layers 0::4] [--prob 0.5]
+
+Each method runs in a process of its own, so that its peak memory is its own. The methods take turns, and the medians
+count. A step is forward and backward on random tokens, with gradients that are kept, and no optimizer. Of the section
+`early_exit_loss` only chunk_tokens counts: the exits are those of --layers, at each step. Activations are not
+offloaded.
+The last line that is printed is the report as JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torchtune import training
+from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.report import peak_memory_bytes
+from layerskip_recipes.model.adapters import freeze_base
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.layer_dropout import LayerDropout
+from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.parallel import checkpoint_layers
+
+METHODS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer")
+LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, labels) [b, s] -> the loss
+
+
+def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, int]) -> LossOfStep:
+    """Our early-exit loss on these layers at each step; the number of the last layer gives the plain loss."""
+    loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
+    if compiled:
+        loss.compile()
+    return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
+
+
+def torchtune_loss(model: Any) -> LossOfStep:
+    """The loss of `full_finetune_single_device`, with its chunked cross-entropy."""
+    loss = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss.num_output_chunks)
+    return lambda tokens, labels: loss(model(tokens), labels)
+
+
+def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
+    """The loss of `early_exit_finetune_distributed`, which stacks all exits and runs the head over the stack."""
+    loss, chosen = torch.nn.CrossEntropyLoss(), select_layers(layers, len(model.layers))
+    model.output_hidden_states = [layer for layer, on in enumerate(chosen) if on]
+
+    def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        *hidden, _ = model(tokens)  # the recipe throws the last layer's logits away
+        states = dict(zip(model.output_hidden_states, hidden, strict=True))
+        return early_exit_loss(model, states, labels, loss, 0.2, sum_l_loss_scale)
+
+    return step
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One method in this process: seconds of each step after the first, peak memory in GB, and before any step."""
+    cfg, method = FinetuneConfig.load(load_config(args.config, args.overrides)), args.method
+    device = cfg.find_device()
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
+    torch.manual_seed(0)
+    with training.set_default_dtype(cfg.torch_dtype), device:
+        base = (Component(cfg.model.get("base")) if cfg.model.get("base") else cfg.model).build()
+        tokens = torch.randint(base.tok_embeddings.weight.shape[0], (args.batch, args.seq_len + 1))
+    model = layerskip_decoder(base)
+    freeze_base(model)
+    checkpoint_layers(model, cfg.checkpoint_every_layers)
+    if method == "ours, one layer":
+        model.layers = model.layers[:1]
+    depth = model.num_layers
+    exits, last = f"{args.layers},{depth - 1}", str(depth - 1)
+    compiled = bool(cfg.compile)
+    chunks = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
+    if compiled:
+        training.compile_model(model, verbose=False)
+    if method == "ours, dropout":
+        model.layer_dropout = LayerDropout(depth, args.prob, "uniform", batch_size=args.batch)
+    if method == "torchtune":
+        step = torchtune_loss(base)
+    elif method == "torchtune, exits":
+        step = torchtune_early_exit_loss(base, exits)
+    else:
+        step = our_loss(model, exits if method == "ours, exits" else last, compiled, chunks)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    before, seconds = peak_memory_bytes(device) / 2**30, []
+    model.train()
+    for _ in range(args.steps + 1):
+        started = time.perf_counter()
+        step(tokens[:, :-1], tokens[:, 1:]).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[1:], "peak_gb": peak_memory_bytes(device) / 2**30, "before_gb": before}
+
+
+def measure_in_process(method: str, arguments: list[str]) -> dict[str, Any]:
+    """`measure` in a new process.
+
+    Raises:
+        ConfigError: if the process failed, with the last line that it printed.
+    """
+    command = [sys.executable, __file__, *arguments, "--method", method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        killed = f"killed by signal {-done.returncode}, probably for memory; try a smaller --batch or --seq-len"
+        raise ConfigError(f"{method!r} failed: {killed}")
+    if done.returncode:
+        raise ConfigError(f"{method!r} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """All methods in turns: medians of their figures, and the ratios that matter."""
+    depth = FinetuneConfig.load(load_config(args.config, args.overrides)).num_layers
+    select_layers(args.layers, depth, key="--layers")
+    runs: dict[str, list[dict]] = {method: [] for method in METHODS}
+    for _ in range(args.repeats):
+        for method in METHODS:
+            runs[method].append(measure_in_process(method, arguments))
+    figures = {
+        method: {
+            "seconds": statistics.median(second for run in of_method for second in run["seconds"]),
+            "peak_gb": statistics.median(run["peak_gb"] for run in of_method),
+            "before_gb": statistics.median(run["before_gb"] for run in of_method),
+        }
+        for method, of_method in runs.items()
+    }
+    plain, torchtunes = figures["ours"], figures["torchtune"]
+    one = figures["ours, one layer"]["seconds"]
+    layers_s = (plain["seconds"] - one) / (depth - 1) * depth if depth > 1 else one
+    left_s = plain["seconds"] - args.prob * layers_s  # without the share of the layers that dropout leaves out
+    exits, theirs = figures["ours, exits"], figures["torchtune, exits"]
+    ratios = {
+        "exits / torchtune's exits, time": exits["seconds"] / theirs["seconds"],
+        "exits / torchtune's last layer, peak": exits["peak_gb"] / torchtunes["peak_gb"],
+        "last layer / torchtune's, time": plain["seconds"] / torchtunes["seconds"],
+        f"dropout {args.prob} / what is left to compute, time": figures["ours, dropout"]["seconds"] / left_s,
+    }
+    return {
+        "figures": figures,
+        "ratios": ratios,
+        "batch": args.batch,
+        "seq_len": args.seq_len,
+        "layers": args.layers,
+    }
+
+
+def print_report(name: str, report: Mapping[str, Any]) -> None:
+    """The table for people, then the report as one line of JSON."""
+    print(
+        f"{name}: batch {report['batch']} x {report['seq_len']} tokens, exits of layers {report['layers']} and the last"
+    )
+    print(f"{'method':<18}{'s / step':>10}{'peak GB':>10}{'start GB':>10}")
+    for method, row in report["figures"].items():
+        print(f"{method:<18}{row['seconds']:>10.3f}{row['peak_gb']:>10.2f}{row['before_gb']:>10.2f}")
+    for name, ratio in report["ratios"].items():
+        print(f"{name:<50}{ratio:>6.2f}")
+    print(json.dumps(report), flush=True)
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed. Allowed: an integer of 1 or more")
+    return number
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed. Allowed: a number of 0 to 1")
+    return number
+
+
+def main(arguments: list[str]) -> None:
+    """Parse the arguments and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a finetune config's name or path")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--repeats", type=positive, default=3, help="processes for each method (default 3)")
+    parser.add_argument("--steps", type=positive, default=2, help="steps in each process after a first one (default 2)")
+    parser.add_argument("--batch", type=positive, default=2, help="rows (default 2)")
+    parser.add_argument("--seq-len", type=positive, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--layers", default="0::4", help='layers with a loss beside the last (default "0::4")')
+    parser.add_argument("--prob", type=probability, default=0.5, help="layer dropout in its own method (default 0.5)")
+    parser.add_argument("--method", choices=METHODS, help="measure one method in this process")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        if args.method:
+            print(json.dumps(measure(args)))
+        else:
+            print_report(args.config, compare(args, arguments))
+    except ConfigError as e:
+        sys.exit(f"ValueError: {e}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
