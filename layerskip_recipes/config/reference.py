@@ -101,13 +101,16 @@ def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) ->
     if fields:
         yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
     for key, field in fields.items():
-        for section in _sections(field.annotation):
+        sections = _sections(field.annotation)
+        new = [section for section in sections if section not in known]
+        for section in sections:
             # A mapping of sections has names of the user's choice between its key and the keys of a section.
             prefix = f"{key}." if section in _direct(field.annotation) else f"{key}.NAME."
-            yield f"### {key}" if key not in known.values() else f"### {key} of this recipe"
             if section in known:
-                yield f"The keys are those of [{known[section]}](#{known[section]}), as `{prefix}KEY`."
+                yield f"The keys `{prefix}KEY` are those of [{known[section]}](#{known[section]})."
                 continue
+            if section is new[0]:
+                yield f"### {key}"
             known[section] = key
             if summary := _summary(section):
                 yield summary

@@ -62,7 +62,7 @@ def page() -> str:
         "| `draft` | a section of keys and values (or null) | `null` | The draft. |",
         "| `draft.length` | an integer of 1 or more | required | Tokens of a draft. |",
         "| `draft.threshold` | a number of 0 to 1 (or null) | `null` | A confidence \\| below which a draft stops. |",
-        "The keys are those of [draft](#draft), as `variants.NAME.KEY`.",
+        "The keys `variants.NAME.KEY` are those of [draft](#draft).",
         "| `others.NAME.width` | an integer of 1 or more | `1` |  |",
         "| `parts` | a component or a list of components (or null) | `null` | One, or several. |",
         "| `mode` | fast, slow | `fast` |  |",
