@@ -23,9 +23,6 @@ EXTENDS = {
 INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may be read from another key
 
 
-COMPONENTS = "a component or a list of components"
-
-
 # ---- JSON schema ----
 
 

@@ -64,7 +64,7 @@ def page() -> str:
         "| `draft.threshold` | a number of 0 to 1 (or null) | `null` | A confidence \\| below which a draft stops. |",
         "The keys `variants.NAME.KEY` are those of [draft](#draft).",
         "| `others.NAME.width` | an integer of 1 or more | `1` |  |",
-        "| `parts` | a component or a list of components (or null) | `null` | One, or several. |",
+        "| `parts` | a component or a list (or null) | `null` | One, or several. |",
         "| `mode` | fast, slow | `fast` |  |",
         "| `quantizer` | a component (or null) | `null` |  |",
         "| `stream` | it prints figures |",
