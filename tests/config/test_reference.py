@@ -91,7 +91,7 @@ def test_the_summary_of_a_section_is_its_first_paragraph(page):
         ({"extends": ["a", "b"], "draft": None, "stream": False, "mine": 3}, True),
         ({"draft": {"length": "${mine}"}, "model": {"num_layers": 4}}, True),
         ({"draft": {"length": 0}}, False),
-        ({"draft": {"lenght": 2}}, False),
+        ({"draft": {"lengths": 2}}, False),
         ({"darft": {"length": 2}}, False),
         ({"mode": "quick"}, False),
     ],
