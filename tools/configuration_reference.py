@@ -8,11 +8,20 @@ this script makes.
 
 from pathlib import Path
 
+from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.config.reference import markdown
+from layerskip_recipes.evaluation.config import EvalConfig
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.training.config import FinetuneConfig
 
 MARKER = "<!-- Made by tools/configuration_reference.py from here on; do not edit. -->\n"
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-RECIPES = {}
+RECIPES = {
+    "layerskip_finetune": FinetuneConfig,
+    "layerskip_generate": GenerateConfig,
+    "layerskip_eval": EvalConfig,
+    "layerskip_benchmark": BenchmarkConfig,
+}
 
 
 def page() -> str:

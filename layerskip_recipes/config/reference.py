@@ -1,10 +1,14 @@
 """The reference of a recipe's keys, made from its config class: Markdown for docs/, a JSON schema for editors."""
 
+import functools
 import inspect
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+import operator
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
 
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -66,10 +70,11 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
     Args:
         recipes: config classes by the names of their recipes, such as "layerskip_finetune".
     """
-    parts = ["## All recipes", *_tables(RecipeConfig, RecipeConfig.model_fields)]
+    tables: dict[type[Section], str] = {}
+    parts = ["## All recipes", *_tables(RecipeConfig.model_fields, tables)]
     for name, config in recipes.items():
         own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field)}
-        parts += [f"## {name}", *_tables(config, own)]
+        parts += [f"## {name}", *_tables(own, tables)]
         if refused := {key: why for key, why in config.REFUSED.items() if key not in config.model_fields}:
             rows = [[f"`{key}`", why] for key, why in refused.items()]
             parts += ["These keys of other configs are refused unless they are switched off:"]
@@ -83,15 +88,27 @@ def _is_common(key: str, field: FieldInfo) -> bool:
     return common is not None and (_row(key, common) == _row(key, field))
 
 
-def _tables(config: type[Section], fields: dict[str, FieldInfo]) -> Iterator[str]:
-    """A table of the keys, and one for each section among them."""
+def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) -> Iterator[str]:
+    """A table of the keys, and one for each section among them.
+
+    Args:
+        fields: the keys.
+        known: sections that have a table already, and the key of that table; new ones are added.
+    """
     if fields:
         yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
     for key, field in fields.items():
-        for section in _sections(field.annotation):
+        sections = _sections(field.annotation)
+        new = [section for section in sections if section not in known]
+        for section in sections:
             # A mapping of sections has names of the user's choice between its key and the keys of a section.
             prefix = f"{key}." if section in _direct(field.annotation) else f"{key}.NAME."
-            yield f"### {key}"
+            if section in known:
+                yield f"The keys `{prefix}KEY` are those of [{known[section]}](#{known[section]})."
+                continue
+            if section is new[0]:
+                yield f"### {key}"
+            known[section] = key
             if summary := _summary(section):
                 yield summary
             rows = [_row(prefix + name, part) for name, part in section.model_fields.items()]
@@ -116,9 +133,25 @@ def _summary(section: type[Section]) -> str:
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:
-    words, _ = allowed(field.annotation, field)
-    words = words.replace(Component.ALLOWED[0], "a component")
+    annotation = _input_type(field.annotation, field.metadata)
+    words = "any value" if annotation is Any else allowed(annotation, field)[0]
+    words = words.replace(Component.ALLOWED[0], "a component").replace(
+        "component or a list of values", "component or a list"
+    )
     return [f"`{key}`", words, _default(field), " ".join((field.description or "").split())]
+
+
+def _input_type(annotation: Any, rules: Iterable[Any] = ()) -> Any:
+    """What a YAML file may hold, where a validator makes a value of another type from it."""
+    for rule in rules:
+        if isinstance(rule, BeforeValidator) and rule.json_schema_input_type is not PydanticUndefined:
+            return rule.json_schema_input_type
+    if get_origin(annotation) is Annotated:
+        base, *more = get_args(annotation)
+        return annotation if _input_type(base, more) is base else _input_type(base, more)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return functools.reduce(operator.or_, [_input_type(part) for part in get_args(annotation)])
+    return annotation
 
 
 def _default(field: FieldInfo) -> str:

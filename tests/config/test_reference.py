@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.recipe_config import RecipeConfig
@@ -24,6 +24,15 @@ class Draft(Section):
     """A confidence | below which a draft stops."""
 
 
+class Tree(Section):
+    width: PositiveInt = 1
+
+
+Parts = Annotated[
+    list[Component], BeforeValidator(lambda value: value, json_schema_input_type=Component | list[Component])
+]
+
+
 class ExampleConfig(RecipeConfig):
     """A recipe."""
 
@@ -33,6 +42,9 @@ class ExampleConfig(RecipeConfig):
     """The draft."""
     variants: dict[str, Draft | None] = Field(default_factory=dict)
     """Several drafts by name."""
+    others: dict[str, Tree] | None = None
+    parts: Parts | None = None
+    """One, or several."""
     mode: Literal["fast", "slow"] = "fast"
     stop_tokens: Sequence[int] | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -50,7 +62,9 @@ def page() -> str:
         "| `draft` | a section of keys and values (or null) | `null` | The draft. |",
         "| `draft.length` | an integer of 1 or more | required | Tokens of a draft. |",
         "| `draft.threshold` | a number of 0 to 1 (or null) | `null` | A confidence \\| below which a draft stops. |",
-        "| `variants.NAME.length` | an integer of 1 or more | required | Tokens of a draft. |",
+        "The keys `variants.NAME.KEY` are those of [draft](#draft).",
+        "| `others.NAME.width` | an integer of 1 or more | `1` |  |",
+        "| `parts` | a component or a list (or null) | `null` | One, or several. |",
         "| `mode` | fast, slow | `fast` |  |",
         "| `quantizer` | a component (or null) | `null` |  |",
         "| `stream` | it prints figures |",
@@ -67,7 +81,7 @@ def test_keys_of_all_recipes_stand_once_unless_a_recipe_changes_them(page):
 
 
 def test_the_summary_of_a_section_is_its_first_paragraph(page):
-    assert page.count("How tokens are drafted.") == 2 and "Not part" not in page
+    assert page.count("How tokens are drafted.") == 1 and "Not part" not in page
 
 
 @pytest.mark.parametrize(
@@ -77,7 +91,7 @@ def test_the_summary_of_a_section_is_its_first_paragraph(page):
         ({"extends": ["a", "b"], "draft": None, "stream": False, "mine": 3}, True),
         ({"draft": {"length": "${mine}"}, "model": {"num_layers": 4}}, True),
         ({"draft": {"length": 0}}, False),
-        ({"draft": {"lenght": 2}}, False),
+        ({"draft": {"lengths": 2}}, False),
         ({"darft": {"length": 2}}, False),
         ({"mode": "quick"}, False),
     ],

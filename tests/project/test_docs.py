@@ -8,8 +8,13 @@ import pytest
 import yaml
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
+from layerskip_recipes.config.names import our_configs
+from layerskip_recipes.config.reference import json_schema
 from layerskip_recipes.generation import api
 from layerskip_recipes.model import decoder
+
+TOOL = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
+RECIPES = TOOL["RECIPES"]
 
 OTHER_PAGES = {name: ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
@@ -38,8 +43,19 @@ def test_examples_of_docstrings(module):
 
 def test_the_reference_of_keys_is_what_the_tool_makes():
     """After a change of a config class: `python tools/configuration_reference.py`."""
-    tool = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
-    assert PAGES["docs/configuration.md"].read_text(encoding="utf-8") == tool["page"]()
+    assert PAGES["docs/configuration.md"].read_text(encoding="utf-8") == TOOL["page"]()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_our_configs_fit_the_json_schema_of_their_recipe(recipe):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = jsonschema.Draft202012Validator(json_schema(RECIPES[recipe]))
+    texts = {name: path.read_text(encoding="utf-8") for name, path in our_configs().items()}
+    of_recipe = [name for name, text in texts.items() if re.search(rf"^# .*tune run .*\b{recipe}\b", text, flags=re.M)]
+    assert of_recipe
+    for name in of_recipe:
+        mistakes = [(list(e.path), e.message) for e in schema.iter_errors(yaml.safe_load(texts[name]))]
+        assert not mistakes, name
 
 
 def test_the_readme_is_a_front_door():

@@ -11,6 +11,7 @@ from helpers.commands import last_line, run_tune
 from helpers.configs import finetune_config
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def installed(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("layerskip_recipes", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--no-deps", "--target", str(folder), str(source)], check=True)
@@ -31,11 +32,20 @@ def installed(tmp_path_factory) -> Path:
 def test_the_wheel_has_entry_modules_and_all_configs(installed):
     (record,) = installed.glob("layerskip_recipes-*.dist-info/RECORD")
     names = {row[0] for row in csv.reader(record.read_text().splitlines())}
-    assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval")} <= names
+    assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval", "benchmark")} <= names
     configs = {p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes" / "configs").rglob("*.yaml")}
     assert {f"layerskip_recipes/{name}" for name in configs} <= names
-    assert "layerskip_recipes/generation/few_rows.cpp" in names
-    assert not any(name.startswith(("recipes/", "tests/")) for name in names)
+    assert {"layerskip_recipes/generation/kernels/few_rows.cpp", "layerskip_recipes/py.typed"} <= names
+    # Each module of the package, or a new folder is missing in pyproject.toml.
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "layerskip_recipes").rglob("*.py")} <= names
+    assert not any(name.startswith(("recipes/", "tests/", "tools/", "examples/")) for name in names)
+
+
+def test_metadata_of_the_wheel(installed):
+    (metadata,) = installed.glob("layerskip_recipes-*.dist-info/METADATA")
+    head = metadata.read_text(encoding="utf-8").partition("\n\n")[0]
+    assert "License-Expression: BSD-3-Clause" in head and "Requires-Dist: torchtune==0.6.1" in head
+    assert (metadata.parent / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
 def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):

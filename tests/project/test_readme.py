@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     # A command of the README copies this one.
     (folder / "my_generate.yaml").write_text(find_config("llama3_2/1B_generate_layerskip").read_text())
     (folder / "tools").symlink_to(ROOT / "tools")
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
     (folder / "stdlib.txt").write_text("def main(argv):\n    return 0\n" * 50)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
@@ -115,9 +116,8 @@ def flat(content: dict[str, Any], prefix: str = "") -> list[str]:
 def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
     if words[:2] == ["python", "tools/training_cost.py"]:
-        return [*words, "model.num_layers=2", *STEPS_OF_COST] if "quickstart/finetune" in words else [
-            *words, *flat({"model": tiny(folder)["model"]}), *STEPS_OF_COST,
-        ]  # fmt: skip
+        model = {"num_layers": 4} if "quickstart/finetune" in words else tiny(folder)["model"]
+        return [*words, *flat({"model": model, "early_exit_loss": {"layers": ":"}}), *STEPS_OF_COST]
     if words[:2] != ["tune", "run"]:
         return words
     recipe, config, overrides = split(words)
@@ -132,6 +132,8 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
             changes["compile"] = False
+        if recipe == "layerskip_benchmark" and cfg.get("temperature") is not None:
+            del changes["temperatures"]
         if cfg.get("prompts") is not None:
             changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
     else:
@@ -190,13 +192,16 @@ def run(workplace, tmp_path_factory):
             merged = load_config(short[place], short[place + 1 :])
             meaning = f"{short[:place]}\n{OmegaConf.to_yaml(merged, sort_keys=True)}"
         if meaning not in finished:
-            if short[0] in ("tune", "layerskip"):
+            if short[0] == "python":
+                short = [str(workplace / short[1]), *short[2:]]
+            if short[0].startswith(("/", "tune", "layerskip")):
                 finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
             else:
                 # What other commands write is larger than what stands in the workplace for it.
-                folder = workplace if short[0] == "python" else tmp_path_factory.mktemp("elsewhere")
-                program = [sys.executable, *short[1:]] if short[0] == "python" else ["bash", "-c", line]
-                finished[meaning] = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=900)
+                folder = tmp_path_factory.mktemp("elsewhere")
+                finished[meaning] = subprocess.run(
+                    ["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=900
+                )
         return finished[meaning]
 
     with pytest.MonkeyPatch.context() as patch:
