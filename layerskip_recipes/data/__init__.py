@@ -1,1 +1,1 @@
-"""Texts and tokens: tokenizer, JSON lines, reference tasks, the standard library. Imports model and what lies below."""
+"""Texts and tokens: tokenizer, datasets, JSON lines, reference tasks, the standard library. Imports model and below."""

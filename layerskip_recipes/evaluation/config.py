@@ -13,10 +13,10 @@ from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
+from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.training.batches import CollateFn, Datasets
 
 # Keys that mean nothing without another key.
 REQUIRES = {

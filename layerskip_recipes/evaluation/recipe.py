@@ -18,6 +18,7 @@ from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
+from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import EvalConfig
@@ -27,7 +28,6 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary, most_positions
 from layerskip_recipes.processes import check_one_process
-from layerskip_recipes.training.batches import limit_samples, load_data
 
 log = utils.get_logger("INFO")
 

@@ -1,214 +1,91 @@
-"""The `dataset` and `collate_fn` of a config: torchtune datasets, one or several, packed or padded."""
+"""TrainingData: which samples each optimizer step takes, on each rank."""
 
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
-from torch.utils.data import Dataset
-from torchtune.config._utils import _get_component_from_path
-from torchtune.data import padded_collate_packed
-from torchtune.datasets import ConcatDataset
-from torchtune.modules import TransformerDecoder
-from torchtune.modules.attention_utils import create_block_causal_mask
+from torch.utils.data import DataLoader, DistributedSampler
+from torchtune import utils
 
-from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Text
+from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import is_plain_attention
+from layerskip_recipes.model.limits import check_length
+from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.parallel import Mesh
 
-PADDED = "torchtune.data.padded_collate_sft"
-COLLATE_EXAMPLE = f"for example collate_fn={PADDED}"
-PACKAGE = Path(__file__).parents[1]
-
-# ---- the settings ----
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
+log = utils.get_logger("INFO")
 
 
-def _check_datasets(datasets: list[Component], info: ValidationInfo) -> list[Component]:
-    words, _ = Component.ALLOWED
-    if not datasets:
-        raise ConfigError(f": [] is not allowed. Allowed: {words}, or a list of them")
-    if any(dataset.get("streaming") for dataset in datasets):
-        raise ConfigError(
-            f".streaming: True, but an epoch is a number of samples. Set {info.field_name}.streaming=false"
-        )
-    if len({bool(dataset.get("packed")) for dataset in datasets}) > 1:
-        raise ConfigError(": some are packed and some are not. Allowed: all or none; for example packed: false in each")
-    return datasets
+class TrainingData:
+    """The batches of a run: the samples of a step follow from seed, epoch and position alone.
 
-
-def _check_collate_fn(path: str) -> str:
-    if "left_pad_sequence" in path:
-        raise ConfigError(f": {path!r} is for inference; {COLLATE_EXAMPLE}")
-    collate = Component({"_component_": path}, "collate_fn")
-    collate.given, collate.positional = ("padding_idx", "ignore_idx"), 1
-    collate.check()
-    return path
-
-
-_Dataset = Annotated[Component, Takes(positional=1)]
-Datasets = Annotated[
-    list[_Dataset],
-    BeforeValidator(_as_list, json_schema_input_type=_Dataset | list[_Dataset]),
-    AfterValidator(_check_datasets),
-]
-CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[PADDED])] | None
-
-# ---- reading ----
-
-
-def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: TransformerDecoder) -> None:
-    """Let a tokenizer without a limit cut samples at the model's length: a longer one would end the training.
-
-    Packs are of the tokenizer's length, which the user has to say.
-
-    Raises:
-        ConfigError: if its limit is above the model's.
-    """
-    limit = getattr(tokenizer, "max_seq_len", 0)
-    if limit is None and not any(dataset.get("packed") for dataset in datasets):
-        tokenizer.max_seq_len = model.max_seq_len
-    elif limit and limit > model.max_seq_len:
-        raise ConfigError(
-            f"tokenizer.max_seq_len: {limit} is more than the model's max_seq_len {model.max_seq_len}; for example "
-            f"tokenizer.max_seq_len={model.max_seq_len}"
-        )
-
-
-def packed_with_dense_mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
-    """`padded_collate_packed` with a mask for any attention: on a GPU torchtune's is for flex attention only."""
-    stacked = {key: torch.stack([sample[key] for sample in batch]) for key in ("tokens", "labels", "input_pos")}
-    return stacked | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in batch])}
-
-
-def load_data(
-    sections: Sequence[Component],
-    collate_fn: str | None,
-    tokenizer: Any,
-    model: TransformerDecoder,
-    device: torch.device,
-    ignore_index: int = -100,
-) -> tuple["IndexedErrorDataset", Callable]:
-    """The datasets of a config as one, and the function that makes a batch of its samples.
+    They are the same for any number of data-parallel ranks, if batch_size x ranks stays.
 
     Args:
-        sections: of the datasets.
-        collate_fn: the dotted path of a collator for padded samples; packed ones have a collator of their own.
-        tokenizer: for the datasets, and its pad_id for the padding.
-        model, device: whose attention takes the masks of packed samples.
-        ignore_index: the label of padding.
+        cfg: the config.
+        tokenizer: for the datasets.
+        device: of the model.
+        mesh: each data-parallel rank takes every n-th sample.
+        seed: of the order; the same on all ranks.
 
     Raises:
-        ConfigError: if a dataset refuses its arguments, or cannot make a sample.
-    """
-    parts = []
-    for section in sections:
-        with _explained_errors(section):  # packed datasets read all of it
-            parts.append(section.build(tokenizer))
-    dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
-    packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
-    indexed = IndexedErrorDataset(dataset, sections[0].key, packed)
-    if packed:
-        flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
-        return indexed, padded_collate_packed if flex else packed_with_dense_mask
-    for section, part in zip(sections, parts, strict=True):
-        _check_first_sample(section, part)
-    path = collate_fn or PADDED
-    collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
-    if len(dataset):
-        try:
-            batch = collate([dataset[0]])
-        except (KeyError, TypeError) as e:  # a collator for samples of another kind
-            raise ConfigError(f"collate_fn: {path!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
-        if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
-            raise ConfigError(f"collate_fn: {path!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
-    return indexed, collate
-
-
-def _check_first_sample(section: Component, dataset: Dataset) -> None:
-    if not len(dataset):  # type: ignore[arg-type]
-        return
-    with _explained_errors(section, dataset):
-        sample = dataset[0]
-    if not isinstance(sample, Mapping):
-        shown = f"a {type(sample).__name__}"
-    elif {"tokens", "labels"} <= sample.keys():
-        return
-    else:
-        shown = ", ".join(map(str, sample)) or "empty"
-    raise ConfigError(
-        f"{section.key}: samples of {section.path} are {shown}. Allowed: samples with tokens and labels, such as those "
-        "of torchtune.datasets.chat_dataset"
-    )
-
-
-class IndexedErrorDataset(Dataset):
-    """A dataset whose errors name the sample at which they happened, except those of a user's own code.
-
-    Args:
-        dataset: of samples.
-        key: of the dataset in the config.
-        packed: whether its samples are packs.
+        ConfigError: if the samples make no step.
     """
 
-    def __init__(self, dataset: Dataset, key: str, packed: bool = False) -> None:
-        self.dataset, self.key, self.packed = dataset, key, packed
+    def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
+        self.dataset, self._collate = load_data(
+            cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device, cfg.exit_loss.ignore_index
+        )
+        self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
+        self._warned_of_cuts = not is_rank_zero()
+        self.num_samples = len(self.dataset)
+        self.batch_size, self.shuffle, self.seed, self.mesh = cfg.batch_size, cfg.shuffle, seed, mesh
+        self.samples_per_step = self.batch_size * cfg.gradient_accumulation_steps * mesh.data_size
+        steps = self.num_samples // self.samples_per_step
+        if steps < 1:
+            ranks = f" x {mesh.data_size} data-parallel ranks" if mesh.data_size > 1 else ""
+            raise ConfigError(
+                f"dataset: {self.num_samples} samples make no step of batch_size {self.batch_size} x "
+                f"gradient_accumulation_steps {cfg.gradient_accumulation_steps}{ranks}; lower one of them"
+            )
+        self.steps_per_epoch = min(steps, cfg.max_steps_per_epoch or steps)
+        self.total_steps = self.steps_per_epoch * cfg.epochs
+        check_length(len(self.dataset[0]["tokens"]), cfg.meta_model)
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+    def warn_of_cuts(self, tokens: torch.Tensor) -> None:
+        """Say once that samples are cut: a tokenizer does so silently, perhaps before the answer begins."""
+        if self._warned_of_cuts or self.cut_at is None or tokens.shape[1] < self.cut_at:
+            return
+        self._warned_of_cuts = True
+        log.warning(
+            f"dataset: there are samples of tokenizer.max_seq_len={self.cut_at} tokens or more; what is beyond is cut "
+            "off and not learned"
+        )
 
-    def __getitem__(self, i: int) -> Any:
-        try:
-            return self.dataset[i]
-        except Exception as e:
-            # An IndexError behind the end is how Python ends a loop.
-            if i >= len(self) or isinstance(e, ConfigError) or _in_users_code(e):
-                raise
-            raise ConfigError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_root_cause(e)}") from e
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of the samples of an epoch, in the order of the training, for all ranks."""
+        everyone: DistributedSampler = DistributedSampler(
+            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
+        )
+        everyone.set_epoch(epoch)
+        return list(everyone)
 
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """This rank's batches of an epoch, from batch number `start` on."""
+        mine = self.order(epoch)[self.mesh.data_rank :: self.mesh.data_size][start * self.batch_size :]
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=self.batch_size,
+                sampler=mine,
+                collate_fn=self._collate,
+                drop_last=True,
+                generator=torch.Generator(),  # the global generator belongs to the model's own draws
+            )
+        )
 
-def _in_users_code(error: Exception) -> bool:
-    """Whether a file in the traceback belongs neither to a library nor to this package."""
-    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
-    libraries = (PACKAGE, Path(sysconfig.get_path("stdlib")))
-    return any(
-        file.is_file() and "site-packages" not in file.parts and not any(map(file.is_relative_to, libraries))
-        for file in files
-    )
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first error of a chain: later ones often only say that reading failed."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return repr(error)
-
-
-@contextmanager
-def _explained_errors(section: Component, dataset: Dataset | None = None) -> Iterator[None]:
-    """Errors of a torchtune dataset as a user's mistake: its columns are looked for when samples are asked for.
-
-    An error in a user's own component stays as it is, since its traceback shows where.
-    """
-    try:
-        yield
-    except Exception as e:
-        if isinstance(e, ConfigError) or not section.path.startswith("torchtune."):
-            raise
-        if type(e).__module__.partition(".")[0] == "datasets":  # the files are broken, whatever their columns
-            raise ConfigError(f"{section.key}: {section.path} cannot read its files: {_root_cause(e)}") from e
-        columns = getattr(getattr(dataset, "_data", None), "column_names", None)
-        there = f" Its columns: {', '.join(columns)}." if columns else ""
-        raise ConfigError(
-            f"{section.key}: {section.path} cannot read its samples ({e!r}).{there} Which of them it reads is an "
-            f"argument, such as column, column_map or conversation_column; for example {section.key}.column=text"
-        ) from e
+    def samples(self, step: int) -> list[int]:
+        """The numbers of the samples that optimizer step `step` (from 0) takes on all ranks."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[done * self.samples_per_step : (done + 1) * self.samples_per_step]

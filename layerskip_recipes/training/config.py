@@ -14,10 +14,10 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
+from layerskip_recipes.data.datasets import PADDED, CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.batches import PADDED, CollateFn, Datasets
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 # torchtune's early-exit recipe names these by dotted path; they have short names here.

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
 from layerskip_recipes.config.paths import check_folder
+from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
 from layerskip_recipes.processes import (
@@ -31,14 +32,13 @@ from layerskip_recipes.processes import (
     num_processes,
     wait_for_all,
 )
-from layerskip_recipes.training.batches import limit_samples
+from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
 from layerskip_recipes.training.run_log import RunLog, check_resumable, run_fingerprint
-from layerskip_recipes.training.training_data import TrainingData
 from layerskip_recipes.training.validation import Validation
 
 log = utils.get_logger("INFO")

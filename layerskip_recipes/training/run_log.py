@@ -12,9 +12,9 @@ from torchtune import utils
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.training_data import TrainingData
 
 log = utils.get_logger("INFO")
 # A resumed run must have the same values for these keys. The others (lr, logging, number of ranks, ...) may change, and

@@ -12,7 +12,7 @@ from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.batches import limit_samples, packed_with_dense_mask
+from layerskip_recipes.data.datasets import limit_samples, packed_with_dense_mask
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
