@@ -1,0 +1,29 @@
+"""A config for each recipe on one checkpoint, for the tests of refusals."""
+
+from pathlib import Path
+
+import pytest
+from helpers.configs import eval_config, finetune_config, generate_config, make_checkpoint
+from omegaconf import OmegaConf
+from torchtune.training import FullModelHFCheckpointer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("errors") / "checkpoint", tokenizer_folder)
+
+
+@pytest.fixture
+def paths(tmp_path, checkpoint, tokenizer_folder, monkeypatch) -> dict[str, Path]:
+    """A config for each recipe, all on one checkpoint whose weights must not be read."""
+
+    def load(self, *args, **kwargs):
+        raise AssertionError("the weights are loaded before the mistake is found")
+
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
+    monkeypatch.chdir(tmp_path)
+    paths = {"generate": generate_config(tmp_path, checkpoint), "eval": eval_config(tmp_path, checkpoint)}
+    pretrained = OmegaConf.load(paths["generate"]).checkpointer
+    pretrained.output_dir = "${output_dir}"
+    paths["finetune"] = finetune_config(tmp_path, tokenizer_folder, checkpointer=pretrained)
+    return paths
