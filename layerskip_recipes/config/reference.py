@@ -1,14 +1,10 @@
 """The reference of a recipe's keys, made from its config class: Markdown for docs/, a JSON schema for editors."""
 
-import functools
 import inspect
 import json
-import operator
-import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -133,25 +129,9 @@ def _summary(section: type[Section]) -> str:
 
 
 def _row(key: str, field: FieldInfo) -> list[str]:
-    annotation = _input_type(field.annotation, field.metadata)
-    words = "any value" if annotation is Any else allowed(annotation, field)[0]
-    words = words.replace(Component.ALLOWED[0], "a component").replace(
-        "component or a list of values", "component or a list"
-    )
+    words = "any value" if field.annotation is Any else allowed(field.annotation, field)[0]
+    words = words.replace(Component.ALLOWED[0], "a component")
     return [f"`{key}`", words, _default(field), " ".join((field.description or "").split())]
-
-
-def _input_type(annotation: Any, rules: Iterable[Any] = ()) -> Any:
-    """What a YAML file may hold, where a validator makes a value of another type from it."""
-    for rule in rules:
-        if isinstance(rule, BeforeValidator) and rule.json_schema_input_type is not PydanticUndefined:
-            return rule.json_schema_input_type
-    if get_origin(annotation) is Annotated:
-        base, *more = get_args(annotation)
-        return annotation if _input_type(base, more) is base else _input_type(base, more)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return functools.reduce(operator.or_, [_input_type(part) for part in get_args(annotation)])
-    return annotation
 
 
 def _default(field: FieldInfo) -> str:

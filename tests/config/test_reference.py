@@ -64,6 +64,7 @@ def page() -> str:
         "| `draft.threshold` | a number of 0 to 1 (or null) | `null` | A confidence \\| below which a draft stops. |",
         "The keys `variants.NAME.KEY` are those of [draft](#draft).",
         "| `others.NAME.width` | an integer of 1 or more | `1` |  |",
+        "| `parts` | a component, or a list of them (or null) | `null` | One, or several. |",
         "| `mode` | fast, slow | `fast` |  |",
         "| `quantizer` | a component (or null) | `null` |  |",
         "| `stream` | it prints figures |",
@@ -71,11 +72,6 @@ def page() -> str:
 )
 def test_a_row_of_the_page(row, page):
     assert row in page.splitlines()
-
-
-def test_a_row_says_what_a_file_may_hold_before_validators_run(page):
-    (row,) = [row for row in page.splitlines() if row.startswith("| `parts` |")]
-    assert row.startswith("| `parts` | a component or a list") and row.endswith("(or null) | `null` | One, or several. |")
 
 
 def test_keys_of_all_recipes_stand_once_unless_a_recipe_changes_them(page):
