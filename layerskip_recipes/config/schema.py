@@ -111,7 +111,7 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         return "text", "text"
     if get_origin(kind) in (list, Sequence):
         (item,) = get_args(kind)
-        if words := getattr(next(_alternatives(item))[0], "ALLOWED", None):
+        if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
         what = {int: "integers", float: "numbers", str: "texts"}.get(next(alternatives(item))[0], "values")
         return f"a list of {what}", "[...]"
