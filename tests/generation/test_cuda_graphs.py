@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.compiled import LONG, SHORT, VOCAB, WAYS, make_small, run
 from helpers.speculation import plain
-from omegaconf import OmegaConf
 
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.generation.drafting.section import quantised_drafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -60,7 +60,7 @@ def test_cuda_graphs_of_one_row_and_other_lengths(way, dtype):
 
 def test_cuda_graphs_of_a_quantised_draft():
     model, reference = make_small().cuda(), make_small()
-    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
     drafter = quantised_drafter(model, 1, quantizer, with_head=True)
     for prompts in (SHORT[:1], SHORT, LONGER):
         generation = run(model, prompts, 30, speculation=Speculation(1, 2, drafter=drafter))

@@ -8,10 +8,10 @@ import torch
 from helpers.decoding import PROMPT, greedy, make_model, model_of
 from helpers.speculation import plain
 from helpers.tiny import make_tiny
-from omegaconf import OmegaConf
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.checkpoint.weights import quantise
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -146,10 +146,10 @@ def test_a_quantiser_leaves_the_compilers_settings():
     """torchao sets inductor to its liking, for all that is compiled later."""
     before = torch._inductor.config.save_config_portable()
     layers = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
-    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
     with torch._inductor.config.patch(coordinate_descent_tuning=False, epilogue_fusion=True):
         inside = torch._inductor.config.save_config_portable()
-        quantise(layers, quantizer, "quantizer")
+        quantise(layers, quantizer)
         assert torch._inductor.config.save_config_portable() == inside
     assert torch._inductor.config.save_config_portable() == before
 
@@ -197,9 +197,9 @@ def test_stop_tokens_are_a_list():
 
 
 def test_a_quantiser_leaves_the_precision_of_other_products():
-    quantizer = OmegaConf.create({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
     before = torch.get_float32_matmul_precision()
-    quantise(make_model().layers, quantizer, "quantizer")
+    quantise(make_model().layers, quantizer)
     assert torch.get_float32_matmul_precision() == before == "highest"
 
 

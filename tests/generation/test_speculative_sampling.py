@@ -104,7 +104,7 @@ def test_sampled_look_ups_have_the_models_distribution():
     model = sampled_model()
     arguments = {"speculation": Speculation(1, 2, prompt_lookup=1), "choice": AlwaysLookUp()}
     generation = run(model, [prompt] * n, 4, sampler=Sampler(1.0, rng=rng(63)), **arguments)
-    assert set(generation.stats.rounds_by_kind) == {"lookup"} and 0.05 < generation.stats.acceptance_rate < 0.8
+    assert generation.stats.draft_steps == 0 and 0.05 < generation.stats.acceptance_rate < 0.8
     tokens = torch.tensor(generation.generated)
     for first, second in itertools.product(range(SMALL), range(SMALL)):
         for before, position in (((first,), 1), ((first, second), 2)):
