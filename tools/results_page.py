@@ -158,7 +158,10 @@ def update(page: Path, only: Sequence[str], missing: bool) -> None:
             lines.append(f"\n![{name.replace('_', ' ')}]({copy.name})")
         new = f"{blocks[name][1]}" + "\n".join(lines) + "\n\n<!-- end -->"
         # The page is read again, as somebody may have edited the page while the command ran.
-        text = BLOCK.sub(lambda block, name=name, new=new: new if block["name"] == name else block[0], page.read_text())
+        text = BLOCK.sub(
+            lambda block: new if block["name"] == name else block[0],  # noqa: B023 - called at once
+            page.read_text(),
+        )
         whole = page.with_name(f".{page.name}")
         whole.write_text(text)
         whole.replace(page)  # an interruption leaves the old page or the new one

@@ -39,7 +39,7 @@ METHODS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropou
 LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, labels) [b, s] -> the loss
 
 
-def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, int]) -> LossOfStep:
+def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, Any]) -> LossOfStep:
     """Our early-exit loss on these layers at each step; the number of the last layer gives the plain loss."""
     loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
     if compiled:
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     depth = model.num_layers
     exits, last = f"{args.layers},{depth - 1}", str(depth - 1)
     compiled = bool(cfg.compile)
-    chunks = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
+    chunks: dict[str, Any] = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
     if compiled:
         training.compile_model(model, verbose=False)
     if method == "ours, dropout":

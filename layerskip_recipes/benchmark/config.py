@@ -153,12 +153,13 @@ class BenchmarkConfig(DecodingConfig):
     @property
     def tuned_path(self) -> Path:
         """Where the config of the fastest pair goes."""
-        return Path(self.tune_file or Path(self.report_dir) / "tuned.yaml")
+        return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
 
     @property
     def first_draft(self) -> tuple[int, int] | None:
         """Exit layer and draft length of the first variant that drafts."""
-        drafts = (v for v in self.compared.values() if isinstance(v, SelfSpeculation))
+        variants = (self.variants or {}).values() if self.self_speculation is None else [self.self_speculation]
+        drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
         return next(((v.exit_layer, v.num_speculations) for v in drafts), None)
 
     def check_together(self) -> None:
@@ -245,7 +246,7 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_extended(self) -> None:
         """Raises a ConfigError unless `tune_extends` is a generation config that decodes as this benchmark does."""
-        name = self.tune_extends
+        name = self.tune_extends or ""
         try:
             extended = GenerateConfig.load(load_config(name))
         except ValueError as e:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torchtune import utils
@@ -98,8 +99,9 @@ class Turns:
             reserve=self.reserve,
             choice=choice,
         )
-        with closing(iter(generation)) as steps:
-            for _ in steps:
+        rounds: Any = iter(generation)
+        with closing(rounds):
+            for _ in rounds:
                 if self.spare_tokens and max(map(len, generation.generated)) >= self.limit - self.spare_tokens:
                     break
         return generation.generated, generation.stats

@@ -74,7 +74,7 @@ class Job:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint_dir, dtype=self.dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint_dir, dtype=self.dtype)
         # Without the checkpoint's own defaults: each call gives all settings.
         model.generation_config = transformers.GenerationConfig()
         return model.to(self.device).eval()
@@ -105,7 +105,7 @@ class PeerTimer:
         self.first(len(outputs))
         return GenerationStats(
             tokens=sum(map(len, outputs)),
-            rows=self.count,
+            rows=self.count or 0,
             prefill_s=self.first_at - self.started,
             decode_s=ended - self.first_at,
         )
@@ -168,7 +168,7 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
     from transformers import CompileConfig, GenerationConfig  # seconds to import, and only for this peer
 
     if compiled:
-        how = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
+        how: Any = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
         how._compile_all_devices = True  # transformers compiles on GPUs only otherwise
         # One size of the cache for all prompts: another size would be compiled again.
         size = job.max_prompt + job.limit
@@ -209,6 +209,7 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
 
 def early_exit_decoder(job: Job, compiled: bool) -> Decode:
     """`generate(assistant_early_exit=E)` with drafts of a constant length, its fastest schedule."""
+    assert job.draft is not None  # check_peers has seen to that
     exit_layer, length = job.draft
     decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
     schedule = {

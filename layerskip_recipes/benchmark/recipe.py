@@ -57,14 +57,14 @@ class LayerSkipBenchmark:
     """Compares methods of decoding a checkpoint.
 
     Args:
-        cfg: the merged config; settings and prompts are all checked here.
+        source: the merged config; settings and prompts are all checked here.
 
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg = BenchmarkConfig.load(cfg)
+    def __init__(self, source: DictConfig) -> None:
+        self.cfg = cfg = BenchmarkConfig.load(source)
         check_one_process()
         if cfg.random_weights:
             self.device = cfg.find_device()
@@ -116,7 +116,7 @@ class LayerSkipBenchmark:
         check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
+        self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.examples: list[Example]
         self.examples, self.prompts = encode(
             try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file), self.tokenizer, check
@@ -139,7 +139,7 @@ class LayerSkipBenchmark:
                 f"prompt_tokens: {cfg.prompt_tokens} and {self.limit} new tokens are more than the model's {positions} "
                 f"({why}); for example prompt_tokens={max(1, positions // 4)} max_new_tokens={max(2, positions // 4)}"
             )
-        self.stop_tokens: list[int] = []
+        self.stop_tokens = []
         self.prompts = torch.randint(tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
@@ -155,7 +155,7 @@ class LayerSkipBenchmark:
         self.bandwidth = memory_bandwidth(self.device)
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
-                self.model = without_adapters(layerskip_decoder(cfg.model.build())).eval()
+                self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
         else:
             self.model = load_decoder(cfg, self.device)
         self.turns = Turns(
@@ -251,7 +251,7 @@ class LayerSkipBenchmark:
         text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
         # Outputs are in the order of the prompts. After Ctrl-C the last repeat has fewer.
-        references = [self.examples[i % len(self.examples)].response for i in range(len(outputs))]
+        references = [self.examples[i % len(self.examples)].response or "" for i in range(len(outputs))]
         return {"metrics": text_metrics(self.cfg.metrics, outputs, references)}
 
     def _circumstances(self) -> dict[str, Any]:

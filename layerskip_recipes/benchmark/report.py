@@ -63,7 +63,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
         "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy and runs else None,
-        **draft_figures(stats, total(baseline), speedup and speedup["median"]),
+        **draft_figures(stats, total(baseline), speedup["median"] if isinstance(speedup, dict) else None),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
         "round_s": safe_divide(stats.decode_s, stats.rounds),

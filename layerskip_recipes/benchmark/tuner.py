@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
@@ -235,5 +235,7 @@ def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(cfg.tuned_path, cfg.tune_extends, pairs[best].variant if faster else None, bool(cfg.compile), why)
+    write_config(
+        cfg.tuned_path, cfg.tune_extends or "", pairs[best].variant if faster else None, bool(cfg.compile), why
+    )
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

@@ -39,7 +39,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
             raise wrong("is no selection of layers")
         if any(b is not None and not -num_layers <= b <= num_layers for b in bounds[:2]):
             raise wrong(f"reaches outside of the model's {num_layers} layers")
-        if len(bounds) == 1:
+        if len(bounds) == 1 and bounds[0] is not None:
             if bounds[0] == num_layers:
                 raise wrong(f"reaches outside of the model's {num_layers} layers")
             chosen.add(bounds[0] % num_layers)

@@ -181,9 +181,9 @@ def shard_decoder(
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
-                module.rope_init()
+                module.rope_init()  # type: ignore[operator]
     # One tensor after the other is broadcast whole, and cut on arrival.
-    weights = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
+    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")  # of torch to itself
         set_model_state_dict(
@@ -194,8 +194,8 @@ def shard_decoder(
     for layer in late.layers:
         # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,
         # could not be written outside of it.
-        layer.unshard()
-        layer.reshard()
+        layer.unshard()  # type: ignore[operator]
+        layer.reshard()  # type: ignore[operator]
     return model.eval()
 
 

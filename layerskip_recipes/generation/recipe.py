@@ -256,7 +256,8 @@ class LayerSkipGenerate:
             print(answer, flush=True)
 
     def _print_head(self, i: int) -> None:
-        prompt = self.prompts[i] if isinstance(self.prompts[i], str) else self.prompts[i]["user"]
+        prompt = self.prompts[i]
+        prompt = prompt if isinstance(prompt, str) else prompt["user"]
         print(f"\n--- prompt {i + 1} of {len(self.prompts)}\n{prompt}", end="\n>>> ", flush=True)
 
     # ---- chat ----

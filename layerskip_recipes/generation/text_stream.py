@@ -243,7 +243,7 @@ class AnswersInOrder:
         if self.file is not None:
             self.file.close()
             lines = "".join(self.lines[i] for i in sorted(self.lines))
-            Path(self.path).write_text(lines, encoding="utf-8")
+            Path(self.path or "").write_text(lines, encoding="utf-8")
             Path(self.file.name).unlink()
 
     def _show(self, i: int) -> None:

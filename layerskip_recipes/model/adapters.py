@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ from layerskip_recipes.errors import ConfigError
 
 BIASES = "scaled biases"  # a key of a checkpoint's contents, beside torchtune's own keys
 ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format; PEFT's files lie beside it
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def adapter_modules(model: nn.Module) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def merged(
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
+def without_adapters(model: M) -> M:
     """Make all layers plain linear ones, in place: adapters are merged into the weights, NF4 weights unpacked."""
     modules = adapter_modules(model)
     # On the CPU, where the state_dict hook unpacks NF4 weights to.

@@ -172,7 +172,8 @@ def quantised_drafter(
     if with_head:
         source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
         state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
-        rows, width = source.weight.shape
+        weight: Any = source.weight
+        rows, width = weight.shape
         head = torch.nn.Linear(width, rows, bias="bias" in state, device="meta")
         head.load_state_dict(state, assign=True)
         parts.append(head)
