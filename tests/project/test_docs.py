@@ -8,13 +8,13 @@ import pytest
 import yaml
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
+from layerskip_recipes.cli.configs import CONFIGS
 from layerskip_recipes.config.names import our_configs
 from layerskip_recipes.config.reference import json_schema
 from layerskip_recipes.generation import api
 from layerskip_recipes.model import decoder
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
-RECIPES = TOOL["RECIPES"]
 
 OTHER_PAGES = {name: ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
@@ -46,10 +46,10 @@ def test_the_reference_of_keys_is_what_the_tool_makes():
     assert PAGES["docs/configuration.md"].read_text(encoding="utf-8") == TOOL["page"]()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", CONFIGS)
 def test_our_configs_fit_the_json_schema_of_their_recipe(recipe):
     jsonschema = pytest.importorskip("jsonschema")
-    schema = jsonschema.Draft202012Validator(json_schema(RECIPES[recipe]))
+    schema = jsonschema.Draft202012Validator(json_schema(CONFIGS[recipe]))
     texts = {name: path.read_text(encoding="utf-8") for name, path in our_configs().items()}
     of_recipe = [name for name, text in texts.items() if re.search(rf"^# .*tune run .*\b{recipe}\b", text, flags=re.M)]
     assert of_recipe
