@@ -89,8 +89,9 @@ def exit_at_once(status: int) -> NoReturn:
 
     torch's groups outlive `destroy_process_group` as long as a mesh or a sharded model refers to them, and gloo's
     threads with them: all of them are still there when a training has ended. They free finished collectives, whose
-    tensors are Python objects; if the interpreter is being torn down by then, the process aborts now and then ("free():
-    invalid pointer" after a training that went well; pytorch pull request 179291, abandoned).
+    tensors are Python objects, and that can abort a process whose interpreter is being torn down (pytorch pull request
+    179291, abandoned). It is the probable cause of a "free(): invalid pointer" that was seen once, after a training
+    that went well.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
