@@ -188,6 +188,6 @@ def _unquantised(model: Component) -> Component:
     """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
     changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
     base = model.get("base")
-    if isinstance(base, dict):
+    if isinstance(base, dict) and "_component_" in base:
         changes["base"] = _unquantised(Component(base)).section
     return model.replace(**changes)

@@ -58,6 +58,9 @@ class Section(BaseModel):
         except ValidationError as e:
             raise _first_mistake(e, cls, content, key) from e
 
+    def __repr__(self) -> str:
+        return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
+
     def arguments(self) -> dict[str, Any]:
         """The fields as keyword arguments."""
         return {name: getattr(self, name) for name in type(self).model_fields}

@@ -18,6 +18,8 @@ from layerskip_recipes.cli.recipes import generate as generate_main
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs
 
+CHAIN = {"chain": {"exit_layer": 3, "num_speculations": 6}}
+
 
 def mistake(result: tuple[int, str, str]) -> str:
     """The one line on stderr of a command that failed as it should."""
@@ -109,9 +111,11 @@ def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
 
 def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
     """Those that extend a generation config have its keys, switched off."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text() + (root / "docs" / "training.md").read_text()
     for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
-        Path(re.match(r"# (my\w*\.yaml)\n", example)[1]).write_text(example)
+        if name := re.match(r"# (my\w*\.yaml)\n", example):
+            Path(name[1]).write_text(example)
     layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
     recipes = {"my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
     for name, recipe in {"my": "finetune", "my_data": "finetune", **recipes}.items():
@@ -123,9 +127,9 @@ def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
     ("change", "message"),
     [
         # What stays of the generation config is refused by the recipe that is meant.
-        ({"variants": {"chain": {"exit_layer": 3}}, "report_dir": "x"}, "self_speculation: .* variants lists"),
-        ({"variants": {"chain": {"exit_layer": 3}}, "self_speculation": None, "benchmark": None}, "report_dir: None"),
-        ({"tasks": ["arc_easy"], "temperature": 0.8}, "prompts: .* it measures a dataset, tasks or human_eval"),
+        ({"variants": CHAIN, "report_dir": "x"}, "self_speculation: .* variants, which lists"),
+        ({"variants": CHAIN, "self_speculation": None, "benchmark": None}, "report_dir: None"),
+        ({"tasks": ["arc_easy"], "temperature": 0.8}, "prompts: .* it measures a dataset or tasks"),
         ({"human_eval": {"file": "x"}}, "prompts: .* it measures"),
     ],
 )
@@ -141,20 +145,19 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
         (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
         (["validate", "quickstart/generate", "device=gpu"], "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
-        (["validate", "quickstart/generate", "repetition_penalty=0"], "Allowed: a number above 0; for example"),
+        (
+            ["validate", "quickstart/generate", "repetition_penalty=0"],
+            "Allowed: a number above 0 (or null); for example",
+        ),
         (["validate", "quickstart/eval", "layers=99"], "layers: 99"),
         (["validate", "quickstart/finetune", "~optimizer"], "optimizer: "),
         (["validate", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
         (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
-        (["cost", "quickstart/finetune", "--layers", "99"], "--layers: '99' reaches outside"),
-        (["cost", "quickstart/finetune", "--batch", "0"], "--batch: 0"),
-        (["cost", "quickstart/finetune", "--prob", "2"], "--prob: 2"),
         (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
         (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
         (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
-        (["cost", "quickstart/generate"], "prompts: unknown key"),
         (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
     ],
 )
@@ -198,7 +201,7 @@ def test_an_option_behind_overrides(layerskip):
 
 def test_a_pipe_that_ends(tmp_path):
     """`layerskip ls | head -1` has all that it wants."""
-    command = f"{sys.executable} -c 'from layerskip_recipes.cli import main; main()' ls | head -1"
+    command = f"{sys.executable} -c 'from layerskip_recipes.cli.commands import main; main()' ls | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stdout == "layerskip configs\n" and "Error" not in done.stderr
 

@@ -22,12 +22,17 @@ GENERATE = [
     ),
     ("max_new_tokens=1000", "max_new_tokens", "1000", "up to 12"),
     *(
-        (f"self_speculation.exit_layer={value}", "self_speculation.exit_layer", shown, "1..4")
-        for value, shown in {"0": "0", "5": "5", "-1": "-1", "2.0": "2.0", "two": "'two'", "true": "True"}.items()
+        (f"self_speculation.exit_layer={value}", "self_speculation.exit_layer", value, "1..4")
+        for value in ("0", "5", "-1")
     ),
     *(
-        (f"exit_layer={value}; self_speculation=null", "exit_layer", shown, "1..4")
-        for value, shown in {"0": "0", "5": "5", "two": "'two'", "2.0": "2.0", "true": "True"}.items()
+        (f"self_speculation.exit_layer={value}", "self_speculation.exit_layer", shown, "an integer")
+        for value, shown in {"2.0": "2.0", "two": "'two'", "true": "True"}.items()
+    ),
+    *((f"exit_layer={value}; self_speculation=null", "exit_layer", value, "1..4") for value in ("0", "5")),
+    *(
+        (f"exit_layer={value}; self_speculation=null", "exit_layer", shown, "an integer")
+        for value, shown in {"two": "'two'", "2.0": "2.0", "true": "True"}.items()
     ),
     *(
         (f"self_speculation.num_speculations={value}", "self_speculation.num_speculations", shown, "=6")
@@ -41,8 +46,8 @@ GENERATE = [
     ("stop_tokens=3", "stop_tokens", "3", "list of int"),
     ("stop_tokens=[a]", "stop_tokens", "['a']", "list of int"),
     ("stop_tokens=[true]", "stop_tokens", "[True]", "list of int"),
-    ("stop_strings=END", "stop_strings", "'END'", "list of str"),
-    ("stop_strings=['']", "stop_strings", "['']", "list of str"),
+    ("stop_strings=END", "stop_strings", "'END'", "a list of texts"),
+    ("stop_strings=['']", "stop_strings", "['']", "a list of texts"),
     ("benchmark=true", "benchmark", "True", "benchmark=null"),
     ("benchmark.compare=yep", "benchmark.compare", "'yep'", "true, false"),
     ("benchmark.comp=true", "benchmark.comp", "unknown key", "Nearest: compare"),
@@ -55,9 +60,9 @@ GENERATE = [
     ("min_p=1.5", "min_p", "1.5", "0 to 1"),
     ("repetition_penalty=0", "repetition_penalty", "0", "above 0"),
     ("compile=maybe", "compile", "'maybe'", "true, false"),
-    ("self_speculation.exit_layer=[]", "self_speculation.exit_layer", "[]", "[4,8]"),
-    ("self_speculation.exit_layer=[2,2]", "self_speculation.exit_layer", "[2, 2]", "[4,8]"),
-    ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "9", "1..4"),
+    ("self_speculation.exit_layer=[]", "self_speculation.exit_layer", "[]", "tune=true"),
+    ("self_speculation.exit_layer=[2,2]", "self_speculation.exit_layer", "[2, 2]", "tune=true"),
+    ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "tune=true"),
     ("self_speculation.tree_width=0", "self_speculation.tree_width", "0", "1 or more"),
     ("self_speculation.tree_children=x", "self_speculation.tree_children", "'x'", "1 or more"),
     ("self_speculation.threshold=1.5", "self_speculation.threshold", "1.5", "0 to 1"),

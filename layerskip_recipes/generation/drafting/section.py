@@ -24,7 +24,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
-    exit_layer: Annotated[ExitLayer, Field(ge=1, examples=[8])]
+    exit_layer: Annotated[ExitLayer, Field(examples=[8])]
     """E: the number of layers that run for a draft, 1 to L."""
     num_speculations: Annotated[PositiveInt, Field(examples=[6])]
     """Tokens drafted in a round; of a draft tree its depth."""
