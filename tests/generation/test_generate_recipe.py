@@ -34,9 +34,7 @@ MODES = {
 
 
 VARIANTS = [
-    "exit_layer=[1,2,3]",
     "tree_width=3; tree_children=2",
-    "threshold=auto",
     "threshold=0.2",
     "prompt_lookup=2",
     "draft_vocabulary=40",

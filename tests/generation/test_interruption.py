@@ -12,6 +12,7 @@ import pytest
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text_stream import TextStream, follow
@@ -42,13 +43,13 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     recipe.setup()
     rounds = []
 
-    def interrupted(self, round_=Generation._round):
+    def interrupted(self, round_=Generation._draft_round):
         rounds.append(self.prompts[0])
         if rounds.count(recipe.prompt_tokens[1]) == 3:
             raise KeyboardInterrupt
         return round_(self)
 
-    monkeypatch.setattr(Generation, "_round", interrupted)
+    monkeypatch.setattr(Generation, "_draft_round", interrupted)
     report = recipe.generate()
     first, second = map(json.loads, out.read_text().splitlines())
     assert "interrupted" not in first and second["interrupted"] is True and second["prompt"] == "b"
@@ -132,7 +133,9 @@ def test_what_stop_strings_cut_is_not_counted_after_ctrl_c(path):
     text = recipe.tokenizer.decode(tokens[:1])
 
     class Interrupted:
-        generated, finished, stats = [list(tokens)], [False], SimpleNamespace(tokens=len(tokens))
+        generated, finished = [list(tokens)], [False]
+        stats = SimpleNamespace(tokens=len(tokens), decode_s=0.0)
+        stop_row = Generation.stop_row
 
         def __iter__(self):
             yield [list(tokens)]
@@ -152,13 +155,13 @@ def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
     recipe.setup()
     rounds = []
 
-    def interrupted(self, *args, verify=Generation._verify):
+    def interrupted(self, *args, verify=ChainDrafter.verify):
         rounds.append(1)
         if len(rounds) == 3:
             raise KeyboardInterrupt
         return verify(self, *args)
 
-    monkeypatch.setattr(Generation, "_verify", interrupted)
+    monkeypatch.setattr(ChainDrafter, "verify", interrupted)
     recipe.generate()
     shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
     assert shown.count("\x1b[2m") == shown.count("\x1b[u\x1b[J") == 3
