@@ -230,7 +230,7 @@ def check_adapters(
 def _builder(model: Component) -> Component:
     """The torchtune builder of a model's section, within `layerskip_decoder` or not."""
     base = model.get("base")
-    return Component(base, f"{model.key}.base") if isinstance(base, Mapping) else model
+    return Component(base, f"{model.key}.base") if isinstance(base, Mapping) and "_component_" in base else model
 
 
 def adapter_file(path: str) -> Path:

@@ -19,6 +19,8 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures
 from layerskip_recipes.cli import recipes as cli
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.drafting.chain import ChainDrafter
+from layerskip_recipes.generation.drafting.tree import TreeDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
@@ -109,7 +111,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
         row = table[name]
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["drafted_per_round"] == row["drafted"] / row["rounds"]
-        assert row["rounds_by_kind"] == {"chain": row["rounds"]}
+        assert row["rounds_by_kind"] == {name: row["rounds"]}
         assert row["tokens_per_round"] == pytest.approx(row["accepted"] / row["rounds"] + 1)
         cost = row["draft_s_per_round"] / row["draft_steps_per_round"] / base["round_s"]
         assert row["draft_cost"] == pytest.approx(cost)
@@ -157,8 +159,8 @@ def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
 
     def noted(self, model, prompts, *args, **kwargs):
         whole(self, model, prompts, *args, **kwargs)
-        kind = "tree" if self.tree and not self.tree.is_chain else "chain" if self.tree else "baseline"
-        seen.append((kind, prompts[0], self.sampler.rng.initial_seed(), self.sampler.temperature))
+        kind = {TreeDrafter: "tree", ChainDrafter: "chain"}.get(type(self.drafter), "baseline")
+        seen.append((kind, prompts[0], self.context.sampler.rng.initial_seed(), self.context.sampler.temperature))
 
     monkeypatch.setattr(Generation, "__init__", noted)
     recipe, _ = run(path, "prompt=[def main(argument, import os]")

@@ -17,7 +17,9 @@ from layerskip_recipes.generation.prompts import to_tokens
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text_stream import TextStream
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
+)
 
 
 def test_interactive_keeps_the_conversation_and_its_cache(path, tmp_path):

@@ -17,7 +17,8 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 def _one_exit(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         raise ConfigError(
-            f": {value} is a list. Allowed: one exit, such as 8; layerskip_benchmark with tune=true finds the fastest"
+            f": {value} is a list, and layerskip_benchmark with tune=true finds the fastest exit. Allowed: one exit, "
+            "such as 8"
         )
     return value
 
