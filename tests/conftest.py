@@ -30,8 +30,9 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 # With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
 # two files of several processes each shall not run beside each other.
 LONGEST_FIRST = (
-    *("test_readme", "test_distributed_finetune", "test_real", "test_resume", "test_compile", "test_speculation"),
-    *("test_finetune", "test_distributed_generate", "test_generate", "test_errors", "test_adapters", "test_harness"),
+    *("test_real", "test_distributed_finetune", "test_readme", "test_compile", "test_distributed_generate"),
+    *("test_kills", "test_generate_recipe", "test_distributed_loss", "test_benchmark", "test_few_rows", "test_cli"),
+    *("test_validation", "test_errors", "test_resume", "test_speculation", "test_tuning", "test_install"),
 )
 
 

@@ -41,12 +41,12 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
     model, tokenizer = smollm2
     ways = ((None, None), (2, 1), (9, 4), (15, 8), (30, 3))
     for prompt, of_this in ((prompts[0], ways), (prompts[1], ways[1:3]), (prompts[2], ways[3:])):
-        cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 16}
+        cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 12}
         with local_kv_cache(model, device=torch.device("cpu"), **cache):
             expected, _ = torchtune_generate(
                 model,
                 prompt,
-                max_generated_tokens=16,
+                max_generated_tokens=12,
                 temperature=1.0,
                 top_k=1,
                 stop_tokens=tokenizer.stop_tokens,
@@ -56,7 +56,7 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
             out = generate(
                 model,
                 prompt,
-                16,
+                12,
                 exit_layer=exit_layer,
                 num_speculations=num_speculations,
                 stop_tokens=tokenizer.stop_tokens,
@@ -67,9 +67,9 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
 def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
     model, _ = smollm2
     alone = [
-        generate(model, prompt, 16, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]
+        generate(model, prompt, 12, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]
     ]
-    together = generate(model, prompts[:3], 16, exit_layer=20, num_speculations=3).tokens.tolist()
+    together = generate(model, prompts[:3], 12, exit_layer=20, num_speculations=3).tokens.tolist()
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
 
@@ -85,13 +85,13 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def plain(smollm2, prompts):
     """The tokens of plain decoding, with a penalty or without."""
-    return functools.cache(lambda **sampling: generate(smollm2[0], prompts[1], 24, **sampling).tokens.tolist())
+    return functools.cache(lambda **sampling: generate(smollm2[0], prompts[1], 16, **sampling).tokens.tolist())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_gives_the_tokens_of_plain_decoding(smollm2, prompts, plain, variant):
     arguments = {"exit_layer": 20, "num_speculations": 4, **VARIANTS[variant]}
-    out = generate(smollm2[0], prompts[1], 24, **arguments)
+    out = generate(smollm2[0], prompts[1], 16, **arguments)
     assert out.tokens.tolist() == plain(**(VARIANTS["penalty"] if variant == "penalty" else {}))
 
 
