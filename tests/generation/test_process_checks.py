@@ -1,0 +1,98 @@
+"""What several processes can do, checked before anything is loaded, and the group that they join."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.tiny import make_tiny
+
+from layerskip_recipes import processes
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.generation import parallel
+
+PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+
+
+def check_processes(keys, model):
+    """`parallel.check_processes` of the keys of a config."""
+    values = {key: Component(value, key) if isinstance(value, dict) else value for key, value in keys.items()}
+    names = ("tensor_parallel_dim", "tensor_parallel_plan", "quantizer", "device")
+    return parallel.check_processes(model, *(values.get(name) for name in names))
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "dim"),
+    [
+        (1, {}, 1),
+        (1, {"tensor_parallel_plan": PLAN}, 1),
+        (3, {}, 1),
+        (2, {"tensor_parallel_plan": PLAN}, 2),
+        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}, 1),
+        (4, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, 2),
+    ],
+)
+def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert check_processes(keys, make_tiny("llama3")) == dim
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "message"),
+    [
+        (2, {"tensor_parallel_dim": 2}, "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: a comp"),
+        (
+            3,
+            {"tensor_parallel_dim": 2},
+            "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; for example ",
+        ),
+        (
+            1,
+            {"tensor_parallel_dim": 2},
+            "tensor_parallel_dim: 2 does not divide processes, 1. Allowed: 1; for example ",
+        ),
+        (
+            8,
+            {"tensor_parallel_dim": 8},
+            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; for ",
+        ),
+        (
+            8,
+            {"tensor_parallel_dim": 4},
+            "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; ",
+        ),
+        (
+            8,
+            {"tensor_parallel_plan": PLAN},
+            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2;",
+        ),
+        (2, {"tensor_parallel_plan": {"_component_": "builtins.dict", "a": 1}}, "tensor_parallel_plan: builtins.dict "),
+        (2, {"quantizer": {"_component_": "builtins.dict"}}, "quantizer: {'_component_': 'builtins.dict'} with 2 proc"),
+        (2, {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); for exam"),
+    ],
+)
+def test_refused(processes, keys, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError) as error:
+        check_processes(keys, make_tiny("llama3"))
+    assert str(error.value).startswith(message)
+    assert "; for example " in str(error.value)
+
+
+def test_an_attention_that_torchtune_cannot_split(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^tensor_parallel_dim: 2 cannot split a Gemma2Attention\. Allowed: 1; for "):
+        check_processes({"tensor_parallel_plan": PLAN}, make_tiny("gemma2"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for key, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^nproc_per_node: 2 processes for 1 GPUs\. Allowed: 1\.\.1; for example "):
+        processes.init_processes("cuda")
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes.init_processes("cpu") == 0 and not dist.is_initialized()
+    assert processes.is_rank_zero()
+    processes.end_processes()
