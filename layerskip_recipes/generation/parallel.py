@@ -177,7 +177,8 @@ def shard_decoder(
     for module in (*late.layers, late):
         fully_shard(module, mesh=mesh["shards"], reshard_after_forward=True)
     for layer, following in pairwise(late.layers):
-        layer.set_modules_to_forward_prefetch([following])  # gathered while the layer runs
+        # The next layer is gathered while this one runs.
+        layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
