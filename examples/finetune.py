@@ -29,6 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = stdlib_tokenizer(str(args.out / "tokenizer"), vocab_size=SIZE["vocab_size"])
+    # The held-out split is small, so that tokenizing it takes seconds. A real training takes "train".
     data = StdlibDataset(tokenizer, split="heldout", seq_len=SIZE["max_seq_len"], max_samples=4 * args.steps)
     loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=padded_collate_sft)
 

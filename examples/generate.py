@@ -3,7 +3,8 @@
     python examples/generate.py CONFIG [key=value ...]
 
 CONFIG is a name or file for `tune run layerskip_generate`, such as quickstart/generate after the quickstart's training.
-Each prompt is decoded twice: autoregressively, and with drafts from an early exit. The tokens are the same.
+One prompt is decoded three times: autoregressively, with drafts from an early exit, and so again as a stream. The
+tokens are the same.
 """
 
 import argparse

@@ -80,7 +80,6 @@ def _check_temperatures(value: Any) -> Any:
 class BenchmarkConfig(DecodingConfig):
     """A checkpoint, prompts, and the methods of decoding that are compared."""
 
-    REQUIRED: ClassVar = ("variants", "report_dir")  # but with random_weights, for which any generation config will do
     REFUSED: ClassVar = {
         "exit_layer": "variants lists what is compared",
         "quantizer": "all methods decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
@@ -120,18 +119,20 @@ class BenchmarkConfig(DecodingConfig):
     prompt_tokens: PositiveInt = 128
     """The length of the random prompt of `random_weights`."""
     sweep: Sweep | None = None
-    """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md, .csv and .png."""
+    """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md and .csv, and with
+    `picture` a heat map."""
     tune: Flag = None
     """Predict the speed of every exit and draft length, and measure the best few in place of the variants; writes
-    tune.json, .md and .png."""
+    tune.json and .md, and with `picture` a bar chart."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
     """With `tune` or `sweep`: the generation config that the config of the fastest pair extends."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
     """Where the config of the fastest pair goes; the default is tuned.yaml in `report_dir`."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
-    """The folder of benchmark.json, a table in benchmark.md, and tuned.yaml."""
+    """The folder of benchmark.json, a table in benchmark.md, and tuned.yaml; required but with `random_weights`."""
     picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
-    """A bar chart of tokens per second."""
+    """A bar chart of tokens per second, or the heat map of a sweep. With `sweep` or `tune` the file is called sweep or
+    tune."""
 
     @property
     def compared(self) -> dict[str, Variant]:

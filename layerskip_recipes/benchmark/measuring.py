@@ -1,7 +1,7 @@
-"""Decoding by several methods in turns, and what each made of each batch of prompts.
+"""Runs several decoding methods in turns, and records the outputs and times of each on each batch of prompts.
 
 For each repeat and each batch all methods decode one after the other, so that a machine that gets slower or faster does
-so for all of them. Compilation is in no time but its own.
+so for all of them. Compilation counts in `compile_s` only.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ Method = int | Speculation | Peer | None  # an exit without verification, drafts
 
 @dataclass
 class Run:
-    """What one method made of one batch of prompts in one repeat."""
+    """Outputs and statistics of one method on one batch of prompts in one repeat."""
 
     repeat: int
     outputs: list[list[int]]
@@ -47,7 +47,7 @@ def longest_prompt(prompts: Rows) -> int:
 
 @dataclass
 class Turns:
-    """All that the methods have in common.
+    """Runs the methods on the same batches with the same settings.
 
     Args:
         model: the decoder, in eval mode.

@@ -36,7 +36,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
-from layerskip_recipes.generation.report import place_of
+from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
@@ -221,6 +221,8 @@ class LayerSkipBenchmark:
         """The document: where, how, and a row for each method and temperature."""
         results: list[dict[str, Any]] = []
         left_out = self.left_out | self.turns.failed
+        # The better of before and after: on a machine that others use too, one measurement is too low.
+        self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         for (temperature, name), runs in self.runs.items():
             if name in left_out:  # a peer that ran in part only compares with nothing
                 continue
@@ -240,7 +242,8 @@ class LayerSkipBenchmark:
             row |= figures(runs, baseline, temperature == 0, self.bandwidth)
             results.append(row | self._quality(runs))
             if self.cfg.random_weights:
-                step_s = results[0]["round_s"]  # of the baseline, whose round is a step
+                # The baseline is the first row of its temperature; its round is a step.
+                step_s = next(done["round_s"] for done in results if done["temperature"] == temperature)
                 results[-1]["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
         return self._circumstances() | {"peers_left_out": left_out, "interrupted": interrupted, "results": results}
 
@@ -257,8 +260,6 @@ class LayerSkipBenchmark:
     def _circumstances(self) -> dict[str, Any]:
         """Where and how everything here is measured."""
         cfg = self.cfg
-        # The better of before and after: on a machine that others use too, one measurement is too low.
-        self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
         used = {PEERS[name].package for name in self.peers if name not in self.turns.failed}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
@@ -293,7 +294,7 @@ class LayerSkipBenchmark:
             print(json.dumps(report), flush=True)
             return
         stem = self.cfg.chooser or "benchmark"
-        document = place_of(Path(self.cfg.report_dir) / f"{stem}.json", "report_dir", report["interrupted"])
+        document = report_path(Path(self.cfg.report_dir) / f"{stem}.json", "report_dir", report["interrupted"])
         document.parent.mkdir(parents=True, exist_ok=True)
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")

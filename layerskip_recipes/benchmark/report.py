@@ -114,8 +114,8 @@ def device_name(device: torch.device) -> str:
 def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0) -> str:
     """A number, or a median with its range, as text; "-" for none."""
     if isinstance(value, dict):
-        low, high = show(value["min"], form), show(value["max"], form)
-        return show(value["median"], form) + ("" if low == high else f" ({low}-{high})")
+        median, low, high = (show(value[name], form, factor) for name in ("median", "min", "max"))
+        return median + ("" if low == high else f" ({low}-{high})")
     return "-" if value is None else format(value * factor, form)
 
 

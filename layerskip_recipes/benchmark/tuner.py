@@ -62,7 +62,7 @@ def round_tokens(
         {E: [tokens of a round with 1, 2, .. longest drafts]} for E in 1 .. L-1.
 
     Raises:
-        ValueError: if every output ended with its first token.
+        ConfigError: if every output ended with its first token.
     """
     device = model.tok_embeddings.weight.device
     exits = list(range(1, model.num_layers))
@@ -115,7 +115,7 @@ def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> tor
 def probes(num_layers: int) -> list[tuple[int, int]]:
     """The (exit layer, draft length) pairs whose rounds are timed: enough to fit `round_cost`."""
     early = max(num_layers // 8, 1)
-    late = max(num_layers - early, 2)  # the others are between them
+    late = num_layers - early
     return [(e, d) for e in (early, late) for d in (2, 8)]
 
 

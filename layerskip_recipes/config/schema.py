@@ -104,7 +104,7 @@ def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[A
 def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
     """One alternative in words, and a value that works."""
     if get_origin(kind) is Literal:
-        shown = [{None: "null", True: "true", False: "false"}.get(choice, str(choice)) for choice in get_args(kind)]
+        shown = [_as_yaml(choice) for choice in get_args(kind)]
         return ", ".join(shown), shown[0]
     if kind is bool:
         return "true, false", "true"
@@ -121,6 +121,11 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
     if words := getattr(kind, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
+
+
+def _as_yaml(value: Any) -> str:
+    """A plain value as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _number_phrase(kind: type, rules: Sequence[Any]) -> tuple[str, Any]:

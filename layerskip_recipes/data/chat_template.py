@@ -1,4 +1,4 @@
-"""Chat templates of Hugging Face folders: rendered as transformers renders them, and which text is whose message."""
+"""Chat templates of Hugging Face folders: rendered as in transformers, with the place of each message in the text."""
 
 import json
 import re

@@ -112,7 +112,7 @@ def load_data(
     """
     parts = []
     for section in sections:
-        with _explained_errors(section):  # packed datasets read all of it
+        with _explained_errors(section):  # a packed dataset reads all of its samples when it is built
             parts.append(section.build(tokenizer))
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
@@ -195,7 +195,7 @@ def _root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _explained_errors(section: Component, dataset: Dataset | None = None) -> Iterator[None]:
-    """Errors of a torchtune dataset as a user's mistake: its columns are looked for when samples are asked for.
+    """Turn errors of a torchtune dataset into ConfigErrors: it looks for its columns only when a sample is read.
 
     An error in a user's own component stays as it is, since its traceback shows where.
     """

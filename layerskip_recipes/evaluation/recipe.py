@@ -23,7 +23,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.picture import plot_exits
-from layerskip_recipes.generation.report import place_of
+from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary, most_positions
@@ -163,7 +163,7 @@ class LayerSkipEval:
         if self.interrupted:
             report["interrupted"] = True
         exits = {name: parts["exits"] for name, parts in measured.items() if "exits" in parts}
-        document = None if cfg.report is None else place_of(Path(cfg.report), "report", self.interrupted)
+        document = None if cfg.report is None else report_path(Path(cfg.report), "report", self.interrupted)
         picture = None
         if cfg.picture is not None and exits:
             picture = Path(cfg.picture)

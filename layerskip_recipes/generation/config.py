@@ -28,8 +28,8 @@ class DecodingConfig(RecipeConfig):
 
     prompt: Any = None
     """A text; `user:` and `system:` for the tokenizer's chat template (of torchtune's own tokenizers only Llama's leave
-    the turn of the answer open: take `hf_tokenizer`); a list of these; or `interactive`, a conversation whose cache is
-    kept between turns (`/exit` ends it)."""
+    the turn of the answer open: take `hf_tokenizer`); a list of these; or, in `layerskip_generate`, `interactive`: a
+    conversation whose cache is kept between turns (`/exit` ends it)."""
     prompts: Annotated[Component, Takes()] | None = None
     """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` replaces
     it."""
@@ -108,7 +108,8 @@ class GenerateConfig(DecodingConfig):
     """Quantises the whole model: one of torchtune's quantizers, or a torchao configuration such as
     `torchao.quantization.Int8WeightOnlyConfig`."""
     tensor_parallel_dim: PositiveInt | None = None
-    """How many processes share each matrix; the others have layers of their own (FSDP)."""
+    """How many processes share each matrix; over the groups of so many the layers are sharded (FSDP). null with a plan:
+    all processes."""
     tensor_parallel_plan: Annotated[Component, Takes()] | None = None
     """torchtune's plan for it, such as `torchtune.models.llama3.base_llama_tp_plan`."""
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None

@@ -47,8 +47,8 @@ class Generation:
         broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
             process.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens, [b][n], before they are verified; of a tree with those that
-            a chain would have.
+        on_draft: called with each round's drafted tokens, [b][n], before they are verified; for a tree, with the first
+            node of each level.
         choice: rates of drafts and look-ups that earlier generations measured, which this one goes on from; None:
             measure them anew. Only `prompt_lookup` needs it.
 
@@ -217,7 +217,7 @@ class Generation:
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in self.prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, self.prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
-        # Until the end of the prefill, which may be interrupted, the cache holds no more than these.
+        # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in self.prompts], self._depth
         width, device = max(len(prompt) for prompt in self.prompts), self.context.device
         self.stats.reused_tokens = reused * len(self.prompts)
@@ -340,7 +340,7 @@ class Generation:
     def _count_round(self, draft: Draft) -> None:
         """Statistics of a round: its kind, and the bytes that its steps read."""
         self.stats.rounds_by_kind[draft.strategy.name] += 1
-        # The late pass over all drafts and the early one of the last draft, of which no head was computed.
+        # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.
         self.traffic.count(self.stats, len(draft.slots), self.model.num_layers)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length

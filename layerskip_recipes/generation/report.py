@@ -16,13 +16,13 @@ from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, i
 log = utils.get_logger("INFO")
 
 
-def place_of(document: Path, key: str, interrupted: bool) -> Path:
-    """Where a report in JSON goes: one that was interrupted goes beside a complete one, not in its place.
+def report_path(document: Path, key: str, interrupted: bool) -> Path:
+    """The path to write a JSON report to: an interrupted run's report never overwrites a complete one.
 
     Args:
-        document: where it is to go.
-        key: of the config that says so, for a warning.
-        interrupted: whether it was.
+        document: the path that the config names.
+        key: the config key that names it, for a warning.
+        interrupted: whether the run was interrupted.
     """
     if not interrupted:
         return document
@@ -37,7 +37,7 @@ def place_of(document: Path, key: str, interrupted: bool) -> Path:
 
 @dataclass
 class Totals:
-    """What one way of decoding did over all prompts; the outputs that loop are counted apart."""
+    """Statistics of one decoding method over all prompts; batches with looping outputs are also left out apart."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
     straight: GenerationStats = field(default_factory=GenerationStats)  # of batches without loops
@@ -121,14 +121,14 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
 
 
 def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
-    """What drafting brought and cost, and how near the speed-up is to the ideal one by these.
+    """Acceptance and cost of drafting, the ideal speed-up that follows from them, and the measured one's share of it.
 
     The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
-    of an autoregressive step. Drafts that are looked up in the text take no step, so d c is there the steps of a round
-    times c.
+    of an autoregressive step. Looked-up drafts take no step: with `prompt_lookup`, c is multiplied by the mean number
+    of draft steps per round instead of by d.
 
     Args:
-        stats: of the way.
+        stats: of the method.
         baseline: of autoregressive decoding.
         speedup: measured.
     """
@@ -154,7 +154,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
 
 
 def row_rounds(stats: GenerationStats) -> int:
-    """Rounds by rows: a row takes part until it has finished. What does not draft has a token in each."""
+    """Rounds summed over the rows, each until it finishes. Without drafts every round gives a row one token."""
     return sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
 
 

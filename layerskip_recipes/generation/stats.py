@@ -65,7 +65,7 @@ class GenerationStats:
 
     @property
     def accept_s(self) -> float:
-        """Neither draft nor verification: the host accepts tokens and looks for stop tokens."""
+        """Decoding time outside of draft and verification: the host's bookkeeping, such as looking for stop tokens."""
         return max(self.decode_s - self.draft_s - self.verify_s, 0.0)
 
     @property
@@ -173,7 +173,7 @@ class PhaseTimer:
 
 
 class RoundTimer:
-    """Times whole rounds, by rank 0's clock on all ranks, so that all of them choose the same way to draft."""
+    """Times whole rounds, by rank 0's clock on all ranks, so that all of them choose the same draft strategy."""
 
     def __init__(self, context: StepContext) -> None:
         self.context = context

@@ -32,7 +32,7 @@ def head_of(model: LayerSkipDecoder) -> nn.Module:
 
 
 class DraftHead(nn.Module):
-    """g of the draft on a part of the vocabulary: the head matrix's rows of those tokens, copied once.
+    """The head g restricted to a draft vocabulary: a copy of the head matrix's rows for these tokens.
 
     Args:
         model: whose norm and output are used.
@@ -70,7 +70,7 @@ _DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary
 def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> DraftHead:
     """The model's draft head with its current weights.
 
-    The last one is kept in place if it has the same vocabulary: CUDA graphs know its memory.
+    A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
     """
     output: Any = head_of(model)
     wanted = torch.as_tensor(vocabulary).long().unique().cpu()

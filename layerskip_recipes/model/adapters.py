@@ -102,7 +102,7 @@ def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
 
 
 @torch.no_grad()
-def merged(
+def merge_adapters(
     state: Mapping[str, torch.Tensor], config: Mapping[str, Any], in_place: bool = False
 ) -> dict[str, torch.Tensor]:
     """The state_dict of the plain model: adapters merged into the weights.
@@ -125,7 +125,7 @@ def without_adapters(model: M) -> M:
     # On the CPU, where the state_dict hook unpacks NF4 weights to.
     state = model.state_dict() if modules else {}
     state = {name: value if value.is_meta else value.cpu() for name, value in state.items()}
-    state = merged(state, adapter_config(model)) if modules else {}
+    state = merge_adapters(state, adapter_config(model)) if modules else {}
     for name, module in list(model.named_modules()):
         packed = isinstance(getattr(module, "weight", None), NF4Tensor)
         if name not in modules and not packed:

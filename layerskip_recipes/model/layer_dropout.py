@@ -79,7 +79,7 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
 
 
 class LayerDropout:
-    """Draws, for each layer and sample, who stays: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
+    """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
     The draw has a generator of its own on the CPU: no other random number changes the draw, all ranks with the same
     seed draw the same, and a GPU does not wait for it.

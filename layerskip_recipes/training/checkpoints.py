@@ -222,7 +222,7 @@ class Checkpoints:
             self._pending.result()
             self._pending = None
         if is_rank_zero() and self.staging.is_dir() and not any(self.staging.iterdir()):
-            self.staging.rmdir()  # the checkpointer made it
+            self.staging.rmdir()  # empty: torchtune's checkpointer creates its output folder when it is built
 
     def _clear(self) -> None:
         restore_set_aside(self.output_dir)

@@ -103,7 +103,7 @@ class FinetuneConfig(RecipeConfig):
     """The keys of `layerskip_finetune`: torchtune's, and the sections `layer_dropout` and `early_exit_loss`."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "fsdp": "it is an old name. Offloading is fsdp_cpu_offload",
+        "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
         "quantizer": "it is for quantisation-aware training",
     }
 
@@ -177,7 +177,7 @@ class FinetuneConfig(RecipeConfig):
     save_every_n_steps: Annotated[int, Field(ge=1, examples=[500])] | None = None
     """Write a checkpoint `step_N` too, beside the `epoch_N` after each epoch."""
     keep_last_n_checkpoints: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Delete older checkpoints; a new run does not begin where another one's are."""
+    """Keep the newest so many and delete older ones; a run that starts anew refuses a folder with an earlier run's."""
     enable_async_checkpointing: Flag = False
     """Write each `step_N` in the background, by every rank its shards; only to resume from. With torchao's optimizers
     training waits for it."""
@@ -197,7 +197,7 @@ class FinetuneConfig(RecipeConfig):
     layers_val: Layers | None = None
     """The layers whose exits are measured; null measures all."""
     val_loss_margin: Annotated[float, Field(ge=0, examples=[0.05])] = 0.05
-    """Warn if the last layer's loss on `dataset_val` is by more than this part worse than at the start."""
+    """Warn if the last layer's loss on `dataset_val` exceeds that at the start by more than this share."""
 
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
     """torch's `set_deterministic_debug_mode`."""

@@ -14,7 +14,7 @@ from layerskip_recipes.model.adapters import (
     adapter_names,
     freeze_base,
     fresh_adapters,
-    merged,
+    merge_adapters,
     scaled_biases,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -128,5 +128,7 @@ def checkpoint_contents(
         BIASES: scaled_biases(state, described) if biases else {},
     }
     # Weights that came from a GPU are a copy already.
-    plain = {} if adapters_only else {training.MODEL_KEY: merged(state, described, in_place=device.type != "cpu")}
+    plain = (
+        {} if adapters_only else {training.MODEL_KEY: merge_adapters(state, described, in_place=device.type != "cpu")}
+    )
     return contents | plain

@@ -41,7 +41,7 @@ class Optimizers:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
         for group in (group for one in self.all for group in one.param_groups):
-            # A schedule that begins in the middle needs it. A number, since torchao's rate is a tensor that changes.
+            # Schedulers with last_epoch >= 0 need initial_lr. A float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
         if state is not None:
             self.load_state_dict(state)
@@ -79,7 +79,7 @@ class Optimizers:
             state = get_optimizer_state_dict(self.model, self.all, options=options)
         if whole:
             return state
-        # torchao's learning rate is a tensor, and what is read into this must not change the optimizer's own.
+        # torchao's lr is a tensor: without a copy, loading shards into this state_dict would change the optimizer's lr.
         return {
             name: value.clone() if name.startswith("param_groups.") and isinstance(value, torch.Tensor) else value
             for name, value in state.items()
@@ -116,7 +116,7 @@ class Optimizers:
         ]
         options = StateDictOptions(
             full_state_dict=whole,
-            broadcast_from_rank0=whole and torch.distributed.is_initialized(),
+            broadcast_from_rank0=whole,
             flatten_optimizer_state_dict=not whole,
         )
         with suppress_dcp_warnings():

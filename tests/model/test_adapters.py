@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.adapters import merged
+from layerskip_recipes.model.adapters import merge_adapters
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 # Tied head; a head of its own with an adapter; biases in q, k and v.
@@ -196,7 +196,7 @@ def test_merging_in_place_takes_no_second_copy_of_the_weights(in_place):
     state = {"q.weight": torch.randn(8, 6), "q.lora_a.weight": torch.randn(2, 6), "q.lora_b.weight": torch.randn(8, 2)}
     before, place = state["q.weight"].clone(), state["q.weight"].data_ptr()
     expected = before + 16 / 2 * state["q.lora_b.weight"] @ state["q.lora_a.weight"]
-    plain = merged(state, {"r": 2, "lora_alpha": 16}, in_place)
+    plain = merge_adapters(state, {"r": 2, "lora_alpha": 16}, in_place)
     assert plain.keys() == {"q.weight"}
     torch.testing.assert_close(plain["q.weight"], expected, rtol=1e-9, atol=1e-9)
     assert (plain["q.weight"].data_ptr() == place) == in_place

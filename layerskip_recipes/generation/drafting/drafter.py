@@ -28,7 +28,7 @@ class RoundStart(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftStrategy:
-    """A way to draft, as the choice between ways knows it.
+    """A kind of draft, the unit between which `DiscountedUCB` chooses.
 
     Args:
         name: "chain", "tree" or "lookup".
@@ -71,7 +71,7 @@ class Draft:
         return self.tokens.shape[1] - 1 if self.tree is None else self.tree.depth
 
     def chains(self) -> list[list[int]]:
-        """[b][n], the drafted tokens; of a tree those that a chain would have."""
+        """[b][n], the drafted tokens; for a tree, the first node of each level."""
         drafted = self.tokens[:, 1:].tolist()
         return drafted if self.tree is None else [self.tree.chain(row) for row in drafted]
 

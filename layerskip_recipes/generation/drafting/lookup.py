@@ -54,7 +54,7 @@ class TextIndex:
 
 
 class LookupDrafter:
-    """Drafts from the text, where each row that still runs finds its end again; else the draft is empty.
+    """Drafts what followed the last tokens earlier in the text; the draft is empty unless every running row has one.
 
     Args:
         context: of the steps.

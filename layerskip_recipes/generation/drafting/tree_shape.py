@@ -58,7 +58,7 @@ class DraftTree:
 
     def chain(self, drafted: Sequence[int]) -> list[int]:
         """Of a row's drafted tokens, level by level, the first of each: what a chain would draft."""
-        return [drafted[first - 1] for first in self.offsets[1:-1] if first <= len(drafted)]
+        return [drafted[first - 1] for first in self.offsets[1:-1]]
 
     @property
     def nodes(self) -> int:

@@ -22,10 +22,10 @@ log = utils.get_logger("INFO")
 _numbers = itertools.count()  # dynamo remembers shapes by a function's name, for all models of the process
 
 
-def rounded_length(length: int, device: torch.device, least: int = 256) -> int:
-    """A length that few graphs serve: a power of two on a GPU, at least `least`; elsewhere lengths are dynamic."""
+def rounded_length(length: int, device: torch.device) -> int:
+    """Round up to a power of two of at least 256 on a GPU, which needs a graph per length; elsewhere to 64s."""
     if device.type == "cuda":
-        return max(least, 1 << (length - 1).bit_length())
+        return max(256, 1 << (length - 1).bit_length())
     return -(-length // 64) * 64
 
 

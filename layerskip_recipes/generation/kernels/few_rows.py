@@ -14,7 +14,7 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.library import register_fake
 
-MOST_ROWS = 64  # of x; a BLAS multiplies more rows faster
+MOST_ROWS = 64  # of x in x W^T; with more rows the BLAS is faster
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
 VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
@@ -75,12 +75,12 @@ class FewRows(CustomGraphPass):
                     product = graph.call_function(linear, (x, weight))
                 product.meta["val"] = node.meta["val"]
                 node.target, node.args = aten.add.Tensor, (product, bias)
-        alike: dict[Any, list[torch.fx.Node]] = {}
+        by_input: dict[Any, list[torch.fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=linear):
             x = node.args[0]
             same = (x.args[0], x.meta["val"].shape) if x.target in VIEWS else x
-            alike.setdefault(same, []).append(node)
-        for nodes in alike.values():
+            by_input.setdefault(same, []).append(node)
+        for nodes in by_input.values():
             if len(nodes) in (2, 3):
                 _join(graph, nodes)
         for node in graph.find_nodes(op="call_function", target=SDPA):
@@ -95,18 +95,18 @@ class FewRows(CustomGraphPass):
 def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None:
     """The stored W of a product x W^T that few_rows.cpp can do, else None."""
     weight: Any = transposed
-    way = []
+    conversions = []
     while weight.target in (aten.permute.default, CONVERT):
-        way.append(weight.target)
+        conversions.append(weight.target)
         weight = weight.args[0]
     rows = x.meta["val"].shape[0]
     ours = (
-        way.count(aten.permute.default) == 1
+        conversions.count(aten.permute.default) == 1
         and isinstance(rows, int)
         and rows <= MOST_ROWS
         and x.meta["val"].dtype == torch.float32
         and weight.op == "placeholder"
-        and weight.meta["val"].dtype == (torch.int8 if CONVERT in way else torch.float32)
+        and weight.meta["val"].dtype == (torch.int8 if CONVERT in conversions else torch.float32)
         and weight.meta["val"].is_contiguous()
         and weight.meta["val"].shape[1] % VECTOR == 0
     )
@@ -114,7 +114,7 @@ def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None
 
 
 def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Our attention in place of torch's, where it is that of few queries with a mask."""
+    """Replace torch's attention by `layerskip::attention` if the node has few queries and a mask."""
     q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
     rows, width = q.shape[2:]
     few = isinstance(rows, int) and rows <= MOST_QUERIES
@@ -129,7 +129,7 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
     ours.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(ours)
-    # As it may draw random numbers, torch does not see that it is dead.
+    # eliminate_dead_code keeps the attention op, which may draw random numbers (dropout): erase it here.
     for dead in (*node.users, node):
         graph.erase_node(dead)
 
