@@ -40,7 +40,7 @@ def prompts(smollm2):
 def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompts):
     model, tokenizer = smollm2
     ways = ((None, None), (2, 1), (9, 4), (15, 8), (30, 3))
-    for prompt, of_this in ((prompts[0], ways), (prompts[1], ways[1:3]), (prompts[2], ways[3:])):
+    for prompt, of_this in ((prompts[0], ways), (prompts[1], ways[2:3])):
         cache = {"batch_size": 1, "dtype": torch.float32, "decoder_max_seq_len": len(prompt) + 12}
         with local_kv_cache(model, device=torch.device("cpu"), **cache):
             expected, _ = torchtune_generate(
@@ -67,15 +67,15 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
 def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
     model, _ = smollm2
     alone = [
-        generate(model, prompt, 12, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:3]
+        generate(model, prompt, 12, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts[:2]
     ]
-    together = generate(model, prompts[:3], 12, exit_layer=20, num_speculations=3).tokens.tolist()
+    together = generate(model, prompts[:2], 12, exit_layer=20, num_speculations=3).tokens.tolist()
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
 
 VARIANTS = {
     "tree": {"tree_width": 3, "tree_children": 2},
-    "adaptive": {"threshold": 0.4},
+    "threshold": {"threshold": 0.4},
     "lookup": {"prompt_lookup": 3},
     "vocabulary": {"draft_vocabulary": range(0, 49152, 3)},
     "penalty": {"repetition_penalty": 1.2},
@@ -103,7 +103,7 @@ def test_sampled_tokens_have_the_models_distribution(smollm2):
     """
     model, tokenizer = smollm2
     prompt = tokenizer.encode("The weather today is", add_bos=True, add_eos=False)
-    rows, temperature, k = 512, 0.9, 6
+    rows, temperature, k = 256, 0.9, 6
 
     def distribution(tokens):
         with torch.inference_mode():
@@ -138,7 +138,7 @@ def finetuned(tmp_path_factory):
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
         *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}"),
-        *("dataset.seq_len=128", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
+        *("dataset.seq_len=64", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
         *("epochs=1", "max_steps_per_epoch=16", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
         *("batch_size=2", "optimizer.lr=1e-4"),
         cwd=out,
