@@ -87,7 +87,10 @@ def test_which_products_of_a_graph_are_of_few_rows():
         few = torch.ops.layerskip.linear2 if case.startswith("two") else torch.ops.layerskip.linear
         assert (few.default in targets) == ours, case
         assert targets.isdisjoint({torch.ops.aten.mm.default, torch.ops.aten.addmm.default}) == ours, case
-        torch.testing.assert_close(graph(*inputs), function(*inputs), msg=lambda text, case=case: f"{case}: {text}")
+        # Sums of fp32 products in another order than torch's, which differs between processors.
+        torch.testing.assert_close(
+            graph(*inputs), function(*inputs), atol=1e-4, rtol=1e-4, msg=lambda text, case=case: f"{case}: {text}"
+        )
 
 
 def attend(q, k, v, mask):
