@@ -8,6 +8,7 @@ or write hundreds of gigabytes, pack a dataset, or wait for a user's next questi
 import logging
 import os
 import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from torchtune import training
 from layerskip_recipes.errors import ConfigError
 
 STEP_TIMEOUT = timedelta(minutes=10)
+PARTING_S = 1.0  # between the last collective and the end of a process
 FILE_TIMEOUT = timedelta(days=1)  # if rank 0 fails meanwhile, torchrun ends the others at once
 
 _file_group: dist.ProcessGroup | None = None
@@ -77,10 +79,15 @@ def file_group() -> dist.ProcessGroup | None:
 
 
 def end_processes() -> None:
-    """Leave the process groups after a run that went well."""
+    """Leave the process groups after a run that went well.
+
+    A pause comes first: to a rank that has not yet returned from the last barrier, gloo reports "Connection closed by
+    peer" when another one closes its sockets.
+    """
     global _file_group
     _file_group = None
     if dist.is_initialized():
+        time.sleep(PARTING_S)
         dist.destroy_process_group()
 
 
