@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -32,6 +34,7 @@ from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form
+from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.processes import (
     file_group,
     from_every_rank,
@@ -41,6 +44,7 @@ from layerskip_recipes.processes import (
     wait_for_all,
 )
 from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.draft import DESCRIPTION, DRAFT_FILE, write_draft
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
@@ -65,7 +69,8 @@ def _resumed_section(section: Component, checkpoint: Path) -> Component:
 class Checkpoints:
     """Reads the weights and the state that a run starts from, and writes its checkpoints under `output_dir`.
 
-    A resumed run of a model with adapters starts from the same base weights and the checkpoint's adapters.
+    A resumed run of a model with adapters, or of a draft, starts from the same base weights and the checkpoint's
+    adapters or draft.
 
     Args:
         cfg: the config.
@@ -84,8 +89,8 @@ class Checkpoints:
         self.keep = cfg.keep_last_n_checkpoints
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        self.adapters = bool(adapter_names(cfg.meta_model))
-        whole = self.resumed_from if not (self.adapters or self.sharded) else None
+        self.trained_file = DRAFT_FILE if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
+        whole = self.resumed_from if not (self.trained_file or self.sharded) else None
         section = cfg.checkpointer
         self.from_scratch = not whole and (is_scratch(section) or not checkpoint_files(section))
         self._section = _resumed_section(section, whole) if whole else section
@@ -126,10 +131,10 @@ class Checkpoints:
             model: whose weights they are, on any device.
 
         Returns:
-            The model's weights (None from scratch) and the adapters' (None if fresh).
+            The model's weights (None from scratch), and those of its adapters or its draft (None if fresh).
         """
         weights: Weights | None = None if self.from_scratch else {}
-        adapters = None
+        trained = None
         if is_rank_zero():
             # Not earlier, since a checkpointer makes its folder.
             self._checkpointer = build_checkpointer(self._section, str(self.staging))
@@ -139,20 +144,47 @@ class Checkpoints:
             else:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
-        if self.adapters and self.resumed_from is not None and not self.sharded:
-            adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
-        return weights, adapters
+        if self.trained_file and self.resumed_from is not None and not self.sharded:
+            file = self.resumed_from / self.trained_file
+            read = load_file if self.trained_file == DRAFT_FILE else partial(torch.load, weights_only=True)
+            trained = read(file) if is_rank_zero() else {}
+        return weights, trained
+
+    def base(self, weights: Weights | None) -> dict[str, Any]:
+        """The model that a draft belongs to, by its folder and a hash of its weights, for the draft's description.
+
+        Args:
+            weights: of `load_weights`; other ranks than 0 get an empty description.
+        """
+        if not weights:
+            return {}
+        section = self._section
+        return {
+            "checkpoint_dir": section.get("checkpoint_dir"),
+            "checkpoint_files": checkpoint_files(section),
+            "model_type": section.get("model_type"),
+            "hash": weights_hash(weights),
+        }
 
     def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
-            contents: of `checkpoint_contents`.
+            contents: of `checkpoint_contents`; of a draft its weights and its description.
             state: of the recipe, for a resumed run.
         """
         self.finish()
         self._clear()
+        if DESCRIPTION in contents:
+            write_draft(self.staging / name, contents[training.MODEL_KEY], contents[DESCRIPTION])
+        else:
+            self._write_model(name, contents)
+        torch.save(dict(state), self.staging / name / RECIPE_STATE)
+        self._place(name)
+
+    def _write_model(self, name: str, contents: Mapping[str, Any]) -> None:
+        """Write a model by torchtune's checkpointer."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         biases = contents.pop(BIASES, {})
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
@@ -163,11 +195,9 @@ class Checkpoints:
             # torchtune copies it from the checkpoint of the start, and transformers would look for adapters here.
             (folder / "adapter_config.json").unlink(missing_ok=True)
         correct_peft_form(folder, self._checkpointer._model_type.name, biases)
-        torch.save(dict(state), folder / RECIPE_STATE)
         # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
-        self._place(name)
 
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.

@@ -1,5 +1,6 @@
 """The model of a training run: built, loaded and sharded at the start; gathered for a checkpoint."""
 
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from layerskip_recipes.model.adapters import (
     scaled_biases,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.checkpoints import Weights
 from layerskip_recipes.training.config import FinetuneConfig
@@ -29,17 +31,18 @@ def build_model(
     device: torch.device,
     mesh: Mesh,
     weights: Weights | None,
-    adapters: Weights | None,
+    trained: Weights | None,
     seed: int,
-) -> LayerSkipDecoder:
-    """The model of a config with its weights, compiled, checkpointed and sharded as the config says, ready to train.
+) -> tuple[LayerSkipDecoder, Draft | None]:
+    """The model of a config with its weights, compiled, checkpointed and sharded as the config says, ready to train;
+    and the draft that is trained for it, if there is one.
 
     Args:
         cfg: the config.
         device: of the weights.
         mesh: the ranks to shard it over.
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
-        adapters: on rank 0 that of the adapters; None: fresh ones, if the model has any.
+        trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
         seed: of fresh adapters.
 
     Raises:
@@ -48,7 +51,10 @@ def build_model(
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
         model = layerskip_decoder(cfg.model.build())
+        draft = None if cfg.draft is None else cfg.draft.build(model)
     freeze_base(model)
+    if cfg.draft is not None:
+        model.requires_grad_(False)
     state = None if weights is None else dict(weights)
     if is_rank_zero():
         if state is None and several:
@@ -56,20 +62,38 @@ def build_model(
                 state = _initialised(layerskip_decoder(cfg.model.build()), cfg).state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
-                state |= fresh_adapters(model, state, seed) if adapters is None else adapters
+                state |= fresh_adapters(model, state, seed) if trained is None else trained
             check_state_dict(cfg.meta_model, state)
-    if cfg.compile:
-        training.compile_model(model, verbose=False)
-    if several:
-        shard_model(model, cfg, mesh)
-        load_from_rank0(model, state or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
-    else:
-        checkpoint_layers(model, cfg.checkpoint_every_layers)
-        if state is None:
+    of_draft: Weights = {}
+    if draft is not None and is_rank_zero():
+        of_draft = fresh_draft(draft, state or {}, cfg.num_layers) if trained is None else trained
+    for part, values in ((model, state), *(((draft, of_draft),) if draft is not None else ())):
+        if cfg.compile:
+            training.compile_model(part, verbose=False)
+        every = cfg.checkpoint_every_layers if draft is None or part is draft else 0
+        if several:
+            shard_model(part, cfg, mesh, every)
+            load_from_rank0(part, values or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
+            continue
+        checkpoint_layers(part, every)
+        if values is None:
             _initialised(model, cfg)
         else:
-            model.load_state_dict(state)
-    return model.train()
+            part.load_state_dict(values)
+    return model.train(draft is None), draft
+
+
+def fresh_draft(draft: Draft, base: Weights, num_layers: int) -> dict[str, torch.Tensor]:
+    """The first weights of a draft, those of the model: of its first layers for a copy, of its last for an adapter.
+
+    Args:
+        draft: on any device.
+        base: the model's state_dict.
+        num_layers: L of the model.
+    """
+    first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
+    of_layer = re.compile(r"^layers\.(\d+)")
+    return {name: base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)] for name in draft.state_dict()}
 
 
 def _initialised(model: LayerSkipDecoder, cfg: FinetuneConfig) -> LayerSkipDecoder:
@@ -92,7 +116,7 @@ def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Ten
 
 
 def checkpoint_contents(
-    model: LayerSkipDecoder, meta: nn.Module, device: torch.device, adapters_only: bool = False
+    model: nn.Module, meta: nn.Module, device: torch.device, adapters_only: bool = False
 ) -> dict[str, Any]:
     """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks.
 

@@ -171,7 +171,7 @@ def rank_zero_first():
     wait_for_all()  # the others' turn may take as long
 
 
-def checkpoint_layers(model: LayerSkipDecoder, every: int) -> None:
+def checkpoint_layers(model: nn.Module, every: int) -> None:
     """Activation checkpointing of each `every`-th layer (0: none): the backward pass computes its activations again."""
     for layer in range(every - 1, len(model.layers), every) if every else ():
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
@@ -182,7 +182,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> None:
+def shard_model(model: nn.Module, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
     """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
 
     Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
@@ -191,12 +191,13 @@ def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> Non
         model: changed in place.
         cfg: the config.
         mesh: of several processes.
+        checkpoint_every: of how many layers one's activations are computed again, see `checkpoint_layers`.
     """
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)
         assert plan is not None  # see `check_processes`
         parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
-    checkpoint_layers(model, cfg.checkpoint_every_layers)
+    checkpoint_layers(model, checkpoint_every)
     if mesh.devices is not None and mesh.data_size > 1:
         named = cfg.custom_sharded_layers or []
         training.shard_model(
@@ -216,7 +217,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def load_from_rank0(
-    model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
+    model: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
 ) -> None:
     """Give each rank its part of rank 0's weights, tensor by tensor.
 
