@@ -52,7 +52,7 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             variants[name] = EarlyExitVariant.parse(section, key)
             continue
         for needed, example in (("exit_layer", 3), ("num_speculations", 5)):
-            if section.get(needed) is None:
+            if section.get(needed) is None and not (needed == "exit_layer" and section.get("draft") is not None):
                 raise ConfigError(
                     f"{key}.{needed}: missing; for example {key}.{needed}={example}, or for all tokens from an exit, "
                     f"without verification, {key}={{early_exit: 3}}"
@@ -161,7 +161,7 @@ class BenchmarkConfig(DecodingConfig):
         """Exit layer and draft length of the first variant that drafts."""
         variants = (self.variants or {}).values() if self.self_speculation is None else [self.self_speculation]
         drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
-        return next(((v.exit_layer, v.num_speculations) for v in drafts), None)
+        return next(((v.exit_layer, v.num_speculations) for v in drafts if v.exit_layer is not None), None)
 
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)

@@ -21,8 +21,8 @@ class Draft(nn.Module):
     after the model's own first E layers (Kangaroo, arXiv 2404.18911).
 
     Args:
-        model: the model, not yet sharded, wrapped or compiled. Of its layers and norm the draft has copies: of the first
-            E, or of the last ones.
+        model: the model, not yet sharded, wrapped or compiled. Of its layers and norm the draft has copies: of the
+            first E, or of the last ones.
         kind: "copy" or "adapter".
         exit_layer: E.
         num_layers: of an adapter.

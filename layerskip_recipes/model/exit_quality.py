@@ -64,7 +64,9 @@ def exit_quality(
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
-            for e, x in zip((0, model.num_layers), draft.hidden_states(model, batch.pop("tokens"), **batch), strict=True):
+            for e, x in zip(
+                (0, model.num_layers), draft.hidden_states(model, batch.pop("tokens"), **batch), strict=True
+            ):
                 measured.measure(e, x, normed=True)
         sums += measured.compare()
     sums = add_up(sums)

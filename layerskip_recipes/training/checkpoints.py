@@ -30,6 +30,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     is_scratch,
     warn_of_contradictions,
 )
+from layerskip_recipes.checkpoint.drafts import DESCRIPTION, DRAFT_FILE, write_draft
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
@@ -44,7 +45,6 @@ from layerskip_recipes.processes import (
     wait_for_all,
 )
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft import DESCRIPTION, DRAFT_FILE, write_draft
 
 RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"

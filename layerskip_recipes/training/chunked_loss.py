@@ -54,9 +54,7 @@ def cross_entropy_(
     return ((total.log() - target_score) * counts).sum()
 
 
-def kl_divergence_(
-    logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0
-) -> torch.Tensor:
+def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """KL(p || q) summed over tokens, of a teacher's p = softmax(teacher) and of q = softmax(z).
 
     KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p. Computed in fp32 or better.

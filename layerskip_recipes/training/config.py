@@ -21,6 +21,7 @@ from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training.draft import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, loss_from_upstream
 
+
 def _dropout_from_upstream(section: Any) -> Any:
     """The `layer_dropout` section without torchtune's `disable_on_eval`: evaluation never drops layers here."""
     if not isinstance(section, Mapping) or "disable_on_eval" not in section:
@@ -63,7 +64,7 @@ Count = PositiveInt | None
 
 
 class FinetuneConfig(RecipeConfig):
-    """The keys of `layerskip_finetune`: torchtune's, and the sections `layer_dropout` and `early_exit_loss`, or `draft`."""
+    """The keys of `layerskip_finetune`: torchtune's, and `layer_dropout` and `early_exit_loss`, or `draft`."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",

@@ -1,19 +1,15 @@
-"""A draft for a model that stays as it is: its section, its loss, and the files of its checkpoints.
+"""A draft for a model that stays as it is: its section and its loss.
 
 Only the draft (model/draft.py) is trained. The model, its teacher, runs forward without activations kept for it.
 """
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import nn
 
-from layerskip_recipes.config.schema import PositiveInt, Section
+from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind
@@ -33,6 +29,11 @@ class DraftSection(Section):
     """Layers of an adapter, 1 by default."""
     target: Literal["distribution", "argmax", "labels"] = "distribution"
     """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
+    own_text: Fraction = 0.0
+    """The part of the micro-batches that are continuations by the model itself. They are written in batches of 32 when
+    they are needed, and kept in own_text.jsonl in `output_dir`."""
+    own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
+    """The temperature of these texts; 0 is greedy."""
     chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
     """The most tokens whose logits exist at a time."""
 
@@ -118,36 +119,3 @@ class DraftLoss:
             taught=1,
         )
         return total
-
-
-# ---- checkpoints ----
-
-DRAFT_FILE = "draft.safetensors"
-DESCRIPTION = "layerskip.json"
-
-
-def describe(section: DraftSection, draft: Draft, base: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The content of layerskip.json.
-
-    Args:
-        section: of the config.
-        draft: the draft.
-        base: which model it drafts for: folder and files, type, and hash of its weights.
-        steps: optimizer steps done.
-    """
-    return {
-        "format": 1,
-        "kind": section.kind,
-        "exit_layer": section.exit_layer,
-        "num_layers": draft.num_layers,
-        "target": section.target,
-        "base": dict(base),
-        "steps": steps,
-    }
-
-
-def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Write a draft's files into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / DRAFT_FILE)
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")

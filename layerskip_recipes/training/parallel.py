@@ -108,6 +108,8 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
     """Raises a ConfigError for keys that work in one process only."""
+    if cfg.draft is not None and cfg.draft.own_text:
+        raise ConfigError(f"draft.own_text: {cfg.draft.own_text} works with one process. Set draft.own_text=0")
     base = cfg.model.get("base") or cfg.model.section
     if replicate > 1 and base.get("quantize_base", "qlora" in base.get("_component_", "")):
         raise ConfigError(

@@ -21,6 +21,7 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
+from layerskip_recipes.checkpoint.drafts import DESCRIPTION, describe
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -36,10 +37,11 @@ from layerskip_recipes.processes import (
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft import DESCRIPTION, DraftLoss, describe
+from layerskip_recipes.training.draft import DraftLoss
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
+from layerskip_recipes.training.own_text import OwnText
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
 from layerskip_recipes.training.run_log import RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation
@@ -136,6 +138,7 @@ class LayerSkipFinetune:
         check_vocabulary(tokenizer, cfg.meta_model)
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
+        self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         self.total_steps = self.data.total_steps
         return tokenizer
@@ -146,10 +149,15 @@ class LayerSkipFinetune:
         if weights is None and is_rank_zero():
             log.info("No weights to begin with: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
+        self.own_text: OwnText | None = None
         self.trained: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
             self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index)
             self.base = self.checkpoints.base(weights)
+            if cfg.draft.own_text:
+                how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
+                resumes = self.checkpoints.resumed_from is not None
+                self.own_text = OwnText(*how, self.output_dir / "own_text.jsonl", resumes)
         self.model.layer_dropout = cfg.build_layer_dropout(self.seed) or self.model.layer_dropout
         if self.model.layer_dropout is not None:
             # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
@@ -207,8 +215,12 @@ class LayerSkipFinetune:
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
         tokens, total, per_exit = 0, torch.zeros((), device=self.device), dict[int, Any]()
-        for _ in range(self.cfg.gradient_accumulation_steps):
-            count, loss, exits = self._forward(next(batches))
+        for part in range(self.cfg.gradient_accumulation_steps):
+            batch = next(batches)
+            if self.own_text is not None:
+                number = self.step * self.cfg.gradient_accumulation_steps + part
+                batch = self.own_text.batch(number, self.model) or batch
+            count, loss, exits = self._forward(batch)
             # Micro-batches weigh by their tokens. An optimizer in backward has a single one, whose loss is a mean
             # already: over the ranks, which FSDP averages, it weighs by its part of all tokens.
             weight: Any = count
@@ -315,7 +327,7 @@ class LayerSkipFinetune:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
             contents = checkpoint_contents(self.trained, self.cfg.meta_model, self.device, adapters_only)
             if self.cfg.draft is not None and self.draft is not None:
-                contents[DESCRIPTION] = describe(self.cfg.draft, self.draft, self.base, self.step)
+                contents[DESCRIPTION] = describe(self.draft, self.base, self.step, self.cfg.draft.target)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer})
             wait_for_all()

@@ -88,7 +88,7 @@ class Validation:
     def measure(
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
-        """Quality of each exit, or of the draft, and a warning if the last layer became worse than at the start by the margin.
+        """Quality of each exit, or of the draft; a warning if the last layer became worse by the margin.
 
         Args:
             model: left in the mode in which it is.
