@@ -199,8 +199,8 @@ class StepContext:
         own = self.own_layers
         if own.start == 0:
             return x
-        layers = {"start_layer": own.start, "exit_layer": own.stop}
-        return self.run(self.draft_model, None, at, slots, hidden=x, unembed=False, **layers, **attention)
+        part: Any = {"hidden": x, "start_layer": own.start, "exit_layer": own.stop}
+        return self.run(self.draft_model, None, at, slots, unembed=False, **part, **attention)
 
     def catch_up(
         self, exit_layer: int, tokens: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, **attention: Any

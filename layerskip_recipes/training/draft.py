@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
@@ -37,7 +38,7 @@ class DraftSection(Section):
     chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
     """The most tokens whose logits exist at a time."""
 
-    def check_against(self, model: nn.Module) -> None:
+    def check_against(self, model: TransformerDecoder) -> None:
         """Raises a ConfigError if the draft does not fit a model, on any device."""
         most = len(model.layers) - 1
         if self.exit_layer > most:

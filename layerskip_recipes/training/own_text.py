@@ -37,8 +37,9 @@ class OwnText:
     ) -> None:
         self.share, self.temperature, self.data, self.stop_tokens = share, temperature, data, stop_tokens
         self.file = file
-        lines = file.read_text().splitlines() if resumes and file.exists() else []
-        lines = lines[: len(lines) // ROWS * ROWS]  # a killed run may have left a part of its last group
+        # A killed run may have left a part of its last group, and of a line.
+        lines = file.read_text().split("\n")[:-1] if resumes and file.exists() else []
+        lines = lines[: len(lines) // ROWS * ROWS]
         self.texts = [json.loads(line) for line in lines]
         self._keep(self.texts, "w")
         self.order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(data.seed)).tolist()

@@ -26,6 +26,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import TENSOR_PARALLEL
 from layerskip_recipes.processes import is_rank_zero, num_processes, wait_for_all
 from layerskip_recipes.training.config import FinetuneConfig
@@ -173,7 +174,7 @@ def rank_zero_first():
     wait_for_all()  # the others' turn may take as long
 
 
-def checkpoint_layers(model: nn.Module, every: int) -> None:
+def checkpoint_layers(model: LayerSkipDecoder | Draft, every: int) -> None:
     """Activation checkpointing of each `every`-th layer (0: none): the backward pass computes its activations again."""
     for layer in range(every - 1, len(model.layers), every) if every else ():
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
@@ -184,7 +185,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def shard_model(model: nn.Module, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
+def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
     """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
 
     Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
@@ -198,6 +199,7 @@ def shard_model(model: nn.Module, cfg: FinetuneConfig, mesh: Mesh, checkpoint_ev
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)
         assert plan is not None  # see `check_processes`
+        assert isinstance(model, LayerSkipDecoder)  # a draft is sharded only
         parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
     checkpoint_layers(model, checkpoint_every)
     if mesh.devices is not None and mesh.data_size > 1:
@@ -219,7 +221,11 @@ def reshard(model: nn.Module) -> None:
 
 
 def load_from_rank0(
-    model: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
+    model: LayerSkipDecoder | Draft,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool,
 ) -> None:
     """Give each rank its part of rank 0's weights, tensor by tensor.
 
@@ -231,8 +237,9 @@ def load_from_rank0(
     """
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
-            if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
-                module.rope_init()
+            rope_init: Any = getattr(module, "rope_init", None)
+            if rope_init is not None:  # its buffers are in no checkpoint
+                rope_init()
     wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
@@ -248,7 +255,7 @@ def is_packed(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, NF4Tensor) or isinstance(getattr(parameter, "_local_tensor", None), NF4Tensor)
 
 
-def _load_packed(model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
+def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
     """`load_from_rank0` where weights are NF4: every rank packs the whole tensor and keeps its part."""
     for name, own in model.state_dict().items():
         value = state[name].to(device=device, dtype=dtype) if is_rank_zero() else None

@@ -37,9 +37,9 @@ def plain_states(model, draft, tokens):
 @pytest.mark.parametrize("target", ["distribution", "argmax", "labels"])
 @pytest.mark.parametrize("kind", SECTIONS)
 @pytest.mark.parametrize("family", ["llama3_2", "llama2", "qwen2_tied"])
-def test_loss_and_gradients_are_those_of_plain_pytorch(family, kind, target):
+def test_loss_and_gradients_are_those_of_plain_pytorch(family, kind, target, float64):
     """In chunks that do not divide the tokens, with labels that do not count."""
-    model = layerskip_decoder(make_tiny(family)).double().requires_grad_(False)
+    model = layerskip_decoder(make_tiny(family)).requires_grad_(False)
     section = DraftSection.parse(SECTIONS[kind] | {"target": target, "chunk_tokens": 5})
     draft = section.build(model)
     torch.manual_seed(1)
