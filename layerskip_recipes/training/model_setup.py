@@ -1,7 +1,7 @@
 """The model of a training run: built, loaded and sharded at the start; gathered for a checkpoint."""
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.checkpoints import Weights
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh, checkpoint_layers, clean_name, load_from_rank0, shard_model
+
+P = TypeVar("P", LayerSkipDecoder, Draft)
 
 
 def build_model(
@@ -64,23 +66,32 @@ def build_model(
             if adapter_names(cfg.meta_model):
                 state |= fresh_adapters(model, state, seed) if trained is None else trained
             check_state_dict(cfg.meta_model, state)
+    every = cfg.checkpoint_every_layers
+    if draft is None:
+        return _place(model, state, cfg, device, mesh, every).train(), None
     of_draft: Weights = {}
-    if draft is not None and is_rank_zero():
+    if is_rank_zero():
         of_draft = fresh_draft(draft, state or {}, cfg.num_layers) if trained is None else trained
-    for part, values in ((model, state), *(((draft, of_draft),) if draft is not None else ())):
-        if cfg.compile:
-            training.compile_model(part, verbose=False)
-        every = cfg.checkpoint_every_layers if draft is None or part is draft else 0
-        if several:
-            shard_model(part, cfg, mesh, every)
-            load_from_rank0(part, values or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
-            continue
-        checkpoint_layers(part, every)
-        if values is None:
-            _initialised(model, cfg)
-        else:
-            part.load_state_dict(values)
-    return model.train(draft is None), draft
+    _place(model, state, cfg, device, mesh, 0)
+    return model.eval(), _place(draft, of_draft, cfg, device, mesh, every).train()
+
+
+def _place(
+    part: P, state: Weights | None, cfg: FinetuneConfig, device: torch.device, mesh: Mesh, checkpoint_every: int
+) -> P:
+    """The model or the draft with its weights, compiled, checkpointed and sharded."""
+    if cfg.compile:
+        training.compile_model(part, verbose=False)
+    if mesh.devices is not None:
+        shard_model(part, cfg, mesh, checkpoint_every)
+        load_from_rank0(part, state or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
+        return part
+    checkpoint_layers(part, checkpoint_every)
+    if isinstance(part, LayerSkipDecoder) and state is None:
+        _initialised(part, cfg)
+    else:
+        part.load_state_dict(state or {})
+    return part
 
 
 def fresh_draft(draft: Draft, base: Weights, num_layers: int) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.decoding import SMALL, model_of, small_model
 from helpers.sampling import p_value, rng
@@ -95,6 +96,23 @@ def test_the_draft_reads_all_of_the_text(kind, variant):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
+    model = model_of("llama3_2")
+    draft = draft_of(model, kind)
+    speculation = Speculation(2, 4, drafter=draft.decoder(model))
+    first = run(model, PROMPTS[2:3], 10, speculation=speculation, reserve=64)
+    text = [*PROMPTS[2], *first.generated[0], 7, 9]
+    drafts = []
+    generation = run(
+        model, [text], 12, speculation=speculation, cache=first.cache, on_draft=drafts.append
+    )  # fmt: skip
+    assert generation.stats.reused_tokens == len(text) - 3  # the last one of the answer was never an input
+    assert generation.generated == [plain(model, tuple(text), 12)]
+    said = said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)
+    assert drafts[0] == [said]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tree", [{}, {"tree_width": 2, "tree_children": 2}])
 def test_samples_have_the_models_distribution(kind, tree):
     model = small_model()
@@ -113,14 +131,21 @@ def test_samples_have_the_models_distribution(kind, tree):
     assert p_value(rows @ torch.tensor([SMALL**2, SMALL, 1]), probs) > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_text_is_the_models(kind):
-    model = model_of("llama3_2")
-    for variant in ("chain", "tree"):
-        speculation = Speculation(2, **VARIANTS[variant], drafter=draft_of(model, kind).decoder(model))
-        expected = [plain(model, prompt, 15) for prompt in PROMPTS]
-        assert run(model, PROMPTS, 15, speculation=speculation, compile=True).generated == expected
+@compiles
+def test_compiled_text_is_the_models():
+    """Of two drafts of one model, one after the other, whose graphs are different ones."""
+    model = make_small()
+    for shape in (("copy", 1), ("adapter", 1, 1)):
+        draft = Draft(model, *shape).requires_grad_(False)
+        for parameter in draft.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        speculation = Speculation(1, 2, drafter=draft.decoder(model))
+        drafts: list = []
+        generation = run(model, SHORT, 12, speculation=speculation, compile=True, on_draft=drafts.append)
+        assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
+        text = [*SHORT[0], generation.generated[0][0]]
+        assert drafts[0][0] == said_by_draft(model, draft, text, 2)
+        assert generation.stats.compile_s > 0
 
 
 # ---- a draft's folder in configs ----
