@@ -32,6 +32,7 @@ from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form
+from layerskip_recipes.model.hf_folder import RECIPE_STATE, WRITTEN, complete_checkpoints, written_at
 from layerskip_recipes.processes import (
     file_group,
     from_every_rank,
@@ -42,10 +43,8 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.config import FinetuneConfig
 
-RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
 REPLACED = "replaced_"
-WRITTEN = "written"  # holds the time of writing in seconds: the files' own times do not survive a copy
 SHARDED = ".metadata"  # a file that only checkpoints of shards have
 
 Weights = Mapping[str, torch.Tensor]
@@ -232,7 +231,7 @@ class Checkpoints:
     def _place(self, name: str) -> None:
         """Move a complete checkpoint to its place, and delete the oldest ones."""
         # Keep timestamps monotonic: the clock of another machine may be behind.
-        before = [_written(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
+        before = [written_at(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
         (self.staging / name / WRITTEN).write_text(repr(max([time.time(), *before])))
         place = self.output_dir / name
         if place.exists():
@@ -275,18 +274,6 @@ def restore_set_aside(output_dir: Path) -> None:
         place = output_dir / aside.name.removeprefix(REPLACED)
         if not place.exists():
             os.rename(aside, place)
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints under output_dir, the oldest first."""
-    states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
-    return sorted((path.parent for path in states), key=_written)
-
-
-def _written(checkpoint: Path) -> float:
-    """The time at which a checkpoint was written, in seconds."""
-    noted = checkpoint / WRITTEN
-    return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime
 
 
 def find_checkpoint(output_dir: Path) -> Path:
