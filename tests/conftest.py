@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.configs import generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
 
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -92,6 +93,18 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     stdlib_tokenizer(str(folder / "tokenizer"), vocab_size=300)
     return folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    """The folder of `make_checkpoint`; tests only read it."""
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
+
+
+@pytest.fixture
+def path(tmp_path, checkpoint) -> Path:
+    """A generation of 24 tokens from it."""
+    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 @pytest.fixture
