@@ -31,9 +31,10 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 # With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
 # two files of several processes each shall not run beside each other.
 LONGEST_FIRST = (
-    *("test_real", "test_distributed_finetune", "test_readme", "test_compile", "test_distributed_generate"),
-    *("test_kills", "test_generate_recipe", "test_distributed_loss", "test_benchmark", "test_few_rows", "test_cli"),
-    *("test_validation", "test_errors", "test_resume", "test_speculation", "test_tuning", "test_install"),
+    *("test_distributed_finetune", "test_readme", "test_real", "test_compile", "test_distributed_generate"),
+    *("test_generate_recipe", "test_kills", "test_adapters", "test_errors", "test_distributed_loss", "test_benchmark"),
+    *("test_family_configs", "test_few_rows", "test_cli", "test_validation", "test_resume", "test_speculation"),
+    *("test_tuning", "test_install"),
 )
 
 

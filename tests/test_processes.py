@@ -10,7 +10,7 @@ from layerskip_recipes import processes
 
 @pytest.mark.distributed
 def test_no_process_leaves_before_all_have_come(tmp_path):
-    """Of three ranks, the last comes 0.4 s after the first; rank 0, where the store is, leaves last."""
+    """Of three ranks, the last comes 0.4 s after the first."""
     ranks = run_on_ranks(__file__, cwd=tmp_path, processes=3)
     check_success(ranks)
     come, left = zip(*(map(float, rank.stdout.split()) for rank in ranks), strict=True)

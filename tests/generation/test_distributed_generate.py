@@ -84,7 +84,7 @@ def sampled(model):
 def other(model, mode):
     arguments = OTHER_MODES[mode]
     rng = {"rng": torch.Generator().manual_seed(1)} if arguments.get("temperature") else {}
-    return run(model, new=40, **arguments, **rng).tokens.tolist()
+    return run(model, new=24, **arguments, **rng).tokens.tolist()
 
 
 @contextmanager

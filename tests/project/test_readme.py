@@ -93,6 +93,7 @@ QUICKSTART = {
         "max_steps_per_epoch": 2,
         "log_every_n_steps": 1,
         "dataset.split": "heldout",
+        "dataset.seq_len": 64,
         "dataset.max_samples": 16,
     },
     "layerskip_generate": {"max_new_tokens": 6},
@@ -125,11 +126,9 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
     if config.startswith("quickstart/"):
-        changes = {"model.num_layers": 4, "model.vocab_size": 300} | QUICKSTART[recipe]
+        changes = {"model.num_layers": 4, "model.vocab_size": 300, "output_dir": "quickstart"} | QUICKSTART[recipe]
         if recipe == "layerskip_finetune":
             changes["tokenizer.path"] = str(folder / "tokenizer")
-        else:
-            changes["output_dir"] = "quickstart"  # where the model is trained
         if recipe == "layerskip_generate" and cfg.get("self_speculation") is not None:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
