@@ -27,7 +27,7 @@ from layerskip_recipes.generation.sampling import Sampler
 @pytest.fixture(scope="module")
 def small():
     """One model for all tests: its graphs stay with it."""
-    return make_small()
+    return make_small(MAX_LEN)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ sys.path.insert(0, {tests!r})
 from torch._dynamo.utils import counters
 import test_compile as t
 t.torch.set_float32_matmul_precision("highest")  # as conftest.py: it is part of what compiled code is found by
-model = t.make_small()
+model = t.make_small(t.MAX_LEN)
 for prompts, count in ((t.END, 30), (t.SHORT, 9)):
     generation = t.run(model, prompts, count, speculation=t.Speculation(**t.WAYS["chain"]))
 assert not t.compiled_steps(model).failed

@@ -21,17 +21,17 @@ def compiles(test):
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
 VOCAB = 31
-# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache, and 30
-# tokens more reach the model's last position.
+# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache; 30 tokens
+# more reach the last position of a model of MAX_LEN.
 MAX_LEN = 230
 END = [tuple(range(start, start + 25)) * 8 for start in (2, 5)]
 SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
 LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]
 
 
-def make_small():
+def make_small(max_seq_len=512):
     torch.manual_seed(80)
-    model = llama3_2(vocab_size=VOCAB, max_seq_len=MAX_LEN, **SIZES)
+    model = llama3_2(vocab_size=VOCAB, max_seq_len=max_seq_len, **SIZES)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
