@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -259,11 +258,9 @@ def folder(tmp_path, tokenizer_folder):
     ],
 )
 def test_a_users_mistake(args, message, folder):
-    """The last line on stderr says it; status 1, no traceback, within seconds, and nothing is written."""
+    """The last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
-    started = time.perf_counter()
     done = run_tune("run", *args, cwd=folder)
-    assert time.perf_counter() - started < 60  # 8 s on two busy cores, most of it the imports
     last = last_line(done.stderr)
     assert last.startswith("ValueError: ") and message in last
     assert done.returncode == 1
