@@ -148,7 +148,10 @@ def rewound(out, name, to):
 def train_on_ranks(path, *overrides, processes=2):
     """`tune run layerskip_finetune --config PATH OVERRIDES` on so many processes."""
     arguments = ("train", path.parent, "--config", path, *overrides)
-    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=processes))
+    with pytest.MonkeyPatch.context() as patch:
+        # Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it.
+        patch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=processes))
 
 
 def tune_on_two(path, *overrides):
