@@ -39,7 +39,7 @@ QWEN3 = {
     "num_hidden_layers": SIZE["num_layers"],
     "num_attention_heads": SIZE["num_heads"],
     "num_key_value_heads": SIZE["num_kv_heads"],
-    "head_dim": 8,
+    "head_dim": 16,
     "hidden_size": SIZE["embed_dim"],
     "intermediate_size": SIZE["intermediate_dim"],
 }

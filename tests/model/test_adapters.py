@@ -271,9 +271,14 @@ def test_adapters_only(read, tmp_path):
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_model.pt", "adapter_model.safetensors", "adapter_config.json", "recipe_state.pt"} <= files
     assert not [name for name in files if name.startswith("model")]
-    assert (folder / "adapter_config.json").read_text() == (read.checkpoint / "adapter" / "adapter_config.json").read_text()
+    assert (folder / "adapter_config.json").read_text() == (
+        read.checkpoint / "adapter" / "adapter_config.json"
+    ).read_text()
     state = torch.load(folder / "adapter_model.pt", weights_only=True)
-    both = load_file(folder / "adapter_model.safetensors"), load_file(read.checkpoint / "adapter" / "adapter_model.safetensors")
+    both = (
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(read.checkpoint / "adapter" / "adapter_model.safetensors"),
+    )
     for ours, theirs in ((state, read.adapters), both):
         assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     path = generate_with(read, tmp_path, folder)
