@@ -273,7 +273,7 @@ def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
 
 def is_plain_attention(layer: nn.Module) -> bool:
     """Whether a layer has torchtune's own attention, which needs no mask to be causal."""
-    return type(layer.attn) is MultiHeadAttention
+    return isinstance(layer.attn, MultiHeadAttention)
 
 
 # For each plain decoder its modules and the `LayerSkipDecoder` around them, so that compiled graphs are kept.

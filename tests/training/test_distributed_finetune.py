@@ -11,6 +11,7 @@ import torch
 from helpers import training_ranks
 from helpers.commands import run_tune
 from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.hf_folders import make_hf_folder
 from helpers.ranks import check_success, run_on_ranks
 from helpers.training import UNTIED, losses, start_section, texts, train
 from safetensors.torch import load_file
@@ -61,6 +62,7 @@ CASES = {
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
     "capped head": ("gemma2", 2, FEW),
+    "Qwen3 by its folder": ("qwen3", 2, []),
     "LoRA": ("lora", 2, []),
     "DoRA": ("dora", 2, FEW),
     "QLoRA": ("qlora", 2, FEW),
@@ -86,6 +88,7 @@ RESUMED = {
     "2 to 1, shards": ("tune run", "tied", "step_8", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
+    "2 to 1, Qwen3 by its folder": ("Qwen3 by its folder", "qwen3", "epoch_0", 1),
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }
@@ -117,6 +120,11 @@ def config_changes(kind, folder, tokenizer):
                 torch.nn.init.normal_(parameter, std=0.1)
         torch.save(plain.state_dict(), folder / "wide" / "model.pt")
         return {"model": QLORA, "checkpointer": start_section(folder / "wide", "TorchTune", "model.pt")}
+    if kind == "qwen3":
+        make_hf_folder("qwen3", folder / "Qwen3", vocab_size=300)
+        path = {"path": str(folder / "Qwen3")}
+        section = {"_component_": "layerskip_recipes.hf_checkpointer", "output_dir": "${output_dir}", **path}
+        return {"model": {"_component_": "layerskip_recipes.hf_decoder", **path}, "checkpointer": section}
     if kind == "gemma2":
         return {"model": GEMMA2, "checkpointer": scratch("GEMMA2", tokenizer, head_dim=16)}
     if kind == "untied":
@@ -216,7 +224,12 @@ def same_weights(one, other):
     """The last checkpoints, as other tools read them."""
     read = {".safetensors": load_file, ".bin": torch.load}
     ours, theirs = (
-        {k: v for file in sorted(out.glob("epoch_*"))[-1].glob("model-*") for k, v in read[file.suffix](file).items()}
+        {
+            name: value
+            for file in sorted(out.glob("epoch_*"))[-1].glob("model*")
+            if file.suffix in read
+            for name, value in read[file.suffix](file).items()
+        }
         for out in (one, other)
     )
     assert ours and ours.keys() == theirs.keys()
