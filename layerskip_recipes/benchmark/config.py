@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
-from torchtune import utils
 
 from layerskip_recipes.benchmark.peers import PEERS, check_peers
 from layerskip_recipes.benchmark.sweep import Sweep
@@ -19,8 +18,6 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
-
-log = utils.get_logger("INFO")
 
 BASELINE = "baseline"
 EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
@@ -233,63 +230,14 @@ class BenchmarkConfig(DecodingConfig):
             )
         if self.tune_file is not None and self.tune_extends is None:
             raise ConfigError(f"tune_file: {self.tune_file} needs tune_extends, which is not there. Set tune_file=null")
-        if self.tune and self.repetition_penalty not in (None, 1):
-            raise ConfigError(
-                f"repetition_penalty: {self.repetition_penalty} is not allowed with tune, which takes acceptance from "
-                "the text as it is. Set repetition_penalty=null"
-            )
-        if self.tune_extends is not None:
-            if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
-                raise ConfigError(
-                    f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file"
-                )
-            self._check_extended()
-
-    def _check_extended(self) -> None:
-        """Raises a ConfigError unless `tune_extends` is a generation config that decodes as this benchmark does."""
-        name = self.tune_extends or ""
+        if self.tune_extends is None:
+            return
+        if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
+            raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")
         try:
-            extended = GenerateConfig.load(load_config(name))
+            GenerateConfig.load(load_config(self.tune_extends))
         except ValueError as e:
             raise ConfigError(
-                f"tune_extends: {name} is no generation config that works ({e}). For example "
+                f"tune_extends: {self.tune_extends} is no generation config that works ({e}). For example "
                 "tune_extends=quickstart/generate"
             ) from e
-        ours, theirs = (
-            _decoding(cfg, temperature)
-            for cfg, temperature in ((self, self.all_temperatures[0]), (extended, extended.temperature))
-        )
-        for key, value in theirs.items():
-            if value != ours[key]:
-                value, here = ("null" if side is None else side for side in (value, ours[key]))
-                examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": f"{key}=null there"}
-                raise ConfigError(
-                    f"tune_extends: {name} has {key}={value}, and {self.chooser} would choose for {here}. Allowed: the "
-                    f"same in both; for example {examples.get(key, f'{key}={value}')}"
-                )
-        if bool(extended.compile) != bool(self.compile):  # a rough choice, but a quick one
-            message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
-            log.warning(message, name, bool(extended.compile), bool(self.compile))
-        ours, theirs = _model(self), _model(extended)
-        for key in ours:
-            if ours[key] != theirs[key]:
-                message = "tune_extends: %s has %s=%s, which is kept, and the choice is for %s, as it is here"
-                log.warning(message, name, key, theirs[key], ours[key])
-
-
-def _decoding(cfg: DecodingConfig, temperature: float) -> dict[str, Any]:
-    """What decides beside the model which draft is fastest; None is off. Greedy decoding has no filters."""
-    off = {"repetition_penalty": 1} | ({"top_k": None, "top_p": 1, "min_p": 0} if temperature > 0 else {})
-    filters = {key: None if getattr(cfg, key) == nothing else getattr(cfg, key) for key, nothing in off.items()}
-    return {"temperature": temperature, "batch_size": cfg.batch_size, **filters}
-
-
-def _model(cfg: DecodingConfig) -> dict[str, Any]:
-    """The weights that decode."""
-    folders = {key: cfg.checkpointer.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
-    quantizer = getattr(cfg, "quantizer", None)
-    return {
-        **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},
-        "dtype": cfg.dtype,
-        "quantizer": quantizer and quantizer.path,
-    }
