@@ -202,7 +202,6 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-            shown.column = len(">>> ")
         generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
         try:
             self._follow(generation, texts, shown)
