@@ -104,7 +104,7 @@ def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     run(path, "stream=draft")
     shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
     assert "\x1b[2m" in shown
-    assert re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown) == plain
+    assert re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown) == plain
 
 
 class Letters:
