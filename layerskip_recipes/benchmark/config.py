@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from layerskip_recipes.benchmark.peers import PEERS, check_peers
+from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.sweep import Sweep
-from layerskip_recipes.benchmark.text_metrics import check_names
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
@@ -95,9 +94,14 @@ class BenchmarkConfig(DecodingConfig):
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """Of a generation config: the only variant, where `variants` is not there."""
-    peers: Annotated[list[str], Field(examples=["[torchtune]"])] | None = None
-    """Other libraries on the same checkpoint: `torchtune`, `transformers`, `transformers_early_exit` (drafts like the
-    first variant that drafts). One that is not installed is left out."""
+    peers: (
+        Annotated[
+            list[Literal["torchtune", "transformers", "transformers_early_exit"]], Field(examples=["[torchtune]"])
+        ]
+        | None
+    ) = None
+    """Other libraries on the same checkpoint; `transformers_early_exit` drafts like the first variant that drafts. One
+    that is not installed, or cannot do what the config asks for, is left out."""
     temperatures: Annotated[list[Temperature], BeforeValidator(_check_temperatures)] | None = None
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
@@ -108,8 +112,11 @@ class BenchmarkConfig(DecodingConfig):
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3
     """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
-    metrics: Annotated[list[str], Field(examples=["[rougeL]"])] | None = None
-    """How near outputs come to the prompts' references: `rouge1`, `rouge2`, `rougeL`, `bleu`, `exact_match`."""
+    metrics: (
+        Annotated[list[Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]], Field(examples=["[rougeL]"])]
+        | None
+    ) = None
+    """How near outputs come to the prompts' references."""
     random_weights: Flag = None
     """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor
     tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
@@ -162,7 +169,6 @@ class BenchmarkConfig(DecodingConfig):
 
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)
-        check_names(self.metrics or [])
         check_ending("picture", self.picture, PICTURES)
         self._check_what_is_compared()
         for name, variant in self.compared.items():
@@ -179,8 +185,6 @@ class BenchmarkConfig(DecodingConfig):
         if self.report_dir is None:
             raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
         check_checkpointer(self)
-        if self.sweep is None:
-            check_peers(self.peers or [], self.sampler(0.0), self.batch_size, self.first_draft)
         self._check_chooser(len(model.layers))
         if self.stop_strings and not self.metrics:
             raise ConfigError(

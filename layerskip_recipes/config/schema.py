@@ -116,7 +116,9 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         (item,) = get_args(kind)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
-        what = {int: "integers", float: "numbers", str: "texts"}.get(next(alternatives(item))[0], "values")
+        inner = next(alternatives(item))[0]
+        choices = ", ".join(map(_as_yaml, get_args(inner))) if get_origin(inner) is Literal else "values"
+        what = {int: "integers", float: "numbers", str: "texts"}.get(inner, choices)
         return f"a list of {what}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words

@@ -80,15 +80,7 @@ WRONG = [
     ("variants.torchtune.early_exit=2", "variants.torchtune", "taken", "variants.chain"),
     ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),
     ("peers=[vllm]", "peers", "'vllm'", "torchtune, transformers, transformers_early_exit"),
-    ("peers=[torchtune, torchtune]", "peers", "'torchtune' stands twice", "peers=[torchtune]"),
-    ("peers=[torchtune]; top_p=0.9", "peers", "top_p=0.9", "peers=[transformers]"),
-    ("peers=[transformers_early_exit]; batch_size=2", "peers", "2", "batch_size=1"),
-    (
-        "peers=[transformers_early_exit]; variants.chain=null; variants.tree=null; variants.x.early_exit=2",
-        "peers",
-        "none does",
-        "variants.chain.exit_layer=8",
-    ),
+    ("metrics=[rogueL]", "metrics", "rogueL", "rouge1, rouge2, rougeL, bleu, exact_match"),
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]
 
