@@ -136,7 +136,7 @@ def test_what_a_peer_cannot_do_leaves_it_out(path, checkpoint, tmp_path):
 
 def test_adapters_are_not_the_peers_model():
     section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": "/base", "adapter_checkpoint": "/adapters"})
-    with pytest.raises(ValueError, match="it would run the base without checkpointer.adapter_checkpoint"):
+    with pytest.raises(ValueError, match=r"it would run the base without checkpointer.adapter_checkpoint"):
         peers.check_same_model("torchtune", section)
 
 
