@@ -174,7 +174,7 @@ class GenerateConfig(DecodingConfig):
         inputs = {
             "prompt_file": self.prompt_file,
             "self_speculation.draft_vocabulary_file": draft and draft.draft_vocabulary_file,
-            # Whatever a component calls its file: path, source, shots, ...
+            # Whatever a component calls its file: path, source, ...
             **{f"prompts.{key}": value for key, value in (self.prompts.arguments if self.prompts else {}).items()},
         }
         for key, read in inputs.items():

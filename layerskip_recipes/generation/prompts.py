@@ -62,15 +62,6 @@ def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_fi
     return [_tried(_plain, item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
 
 
-def read_examples(
-    prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None
-) -> list[Example]:
-    """`try_examples`; raises a ConfigError if one of them is broken."""
-    examples = try_examples(prompt, prompts, prompt_file)
-    refuse_bad(examples)
-    return examples
-
-
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
     """Raises a ConfigError if an example has an error: that of the longest prompt, and the lines of the others.
 
