@@ -46,31 +46,13 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {EXAMPLE}")
         if "early_exit" in section:
             variants[name] = EarlyExitVariant.parse(section, key)
-            continue
-        for needed, example in (("exit_layer", 3), ("num_speculations", 5)):
-            if section.get(needed) is None:
-                raise ConfigError(
-                    f"{key}.{needed}: missing; for example {key}.{needed}={example}, or for all tokens from an exit, "
-                    f"without verification, {key}={{early_exit: 3}}"
-                )
-        variants[name] = SelfSpeculation.parse(section, key)
+        else:
+            variants[name] = SelfSpeculation.parse(section, key)
     return variants
 
 
 def _is_section(value: Any) -> bool:
     return isinstance(value, Mapping)
-
-
-def _check_temperatures(value: Any) -> Any:
-    numbers = value if isinstance(value, list) else []
-    if not all(isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in numbers):
-        numbers = []
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ConfigError(
-            f": {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for example "
-            "temperatures=[0.0,0.8]"
-        )
-    return value
 
 
 class BenchmarkConfig(DecodingConfig):
@@ -102,7 +84,7 @@ class BenchmarkConfig(DecodingConfig):
     ) = None
     """Other libraries on the same checkpoint; `transformers_early_exit` drafts like the first variant that drafts. One
     that is not installed, or cannot do what the config asks for, is left out."""
-    temperatures: Annotated[list[Temperature], BeforeValidator(_check_temperatures)] | None = None
+    temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """Of a generation config: the only temperature, where `temperatures` is not there."""
@@ -148,7 +130,8 @@ class BenchmarkConfig(DecodingConfig):
     @property
     def all_temperatures(self) -> list[float]:
         """The temperatures, in the order of their tables."""
-        return self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+        given = self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+        return list(dict.fromkeys(given))
 
     @property
     def chooser(self) -> str | None:
@@ -178,7 +161,7 @@ class BenchmarkConfig(DecodingConfig):
             else:
                 model.check_exit(variant.early_exit, f"{key}.early_exit")
         if self.sweep is not None:
-            self.sweep.pairs(model, self.max_new_tokens)
+            self.sweep.pairs(model)
         if self.random_weights:
             self._check_random_weights()
             return

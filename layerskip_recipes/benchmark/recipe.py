@@ -83,7 +83,7 @@ class LayerSkipBenchmark:
         self.pairs: dict[str, Pair] = {}
         self.variants: dict[str, Variant] = cfg.compared
         if cfg.sweep is not None:
-            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model, cfg.max_new_tokens)}
+            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         greedy = [temperature == 0 for temperature in cfg.all_temperatures]

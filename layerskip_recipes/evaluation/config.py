@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
@@ -32,15 +32,6 @@ REQUIRES = {
         "max_new_tokens",
     ),
 }
-
-
-TaskNames = Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])]
-
-
-def _named_once(names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise ConfigError(f": {names} has a name twice. Allowed: each once; for example tasks=[arc_easy]")
-    return names
 
 
 def _as_folders(value: Any) -> list[str] | None:
@@ -101,9 +92,7 @@ class EvalConfig(RecipeConfig):
     picture: Annotated[Text, Field(examples=["exits.png"])] | None = None
     """A .png, .pdf or .svg of loss and agreement over the exits of every checkpoint."""
 
-    tasks: Annotated[list[Text], AfterValidator(_named_once), Field(min_length=1, examples=["[arc_easy]"])] | None = (
-        None
-    )
+    tasks: Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])] | None = None
     """Names of lm-eval's tasks, groups or tags, or of your own task files; needs `pip install lm-eval`."""
     task_path: Annotated[list[str] | None, BeforeValidator(_as_folders)] = None
     """A folder, or a list of folders, with task files of your own."""

@@ -81,7 +81,7 @@ class LayerSkipEval:
                 "apply_chat_template=false"
             )
         return self.harness.load_tasks(
-            names,
+            list(dict.fromkeys(names)),
             cfg.task_path or [],
             cfg.num_fewshot,
             self.max_new_tokens,

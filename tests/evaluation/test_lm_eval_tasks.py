@@ -244,7 +244,6 @@ def change(tasks, **keys) -> None:
         ("tasks=[qqqqqqqqqqqq]", r"tasks: 'qqqqqqqqqqqq' is no task.*(Allowed|for example)"),
         ("tasks=tiny_choice", r"tasks: 'tiny_choice' is not allowed.*tasks=\[arc_easy\]"),
         ("tasks=[]", r"tasks: \[\] is not allowed"),
-        ("tasks=[tiny_text,tiny_text]", r"tasks: .* twice"),
         ("task_path=nowhere", r"task_path: 'nowhere' is no folder.*task_path=tasks"),
         ("task_path=[nowhere]", r"task_path: 'nowhere' is no folder"),
         ("exit_layer=5", r"exit_layer: 5 is not an exit of this model. Allowed: 1\.\.4"),
