@@ -14,7 +14,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
-from layerskip_recipes.data.datasets import PADDED, CollateFn, Datasets
+from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
@@ -115,12 +115,13 @@ class FinetuneConfig(RecipeConfig):
     early_exit_loss: EarlyExitLossSection | None = None  # type: ignore[valid-type]
     """The losses of early exits; null trains the last layer's alone."""
     loss: Annotated[Component, Takes()]
-    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`."""
+    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`. In
+    place of `num_output_chunks`, `early_exit_loss.chunk_tokens` says for how many tokens logits exist at a time."""
 
     dataset: Datasets
     """A torchtune dataset or a list of them, packed or padded."""
     collate_fn: CollateFn = None
-    """What pads the samples of a batch; null is `torchtune.data.padded_collate_sft`."""
+    """What pads the samples of a batch, where they are not packed; null is `torchtune.data.padded_collate_sft`."""
     shuffle: bool = True
     """Draw the order of the samples for each epoch."""
     batch_size: PositiveInt = 1
@@ -379,22 +380,3 @@ class FinetuneConfig(RecipeConfig):
                     f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
                     "custom_sharded_layers=[tok_embeddings,output]"
                 )
-
-    def unused_setting_warnings(self) -> list[str]:
-        """Settings that a config may well have, as from the one that it extends, and that change nothing in a run."""
-        lines = []
-        loss, chunks = self.exit_loss, self.loss.get("num_output_chunks")
-        if chunks not in (None, CEWithChunkedOutputLoss().num_output_chunks):
-            lines.append(
-                f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
-                f"early_exit_loss.chunk_tokens tokens, {loss.chunk_tokens}"
-            )
-        section = self.early_exit_loss
-        if section is not None and "interval" in section.model_fields_set and loss.curriculum != "rotational":
-            lines.append(
-                f"early_exit_loss.interval: {loss.interval} changes nothing with curriculum {loss.curriculum}, only "
-                "with rotational"
-            )
-        if self.collate_fn not in (None, PADDED) and any(section.get("packed") for section in self.dataset):
-            lines.append(f"collate_fn: {self.collate_fn} changes nothing where samples are packed; ~collate_fn")
-        return lines
