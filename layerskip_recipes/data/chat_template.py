@@ -142,35 +142,20 @@ class ChatTemplate:
         return "|".join(map(re.escape, by_length)) or r"(?!)"
 
 
-def pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) -> str | None:
-    """The Jinja text of the wanted template, or of the folder's default; None if the folder has no template.
+def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The Jinja text of a folder's default template, None if it has none.
 
     Args:
-        folder: of the tokenizer; its template files win over entries of tokenizer_config.json.
+        folder: of the tokenizer; its chat_template.jinja wins over tokenizer_config.json.
         config: the content of tokenizer_config.json.
-        wanted: Jinja text, or the name of a template.
-
-    Raises:
-        ConfigError: if the folder has no template of that name.
     """
-    if wanted is not None and "{" in wanted:
-        return wanted
-    templates = config.get("chat_template") or {}
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    elif isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}
-    files = [*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
-    if files:
-        templates = {("default" if f.parent == folder else f.stem): f.read_text(encoding="utf-8") for f in files}
-    if wanted is None and not templates:
-        return None
-    if (wanted or "default") not in templates:
-        raise ConfigError(
-            f"tokenizer.chat_template: {folder} has no template {wanted or 'default'!r}. "
-            f"Allowed: {', '.join(sorted(templates)) or 'no name, it has no template'}; or the Jinja text itself"
-        )
-    return templates[wanted or "default"]
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    templates = config.get("chat_template")
+    if isinstance(templates, list):  # several by name, for tools and the like
+        return next((entry["template"] for entry in templates if entry["name"] == "default"), None)
+    return templates
 
 
 class _Generation(Extension):

@@ -167,9 +167,7 @@ class LayerSkipEval:
         picture = None
         if cfg.picture is not None and exits:
             picture = Path(cfg.picture)
-            # An interrupted run leaves the picture of a complete report; without a report, any picture.
-            keep = picture.exists() if document is None else document != Path(str(cfg.report))
-            if self.interrupted and keep:
+            if self.interrupted and picture.exists():
                 picture = picture.with_stem(f"{picture.stem}_interrupted")
             report["picture"] = str(picture)
         if document is not None:
