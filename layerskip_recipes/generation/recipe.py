@@ -204,7 +204,7 @@ class LayerSkipGenerate:
             self._print_head(batch[0])
         generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
         try:
-            self._follow(generation, texts, shown)
+            follow(generation, texts, shown if self.cfg.stream else None)
         except KeyboardInterrupt:
             if plain or not any(generation.generated):
                 raise
@@ -239,9 +239,6 @@ class LayerSkipGenerate:
         if dim_drafts:
             generation.on_draft = shown.show_draft
         return generation
-
-    def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
-        follow(generation, texts, shown if self.cfg.stream else None)
 
     def text_of(self, i: int) -> TextStream:
         """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
@@ -285,7 +282,7 @@ class LayerSkipGenerate:
                 [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
             )
             try:
-                self._follow(generation, [answer], answer)
+                follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:
                 log.warning("interrupted")
             cache = generation.cache
