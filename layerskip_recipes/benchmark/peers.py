@@ -265,14 +265,7 @@ class Peer:
 def find_peers(
     names: Sequence[str], job: Job, sampler: Sampler, compile: bool
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that can do what the config asks for, each in its fastest setting; and why the others do not run.
-
-    Args:
-        names: the peers asked for.
-        job: model, prompts and lengths.
-        sampler: of the trials.
-        compile: whether compiled decoding is tried, too.
-    """
+    """The peers that can do what the config asks for, each in its fastest setting; and why the others do not run."""
     found, left_out = {}, {}
     for name in names:
         try:

@@ -56,9 +56,6 @@ log = utils.get_logger("INFO")
 class LayerSkipBenchmark:
     """Compares methods of decoding a checkpoint.
 
-    Args:
-        source: the merged config; settings and prompts are all checked here.
-
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """

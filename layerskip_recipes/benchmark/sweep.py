@@ -63,13 +63,7 @@ FIGURES = ("tokens_per_round", "acceptance_rate", "draft_cost", "ideal_speedup",
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], pairs: Mapping[str, Pair], path: Path) -> None:
-    """A row for each measured pair and temperature.
-
-    Args:
-        results: of the benchmark's report.
-        pairs: by the names of the variants.
-        path: of the file.
-    """
+    """A row for each measured pair and temperature."""
     with path.open("w", newline="") as file:
         columns = ("temperature", *Pair._fields, "speedup", "speedup_min", "speedup_max", *FIGURES)
         writer = csv.DictWriter(file, columns)

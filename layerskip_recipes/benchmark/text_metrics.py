@@ -43,16 +43,7 @@ METRICS: dict[str, Metric] = {
 
 
 def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The metrics of outputs against references.
-
-    Args:
-        names: of `METRICS`.
-        outputs: texts as generated, without the prompt.
-        references: one for each output.
-
-    Returns:
-        A number from 0 to 1 for each name, in their order.
-    """
+    """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
     assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
     return {name: METRICS[name](outputs, references) for name in names}
 

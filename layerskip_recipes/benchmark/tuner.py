@@ -133,11 +133,9 @@ def round_cost(timed: dict[tuple[int, int], float]) -> torch.Tensor:
 
 
 def predict(tokens: dict[int, list[float]], cost: torch.Tensor, step_s: float) -> list[Prediction]:
-    """All pairs, the fastest first: tokens of a round over its seconds.
+    """All pairs, the fastest first: tokens of a round (`round_tokens`) over its seconds (`round_cost`).
 
     Args:
-        tokens: of `round_tokens`.
-        cost: of `round_cost`.
         step_s: seconds of an autoregressive step.
     """
     found = []
@@ -163,10 +161,8 @@ def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 
 def propose(turns: Turns, temperature: float) -> dict[str, Prediction]:
-    """Decode all prompts autoregressively, time the probes, predict every pair, and print the best.
-
-    Returns:
-        The few pairs to measure, by name.
+    """Decode all prompts autoregressively, time the probes, predict every pair, print the best, and return a few to
+    measure.
     """
     baseline = _decode_all(turns, None, temperature)
     outputs = [row for rows, _ in baseline for row in rows]
@@ -207,8 +203,6 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     """A generation config that extends `tune_extends` with the choice, and with the settings that it was measured with.
 
     Args:
-        path: of the file.
-        cfg: of the measurement.
         best: None where autoregressive decoding is fastest.
         why: for the first line.
     """

@@ -12,14 +12,11 @@ INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may be r
 
 
 def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
-    """The JSON schema of a recipe's YAML files, for editors that complete and check YAML.
+    """The JSON schema of a recipe's YAML files.
 
-    The schema allows more than `RecipeConfig.load` does, because a file is read before it is merged: every key may be
-    missing or null, and every value may be an interpolation. Unknown keys of the top level may hold plain values,
-    which other keys interpolate.
-
-    Args:
-        config: the config class of the recipe.
+    It allows more than `RecipeConfig.load` does, because a file is read before it is merged: every key may be missing
+    or null, and every value may be an interpolation. Unknown keys of the top level may hold plain values, which other
+    keys interpolate.
     """
     schema = _relaxed(config.model_json_schema())
     properties = {"extends": EXTENDS} | schema.pop("properties")

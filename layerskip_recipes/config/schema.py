@@ -44,11 +44,7 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, content: Any, key: str = "") -> Self:
-        """The section of plain YAML values.
-
-        Args:
-            content: mappings, lists and scalars.
-            key: of the section in the config, for messages.
+        """The section of plain YAML values; `key` is its own, for messages.
 
         Raises:
             ConfigError: the first thing that is wrong.

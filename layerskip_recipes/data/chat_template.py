@@ -84,17 +84,10 @@ class ChatTemplate:
         return found[1] if found else None
 
     def message_ends(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Where each message ends in the rendered text, in the order of the text.
+        """[(character where a message ends, index of the message)], in the order of the rendered text.
 
         The first i messages, rendered alone, are mostly the beginning of the text, so that message i ends at their
         length. Where they are not, `_message_ends_by_content` looks for the contents.
-
-        Args:
-            turns: the messages.
-            text: of `render`.
-
-        Returns:
-            (character where the message ends, index of the message), by character.
 
         Raises:
             ConfigError: if the template mixes the messages.
@@ -143,12 +136,7 @@ class ChatTemplate:
 
 
 def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The Jinja text of a folder's default template, None if it has none.
-
-    Args:
-        folder: of the tokenizer; its chat_template.jinja wins over tokenizer_config.json.
-        config: the content of tokenizer_config.json.
-    """
+    """The Jinja text of a folder's default template, None if it has none; `config` is its tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

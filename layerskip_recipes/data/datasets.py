@@ -151,8 +151,6 @@ class IndexedErrorDataset(Dataset):
     """A dataset whose errors name the sample at which they happened.
 
     Args:
-        dataset: of samples.
-        key: of the dataset in the config.
         packed: whether its samples are packs.
         named: False for datasets of a user's own, whose errors keep their traceback.
     """

@@ -35,9 +35,6 @@ log = utils.get_logger("INFO")
 class LayerSkipEval:
     """Measures a checkpoint, and others of the same model: their exits on a dataset, lm-eval's tasks.
 
-    Args:
-        cfg: the keys of `EvalConfig`.
-
     Raises:
         ConfigError: for a wrong setting, before any weight is loaded.
     """
@@ -90,12 +87,9 @@ class LayerSkipEval:
         )
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print tables of each, write report and picture.
+        """Measure every checkpoint, print tables of each, write report and picture; the last line is the report.
 
         After an error or Ctrl-C the report has the parts that were finished.
-
-        Returns:
-            The report, which is also printed as the last line.
         """
         measured: dict[str, dict[str, Any]] = {}
         self.interrupted = True  # until everything is measured

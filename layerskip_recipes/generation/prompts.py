@@ -82,15 +82,10 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
 def encode(
     examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
 ) -> tuple[list[Example], list[list[int]]]:
-    """The tokens of each prompt; an example that cannot be decoded gets its error.
+    """The tokens of each prompt, [] of one that is broken; an example that cannot be decoded gets its error.
 
     Args:
-        examples: of `try_examples`.
-        tokenizer: of the model.
         check: raises a ConfigError if prompts of these lengths do not fit the model, or there are none.
-
-    Returns:
-        The examples, and their tokens: [] of one that is broken.
     """
     if not examples:
         check([])

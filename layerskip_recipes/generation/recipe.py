@@ -42,9 +42,6 @@ log = utils.get_logger("INFO")
 class LayerSkipGenerate:
     """Generates from each prompt and reports speed and acceptance.
 
-    Args:
-        source: the merged config, see `GenerateConfig`; settings and prompts are all checked here.
-
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
@@ -133,10 +130,8 @@ class LayerSkipGenerate:
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
 
-        Ctrl-C ends it with the report of what is done, the text in progress included (but in no comparison).
-
-        Returns:
-            The report that is also printed as the last line.
+        The report is also the last line. Ctrl-C ends it with what is done, the text in progress included (but in no
+        comparison).
         """
         ours, baseline = Totals(), Totals()
         try:

@@ -17,13 +17,7 @@ log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path to write a JSON report to: an interrupted run's report never overwrites a complete one.
-
-    Args:
-        document: the path that the config names.
-        key: the config key that names it, for a warning.
-        interrupted: whether the run was interrupted.
-    """
+    """The path to write a JSON report to: an interrupted run's report never overwrites a complete one."""
     if not interrupted:
         return document
     try:
@@ -49,8 +43,7 @@ class Totals:
         """The outputs of one batch, by prompt, and what they took.
 
         Args:
-            outputs: of a batch; with one that loops all of it counts as looping.
-            stats: of the batch.
+            outputs: with one that loops, all of the batch counts as looping.
             beside: what the batch is compared with.
         """
         self.outputs |= outputs
@@ -70,7 +63,6 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         ours: what the config asked for.
         baseline: the autoregressive run on the same prompts, if there was one.
         greedy: whether outputs can be compared.
-        device: for memory and its bandwidth.
     """
     stats, straight = ours.stats, ours.straight
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
@@ -126,11 +118,6 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
     of an autoregressive step. Looked-up drafts take no step: with `prompt_lookup`, c is multiplied by the mean number
     of draft steps per round instead of by d.
-
-    Args:
-        stats: of the method.
-        baseline: of autoregressive decoding.
-        speedup: measured.
     """
     rounds = row_rounds(stats)
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)

@@ -88,10 +88,8 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        """Print what is new of the text, but no unfinished character and not the start of a stop string.
-
-        Args:
-            last: nothing follows: print all.
+        """Print what is new of the text: unless it is the last, no unfinished character and not the start of a stop
+        string.
         """
         text = self.grown
         if last:

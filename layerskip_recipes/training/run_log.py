@@ -35,12 +35,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
-    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum.
-
-    Args:
-        cfg: the config; all of it is logged, with versions and curriculum.
-        total_steps: T.
-    """
+    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum."""
 
     def __init__(self, cfg: FinetuneConfig, total_steps: int) -> None:
         self._logger = None
