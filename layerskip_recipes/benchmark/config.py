@@ -70,6 +70,7 @@ class BenchmarkConfig(DecodingConfig):
         "tensor_parallel_plan": "it measures one device",
         "tensor_parallel_dim": "it measures one device",
     }
+    REQUIRES: ClassVar = {"metrics": ("stop_strings",), "tune_extends": ("tune_file",)}
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """What is compared with autoregressive decoding: sections like `self_speculation` by names of your own, or
@@ -169,11 +170,6 @@ class BenchmarkConfig(DecodingConfig):
             raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
         check_checkpointer(self)
         self._check_chooser(len(model.layers))
-        if self.stop_strings and not self.metrics:
-            raise ConfigError(
-                f"stop_strings: {self.stop_strings} end texts for metrics, and there are none; for example "
-                "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
-            )
         self.check_prompts()
         if self.is_conversation:
             raise ConfigError(
@@ -215,8 +211,6 @@ class BenchmarkConfig(DecodingConfig):
             raise ConfigError(
                 f"tune_extends: {self.tune_extends} needs tune or sweep, which is not there. Set tune_extends=null"
             )
-        if self.tune_file is not None and self.tune_extends is None:
-            raise ConfigError(f"tune_file: {self.tune_file} needs tune_extends, which is not there. Set tune_file=null")
         if self.tune_extends is None:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():

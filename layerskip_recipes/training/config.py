@@ -106,6 +106,11 @@ class FinetuneConfig(RecipeConfig):
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
         "quantizer": "it is for quantisation-aware training",
     }
+    REQUIRES: ClassVar = {
+        "dataset_val": ("run_val_every_n_steps", "batch_size_val", "max_batches_val", "layers_val"),
+        "save_every_n_steps": ("enable_async_checkpointing",),
+        "ac_mode": ("ac_option",),
+    }
 
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
     """Where checkpoints and logs go."""
@@ -277,7 +282,6 @@ class FinetuneConfig(RecipeConfig):
         Raises:
             ConfigError: the first mistake.
         """
-        self._check_needed_keys()
         self._check_activations()
         self._check_optimizer()
         if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
@@ -300,20 +304,6 @@ class FinetuneConfig(RecipeConfig):
             raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
         self.build_layer_dropout(seed=0)
         self.exit_loss.enabled(self.num_layers, 0, 1)
-
-    def _check_needed_keys(self) -> None:
-        for key, needs in (
-            ("run_val_every_n_steps", "dataset_val"),
-            ("batch_size_val", "dataset_val"),
-            ("max_batches_val", "dataset_val"),
-            ("layers_val", "dataset_val"),
-            ("val_loss_margin", "dataset_val"),
-            ("enable_async_checkpointing", "save_every_n_steps"),
-            ("ac_option", "ac_mode"),
-        ):
-            value = getattr(self, key) if key in self.model_fields_set else None
-            if value is not None and value is not False and getattr(self, needs) is None:
-                raise ConfigError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
 
     def _check_activations(self) -> None:
         if self.ac_mode == "selective" and self.ac_option is None:

@@ -53,7 +53,7 @@ WRONG = [
     ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
-    ("stop_strings=[END]", "stop_strings", "END", "metrics=[rougeL]"),
+    ("stop_strings=[END]", "stop_strings", "END", "needs metrics"),
     ("stream=true", "stream", "True", "stream=null"),
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
     ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),

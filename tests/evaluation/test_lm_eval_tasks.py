@@ -16,7 +16,7 @@ from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation.config import REQUIRES
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 
 pytest.importorskip("lm_eval")
@@ -283,14 +283,16 @@ VALUES = {  # one for each key that means nothing without something to measure
 }
 
 
-@pytest.mark.parametrize(("needed", "key"), [(needed, key) for needed, keys in REQUIRES.items() for key in keys])
+@pytest.mark.parametrize(
+    ("needed", "key"), [(needed, key) for needed, keys in EvalConfig.REQUIRES.items() for key in keys]
+)
 def test_a_key_without_the_key_that_it_needs_is_refused_and_the_advice_works(needed, key, tmp_path, checkpoint, tasks):
     absent = {"dataset": None, "task_path": None, "max_new_tokens": None}
     changes = absent | {"tasks": ["tiny_text"]} if needed == "dataset" else {}
     path = str(eval_config(tmp_path, checkpoint, **changes))
-    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}, .* Set {key}=null$") as error:
+    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}\. Set that, or {key}=null$") as error:
         LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}"]))
-    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("Set ")[2]]))
+    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("or ")[2]]))
 
 
 def test_null_is_the_default(tmp_path, checkpoint):
