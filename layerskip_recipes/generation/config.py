@@ -1,7 +1,6 @@
 """GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -159,8 +158,6 @@ class GenerateConfig(DecodingConfig):
         name = self.output_file
         if name is None:
             return
-        if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-            raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
         check_file("output_file", name)
         draft = self.self_speculation
         inputs = {

@@ -1,6 +1,5 @@
 """What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
 
-import json
 import resource
 import sys
 from collections.abc import Iterable
@@ -17,16 +16,11 @@ log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path to write a JSON report to: an interrupted run's report never overwrites a complete one."""
-    if not interrupted:
+    """The path to write a JSON report to: an interrupted run's report overwrites no other."""
+    if not (interrupted and document.exists()):
         return document
-    try:
-        complete = not json.loads(document.read_text()).get("interrupted", False)
-    except (OSError, ValueError, AttributeError):  # none, or another document
-        complete = False
-    if complete:
-        log.warning("%s: the complete %s of an earlier run stays", key, document)
-    return document.with_stem(f"{document.stem}_interrupted") if complete else document
+    log.warning("%s: the %s of an earlier run stays", key, document)
+    return document.with_stem(f"{document.stem}_interrupted")
 
 
 @dataclass

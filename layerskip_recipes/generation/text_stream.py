@@ -178,6 +178,7 @@ class AnswersInOrder:
         if self.path is not None:
             partial = Path(f"{self.path}.partial")
             try:
+                partial.parent.mkdir(parents=True, exist_ok=True)
                 if partial.exists():  # all that a killed run left
                     kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
                     partial.rename(kept)

@@ -308,16 +308,10 @@ class FinetuneConfig(RecipeConfig):
     def _check_activations(self) -> None:
         if self.ac_mode == "selective" and self.ac_option is None:
             raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
-        if self.ac_mode == "full" and self.ac_option is not None:
-            raise ConfigError(
-                f"ac_option: {self.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option"
-            )
-        if self.enable_activation_offloading and not self.checkpoint_every_layers:
-            raise ConfigError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
         if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
             raise ConfigError(
                 "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy "
-                f"weights away too. ac_option: {self.ac_option}; for example ac_mode=full ac_option=null"
+                "weights away too; for example enable_activation_checkpointing=true ac_mode=null"
             )
 
     def _check_optimizer(self) -> None:
