@@ -111,7 +111,7 @@ def test_pairs_that_nobody_gave_and_values_given_twice():
         (["sweep.exit_layers=[1,9]"], r"^sweep.exit_layers: 9 .*1\.\.4"),
         (["sweep.exit_layers=[]"], r"^sweep.exit_layers: \[\] is not allowed. Allowed: a list of integers"),
         (["sweep.num_speculations=4"], "^sweep.num_speculations: 4 is not allowed. Allowed: a list of integers"),
-        (["sweep.num_speculations=[13]"], r"^sweep.num_speculations: \[13\] .*integers of 1 to 12; "),
+        (["sweep.num_speculations=[13]"], r"^sweep.num_speculations: \[13\] .*integers of 1 to 12 "),
         (["sweep.exits=[1]"], "^sweep.exits: .*Nearest: exit_layers"),
         (["sweep=3"], "^sweep: 3"),
         (["tune=true"], "^tune: it cannot go with sweep"),
