@@ -252,7 +252,7 @@ def change(tasks, **keys) -> None:
         ("num_fewshot=-1", r"num_fewshot: -1 is not allowed.*0 or more"),
         ("limit=0", r"limit: 0 is not allowed.*1 or more"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
-        ("tasks=null", r"dataset: None, and tasks too.*_component_.*tasks="),
+        ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks too.*_component_.*tasks="),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
         ("confirm_run_unsafe_code=3", r"confirm_run_unsafe_code: 3 is not allowed.*true, false"),
     ],
