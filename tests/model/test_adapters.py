@@ -79,9 +79,9 @@ def trained(request, run_of) -> SimpleNamespace:
     return run_of(request.param)
 
 
-@pytest.fixture(params=["llama3_2 dora", "llama2 output", "qwen2 dora"])
+@pytest.fixture(params=["llama2 output", "qwen2 dora"])
 def read(request, run_of) -> SimpleNamespace:
-    """For what is made of a checkpoint: those with more than A and B, whose formulas all five are held to."""
+    """For what is made of a checkpoint: two that have all that A and B have beside them. All five keep the formulas."""
     return run_of(request.param)
 
 
@@ -289,8 +289,7 @@ def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_
     file = generate_with(read, tmp_path / "file", read.checkpoint / "adapter_model.pt")
     tokens = tokens_of(merged, "self_speculation=null")
     assert len(set(tokens)) > 2
-    for path in (folder, file):
-        assert tokens_of(path) == tokens_of(path, "self_speculation=null") == tokens
+    assert tokens_of(folder) == tokens_of(folder, "self_speculation=null") == tokens_of(file) == tokens
     early = ["self_speculation=null", "exit_layer=2"]
     assert tokens_of(folder, *early) == tokens_of(merged, *early) != tokens
     recipe = LayerSkipGenerate(load_config(str(folder)))
