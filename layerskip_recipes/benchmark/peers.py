@@ -74,7 +74,7 @@ class Job:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            weights_folder(self.checkpointer), dtype=self.dtype
+            str(weights_folder(self.checkpointer)), dtype=self.dtype
         )
         # Without the checkpoint's own defaults: each call gives all settings.
         model.generation_config = transformers.GenerationConfig()
