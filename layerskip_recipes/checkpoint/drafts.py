@@ -22,7 +22,7 @@ def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> 
 
     Args:
         draft: the draft.
-        base: which model it drafts for: folder and files, type, and hash of its weights.
+        base: which model it drafts for: its folder, checkpointer section, and a hash of its weights.
         steps: optimizer steps done.
         target: what it learned.
     """
@@ -76,8 +76,8 @@ def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:
     base = description["base"]
     if base["hash"] != weights_hash(model.state_dict()):
         raise ConfigError(
-            f"{key}: {folder!r} drafts for {base['checkpoint_dir']!r}, whose weights are not those of this model. "
-            "Allowed: a draft of this model, or checkpointer.checkpoint_dir of the one that it was trained for"
+            f"{key}: {folder!r} drafts for {base['folder']!r}, whose weights are not those of this model. "
+            "Allowed: a draft of this model, or the model that it was trained for"
         )
     draft = Draft(model, description["kind"], description["exit_layer"], description["num_layers"])
     draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE))

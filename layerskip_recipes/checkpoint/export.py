@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
-from layerskip_recipes.checkpoint.drafts import DESCRIPTION, DRAFT_FILE, read_description
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import check_folder
@@ -49,7 +49,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         ConfigError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
     """
     source, target = Path(checkpoint), Path(out)
-    if (source / DESCRIPTION).exists():
+    if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
     config = _read_config(source)
     layers = config["num_hidden_layers"]
@@ -89,12 +89,10 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         raise ConfigError(
             f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
         )
-    source = Path(base["checkpoint_dir"])
+    source = Path(base["folder"])
     config = _read_config(source)
-    hf = {"_component_": "torchtune.training.FullModelHFCheckpointer", "model_type": base["model_type"]}
-    files = {name: base[name] for name in ("checkpoint_dir", "checkpoint_files")}
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
-        checkpointer = build_checkpointer(Component(hf | files, "export"), scratch)
+        checkpointer = build_checkpointer(Component(base["checkpointer"], "checkpointer"), scratch)
         weights = read_weights(checkpointer)
         if weights_hash(weights) != base["hash"]:
             raise ConfigError(f"export: {folder!r} drafts for {str(source)!r}, whose weights have changed since")

@@ -1,7 +1,7 @@
 """RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ class RecipeConfig(Section):
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
+    REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
 
     model: Annotated[Component, Takes()]
     """A torchtune builder and its arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
@@ -85,6 +86,11 @@ class RecipeConfig(Section):
         for key, component in _components(cfg, ""):
             component.key = key
             component.check()
+        for needed, keys in cls.REQUIRES.items():
+            for key in keys if getattr(cfg, needed) is None else ():
+                value = getattr(cfg, key)
+                if key in cfg.model_fields_set and value is not None and value is not False:
+                    raise ConfigError(f"{key}: {value!r} needs {needed}. Set that, or {key}=null")
         cfg.check_together()
         return cfg
 
@@ -130,6 +136,11 @@ class RecipeConfig(Section):
     def torch_dtype(self) -> torch.dtype:
         """Of `dtype`."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    @property
+    def given_folder(self) -> str | None:
+        """The folder of the weights as the config names it: `checkpoint_dir`, or `path` of an `hf_checkpointer`."""
+        return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
 
     def find_device(self) -> torch.device:
         """The device of the config (null: the best there is), from here on the current one.
@@ -187,6 +198,8 @@ def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
 def _unquantised(model: Component) -> Component:
     """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
     changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
+    if isinstance(model.get("lora"), dict):
+        changes["lora"] = {**model.get("lora"), "quantize_base": False}
     base = model.get("base")
     if isinstance(base, dict) and "_component_" in base:
         changes["base"] = _unquantised(Component(base)).section

@@ -22,12 +22,7 @@ log = utils.get_logger("INFO")
 
 
 class PadToRanks(Dataset):
-    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches.
-
-    Args:
-        dataset: of {"tokens", "labels", ...}.
-        ranks: how many share it.
-    """
+    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches."""
 
     def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset
@@ -47,11 +42,7 @@ class PadToRanks(Dataset):
 class Validation:
     """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start.
 
-    Args:
-        cfg: the config.
-        tokenizer: for the data.
-        device: of the model.
-        mesh: each data-parallel rank measures a part of the data.
+    Each data-parallel rank measures a part of the data.
 
     Raises:
         ConfigError: if there are fewer samples than data-parallel ranks, or they are longer than the model allows.
@@ -89,12 +80,6 @@ class Validation:
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
         """Quality of each exit, or of the draft; a warning if the last layer became worse by the margin.
-
-        Args:
-            model: left in the mode in which it is.
-            device: of the model.
-            step: optimizer steps done.
-            draft: that is trained for the model, if there is one.
 
         Returns:
             val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final. Of a draft

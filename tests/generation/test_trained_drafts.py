@@ -158,7 +158,7 @@ def folders(tmp_path_factory, tokenizer_folder):
     make_checkpoint(folder / "base", tokenizer_folder)
     cfg = GenerateConfig.load(load_config(str(generate_config(folder, folder / "base"))))
     model = load_decoder(cfg, torch.device("cpu"))
-    base = {"checkpoint_dir": str(folder / "base"), "hash": weights_hash(model.state_dict())}
+    base = {"folder": str(folder / "base"), "hash": weights_hash(model.state_dict())}
     for kind, shape in KINDS.items():
         draft = Draft(model, *shape)
         write_draft(folder / kind, draft.state_dict(), describe(draft, base, steps=3, target="distribution"))
