@@ -189,11 +189,16 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("form", ["torchtune", "hf"])
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
-def test_a_trained_draft_is_a_model_of_its_own(kind, checkpoint, tmp_path, tokenizer_folder):
+def test_a_trained_draft_is_a_model_of_its_own(kind, form, checkpoint, tmp_path, tokenizer_folder):
     """It says what the draft says; a base that has changed since is refused."""
     section = {"kind": kind, "exit_layer": 2}
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
+    if form == "hf":
+        path = {"path": str(checkpoint)}
+        changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", **path}
+        changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", **path}
     recipe = train(finetune_config(tmp_path, tokenizer_folder, draft=section, **changes))
     folder = str(tmp_path / "out" / "epoch_0")
     out = export(folder, str(tmp_path / "draft"), draft=0)
