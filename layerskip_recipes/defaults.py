@@ -7,6 +7,7 @@ Any config can use them, and a value in the place of such a line replaces it. In
 """
 
 import re
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -151,8 +152,10 @@ RESOLVERS = (device, dtype, seq_len, recompute, batch_size, accumulation, lr, in
 
 def register() -> None:
     """Make the resolvers known to OmegaConf, each as layerskip.NAME."""
-    for resolver in RESOLVERS:
-        OmegaConf.register_new_resolver(f"layerskip.{resolver.__name__}", resolver, replace=True)
+    with warnings.catch_warnings():  # OmegaConf 2.4 calls it register_resolver, the name of another function before
+        warnings.simplefilter("ignore")
+        for resolver in RESOLVERS:
+            OmegaConf.register_new_resolver(f"layerskip.{resolver.__name__}", resolver, replace=True)
 
 
 # ---- what was chosen, in words ----

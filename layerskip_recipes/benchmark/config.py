@@ -227,10 +227,6 @@ class BenchmarkConfig(DecodingConfig):
             )
         if self.tune and num_layers < 4:
             raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if self.tune_extends is not None and not self.chooser:
-            raise ConfigError(
-                f"tune_extends: {self.tune_extends} needs tune or sweep, which is not there. Set tune_extends=null"
-            )
         if self.tune_file is not None and self.tune_extends is None:
             raise ConfigError(f"tune_file: {self.tune_file} needs tune_extends, which is not there. Set tune_file=null")
         if self.tune and self.repetition_penalty not in (None, 1):
@@ -238,7 +234,7 @@ class BenchmarkConfig(DecodingConfig):
                 f"repetition_penalty: {self.repetition_penalty} is not allowed with tune, which takes acceptance from "
                 "the text as it is. Set repetition_penalty=null"
             )
-        if self.tune_extends is not None:
+        if self.tune_extends is not None and self.chooser:
             if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
                 raise ConfigError(
                     f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file"
@@ -249,7 +245,8 @@ class BenchmarkConfig(DecodingConfig):
         """Raises a ConfigError unless `tune_extends` is a generation config that decodes as this benchmark does."""
         name = self.tune_extends or ""
         try:
-            extended = GenerateConfig.load(load_config(name))
+            model = [f"model_dir={self.model_dir}"] if self.model_dir else []
+            extended = GenerateConfig.load(load_config(name, model))
         except ValueError as e:
             raise ConfigError(
                 f"tune_extends: {name} is no generation config that works ({e}). For example "

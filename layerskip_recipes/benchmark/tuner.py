@@ -201,12 +201,15 @@ def check_config_path(path: Path) -> None:
         )
 
 
-def write_config(path: Path, extends: str, best: SelfSpeculation | None, compile: bool, why: str) -> None:
+def write_config(
+    path: Path, extends: str, model_dir: str | None, best: SelfSpeculation | None, compile: bool, why: str
+) -> None:
     """A generation config that extends the user's with the choice.
 
     Args:
         path: of the file.
         extends: a config's name or path.
+        model_dir: the model that was measured, for a config that has the key.
         best: None where autoregressive decoding is fastest.
         compile: whether the choice was measured compiled.
         why: for the first line.
@@ -214,6 +217,9 @@ def write_config(path: Path, extends: str, best: SelfSpeculation | None, compile
     # A path of the user's is relative to the folder where the command was given: make it absolute.
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    if model_dir is not None:
+        folder = Path(model_dir).expanduser()
+        content["model_dir"] = str(folder.absolute()) if folder.is_dir() else model_dir
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
     content["self_speculation"] = None if best is None else best.arguments()
     content["compile"] = compile  # the choice is not for the other value
@@ -235,7 +241,6 @@ def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(
-        cfg.tuned_path, cfg.tune_extends or "", pairs[best].variant if faster else None, bool(cfg.compile), why
-    )
+    variant = pairs[best].variant if faster else None
+    write_config(cfg.tuned_path, cfg.tune_extends or "", cfg.model_dir, variant, bool(cfg.compile), why)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")
