@@ -93,7 +93,11 @@ def dtype(device: str | None, model_dir: str | None = None, kind: Kind | None = 
     on_gpu = (device or best_device()).startswith("cuda")
     if not on_gpu or not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp32"
-    if model_dir is not None and kind == "full" and _recompute(_config(model_dir), kind, device, "fp32", 512) is not None:
+    if (
+        model_dir is not None
+        and kind == "full"
+        and _recompute(_config(model_dir), kind, device, "fp32", 512) is not None
+    ):
         return "fp32"
     return "bf16"
 
@@ -178,7 +182,9 @@ def _explain_exit(model_dir: str, chosen: int | None) -> str:
     else:
         why = f"{TRAINED_EXITS} in {folder(model_dir)} names the trained exits {_ranges(trained)}"
     if chosen is None:
-        return f"{why}: decoding goes without drafts. To draft anyway: self_speculation.exit_layer={max(layers // 4, 1)}"
+        return (
+            f"{why}: decoding goes without drafts. To draft anyway: self_speculation.exit_layer={max(layers // 4, 1)}"
+        )
     return f"{why}: exit {chosen} of {layers} drafts"
 
 

@@ -283,7 +283,7 @@ def _decoding(cfg: DecodingConfig, temperature: float) -> dict[str, Any]:
 
 def _model(cfg: DecodingConfig) -> dict[str, Any]:
     """The weights that decode."""
-    folders = {key: cfg.checkpointer.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
+    folders = {"checkpoint_dir": cfg.given_folder, "adapter_checkpoint": cfg.checkpointer.get("adapter_checkpoint")}
     quantizer = getattr(cfg, "quantizer", None)
     return {
         **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},

@@ -21,6 +21,7 @@ from torchtune import training, utils
 from torchtune.generation import generate as torchtune_generate
 from torchtune.generation import generate_next_token
 
+from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.sampling import Sampler
@@ -281,7 +282,7 @@ def check_peers(names: Sequence[str], sampler: Sampler, batch_size: int, draft: 
 
 def check_peer_files(names: Sequence[str], checkpointer: Component) -> None:
     """Raises a ConfigError if a peer is asked for that cannot open the checkpoint of a `checkpointer` section."""
-    folder = checkpointer.get("checkpoint_dir")
+    folder = weights_folder(checkpointer)
     if names and checkpointer.get("adapter_checkpoint") is not None:
         raise ConfigError(
             f"peers: {', '.join(names)} would run the base without checkpointer.adapter_checkpoint, another model. "
@@ -292,13 +293,13 @@ def check_peer_files(names: Sequence[str], checkpointer: Component) -> None:
             continue
         if not (folder and Path(folder, "config.json").is_file()):
             raise ConfigError(
-                f"peers: {name} needs config.json in checkpointer.checkpoint_dir, and {folder!r} has none. Allowed: "
-                "peers that do not; for example peers=[torchtune]"
+                f"peers: {name} needs config.json in checkpointer.checkpoint_dir, and {str(folder)!r} has none. "
+                "Allowed: peers that do not; for example peers=[torchtune]"
             )
         if Path(folder, "adapter_config.json").is_file():
             raise ConfigError(
-                f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {folder!r} to weights that have "
-                "them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
+                f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {str(folder)!r} to weights that "
+                "have them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
                 f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported and "
                 "checkpointer.checkpoint_files with the names of its weights, [model.safetensors] if they are one file"
             )

@@ -29,7 +29,7 @@ from layerskip_recipes.benchmark.report import device_name, figures, markdown, p
 from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
 from layerskip_recipes.benchmark.text_metrics import check_metrics, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.checkpointers import prepare_device, weights_folder
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
@@ -182,7 +182,7 @@ class LayerSkipBenchmark:
         if cfg.peers and cfg.sweep is None:
             job = Job(
                 cfg.model,
-                cfg.checkpointer.get("checkpoint_dir"),
+                str(weights_folder(cfg.checkpointer)),
                 self.model,
                 self.batches[0],
                 longest_prompt(self.prompts),
@@ -306,7 +306,7 @@ class LayerSkipBenchmark:
         if self.cfg.picture:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
-            title = str(self.cfg.checkpointer.get("checkpoint_dir"))
+            title = str(self.cfg.given_folder)
             if self.cfg.sweep is not None and not self.cfg.random_weights:
                 heat_map(results, self.pairs, files["picture"], title)
             else:

@@ -161,7 +161,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         title = f"{cfg['model']['_component_']}, {report['parameters'] / 1e6:.0f} million random weights"
     else:
         columns = COLUMNS | {name: partial(_metric, name) for name in cfg.get("metrics") or []}
-        title = cfg["checkpointer"]["checkpoint_dir"]
+        title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
         f"# {title}\n",

@@ -44,13 +44,9 @@ class HFCheckpointer:
     """
 
     def __init__(self, folder: Path, output_dir: str, shard_size: str = "5GB") -> None:
-        self.output_dir, self.shard_size = Path(output_dir), shard_size
-        self.start_from(folder)
         self.config: HFConfig = read_hf_config(folder)
-
-    def start_from(self, folder: Path) -> None:
-        """Read from another folder of the same model, and copy its config and tokenizer into checkpoints."""
-        self.folder = folder
+        self.output_dir, self.shard_size = Path(output_dir), shard_size
+        self._checkpoint_dir = folder  # torchtune's name; config and tokenizer are copied from here
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights by torchtune's names, in the files' dtype, as views of the mapped files.
@@ -59,7 +55,7 @@ class HFCheckpointer:
             ConfigError: if the files cannot be read, or are not those of the model that config.json describes.
         """
         tensors: dict[str, torch.Tensor] = {}
-        for file in weight_files(self.folder):
+        for file in weight_files(self._checkpoint_dir):
             tensors |= load_file(file)
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
@@ -72,7 +68,7 @@ class HFCheckpointer:
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ConfigError(
-                    f"checkpointer.path: the weights in {str(self.folder)!r} are not those of its config.json, they "
+                    f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} are not those of its config.json, they "
                     f"{what} {', '.join(names[:3])}{more}"
                 )
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
@@ -90,11 +86,11 @@ class HFCheckpointer:
         if not adapter_only:
             state = contents[training.MODEL_KEY]
             self._write_weights(state, folder)
-            config = read_config_json(self.folder)
+            config = read_config_json(self._checkpoint_dir)
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in {path for pattern in OTHER_FILES for path in self.folder.glob(pattern)}:
+        for file in {path for pattern in OTHER_FILES for path in self._checkpoint_dir.glob(pattern)}:
             if file.name not in OWN_FILES:
                 shutil.copy(file, folder)
         if training.ADAPTER_KEY in contents:
@@ -137,7 +133,11 @@ class HFCheckpointer:
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         modules = sorted({name.rpartition(".")[2] for name in whole})
-        config = {**described, "target_modules": modules, "base_model_name_or_path": str(self.folder.resolve())}
+        config = {
+            **described,
+            "target_modules": modules,
+            "base_model_name_or_path": str(self._checkpoint_dir.resolve()),
+        }
         if ranks:
             config["rank_pattern"] = {name: described["r"] * n for name, n in ranks.items()}
             config["alpha_pattern"] = {name: described["lora_alpha"] * n for name, n in ranks.items()}

@@ -27,6 +27,8 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
     """
     try:
         return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
+    except ConfigError:
+        raise
     except Exception as e:
         raise ConfigError(
             f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "

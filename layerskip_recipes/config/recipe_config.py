@@ -140,6 +140,11 @@ class RecipeConfig(Section):
         """Of `dtype`."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
+    @property
+    def given_folder(self) -> str | None:
+        """The folder of the weights as the config names it: `checkpoint_dir`, or `path` of an `hf_checkpointer`."""
+        return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
+
     def find_device(self) -> torch.device:
         """The device of the config (null: the best there is), from here on the current one.
 
@@ -206,6 +211,8 @@ def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
 def _unquantised(model: Component) -> Component:
     """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
     changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
+    if isinstance(model.get("lora"), dict):
+        changes["lora"] = {**model.get("lora"), "quantize_base": False}
     base = model.get("base")
     if isinstance(base, dict) and "_component_" in base:
         changes["base"] = _unquantised(Component(base)).section

@@ -174,7 +174,7 @@ class EvalConfig(RecipeConfig):
         Raises:
             ConfigError: if two have the same name.
         """
-        own = Path(str(self.checkpointer.get("checkpoint_dir"))).name
+        own = Path(str(self.given_folder)).name
         compare = self.compare or {}
         if own in compare:
             raise ConfigError(

@@ -176,7 +176,7 @@ class LayerSkipEval:
             document.parent.mkdir(parents=True, exist_ok=True)
             document.write_text(json.dumps(report, indent=2) + "\n")
         if picture is not None:
-            plot_exits(exits, picture, title=f"{cfg.checkpointer.get('checkpoint_dir')}, {self.total} batches")
+            plot_exits(exits, picture, title=f"{cfg.given_folder}, {self.total} batches")
             print(f"picture: {picture}")
         print(json.dumps(report), flush=True)
         return report

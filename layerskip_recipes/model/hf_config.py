@@ -225,7 +225,9 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
     """
     architecture = next(iter(raw.get("architectures") or ["missing"]))
     if architecture not in DEFAULTS:
-        raise ConfigError(f"{name}: the architecture {architecture} is not supported. {nearest(architecture, DEFAULTS)}")
+        raise ConfigError(
+            f"{name}: the architecture {architecture} is not supported. {nearest(architecture, DEFAULTS)}"
+        )
     content = DEFAULTS[architecture] | raw | {"architecture": architecture}
     if "hidden_activation" in raw:  # Gemma 2 has the name hidden_activation
         content["hidden_act"] = raw["hidden_activation"] or content["hidden_act"]

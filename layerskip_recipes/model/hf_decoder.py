@@ -130,7 +130,8 @@ def _layer(
 
     return TransformerSelfAttentionLayer(
         attn=attention(
-            embed_dim=heads * head_dim,  # torchtune's attention asks for a multiple of heads, which the width need not be
+            embed_dim=heads
+            * head_dim,  # torchtune's attention asks for a multiple of heads, which the width need not be
             num_heads=heads,
             num_kv_heads=key_heads,
             head_dim=head_dim,
@@ -176,6 +177,11 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool, lora: Lora | None)
             quantize_base=lora.quantize_base,
         )
     return FrozenNF4Linear(inputs, outputs, bias=bias) if lora.quantize_base else nn.Linear(inputs, outputs, bias=bias)
+
+
+def is_hf_decoder(model: TransformerDecoder) -> bool:
+    """Whether a decoder has the order of heads' rows of Hugging Face's files, as `hf_decoder` builds it."""
+    return any(isinstance(layer.attn.pos_embeddings, RotaryPositions) for layer in model.layers)
 
 
 class RotaryPositions(nn.Module):

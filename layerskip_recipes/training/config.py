@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, checkpoint_files, is_scratch
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
@@ -353,7 +353,7 @@ class FinetuneConfig(RecipeConfig):
 
     def _check_start(self) -> None:
         """Rules about the weights that a run starts with."""
-        from_scratch = is_scratch(self.checkpointer) or not checkpoint_files(self.checkpointer)
+        from_scratch = starts_from_scratch(self.checkpointer)
         if self.init_std is not None and not from_scratch:
             raise ConfigError(
                 f"init_std: {self.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "

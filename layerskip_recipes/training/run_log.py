@@ -97,7 +97,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
     if adapter_names(cfg.meta_model):  # adapters belong to the weights that they were trained on
-        fingerprint["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
+        fingerprint["checkpointer.checkpoint_dir"] = cfg.given_folder
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another one cannot use its state
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
