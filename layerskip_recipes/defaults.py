@@ -2,8 +2,8 @@
 
     dtype: ${layerskip.dtype:${device}}
 
-Any config can use them, and a value in the place of such a line replaces it. In their formulas "full" trains all weights,
-"lora" adapters, and "qlora" adapters on weights of 4 bits.
+Any config can use them, and a value in the place of such a line replaces it. Of the kinds of training, "full" trains
+all weights, "lora" adapters, and "qlora" adapters on weights of 4 bits.
 """
 
 import re
@@ -66,15 +66,15 @@ def token_bytes(config: HFConfig, itemsize: int, recompute: bool) -> int:
 
 
 def rotation(num_layers: int) -> int:
-    """R of the rotational curriculum: the paper's 8 for 16 to 32 layers; 2 exits at a step of a model with fewer layers,
-    and at most 8 of one with more."""
+    """R of the rotational curriculum: the paper's 8 for 16 to 64 layers, fewer for 2 exits at a step of a model with
+    fewer layers, and more for at most 8 exits of one with more."""
     return max(-(-num_layers // 8), min(8, num_layers // 2), 1)
 
 
 def full_learning_rate(width: int) -> float:
-    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width: 2.4e-5 for the 13B, to
-    which the paper gives 2e-5."""
-    return float(f"{3e-5 * 4096 / width:.2g}")
+    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width, to at most 5e-4; for the
+    13B this gives 2.4e-5, and the paper has 2e-5."""
+    return min(float(f"{3e-5 * 4096 / width:.2g}"), 5e-4)
 
 
 # ---- resolvers ----
@@ -146,12 +146,17 @@ def draft_exit(model_dir: str, untrained: Literal["quarter"] | None = None) -> i
     return max(layers // 4, 1) if found is None and untrained == "quarter" else found
 
 
+def new_tokens(model_dir: str, wanted: int) -> int:
+    """So many new tokens, and at most half of the longest text that the model takes."""
+    return min(wanted, _config(model_dir).longest[0] // 2)
+
+
 def folder(model_dir: str) -> str:
     """Where the files are: of a run its newest checkpoint, of a name on the hub what was downloaded."""
     return str(model_folder(model_dir, "model_dir"))
 
 
-RESOLVERS = (device, dtype, seq_len, recompute, batch_size, accumulation, lr, interval, draft_exit, folder)
+RESOLVERS = (device, dtype, seq_len, recompute, batch_size, accumulation, lr, interval, draft_exit, new_tokens, folder)
 
 
 def register() -> None:

@@ -47,8 +47,8 @@ class RecipeConfig(Section):
     dtype: Literal["fp32", "bf16"]
     """Of weights and computation."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
-    """The model of the configs `hf/*`, a variable for other keys: a Hugging Face folder, a run of `layerskip_finetune`
-    (its newest checkpoint), or a name on the hub."""
+    """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
+    a name on the hub. Other keys read it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """Where a training writes; elsewhere a variable for other keys."""
     device: DeviceName | None = None
@@ -67,16 +67,17 @@ class RecipeConfig(Section):
         Raises:
             ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
         """
-        for name in sorted(OmegaConf.missing_keys(source)):
-            field = cls.model_fields.get(name)
-            words, example = allowed(field.annotation, field) if field else ("a value", "...")
-            raise ConfigError(f"{name}: missing. Allowed: {words}; for example {name}={example}")
+        for name in map(str, source):
+            if OmegaConf.is_missing(source, name) and not OmegaConf.is_interpolation(source, name):
+                field = cls.model_fields.get(name)
+                words, example = allowed(field.annotation, field) if field else ("a value", "...")
+                raise ConfigError(f"{name}: missing. Allowed: {words}; for example {name}={example}")
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
-            if isinstance(e.__cause__, ConfigError):  # of one of our resolvers
-                raise e.__cause__ from e
-            raise ConfigError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+            first = str(e).splitlines()[0]
+            of_resolver = first.rpartition("ConfigError raised while resolving interpolation: ")[2]
+            raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         kept = {}

@@ -61,8 +61,8 @@ def _refuse_adapters(folder: Path, key: str) -> None:
     if file.is_file() and not (folder / "config.json").is_file():
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ConfigError(
-            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base, with the model.lora of the training; for "
-            f"example {key}={base} checkpointer.adapter_checkpoint={folder}"
+            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base, with the model.lora of the training; "
+            f"for example {key}={base} checkpointer.adapter_checkpoint={folder}"
         )
 
 

@@ -311,7 +311,7 @@ class LayerSkipFinetune:
 
     def _trained_exits(self) -> dict[str, Any]:
         """The content of layerskip.json: which exits are trained, and how."""
-        cfg, loss = self.cfg, self.loss
+        cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
         return {
             "format": 1,
             "kind": "exits",
@@ -323,7 +323,7 @@ class LayerSkipFinetune:
             "scale_fn": loss.scale_fn,
             "layer_dropout": cfg.layer_dropout and cfg.layer_dropout.arguments(),
             "steps": self.step,
-            "base": cfg.given_folder,
+            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
         }
 
     def _trained(self) -> dict[str, torch.Tensor]:
