@@ -66,14 +66,18 @@ def token_bytes(config: HFConfig, itemsize: int, recompute: bool) -> int:
 
 
 def rotation(num_layers: int) -> int:
-    """R of the rotational curriculum: the paper's 8 for 16 to 64 layers, fewer for 2 exits at a step of a model with
-    fewer layers, and more for at most 8 exits of one with more."""
+    """R of the rotational curriculum: the paper's 8 for 16 to 64 layers.
+
+    With fewer layers it is less, so that 2 early exits are on at a step, and with more it is more, for about 8.
+    """
     return max(-(-num_layers // 8), min(8, num_layers // 2), 1)
 
 
 def full_learning_rate(width: int) -> float:
-    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width, to at most 5e-4; for the
-    13B this gives 2.4e-5, and the paper has 2e-5."""
+    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width, to at most 5e-4.
+
+    For the 13B this gives 2.4e-5, and the paper has 2e-5.
+    """
     return min(float(f"{3e-5 * 4096 / width:.2g}"), 5e-4)
 
 
