@@ -67,9 +67,10 @@ class HFCheckpointer:
         for what, names in (("lack", missing), ("have in addition", sorted(foreign))):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                folder = str(self._checkpoint_dir)
                 raise ConfigError(
-                    f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} are not those of its config.json, they "
-                    f"{what} {', '.join(names[:3])}{more}"
+                    f"checkpointer.path: the weights in {folder!r} are not those of its config.json, they {what} "
+                    f"{', '.join(names[:3])}{more}"
                 )
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 

@@ -41,8 +41,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
     },
 }
-Architecture = Literal[tuple(DEFAULTS)]  # type: ignore[valid-type]
-
 HAVE_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "GemmaForCausalLM",
                        "Gemma2ForCausalLM")  # fmt: skip
 HAVE_MLP_BIAS = ("LlamaForCausalLM", "SmolLM3ForCausalLM")
@@ -57,10 +55,10 @@ class Rope(Section):
     rope_type: Literal["default", "linear", "llama3", "longrope"] = "default"
     rope_theta: Positive = 10_000.0
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
-    factor: Positive | None = None
+    factor: Positive = 1.0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    original_max_position_embeddings: PositiveInt | None = None
+    original_max_position_embeddings: PositiveInt = 8192
     short_factor: list[float] | None = None
     attention_factor: Positive | None = None
 
@@ -89,8 +87,8 @@ class Rope(Section):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-        original = self.original_max_position_embeddings or max_positions
-        longer = self.factor or max_positions / original
+        original = self.original_max_position_embeddings
+        longer = self.factor if "factor" in self.model_fields_set else max_positions / original
         return math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
 
 
@@ -99,7 +97,7 @@ class HFConfig(Section):
 
     model_config = ConfigDict(extra="ignore")
 
-    architecture: Architecture
+    architecture: str
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -187,7 +185,7 @@ class HFConfig(Section):
         if self.architecture != "Gemma2ForCausalLM":  # torchtune's attention for it has the window
             windows = (self.window(layer) for layer in range(self.num_hidden_layers))
             limits += [(window, "sliding_window") for window in windows if window]
-        if self.rope.rope_type == "longrope" and self.rope.original_max_position_embeddings:
+        if self.rope.rope_type == "longrope":
             limits.append((self.rope.original_max_position_embeddings, "original_max_position_embeddings"))
         return min(limits)
 
@@ -225,10 +223,9 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
     """
     architecture = next(iter(raw.get("architectures") or ["missing"]))
     if architecture not in DEFAULTS:
-        raise ConfigError(
-            f"{name}: the architecture {architecture} is not supported. {nearest(architecture, DEFAULTS)}"
-        )
-    content = DEFAULTS[architecture] | raw | {"architecture": architecture}
+        supported = nearest(architecture, DEFAULTS)
+        raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
+    content: dict[str, Any] = {**DEFAULTS[architecture], **raw, "architecture": architecture}
     if "hidden_activation" in raw:  # Gemma 2 has the name hidden_activation
         content["hidden_act"] = raw["hidden_activation"] or content["hidden_act"]
     content["rope"] = _rope(content)
@@ -265,12 +262,12 @@ def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
     needed = {
         "linear": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings"),
-        "longrope": ("short_factor",),
+        "longrope": ("short_factor", "original_max_position_embeddings"),
     }
     for key in needed.get(rope.rope_type, ()):
-        if getattr(rope, key) is None:
+        if key not in rope.model_fields_set:
             raise ConfigError(f"{name}.rope_parameters.{key}: missing; rope_type {rope.rope_type} needs it")
-    heads, key_heads, width = config.heads
+    heads, key_heads, _ = config.heads
     if heads % key_heads:
         raise ConfigError(f"{name}.num_key_value_heads: {key_heads} does not divide num_attention_heads, {heads}")
     for key in ("layer_types", "no_rope_layers"):

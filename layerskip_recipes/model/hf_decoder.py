@@ -4,7 +4,7 @@ The parameters have torchtune's names, and their rows have Hugging Face's order:
 does it (halves of a head, not neighbours), so that a checkpoint is renamed only, never permuted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,7 +31,11 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, Rope, read_hf_config, rotary_width
 from layerskip_recipes.model.hf_folder import model_folder
 
-ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
+}
 
 
 class Lora(Section):
@@ -41,7 +45,7 @@ class Lora(Section):
     """The rank r of the update B A of a matrix."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
-    attn_modules: list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]] = ["q_proj", "v_proj"]
+    attn_modules: list[Literal["q_proj", "k_proj", "v_proj", "output_proj"]] = Field(["q_proj", "v_proj"])
     """The matrices of attention that have an update."""
     apply_lora_to_mlp: bool = True
     """The feed-forward layers have updates too."""
@@ -219,14 +223,15 @@ class RotaryPositions(nn.Module):
             input_pos: [b or 1, s], the positions; None for 0 .. s-1.
         """
         at = slice(0, x.shape[1]) if input_pos is None else input_pos
-        cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        tables: tuple[Any, Any] = self.cos, self.sin
+        cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in tables)
         first, second = x[..., : self.dim].chunk(2, dim=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
         return torch.cat([*turned, x[..., self.dim :]] if self.dim < x.shape[-1] else turned, dim=-1)
 
 
 class NormFirstAttention(MultiHeadAttention):
-    """torchtune's attention with queries and keys normalised before they are rotated, as in Qwen3; there it is after."""
+    """Attention with queries and keys normalised before they are rotated, as in Qwen3; torchtune's does it after."""
 
     def forward(
         self,
