@@ -71,7 +71,7 @@ class RecipeConfig(Section):
             if OmegaConf.is_missing(source, name) and not OmegaConf.is_interpolation(source, name):
                 field = cls.model_fields.get(name)
                 words, example = allowed(field.annotation, field) if field else ("a value", "...")
-                raise ConfigError(f"{name}: missing. Allowed: {words}; for example {name}={example}")
+                raise ConfigError(f"{name}: missing. Allowed: {words.removesuffix(' (or null)')}; for example {name}={example}")
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:

@@ -137,7 +137,7 @@ def finetuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2")
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
-        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}"),
+        *(f"model_dir={smollm2_folder()}", f"output_dir={out}"),
         *("dataset.seq_len=64", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
         *("epochs=1", "max_steps_per_epoch=16", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
         *("batch_size=2", "optimizer.lr=1e-4"),
@@ -181,7 +181,6 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     out = finetuned[0]
     run = run_tune(
         *("run", "layerskip_generate", "--config", "smollm2/135M_generate_layerskip", f"output_dir={out}"),
-        f"checkpointer.checkpoint_dir={out}/epoch_0",
         *("max_new_tokens=24", "self_speculation.num_speculations=3"),
         cwd=out,
     )
