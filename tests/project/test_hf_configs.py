@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.commands import run_tune
-from helpers.hf_folders import make_hf_folder
+from helpers.hf_folders import model_with_tokenizer
 from helpers.training import few_texts, train  # noqa: F401
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -21,14 +21,6 @@ DATA = (
     "device=cpu",
 )
 TRAINING = (*DATA, "batch_size=2", "gradient_accumulation_steps=1")  # 4 steps
-
-
-def model_with_tokenizer(kind: str, folder: Path, tokenizer: Path) -> Path:
-    """A random model of 8 layers that embeds the 300 tokens of a tokenizer, which lies beside it."""
-    make_hf_folder(kind, folder, vocab_size=300, num_hidden_layers=8)
-    for file in tokenizer.glob("tokenizer*.json"):
-        shutil.copy(file, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
