@@ -67,11 +67,12 @@ class RecipeConfig(Section):
         Raises:
             ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
         """
-        for name in map(str, source):
-            if OmegaConf.is_missing(source, name) and not OmegaConf.is_interpolation(source, name):
-                field = cls.model_fields.get(name)
+        for needed in map(str, source):
+            if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
+                field = cls.model_fields.get(needed)
                 words, example = allowed(field.annotation, field) if field else ("a value", "...")
-                raise ConfigError(f"{name}: missing. Allowed: {words.removesuffix(' (or null)')}; for example {name}={example}")
+                words = words.removesuffix(" (or null)")
+                raise ConfigError(f"{needed}: missing. Allowed: {words}; for example {needed}={example}")
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:

@@ -201,7 +201,11 @@ def tiny_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         assert isinstance(content, dict)
         changes |= {key: content[key] for key in ("dataset", "batch_size", "max_steps_per_epoch")}
         changes["checkpointer"] = {k: v for k, v in changes["checkpointer"].items() if k != "output_dir"}
-        return changes | {"epochs": 1, "gradient_accumulation_steps": 1, "output_dir": str(folder / "elsewhere")}
+        return changes | {
+            "epochs": 1,
+            "gradient_accumulation_steps": 1,
+            "output_dir": str(folder / Path(cfg.output_dir).name),
+        }
     assert recipe == "layerskip_generate"
     changes |= {"max_new_tokens": 6, "compile": False}
     return changes | {"self_speculation": {"exit_layer": 2, "num_speculations": 2}}
