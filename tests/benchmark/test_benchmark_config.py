@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.configs import benchmark_config, generate_config, make_checkpoint, unknown_suggestions
+from helpers.configs import benchmark_config, generate_config, unknown_suggestions
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
@@ -12,11 +12,6 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("benchmark") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture
@@ -112,6 +107,7 @@ def test_a_wrong_setting_is_one_error_before_the_model_loads(path, monkeypatch, 
 ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}"]
 
 
+@pytest.mark.slow
 def test_odd_values_are_taken_or_refused_by_key(path):
     """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""
     keys = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED} - {"model", "checkpointer", "tokenizer"} | {

@@ -15,11 +15,6 @@ from layerskip_recipes.generation.stats import GenerationStats
 CHECKPOINTER = "torchtune.training.FullModelHFCheckpointer"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("benchmark") / "checkpoint", tokenizer_folder)
-
-
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
     return benchmark_config(tmp_path, checkpoint)

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,9 +54,9 @@ def test_cp_copies_the_file_with_its_comments(target, layerskip):
     assert path.read_text().startswith("# Quickstart")
 
 
-@pytest.mark.parametrize("name", our_configs())
+@pytest.mark.parametrize("name", {name.partition("/")[0]: name for name in our_configs()}.values())
 def test_a_copy_means_the_same_from_anywhere(name, layerskip):
-    """Also where the original extends a file beside it."""
+    """A config of each folder; also where the original extends a file beside it."""
     layerskip("cp", name, "mine.yaml")
     assert load_config("mine.yaml") == load_config(name)
 
@@ -264,11 +263,9 @@ def folder(tmp_path, tokenizer_folder):
     ],
 )
 def test_a_users_mistake(args, message, folder):
-    """The last line on stderr says it; status 1, no traceback, within seconds, and nothing is written."""
+    """The last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
-    started = time.perf_counter()
     done = run_tune("run", *args, cwd=folder)
-    assert time.perf_counter() - started < 60  # 8 s on two busy cores, most of it the imports
     last = last_line(done.stderr)
     assert last.startswith("ValueError: ") and message in last
     assert done.returncode == 1
@@ -276,6 +273,8 @@ def test_a_users_mistake(args, message, folder):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_users_mistake_under_torchrun(folder):
     """The same line; torchrun then adds its own report of the failed process, which nobody can keep it from."""
     args = ["--nnodes", "1", "--nproc_per_node", "1", "layerskip_finetune", "--config", "finetune.yaml", "epochs=0"]

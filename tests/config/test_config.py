@@ -15,7 +15,7 @@ from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.cli.run import fail, run_cli
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import torchtune_configs
+from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 UPSTREAM = "torchtune.modules.early_exit_loss."
@@ -365,15 +365,16 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.parametrize(
-    "name",
-    of_recipes(
-        "full_finetune_single_device",
-        "full_finetune_distributed",
-        "lora_finetune_single_device",
-        "lora_finetune_distributed",
-    ),
-)
+def finetune_configs() -> list[str]:
+    """torchtune's, without those that one of ours extends and test_family_configs.py validates. Ours have no optimizer
+    of bitsandbytes, so theirs that have one are here."""
+    kinds = ("full_finetune_single_device", "full_finetune_distributed")
+    names = of_recipes(*kinds, "lora_finetune_single_device", "lora_finetune_distributed")
+    ours = our_configs()
+    return [n for n in names if f"{n}_layerskip" not in ours or "bitsandbytes" in find_config(n).read_text()]
+
+
+@pytest.mark.parametrize("name", finetune_configs())
 def test_torchtunes_finetune_configs_validate(name):
     """With nothing of theirs changed; without their weights, their GPUs, or bitsandbytes."""
     key = refusal(name, "layer_dropout.prob=0.1", "early_exit_loss.scale=0.2")

@@ -2,28 +2,17 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
+from helpers.configs import MODEL, eval_config, make_checkpoint, write_yaml
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
-
-
-@pytest.fixture
-def path(tmp_path, checkpoint) -> Path:
-    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):

@@ -32,11 +32,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder):
-    return make_checkpoint(tmp_path_factory.mktemp("harness") / "checkpoint", tokenizer_folder)
-
-
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """A folder with a multiple-choice task and one that generates, over a small JSONL; the hub is out of reach."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchao.quantization
 from helpers.commands import run_tune
+from helpers.compiled import compiles
 from helpers.configs import LAYER, MODEL, REST, SLOT
 from helpers.generating import run
 from omegaconf import OmegaConf
@@ -256,8 +257,8 @@ def test_a_quantiser_that_changes_nothing_is_refused(path):
         run(path, *quantizer)
 
 
-def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+@compiles
+def test_compile_is_reported_apart_and_changes_no_token(path, tmp_path):
     outputs = []
     for flag in ("false", "true"):
         out = tmp_path / f"{flag}.jsonl"
@@ -294,6 +295,8 @@ def test_other_ranks_log_errors_only(monkeypatch):
     assert not logged("1", logging.INFO) and not logged("1", logging.WARNING)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     """Sharded over two gloo processes, with drafts and without: the same text, printed once, as what is logged."""
     overrides = ["benchmark.compare=true", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts"]

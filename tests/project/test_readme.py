@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers.commands import run_command
 from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.hf_folders import model_with_tokenizer
 from helpers.pages import ROOT, commands, examples
+from helpers.ranks import run_on_ranks
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config.loading import load_config
@@ -109,6 +111,7 @@ QUICKSTART = {
         "max_steps_per_epoch": 2,
         "log_every_n_steps": 1,
         "dataset.split": "heldout",
+        "dataset.seq_len": 64,
         "dataset.max_samples": 16,
     },
     "layerskip_generate": {"max_new_tokens": 6},
@@ -142,11 +145,9 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
     if config.startswith("quickstart/"):
-        changes = {"model.num_layers": 4, "model.vocab_size": 300} | QUICKSTART[recipe]
+        changes = {"model.num_layers": 4, "model.vocab_size": 300, "output_dir": "quickstart"} | QUICKSTART[recipe]
         if recipe == "layerskip_finetune":
             changes["tokenizer.path"] = str(folder / "tokenizer")
-        else:
-            changes["output_dir"] = "quickstart"  # where the model is trained
         if recipe == "layerskip_generate" and cfg.get("self_speculation") is not None:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
@@ -211,6 +212,19 @@ def tiny_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return changes | {"self_speculation": {"exit_layer": 2, "num_speculations": 2}}
 
 
+def on_ranks(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """A `tune run` on several processes, without torchrun, whose start takes longer than they do: other tests have it.
+
+    Returns:
+        The process that failed, or else any.
+    """
+    place = words.index("--nproc_per_node")
+    tune, arguments = Path(sys.executable).with_name("tune"), [*words[1:place], *words[place + 2 :]]
+    return max(
+        run_on_ranks(str(tune), *arguments, cwd=cwd, processes=int(words[place + 1])), key=lambda p: p.returncode != 0
+    )
+
+
 @pytest.fixture(scope="module")
 def run(workplace, tmp_path_factory):
     """Runs a command in its short form. Of commands that mean the same then, the first one's result serves all."""
@@ -226,7 +240,9 @@ def run(workplace, tmp_path_factory):
         if meaning not in finished:
             if short[0] == "python":
                 short = [str(workplace / short[1]), *short[2:]]
-            if short[0].startswith(("/", "tune", "layerskip")):
+            if "--nproc_per_node" in short:
+                finished[meaning] = on_ranks(short, workplace)
+            elif short[0].startswith(("/", "tune", "layerskip")):
                 finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
             else:
                 # What other commands write is larger than what stands in the workplace for it.
