@@ -202,17 +202,17 @@ def check_config_path(path: Path) -> None:
 
 
 def write_config(
-    path: Path, extends: str, model_dir: str | None, best: SelfSpeculation | None, compile: bool, why: str
+    path: Path, extends: str, best: SelfSpeculation | None, compile: bool, why: str, model_dir: str | None = None
 ) -> None:
     """A generation config that extends the user's with the choice.
 
     Args:
         path: of the file.
         extends: a config's name or path.
-        model_dir: the model that was measured, for a config that has the key.
         best: None where autoregressive decoding is fastest.
         compile: whether the choice was measured compiled.
         why: for the first line.
+        model_dir: the model that was measured, if it has this key.
     """
     # A path of the user's is relative to the folder where the command was given: make it absolute.
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
@@ -242,5 +242,5 @@ def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
     variant = pairs[best].variant if faster else None
-    write_config(cfg.tuned_path, cfg.tune_extends or "", cfg.model_dir, variant, bool(cfg.compile), why)
+    write_config(cfg.tuned_path, cfg.tune_extends or "", variant, bool(cfg.compile), why, cfg.model_dir)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

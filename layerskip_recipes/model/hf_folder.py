@@ -37,8 +37,8 @@ def model_folder(path: str, key: str = "path") -> Path:
         return folder
     if not HUB_NAME.fullmatch(path) or folder.is_absolute():
         raise ConfigError(
-            f"{key}: {path!r} is no folder. Allowed: a folder with config.json, a run of layerskip_finetune, or a name "
-            f"on the hub; for example {key}=~/models/Qwen3-0.6B"
+            f"{key}: {path!r} is no folder. Allowed: a folder with config.json, or a name on the hub; for example "
+            f"{key}=~/models/Qwen3-0.6B"
         )
     return _downloaded(path, key)
 

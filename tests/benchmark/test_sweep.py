@@ -126,7 +126,6 @@ def test_lengths_that_nobody_gave_fit_the_new_tokens(path):
         (["tune_extends=nowhere"], "^tune_extends: 'nowhere'"),
         (["temperatures=[0,0.0]"], "^temperatures: .*different"),
         (["tune_extends=null", "tune_file=x.yaml"], "^tune_file: x.yaml needs tune_extends"),
-        (["sweep=null"], "^tune_extends: .* needs tune or sweep"),
         (["tune_file=${tune_extends}"], "^tune_extends: .* is the file that is written"),
         (["tune_file=benchmark.yaml/x/y.yaml"], "^tune_file: 'benchmark.yaml/x' cannot be written"),
     ],
