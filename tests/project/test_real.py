@@ -190,7 +190,7 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
 
 
 def test_the_three_lines_on_the_real_model(tmp_path):
-    """The README's, with what shortens them: a few steps from the folder, generation from the trained exit, the tuner."""
+    """The README's, with what shortens them: a few steps, generation from the trained exit, the tuner."""
     data = "{_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}"
     training = (f"dataset={data}", "batch_size=2", "gradient_accumulation_steps=1", "log_every_n_steps=1")
     on_cpu = ("device=cpu", "dtype=fp32")
