@@ -39,8 +39,8 @@ class RecipeConfig(Section):
     REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
 
     model: Annotated[Component, Takes()]
-    """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its arguments,
-    such as `torchtune.models.llama3_2.llama3_2_1b`."""
+    """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its
+    arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
     checkpointer: Annotated[Component, Takes("output_dir")]
     """`layerskip_recipes.hf_checkpointer` with the same `path`, a torchtune checkpointer of whole models, or
     `layerskip_recipes.checkpoint.scratch_checkpointer`."""
