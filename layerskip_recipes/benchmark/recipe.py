@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Variant
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
-from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_peer_files, find_peers
+from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
-from layerskip_recipes.benchmark.text_metrics import check_metrics, text_metrics
+from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device, weights_folder
+from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
@@ -56,9 +56,6 @@ log = utils.get_logger("INFO")
 class LayerSkipBenchmark:
     """Compares methods of decoding a checkpoint.
 
-    Args:
-        source: the merged config; settings and prompts are all checked here.
-
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
@@ -71,7 +68,6 @@ class LayerSkipBenchmark:
             torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         else:
             self.device = prepare_device(cfg)
-            check_peer_files(cfg.peers or [], cfg.checkpointer)
         if cfg.report_dir is not None:
             check_folder("report_dir", Path(cfg.report_dir))
         if cfg.picture:
@@ -84,7 +80,7 @@ class LayerSkipBenchmark:
         self.pairs: dict[str, Pair] = {}
         self.variants: dict[str, Variant] = cfg.compared
         if cfg.sweep is not None:
-            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model, cfg.max_new_tokens)}
+            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         greedy = [temperature == 0 for temperature in cfg.all_temperatures]
@@ -122,7 +118,7 @@ class LayerSkipBenchmark:
             try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file), self.tokenizer, check
         )
         refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
-        check_metrics(cfg.metrics or [], self.examples)
+        check_references(cfg.metrics or [], self.examples)
         self.variants = {
             name: variant.with_vocabulary(model, self.tokenizer, self.prompts, f"variants.{name}")
             if isinstance(variant, SelfSpeculation)
@@ -182,7 +178,7 @@ class LayerSkipBenchmark:
         if cfg.peers and cfg.sweep is None:
             job = Job(
                 cfg.model,
-                str(weights_folder(cfg.checkpointer)),
+                cfg.checkpointer,
                 self.model,
                 self.batches[0],
                 longest_prompt(self.prompts),

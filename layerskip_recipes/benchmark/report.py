@@ -86,12 +86,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
 
 
 def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
-    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted.
-
-    Args:
-        row: of `figures`.
-        step_s: seconds of an autoregressive step.
-    """
+    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted."""
     d, round_s = row["drafted_per_round"], row["round_s"]
     if not (d and round_s and step_s):
         return None

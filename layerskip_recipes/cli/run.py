@@ -27,13 +27,7 @@ def logs_here(record: logging.LogRecord) -> bool:
 
 
 def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: str | None) -> Any:
-    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings.
-
-    Args:
-        recipe: the class.
-        name: of the recipe for `tune run`.
-        description: for `--help`.
-    """
+    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")

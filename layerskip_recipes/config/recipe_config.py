@@ -1,7 +1,7 @@
 """RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ class RecipeConfig(Section):
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
+    REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
 
     model: Annotated[Component, Takes()]
     """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its
@@ -98,6 +99,11 @@ class RecipeConfig(Section):
         for key, component in _components(cfg, ""):
             component.key = key
             component.check()
+        for needed, keys in cls.REQUIRES.items():
+            for key in keys if getattr(cfg, needed) is None else ():
+                value = getattr(cfg, key)
+                if key in cfg.model_fields_set and value is not None and value is not False:
+                    raise ConfigError(f"{key}: {value!r} needs {needed}. Set that, or {key}=null")
         cfg.check_together()
         return cfg
 

@@ -1,7 +1,6 @@
 """GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -125,15 +124,7 @@ class GenerateConfig(DecodingConfig):
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)
         check_checkpointer(self)
-        if self.self_speculation is not None:
-            self.self_speculation.check_against(model)
-            if self.exit_layer is not None:
-                raise ConfigError(
-                    f"exit_layer: {self.exit_layer} is set beside self_speculation. For all tokens from that exit: "
-                    f"exit_layer={self.exit_layer} self_speculation=null"
-                )
-        elif self.exit_layer is not None:
-            model.check_exit(self.exit_layer)
+        check_exit_or_drafts(self, model)
         self.check_prompts()
         self._check_conversation()
         self._check_output_file()
@@ -167,14 +158,12 @@ class GenerateConfig(DecodingConfig):
         name = self.output_file
         if name is None:
             return
-        if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-            raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
         check_file("output_file", name)
         draft = self.self_speculation
         inputs = {
             "prompt_file": self.prompt_file,
             "self_speculation.draft_vocabulary_file": draft and draft.draft_vocabulary_file,
-            # Whatever a component calls its file: path, source, shots, ...
+            # Whatever a component calls its file: path, source, ...
             **{f"prompts.{key}": value for key, value in (self.prompts.arguments if self.prompts else {}).items()},
         }
         for key, read in inputs.items():
@@ -201,3 +190,16 @@ class GenerateConfig(DecodingConfig):
                 raise ConfigError(
                     f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out"
                 )
+
+
+def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder) -> None:
+    """Raises a ConfigError if a config's `exit_layer` or `self_speculation` does not fit the model, or both are set."""
+    if cfg.self_speculation is not None:
+        cfg.self_speculation.check_against(model)
+    if cfg.exit_layer is not None:
+        model.check_exit(cfg.exit_layer)
+        if cfg.self_speculation is not None:
+            raise ConfigError(
+                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
+                f"exit_layer={cfg.exit_layer} self_speculation=null"
+            )

@@ -98,8 +98,6 @@ class LayerSkipFinetune:
         cfg = self.cfg
         if is_rank_zero():
             config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
-            for line in cfg.unused_setting_warnings():
-                log.warning(line)
         self.loss, self.mesh = cfg.exit_loss, make_mesh(cfg, self.device)
         with rank_zero_first():
             tokenizer = self._setup_data()

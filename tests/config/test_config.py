@@ -254,20 +254,6 @@ def test_an_override_of_another_form(override, base):
         load_config(str(base), [override])
 
 
-@pytest.mark.parametrize(
-    ("override", "meant"),
-    [
-        ("sweep={exit_layers:[0,3]}", "sweep='{exit_layers: [0,3]}'"),
-        ("optimizer={_component_:torch.optim.SGD,lr:1}", "optimizer='{_component_: torch.optim.SGD,lr: 1}'"),
-        ("dataset=[{_component_:a.b}]", "dataset='[{_component_: a.b}]'"),
-    ],
-)
-def test_a_missing_space_behind_a_colon(override, meant, base):
-    with pytest.raises(ValueError, match=rf"lacks a space behind a colon; for example {re.escape(meant)}$"):
-        load_config(str(base), [override])
-    load_config(str(base), ["prompt={a:b}: said 1:2", 'note={"a": "b:c", d: "e:f"}', "when=[a:b, 12:30]"])
-
-
 SGD = "torch.optim.SGD"  # takes lr and weight_decay as AdamW does, but no betas
 
 

@@ -44,6 +44,22 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
 
 
+def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):
+    """Its head, here a quantised copy of the tied one, is called as it is."""
+    quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, quantizer=quantizer))))
+    recipe.setup()
+    report, model = recipe.evaluate(), recipe.model
+    tokens = torch.tensor([sample["tokens"] for sample in recipe.batches.dataset])
+    assert type(model.output.weight) is not torch.nn.Parameter
+    with torch.no_grad():
+        hidden = model(tokens, exit_layer=2, unembed=False)
+        logits = model.output(model.norm(hidden))[:, :-1].flatten(0, 1)
+    assert report["exits"][2]["loss"] == pytest.approx(
+        F.cross_entropy(logits, tokens[:, 1:].flatten()).item(), abs=1e-4
+    )
+
+
 def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     """Each has the figures that it has alone; the report is a file too."""
     other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)

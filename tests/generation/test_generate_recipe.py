@@ -206,12 +206,19 @@ def test_the_report_says_how_near_to_the_ideal(path):
 
 @pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_quantised_weights_are_what_decodes(path, quantizer):
-    """The logits are those of a model that torchao quantises here; all layers' weights are torchao's."""
-    recipe, report = run(path, f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true")
+    """The logits are those of a model that torchao quantises here: all layers, and a copy of the tied head's matrix."""
+    arguments = [f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true"]
+    recipe, report = run(path, *arguments)
     assert report["identical"] is True
-    linears = [part for part in recipe.model.layers.modules() if isinstance(part, torch.nn.Linear)]
-    assert len(linears) == 4 * 7 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    linears = [part for part in recipe.model.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 4 * 7 + 1 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    assert type(recipe.model.tok_embeddings.weight) is torch.nn.Parameter
+    _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
+    assert of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
     theirs = load_decoder(GenerateConfig.load(load_config(str(path))), CPU)
+    rows, width = theirs.tok_embeddings.weight.shape
+    theirs.output = torch.nn.Linear(width, rows, bias=False)
+    theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
     torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
     tokens = torch.tensor([recipe.prompt_tokens[0]])
     with torch.no_grad():
