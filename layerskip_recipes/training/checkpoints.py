@@ -30,6 +30,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.checkpoint.trained_exits import write_trained_exits
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
@@ -146,13 +147,14 @@ class Checkpoints:
             adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
         return weights, adapters
 
-    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
             contents: of `checkpoint_contents`.
             state: of the recipe, for a resumed run.
+            exits: the content of layerskip.json.
         """
         self.finish()
         self._clear()
@@ -170,19 +172,23 @@ class Checkpoints:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         if not only:
             move_peft_files(folder)
+        write_trained_exits(folder, exits)
         torch.save(dict(state), folder / RECIPE_STATE)
         # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
         self._place(name)
 
-    def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
+    def save_shards(
+        self, name: str, shards: dict[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]
+    ) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
 
         Args:
             name: `step_N`.
             shards: a state_dict of sharded tensors.
             state: of the recipe on rank 0, for a resumed run.
+            exits: the content of layerskip.json.
         """
         self.finish()
         if is_rank_zero():
@@ -198,6 +204,7 @@ class Checkpoints:
         if is_rank_zero():
 
             def complete() -> None:
+                write_trained_exits(place, exits)
                 torch.save(dict(state), place / RECIPE_STATE)
                 self._place(name)
 

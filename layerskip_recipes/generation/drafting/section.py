@@ -3,12 +3,12 @@
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.weights import linear_head, quantise
@@ -24,7 +24,7 @@ class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
     exit_layer: Annotated[ExitLayer, Field(examples=[8])]
-    """E: the number of layers that run for a draft, 1 to L."""
+    """E: the number of layers that run for a draft, 1 to L; null, where no exit is trained, drafts nothing."""
     num_speculations: Annotated[PositiveInt, Field(examples=[6])]
     """Tokens drafted in a round; of a draft tree its depth."""
     tree_width: PositiveInt = 1
@@ -122,6 +122,13 @@ class SelfSpeculation(Section):
         if self.draft_quantizer is not None:
             drafter = quantised_drafter(model, self.exit_layer, self.draft_quantizer, self.draft_vocabulary is None)
         return self._speculation(self.draft_vocabulary, key, drafter)
+
+
+def _off_without_exit(value: Any) -> Any:
+    return None if isinstance(value, Mapping) and value.get("exit_layer", ...) is None else value
+
+
+OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
 
 
 def check_draft_fits(
