@@ -159,7 +159,10 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
         (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
-        (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
+        (
+            ["validate", "quickstart/benchmark", "metrics=[foo]"],
+            "metrics: ['foo'] is not allowed. Allowed: a list of rouge1",
+        ),
         (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
         (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
         (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
