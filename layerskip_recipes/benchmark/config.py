@@ -193,7 +193,7 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_random_weights(self) -> None:
         """Raises a ConfigError for what needs a checkpoint or texts."""
-        for key in ("peers", "metrics", "tune", "tune_extends"):
+        for key in ("peers", "metrics", "tune"):
             if value := getattr(self, key):
                 raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
 
