@@ -1,5 +1,6 @@
 """LayerSkip (arXiv 2404.16710) for torchtune: train for early exit, then decode with self-speculation."""
 
+from layerskip_recipes import defaults
 from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.generation.api import generate
@@ -25,3 +26,5 @@ __all__ = [
     "layerskip_decoder",
     "schedule_scale",
 ]
+
+defaults.register()

@@ -99,7 +99,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     """The folder of `make_checkpoint`; tests only read it."""
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture

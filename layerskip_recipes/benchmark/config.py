@@ -193,7 +193,7 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_random_weights(self) -> None:
         """Raises a ConfigError for what needs a checkpoint or texts."""
-        for key in ("peers", "metrics", "tune", "tune_extends"):
+        for key in ("peers", "metrics", "tune"):
             if value := getattr(self, key):
                 raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
 
@@ -207,16 +207,13 @@ class BenchmarkConfig(DecodingConfig):
             )
         if self.tune and num_layers < 4:
             raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if self.tune_extends is not None and not self.chooser:
-            raise ConfigError(
-                f"tune_extends: {self.tune_extends} needs tune or sweep, which is not there. Set tune_extends=null"
-            )
-        if self.tune_extends is None:
+        if self.tune_extends is None or not self.chooser:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
             raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")
         try:
-            GenerateConfig.load(load_config(self.tune_extends))
+            model = [f"model_dir={self.model_dir}"] if self.model_dir else []
+            GenerateConfig.load(load_config(self.tune_extends, model))
         except ValueError as e:
             raise ConfigError(
                 f"tune_extends: {self.tune_extends} is no generation config that works ({e}). For example "

@@ -279,9 +279,9 @@ def find_peers(
 
 def check_same_model(package: str, checkpointer: Component) -> None:
     """Raises a ValueError if a peer would run another model than ours, because of adapters."""
-    folder = weights_folder(checkpointer)
     if checkpointer.get("adapter_checkpoint") is not None:
         raise ValueError("it would run the base without checkpointer.adapter_checkpoint")
+    folder = weights_folder(checkpointer)
     if package == "transformers" and folder and (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"it would add the adapters in {folder} to weights that have them; `layerskip export` leaves them out"

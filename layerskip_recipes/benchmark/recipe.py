@@ -72,7 +72,7 @@ class LayerSkipBenchmark:
             check_folder("report_dir", Path(cfg.report_dir))
         if cfg.picture:
             check_file("picture", cfg.picture)
-        if cfg.tune_extends is not None:
+        if cfg.tune_extends is not None and cfg.chooser:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
         model = layerskip_decoder(cfg.meta_model)
@@ -209,7 +209,7 @@ class LayerSkipBenchmark:
             report = self._report(interrupted)
             if report["results"]:  # else the last report stays
                 self._write(report)
-        if cfg.tune_extends is not None and not interrupted:
+        if cfg.tune_extends is not None and cfg.chooser and not interrupted:
             write_choice(cfg, report, self.pairs)
         return report
 

@@ -210,6 +210,9 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     extends = cfg.tune_extends or ""
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    if cfg.model_dir is not None:
+        folder = Path(cfg.model_dir)
+        content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
     content["self_speculation"] = None if best is None else best.arguments()
     content["temperature"] = cfg.all_temperatures[0]

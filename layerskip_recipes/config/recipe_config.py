@@ -14,7 +14,7 @@ from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Section, Text
+from layerskip_recipes.config.schema import Section, Text, allowed
 from layerskip_recipes.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # the best one that a machine has is the last
@@ -40,13 +40,18 @@ class RecipeConfig(Section):
     REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
 
     model: Annotated[Component, Takes()]
-    """A torchtune builder and its arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
+    """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its
+    arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
     checkpointer: Annotated[Component, Takes("output_dir")]
-    """A torchtune checkpointer of whole models, or `layerskip_recipes.checkpoint.scratch_checkpointer`."""
+    """`layerskip_recipes.hf_checkpointer` with the same `path`, a torchtune checkpointer of whole models, or
+    `layerskip_recipes.checkpoint.scratch_checkpointer`."""
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
     dtype: Literal["fp32", "bf16"]
     """Of weights and computation."""
+    model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
+    """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
+    a name on the hub. Other keys read it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """Where a training writes; elsewhere a variable for other keys."""
     device: DeviceName | None = None
@@ -65,10 +70,18 @@ class RecipeConfig(Section):
         Raises:
             ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
         """
+        for needed in map(str, source):
+            if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
+                field = cls.model_fields.get(needed)
+                words, example = allowed(field.annotation, field) if field else ("a value", "...")
+                words = words.removesuffix(" (or null)")
+                raise ConfigError(f"{needed}: missing. Allowed: {words}; for example {needed}={example}")
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
-            raise ConfigError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+            first = str(e).splitlines()[0]
+            of_resolver = first.rpartition("ConfigError raised while resolving interpolation: ")[2]
+            raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         kept = {}
@@ -148,8 +161,8 @@ class RecipeConfig(Section):
         Raises:
             ConfigError: if the device is not on this machine, or cannot compute in `dtype`.
         """
-        there = [name for name in DEVICES if _is_here(name)]
-        wanted = self.device or there[-1]
+        there = devices_here()
+        wanted = self.device or best_device()
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
         if kind not in there or (index and not (index.isdigit() and int(index) < count)):
@@ -163,6 +176,16 @@ class RecipeConfig(Section):
             name = torch.cuda.get_device_name(device)
             raise ConfigError(f"dtype: bf16 is not there on {name}; for example dtype=fp32")
         return device
+
+
+def devices_here() -> list[str]:
+    """The kinds of device that this machine has, the best one last."""
+    return [name for name in DEVICES if _is_here(name)]
+
+
+def best_device() -> str:
+    """The device that a config without one takes."""
+    return devices_here()[-1]
 
 
 def _is_here(name: str) -> bool:

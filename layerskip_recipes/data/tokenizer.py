@@ -25,6 +25,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, default_template
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.hf_folder import model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -149,7 +150,7 @@ def hf_tokenizer(
     """The model tokenizer of a Hugging Face folder.
 
     Args:
-        path: the folder; it must have a tokenizer.json.
+        path: the folder, which must have a tokenizer.json; or a run of layerskip_finetune, or a name on the hub.
         max_seq_len: length in tokens that messages are truncated to. None: never.
         chat_template: Jinja text. None: the folder's default template; if it has none, `PLAIN_TEMPLATE`.
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
@@ -160,9 +161,7 @@ def hf_tokenizer(
     Raises:
         ConfigError: if the folder, or its tokenizer.json is missing, or another argument is out of range.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"tokenizer.path: there is no folder {folder}")
+    folder = model_folder(path, "tokenizer.path")
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
             f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "

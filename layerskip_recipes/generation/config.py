@@ -12,7 +12,7 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
 from layerskip_recipes.generation.parallel import check_processes
 from layerskip_recipes.generation.prompts import INTERACTIVE
 from layerskip_recipes.generation.sampling import Sampler
@@ -85,7 +85,7 @@ class Comparison(Section):
 class GenerateConfig(DecodingConfig):
     """A torchtune generation config and `self_speculation`."""
 
-    self_speculation: SelfSpeculation | None = None
+    self_speculation: OptionalSpeculation = None
     """How drafts are made; null decodes autoregressively on the same engine."""
     exit_layer: int | None = None
     """Take every token from this exit, without verification: fast, and another output."""

@@ -21,7 +21,7 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
-from layerskip_recipes.checkpoint.drafts import DESCRIPTION, describe
+from layerskip_recipes.checkpoint.drafts import describe
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -318,19 +318,36 @@ class LayerSkipFinetune:
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint; on all ranks."""
         optimizer = self.optimizers.state_dict(whole=not shards)
-        state = self._state()
+        state, exits = self._state(), self._trained_exits()
         if shards:
-            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state)
+            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, exits)
         else:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
             contents = checkpoint_contents(self.trained, self.cfg.meta_model, self.device, adapters_only)
-            if self.cfg.draft is not None and self.draft is not None:
-                contents[DESCRIPTION] = describe(self.draft, self.base, self.step, self.cfg.draft.target)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer})
+                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, exits)
             wait_for_all()
         if is_rank_zero():
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
+
+    def _trained_exits(self) -> dict[str, Any]:
+        """The content of layerskip.json: which exits are trained, or which draft, and how."""
+        if isinstance(self.loss, DraftLoss):
+            return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
+        cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
+        return {
+            "format": 1,
+            "kind": "exits",
+            "num_layers": cfg.num_layers,
+            "exits": loss.trained(cfg.num_layers, self.step, self.total_steps),
+            "curriculum": loss.curriculum,
+            "interval": loss.interval if loss.curriculum == "rotational" else None,
+            "scale": loss.scale,
+            "scale_fn": loss.scale_fn,
+            "layer_dropout": cfg.layer_dropout and cfg.layer_dropout.arguments(),
+            "steps": self.step,
+            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
+        }
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights that are trained, to be written or filled in place."""

@@ -108,16 +108,21 @@ def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
     assert status == 0 and "length: 3" in out and "split: train" not in out, err
 
 
-def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
-    """Those that extend a generation config have its keys, switched off."""
+def test_validate_knows_the_recipe_of_configs_that_extend_a_generation_config(layerskip):
+    """They have its keys, switched off."""
     root = Path(__file__).parents[2]
-    readme = (root / "README.md").read_text() + (root / "docs" / "training.md").read_text()
-    for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
-        if name := re.match(r"# (my\w*\.yaml)\n", example):
-            Path(name[1]).write_text(example)
+    (example,) = re.findall(r"^```yaml\n# my.yaml\n(.*?)^```$", (root / "README.md").read_text(), flags=re.S | re.M)
+    Path("my.yaml").write_text(example)
     layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
-    recipes = {"my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
-    for name, recipe in {"my": "finetune", "my_data": "finetune", **recipes}.items():
+    off = dict.fromkeys(("self_speculation", "temperature", "benchmark"))
+    data = {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "split": "train[:200]"}
+    for name, keys in {
+        "my_eval": off | {"prompt": None, "max_new_tokens": None, "compile": None, "dataset": data},
+        "my_benchmark": off | {"variants": CHAIN, "report_dir": "benchmark"},
+    }.items():
+        write_yaml(Path(f"{name}.yaml"), {"extends": "my_generate.yaml", **keys})
+    recipes = {"my": "finetune", "my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
+    for name, recipe in recipes.items():
         status, out, err = layerskip("validate", f"{name}.yaml")
         assert status == 0 and out == f"{name}.yaml: fine, for `tune run layerskip_{recipe}`\n", err
 
@@ -154,7 +159,10 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
         (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
-        (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
+        (
+            ["validate", "quickstart/benchmark", "metrics=[foo]"],
+            "metrics: ['foo'] is not allowed. Allowed: a list of rouge1",
+        ),
         (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
         (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
         (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),

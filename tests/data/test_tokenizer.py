@@ -357,7 +357,7 @@ def test_workers_can_pickle_it(make_folder):
 
 
 def test_errors(make_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder .*/missing"):
+    with pytest.raises(ValueError, match=r"tokenizer.path: .*/missing' is no folder"):
         hf_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"no tokenizer.json; only fast tokenizers are supported"):
         hf_tokenizer(str(tmp_path))

@@ -1,5 +1,6 @@
 """Shared by tests of Hugging Face folders: random tiny models of transformers, no weight at its first value."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def make_hf_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32, 
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def model_with_tokenizer(kind: str, folder: Path, tokenizer: Path) -> Path:
+    """A random model of 8 layers that embeds the 300 tokens of a tokenizer, which lies beside it."""
+    make_hf_folder(kind, folder, vocab_size=300, num_hidden_layers=8)
+    for file in tokenizer.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return folder

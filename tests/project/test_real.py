@@ -135,7 +135,7 @@ def finetuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2")
     run = run_tune(
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
-        *(f"checkpointer.checkpoint_dir={smollm2_folder()}", f"output_dir={out}"),
+        *(f"model_dir={smollm2_folder()}", f"output_dir={out}"),
         *("dataset.seq_len=32", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
         *("epochs=1", "max_steps_per_epoch=14", "lr_scheduler.num_warmup_steps=4", "log_every_n_steps=1"),
         *("batch_size=2", "optimizer.lr=1e-4"),
@@ -179,7 +179,6 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     out = finetuned[0]
     run = run_tune(
         *("run", "layerskip_generate", "--config", "smollm2/135M_generate_layerskip", f"output_dir={out}"),
-        f"checkpointer.checkpoint_dir={out}/epoch_0",
         *("max_new_tokens=12", "self_speculation.num_speculations=3"),
         cwd=out,
     )
@@ -188,3 +187,25 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     assert report["identical"] is True
     assert report["tokens"] == report["baseline_tokens"] <= 12
     assert report["acceptance_rate"] == report["accepted"] / report["drafted"]
+
+
+def test_the_three_lines_on_the_real_model(tmp_path):
+    """The README's, with what shortens them: a few steps, generation from the trained exit, the tuner."""
+    data = "{_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}"
+    training = (f"dataset={data}", "batch_size=2", "gradient_accumulation_steps=1", "log_every_n_steps=1")
+    on_cpu = ("device=cpu", "dtype=fp32")
+    lines = (
+        ("layerskip_finetune", "--config", "hf/full", f"model_dir={smollm2_folder()}", "output_dir=out", *training),
+        ("layerskip_generate", "--config", "hf/generate", "model_dir=out/epoch_0", "max_new_tokens=8",
+         "prompt.user=Why is the sky blue?", "benchmark.compare=true"),
+        ("layerskip_benchmark", "--config", "hf/benchmark", "model_dir=out/epoch_0", "tune=true", "max_new_tokens=4",
+         "repeats=1"),
+    )  # fmt: skip
+    done = [run_tune("run", *line, *on_cpu, cwd=tmp_path) for line in lines]
+    assert [run.returncode for run in done] == [0, 0, 0], [run.stderr[-2000:] for run in done]
+    assert "early_exit_loss.interval=8" in done[0].stderr + done[0].stdout
+    assert json.loads((tmp_path / "out/epoch_0/layerskip.json").read_text())["steps"] == 4
+    report = json.loads(done[1].stdout.splitlines()[-1])
+    # After 4 steps of a rotation of 8: exits 2, 3, 4, 9, 10, .. The nearest to a quarter of 30 layers is 9.
+    assert (report["exit_layer"], report["identical"]) == (9, True)
+    assert (tmp_path / "benchmark/tuned.yaml").is_file()

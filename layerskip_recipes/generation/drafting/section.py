@@ -3,12 +3,12 @@
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
@@ -25,7 +25,8 @@ class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
     exit_layer: Annotated[ExitLayer, Field(examples=[8])] | None = None
-    """E: the number of layers that run for a draft, 1 to L. A `draft` has its own."""
+    """E: the number of layers that run for a draft, 1 to L; null is that of `draft`, and without one, as where no exit
+    is trained, drafts nothing."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""
@@ -144,6 +145,14 @@ class SelfSpeculation(Section):
         if self.draft_quantizer is not None:
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, self.draft_vocabulary is None)
         return self._speculation(self.draft_vocabulary, key, drafter)
+
+
+def _off_without_exit(value: Any) -> Any:
+    off = isinstance(value, Mapping) and value.get("exit_layer", ...) is None and value.get("draft") is None
+    return None if off else value
+
+
+OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
 
 
 def check_draft_fits(
