@@ -223,6 +223,13 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drafter_has_one_exit(kind):
+    model = model_of("llama3_2")
+    with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the drafter's\. Allowed: 2"):
+        Generation(model, PROMPTS, 4, speculation=Speculation(1, 2, drafter=draft_of(model, kind).decoder(model)))
+
+
 def test_a_draft_of_another_format(folders, tmp_path):
     described = json.loads((folders / "copy" / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 2})
