@@ -3,13 +3,13 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**inputs, max_new_tokens=128)
 
-    model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, exit_layer=6)    # a model loaded elsewhere
+    model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, exit_layer=6)  # a model loaded elsewhere
 
-`layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, the layers below the exit draft
-a few tokens one after the other, and their hidden states are kept. The layers above the exit then run once over all
-drafts, from these hidden states: the model's own predictions say which drafts stand, and which token follows. Both parts
-share one cache, from which rejected drafts are removed. Greedy decoding gives the tokens of plain greedy decoding;
-sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
+`layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, the layers below the exit
+draft a few tokens one after the other, and their hidden states are kept. The layers above the exit then run once over
+all drafts, from these hidden states: the model's own predictions say which drafts stand, and which token follows. Both
+parts share one cache, from which rejected drafts are removed. Greedy decoding gives the tokens of plain greedy
+decoding; sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
 """
 
 import copy
@@ -95,7 +95,7 @@ class PartialModel:
         if not 1 <= exit_layer < config.num_hidden_layers:
             raise ValueError(f"exit_layer: {exit_layer} is not one of 1 to {config.num_hidden_layers - 1}")
         self.decoder, self.head, self.config = model.model, model.lm_head, config
-        self.kinds = getattr(config, "layer_types", None)
+        self.kinds = getattr(config, "layer_types", None) or []
         self.below, self.above = range(exit_layer), range(exit_layer, config.num_hidden_layers)
 
     def draft_cost(self) -> float:
@@ -104,12 +104,8 @@ class PartialModel:
         head = self.head.weight.numel()
         return (sum(sizes[index] for index in self.below) + head) / (sum(sizes) + head)
 
-    def masks(self, embedded: torch.Tensor, padding: torch.Tensor | None, cache: Any, position_ids: torch.Tensor) -> Any:
-        """Attention masks for tokens that follow those in the cache: one, or one for each kind of layer."""
-        return create_masks_for_generate(self.config, embedded, padding, cache, position_ids)
-
     def run(self, layers: range, hidden: torch.Tensor, masks: Any, **settings: Any) -> torch.Tensor:
-        """Hidden states [b, s, d] after `layers`."""
+        """Hidden states [b, s, d] after `layers`, with one attention mask or one for each kind of layer."""
         for index in layers:
             mask = masks[self.kinds[index]] if isinstance(masks, dict) else masks
             hidden = self.decoder.layers[index](hidden, attention_mask=mask, use_cache=True, **settings)
@@ -158,8 +154,9 @@ class Rows:
 
     def append(self, new: torch.Tensor, counts: list[int]) -> None:
         """Append the first counts[row] tokens of `new` [b, m], up to the first that a criterion stops at."""
-        ends = [length + counts[row] * (row in self.active) for row, length in enumerate(self.lengths)]
+        ends = list(self.lengths)
         for row in self.active:
+            ends[row] += counts[row]
             self.tokens[row, self.lengths[row] : ends[row]] = new[row, : counts[row]]
         for length in range(min(self.lengths[row] for row in self.active) + 1, max(ends) + 1):
             reached = [row for row in self.active if self.lengths[row] < length <= ends[row]]
@@ -278,7 +275,8 @@ def decode(
 
     # 1. The whole model reads the prompts and gives the first token.
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    cache, padding = outputs.cache, model_kwargs.get("attention_mask")
+    cache: Any = outputs.cache
+    padding: Any = model_kwargs.get("attention_mask")  # [b, columns of the cache], or None where nothing is padded
     if not isinstance(cache, DynamicCache) or cache.offloading:
         raise ValueError(f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
     cache.activate_past_recording()  # so that layers with a sliding window can forget rejected drafts
@@ -298,14 +296,15 @@ def decode(
         embedded = layers.decoder.embed_tokens(pending)
         position_ids = position + 1 + torch.arange(drafted + 1, device=position.device)  # [b, drafted + 1]
         rotary = layers.decoder.rotary_emb(embedded, position_ids)
-        masks = layers.masks(embedded.expand(-1, drafted + 1, -1), padding, cache, position_ids)
+        places = embedded.expand(-1, drafted + 1, -1)
+        masks = create_masks_for_generate(layers.config, places, padding, cache, position_ids)
 
         # 2. The layers below the exit draft, token after token; the last draft runs through them too.
         exits, drafts, draft_probs = [], [], []
         for i in range(drafted + 1):
             at, seen = slice(i, i + 1), None if padding is None else padding[:, : columns + i + 1]
             settings = {"position_ids": position_ids[:, at], "position_embeddings": tuple(x[:, at] for x in rotary)}
-            mask = layers.masks(embedded, seen, cache, position_ids[:, at])
+            mask = create_masks_for_generate(layers.config, embedded, seen, cache, position_ids[:, at])
             exits.append(layers.run(layers.below, embedded, mask, cache=cache, **settings))
             if i < drafted:
                 draft, probs = choose(rows.process(layers.logits(exits[-1]), i), do_sample)
@@ -328,7 +327,6 @@ def decode(
         best = max(counts[row] for row in rows.active)
         shifts = (best - accepted).clamp(min=0)
         if any(counts[row] < best for row in rows.active):
-            assert padding is not None
             for layer in cache.layers:
                 layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
             behind = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
@@ -341,7 +339,7 @@ def decode(
 
     if streamer is not None:
         streamer.end()
-    sequences = rows.tokens[:, : max(rows.lengths)]
+    sequences: Any = rows.tokens[:, : max(rows.lengths)]
     if not with_dict:
         return sequences
     # The cache lacks the last token, as in plain decoding, and not what was accepted behind a stop.
