@@ -56,13 +56,13 @@ def generate(
     # can have settings of its own.
     model, generation_config = copy.copy(model), copy.deepcopy(generation_config)
     model.generation_config = copy.deepcopy(model.generation_config)
-    sources = [kwargs, *(vars(config) for config in (generation_config, model.generation_config) if config is not None)]
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
 
     def take(name: str) -> Any:
-        values = [source[name] for source in sources if source.get(name) is not None]
-        for source in sources:
-            source[name] = None
-        return values[0] if values else None
+        values = [kwargs.pop(name, None), *(getattr(config, name) for config in configs)]
+        for config in configs:
+            setattr(config, name, None)
+        return next((value for value in values if value is not None), None)
 
     early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
     layers = PartialModel(model, early_exit if exit_layer is None else exit_layer)
@@ -270,6 +270,11 @@ def decode(
     batch, prompt_length = input_ids.shape
     longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
     pad_id, width = 0 if pad_id is None else int(pad_id), longest + num_speculations + 1
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    switch = switch or model.config.max_position_embeddings
+    if switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch)):
+        raise ValueError(f"LayerSkip: {kind} positions change behind {switch} tokens. Allowed: max_length={switch}")
     rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(num_speculations, layers.draft_cost())
 
