@@ -245,9 +245,10 @@ def test_a_mistake(settings, message):
 
 def test_positions_that_change_with_the_length():
     """transformers reads the whole text again where the short factors end."""
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 10}
     config = copy.deepcopy(tiny("phi3").config)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
+    config.original_max_position_embeddings = 10
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="longrope positions change behind 10 tokens"):
         loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=4)
