@@ -28,7 +28,7 @@ MODES = ("greedy_search", "sample")
 def generate(
     inputs: torch.Tensor | None = None,
     generation_config: Any = None,
-    *args: Any,
+    *,
     model: Any,
     exit_layer: int | None = None,
     num_speculations: int = 6,
@@ -39,7 +39,6 @@ def generate(
     Args:
         inputs: left-padded prompts [b, s].
         generation_config: transformers' settings.
-        *args: further arguments of `model.generate`.
         model: a causal language model of one of MODEL_TYPES.
         exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings.
         num_speculations: most tokens that a round drafts; it drafts fewer where few are accepted.
@@ -80,7 +79,7 @@ def generate(
     def decoding_loop(model: Any, input_ids: torch.Tensor, **settings: Any) -> Any:
         return decode(model, input_ids, layers, num_speculations, **settings | {"streamer": kwargs.get("streamer")})
 
-    return type(model).generate(model, inputs, generation_config, *args, **kwargs | {"custom_generate": decoding_loop})
+    return type(model).generate(model, inputs, generation_config, **kwargs | {"custom_generate": decoding_loop})
 
 
 class PartialModel:
