@@ -8,7 +8,6 @@ or write hundreds of gigabytes, pack a dataset, or wait for a user's next questi
 import logging
 import os
 import sys
-import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -20,7 +19,6 @@ from torchtune import training
 from layerskip_recipes.errors import ConfigError
 
 STEP_TIMEOUT = timedelta(minutes=10)
-PARTING_S = 1.0  # between the last collective and the end of a process
 FILE_TIMEOUT = timedelta(days=1)  # if rank 0 fails meanwhile, torchrun ends the others at once
 
 _file_group: dist.ProcessGroup | None = None
@@ -79,16 +77,23 @@ def file_group() -> dist.ProcessGroup | None:
 
 
 def end_processes() -> None:
-    """Leave the process groups after a run that went well.
+    """Leave the process groups after a run that went well, when all ranks have come here.
 
-    A pause comes first: to a rank that has not yet returned from the last barrier, gloo reports "Connection closed by
-    peer" when another one closes its sockets.
+    A barrier does not say that: to a rank that has not yet returned from it, gloo reports "Connection closed by peer"
+    when another one closes its sockets. So the ranks tell each other through the groups' key-value store. Rank 0 may
+    host the store, and leaves when the others need it no more: nothing is answered to a `set`.
     """
     global _file_group
     _file_group = None
-    if dist.is_initialized():
-        time.sleep(PARTING_S)
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"rank {dist.get_rank()} ends", "")
+    store.wait([f"rank {rank} ends" for rank in ranks], FILE_TIMEOUT)
+    store.set(f"rank {dist.get_rank()} leaves", "")
+    if dist.get_rank() == 0:
+        store.wait([f"rank {rank} leaves" for rank in ranks], FILE_TIMEOUT)
+    dist.destroy_process_group()
 
 
 def exit_at_once(status: int) -> NoReturn:

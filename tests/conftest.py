@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.configs import generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
 
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -30,9 +31,10 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 # With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
 # two files of several processes each shall not run beside each other.
 LONGEST_FIRST = (
-    *("test_real", "test_distributed_finetune", "test_readme", "test_compile", "test_distributed_generate"),
-    *("test_kills", "test_generate_recipe", "test_distributed_loss", "test_benchmark", "test_few_rows", "test_cli"),
-    *("test_validation", "test_errors", "test_resume", "test_speculation", "test_tuning", "test_install"),
+    *("test_distributed_finetune", "test_readme", "test_real", "test_compile", "test_distributed_generate"),
+    *("test_generate_recipe", "test_kills", "test_adapters", "test_errors", "test_distributed_loss", "test_benchmark"),
+    *("test_family_configs", "test_few_rows", "test_cli", "test_validation", "test_resume", "test_speculation"),
+    *("test_tuning", "test_install"),
 )
 
 
@@ -92,6 +94,18 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     stdlib_tokenizer(str(folder / "tokenizer"), vocab_size=300)
     return folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    """The folder of `make_checkpoint`; tests only read it."""
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", tokenizer_folder)
+
+
+@pytest.fixture
+def path(tmp_path, checkpoint) -> Path:
+    """A generation of 24 tokens from it."""
+    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 @pytest.fixture

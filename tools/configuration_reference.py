@@ -6,10 +6,19 @@ The introduction of the page is written by hand; what follows the marker is repl
 this script makes.
 """
 
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from layerskip_recipes.cli.configs import CONFIGS
-from layerskip_recipes.config.reference import markdown
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Section, allowed, alternatives
 
 MARKER = "<!-- Made by tools/configuration_reference.py from here on; do not edit. -->\n"
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -20,6 +29,96 @@ def page() -> str:
     """The page as it should be: its own introduction and fresh tables."""
     introduction = PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
     return f"{introduction}{MARKER}\n{markdown({name: CONFIGS[name] for name in RECIPES})}"
+
+
+def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
+    """The keys of all recipes as Markdown: those of every recipe first, then each recipe's own.
+
+    Args:
+        recipes: config classes by the names of their recipes, such as "layerskip_finetune".
+    """
+    tables: dict[type[Section], str] = {}
+    parts = ["## All recipes", *_tables(RecipeConfig.model_fields, tables)]
+    for name, config in recipes.items():
+        own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field)}
+        parts += [f"## {name}", *_tables(own, tables)]
+        if refused := {key: why for key, why in config.REFUSED.items() if key not in config.model_fields}:
+            rows = [[f"`{key}`", why] for key, why in refused.items()]
+            parts += ["These keys of other configs are refused unless they are switched off:"]
+            parts += [_table(["key", "why"], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_common(key: str, field: FieldInfo) -> bool:
+    """Whether a key is documented under all recipes already."""
+    common = RecipeConfig.model_fields.get(key)
+    return common is not None and (_row(key, common) == _row(key, field))
+
+
+def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) -> Iterator[str]:
+    """A table of the keys, and one for each section among them.
+
+    Args:
+        fields: the keys.
+        known: sections that have a table already, and the key of that table; new ones are added.
+    """
+    if fields:
+        yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
+    for key, field in fields.items():
+        sections = _sections(field.annotation)
+        new = [section for section in sections if section not in known]
+        for section in sections:
+            # A mapping of sections has names of the user's choice between its key and the keys of a section.
+            prefix = f"{key}." if section in _direct(field.annotation) else f"{key}.NAME."
+            if section in known:
+                yield f"The keys `{prefix}KEY` are those of [{known[section]}](#{known[section]})."
+                continue
+            if section is new[0]:
+                yield f"### {key}"
+            known[section] = key
+            if summary := _summary(section):
+                yield summary
+            rows = [_row(prefix + name, part) for name, part in section.model_fields.items()]
+            yield _table(["key", "allowed", "default", "meaning"], rows)
+
+
+def _direct(annotation: Any) -> list[type[Section]]:
+    """The sections that are alternatives of an annotation themselves."""
+    kinds = [kind for kind, _ in alternatives(annotation)]
+    return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections in an annotation, those in a mapping or a list included."""
+    inner = [part for kind, _ in alternatives(annotation) for item in get_args(kind) for part in _sections(item)]
+    return list(dict.fromkeys([*_direct(annotation), *inner]))
+
+
+def _summary(section: type[Section]) -> str:
+    """The first sentence of a section's docstring."""
+    return (section.__doc__ or "").partition("\n\n")[0].replace("\n", " ").strip()
+
+
+def _row(key: str, field: FieldInfo) -> list[str]:
+    words = "any value" if field.annotation is Any else allowed(field.annotation, field)[0]
+    words = words.replace(Component.ALLOWED[0], "a component")
+    return [f"`{key}`", words, _default(field), " ".join((field.description or "").split())]
+
+
+def _default(field: FieldInfo) -> str:
+    """A default as YAML has it."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined or isinstance(value, Section):
+        return ""
+    return f"`{value if isinstance(value, str) else json.dumps(value, default=str)}`"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
-from torchtune import utils
 
-from layerskip_recipes.benchmark.peers import PEERS, check_peers
+from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.sweep import Sweep
-from layerskip_recipes.benchmark.text_metrics import check_names
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
@@ -19,8 +17,6 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
-
-log = utils.get_logger("INFO")
 
 BASELINE = "baseline"
 EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
@@ -50,31 +46,13 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {EXAMPLE}")
         if "early_exit" in section:
             variants[name] = EarlyExitVariant.parse(section, key)
-            continue
-        for needed, example in (("exit_layer", 3), ("num_speculations", 5)):
-            if section.get(needed) is None:
-                raise ConfigError(
-                    f"{key}.{needed}: missing; for example {key}.{needed}={example}, or for all tokens from an exit, "
-                    f"without verification, {key}={{early_exit: 3}}"
-                )
-        variants[name] = SelfSpeculation.parse(section, key)
+        else:
+            variants[name] = SelfSpeculation.parse(section, key)
     return variants
 
 
 def _is_section(value: Any) -> bool:
     return isinstance(value, Mapping)
-
-
-def _check_temperatures(value: Any) -> Any:
-    numbers = value if isinstance(value, list) else []
-    if not all(isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in numbers):
-        numbers = []
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ConfigError(
-            f": {value!r} is not allowed. Allowed: a list of different numbers of 0 or more; for example "
-            "temperatures=[0.0,0.8]"
-        )
-    return value
 
 
 class BenchmarkConfig(DecodingConfig):
@@ -92,16 +70,22 @@ class BenchmarkConfig(DecodingConfig):
         "tensor_parallel_plan": "it measures one device",
         "tensor_parallel_dim": "it measures one device",
     }
+    REQUIRES: ClassVar = {"metrics": ("stop_strings",), "tune_extends": ("tune_file",)}
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """What is compared with autoregressive decoding: sections like `self_speculation` by names of your own, or
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """Of a generation config: the only variant, where `variants` is not there."""
-    peers: Annotated[list[str], Field(examples=["[torchtune]"])] | None = None
-    """Other libraries on the same checkpoint: `torchtune`, `transformers`, `transformers_early_exit` (drafts like the
-    first variant that drafts). One that is not installed is left out."""
-    temperatures: Annotated[list[Temperature], BeforeValidator(_check_temperatures)] | None = None
+    peers: (
+        Annotated[
+            list[Literal["torchtune", "transformers", "transformers_early_exit"]], Field(examples=["[torchtune]"])
+        ]
+        | None
+    ) = None
+    """Other libraries on the same checkpoint; `transformers_early_exit` drafts like the first variant that drafts. One
+    that is not installed, or cannot do what the config asks for, is left out."""
+    temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """Of a generation config: the only temperature, where `temperatures` is not there."""
@@ -111,8 +95,11 @@ class BenchmarkConfig(DecodingConfig):
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3
     """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
-    metrics: Annotated[list[str], Field(examples=["[rougeL]"])] | None = None
-    """How near outputs come to the prompts' references: `rouge1`, `rouge2`, `rougeL`, `bleu`, `exact_match`."""
+    metrics: (
+        Annotated[list[Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]], Field(examples=["[rougeL]"])]
+        | None
+    ) = None
+    """How near outputs come to the prompts' references."""
     random_weights: Flag = None
     """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor
     tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
@@ -144,7 +131,8 @@ class BenchmarkConfig(DecodingConfig):
     @property
     def all_temperatures(self) -> list[float]:
         """The temperatures, in the order of their tables."""
-        return self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+        given = self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+        return list(dict.fromkeys(given))
 
     @property
     def chooser(self) -> str | None:
@@ -165,7 +153,6 @@ class BenchmarkConfig(DecodingConfig):
 
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)
-        check_names(self.metrics or [])
         check_ending("picture", self.picture, PICTURES)
         self._check_what_is_compared()
         for name, variant in self.compared.items():
@@ -175,21 +162,14 @@ class BenchmarkConfig(DecodingConfig):
             else:
                 model.check_exit(variant.early_exit, f"{key}.early_exit")
         if self.sweep is not None:
-            self.sweep.pairs(model, self.max_new_tokens)
+            self.sweep.pairs(model)
         if self.random_weights:
             self._check_random_weights()
             return
         if self.report_dir is None:
             raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
         check_checkpointer(self)
-        if self.sweep is None:
-            check_peers(self.peers or [], self.sampler(0.0), self.batch_size, self.first_draft)
         self._check_chooser(len(model.layers))
-        if self.stop_strings and not self.metrics:
-            raise ConfigError(
-                f"stop_strings: {self.stop_strings} end texts for metrics, and there are none; for example "
-                "metrics=[rougeL] stop_strings=[END], or stop_strings=null"
-            )
         self.check_prompts()
         if self.is_conversation:
             raise ConfigError(
@@ -213,7 +193,7 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_random_weights(self) -> None:
         """Raises a ConfigError for what needs a checkpoint or texts."""
-        for key in ("peers", "metrics", "tune", "tune_extends"):
+        for key in ("peers", "metrics", "tune"):
             if value := getattr(self, key):
                 raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
 
@@ -227,69 +207,15 @@ class BenchmarkConfig(DecodingConfig):
             )
         if self.tune and num_layers < 4:
             raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if self.tune_extends is not None and not self.chooser:
-            raise ConfigError(
-                f"tune_extends: {self.tune_extends} needs tune or sweep, which is not there. Set tune_extends=null"
-            )
-        if self.tune_file is not None and self.tune_extends is None:
-            raise ConfigError(f"tune_file: {self.tune_file} needs tune_extends, which is not there. Set tune_file=null")
-        if self.tune and self.repetition_penalty not in (None, 1):
-            raise ConfigError(
-                f"repetition_penalty: {self.repetition_penalty} is not allowed with tune, which takes acceptance from "
-                "the text as it is. Set repetition_penalty=null"
-            )
-        if self.tune_extends is not None:
-            if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
-                raise ConfigError(
-                    f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file"
-                )
-            self._check_extended()
-
-    def _check_extended(self) -> None:
-        """Raises a ConfigError unless `tune_extends` is a generation config that decodes as this benchmark does."""
-        name = self.tune_extends or ""
+        if self.tune_extends is None or not self.chooser:
+            return
+        if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
+            raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")
         try:
-            extended = GenerateConfig.load(load_config(name))
+            model = [f"model_dir={self.model_dir}"] if self.model_dir else []
+            GenerateConfig.load(load_config(self.tune_extends, model))
         except ValueError as e:
             raise ConfigError(
-                f"tune_extends: {name} is no generation config that works ({e}). For example "
+                f"tune_extends: {self.tune_extends} is no generation config that works ({e}). For example "
                 "tune_extends=quickstart/generate"
             ) from e
-        ours, theirs = (
-            _decoding(cfg, temperature)
-            for cfg, temperature in ((self, self.all_temperatures[0]), (extended, extended.temperature))
-        )
-        for key, value in theirs.items():
-            if value != ours[key]:
-                value, here = ("null" if side is None else side for side in (value, ours[key]))
-                examples = {"temperature": f"temperatures=[{value}]", "repetition_penalty": f"{key}=null there"}
-                raise ConfigError(
-                    f"tune_extends: {name} has {key}={value}, and {self.chooser} would choose for {here}. Allowed: the "
-                    f"same in both; for example {examples.get(key, f'{key}={value}')}"
-                )
-        if bool(extended.compile) != bool(self.compile):  # a rough choice, but a quick one
-            message = "tune_extends: %s has compile=%s, here it is %s, which the choice is for and what is written"
-            log.warning(message, name, bool(extended.compile), bool(self.compile))
-        ours, theirs = _model(self), _model(extended)
-        for key in ours:
-            if ours[key] != theirs[key]:
-                message = "tune_extends: %s has %s=%s, which is kept, and the choice is for %s, as it is here"
-                log.warning(message, name, key, theirs[key], ours[key])
-
-
-def _decoding(cfg: DecodingConfig, temperature: float) -> dict[str, Any]:
-    """What decides beside the model which draft is fastest; None is off. Greedy decoding has no filters."""
-    off = {"repetition_penalty": 1} | ({"top_k": None, "top_p": 1, "min_p": 0} if temperature > 0 else {})
-    filters = {key: None if getattr(cfg, key) == nothing else getattr(cfg, key) for key, nothing in off.items()}
-    return {"temperature": temperature, "batch_size": cfg.batch_size, **filters}
-
-
-def _model(cfg: DecodingConfig) -> dict[str, Any]:
-    """The weights that decode."""
-    folders = {key: cfg.checkpointer.get(key) for key in ("checkpoint_dir", "adapter_checkpoint")}
-    quantizer = getattr(cfg, "quantizer", None)
-    return {
-        **{f"checkpointer.{key}": folder and str(Path(folder).absolute()) for key, folder in folders.items()},
-        "dtype": cfg.dtype,
-        "quantizer": quantizer and quantizer.path,
-    }

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from torchtune import training, utils
 from torchtune.generation import generate as torchtune_generate
 from torchtune.generation import generate_next_token
 
+from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -39,7 +38,7 @@ class Job:
     """What all peers decode.
 
     Args:
-        model_section, checkpoint_dir: of the config.
+        model_section, checkpointer: of the config.
         model: our decoder, whose weights torchtune's decoder shares.
         prompts: the first batch, for trials.
         max_prompt: tokens of the longest of all prompts.
@@ -49,7 +48,7 @@ class Job:
     """
 
     model_section: Component
-    checkpoint_dir: str
+    checkpointer: Component
     model: LayerSkipDecoder
     prompts: Rows
     max_prompt: int
@@ -74,7 +73,9 @@ class Job:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint_dir, dtype=self.dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            str(weights_folder(self.checkpointer)), dtype=self.dtype
+        )
         # Without the checkpoint's own defaults: each call gives all settings.
         model.generation_config = transformers.GenerationConfig()
         return model.to(self.device).eval()
@@ -128,7 +129,7 @@ def left_padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, int]:
 
 
 def torchtune_decoder(job: Job, compiled: bool) -> Decode:
-    """`torchtune.generation.generate` with its KV cache."""
+    """`torchtune.generation.generate` with its KV cache; it samples by temperature and top_k only."""
     with training.set_default_dtype(job.dtype), job.device:
         model = job.model_section.build()
         model.load_state_dict(job.model.state_dict(), assign=True)  # the same tensors, no copy
@@ -137,6 +138,9 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
     next_token = torch.compile(generate_next_token) if compiled else generate_next_token
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+        filters = not sampler.greedy and (sampler.top_p not in (None, 1) or sampler.min_p)
+        if filters or sampler.penalises:
+            raise ValueError("torchtune has no top_p, min_p or repetition_penalty")
         tokens, pad = left_padded(rows, job.device)
         torch.manual_seed(seed)
         model.reset_caches()
@@ -209,7 +213,8 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
 
 def early_exit_decoder(job: Job, compiled: bool) -> Decode:
     """`generate(assistant_early_exit=E)` with drafts of a constant length, its fastest schedule."""
-    assert job.draft is not None  # check_peers has seen to that
+    if job.draft is None:
+        raise ValueError("it drafts like the first variant that drafts, and none does")
     exit_layer, length = job.draft
     decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
     schedule = {
@@ -245,65 +250,6 @@ PEERS: dict[str, PeerKind] = {
 }
 
 
-# ---- what the config may ask for ----
-
-
-def check_peers(names: Sequence[str], sampler: Sampler, batch_size: int, draft: tuple[int, int] | None) -> None:
-    """Raises a ConfigError if a peer is unknown, stands twice, or cannot do what the config asks for.
-
-    Args:
-        names: of `peers`.
-        sampler: its filters.
-        batch_size: prompts decoded together.
-        draft: exit layer and draft length of the first variant that drafts.
-    """
-    for name in names:
-        if name not in PEERS or list(names).count(name) > 1:
-            said = "stands twice" if name in PEERS else "is unknown"
-            raise ConfigError(f"peers: {name!r} {said}. Allowed: {', '.join(PEERS)}; for example peers=[torchtune]")
-    for key, off in {"top_p": (None, 1), "min_p": (None, 0), "repetition_penalty": (1,)}.items():
-        if "torchtune" in names and getattr(sampler, key) not in off:
-            raise ConfigError(
-                f"peers: torchtune samples by temperature and top_k only, not by {key}={getattr(sampler, key)}. "
-                "Allowed: one without the other; for example peers=[transformers]"
-            )
-    if "transformers_early_exit" in names and batch_size > 1:
-        raise ConfigError(
-            f"peers: transformers_early_exit decodes one prompt at a time, and batch_size is {batch_size}. Allowed: "
-            "one without the other; for example batch_size=1"
-        )
-    if "transformers_early_exit" in names and draft is None:
-        raise ConfigError(
-            "peers: transformers_early_exit drafts like the first variant that drafts, and none does. Allowed: with "
-            "such a variant; for example variants.chain.exit_layer=8 variants.chain.num_speculations=6"
-        )
-
-
-def check_peer_files(names: Sequence[str], checkpointer: Component) -> None:
-    """Raises a ConfigError if a peer is asked for that cannot open the checkpoint of a `checkpointer` section."""
-    folder = checkpointer.get("checkpoint_dir")
-    if names and checkpointer.get("adapter_checkpoint") is not None:
-        raise ConfigError(
-            f"peers: {', '.join(names)} would run the base without checkpointer.adapter_checkpoint, another model. "
-            "Allowed: none, or the merged checkpoint with its plain model section; for example peers=[]"
-        )
-    for name in names:
-        if PEERS[name].package != "transformers":
-            continue
-        if not (folder and Path(folder, "config.json").is_file()):
-            raise ConfigError(
-                f"peers: {name} needs config.json in checkpointer.checkpoint_dir, and {folder!r} has none. Allowed: "
-                "peers that do not; for example peers=[torchtune]"
-            )
-        if Path(folder, "adapter_config.json").is_file():
-            raise ConfigError(
-                f"peers: {name} would add the adapters in checkpointer.checkpoint_dir {folder!r} to weights that have "
-                "them already. Allowed: peers that do not, for example peers=[torchtune]; or a folder without "
-                f"adapters: `layerskip export {folder} exported`, then checkpointer.checkpoint_dir=exported and "
-                "checkpointer.checkpoint_files with the names of its weights, [model.safetensors] if they are one file"
-            )
-
-
 # ---- finding the fastest setting ----
 
 
@@ -319,22 +265,27 @@ class Peer:
 def find_peers(
     names: Sequence[str], job: Job, sampler: Sampler, compile: bool
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that run on this machine, each in its fastest setting; and why the others do not run.
-
-    Args:
-        names: the peers asked for.
-        job: model, prompts and lengths.
-        sampler: of the trials.
-        compile: whether compiled decoding is tried, too.
-    """
+    """The peers that can do what the config asks for, each in its fastest setting; and why the others do not run."""
     found, left_out = {}, {}
     for name in names:
         try:
+            check_same_model(PEERS[name].package, job.checkpointer)
             found[name] = fastest_setting(PEERS[name], job, sampler, compile)
         except Exception as e:  # another library may fail in any way, and the other methods are measured without it
             left_out[name] = first_line(e)
             log.warning("peers: %s is left out (%s)", name, left_out[name])
     return found, left_out
+
+
+def check_same_model(package: str, checkpointer: Component) -> None:
+    """Raises a ValueError if a peer would run another model than ours, because of adapters."""
+    if checkpointer.get("adapter_checkpoint") is not None:
+        raise ValueError("it would run the base without checkpointer.adapter_checkpoint")
+    folder = weights_folder(checkpointer)
+    if package == "transformers" and folder and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"it would add the adapters in {folder} to weights that have them; `layerskip export` leaves them out"
+        )
 
 
 def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -> Peer:

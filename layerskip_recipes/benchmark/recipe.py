@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Variant
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
-from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_peer_files, find_peers
+from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
-from layerskip_recipes.benchmark.text_metrics import check_metrics, text_metrics
+from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
@@ -56,9 +56,6 @@ log = utils.get_logger("INFO")
 class LayerSkipBenchmark:
     """Compares methods of decoding a checkpoint.
 
-    Args:
-        source: the merged config; settings and prompts are all checked here.
-
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
@@ -71,12 +68,11 @@ class LayerSkipBenchmark:
             torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         else:
             self.device = prepare_device(cfg)
-            check_peer_files(cfg.peers or [], cfg.checkpointer)
         if cfg.report_dir is not None:
             check_folder("report_dir", Path(cfg.report_dir))
         if cfg.picture:
             check_file("picture", cfg.picture)
-        if cfg.tune_extends is not None:
+        if cfg.tune_extends is not None and cfg.chooser:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
         model = layerskip_decoder(cfg.meta_model)
@@ -84,7 +80,7 @@ class LayerSkipBenchmark:
         self.pairs: dict[str, Pair] = {}
         self.variants: dict[str, Variant] = cfg.compared
         if cfg.sweep is not None:
-            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model, cfg.max_new_tokens)}
+            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         greedy = [temperature == 0 for temperature in cfg.all_temperatures]
@@ -122,7 +118,7 @@ class LayerSkipBenchmark:
             try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file), self.tokenizer, check
         )
         refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
-        check_metrics(cfg.metrics or [], self.examples)
+        check_references(cfg.metrics or [], self.examples)
         self.variants = {
             name: variant.with_vocabulary(model, self.tokenizer, self.prompts, f"variants.{name}")
             if isinstance(variant, SelfSpeculation)
@@ -182,7 +178,7 @@ class LayerSkipBenchmark:
         if cfg.peers and cfg.sweep is None:
             job = Job(
                 cfg.model,
-                cfg.checkpointer.get("checkpoint_dir"),
+                cfg.checkpointer,
                 self.model,
                 self.batches[0],
                 longest_prompt(self.prompts),
@@ -213,7 +209,7 @@ class LayerSkipBenchmark:
             report = self._report(interrupted)
             if report["results"]:  # else the last report stays
                 self._write(report)
-        if cfg.tune_extends is not None and not interrupted:
+        if cfg.tune_extends is not None and cfg.chooser and not interrupted:
             write_choice(cfg, report, self.pairs)
         return report
 
@@ -306,7 +302,7 @@ class LayerSkipBenchmark:
         if self.cfg.picture:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
-            title = str(self.cfg.checkpointer.get("checkpoint_dir"))
+            title = str(self.cfg.given_folder)
             if self.cfg.sweep is not None and not self.cfg.random_weights:
                 heat_map(results, self.pairs, files["picture"], title)
             else:

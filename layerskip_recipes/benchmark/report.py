@@ -86,12 +86,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
 
 
 def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
-    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted.
-
-    Args:
-        row: of `figures`.
-        step_s: seconds of an autoregressive step.
-    """
+    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted."""
     d, round_s = row["drafted_per_round"], row["round_s"]
     if not (d and round_s and step_s):
         return None
@@ -161,7 +156,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         title = f"{cfg['model']['_component_']}, {report['parameters'] / 1e6:.0f} million random weights"
     else:
         columns = COLUMNS | {name: partial(_metric, name) for name in cfg.get("metrics") or []}
-        title = cfg["checkpointer"]["checkpoint_dir"]
+        title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
         f"# {title}\n",

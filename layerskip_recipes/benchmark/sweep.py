@@ -7,10 +7,11 @@ import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from layerskip_recipes.config.schema import Section
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -38,35 +39,23 @@ class Pair(NamedTuple):
 class Sweep(Section):
     """The pairs of a sweep: every exit with every draft length."""
 
-    exit_layers: list[int] | None = None
+    exit_layers: Annotated[list[int], Field(min_length=1, examples=["[2,4,8]"])] | None = None
     """The exits; null: all layers but the last."""
-    num_speculations: list[int] | None = None
-    """The draft lengths; null: 1, 2, 3, 4, 6, 8, 10 and 12, as far as `max_new_tokens` has room for them."""
+    num_speculations: (
+        Annotated[list[Annotated[int, Field(ge=1, le=LONGEST)]], Field(min_length=1, examples=["[2,4,6]"])] | None
+    ) = None
+    """The draft lengths; null: 1, 2, 3, 4, 6, 8, 10 and 12."""
 
-    def pairs(self, model: LayerSkipDecoder, max_new_tokens: int) -> list[Pair]:
+    def pairs(self, model: LayerSkipDecoder) -> list[Pair]:
         """All pairs.
 
         Raises:
-            ConfigError: if a list is empty or has a value twice, or a value does not fit the model or the length.
+            ConfigError: if an exit does not fit the model.
         """
-        limit = min(LONGEST, max_new_tokens - 1)
         exits = list(range(1, len(model.layers))) if self.exit_layers is None else self.exit_layers
-        lengths = [d for d in LENGTHS if d <= limit] if self.num_speculations is None else self.num_speculations
-        for key, values in (("exit_layers", exits), ("num_speculations", lengths)):
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(
-                    f"sweep.{key}: {values!r} is no list of different values; for example sweep.exit_layers=[2,4,8] "
-                    "sweep.num_speculations=[2,4,6]"
-                )
         for exit_layer in exits:
             model.check_exit(exit_layer, "sweep.exit_layers")
-        for length in lengths:
-            if not 1 <= length <= limit:
-                raise ConfigError(
-                    f"sweep.num_speculations: {length} is not allowed. Allowed: integers of 1 to {limit}; for example "
-                    "sweep.num_speculations=[2,4,6]"
-                )
-        return [Pair(e, d) for e in exits for d in lengths]
+        return list(dict.fromkeys(Pair(e, d) for e in exits for d in self.num_speculations or LENGTHS))
 
 
 # The columns of the CSV, by the name of a figure in the report.
@@ -74,13 +63,7 @@ FIGURES = ("tokens_per_round", "acceptance_rate", "draft_cost", "ideal_speedup",
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], pairs: Mapping[str, Pair], path: Path) -> None:
-    """A row for each measured pair and temperature.
-
-    Args:
-        results: of the benchmark's report.
-        pairs: by the names of the variants.
-        path: of the file.
-    """
+    """A row for each measured pair and temperature."""
     with path.open("w", newline="") as file:
         columns = ("temperature", *Pair._fields, "speedup", "speedup_min", "speedup_max", *FIGURES)
         writer = csv.DictWriter(file, columns)

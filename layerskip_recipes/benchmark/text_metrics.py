@@ -6,7 +6,6 @@ corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics comput
 
 from collections.abc import Callable, Sequence
 
-from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.prompts import Example
 
@@ -44,37 +43,13 @@ METRICS: dict[str, Metric] = {
 
 
 def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The metrics of outputs against references.
-
-    Args:
-        names: of `METRICS`.
-        outputs: texts as generated, without the prompt.
-        references: one for each output.
-
-    Returns:
-        A number from 0 to 1 for each name, in their order.
-    """
+    """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
     assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
     return {name: METRICS[name](outputs, references) for name in names}
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises a ValueError for a metric that is unknown, or given twice."""
-    for at, name in enumerate(names):
-        if name not in METRICS:
-            raise ConfigError(f"metrics: {name!r} is unknown. {nearest(name, METRICS)}; for example metrics=[rouge2]")
-        if name in names[:at]:
-            raise ConfigError(f"metrics: {name!r} stands twice; for example metrics=[{name}]")
-
-
-def check_metrics(names: Sequence[str], examples: Sequence[Example]) -> None:
-    """Raises a ValueError for a metric that is unknown, or given twice, or where an example has no reference.
-
-    Args:
-        names: from the config.
-        examples: the prompts, see `read_examples`.
-    """
-    check_names(names)
+def check_references(names: Sequence[str], examples: Sequence[Example]) -> None:
+    """Raises a ConfigError if there are metrics, and an example has no reference."""
     without = [at for at, example in enumerate(examples, 1) if example.response is None]
     if names and without:
         raise ConfigError(

@@ -25,6 +25,8 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 FIRST_LINE = "# Written by layerskip_benchmark: "  # of a config
+# Settings that decide which pair is fastest, beside the temperature.
+MEASURED_WITH = ("batch_size", "top_k", "top_p", "min_p", "repetition_penalty", "compile")
 NOTHING_TO_DRAFT = (
     "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
 )
@@ -131,11 +133,9 @@ def round_cost(timed: dict[tuple[int, int], float]) -> torch.Tensor:
 
 
 def predict(tokens: dict[int, list[float]], cost: torch.Tensor, step_s: float) -> list[Prediction]:
-    """All pairs, the fastest first: tokens of a round over its seconds.
+    """All pairs, the fastest first: tokens of a round (`round_tokens`) over its seconds (`round_cost`).
 
     Args:
-        tokens: of `round_tokens`.
-        cost: of `round_cost`.
         step_s: seconds of an autoregressive step.
     """
     found = []
@@ -161,10 +161,8 @@ def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 
 def propose(turns: Turns, temperature: float) -> dict[str, Prediction]:
-    """Decode all prompts autoregressively, time the probes, predict every pair, and print the best.
-
-    Returns:
-        The few pairs to measure, by name.
+    """Decode all prompts autoregressively, time the probes, predict every pair, print the best, and return a few to
+    measure.
     """
     baseline = _decode_all(turns, None, temperature)
     outputs = [row for rows, _ in baseline for row in rows]
@@ -201,22 +199,24 @@ def check_config_path(path: Path) -> None:
         )
 
 
-def write_config(path: Path, extends: str, best: SelfSpeculation | None, compile: bool, why: str) -> None:
-    """A generation config that extends the user's with the choice.
+def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None, why: str) -> None:
+    """A generation config that extends `tune_extends` with the choice, and with the settings that it was measured with.
 
     Args:
-        path: of the file.
-        extends: a config's name or path.
         best: None where autoregressive decoding is fastest.
-        compile: whether the choice was measured compiled.
         why: for the first line.
     """
     # A path of the user's is relative to the folder where the command was given: make it absolute.
+    extends = cfg.tune_extends or ""
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    if cfg.model_dir is not None:
+        folder = Path(cfg.model_dir)
+        content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
     content["self_speculation"] = None if best is None else best.arguments()
-    content["compile"] = compile  # the choice is not for the other value
+    content["temperature"] = cfg.all_temperatures[0]
+    content |= {key: getattr(cfg, key) for key in MEASURED_WITH}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
@@ -235,7 +235,5 @@ def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(
-        cfg.tuned_path, cfg.tune_extends or "", pairs[best].variant if faster else None, bool(cfg.compile), why
-    )
+    write_config(cfg.tuned_path, cfg, pairs[best].variant if faster else None, why)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

@@ -1,4 +1,4 @@
-"""The `checkpointer` section: its checks, and torchtune's checkpointers built from it."""
+"""The `checkpointer` section: its checks, and the checkpointer built from it, ours or torchtune's."""
 
 import inspect
 import json
@@ -14,12 +14,16 @@ from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
+from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer, weight_files
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Text, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.families import correct_names
+from layerskip_recipes.model.hf_decoder import is_hf_decoder
+from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.limits import weight_bytes
 
 log = utils.get_logger("INFO")
 CHECKPOINTERS = (
@@ -35,8 +39,41 @@ def is_scratch(section: Component) -> bool:
     return section.target is scratch_checkpointer
 
 
+def reads_hf_folder(section: Component) -> bool:
+    """Whether a checkpointer section names a folder by `hf_checkpointer`."""
+    return section.target is hf_checkpointer
+
+
+def starts_from_scratch(section: Component) -> bool:
+    """Whether a checkpointer section names no weights."""
+    return is_scratch(section) or not (reads_hf_folder(section) or checkpoint_files(section))
+
+
+def folder_key(section: Component) -> str:
+    """The key of a checkpointer section that names the folder of the weights."""
+    return "path" if reads_hf_folder(section) else "checkpoint_dir"
+
+
+def weights_folder(section: Component) -> Path | None:
+    """The folder of the weights, None from scratch.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    if reads_hf_folder(section):
+        return model_folder(section.get("path"))
+    folder = section.get("checkpoint_dir")
+    if folder is None:
+        if checkpoint_files(section):
+            raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
+        return None
+    if not Path(folder).is_dir():
+        raise ConfigError(f"checkpointer.checkpoint_dir: {folder!r} is no folder. Give the one with the model's files")
+    return Path(folder)
+
+
 def checkpoint_files(section: Component) -> list[str]:
-    """The file names of a checkpointer section, its {filename_format, max_filename} form written out.
+    """The file names of a section of torchtune's checkpointers, its {filename_format, max_filename} form written out.
 
     Raises:
         ConfigError: if the section has neither a list of names nor that form.
@@ -92,9 +129,16 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     if "model_type" in section.arguments:
         check("checkpointer.model_type", section.get("model_type"), ModelType)
     checkpoint_files(section)
-    folder = section.get("checkpoint_dir")
-    if folder is not None and not isinstance(folder, str):
-        raise ConfigError(f"checkpointer.checkpoint_dir: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
+    for key in ("checkpoint_dir", "path"):
+        folder = section.get(key)
+        if folder is not None and not isinstance(folder, str):
+            raise ConfigError(f"checkpointer.{key}: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
+    if reads_hf_folder(section) != is_hf_decoder(model) and not starts_from_scratch(section):
+        raise ConfigError(
+            f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}, whose heads have "
+            "another order. Allowed: layerskip_recipes.hf_checkpointer with layerskip_recipes.hf_decoder, or "
+            "torchtune's checkpointers with torchtune's builders"
+        )
     if is_scratch(section):
         _check_described(section.get("hf_config"), model)
 
@@ -125,23 +169,15 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
         writes: the recipe writes to output_dir, which torchtune wants outside of checkpoint_dir.
     """
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
-    if section.get("checkpoint_dir") is None:
-        if checkpoint_files(section):
-            raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
+    if writes:
+        _check_space(cfg)
+    folder = weights_folder(section)
+    if folder is None:
         return
-    folder = Path(section.get("checkpoint_dir"))
-    if not folder.is_dir():
-        raise ConfigError(
-            f"checkpointer.checkpoint_dir: {str(folder)!r} is no folder. Give the one with the model's files"
-        )
-    needed = checkpoint_files(section) + (["config.json"] if section.path.endswith("HFCheckpointer") else [])
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-        raise ConfigError(
-            f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
-            f"There: {', '.join(there) or 'no weights'}"
-        )
+    if reads_hf_folder(section):
+        weight_files(folder)
+    else:
+        _check_listed_files(section, folder)
     adapters = section.get("adapter_checkpoint")
     if adapters is not None and (folder / ADAPTER_FILE).is_file() and folder.samefile(adapter_file(adapters).parent):
         raise ConfigError(
@@ -155,6 +191,30 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
         raise ConfigError(
             f"output_dir: {output_dir!r} holds {folder.name}, where this run begins and which its own checkpoints "
             f"may replace; choose another folder, for example output_dir={str(output_dir).rstrip('/')}_2"
+        )
+
+
+def _check_listed_files(section: Component, folder: Path) -> None:
+    """Raises a ConfigError if the folder lacks one of `checkpoint_files`."""
+    needed = checkpoint_files(section) + (["config.json"] if section.path.endswith("HFCheckpointer") else [])
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        raise ConfigError(
+            f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
+            f"There: {', '.join(there) or 'no weights'}"
+        )
+
+
+def _check_space(cfg: RecipeConfig) -> None:
+    """Raises a ConfigError if the disk of output_dir has no room for the weights of one checkpoint."""
+    place = Path(cfg.output_dir or ".").absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, weight_bytes(cfg.meta_model, cfg.torch_dtype)
+    if free < needed:
+        raise ConfigError(
+            f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
+            f"{needed / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
         )
 
 
@@ -173,7 +233,7 @@ def prepare_device(cfg: RecipeConfig) -> torch.device:
     """
     device = cfg.find_device()
     check_checkpoint_files(cfg)
-    if is_scratch(cfg.checkpointer) or not checkpoint_files(cfg.checkpointer):
+    if starts_from_scratch(cfg.checkpointer):
         raise ConfigError("checkpointer.checkpoint_files: missing, the weights; for example [model.safetensors]")
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     return device
@@ -212,7 +272,7 @@ def reading_checkpointer(cfg: RecipeConfig) -> Any:
 
 
 def build_checkpointer(section: Component, output_dir: str) -> Any:
-    """torchtune's checkpointer of a section, its own output_dir replaced.
+    """The checkpointer of a section, its own output_dir replaced.
 
     Raises:
         ConfigError: if the section is wrong.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchao.quantization import quantize_
 from torchtune import training
+from torchtune.modules import TiedLinear
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, warn_of_contradictions
 from layerskip_recipes.config.components import Component
@@ -27,6 +28,8 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
     """
     try:
         return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
+    except ConfigError:
+        raise
     except Exception as e:
         raise ConfigError(
             f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "
@@ -99,7 +102,21 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
     check_state_dict(model, state)
     model.load_state_dict(state)
     without_adapters(model)
-    return (model if quantizer is None else quantise(model, quantizer)).eval()
+    if quantizer is not None:
+        if isinstance(model.output, TiedLinear):
+            model.output = linear_head(model)  # quantised; the embedding's rows are looked up in full precision
+        model = quantise(model, quantizer)
+    return model.eval()
+
+
+def linear_head(model: LayerSkipDecoder) -> nn.Linear:
+    """A linear layer with the parameters of the head, which a quantizer can replace; tied, it has the embedding's."""
+    source: Any = model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
+    state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
+    rows, width = source.weight.shape
+    head = nn.Linear(width, rows, bias="bias" in state, device="meta")
+    head.load_state_dict(state, assign=True)
+    return head
 
 
 def adapter_state(cfg: RecipeConfig) -> dict[str, torch.Tensor]:

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.cli.configs import CONFIGS, validate
 from layerskip_recipes.cli.run import run_cli
+from layerskip_recipes.config.json_schema import json_schema
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
-from layerskip_recipes.config.reference import json_schema
 from layerskip_recipes.errors import ConfigError
 
 

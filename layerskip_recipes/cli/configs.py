@@ -34,10 +34,8 @@ def recipe_of(source: DictConfig) -> str:
 
 
 def validate(source: DictConfig) -> str:
-    """Check a config by the recipe that it is for: its sections, its keys, the arguments of every component.
-
-    Returns:
-        The recipe's name.
+    """Check a config by the recipe that it is for, whose name is returned: sections, keys, arguments of every
+    component.
 
     Raises:
         ConfigError: the first thing that is wrong.

@@ -13,6 +13,7 @@ from torchtune import utils
 
 from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.defaults import explain
 from layerskip_recipes.errors import ConfigError, UnknownKeyError
 from layerskip_recipes.processes import exit_at_once, num_processes
 
@@ -26,28 +27,26 @@ def logs_here(record: logging.LogRecord) -> bool:
 
 
 def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: str | None) -> Any:
-    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings.
-
-    Args:
-        recipe: the class.
-        name: of the recipe for `tune run`.
-        description: for `--help`.
-    """
+    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")
     args, unknown = parser.parse_known_args()
-    utils.get_logger("INFO").addFilter(logs_here)
+    log = utils.get_logger("INFO")
+    log.addFilter(logs_here)
     if unknown:
         raise ConfigError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
     source = load_config(args.config, args.overrides)
     try:
-        return recipe(source)
+        built = recipe(source)
     except UnknownKeyError as e:
         fits = recipe_of(source)
         if fits == name:
             raise
         raise ConfigError(f"{e}. The config looks like one for `tune run {fits}`") from e
+    for line in explain(source):
+        log.info(line)
+    return built
 
 
 def run_cli(main: Callable[[], None]) -> None:

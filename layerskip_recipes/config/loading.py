@@ -16,7 +16,7 @@ from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.errors import ConfigError
 
-PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|shots)$")  # keys whose values are paths
+PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source)$")  # keys whose values are paths
 
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is faster, and not always there
@@ -70,7 +70,6 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         if key.startswith("~") and not equals:
             _remove(cfg, key[1:])
         elif equals and key:
-            _check_colons(key, text)
             _set(later, cfg, key.split("."), parse_value(text))
         else:
             raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
@@ -149,15 +148,6 @@ def parse_value(text: str) -> Any:
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
     return loader.construct_object(yaml.ScalarNode(tag, text))
-
-
-def _check_colons(key: str, text: str) -> None:
-    """Raises a ConfigError for {name:value}, which in YAML is a name without a value."""
-    spaced = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)
-    if text[:1] in ("{", "[") and "{" in text and spaced != text:
-        meant = parse_value(spaced)
-        if not isinstance(meant, str) and meant != parse_value(text):
-            raise ConfigError(f"override: {key}={text} lacks a space behind a colon; for example {key}='{spaced}'")
 
 
 def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:

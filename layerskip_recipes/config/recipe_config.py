@@ -1,7 +1,7 @@
 """RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Section, Text
+from layerskip_recipes.config.schema import Section, Text, allowed
 from layerskip_recipes.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # the best one that a machine has is the last
@@ -37,15 +37,21 @@ class RecipeConfig(Section):
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
+    REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
 
     model: Annotated[Component, Takes()]
-    """A torchtune builder and its arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
+    """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its
+    arguments, such as `torchtune.models.llama3_2.llama3_2_1b`."""
     checkpointer: Annotated[Component, Takes("output_dir")]
-    """A torchtune checkpointer of whole models, or `layerskip_recipes.checkpoint.scratch_checkpointer`."""
+    """`layerskip_recipes.hf_checkpointer` with the same `path`, a torchtune checkpointer of whole models, or
+    `layerskip_recipes.checkpoint.scratch_checkpointer`."""
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
     dtype: Literal["fp32", "bf16"]
     """Of weights and computation."""
+    model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
+    """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
+    a name on the hub. Other keys read it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """Where a training writes; elsewhere a variable for other keys."""
     device: DeviceName | None = None
@@ -64,10 +70,18 @@ class RecipeConfig(Section):
         Raises:
             ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
         """
+        for needed in map(str, source):
+            if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
+                field = cls.model_fields.get(needed)
+                words, example = allowed(field.annotation, field) if field else ("a value", "...")
+                words = words.removesuffix(" (or null)")
+                raise ConfigError(f"{needed}: missing. Allowed: {words}; for example {needed}={example}")
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
-            raise ConfigError(f"{e.full_key or 'config'}: {str(e).splitlines()[0]}") from e
+            first = str(e).splitlines()[0]
+            of_resolver = first.rpartition("ConfigError raised while resolving interpolation: ")[2]
+            raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         kept = {}
@@ -85,6 +99,11 @@ class RecipeConfig(Section):
         for key, component in _components(cfg, ""):
             component.key = key
             component.check()
+        for needed, keys in cls.REQUIRES.items():
+            for key in keys if getattr(cfg, needed) is None else ():
+                value = getattr(cfg, key)
+                if key in cfg.model_fields_set and value is not None and value is not False:
+                    raise ConfigError(f"{key}: {value!r} needs {needed}. Set that, or {key}=null")
         cfg.check_together()
         return cfg
 
@@ -131,14 +150,19 @@ class RecipeConfig(Section):
         """Of `dtype`."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
+    @property
+    def given_folder(self) -> str | None:
+        """The folder of the weights as the config names it: `checkpoint_dir`, or `path` of an `hf_checkpointer`."""
+        return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
+
     def find_device(self) -> torch.device:
         """The device of the config (null: the best there is), from here on the current one.
 
         Raises:
             ConfigError: if the device is not on this machine, or cannot compute in `dtype`.
         """
-        there = [name for name in DEVICES if _is_here(name)]
-        wanted = self.device or there[-1]
+        there = devices_here()
+        wanted = self.device or best_device()
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
         if kind not in there or (index and not (index.isdigit() and int(index) < count)):
@@ -152,6 +176,16 @@ class RecipeConfig(Section):
             name = torch.cuda.get_device_name(device)
             raise ConfigError(f"dtype: bf16 is not there on {name}; for example dtype=fp32")
         return device
+
+
+def devices_here() -> list[str]:
+    """The kinds of device that this machine has, the best one last."""
+    return [name for name in DEVICES if _is_here(name)]
+
+
+def best_device() -> str:
+    """The device that a config without one takes."""
+    return devices_here()[-1]
 
 
 def _is_here(name: str) -> bool:
@@ -187,6 +221,8 @@ def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
 def _unquantised(model: Component) -> Component:
     """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
     changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
+    if isinstance(model.get("lora"), dict):
+        changes["lora"] = {**model.get("lora"), "quantize_base": False}
     base = model.get("base")
     if isinstance(base, dict) and "_component_" in base:
         changes["base"] = _unquantised(Component(base)).section

@@ -44,11 +44,7 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, content: Any, key: str = "") -> Self:
-        """The section of plain YAML values.
-
-        Args:
-            content: mappings, lists and scalars.
-            key: of the section in the config, for messages.
+        """The section of plain YAML values; `key` is its own, for messages.
 
         Raises:
             ConfigError: the first thing that is wrong.
@@ -116,11 +112,15 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         (item,) = get_args(kind)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
-        what = {int: "integers", float: "numbers", str: "texts"}.get(next(alternatives(item))[0], "values")
-        return f"a list of {what}", "[...]"
+        inner, inner_rules = next(alternatives(item))
+        one = _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
+        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
+
+
+PLURALS = re.compile("^(an integer|a number|text)")
 
 
 def _as_yaml(value: Any) -> str:

@@ -84,17 +84,10 @@ class ChatTemplate:
         return found[1] if found else None
 
     def message_ends(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Where each message ends in the rendered text, in the order of the text.
+        """[(character where a message ends, index of the message)], in the order of the rendered text.
 
         The first i messages, rendered alone, are mostly the beginning of the text, so that message i ends at their
         length. Where they are not, `_message_ends_by_content` looks for the contents.
-
-        Args:
-            turns: the messages.
-            text: of `render`.
-
-        Returns:
-            (character where the message ends, index of the message), by character.
 
         Raises:
             ConfigError: if the template mixes the messages.
@@ -142,35 +135,15 @@ class ChatTemplate:
         return "|".join(map(re.escape, by_length)) or r"(?!)"
 
 
-def pick_template(folder: Path, config: Mapping[str, Any], wanted: str | None) -> str | None:
-    """The Jinja text of the wanted template, or of the folder's default; None if the folder has no template.
-
-    Args:
-        folder: of the tokenizer; its template files win over entries of tokenizer_config.json.
-        config: the content of tokenizer_config.json.
-        wanted: Jinja text, or the name of a template.
-
-    Raises:
-        ConfigError: if the folder has no template of that name.
-    """
-    if wanted is not None and "{" in wanted:
-        return wanted
-    templates = config.get("chat_template") or {}
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    elif isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}
-    files = [*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
-    if files:
-        templates = {("default" if f.parent == folder else f.stem): f.read_text(encoding="utf-8") for f in files}
-    if wanted is None and not templates:
-        return None
-    if (wanted or "default") not in templates:
-        raise ConfigError(
-            f"tokenizer.chat_template: {folder} has no template {wanted or 'default'!r}. "
-            f"Allowed: {', '.join(sorted(templates)) or 'no name, it has no template'}; or the Jinja text itself"
-        )
-    return templates[wanted or "default"]
+def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The Jinja text of a folder's default template, None if it has none; `config` is its tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    templates = config.get("chat_template")
+    if isinstance(templates, list):  # several by name, for tools and the like
+        return next((entry["template"] for entry in templates if entry["name"] == "default"), None)
+    return templates
 
 
 class _Generation(Extension):

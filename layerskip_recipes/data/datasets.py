@@ -1,11 +1,8 @@
 """The `dataset` and `collate_fn` of a config: torchtune datasets, one or several, packed or padded."""
 
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +15,6 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.config.schema import Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
@@ -116,7 +112,7 @@ def load_data(
             parts.append(section.build(tokenizer))
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
-    indexed = IndexedErrorDataset(dataset, sections[0].key, packed)
+    indexed = IndexedErrorDataset(dataset, sections[0].key, packed, all(map(_is_torchtunes, sections)))
     if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
         return indexed, padded_collate_packed if flex else packed_with_dense_mask
@@ -152,16 +148,15 @@ def _check_first_sample(section: Component, dataset: Dataset) -> None:
 
 
 class IndexedErrorDataset(Dataset):
-    """A dataset whose errors name the sample at which they happened, except those of a user's own code.
+    """A dataset whose errors name the sample at which they happened.
 
     Args:
-        dataset: of samples.
-        key: of the dataset in the config.
         packed: whether its samples are packs.
+        named: False for datasets of a user's own, whose errors keep their traceback.
     """
 
-    def __init__(self, dataset: Dataset, key: str, packed: bool = False) -> None:
-        self.dataset, self.key, self.packed = dataset, key, packed
+    def __init__(self, dataset: Dataset, key: str, packed: bool = False, named: bool = True) -> None:
+        self.dataset, self.key, self.packed, self.named = dataset, key, packed, named
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -171,19 +166,13 @@ class IndexedErrorDataset(Dataset):
             return self.dataset[i]
         except Exception as e:
             # An IndexError behind the end is how Python ends a loop.
-            if i >= len(self) or isinstance(e, ConfigError) or _in_users_code(e):
+            if i >= len(self) or isinstance(e, ConfigError) or not self.named:
                 raise
             raise ConfigError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_root_cause(e)}") from e
 
 
-def _in_users_code(error: Exception) -> bool:
-    """Whether a file in the traceback belongs neither to a library nor to this package."""
-    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
-    libraries = (PACKAGE, Path(sysconfig.get_path("stdlib")))
-    return any(
-        file.is_file() and "site-packages" not in file.parts and not any(map(file.is_relative_to, libraries))
-        for file in files
-    )
+def _is_torchtunes(section: Component) -> bool:
+    return section.path.startswith("torchtune.")
 
 
 def _root_cause(error: BaseException) -> str:
@@ -202,7 +191,7 @@ def _explained_errors(section: Component, dataset: Dataset | None = None) -> Ite
     try:
         yield
     except Exception as e:
-        if isinstance(e, ConfigError) or not section.path.startswith("torchtune."):
+        if isinstance(e, ConfigError) or not _is_torchtunes(section):
             raise
         if type(e).__module__.partition(".")[0] == "datasets":  # the files are broken, whatever their columns
             raise ConfigError(f"{section.key}: {section.path} cannot read its files: {_root_cause(e)}") from e

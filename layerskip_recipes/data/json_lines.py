@@ -11,8 +11,7 @@ from layerskip_recipes.errors import ConfigError
 def parse_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
     """The objects of a JSONL text by line number, from 1; a line without an object stays text.
 
-    Args:
-        content: the text; bytes that were not UTF-8 are surrogates in the text. Empty lines are skipped.
+    Bytes that were not UTF-8 are surrogates in the text. Empty lines are skipped.
     """
     objects: dict[int, dict[str, Any] | str] = {}
     for number, line in enumerate(content.split("\n"), 1):
@@ -33,10 +32,6 @@ def bad_line_message(line: str) -> str:
 
 def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
     """The objects of a JSONL file by line number; a name that ends with .gz is decompressed.
-
-    Args:
-        path: the file.
-        key: the setting that names the file, for messages.
 
     Raises:
         ConfigError: if the file cannot be read, or a line holds no JSON object: the numbers of the first such lines.

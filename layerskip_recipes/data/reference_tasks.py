@@ -9,7 +9,6 @@ A `source` is a data set's name on the Hugging Face hub, a local folder of one, 
 """
 
 import csv
-import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -60,12 +59,11 @@ def _task(
         split: Split = "test",
         n_shot: ZeroOrMore = n_shot,
         count: Count | None = count,
-        seed: ZeroOrMore | None = None,
         prompt: Template = prompt,
         response: Template = response,
         chat: bool = False,
     ) -> Examples:
-        return _few_shot(_load(source, split, seed), prompt, response, n_shot, count, chat=chat)
+        return _few_shot(_load(source, split), prompt, response, n_shot, count, chat)
 
     load.__name__ = load.__qualname__ = name
     load.__doc__ = f"""{summary}
@@ -75,7 +73,6 @@ def _task(
         split: of a data set on the hub or in a folder.
         n_shot: examples in front of every prompt.
         count: prompts to measure; None for all.
-        seed: shuffles the rows first; None keeps their order.
         prompt, response, chat: as in `jsonl`.
 
     Raises:
@@ -125,7 +122,6 @@ def cnn_dm_language_modeling(
     prompt_words: Annotated[int, Field(ge=1, examples=[100])] = 100,
     response_words: Annotated[int, Field(ge=1, examples=[100])] = 100,
     count: Count | None = 100,
-    seed: ZeroOrMore | None = None,
 ) -> Examples:
     """CNN/DailyMail: the beginning of an article, to be continued as the article does.
 
@@ -135,12 +131,11 @@ def cnn_dm_language_modeling(
         prompt_words, response_words: lengths of the beginning and of its reference, in words of about 1.3 tokens
             each; shorter articles are left out.
         count: articles to measure; None for all.
-        seed: shuffles the rows first; None keeps their order.
 
     Raises:
         ConfigError: if the data cannot be loaded, lacks a field, or has fewer articles that are long enough.
     """
-    rows = _cut_articles(_load(source, split, seed), prompt_words, response_words)
+    rows = _cut_articles(_load(source, split), prompt_words, response_words)
     return _few_shot(rows, "{beginning}", "{rest}", n_shot=0, count=count)
 
 
@@ -150,10 +145,7 @@ def jsonl(
     prompt: Template = "{prompt}",
     response: Template = "{response}",
     n_shot: ZeroOrMore = 0,
-    shots: Annotated[Text, Field(examples=["examples.jsonl"])] | None = None,
-    separator: Annotated[str, Field(examples=["END"])] = "\n\n",
     count: Count | None = None,
-    system: Annotated[Text, Field(examples=["'Be brief.'"])] | None = None,
     chat: bool = False,
 ) -> Examples:
     """Any task from a file with a JSON object on each line.
@@ -163,60 +155,38 @@ def jsonl(
         prompt: a Python format string over a line's fields, such as "Question: {question}\\nAnswer:".
         response: likewise, for the reference; appended to an example's prompt as it stands, so that it starts with
             the space that belongs there.
-        n_shot: examples in front of every prompt.
-        shots: another such file with the examples; by default the first n_shot lines of `path`, which are not
-            measured then.
-        separator: stands after each example.
+        n_shot: examples in front of every prompt: the first lines, which are not measured.
         count: prompts to measure, the next lines; None for all.
-        system: the system message of a chat.
-        chat: whether a prompt is a user's message, for the chat template; so with a system message, too.
+        chat: whether a prompt is a user's message, for the chat template.
 
     Raises:
         ConfigError: for a file that does not exist, a line without a JSON object, a field that a line does not have,
             or fewer lines than asked for.
     """
-    if shots is not None and n_shot == 0:
-        raise ConfigError(f"prompts.shots: {shots!r}, but n_shot is 0; for example prompts.n_shot=1")
-    # Examples from the measured file itself must not be measured, under whatever path the file is given.
-    separate = shots is not None and Path(shots).resolve() != Path(path).resolve()
-    examples = _read_rows(shots, "prompts.shots") if shots is not None and separate else None
-    lines = _read_rows(path, "prompts.path")
-    return _few_shot(lines, prompt, response, n_shot, count, examples, separator, system, chat)
+    return _few_shot(_read_lines(path, "prompts.path"), prompt, response, n_shot, count, chat)
 
 
 # ---- from rows to prompts ----
 
 
 def _few_shot(
-    rows: Iterable[Row],
-    prompt: str,
-    response: str,
-    n_shot: int,
-    count: int | None,
-    shots: Iterable[Row] | None = None,
-    separator: str = "\n\n",
-    system: str | None = None,
-    chat: bool = False,
+    rows: Iterable[Row], prompt: str, response: str, n_shot: int, count: int | None, chat: bool = False
 ) -> Examples:
     """The prompts of any task: the same examples, then a row's own prompt; the arguments are those of `jsonl`."""
-    # One iterator for both: a row that is an example is never measured.
     rows = iter(rows)
-    examples = [_fill(prompt, row) + _fill(response, row) for row in islice(rows if shots is None else shots, n_shot)]
+    examples = [_fill(prompt, row) + _fill(response, row) for row in islice(rows, n_shot)]
     if len(examples) < n_shot:
-        works = max(0, len(examples) - (shots is None))
+        works = max(0, len(examples) - 1)
         raise ConfigError(
             f"prompts.n_shot: {n_shot} is more than the {len(examples)} there are; for example prompts.n_shot={works}"
         )
-    before = "".join(example + separator for example in examples)
+    before = "".join(f"{example}\n\n" for example in examples)
     measured = [(before + _fill(prompt, row), _fill(response, row)) for row in islice(rows, count)]
     if not measured:
         raise ConfigError(f"prompts: nothing is left to measure, with n_shot={n_shot}. Give more data, or fewer shots")
     if count is not None and len(measured) < count:
         raise ConfigError(f"prompts.count: {count} is more than are left; for example prompts.count={len(measured)}")
-    if not chat and system is None:
-        return [{"prompt": text, "response": reference} for text, reference in measured]
-    role = {} if system is None else {"system": system}
-    return [{"prompt": {**role, "user": text}, "response": reference} for text, reference in measured]
+    return [{"prompt": {"user": text} if chat else text, "response": reference} for text, reference in measured]
 
 
 def _fill(template: str, row: Row) -> str:
@@ -262,23 +232,17 @@ def _cut_articles(rows: Iterable[Row], prompt_words: int, response_words: int) -
 # ---- from files to rows ----
 
 
-def _read_rows(path: str, key: str) -> Iterator[Row]:
+def _read_lines(path: str, key: str) -> Iterator[Row]:
     return ((f"{path!r} line {number}", fields) for number, fields in read_json_lines(path, key).items())
 
 
-def _load(source: str, split: str, seed: int | None) -> Iterator[Row]:
-    """The rows of a source, shuffled if there is a seed; read one by one, since few rows of a large table are used."""
+def _load(source: str, split: str) -> Iterator[Row]:
+    """The rows of a source; read one by one, since few rows of a large table are used."""
     check("prompts.source", source, Source)  # the default of a task whose data is not on the hub is empty
-    rows: Any
     if source.endswith(JSON_LINES):
-        kind, rows = "line", read_json_lines(source, "prompts.source")
-        order = list(rows)
-    else:
-        kind, rows = "row", _load_table(source, split)
-        order = list(range(len(rows)))
-    if seed is not None:
-        random.Random(seed).shuffle(order)
-    return ((f"{source!r} {kind} {number}", rows[number]) for number in order)
+        return _read_lines(source, "prompts.source")
+    table = _load_table(source, split)
+    return ((f"{source!r} row {number}", table[number]) for number in range(len(table)))
 
 
 def _load_table(source: str, split: str) -> Sequence[Mapping[str, Any]]:

@@ -23,8 +23,9 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, pick_template
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, default_template
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.hf_folder import model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -149,21 +150,18 @@ def hf_tokenizer(
     """The model tokenizer of a Hugging Face folder.
 
     Args:
-        path: the folder; it must have a tokenizer.json.
+        path: the folder, which must have a tokenizer.json; or a run of layerskip_finetune, or a name on the hub.
         max_seq_len: length in tokens that messages are truncated to. None: never.
-        chat_template: Jinja text, or the name of one of the folder's templates. None: the folder's default template;
-            if it has none, `PLAIN_TEMPLATE`.
+        chat_template: Jinja text. None: the folder's default template; if it has none, `PLAIN_TEMPLATE`.
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
 
     Returns:
         A tokenizer for torchtune's datasets, collators and generation recipes.
 
     Raises:
-        ConfigError: if the folder, its tokenizer.json or the template is missing, or another argument is out of range.
+        ConfigError: if the folder, or its tokenizer.json is missing, or another argument is out of range.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"tokenizer.path: there is no folder {folder}")
+    folder = model_folder(path, "tokenizer.path")
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
             f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
@@ -195,7 +193,7 @@ def hf_tokenizer(
     if bos_id not in tokenizer.encode("").ids and config.get("add_bos_token") is not True:
         bos_id = None
 
-    source = pick_template(folder, config, chat_template)
+    source = chat_template or default_template(folder, config)
     if source is None:
         source = PLAIN_TEMPLATE
         ends = {"bos_token": bos_id, "eos_token": eos_id}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
@@ -15,32 +15,9 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.config import check_exit_or_drafts
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
-
-# Keys that mean nothing without another key.
-REQUIRES = {
-    "dataset": ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
-    "tasks": (
-        "task_path",
-        "num_fewshot",
-        "limit",
-        "apply_chat_template",
-        "confirm_run_unsafe_code",
-        "exit_layer",
-        "self_speculation",
-        "max_new_tokens",
-    ),
-}
-
-
-TaskNames = Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])]
-
-
-def _named_once(names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise ConfigError(f": {names} has a name twice. Allowed: each once; for example tasks=[arc_easy]")
-    return names
 
 
 def _as_folders(value: Any) -> list[str] | None:
@@ -79,6 +56,19 @@ class EvalConfig(RecipeConfig):
         "log_level": "it logs little",
         "cudnn_deterministic_mode": "it trains nothing",
     }
+    REQUIRES: ClassVar = {
+        "dataset": ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
+        "tasks": (
+            "task_path",
+            "num_fewshot",
+            "limit",
+            "apply_chat_template",
+            "confirm_run_unsafe_code",
+            "exit_layer",
+            "self_speculation",
+            "max_new_tokens",
+        ),
+    }
 
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model, as in `layerskip_generate`."""
@@ -101,9 +91,7 @@ class EvalConfig(RecipeConfig):
     picture: Annotated[Text, Field(examples=["exits.png"])] | None = None
     """A .png, .pdf or .svg of loss and agreement over the exits of every checkpoint."""
 
-    tasks: Annotated[list[Text], AfterValidator(_named_once), Field(min_length=1, examples=["[arc_easy]"])] | None = (
-        None
-    )
+    tasks: Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])] | None = None
     """Names of lm-eval's tasks, groups or tags, or of your own task files; needs `pip install lm-eval`."""
     task_path: Annotated[list[str] | None, BeforeValidator(_as_folders)] = None
     """A folder, or a list of folders, with task files of your own."""
@@ -138,11 +126,8 @@ class EvalConfig(RecipeConfig):
         model = layerskip_decoder(self.meta_model)
         check_checkpointer(self)
         select_exits(self.layers or ":", model.num_layers, key="layers")
-        if self.self_speculation is not None:
-            self.self_speculation.check_against(model)
-            check_draft_fits(self.self_speculation, self.quantizer, model)
-        if self.exit_layer is not None:
-            model.check_exit(self.exit_layer)
+        check_exit_or_drafts(self, model)
+        check_draft_fits(self.self_speculation, self.quantizer, model)
         for name, other in self.checkpoints().items():
             other.checkpointer.check()
             try:
@@ -151,21 +136,11 @@ class EvalConfig(RecipeConfig):
                 raise ConfigError(f"compare.{name}: {e}") from e
 
     def _check_measured(self) -> None:
-        """Raises a ConfigError if nothing is to be measured, or a key would be ignored."""
+        """Raises a ConfigError if nothing is to be measured."""
         if self.dataset is None and self.tasks is None:
             raise ConfigError(
                 "dataset: None, and tasks too, so there is nothing to measure. Allowed: one or both; for example "
                 "dataset={_component_: ...} or tasks=[arc_easy]"
-            )
-        for needed, keys in REQUIRES.items():
-            for key in keys if getattr(self, needed) is None else ():
-                value = getattr(self, key)
-                if key in self.model_fields_set and value is not None:
-                    raise ConfigError(f"{key}: {value} needs {needed}, which is not there. Set {key}=null")
-        if self.exit_layer is not None and self.self_speculation is not None:
-            raise ConfigError(
-                f"exit_layer: {self.exit_layer} is set beside self_speculation. For all answers from that exit: "
-                f"exit_layer={self.exit_layer} self_speculation=null"
             )
 
     def checkpoints(self) -> dict[str, Self]:
@@ -174,7 +149,7 @@ class EvalConfig(RecipeConfig):
         Raises:
             ConfigError: if two have the same name.
         """
-        own = Path(str(self.checkpointer.get("checkpoint_dir"))).name
+        own = Path(str(self.given_folder)).name
         compare = self.compare or {}
         if own in compare:
             raise ConfigError(

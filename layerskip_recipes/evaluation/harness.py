@@ -263,8 +263,6 @@ class LayerSkipLM(TemplateLM):
 
         Args:
             requests: (texts, context tokens, continuation tokens).
-            disable_tqdm: without a progress bar.
-            **kwargs: unused.
 
         Raises:
             ConfigError: if a continuation has no token of its own, or more than the model takes.
@@ -292,14 +290,11 @@ class LayerSkipLM(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
-        """One forward pass for a batch.
+        """(log p, whether greedy) of each answer, by one forward pass for all.
 
         Args:
             pairs: the tokens that the model reads, without an answer's last one; and the answer. Pairs with the same
                 tokens share a row of the batch.
-
-        Returns:
-            (log p, whether greedy) of each answer.
         """
         rows = list(dict.fromkeys(row for row, _ in pairs))
         width = max(map(len, rows))

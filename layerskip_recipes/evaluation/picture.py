@@ -6,13 +6,7 @@ from typing import Any
 
 
 def plot_exits(quality: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path, title: str) -> None:
-    """A picture with two panels over the exit layer: the loss, and the agreement with the last layer.
-
-    Args:
-        quality: by checkpoint and exit, {"loss", "agreement"}.
-        path: of the file.
-        title: above the panels.
-    """
+    """A picture with two panels over the exit layer, by checkpoint: the loss, and the agreement with the last layer."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

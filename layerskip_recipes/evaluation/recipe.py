@@ -35,9 +35,6 @@ log = utils.get_logger("INFO")
 class LayerSkipEval:
     """Measures a checkpoint, and others of the same model: their exits on a dataset, lm-eval's tasks.
 
-    Args:
-        cfg: the keys of `EvalConfig`.
-
     Raises:
         ConfigError: for a wrong setting, before any weight is loaded.
     """
@@ -81,7 +78,7 @@ class LayerSkipEval:
                 "apply_chat_template=false"
             )
         return self.harness.load_tasks(
-            names,
+            list(dict.fromkeys(names)),
             cfg.task_path or [],
             cfg.num_fewshot,
             self.max_new_tokens,
@@ -90,12 +87,9 @@ class LayerSkipEval:
         )
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print tables of each, write report and picture.
+        """Measure every checkpoint, print tables of each, write report and picture; the last line is the report.
 
         After an error or Ctrl-C the report has the parts that were finished.
-
-        Returns:
-            The report, which is also printed as the last line.
         """
         measured: dict[str, dict[str, Any]] = {}
         self.interrupted = True  # until everything is measured
@@ -167,16 +161,14 @@ class LayerSkipEval:
         picture = None
         if cfg.picture is not None and exits:
             picture = Path(cfg.picture)
-            # An interrupted run leaves the picture of a complete report; without a report, any picture.
-            keep = picture.exists() if document is None else document != Path(str(cfg.report))
-            if self.interrupted and keep:
+            if self.interrupted and picture.exists():
                 picture = picture.with_stem(f"{picture.stem}_interrupted")
             report["picture"] = str(picture)
         if document is not None:
             document.parent.mkdir(parents=True, exist_ok=True)
             document.write_text(json.dumps(report, indent=2) + "\n")
         if picture is not None:
-            plot_exits(exits, picture, title=f"{cfg.checkpointer.get('checkpoint_dir')}, {self.total} batches")
+            plot_exits(exits, picture, title=f"{cfg.given_folder}, {self.total} batches")
             print(f"picture: {picture}")
         print(json.dumps(report), flush=True)
         return report

@@ -1,7 +1,6 @@
 """GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
 from layerskip_recipes.generation.parallel import check_processes
 from layerskip_recipes.generation.prompts import INTERACTIVE
 from layerskip_recipes.generation.sampling import Sampler
@@ -86,7 +85,7 @@ class Comparison(Section):
 class GenerateConfig(DecodingConfig):
     """A torchtune generation config and `self_speculation`."""
 
-    self_speculation: SelfSpeculation | None = None
+    self_speculation: OptionalSpeculation = None
     """How drafts are made; null decodes autoregressively on the same engine."""
     exit_layer: int | None = None
     """Take every token from this exit, without verification: fast, and another output."""
@@ -125,15 +124,7 @@ class GenerateConfig(DecodingConfig):
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)
         check_checkpointer(self)
-        if self.self_speculation is not None:
-            self.self_speculation.check_against(model)
-            if self.exit_layer is not None:
-                raise ConfigError(
-                    f"exit_layer: {self.exit_layer} is set beside self_speculation. For all tokens from that exit: "
-                    f"exit_layer={self.exit_layer} self_speculation=null"
-                )
-        elif self.exit_layer is not None:
-            model.check_exit(self.exit_layer)
+        check_exit_or_drafts(self, model)
         self.check_prompts()
         self._check_conversation()
         self._check_output_file()
@@ -167,14 +158,12 @@ class GenerateConfig(DecodingConfig):
         name = self.output_file
         if name is None:
             return
-        if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-            raise ConfigError(f"output_file: {name!r} cannot be written (no such folder); for example answers.jsonl")
         check_file("output_file", name)
         draft = self.self_speculation
         inputs = {
             "prompt_file": self.prompt_file,
             "self_speculation.draft_vocabulary_file": draft and draft.draft_vocabulary_file,
-            # Whatever a component calls its file: path, source, shots, ...
+            # Whatever a component calls its file: path, source, ...
             **{f"prompts.{key}": value for key, value in (self.prompts.arguments if self.prompts else {}).items()},
         }
         for key, read in inputs.items():
@@ -201,3 +190,16 @@ class GenerateConfig(DecodingConfig):
                 raise ConfigError(
                     f"{key}: {value} works with one process, and there are {num_processes()}. Leave it out"
                 )
+
+
+def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder) -> None:
+    """Raises a ConfigError if a config's `exit_layer` or `self_speculation` does not fit the model, or both are set."""
+    if cfg.self_speculation is not None:
+        cfg.self_speculation.check_against(model)
+    if cfg.exit_layer is not None:
+        model.check_exit(cfg.exit_layer)
+        if cfg.self_speculation is not None:
+            raise ConfigError(
+                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. For all tokens from that exit: "
+                f"exit_layer={cfg.exit_layer} self_speculation=null"
+            )

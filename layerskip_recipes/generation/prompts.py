@@ -56,19 +56,10 @@ def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_fi
         items = prompts.build()
         if not isinstance(items, list | tuple):
             raise ConfigError(f"prompts: {prompts.path} returns a {type(items).__name__}. Allowed: a list")
-        return [_tried(_example, item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
+        return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     if prompts is not None:
         log.info("prompt: takes the place of prompts; for those set prompt=null")
-    return [_tried(_plain, item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
-
-
-def read_examples(
-    prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None
-) -> list[Example]:
-    """`try_examples`; raises a ConfigError if one of them is broken."""
-    examples = try_examples(prompt, prompts, prompt_file)
-    refuse_bad(examples)
-    return examples
+    return [_example(item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
 
 
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
@@ -91,15 +82,10 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
 def encode(
     examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
 ) -> tuple[list[Example], list[list[int]]]:
-    """The tokens of each prompt; an example that cannot be decoded gets its error.
+    """The tokens of each prompt, [] of one that is broken; an example that cannot be decoded gets its error.
 
     Args:
-        examples: of `try_examples`.
-        tokenizer: of the model.
         check: raises a ConfigError if prompts of these lengths do not fit the model, or there are none.
-
-    Returns:
-        The examples, and their tokens: [] of one that is broken.
     """
     if not examples:
         check([])
@@ -135,41 +121,36 @@ def _read_prompt_file(name: str) -> list[Example]:
         ) from e
     content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
     if not lines:
-        return [_tried(_plain, content, "prompt_file")]
+        return [_example(content, "prompt_file")]
     found = parse_json_lines(content)
     if not found:
         raise ConfigError(f"prompt_file: {name!r} holds no prompt")
-    return [_tried(_with_reference, line, f"prompt_file line {at}", at) for at, line in found.items()]
+    return [_example(line, f"prompt_file line {at}", at) for at, line in found.items()]
 
 
-def _tried(make: Callable[[Any, str], Example], item: Any, key: str, line: int | None = None) -> Example:
-    """The example of an item, or one with its error."""
+def _example(item: Any, key: str, line: int | None = None) -> Example:
+    """The example of a prompt, or of a mapping with prompt and response; or one with the error of the item.
+
+    Args:
+        item: of a config or a component; what stands in a line of JSONL, or its text if that is no object.
+        key: for messages.
+        line: of JSONL, where the mapping has to be.
+    """
     try:
-        return replace(make(item, key), line=line)
+        if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
+            return Example(_check_prompt(item, key))
+        if isinstance(item, str):
+            raise ConfigError(f"{key}: {bad_line_message(item)}")
+        response = item.get("response")
+        if "prompt" not in item:
+            raise ConfigError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
+        if response is not None and not isinstance(response, str):
+            raise ConfigError(
+                f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}'
+            )
+        return Example(_check_prompt(item["prompt"], key), response, line)
     except ValueError as e:
         return Example("", line=line, error=str(e))
-
-
-def _plain(item: Any, key: str) -> Example:
-    return Example(_check_prompt(item, key))
-
-
-def _example(item: Any, key: str) -> Example:
-    """A component's item: a prompt, or one with its reference."""
-    if isinstance(item, Mapping) and {"prompt", "response"} & set(item):
-        return _with_reference(item, key)
-    return _plain(item, key)
-
-
-def _with_reference(item: Mapping[str, Any] | str, key: str) -> Example:
-    if isinstance(item, str):
-        raise ConfigError(f"{key}: {bad_line_message(item)}")
-    response = item.get("response")
-    if "prompt" not in item:
-        raise ConfigError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
-    if response is not None and not isinstance(response, str):
-        raise ConfigError(f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}')
-    return Example(_check_prompt(item["prompt"], key), response)
 
 
 def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:

@@ -42,9 +42,6 @@ log = utils.get_logger("INFO")
 class LayerSkipGenerate:
     """Generates from each prompt and reports speed and acceptance.
 
-    Args:
-        source: the merged config, see `GenerateConfig`; settings and prompts are all checked here.
-
     Raises:
         ConfigError: for a wrong setting or prompt, before any weight is loaded.
     """
@@ -133,10 +130,8 @@ class LayerSkipGenerate:
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
 
-        Ctrl-C ends it with the report of what is done, the text in progress included (but in no comparison).
-
-        Returns:
-            The report that is also printed as the last line.
+        The report is also the last line. Ctrl-C ends it with what is done, the text in progress included (but in no
+        comparison).
         """
         ours, baseline = Totals(), Totals()
         try:
@@ -202,10 +197,9 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-            shown.column = len(">>> ")
         generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
         try:
-            self._follow(generation, texts, shown)
+            follow(generation, texts, shown if self.cfg.stream else None)
         except KeyboardInterrupt:
             if plain or not any(generation.generated):
                 raise
@@ -240,9 +234,6 @@ class LayerSkipGenerate:
         if dim_drafts:
             generation.on_draft = shown.show_draft
         return generation
-
-    def _follow(self, generation: Generation, texts: Sequence[TextStream], shown: TextStream | None) -> None:
-        follow(generation, texts, shown if self.cfg.stream else None)
 
     def text_of(self, i: int) -> TextStream:
         """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
@@ -286,7 +277,7 @@ class LayerSkipGenerate:
                 [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
             )
             try:
-                self._follow(generation, [answer], answer)
+                follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:
                 log.warning("interrupted")
             cache = generation.cache

@@ -1,6 +1,5 @@
 """What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
 
-import json
 import resource
 import sys
 from collections.abc import Iterable
@@ -17,22 +16,11 @@ log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path to write a JSON report to: an interrupted run's report never overwrites a complete one.
-
-    Args:
-        document: the path that the config names.
-        key: the config key that names it, for a warning.
-        interrupted: whether the run was interrupted.
-    """
-    if not interrupted:
+    """The path to write a JSON report to: an interrupted run's report overwrites no other."""
+    if not (interrupted and document.exists()):
         return document
-    try:
-        complete = not json.loads(document.read_text()).get("interrupted", False)
-    except (OSError, ValueError, AttributeError):  # none, or another document
-        complete = False
-    if complete:
-        log.warning("%s: the complete %s of an earlier run stays", key, document)
-    return document.with_stem(f"{document.stem}_interrupted") if complete else document
+    log.warning("%s: the %s of an earlier run stays", key, document)
+    return document.with_stem(f"{document.stem}_interrupted")
 
 
 @dataclass
@@ -49,8 +37,7 @@ class Totals:
         """The outputs of one batch, by prompt, and what they took.
 
         Args:
-            outputs: of a batch; with one that loops all of it counts as looping.
-            stats: of the batch.
+            outputs: with one that loops, all of the batch counts as looping.
             beside: what the batch is compared with.
         """
         self.outputs |= outputs
@@ -70,7 +57,6 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         ours: what the config asked for.
         baseline: the autoregressive run on the same prompts, if there was one.
         greedy: whether outputs can be compared.
-        device: for memory and its bandwidth.
     """
     stats, straight = ours.stats, ours.straight
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
@@ -126,11 +112,6 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
     of an autoregressive step. Looked-up drafts take no step: with `prompt_lookup`, c is multiplied by the mean number
     of draft steps per round instead of by d.
-
-    Args:
-        stats: of the method.
-        baseline: of autoregressive decoding.
-        speedup: measured.
     """
     rounds = row_rounds(stats)
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
@@ -180,48 +161,43 @@ def peak_memory_bytes(device: torch.device) -> int:
 def print_report(report: dict[str, Any]) -> None:
     """The report for people: one line a figure."""
 
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def show(key: str, form: str, factor: float = 1.0) -> str:
+        return "-" if report[key] is None else format(report[key] * factor, form)
 
-    print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
-    print(f"tokens             {report['tokens']}")
     reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
-    print(f"prefill            {report['prefill_s']:.2f} s{reused}")
     compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
-    print(
-        f"decode             {report['decode_s']:.2f} s, {show(report['tokens_per_second'], '.1f')} tokens/s{compiled}"
-    )
+    lines = {
+        "tokens": str(report["tokens"]),
+        "prefill": f"{show('prefill_s', '.2f')} s{reused}",
+        "decode": f"{show('decode_s', '.2f')} s, {show('tokens_per_second', '.1f')} tokens/s{compiled}",
+    }
     if report["drafted"]:
-        print(
-            f"phases             draft {report['draft_s']:.2f} s, verify {report['verify_s']:.2f} s, "
-            f"rest {report['accept_s']:.2f} s"
-        )
-    print(
-        f"acceptance         {show(report['acceptance_rate'], '.2f')} ({report['accepted']} of {report['drafted']}), "
-        f"{show(report['accepted_per_round'], '.2f')} per round"
+        phases = {"draft": "draft_s", "verify": "verify_s", "rest": "accept_s"}
+        lines["phases"] = ", ".join(f"{name} {show(key, '.2f')} s" for name, key in phases.items())
+    lines["acceptance"] = (
+        f"{show('acceptance_rate', '.2f')} ({report['accepted']} of {report['drafted']}), "
+        f"{show('accepted_per_round', '.2f')} per round"
     )
     if len(report["rounds_by_kind"]) > 1:
-        print(f"rounds             {', '.join(f'{count} {kind}' for kind, count in report['rounds_by_kind'].items())}")
-    print(
-        f"looping outputs    {report['looping_outputs']} of {report['prompts']}; without them acceptance "
-        f"{show(report['acceptance_rate_not_looping'], '.2f')}"
+        lines["rounds"] = ", ".join(f"{count} {kind}" for kind, count in report["rounds_by_kind"].items())
+    lines["looping outputs"] = (
+        f"{report['looping_outputs']} of {report['prompts']}; without them acceptance "
+        f"{show('acceptance_rate_not_looping', '.2f')}"
     )
-    print(
-        f"memory             peak {report['peak_memory_bytes'] / 1e6:.0f} MB; "
-        f"{show((report['bytes_per_token'] or 0) / 1e6, '.1f')} MB read per token, "
-        f"{show(report['share_of_memory_bandwidth'], '.0%')} of the bandwidth"
+    lines["memory"] = (
+        f"peak {show('peak_memory_bytes', '.0f', 1e-6)} MB; {show('bytes_per_token', '.1f', 1e-6)} MB read per token, "
+        f"{show('share_of_memory_bandwidth', '.0%')} of the bandwidth"
     )
     if "speedup" in report:
-        print(f"autoregressive     {show(report['baseline_tokens_per_second'], '.1f')} tokens/s")
-        print(
-            f"speed-up           {show(report['speedup'], '.2f')}x; without looping outputs "
-            f"{show(report['speedup_not_looping'], '.2f')}x"
-        )
+        lines["autoregressive"] = f"{show('baseline_tokens_per_second', '.1f')} tokens/s"
+        lines["speed-up"] = f"{show('speedup', '.2f')}x; without looping outputs {show('speedup_not_looping', '.2f')}x"
         if report["ideal_speedup"]:
-            print(
-                f"ideal              {report['ideal_speedup']:.2f}x at a draft cost of "
-                f"{show(report['draft_cost'], '.3f')}; engine efficiency {show(report['engine_efficiency'], '.2f')}"
+            lines["ideal"] = (
+                f"{show('ideal_speedup', '.2f')}x at a draft cost of {show('draft_cost', '.3f')}; "
+                f"engine efficiency {show('engine_efficiency', '.2f')}"
             )
         nothing = "- (sampling)" if report["temperature"] else "-"
-        same = {True: "yes", False: "NO", None: nothing}[report["identical"]]
-        print(f"identical output   {same}")
+        lines["identical output"] = {True: "yes", False: "NO", None: nothing}[report["identical"]]
+    print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
+    for name, text in lines.items():
+        print(f"{name:<19}{text}")

@@ -27,8 +27,13 @@ Broadcast = Callable[[torch.Tensor], torch.Tensor]
 
 
 def head_of(model: LayerSkipDecoder) -> nn.Module:
-    """The module that holds the head's matrix: of a tied head the embedding."""
+    """The module that holds the head's matrix: of a tied head the embedding, unless a quantised copy multiplies."""
     return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
+
+
+def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
+    """The module whose rows a draft head takes: of a tied head the embedding, also where the head is quantised."""
+    return model.tok_embeddings if model.tied else model.output
 
 
 class DraftHead(nn.Module):
@@ -44,7 +49,7 @@ class DraftHead(nn.Module):
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        output = head_of(model)
+        output = rows_of_head(model)
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ConfigError(
@@ -72,7 +77,7 @@ def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[i
 
     A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
     """
-    output: Any = head_of(model)
+    output: Any = rows_of_head(model)
     wanted = torch.as_tensor(vocabulary).long().unique().cpu()
     kept = _DRAFT_HEADS.get(model)
     if (

@@ -1,9 +1,7 @@
 """Generated tokens as text: where it ends, how it is shown while it grows, and the file of answers."""
 
 import json
-import shutil
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -17,37 +15,10 @@ from layerskip_recipes.generation.prompts import Example
 
 log = utils.get_logger("INFO")
 
-DIM, PLAIN, SAVE, RESTORE = "\x1b[2m", "\x1b[0m", "\x1b[s", "\x1b[u\x1b[J"
-TAB = 8  # columns from one tab stop to the next
+# A draft is dim and stays in its line, since a terminal's cursor cannot come back once a line's end has scrolled the
+# screen: wrapping is off while it is printed. The space before wraps a full line at once.
+DRAFT, PLAIN, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose bytes are not all there
-
-
-def columns_of(character: str) -> int:
-    """How many columns of a terminal a character takes; a tab the most that it can."""
-    if character == "\t":
-        return TAB
-    if unicodedata.combining(character) or unicodedata.category(character).startswith("C"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def column_after(text: str, column: int, width: int) -> int:
-    """The column of the cursor after a text that a terminal wraps.
-
-    Args:
-        text: what is printed.
-        column: before it, from 0.
-        width: columns of the terminal.
-    """
-    for character in text:
-        if character in "\r\n":
-            column = 0
-        elif character == "\t":
-            column = min(column - column % TAB + TAB, width - 1)
-        else:
-            takes = columns_of(character)
-            column = takes if column + takes > width else column + takes
-    return column
 
 
 class TextStream:
@@ -61,7 +32,6 @@ class TextStream:
         stop_strings: an output ends before the first of them.
         prompt: the tokens of a text that the output continues. Its last tokens are decoded together with the output,
             since SentencePiece drops the first space of what is decoded alone, an indentation in a program.
-        column: of the cursor where the output begins to be shown, from 0.
     """
 
     def __init__(
@@ -70,7 +40,6 @@ class TextStream:
         stop_tokens: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         prompt: Sequence[int] = (),
-        column: int = 0,
     ) -> None:
         self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
         # A few tokens of the prompt are enough, but none before the end of an earlier text, where some tokenizers stop
@@ -88,7 +57,6 @@ class TextStream:
         self.read = 0  # tokens so far
         self.shown = ""
         self.draft_is_shown = False
-        self.column = column
 
     def text(self, tokens: Sequence[int]) -> str:
         """The whole text of an output's tokens: without the stop token, cut before a stop string."""
@@ -120,10 +88,8 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        """Print what is new of the text, but no unfinished character and not the start of a stop string.
-
-        Args:
-            last: nothing follows: print all.
+        """Print what is new of the text: unless it is the last, no unfinished character and not the start of a stop
+        string.
         """
         text = self.grown
         if last:
@@ -134,21 +100,17 @@ class TextStream:
         elif not last:
             held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             text = text[: len(text) - held]
-        erase, new = RESTORE if self.draft_is_shown else "", text[len(self.shown) :]
+        erase = PLAIN + ERASE if self.draft_is_shown else ""
         self.draft_is_shown = False
-        print(erase + new, end="", flush=True)
-        self.column = column_after(new, self.column, shutil.get_terminal_size().columns)
+        print(erase + text[len(self.shown) :], end="", flush=True)
         self.shown = max(self.shown, text, key=len)
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
         text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
-        # The cursor cannot be brought back across a line's end when the screen scrolls. The last column stays free.
         line = next(iter(text[len(self.shown) :].splitlines()), "")
-        room = shutil.get_terminal_size().columns - 1 - self.column
-        end = next((i for i in range(len(line)) if sum(map(columns_of, line[: i + 1])) > room), len(line))
         self.draft_is_shown = True  # noted before the draft is printed: Ctrl-C may come between
-        print(f"{SAVE}{DIM}{line[:end]}{PLAIN}", end="", flush=True)
+        print(f"{DRAFT}{line}{PLAIN}", end="", flush=True)
 
     def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
         """The text that tokens add to those of a window."""
@@ -216,6 +178,7 @@ class AnswersInOrder:
         if self.path is not None:
             partial = Path(f"{self.path}.partial")
             try:
+                partial.parent.mkdir(parents=True, exist_ok=True)
                 if partial.exists():  # all that a killed run left
                     kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
                     partial.rename(kept)

@@ -21,7 +21,8 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 
 BIASES = "scaled biases"  # a key of a checkpoint's contents, beside torchtune's own keys
-ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format; PEFT's files lie beside it
+ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format
+PEFT_FOLDER = "adapter"  # holds PEFT's files in a checkpoint that has the merged weights too
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -178,6 +179,17 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
         config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"bias": "lora_only"}))
 
 
+def move_peft_files(folder: Path) -> None:
+    """Move PEFT's files, if there are any, to `adapter` in a checkpoint whose weights have the adapters merged.
+
+    Beside those weights transformers would add the adapters a second time.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            (folder / PEFT_FOLDER).mkdir(exist_ok=True)
+            (folder / name).rename(folder / PEFT_FOLDER / name)
+
+
 LORA_ARGUMENTS: dict[str, Any] = {
     "lora_rank": Annotated[int, Field(ge=1, examples=[8])] | None,
     "lora_alpha": Annotated[float, Field(gt=0, examples=[16])] | None,
@@ -264,6 +276,8 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConfigError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
     config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
+    if not config_file.exists():
+        config_file = file.parent / PEFT_FOLDER / "adapter_config.json"
     alpha = json.loads(config_file.read_text()).get("lora_alpha") if config_file.exists() else None
     if alpha is not None and alpha != own["lora_alpha"]:
         raise ConfigError(

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import config
 from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.families import capped, norm_and_cap
@@ -59,6 +59,7 @@ class LayerSkipDecoder(TransformerDecoder):
             output=base.output,
         )
         self.logit_cap = cap
+        self.tied = isinstance(base.output, TiedLinear)  # also where a quantised copy takes the head's place
         self.num_output_chunks = base.num_output_chunks
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
@@ -273,7 +274,7 @@ def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
 
 def is_plain_attention(layer: nn.Module) -> bool:
     """Whether a layer has torchtune's own attention, which needs no mask to be causal."""
-    return type(layer.attn) is MultiHeadAttention
+    return isinstance(layer.attn, MultiHeadAttention)
 
 
 # For each plain decoder its modules and the `LayerSkipDecoder` around them, so that compiled graphs are kept.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torchao.utils import TorchAOBaseTensor
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.model.families import capped
@@ -63,6 +64,7 @@ class Head:
         # By the method, not the class: FSDP changes the class of a module that is sharded on its own.
         linear = isinstance(self.output, nn.Linear) and type(self.output).forward is nn.Linear.forward
         plain = self.cap is None and (self.tied or (linear and self.output.bias is None))
+        plain = plain and not isinstance(self.output.weight, TorchAOBaseTensor)  # which no `mm` takes
         return self._places.index((self.output, "weight")) if plain else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,11 @@ def weight_bytes(
     return (early + late // shards) // parallel * dtype.itemsize
 
 
+def machine_memory() -> int:
+    """The bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_cache_fits(
     model: TransformerDecoder,
     rows: int,
@@ -142,12 +147,7 @@ def check_cache_fits(
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
     row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize // parallel
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
     left = free - weights
     if rows * row <= left:
         return

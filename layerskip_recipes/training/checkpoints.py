@@ -24,14 +24,18 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import (
     build_checkpointer,
-    checkpoint_files,
     is_scratch,
+    reads_hf_folder,
+    starts_from_scratch,
     warn_of_contradictions,
 )
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.checkpoint.trained_exits import write_trained_exits
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form
+from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
+from layerskip_recipes.model.hf_folder import RECIPE_STATE, WRITTEN, complete_checkpoints, written_at
 from layerskip_recipes.processes import (
     file_group,
     from_every_rank,
@@ -42,10 +46,8 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.config import FinetuneConfig
 
-RECIPE_STATE = "recipe_state.pt"
 STAGING = ".incomplete"
 REPLACED = "replaced_"
-WRITTEN = "written"  # holds the time of writing in seconds: the files' own times do not survive a copy
 SHARDED = ".metadata"  # a file that only checkpoints of shards have
 
 Weights = Mapping[str, torch.Tensor]
@@ -53,6 +55,8 @@ Weights = Mapping[str, torch.Tensor]
 
 def _resumed_section(section: Component, checkpoint: Path) -> Component:
     """The checkpointer section of a run that goes on from a whole checkpoint."""
+    if reads_hf_folder(section):
+        return section.replace(path=str(checkpoint))
     weights = sorted(path.name for path in checkpoint.glob("model-*") if path.suffix in (".safetensors", ".bin"))
     start = {"checkpoint_dir": str(checkpoint), "checkpoint_files": weights}
     if is_scratch(section):  # a run from scratch writes Hugging Face checkpoints
@@ -87,7 +91,7 @@ class Checkpoints:
         self.adapters = bool(adapter_names(cfg.meta_model))
         whole = self.resumed_from if not (self.adapters or self.sharded) else None
         section = cfg.checkpointer
-        self.from_scratch = not whole and (is_scratch(section) or not checkpoint_files(section))
+        self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
         self._in_background = not cfg.optimizer.path.startswith("torchao.")
@@ -143,18 +147,20 @@ class Checkpoints:
             adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
         return weights, adapters
 
-    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
             contents: of `checkpoint_contents`.
             state: of the recipe, for a resumed run.
+            exits: the content of layerskip.json.
         """
         self.finish()
         self._clear()
         only, contents = training.MODEL_KEY not in contents, dict(contents)
-        biases = contents.pop(BIASES, {})
+        ours = isinstance(self._checkpointer, HFCheckpointer)
+        biases = {} if ours else contents.pop(BIASES, {})
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
         folder = self.staging / "epoch_0"
         os.rename(folder, self.staging / name)
@@ -162,20 +168,27 @@ class Checkpoints:
         if training.ADAPTER_KEY not in contents:
             # torchtune copies it from the checkpoint of the start, and transformers would look for adapters here.
             (folder / "adapter_config.json").unlink(missing_ok=True)
-        correct_peft_form(folder, self._checkpointer._model_type.name, biases)
+        elif not ours:
+            correct_peft_form(folder, self._checkpointer._model_type.name, biases)
+        if not only:
+            move_peft_files(folder)
+        write_trained_exits(folder, exits)
         torch.save(dict(state), folder / RECIPE_STATE)
         # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
         self._place(name)
 
-    def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
+    def save_shards(
+        self, name: str, shards: dict[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]
+    ) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
 
         Args:
             name: `step_N`.
             shards: a state_dict of sharded tensors.
             state: of the recipe on rank 0, for a resumed run.
+            exits: the content of layerskip.json.
         """
         self.finish()
         if is_rank_zero():
@@ -191,6 +204,7 @@ class Checkpoints:
         if is_rank_zero():
 
             def complete() -> None:
+                write_trained_exits(place, exits)
                 torch.save(dict(state), place / RECIPE_STATE)
                 self._place(name)
 
@@ -232,7 +246,7 @@ class Checkpoints:
     def _place(self, name: str) -> None:
         """Move a complete checkpoint to its place, and delete the oldest ones."""
         # Keep timestamps monotonic: the clock of another machine may be behind.
-        before = [_written(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
+        before = [written_at(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
         (self.staging / name / WRITTEN).write_text(repr(max([time.time(), *before])))
         place = self.output_dir / name
         if place.exists():
@@ -275,18 +289,6 @@ def restore_set_aside(output_dir: Path) -> None:
         place = output_dir / aside.name.removeprefix(REPLACED)
         if not place.exists():
             os.rename(aside, place)
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints under output_dir, the oldest first."""
-    states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
-    return sorted((path.parent for path in states), key=_written)
-
-
-def _written(checkpoint: Path) -> float:
-    """The time at which a checkpoint was written, in seconds."""
-    noted = checkpoint / WRITTEN
-    return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime
 
 
 def find_checkpoint(output_dir: Path) -> Path:

@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.training import setup_torch_profiler
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, checkpoint_files, is_scratch
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
-from layerskip_recipes.data.datasets import PADDED, CollateFn, Datasets
+from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
@@ -106,6 +106,11 @@ class FinetuneConfig(RecipeConfig):
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
         "quantizer": "it is for quantisation-aware training",
     }
+    REQUIRES: ClassVar = {
+        "dataset_val": ("run_val_every_n_steps", "batch_size_val", "max_batches_val", "layers_val"),
+        "save_every_n_steps": ("enable_async_checkpointing",),
+        "ac_mode": ("ac_option",),
+    }
 
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
     """Where checkpoints and logs go."""
@@ -115,12 +120,13 @@ class FinetuneConfig(RecipeConfig):
     early_exit_loss: EarlyExitLossSection | None = None  # type: ignore[valid-type]
     """The losses of early exits; null trains the last layer's alone."""
     loss: Annotated[Component, Takes()]
-    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`."""
+    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`. In
+    place of `num_output_chunks`, `early_exit_loss.chunk_tokens` says for how many tokens logits exist at a time."""
 
     dataset: Datasets
     """A torchtune dataset or a list of them, packed or padded."""
     collate_fn: CollateFn = None
-    """What pads the samples of a batch; null is `torchtune.data.padded_collate_sft`."""
+    """What pads the samples of a batch, where they are not packed; null is `torchtune.data.padded_collate_sft`."""
     shuffle: bool = True
     """Draw the order of the samples for each epoch."""
     batch_size: PositiveInt = 1
@@ -276,7 +282,6 @@ class FinetuneConfig(RecipeConfig):
         Raises:
             ConfigError: the first mistake.
         """
-        self._check_needed_keys()
         self._check_activations()
         self._check_optimizer()
         if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
@@ -300,33 +305,13 @@ class FinetuneConfig(RecipeConfig):
         self.build_layer_dropout(seed=0)
         self.exit_loss.enabled(self.num_layers, 0, 1)
 
-    def _check_needed_keys(self) -> None:
-        for key, needs in (
-            ("run_val_every_n_steps", "dataset_val"),
-            ("batch_size_val", "dataset_val"),
-            ("max_batches_val", "dataset_val"),
-            ("layers_val", "dataset_val"),
-            ("val_loss_margin", "dataset_val"),
-            ("enable_async_checkpointing", "save_every_n_steps"),
-            ("ac_option", "ac_mode"),
-        ):
-            value = getattr(self, key) if key in self.model_fields_set else None
-            if value is not None and value is not False and getattr(self, needs) is None:
-                raise ConfigError(f"{key}: {value!r} does nothing without {needs}; set that, or leave it out: ~{key}")
-
     def _check_activations(self) -> None:
         if self.ac_mode == "selective" and self.ac_option is None:
             raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
-        if self.ac_mode == "full" and self.ac_option is not None:
-            raise ConfigError(
-                f"ac_option: {self.ac_option} does nothing with ac_mode=full; ac_mode=selective, or ~ac_option"
-            )
-        if self.enable_activation_offloading and not self.checkpoint_every_layers:
-            raise ConfigError("enable_activation_offloading: True needs enable_activation_checkpointing=true")
         if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
             raise ConfigError(
                 "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy "
-                f"weights away too. ac_option: {self.ac_option}; for example ac_mode=full ac_option=null"
+                "weights away too; for example enable_activation_checkpointing=true ac_mode=null"
             )
 
     def _check_optimizer(self) -> None:
@@ -353,7 +338,7 @@ class FinetuneConfig(RecipeConfig):
 
     def _check_start(self) -> None:
         """Rules about the weights that a run starts with."""
-        from_scratch = is_scratch(self.checkpointer) or not checkpoint_files(self.checkpointer)
+        from_scratch = starts_from_scratch(self.checkpointer)
         if self.init_std is not None and not from_scratch:
             raise ConfigError(
                 f"init_std: {self.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
@@ -379,22 +364,3 @@ class FinetuneConfig(RecipeConfig):
                     f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
                     "custom_sharded_layers=[tok_embeddings,output]"
                 )
-
-    def unused_setting_warnings(self) -> list[str]:
-        """Settings that a config may well have, as from the one that it extends, and that change nothing in a run."""
-        lines = []
-        loss, chunks = self.exit_loss, self.loss.get("num_output_chunks")
-        if chunks not in (None, CEWithChunkedOutputLoss().num_output_chunks):
-            lines.append(
-                f"loss.num_output_chunks: {chunks} changes nothing here. The logits that exist at a time are those of "
-                f"early_exit_loss.chunk_tokens tokens, {loss.chunk_tokens}"
-            )
-        section = self.early_exit_loss
-        if section is not None and "interval" in section.model_fields_set and loss.curriculum != "rotational":
-            lines.append(
-                f"early_exit_loss.interval: {loss.interval} changes nothing with curriculum {loss.curriculum}, only "
-                "with rotational"
-            )
-        if self.collate_fn not in (None, PADDED) and any(section.get("packed") for section in self.dataset):
-            lines.append(f"collate_fn: {self.collate_fn} changes nothing where samples are packed; ~collate_fn")
-        return lines

@@ -147,6 +147,15 @@ class EarlyExitLoss:
         """C(t, l) of this loss, see `enabled_exits`."""
         return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.layers)
 
+    def trained(self, num_layers: int, steps: int, total_steps: int) -> list[int]:
+        """The exits that had a loss with a weight above 0 in the first `steps` steps."""
+        # The sets of a rotation come back after `interval` steps, and a gradual curriculum only adds exits.
+        sets = [
+            self.enabled(num_layers, t, total_steps) for t in {*range(min(steps, self.interval)), max(steps - 1, 0)}
+        ]
+        weights = exit_weights(num_layers, [any(on) for on in zip(*sets, strict=True)], self.scale, self.scale_fn)
+        return (weights.nonzero()[:, 0] + 1).tolist()
+
     def compile(self) -> None:
         """Compile the computation on the logits of a chunk."""
         self.chunk_loss = torch.compile(self._cross_entropy, dynamic=True)

@@ -22,8 +22,6 @@ class Optimizers:
     """The optimizer of a config or, with `optimizer_in_bwd`, one for each parameter; and the lr schedule.
 
     Args:
-        cfg: the config.
-        model: its trainable parameters are optimised.
         state: of `state_dict`, on rank 0; None for a start.
         steps: optimizer steps in all.
         done: steps before this run.

@@ -98,8 +98,6 @@ class LayerSkipFinetune:
         cfg = self.cfg
         if is_rank_zero():
             config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
-            for line in cfg.unused_setting_warnings():
-                log.warning(line)
         self.loss, self.mesh = cfg.exit_loss, make_mesh(cfg, self.device)
         with rank_zero_first():
             tokenizer = self._setup_data()
@@ -297,17 +295,34 @@ class LayerSkipFinetune:
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint; on all ranks."""
         optimizer = self.optimizers.state_dict(whole=not shards)
-        state = self._state()
+        state, exits = self._state(), self._trained_exits()
         if shards:
-            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state)
+            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, exits)
         else:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
             contents = checkpoint_contents(self.model, self.cfg.meta_model, self.device, adapters_only)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer})
+                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, exits)
             wait_for_all()
         if is_rank_zero():
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
+
+    def _trained_exits(self) -> dict[str, Any]:
+        """The content of layerskip.json: which exits are trained, and how."""
+        cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
+        return {
+            "format": 1,
+            "kind": "exits",
+            "num_layers": cfg.num_layers,
+            "exits": loss.trained(cfg.num_layers, self.step, self.total_steps),
+            "curriculum": loss.curriculum,
+            "interval": loss.interval if loss.curriculum == "rotational" else None,
+            "scale": loss.scale,
+            "scale_fn": loss.scale_fn,
+            "layer_dropout": cfg.layer_dropout and cfg.layer_dropout.arguments(),
+            "steps": self.step,
+            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
+        }
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights that are trained, to be written or filled in place."""

@@ -35,12 +35,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
-    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum.
-
-    Args:
-        cfg: the config; all of it is logged, with versions and curriculum.
-        total_steps: T.
-    """
+    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum."""
 
     def __init__(self, cfg: FinetuneConfig, total_steps: int) -> None:
         self._logger = None
@@ -61,15 +56,10 @@ class RunLog:
             self._logger.close()
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of this package, torch, torchtune, torchao and Python."""
-    names = ("layerskip-recipes", "torch", "torchtune", "torchao")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
-
-
 def versions() -> dict[str, str]:
-    """The versions of `package_versions`, and in a git checkout its commit."""
-    found = package_versions()
+    """The versions of this package, torch, torchtune, torchao and Python, and in a git checkout its commit."""
+    names = ("layerskip-recipes", "torch", "torchtune", "torchao")
+    found = {name: version(name) for name in names} | {"python": platform.python_version()}
     if (CHECKOUT / ".git").exists():
         command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,7 +87,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
     if adapter_names(cfg.meta_model):  # adapters belong to the weights that they were trained on
-        fingerprint["checkpointer.checkpoint_dir"] = cfg.checkpointer.get("checkpoint_dir")
+        fingerprint["checkpointer.checkpoint_dir"] = cfg.given_folder
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another one cannot use its state
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
@@ -137,8 +127,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
                     "depend on the run's length change from here on: the gradual curriculum, layer dropout's schedules "
                     "exp and progressive, learning rate schedules"
                 )
-        # An earlier version noted no length of samples if it was the model's.
-        elif noted != value and (key != "tokenizer.max_seq_len" or noted is not None):
+        elif noted != value:
             name, noted, value = _first_difference(key, noted, value)
             raise ConfigError(
                 f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run goes on as it "

@@ -21,12 +21,7 @@ log = utils.get_logger("INFO")
 
 
 class PadToRanks(Dataset):
-    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches.
-
-    Args:
-        dataset: of {"tokens", "labels", ...}.
-        ranks: how many share it.
-    """
+    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches."""
 
     def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset
@@ -46,11 +41,7 @@ class PadToRanks(Dataset):
 class Validation:
     """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start.
 
-    Args:
-        cfg: the config.
-        tokenizer: for the data.
-        device: of the model.
-        mesh: each data-parallel rank measures a part of the data.
+    Each data-parallel rank measures a part of the data.
 
     Raises:
         ConfigError: if there are fewer samples than data-parallel ranks, or they are longer than the model allows.
@@ -86,11 +77,6 @@ class Validation:
 
     def measure(self, model: LayerSkipDecoder, device: torch.device, step: int) -> dict[str, float]:
         """Quality of each exit, and a warning if the last layer became worse than at the start by the margin.
-
-        Args:
-            model: in training mode, and left so.
-            device: of the model.
-            step: optimizer steps done.
 
         Returns:
             val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final.

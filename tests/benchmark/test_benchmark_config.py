@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.configs import benchmark_config, generate_config, make_checkpoint, unknown_suggestions
+from helpers.configs import benchmark_config, generate_config, unknown_suggestions
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
@@ -12,11 +12,6 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("benchmark") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture
@@ -34,7 +29,6 @@ def test_every_key_of_generation_is_known():
 WRONG = [
     ("temperatures=[]", "temperatures", "[]", "[0.0,0.8]"),
     ("temperatures=0.8", "temperatures", "0.8", "[0.0,0.8]"),
-    ("temperatures=[0.8, 0.8]", "temperatures", "[0.8, 0.8]", "different"),
     ("temperatures=[0.0, -1]", "temperatures", "-1", "0 or more"),
     ("temperatures=[hot]", "temperatures", "'hot'", "0 or more"),
     ("temperature=0.8", "temperature", "0.8", "temperatures lists them"),
@@ -54,7 +48,7 @@ WRONG = [
     ("picture=benchmark.yaml/x.png", "picture", "'benchmark.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
-    ("stop_strings=[END]", "stop_strings", "END", "metrics=[rougeL]"),
+    ("stop_strings=[END]", "stop_strings", "END", "needs metrics"),
     ("stream=true", "stream", "True", "stream=null"),
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
     ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),
@@ -72,7 +66,7 @@ WRONG = [
         "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
     ),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
-    ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "{early_exit: 3}"),
+    ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "1 or more"),
     ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
     ("variants.x.early_exit=5", "variants.x.early_exit", "5", "1..4"),
     ("variants.x.early_exit=null", "variants.x.early_exit", "None", "1 or more"),
@@ -80,15 +74,7 @@ WRONG = [
     ("variants.torchtune.early_exit=2", "variants.torchtune", "taken", "variants.chain"),
     ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),
     ("peers=[vllm]", "peers", "'vllm'", "torchtune, transformers, transformers_early_exit"),
-    ("peers=[torchtune, torchtune]", "peers", "'torchtune' stands twice", "peers=[torchtune]"),
-    ("peers=[torchtune]; top_p=0.9", "peers", "top_p=0.9", "peers=[transformers]"),
-    ("peers=[transformers_early_exit]; batch_size=2", "peers", "2", "batch_size=1"),
-    (
-        "peers=[transformers_early_exit]; variants.chain=null; variants.tree=null; variants.x.early_exit=2",
-        "peers",
-        "none does",
-        "variants.chain.exit_layer=8",
-    ),
+    ("metrics=[rogueL]", "metrics", "rogueL", "rouge1, rouge2, rougeL, bleu, exact_match"),
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]
 
@@ -112,6 +98,7 @@ def test_a_wrong_setting_is_one_error_before_the_model_loads(path, monkeypatch, 
 ODD = ["null", "true", "3", "-1", "1.5", "abc", "[]", "[1]", "{}", "{a: 1}"]
 
 
+@pytest.mark.slow
 def test_odd_values_are_taken_or_refused_by_key(path):
     """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""
     keys = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED} - {"model", "checkpointer", "tokenizer"} | {

@@ -1,22 +1,10 @@
 """A benchmark must fit the memory."""
 
-from pathlib import Path
-
 import pytest
-from helpers.configs import LAYER, REST, SLOT, benchmark_config, generate_config, make_checkpoint
+from helpers.configs import LAYER, REST, SLOT, benchmark_config
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
-
-
-@pytest.fixture
-def path(tmp_path, checkpoint) -> Path:
-    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):

@@ -15,11 +15,6 @@ from layerskip_recipes.generation.stats import GenerationStats
 CHECKPOINTER = "torchtune.training.FullModelHFCheckpointer"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("benchmark") / "checkpoint", tokenizer_folder)
-
-
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
     return benchmark_config(tmp_path, checkpoint)
@@ -120,20 +115,19 @@ def test_a_setting_that_fails_is_noted():
     assert peer.setting == "eager" and peer.trial == {"eager": 10.0, "compiled": "RuntimeError: no compiler"}
 
 
-def test_a_checkpoint_that_transformers_cannot_open():
-    """Its folder has no config.json, which torchtune's own checkpointers do not need."""
-    with pytest.raises(ValueError, match=r"^peers: transformers needs config.json .*'/nowhere'.* peers=\[torchtune\]"):
-        peers.check_peer_files(
-            ["torchtune", "transformers"], Component({"_component_": CHECKPOINTER, "checkpoint_dir": "/nowhere"})
-        )
-    peers.check_peer_files(["torchtune"], Component({"_component_": CHECKPOINTER}))
+def test_what_a_peer_cannot_do_leaves_it_out(path):
+    """Filters that torchtune lacks, and a draft that no variant has; ours are measured."""
+    alone = ["variants.chain=null", "variants.tree=null", "variants.x.early_exit=2", "max_new_tokens=4", "repeats=1"]
+    report = run(path, *alone, "peers=[torchtune,transformers_early_exit]", "temperatures=[0.8]", "top_p=0.9")
+    assert [row["name"] for row in report["results"]] == ["baseline", "x"]
+    why = report["peers_left_out"]
+    assert "torchtune has no top_p" in why["torchtune"] and "none does" in why["transformers_early_exit"]
 
 
 def test_adapters_are_not_the_peers_model():
     section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": "/base", "adapter_checkpoint": "/adapters"})
-    with pytest.raises(ValueError, match=r"^peers: torchtune would run the base without .*adapter_checkpoint"):
-        peers.check_peer_files(["torchtune"], section)
-    peers.check_peer_files([], section)
+    with pytest.raises(ValueError, match=r"it would run the base without checkpointer.adapter_checkpoint"):
+        peers.check_same_model("torchtune", section)
 
 
 def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
@@ -141,9 +135,8 @@ def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_f
     folder = make_checkpoint(tmp_path / "epoch_0", tokenizer_folder)
     (folder / "adapter_config.json").write_text("{}")
     section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(folder)})
-    for name in ("transformers", "transformers_early_exit"):
-        with pytest.raises(ValueError, match=rf"^peers: {name} would add the adapters .*`layerskip export {folder} "):
-            peers.check_peer_files(["torchtune", name], section)
-    peers.check_peer_files(["torchtune"], section)
+    with pytest.raises(ValueError, match=f"it would add the adapters in {folder} .*`layerskip export`"):
+        peers.check_same_model("transformers", section)
+    peers.check_same_model("torchtune", section)
     exported = export(str(folder), str(tmp_path / "exported"))
-    peers.check_peer_files(["transformers"], Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(exported)}))
+    peers.check_same_model("transformers", Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(exported)}))

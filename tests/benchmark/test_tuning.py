@@ -2,7 +2,6 @@
 
 import json
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.tiny import make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
+from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.sweep import Pair
 from layerskip_recipes.benchmark.tuner import (
@@ -134,30 +134,42 @@ def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
             assert not same_exit or abs(a.pair.num_speculations - b.pair.num_speculations) >= 3
 
 
+def tuning_config(folder, checkpoint, extends, **changes):
+    settings = {"tune": True, "tune_extends": extends, **changes}
+    return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
+
+
 @pytest.mark.parametrize("best", [SelfSpeculation(exit_layer=3, num_speculations=5), None])
 def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
-    """It loads, validates, keeps the user's keys, and sets the choice, compiled as it was measured; null where nothing
+    """It loads, validates, keeps the user's keys, and sets the choice and what it was measured with; null where nothing
     pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     others = {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2, "prompt_lookup": 3}
-    generate_config(tmp_path, checkpoint, max_new_tokens=17, compile=True, self_speculation=others)
+    theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5}
+    generate_config(tmp_path, checkpoint, **theirs, self_speculation=others)
     monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder
-    write_config(tmp_path / "a" / "tuned.yaml", "generate.yaml", best, False, "because")
+    measured = {"temperatures": [0.8, 0.0], "top_k": 50, "batch_size": 2}
+    cfg = tuning_config(tmp_path, checkpoint, "generate.yaml", **measured)
+    write_config(tmp_path / "a" / "tuned.yaml", cfg, best, "because")
     monkeypatch.chdir("/")
-    cfg = GenerateConfig.load(load_config(str(tmp_path / "a" / "tuned.yaml")))
-    assert cfg.max_new_tokens == 17 and cfg.compile is False
+    written = GenerateConfig.load(load_config(str(tmp_path / "a" / "tuned.yaml")))
+    assert written.max_new_tokens == 17
+    assert (written.temperature, written.top_k, written.batch_size, written.compile) == (0.8, 50, 2, False)
     # Keys that were not measured are off, also where the user has them on.
-    assert cfg.self_speculation == best
+    assert written.top_p is written.repetition_penalty is None
+    assert written.self_speculation == best
     assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
 
 
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
-    write_config(tmp_path / "tuned.yaml", str(user), Pair(1, 2).variant, True, "because")
-    cfg = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
-    assert cfg.compile is True and cfg.exit_layer is None
-    write_config(tmp_path / "ours.yaml", "quickstart/generate", None, False, "because")
+    cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
+    write_config(tmp_path / "tuned.yaml", cfg, Pair(1, 2).variant, "because")
+    written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
+    assert written.compile is True and written.exit_layer is None
+    cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
+    write_config(tmp_path / "ours.yaml", cfg, None, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
 
 
@@ -212,8 +224,6 @@ def test_a_file_of_somebody_elses_is_not_overwritten(name, what, tmp_path, token
         ({"tune_extends": None}, "^tune: True needs .*tune_extends=quickstart/generate"),
         ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
         ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is no generation .*unknown"),
-        ({"temperatures": [0.8, 0.0]}, r"^tune_extends: .* has temperature=0.0, and tune .* 0.8.*temperatures=\[0.0\]"),
-        ({"batch_size": 2}, "^tune_extends: .* has batch_size=1, and tune would choose for 2.* batch_size=1"),
         ({"tune": 3}, "^tune: 3"),
     ],
 )
@@ -222,49 +232,6 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
     settings = {"tune": True, "tune_extends": "quickstart/generate"} | changes
     with pytest.raises(ValueError, match=message):
         LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
-
-
-SAMPLING = {"temperatures": [0.8], "top_k": 50}
-
-
-@pytest.mark.parametrize(
-    ("user", "changes", "wrong"),
-    [
-        ({"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0}, SAMPLING, None),
-        ({"temperature": 0.8, "top_k": 300}, SAMPLING, "top_k=300, and tune would choose for 50.* top_k=300"),
-        ({"temperature": 0.8}, SAMPLING, "top_k=null, and tune would choose for 50.* top_k=null"),
-        ({"temperature": 0.8, "top_k": 50, "top_p": 0.9}, SAMPLING, "top_p=0.9, and tune would choose for null"),
-        ({"top_k": 300}, {}, None),  # greedy: the likeliest one, of how many does not matter
-        ({"repetition_penalty": 1.2}, {}, "repetition_penalty=1.2, .*for example repetition_penalty=null there"),
-        ({"batch_size": 2}, {}, "batch_size=2, and tune would choose for 1.* batch_size=2"),
-        ({"compile": True}, {}, None),
-        ({"dtype": "bf16"}, {}, None),
-    ],
-)
-def test_the_choice_is_for_what_the_extended_config_decodes(user, changes, wrong, tmp_path, tokenizer_folder, caplog):
-    """It would stand there, with what was measured otherwise; compiling and another model are only warned of."""
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    extended = generate_config(tmp_path / "user", checkpoint, **user)
-    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(extended), **changes)
-    caplog.set_level("WARNING")
-    with pytest.raises(ValueError, match=f"^tune_extends: .* has {wrong}") if wrong else nullcontext():
-        LayerSkipBenchmark(load_config(str(path)))
-    warned = [record.getMessage() for record in caplog.records if "tune_extends" in record.getMessage()]
-    expected = {
-        "compile": "compile=True, here it is False",
-        "dtype": "dtype=bf16, which is kept, and the choice is for fp32",
-    }
-    assert len(warned) == sum(key in user for key in expected)
-    assert all(f"{extended} has {expected[key]}" in warned[0] for key in expected if key in user)
-
-
-def test_another_checkpoint_than_the_extended_configs_is_told(tmp_path, tokenizer_folder, caplog):
-    one, other = (make_checkpoint(tmp_path / name, tokenizer_folder) for name in ("one", "other"))
-    extended = generate_config(tmp_path / "user", one)
-    caplog.set_level("WARNING")
-    LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, other, tune=True, tune_extends=str(extended)))))
-    (warned,) = [record.getMessage() for record in caplog.records if "tune_extends" in record.getMessage()]
-    assert f"checkpointer.checkpoint_dir={one}, which is kept, and the choice is for {other}" in warned
 
 
 def test_outputs_of_one_token():

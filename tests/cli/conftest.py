@@ -3,14 +3,9 @@
 from pathlib import Path
 
 import pytest
-from helpers.configs import eval_config, finetune_config, generate_config, make_checkpoint
+from helpers.configs import eval_config, finetune_config, generate_config
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("errors") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture

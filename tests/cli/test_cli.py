@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,9 +54,9 @@ def test_cp_copies_the_file_with_its_comments(target, layerskip):
     assert path.read_text().startswith("# Quickstart")
 
 
-@pytest.mark.parametrize("name", our_configs())
+@pytest.mark.parametrize("name", {name.partition("/")[0]: name for name in our_configs()}.values())
 def test_a_copy_means_the_same_from_anywhere(name, layerskip):
-    """Also where the original extends a file beside it."""
+    """A config of each folder; also where the original extends a file beside it."""
     layerskip("cp", name, "mine.yaml")
     assert load_config("mine.yaml") == load_config(name)
 
@@ -109,16 +108,21 @@ def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
     assert status == 0 and "length: 3" in out and "split: train" not in out, err
 
 
-def test_validate_knows_the_recipe_of_the_readmes_configs(layerskip):
-    """Those that extend a generation config have its keys, switched off."""
+def test_validate_knows_the_recipe_of_configs_that_extend_a_generation_config(layerskip):
+    """They have its keys, switched off."""
     root = Path(__file__).parents[2]
-    readme = (root / "README.md").read_text() + (root / "docs" / "training.md").read_text()
-    for example in re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.S | re.M):
-        if name := re.match(r"# (my\w*\.yaml)\n", example):
-            Path(name[1]).write_text(example)
+    (example,) = re.findall(r"^```yaml\n# my.yaml\n(.*?)^```$", (root / "README.md").read_text(), flags=re.S | re.M)
+    Path("my.yaml").write_text(example)
     layerskip("cp", "llama3_2/1B_generate_layerskip", "my_generate.yaml")
-    recipes = {"my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
-    for name, recipe in {"my": "finetune", "my_data": "finetune", **recipes}.items():
+    off = dict.fromkeys(("self_speculation", "temperature", "benchmark"))
+    data = {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "split": "train[:200]"}
+    for name, keys in {
+        "my_eval": off | {"prompt": None, "max_new_tokens": None, "compile": None, "dataset": data},
+        "my_benchmark": off | {"variants": CHAIN, "report_dir": "benchmark"},
+    }.items():
+        write_yaml(Path(f"{name}.yaml"), {"extends": "my_generate.yaml", **keys})
+    recipes = {"my": "finetune", "my_generate": "generate", "my_eval": "eval", "my_benchmark": "benchmark"}
+    for name, recipe in recipes.items():
         status, out, err = layerskip("validate", f"{name}.yaml")
         assert status == 0 and out == f"{name}.yaml: fine, for `tune run layerskip_{recipe}`\n", err
 
@@ -155,7 +159,10 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
         (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
         (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
-        (["validate", "quickstart/benchmark", "metrics=[foo]"], "metrics: 'foo' is unknown"),
+        (
+            ["validate", "quickstart/benchmark", "metrics=[foo]"],
+            "metrics: ['foo'] is not allowed. Allowed: a list of rouge1",
+        ),
         (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
         (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
         (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
@@ -259,11 +266,9 @@ def folder(tmp_path, tokenizer_folder):
     ],
 )
 def test_a_users_mistake(args, message, folder):
-    """The last line on stderr says it; status 1, no traceback, within seconds, and nothing is written."""
+    """The last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
-    started = time.perf_counter()
     done = run_tune("run", *args, cwd=folder)
-    assert time.perf_counter() - started < 60  # 8 s on two busy cores, most of it the imports
     last = last_line(done.stderr)
     assert last.startswith("ValueError: ") and message in last
     assert done.returncode == 1
@@ -271,6 +276,8 @@ def test_a_users_mistake(args, message, folder):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_users_mistake_under_torchrun(folder):
     """The same line; torchrun then adds its own report of the failed process, which nobody can keep it from."""
     args = ["--nnodes", "1", "--nproc_per_node", "1", "layerskip_finetune", "--config", "finetune.yaml", "epochs=0"]

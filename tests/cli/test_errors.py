@@ -252,6 +252,7 @@ def all_keys(config, prefix: str = "") -> set[str]:
     return keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_odd_values_are_taken_or_refused_by_key(recipe, paths):
     """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""

@@ -124,7 +124,6 @@ FINETUNE = [
     ("ac_mode=selective", "ac_option", "missing", "ac_option=2"),
     ("ac_mode=op", "ac_mode", "'op'", "full, selective"),
     ("ac_option=2", "ac_option", "2", "ac_mode"),
-    ("ac_mode=full; ac_option=2", "ac_option", "2", "ac_mode=selective"),
     ("loss={_component_: torch.nn.CrossEntropyLoss, ignore_index: 0}", "loss.ignore_index", "0", "-100"),
     (
         "checkpointer._component_=torchtune.training.DistributedCheckpointer",

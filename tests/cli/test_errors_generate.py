@@ -124,7 +124,7 @@ GENERATE = [
         "9",
         "self_speculation.draft_vocabulary_file=corpus.txt",
     ),
-    ("output_file=nowhere/a.jsonl", "output_file", "'nowhere/a.jsonl'", "answers.jsonl"),
+    ("output_file=generate.yaml/a.jsonl", "output_file", "'generate.yaml'", "in the way"),
     (
         "self_speculation.draft_vocabulary=1; self_speculation.tree_width=2",
         "self_speculation.draft_vocabulary",

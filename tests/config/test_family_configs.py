@@ -1,8 +1,11 @@
 """Every config of ours validates, its model builds, its header starts it, its exits make sense; and each full and LoRA
 config of torchtune has one of ours. Nothing is downloaded, and no weight takes memory."""
 
+import atexit
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 import torchtune
 import torchtune.config
 import yaml
+from helpers.configs import described_model
 from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerDecoder
@@ -116,7 +120,16 @@ def leaves(section: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
 
 @cache
 def merged(name: str) -> DictConfig:
-    return load_config(name)
+    """The config; one that reads a model's folder reads one of 48 layers."""
+    config = load_config(name)
+    return load_config(name, stand_in()) if "model_dir" in [*config] else config
+
+
+@cache
+def stand_in() -> list[str]:
+    folder = tempfile.mkdtemp(prefix="layerskip-")
+    atexit.register(shutil.rmtree, folder)
+    return [f"model_dir={described_model(Path(folder), 48)}"]
 
 
 @cache
@@ -175,7 +188,8 @@ def test_it_validates_and_its_header_starts_that_recipe(name):
         assert words[place - 1] == recipe
         overrides = words[place + 2 :]
         if overrides and (name not in family_configs() or overrides not in CHECKED):
-            assert validate(load_config(name, overrides)) == recipe
+            reads_folder = "model_dir" in [*merged(name)]
+            assert validate(load_config(name, [*overrides, *(stand_in() if reads_folder else [])])) == recipe
             CHECKED.append(overrides)
 
 
@@ -184,6 +198,10 @@ def test_its_download_goes_where_the_config_looks(name):
     """`tune download` writes to --output-dir, else to a folder in /tmp with the repository's name."""
     words = shlex.split(re.search(r"^#   tune download (.*)$", header(name), flags=re.M)[1])
     folder = words[words.index("--output-dir") + 1] if "--output-dir" in words else f"/tmp/{Path(words[0]).name}"
+    own = load_config(name)
+    if "model_dir" in own:
+        assert own.model_dir == folder
+        return
     overrides = re.findall(r"\S+=FOLDER\S*", header(name))  # several machines: a folder that all of them see
     config = OmegaConf.to_container(load_config(name, overrides), resolve=True) if overrides else resolved(name)
     read = [config["checkpointer"].get("checkpoint_dir"), *config["tokenizer"].values()]
@@ -224,7 +242,7 @@ def test_the_exits_of_a_step(name):
     if section is None:
         assert name in ("related/layerdrop_llama2_7B", "related/pld_scratch")
         return
-    section = OmegaConf.to_container(section)
+    section = OmegaConf.to_container(section, resolve=True)
     layers = len(on_meta(name).layers)
     given = {key: section[key] for key in ("interval", "layers") if key in section}
     turns, seen = section.get("interval", 8), set()
@@ -313,8 +331,9 @@ def test_the_released_weights(name):
         flags=re.M,
     ).groups()
     assert repository.replace("-", "").lower().endswith(name.replace("_", "").replace("32", "3.2").lower())
-    assert config.checkpointer.checkpoint_dir == folder == f"/tmp/{repository.partition('/')[2]}"
-    assert config.tokenizer.path == (folder if "llama3" in name else f"{folder}/tokenizer.model")
+    assert config.model_dir == folder == f"/tmp/{repository.partition('/')[2]}"
+    path = OmegaConf.to_container(config)["tokenizer"]["path"]
+    assert path == ("${model_dir}" if "llama3" in name else "${layerskip.folder:${model_dir}}/tokenizer.model")
 
 
 def test_the_released_weights_are_all_there():

@@ -32,37 +32,18 @@ def offline(tmp_path, monkeypatch):
 
 
 def test_shots_are_the_first_lines_in_order_and_are_not_measured():
-    made = tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES, n_shot=2, separator="\n--\n", count=2)
-    shots = "Q: question 1?\nA: answer 1\n--\nQ: question 2?\nA: answer 2\n--\n"
+    made = tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES, n_shot=2, count=2)
+    shots = "Q: question 1?\nA: answer 1\n\nQ: question 2?\nA: answer 2\n\n"
     assert made == [
         {"prompt": shots + "Q: question 3?\nA:", "response": " answer 3"},
         {"prompt": shots + "Q: question 4?\nA:", "response": " answer 4"},
     ]
 
 
-def test_shots_from_a_file_of_their_own():
-    path, shots = write_lines("qa.jsonl", QUESTIONS[2:]), write_lines("shots.jsonl", QUESTIONS[:2])
-    made = tasks.jsonl(path, **TEMPLATES, n_shot=1, shots=shots)
-    assert [e["prompt"] for e in made] == [f"Q: question 1?\nA: answer 1\n\nQ: question {i}?\nA:" for i in (3, 4, 5)]
-    # The measured file itself, by another name: as if it were not given.
-    same = tasks.jsonl(path, **TEMPLATES, n_shot=1, shots=f"../{Path.cwd().name}/{path}")
-    assert same == tasks.jsonl(path, **TEMPLATES, n_shot=1) and len(same) == 2
-
-
 def test_a_chat_and_the_default_templates():
     path = write_lines("p.jsonl", [{"prompt": "a {b}", "response": "c", "id": 3}])
     assert tasks.jsonl(path) == [{"prompt": "a {b}", "response": "c"}]  # braces of the data are text
     assert tasks.jsonl(path, chat=True)[0]["prompt"] == {"user": "a {b}"}
-    assert tasks.jsonl(path, system="be brief")[0]["prompt"] == {"user": "a {b}", "system": "be brief"}
-
-
-def test_a_seed_shuffles_and_stays_the_same():
-    path = write_lines("cnn.jsonl", ARTICLES)
-    plain, *shuffled = (tasks.cnn_dm_summarization(path, n_shot=0, count=4, seed=seed) for seed in (None, 1, 1, 2))
-    assert shuffled[0] == shuffled[1] != shuffled[2]
-    texts = [sorted(e["prompt"] for e in made) for made in (plain, *shuffled)]
-    assert all(text == texts[0] for text in texts)
-    assert [e["response"].strip() for e in plain] == [row["highlights"] for row in ARTICLES]
 
 
 # ---- the paper's tasks ----
@@ -157,22 +138,15 @@ WRONG = [
     ("n_shot=-1", "prompts.n_shot", "-1", "0 or more"),
     ("n_shot=6", "prompts.n_shot", "6 is more than the 5", "prompts.n_shot=4"),
     ("n_shot=5", "prompts", "n_shot=5", "fewer shots"),
-    ("n_shot=6; shots=qa2.jsonl", "prompts.n_shot", "6 is more than the 5", "prompts.n_shot=5"),
-    ("shots=qa2.jsonl", "prompts.shots", "'qa2.jsonl'", "prompts.n_shot=1"),
-    ("shots=no.jsonl; n_shot=1", "prompts.shots", "'no.jsonl'", "JSON object on each line"),
     ("count=0", "prompts.count", "0", "1 or more"),
     ("count=6", "prompts.count", "6", "prompts.count=5"),
     ("n_shot=2; count=4", "prompts.count", "4", "prompts.count=3"),
-    ("separator=3", "prompts.separator", "3", "prompts.separator="),
-    ("system=3", "prompts.system", "3", "Allowed: text"),
-    ('system=""', "prompts.system", "''", "Allowed: text"),
     ("chat=1", "prompts.chat", "1", "true, false"),
     ("task=cnn_dm_summarization; source=no.csv", "prompts.source", "'no.csv'", ".parquet"),
     ("task=cnn_dm_summarization; source=no/such", "prompts.source", "'no/such'", "on the hub"),
     ("task=cnn_dm_summarization; source=no.jsonl", "prompts.source", "'no.jsonl'", "JSON object on each line"),
     ("task=cnn_dm_summarization; source=qa.csv", "prompts", "'qa.csv' row 0 has no field 'article'", "Allowed: a, q"),
     ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
-    ("task=human_eval; source=qa.jsonl; seed=-1", "prompts.seed", "-1", "0 or more"),
     ("task=human_eval; source=qa.jsonl; split=3", "prompts.split", "3", "=test"),
     ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.prompt_words", "the 4 words", "prompt_words=2 "),
     ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
@@ -182,7 +156,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "key", "given", "allowed"), WRONG)
 def test_bad_input_is_one_clear_error(arguments, key, given, allowed):
-    write_lines("qa.jsonl", QUESTIONS), write_lines("qa2.jsonl", QUESTIONS), write_lines("cnn.jsonl", ARTICLES)
+    write_lines("qa.jsonl", QUESTIONS), write_lines("cnn.jsonl", ARTICLES)
     write_lines("null.jsonl", [QUESTIONS[0], {"q": "?", "a": None}])
     Path("broken.jsonl").write_text('{"q": "b", "a": "c"}\n\n{"q": \n')
     Path("empty.jsonl").write_text("\n")

@@ -2,28 +2,17 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import MODEL, eval_config, generate_config, make_checkpoint, write_yaml
+from helpers.configs import MODEL, eval_config, make_checkpoint, write_yaml
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "folder", tokenizer_folder)
-
-
-@pytest.fixture
-def path(tmp_path, checkpoint) -> Path:
-    return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
@@ -53,6 +42,22 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
         assert quality["accepted_length"] == pytest.approx(sum(runs) / len(runs), abs=1e-3)
     assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
+
+
+def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):
+    """Its head, here a quantised copy of the tied one, is called as it is."""
+    quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint, quantizer=quantizer))))
+    recipe.setup()
+    report, model = recipe.evaluate(), recipe.model
+    tokens = torch.tensor([sample["tokens"] for sample in recipe.batches.dataset])
+    assert type(model.output.weight) is not torch.nn.Parameter
+    with torch.no_grad():
+        hidden = model(tokens, exit_layer=2, unembed=False)
+        logits = model.output(model.norm(hidden))[:, :-1].flatten(0, 1)
+    assert report["exits"][2]["loss"] == pytest.approx(
+        F.cross_entropy(logits, tokens[:, 1:].flatten()).item(), abs=1e-4
+    )
 
 
 def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):

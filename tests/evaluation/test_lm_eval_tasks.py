@@ -16,7 +16,7 @@ from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation.config import REQUIRES
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 
 pytest.importorskip("lm_eval")
@@ -30,11 +30,6 @@ QUESTIONS = [
     {"question": "class Queue:", "choices": ["def get(self)", "raise"], "answer": 1},
     {"question": "for i in range(10):", "choices": ["print(i)", "break", "continue", "if i:"], "answer": 2},
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder):
-    return make_checkpoint(tmp_path_factory.mktemp("harness") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture
@@ -244,7 +239,6 @@ def change(tasks, **keys) -> None:
         ("tasks=[qqqqqqqqqqqq]", r"tasks: 'qqqqqqqqqqqq' is no task.*(Allowed|for example)"),
         ("tasks=tiny_choice", r"tasks: 'tiny_choice' is not allowed.*tasks=\[arc_easy\]"),
         ("tasks=[]", r"tasks: \[\] is not allowed"),
-        ("tasks=[tiny_text,tiny_text]", r"tasks: .* twice"),
         ("task_path=nowhere", r"task_path: 'nowhere' is no folder.*task_path=tasks"),
         ("task_path=[nowhere]", r"task_path: 'nowhere' is no folder"),
         ("exit_layer=5", r"exit_layer: 5 is not an exit of this model. Allowed: 1\.\.4"),
@@ -253,7 +247,7 @@ def change(tasks, **keys) -> None:
         ("num_fewshot=-1", r"num_fewshot: -1 is not allowed.*0 or more"),
         ("limit=0", r"limit: 0 is not allowed.*1 or more"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
-        ("tasks=null", r"dataset: None, and tasks too.*_component_.*tasks="),
+        ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks too.*_component_.*tasks="),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
         ("confirm_run_unsafe_code=3", r"confirm_run_unsafe_code: 3 is not allowed.*true, false"),
     ],
@@ -284,14 +278,16 @@ VALUES = {  # one for each key that means nothing without something to measure
 }
 
 
-@pytest.mark.parametrize(("needed", "key"), [(needed, key) for needed, keys in REQUIRES.items() for key in keys])
+@pytest.mark.parametrize(
+    ("needed", "key"), [(needed, key) for needed, keys in EvalConfig.REQUIRES.items() for key in keys]
+)
 def test_a_key_without_the_key_that_it_needs_is_refused_and_the_advice_works(needed, key, tmp_path, checkpoint, tasks):
     absent = {"dataset": None, "task_path": None, "max_new_tokens": None}
     changes = absent | {"tasks": ["tiny_text"]} if needed == "dataset" else {}
     path = str(eval_config(tmp_path, checkpoint, **changes))
-    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}, .* Set {key}=null$") as error:
+    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}\. Set that, or {key}=null$") as error:
         LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}"]))
-    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("Set ")[2]]))
+    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("or ")[2]]))
 
 
 def test_null_is_the_default(tmp_path, checkpoint):

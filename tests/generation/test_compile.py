@@ -1,7 +1,6 @@
 """Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
 
-import subprocess
-import sys
+import os
 import time
 from collections import Counter
 from itertools import pairwise
@@ -10,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compiled import CPU, END, LONG, SHORT, VOCAB, WAYS, compiles, make_small, run
+from helpers import forks
+from helpers.compiled import CPU, END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
 from helpers.speculation import plain
 
 from layerskip_recipes.config.components import Component
@@ -27,7 +27,7 @@ from layerskip_recipes.generation.sampling import Sampler
 @pytest.fixture(scope="module")
 def small():
     """One model for all tests: its graphs stay with it."""
-    return make_small()
+    return make_small(MAX_LEN)
 
 
 @pytest.fixture
@@ -37,25 +37,16 @@ def not_compiled(monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("way", ["chain", "tree"])
-def test_up_to_the_models_last_position(way):
-    """A compiled draft is whole, so its last tokens lie behind it."""
-    model = make_small(max_seq_len=128)
-    prompt = [token % VOCAB for token in range(108)]
-    generation = run(model, [prompt], 20, speculation=Speculation(**WAYS[way]))
-    assert model.max_seq_len == len(prompt) + 20
-    assert generation.generated == [plain(model, tuple(prompt), 20)] and not compiled_steps(model).failed
-
-
-@compiles
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_and_nothing_compiled_twice(small, way):
     """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
 
-    Also where the first text begins at the end of its cache: that length is not taken for the only one.
+    Also where the first text begins at the end of its cache: that length is not taken for the only one. And up to the
+    model's last position, which a compiled draft passes, as it is whole.
     """
     graphs, seconds, accepted = None, compiled_steps(small).seconds, 0
-    for prompts, count in ((END, 30), (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
+    to_the_end = [([row[cut:] for row in END], MAX_LEN - len(END[0]) + cut) for cut in range(3)]
+    for prompts, count in (*to_the_end, (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
         speculation = Speculation(**WAYS[way]) if WAYS[way] else None
         expected = [plain(small, prompt, count) for prompt in prompts]
         generation = run(small, prompts, count, speculation=speculation)
@@ -219,7 +210,7 @@ sys.path.insert(0, {tests!r})
 from torch._dynamo.utils import counters
 import test_compile as t
 t.torch.set_float32_matmul_precision("highest")  # as conftest.py: it is part of what compiled code is found by
-model = t.make_small()
+model = t.make_small(t.MAX_LEN)
 for prompts, count in ((t.END, 30), (t.SHORT, 9)):
     generation = t.run(model, prompts, count, speculation=t.Speculation(**t.WAYS["chain"]))
 assert not t.compiled_steps(model).failed
@@ -230,13 +221,13 @@ print(generation.generated, graphs, found["fxgraph_cache_hit"], found["fxgraph_c
 
 
 @compiles
-def test_a_second_run_finds_the_compiled_code(small):
+def test_a_second_run_finds_the_compiled_code(small, tmp_path):
     """In another process, by torch's own counts; this one has compiled the same graphs."""
     speculation = Speculation(**WAYS["chain"])
     run(small, END, 30, speculation=speculation)
     tokens = run(small, SHORT, 9, speculation=speculation).generated
-    program = SECOND_RUN.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
+    (tmp_path / "second_run.py").write_text(SECOND_RUN.format(tests=str(Path(__file__).parent)))
+    (done,) = forks.run([str(tmp_path / "second_run.py")], tmp_path, [os.environ])
     assert done.returncode == 0, done.stderr[-2000:]
     again, graphs, hits, misses = done.stdout.rsplit(maxsplit=3)
     assert again == str(tokens)

@@ -1,14 +1,14 @@
 """Generation on two processes (gloo) gives the tokens of one; sharded, tensor-parallel, both.
 
-This file is also the worker: `torchrun test_distributed_generate.py WHAT FOLDER` runs one of WORKERS on each rank. Most
-ranks are forks with the environment that torchrun gives, since it imports everything once more for each.
+This file is also the worker: `torchrun test_distributed_generate.py WHAT FOLDER` runs one of WORKERS on each rank. All
+but one of them are forks with the environment that torchrun gives, since it imports everything once more for each rank;
+test_generate_recipe.py has a real `tune run`.
 """
 
 import faulthandler
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import forks
 from helpers.commands import last_line
 from helpers.configs import MODEL, generate_config, make_checkpoint
 from helpers.configs import SIZE as MODEL_SIZE
+from helpers.ranks import check_success, run_on_ranks
 from helpers.tiny import FAMILIES, SIZE, CountedCollectives, make_tiny
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
@@ -40,6 +40,8 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
@@ -66,7 +68,9 @@ ADAPTED = {
 GRID_MODES = ("speculative", "autoregressive")
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
-FAMILIES_HERE = ["llama3", "qwen2_tied"]  # qwen2: with biases
+SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own
+# The models that are split so; qwen2 has biases and a tied head, which are sharded and split by tensor parallelism.
+CASES = [("llama3", how) for how in SPLITS] + [("qwen2_tied", "draft_whole"), ("qwen2_tied", "tensor_parallel")]
 
 
 def run(model, prompts=PROMPTS, new=NEW, **mode):
@@ -80,7 +84,7 @@ def sampled(model):
 def other(model, mode):
     arguments = OTHER_MODES[mode]
     rng = {"rng": torch.Generator().manual_seed(1)} if arguments.get("temperature") else {}
-    return run(model, new=40, **arguments, **rng).tokens.tolist()
+    return run(model, new=24, **arguments, **rng).tokens.tolist()
 
 
 @contextmanager
@@ -122,21 +126,20 @@ def walks(model):
 def decode_worker(folder):
     """Tokens, counts and walks of every split."""
     result = {}
-    for family in FAMILIES_HERE:
-        for how, (kept, dim) in SPLITS.items():
-            model = split(family, kept, dim)
-            for mode, arguments in MODES.items():
-                result[f"{family}/{how}/{mode}"] = run(model, **arguments).tokens.tolist()
-            result[f"{family}/{how}/walks"] = walks(model)
-            result[f"{family}/{how}/sampled"] = sampled(model)
-            if family == "llama3" and how == "draft_whole":
-                with confused_clock():
-                    for mode in OTHER_MODES:
-                        result[f"other/{mode}"] = other(model, mode)
-            if how == "draft_whole":
-                full = full_weights(model)
-                local = {n: p.to_local() for n, p in model.named_parameters() if isinstance(p, DTensor)}
-                result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
+    for family, how in CASES:
+        model = split(family, *SPLITS[how])
+        for mode, arguments in MODES.items():
+            result[f"{family}/{how}/{mode}"] = run(model, **arguments).tokens.tolist()
+        result[f"{family}/{how}/walks"] = walks(model)
+        result[f"{family}/{how}/sampled"] = sampled(model)
+        if family == "llama3" and how == "draft_whole":
+            with confused_clock():
+                for mode in OTHER_MODES:
+                    result[f"other/{mode}"] = other(model, mode)
+        if how == "draft_whole":
+            full = full_weights(model)
+            local = {n: p.to_local() for n, p in model.named_parameters() if isinstance(p, DTensor)}
+            result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
     for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
         model = split("llama3", *SPLITS[how])
         with CountedCollectives() as counted:
@@ -144,9 +147,9 @@ def decode_worker(folder):
         result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens]
     # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.
     torch.manual_seed(dist.get_rank())
-    for how, (kept, dim) in SPLITS.items():
-        rngs = None, torch.Generator().manual_seed(dist.get_rank())
-        draws = [run(split("llama3", kept, dim), **MODES["speculative"], temperature=1.0, rng=rng) for rng in rngs]
+    for how in SHARED_MODEL:
+        model, rngs = split("llama3", *SPLITS[how]), (None, torch.Generator().manual_seed(dist.get_rank()))
+        draws = [run(model, **MODES["speculative"], temperature=1.0, rng=rng) for rng in rngs]
         result[f"own seeds/{how}"] = [out.tokens.tolist() for out in draws]
     try:
         run(split("llama3", *SPLITS["draft_whole"]), [[5 + dist.get_rank()]], **MODES["speculative"])
@@ -252,40 +255,22 @@ def written(folder):
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
 
 
-def torchrun(what, folder):
-    """Run a worker on two processes; returns torchrun's, finished."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, __file__, what, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
 def fork(what, folder, processes=2):
     """Run a worker on so many forks; returns them, finished."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return forks.run([__file__, what, str(folder)], folder, ranks)
-
-
-def went_well(ranks):
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(rank.stderr for rank in ranks)
+    return run_on_ranks(__file__, what, folder, cwd=folder, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory):
-    """What both ranks of decode_worker have, by torchrun."""
+    """What both ranks of decode_worker have."""
     folder = tmp_path_factory.mktemp("decode")
-    done = torchrun("decode", folder)
-    assert done.returncode == 0, done.stderr
+    check_success(fork("decode", folder))
     ranks = written(folder)
     assert len(ranks) == 2
     return ranks
 
 
-@pytest.mark.parametrize("how", SPLITS)
-@pytest.mark.parametrize("family", FAMILIES_HERE)
+@pytest.mark.parametrize(("family", "how"), CASES)
 def test_the_tokens_of_one_process(decoded, family, how):
     alone = layerskip_decoder(make_tiny(family))
     for rank in decoded:
@@ -302,14 +287,13 @@ def test_ranks_choose_alike_whatever_their_clocks_say(decoded, mode):
         assert decoded[0][f"other/{mode}"] == other(layerskip_decoder(make_tiny("llama3")), mode)
 
 
-@pytest.mark.parametrize("how", SPLITS)
-def test_sampled_tokens_of_one_process(decoded, how):
-    for family in FAMILIES_HERE:
-        alone = sampled(layerskip_decoder(make_tiny(family)))
-        assert all(rank[f"{family}/{how}/sampled"] == alone for rank in decoded)
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_sampled_tokens_of_one_process(decoded, family, how):
+    alone = sampled(layerskip_decoder(make_tiny(family)))
+    assert all(rank[f"{family}/{how}/sampled"] == alone for rank in decoded)
 
 
-@pytest.mark.parametrize("how", sorted(SPLITS.keys() - {"nothing_sharded"}))  # there each rank has a model of its own
+@pytest.mark.parametrize("how", SHARED_MODEL)
 def test_ranks_with_seeds_of_their_own_draw_alike(decoded, how):
     """By rank 0's generator: with tensor parallelism drafts that differ would be the sums of different tokens."""
     rng = torch.Generator().manual_seed(0)
@@ -318,18 +302,17 @@ def test_ranks_with_seeds_of_their_own_draw_alike(decoded, how):
     assert ours == theirs and ours[1] == expected.tokens.tolist()
 
 
-@pytest.mark.parametrize("how", SPLITS)
-def test_walks_in_parts_and_layers_called_directly(decoded, how):
-    for family in FAMILIES_HERE:
-        whole = walks(layerskip_decoder(make_tiny(family)))[0]
-        for rank in decoded:
-            for logits in rank[f"{family}/{how}/walks"]:
-                # Tensor parallelism adds up the parts of a sum in another order.
-                tolerance = 1e-3 if how == "tensor_parallel" else 0
-                torch.testing.assert_close(torch.tensor(logits), torch.tensor(whole), atol=tolerance, rtol=0)
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_walks_in_parts_and_layers_called_directly(decoded, family, how):
+    whole = walks(layerskip_decoder(make_tiny(family)))[0]
+    for rank in decoded:
+        for logits in rank[f"{family}/{how}/walks"]:
+            # Tensor parallelism adds up the parts of a sum in another order.
+            tolerance = 1e-3 if how == "tensor_parallel" else 0
+            torch.testing.assert_close(torch.tensor(logits), torch.tensor(whole), atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES_HERE)
+@pytest.mark.parametrize("family", ["llama3", "qwen2_tied"])
 def test_each_rank_has_half_of_the_late_layers(decoded, family):
     names = [name for name, _ in make_tiny(family).named_parameters()]
     late = [name for name in names if name.startswith("layers.") and int(name.split(".")[1]) >= E]
@@ -397,12 +380,12 @@ def test_adapters_are_merged_as_one_process_merges_them(tmp_path, tokenizer_fold
         }  # fmt: skip
         changed = {"model": section, "checkpointer": reader}
         generate_config(folder, tokenizer_folder, **changed).rename(tmp_path / f"{kind}.yaml")
-    went_well(fork("adapted", tmp_path))
+    check_success(fork("adapted", tmp_path))
     assert written(tmp_path) == [{kind: [True, True, True] for kind in ADAPTED}] * 2
 
 
 def test_only_rank_zero_reads_the_checkpoint(config_folder):
-    went_well(fork("load", config_folder))
+    check_success(fork("load", config_folder))
     assert written(config_folder) == [{"weights": True, "buffers": True, "training": False, "tokens": True}] * 2
 
 
@@ -416,13 +399,15 @@ def test_an_error_of_rank_1_ends_rank_0(config_folder):
 
 def test_an_error_of_rank_0_ends_rank_1(config_folder):
     """Under torchrun, which shows it."""
-    done = torchrun("fail_load", config_folder)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, __file__, "fail_load", str(config_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "ValueError: checkpointer: the checkpoint is not this" in done.stderr
 
 
 def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):
-    went_well(fork("grid", tmp_path, processes=1))
+    check_success(fork("grid", tmp_path, processes=1))
     ranks = written(tmp_path)
     assert len(ranks) == 4 and all(rank["weights"] for rank in ranks)
     assert [rank["halved"] for rank in ranks] == [[17, 66], [17, 66], [16, 66], [16, 66]]

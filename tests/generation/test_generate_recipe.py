@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchao.quantization
 from helpers.commands import run_tune
+from helpers.compiled import compiles
 from helpers.configs import LAYER, MODEL, REST, SLOT
 from helpers.generating import run
 from omegaconf import OmegaConf
@@ -205,12 +206,19 @@ def test_the_report_says_how_near_to_the_ideal(path):
 
 @pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_quantised_weights_are_what_decodes(path, quantizer):
-    """The logits are those of a model that torchao quantises here; all layers' weights are torchao's."""
-    recipe, report = run(path, f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true")
+    """The logits are those of a model that torchao quantises here: all layers, and a copy of the tied head's matrix."""
+    arguments = [f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true"]
+    recipe, report = run(path, *arguments)
     assert report["identical"] is True
-    linears = [part for part in recipe.model.layers.modules() if isinstance(part, torch.nn.Linear)]
-    assert len(linears) == 4 * 7 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    linears = [part for part in recipe.model.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linears) == 4 * 7 + 1 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
+    assert type(recipe.model.tok_embeddings.weight) is torch.nn.Parameter
+    _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
+    assert of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
     theirs = load_decoder(GenerateConfig.load(load_config(str(path))), CPU)
+    rows, width = theirs.tok_embeddings.weight.shape
+    theirs.output = torch.nn.Linear(width, rows, bias=False)
+    theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
     torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
     tokens = torch.tensor([recipe.prompt_tokens[0]])
     with torch.no_grad():
@@ -256,8 +264,8 @@ def test_a_quantiser_that_changes_nothing_is_refused(path):
         run(path, *quantizer)
 
 
-def test_compile_is_reported_apart_and_changes_no_token(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+@compiles
+def test_compile_is_reported_apart_and_changes_no_token(path, tmp_path):
     outputs = []
     for flag in ("false", "true"):
         out = tmp_path / f"{flag}.jsonl"
@@ -294,6 +302,8 @@ def test_other_ranks_log_errors_only(monkeypatch):
     assert not logged("1", logging.INFO) and not logged("1", logging.WARNING)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     """Sharded over two gloo processes, with drafts and without: the same text, printed once, as what is logged."""
     overrides = ["benchmark.compare=true", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts"]

@@ -164,9 +164,9 @@ def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
     monkeypatch.setattr(ChainDrafter, "verify", interrupted)
     recipe.generate()
     shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
-    assert shown.count("\x1b[2m") == shown.count("\x1b[u\x1b[J") == 3
+    assert shown.count("\x1b[2m") == shown.count("\x1b8\x1b[J") == 3
     text = json.loads(out.read_text())["text"]
-    assert text and re.sub(r"\x1b\[s.*?\x1b\[u\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
+    assert text and re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
 
 
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 from helpers.json_lines import task_component, write_lines
 
-from layerskip_recipes.generation.prompts import Example, read_examples
+from layerskip_recipes.generation.prompts import Example, refuse_bad, try_examples
 
 QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
 TEMPLATES = {"prompt": "Q: {q}\nA:", "response": " {a}"}
+
+
+def read_examples(*args, **kwargs):
+    examples = try_examples(*args, **kwargs)
+    refuse_bad(examples)
+    return examples
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +26,8 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def test_examples_of_a_config():
     write_lines("qa.jsonl", QUESTIONS)
-    prompts = task_component("jsonl", path="qa.jsonl", **TEMPLATES, count=1, system="be brief")
-    asked = {"user": "Q: question 1?\nA:", "system": "be brief"}
+    prompts = task_component("jsonl", path="qa.jsonl", **TEMPLATES, count=1, chat=True)
+    asked = {"user": "Q: question 1?\nA:"}
     assert read_examples(prompts=prompts) == [Example(asked, " answer 1")]
     lines = [
         {"prompt": "a", "response": "b", "id": 1},

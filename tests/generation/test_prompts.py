@@ -101,8 +101,7 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
         "self_speculation.draft_vocabulary=9",
         f"self_speculation.draft_vocabulary_file={tmp_path / 'a.jsonl'}",
     ]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "b"}\n')
-    path_, shots, source = (f"prompts.{key}={tmp_path / 'a.jsonl'}" for key in ("path", "shots", "source"))
+    path_, source = (f"prompts.{key}={tmp_path / 'a.jsonl'}" for key in ("path", "source"))
     file, table = (
         ["prompt=null", f"prompts._component_=layerskip_recipes.tasks.{name}"] for name in ("jsonl", "topv2")
     )
@@ -110,7 +109,6 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
         ([f"prompt_file={tmp_path / 'a.jsonl'}"], "prompt_file"),
         (vocabulary, vocabulary[1].split("=")[0]),
         ([*file, path_], "prompts.path"),
-        ([*file, f"prompts.path={tmp_path / 'b.jsonl'}", "prompts.n_shot=1", shots], "prompts.shots"),
         ([*table, source], "prompts.source"),
     ):
         for name in ("a.jsonl", "link.jsonl", f"../{tmp_path.name}/a.jsonl"):

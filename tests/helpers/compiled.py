@@ -21,7 +21,9 @@ def compiles(test):
 CPU = torch.device("cpu")
 SIZES = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
 VOCAB = 31
-# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache.
+# Two rows each, so that graphs serve all. The first length that END's steps see is the largest of its cache; 30 tokens
+# more reach the last position of a model of MAX_LEN.
+MAX_LEN = 230
 END = [tuple(range(start, start + 25)) * 8 for start in (2, 5)]
 SHORT = [tuple(token % VOCAB for token in prompt) for prompt in PROMPTS[:2]]
 LONG = [tuple((3 * token + i) % VOCAB for i, token in enumerate(prompt * 4)) for prompt in PROMPTS[1:3]]

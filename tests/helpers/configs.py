@@ -131,6 +131,13 @@ def make_checkpoint(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
     return folder
 
 
+def described_model(folder: Path, num_layers: int) -> Path:
+    """A Hugging Face folder of a model of so many layers, without its weights: for checks that read no more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG | {"num_hidden_layers": num_layers}))
+    return folder
+
+
 def _trained(checkpoint: Path) -> dict[str, Any]:
     return {
         "model": MODEL,

@@ -16,6 +16,9 @@ from torchtune.models.mistral._component_builders import mistral
 from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
+from layerskip_recipes.model.hf_config import parse_hf_config
+from layerskip_recipes.model.hf_decoder import build_decoder
+
 VOCAB = 97
 
 
@@ -30,6 +33,17 @@ SIZE = {
 }
 
 
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": VOCAB,
+    "num_hidden_layers": SIZE["num_layers"],
+    "num_attention_heads": SIZE["num_heads"],
+    "num_key_value_heads": SIZE["num_kv_heads"],
+    "head_dim": 16,
+    "hidden_size": SIZE["embed_dim"],
+    "intermediate_size": SIZE["intermediate_dim"],
+}
+
 # code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
 FAMILIES = {
     "llama2": lambda: llama2(**SIZE),
@@ -42,6 +56,7 @@ FAMILIES = {
     "gemma": lambda: gemma(**SIZE, head_dim=8),
     "gemma2": lambda: gemma2(**SIZE, head_dim=8, sliding_window_size=64),
     "phi3": lambda: phi3(**SIZE),
+    "qwen3": lambda: build_decoder(parse_hf_config(QWEN3, "qwen3"), SIZE["max_seq_len"]),
 }
 
 

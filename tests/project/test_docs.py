@@ -9,8 +9,8 @@ import yaml
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
 from layerskip_recipes.cli.configs import CONFIGS
+from layerskip_recipes.config.json_schema import json_schema
 from layerskip_recipes.config.names import our_configs
-from layerskip_recipes.config.reference import json_schema
 from layerskip_recipes.generation import api
 from layerskip_recipes.model import decoder
 

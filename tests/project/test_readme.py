@@ -8,17 +8,20 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.commands import run_command
 from helpers.configs import finetune_config, generate_config, make_checkpoint
+from helpers.hf_folders import model_with_tokenizer
 from helpers.pages import ROOT, commands, examples
+from helpers.ranks import run_on_ranks
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import find_config, our_configs
+from layerskip_recipes.config.names import our_configs
 
 # These set up an environment, download from the hub, or run these tests.
 ELSEWHERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "pre-commit", "tune download")
@@ -41,6 +44,22 @@ def header_commands() -> dict[str, list[str]]:
     return found
 
 
+TINY = "models/Qwen3-0.6B"
+
+
+def at_home(words: list[str], folder: Path) -> list[str]:
+    """The command with the home folder in the workplace."""
+    return [word.replace("~/models", str(folder / "models")) for word in words]
+
+
+def stand_in(config: str, overrides: list[str], folder: Path) -> list[str]:
+    """The tiny model, as an override, in the place of one that a config reads and that is not here."""
+    cfg = load_config(config, overrides)
+    if "model_dir" not in [*cfg] or not Path(cfg.model_dir).is_absolute() or str(cfg.model_dir).startswith(str(folder)):
+        return []
+    return [f"model_dir={folder / TINY}"]
+
+
 def split(words: list[str]) -> tuple[str, str, list[str]]:
     """The recipe, the config and the overrides of a `tune run`."""
     place = words.index("--config")
@@ -52,9 +71,10 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     """A folder to type commands in: the examples of the pages, the tools, and a tiny model."""
     folder = tmp_path_factory.mktemp("readme")
     for name, content in examples().items():
-        (folder / name).write_text(content)
-    # A command of the README copies this one.
-    (folder / "my_generate.yaml").write_text(find_config("llama3_2/1B_generate_layerskip").read_text())
+        (folder / name).write_text(content.replace("~/models", str(folder / "models")))
+    # What the README downloads, and what its first line makes of it.
+    shutil.copytree(model_with_tokenizer("qwen3", folder / TINY, tokenizer_folder), folder / "out" / "epoch_0")
+    (folder / "out" / "epoch_0" / "recipe_state.pt").touch()
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
@@ -67,17 +87,17 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("line", [line for line in TUNE_RUN if "my_tuned.yaml" not in line.split()])
+@pytest.mark.parametrize("line", TUNE_RUN)
 def test_command_is_valid_as_written(line, workplace, layerskip, monkeypatch):
-    """Its config, its overrides and its recipe fit each other. (The tuner has to make my_tuned.yaml first.)"""
-    recipe, config, overrides = split(TUNE_RUN[line])
+    """Its config, its overrides and its recipe fit each other."""
+    recipe, config, overrides = split(at_home(TUNE_RUN[line], workplace))
     monkeypatch.chdir(workplace)
-    status, out, err = layerskip("validate", config, *overrides)
+    status, out, err = layerskip("validate", config, *overrides, *stand_in(config, overrides, workplace))
     assert status == 0, err
     assert f"`tune run {recipe}`" in out
 
 
-@pytest.mark.parametrize("name", [name for name in examples() if name != "my_tuned.yaml"])
+@pytest.mark.parametrize("name", examples())
 def test_yaml_example_is_valid(name, workplace, layerskip, monkeypatch):
     monkeypatch.chdir(workplace)
     status, _, err = layerskip("validate", name)
@@ -91,6 +111,7 @@ QUICKSTART = {
         "max_steps_per_epoch": 2,
         "log_every_n_steps": 1,
         "dataset.split": "heldout",
+        "dataset.seq_len": 64,
         "dataset.max_samples": 16,
     },
     "layerskip_generate": {"max_new_tokens": 6},
@@ -115,19 +136,18 @@ def flat(content: dict[str, Any], prefix: str = "") -> list[str]:
 
 def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
+    words = at_home(words, folder)
     if words[:2] == ["python", "tools/training_cost.py"]:
-        model = {"num_layers": 4} if "quickstart/finetune" in words else tiny(folder)["model"]
-        return [*words, *flat({"model": model, "early_exit_loss": {"layers": ":"}}), *STEPS_OF_COST]
+        small = {"model": {"num_layers": 4}} if "quickstart/finetune" in words else {"model_dir": str(folder / TINY)}
+        return [*words, *flat(small | {"early_exit_loss": {"layers": ":"}}), *STEPS_OF_COST]
     if words[:2] != ["tune", "run"]:
         return words
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
     if config.startswith("quickstart/"):
-        changes = {"model.num_layers": 4, "model.vocab_size": 300} | QUICKSTART[recipe]
+        changes = {"model.num_layers": 4, "model.vocab_size": 300, "output_dir": "quickstart"} | QUICKSTART[recipe]
         if recipe == "layerskip_finetune":
             changes["tokenizer.path"] = str(folder / "tokenizer")
-        else:
-            changes["output_dir"] = "quickstart"  # where the model is trained
         if recipe == "layerskip_generate" and cfg.get("self_speculation") is not None:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
@@ -136,8 +156,11 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
             del changes["temperatures"]
         if cfg.get("prompts") is not None:
             changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
+    elif "model_dir" in [*cfg]:
+        changes = folder_changes(recipe, cfg, folder)
+        words = [*words, *stand_in(config, overrides, folder)]
     else:
-        changes = tiny_changes(recipe, config, cfg, folder)
+        changes = tiny_changes(recipe, cfg, folder)
     if cfg.get("sweep") is not None:
         changes |= {"sweep.exit_layers": [1, 2], "sweep.num_speculations": [2]}
     return [*words, *flat(changes)]
@@ -150,33 +173,56 @@ def tiny(folder: Path) -> dict[str, Any]:
     return {key: content[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype")}
 
 
-def tiny_changes(recipe: str, config: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What makes the config of a large model one of the tiny model."""
+DATA = {
+    "_component_": "layerskip_recipes.quickstart.StdlibDataset",
+    "split": "heldout",
+    "seq_len": 32,
+    "max_samples": 4,
+}
+
+
+def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What makes the run of a config that reads a model's folder a short one."""
+    changes: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
+    if recipe == "layerskip_finetune":
+        return changes | {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
+    if recipe == "layerskip_generate":
+        return changes | {"max_new_tokens": 6, "compile": False}
+    if recipe == "layerskip_eval":
+        compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
+        return changes | {"dataset": DATA, "max_batches": 1} | ({"compare": compare} if compare else {})
+    return changes | {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
+
+
+def tiny_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What makes the config of a large model, of torchtune's builders, one of the tiny model."""
     changes = tiny(folder)
     if recipe == "layerskip_finetune":
         content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
         assert isinstance(content, dict)
         changes |= {key: content[key] for key in ("dataset", "batch_size", "max_steps_per_epoch")}
         changes["checkpointer"] = {k: v for k, v in changes["checkpointer"].items() if k != "output_dir"}
-        if "layers" in (cfg.get("early_exit_loss") or {}):
-            changes["early_exit_loss"] = {"layers": ":"}
-        return changes | {"epochs": 1, "gradient_accumulation_steps": 1, "output_dir": str(folder / "out")}
-    if recipe == "layerskip_generate":
-        changes |= {"max_new_tokens": 6, "compile": False}
-        if cfg.get("exit_layer") is not None:
-            changes["exit_layer"] = 2
-        if cfg.get("self_speculation") is not None and config != "my_tuned.yaml":
-            changes["self_speculation"] = {"exit_layer": 2, "num_speculations": 2}
-    elif recipe == "layerskip_eval":
-        data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
-        changes |= {"dataset": data | {"max_samples": 4}, "max_batches": 1}
-        weights = {key: changes["checkpointer"][key] for key in ("checkpoint_dir", "checkpoint_files")}
-        if cfg.get("compare") is not None:
-            changes["compare"] = {name: dict(weights) for name in cfg.compare}
-    else:
-        changes |= {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
-        changes["variants"] = {name: {"exit_layer": 2} for name in cfg.variants}
-    return changes
+        return changes | {
+            "epochs": 1,
+            "gradient_accumulation_steps": 1,
+            "output_dir": str(folder / Path(cfg.output_dir).name),
+        }
+    assert recipe == "layerskip_generate"
+    changes |= {"max_new_tokens": 6, "compile": False}
+    return changes | {"self_speculation": {"exit_layer": 2, "num_speculations": 2}}
+
+
+def on_ranks(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """A `tune run` on several processes, without torchrun, whose start takes longer than they do: other tests have it.
+
+    Returns:
+        The process that failed, or else any.
+    """
+    place = words.index("--nproc_per_node")
+    tune, arguments = Path(sys.executable).with_name("tune"), [*words[1:place], *words[place + 2 :]]
+    return max(
+        run_on_ranks(str(tune), *arguments, cwd=cwd, processes=int(words[place + 1])), key=lambda p: p.returncode != 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +240,9 @@ def run(workplace, tmp_path_factory):
         if meaning not in finished:
             if short[0] == "python":
                 short = [str(workplace / short[1]), *short[2:]]
-            if short[0].startswith(("/", "tune", "layerskip")):
+            if "--nproc_per_node" in short:
+                finished[meaning] = on_ranks(short, workplace)
+            elif short[0].startswith(("/", "tune", "layerskip")):
                 finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
             else:
                 # What other commands write is larger than what stands in the workplace for it.
@@ -206,7 +254,7 @@ def run(workplace, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        (workplace / "my_generate.yaml").unlink()  # by the README's command
+        shutil.rmtree(workplace / "out")  # the README's first line makes it
         yield run
 
 

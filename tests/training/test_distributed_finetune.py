@@ -11,6 +11,7 @@ import torch
 from helpers import training_ranks
 from helpers.commands import run_tune
 from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.hf_folders import make_hf_folder
 from helpers.ranks import check_success, run_on_ranks
 from helpers.training import UNTIED, losses, start_section, texts, train
 from safetensors.torch import load_file
@@ -24,9 +25,9 @@ COSINE = {
     "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
     "num_warmup_steps": 2,
 }
-# 20 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1; where nothing is resumed fewer.
-STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 10, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
-FEW = ["max_steps_per_epoch=4"]
+# 12 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1; where nothing is resumed fewer.
+STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 6, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
+FEW = ["max_steps_per_epoch=3"]
 SAVES = ["save_every_n_steps=4", "enable_async_checkpointing=true"]  # shards there, and the whole after each epoch
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 UNSPLIT = {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}  # a plan for the cases that set another number
@@ -49,17 +50,19 @@ GEMMA2 = {
 # name: (config, processes, overrides)
 CASES = {
     "tune run": ("tied", 2, []),
-    "embedding apart, fused": ("tied", 2, ["custom_sharded_layers=[tok_embeddings]", "optimizer.fused=true", *FEW]),
+    "embedding apart, fused, checkpointed": (
+        "tied", 2, ["custom_sharded_layers=[tok_embeddings]", "optimizer.fused=true", "ac_mode=full", *FEW],
+    ),
     "gathered weights kept, accumulation": (
         "tied", 2, ["fsdp_reshard_after_forward=false", "batch_size=1", "gradient_accumulation_steps=2", *FEW],
     ),
     "every second layer checkpointed, part of one apart": (
         "tied", 2, ["ac_mode=selective", "ac_option=2", "custom_sharded_layers=[layers.1.mlp]", *FEW],
     ),
-    "full checkpointing": ("tied", 2, ["ac_mode=full", *FEW]),
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
     "capped head": ("gemma2", 2, FEW),
+    "Qwen3 by its folder": ("qwen3", 2, []),
     "LoRA": ("lora", 2, []),
     "DoRA": ("dora", 2, FEW),
     "QLoRA": ("qlora", 2, FEW),
@@ -85,6 +88,7 @@ RESUMED = {
     "2 to 1, shards": ("tune run", "tied", "step_8", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
+    "2 to 1, Qwen3 by its folder": ("Qwen3 by its folder", "qwen3", "epoch_0", 1),
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }
@@ -116,6 +120,11 @@ def config_changes(kind, folder, tokenizer):
                 torch.nn.init.normal_(parameter, std=0.1)
         torch.save(plain.state_dict(), folder / "wide" / "model.pt")
         return {"model": QLORA, "checkpointer": start_section(folder / "wide", "TorchTune", "model.pt")}
+    if kind == "qwen3":
+        make_hf_folder("qwen3", folder / "Qwen3", vocab_size=300)
+        path = {"path": str(folder / "Qwen3")}
+        section = {"_component_": "layerskip_recipes.hf_checkpointer", "output_dir": "${output_dir}", **path}
+        return {"model": {"_component_": "layerskip_recipes.hf_decoder", **path}, "checkpointer": section}
     if kind == "gemma2":
         return {"model": GEMMA2, "checkpointer": scratch("GEMMA2", tokenizer, head_dim=16)}
     if kind == "untied":
@@ -147,12 +156,16 @@ def rewound(out, name, to):
 def train_on_ranks(path, *overrides, processes=2):
     """`tune run layerskip_finetune --config PATH OVERRIDES` on so many processes."""
     arguments = ("train", path.parent, "--config", path, *overrides)
-    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=processes))
+    with pytest.MonkeyPatch.context() as patch:
+        # Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it.
+        patch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=processes))
 
 
 def tune_on_two(path, *overrides):
+    """The real `tune run` with torchrun, from another folder than the config's."""
     command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-    return run_tune(*command, *overrides, cwd=path.parent, timeout=400)
+    return run_tune(*command, *overrides, cwd=path.parent.parent, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +224,12 @@ def same_weights(one, other):
     """The last checkpoints, as other tools read them."""
     read = {".safetensors": load_file, ".bin": torch.load}
     ours, theirs = (
-        {k: v for file in sorted(out.glob("epoch_*"))[-1].glob("model-*") for k, v in read[file.suffix](file).items()}
+        {
+            name: value
+            for file in sorted(out.glob("epoch_*"))[-1].glob("model*")
+            if file.suffix in read
+            for name, value in read[file.suffix](file).items()
+        }
         for out in (one, other)
     )
     assert ours and ours.keys() == theirs.keys()
@@ -221,8 +239,8 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_losses(several, name):
-    """Nor anything else that is logged, in 20 steps or 8; validation begins before the first."""
-    same_losses(*several(name), range(name.startswith("valid") ^ 1, 9 if FEW[0] in CASES[name][2] else 21))
+    """Nor anything else that is logged, in 12 steps or 6; validation begins before the first."""
+    same_losses(*several(name), range(name.startswith("valid") ^ 1, 7 if FEW[0] in CASES[name][2] else 13))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -241,7 +259,7 @@ def test_resume_with_other_processes(one, several, name):
         train(path, "batch_size=4", *overrides)
     else:
         train_on_ranks(path, *overrides)
-    same_losses(alone, out, range(11 if checkpoint == "epoch_0" else 9, 21))
+    same_losses(alone, out, range(7 if checkpoint == "epoch_0" else 9, 13))
     same_weights(alone, out)
 
 

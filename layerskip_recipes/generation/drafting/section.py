@@ -3,21 +3,20 @@
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torchtune.modules import TiedLinear, TransformerDecoder
 
-from layerskip_recipes.checkpoint.weights import quantise
+from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import ExitLayer, Speculation, Threshold
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
-from layerskip_recipes.generation.steps import head_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 
@@ -25,7 +24,7 @@ class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
     exit_layer: Annotated[ExitLayer, Field(examples=[8])]
-    """E: the number of layers that run for a draft, 1 to L."""
+    """E: the number of layers that run for a draft, 1 to L; null, where no exit is trained, drafts nothing."""
     num_speculations: Annotated[PositiveInt, Field(examples=[6])]
     """Tokens drafted in a round; of a draft tree its depth."""
     tree_width: PositiveInt = 1
@@ -125,6 +124,13 @@ class SelfSpeculation(Section):
         return self._speculation(self.draft_vocabulary, key, drafter)
 
 
+def _off_without_exit(value: Any) -> Any:
+    return None if isinstance(value, Mapping) and value.get("exit_layer", ...) is None else value
+
+
+OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
+
+
 def check_draft_fits(
     section: SelfSpeculation | None, quantizer: Component | None, model: TransformerDecoder, parallel: int = 1
 ) -> None:
@@ -170,13 +176,7 @@ def quantised_drafter(
     shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
     parts = [copy.deepcopy(layer, dict(shared)) for layer in model.layers[:depth]]
     if with_head:
-        source = head_of(model)  # of a tied head the embedding, whose rows are looked up in full precision
-        state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
-        weight: Any = source.weight
-        rows, width = weight.shape
-        head = torch.nn.Linear(width, rows, bias="bias" in state, device="meta")
-        head.load_state_dict(state, assign=True)
-        parts.append(head)
+        parts.append(linear_head(model))
     drafter = copy.copy(model)
     drafter._modules = dict(model._modules)  # a plain copy would share the registry of modules with the model
     packed = quantise(torch.nn.ModuleList(parts), quantizer)

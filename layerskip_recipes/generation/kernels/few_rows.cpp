@@ -1,4 +1,4 @@
-// y = x W^T for few rows of x, and attention of few queries, in fp32; W may be int8.
+// y = x W^T for few rows of x, and attention of few queries: sums in fp32; W may be bf16 or int8, keys and values bf16.
 //
 // A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
 // long as the product. Here each row of W is read once, as it lies in memory, for all rows of x; so are the keys and
@@ -50,6 +50,20 @@ constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way fro
   return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
 #elif defined(CPU_CAPABILITY_AVX2)
   return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
+#else
+  float wide[LANES];
+  std::copy_n(weights, LANES, wide);
+  return Vector::loadu(wide);
+#endif
+}
+
+[[gnu::always_inline]] inline Vector load(const at::BFloat16* weights) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+  return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
+  return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
 #else
   float wide[LANES];
   std::copy_n(weights, LANES, wide);
@@ -183,7 +197,7 @@ void columns(
           std::min(grain, end - at), k, n);
 }
 
-// rows [m, k], each of ws [n_i, k] contiguous, fp32 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side
+// rows [m, k] in fp32, each of ws [n_i, k] contiguous, fp32, bf16 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]: side by side
 // what each gives alone.
 at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
   const at::Tensor x = rows.contiguous();
@@ -207,6 +221,8 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
       const int64_t skipped = (from - before) * k;
       if (w.scalar_type() == at::kChar)
         columns(xs, w.const_data_ptr<int8_t>() + skipped, ys, m, k, n, from, last, grain);
+      else if (w.scalar_type() == at::kBFloat16)
+        columns(xs, w.const_data_ptr<at::BFloat16>() + skipped, ys, m, k, n, from, last, grain);
       else
         columns(xs, w.const_data_ptr<float>() + skipped, ys, m, k, n, from, last, grain);
       before += w.size(0);
@@ -237,9 +253,9 @@ float exponents(float* s, const float* mask, const Vector& factor, int64_t slots
 
 // out = p v, and what is in out if there is `more` than this: M rows of p by C vectors of each row of v [slots, dim];
 // from one row of p to the next it is `length`, of out `stride`.
-template <int M, int C>
+template <int M, int C, typename V>
 void mix(
-    const float* p, const float* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
+    const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
   std::array<Vector, M * C> total;
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++)
@@ -248,7 +264,7 @@ void mix(
     std::array<Vector, C> values;
     for (int c = 0; c < C; c++) {
       fetch(v + slot * dim + c * LANES);
-      values[c] = in_register(Vector::loadu(v + slot * dim + c * LANES));
+      values[c] = in_register(load(v + slot * dim + c * LANES));
     }
     for (int m = 0; m < M; m++) {
       const Vector weight = in_register(Vector(p[m * length + slot]));
@@ -260,9 +276,9 @@ void mix(
 }
 
 // `rows` <= M rows of p by all of v.
-template <int M>
+template <int M, typename V>
 void mixture(
-    int64_t rows, const float* p, const float* v, float* out, int64_t slots, int64_t dim, int64_t length,
+    int64_t rows, const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length,
     int64_t stride, bool more) {
   if constexpr (M > 1) {
     if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim, length, stride, more);
@@ -276,8 +292,9 @@ void mixture(
 // Attention of `rows` queries of one head, `size` at a time: from one query to the next it is `step`, of y `stride`, of
 // the mask `apart`. Keys and values are read from memory once: all queries see as many of them as stay in a cache, then
 // the next ones.
+template <typename V>
 void attend(
-    int64_t rows, int64_t size, const float* q, const float* keys, const float* values, const float* mask, float* y,
+    int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const float* mask, float* y,
     int64_t d, int64_t slots, int64_t step, int64_t stride, int64_t apart, const Vector& factor) {
   const int64_t length = (slots + LANES - 1) / LANES * LANES;
   std::vector<float> scores(rows * length), sum(rows);
@@ -297,9 +314,9 @@ void attend(
     at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * stride, y + row * stride, d);
 }
 
-// softmax(scale q k^T + mask) v: q [b, h, s, d]; k, v [b, h, slots, d], the rows of a head one after the other;
-// mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d], in memory [b, s, h, d].
-at::Tensor attention(
+// `attention` for keys and values of one kind of numbers.
+template <typename V>
+at::Tensor attention_over(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
   const int64_t b = q.size(0), h = q.size(1), s = q.size(2), d = q.size(3), slots = k.size(2);
   TORCH_CHECK(d % LANES == 0 && k.stride(3) == 1 && k.stride(2) == d && v.stride(3) == 1 && v.stride(2) == d);
@@ -307,8 +324,8 @@ at::Tensor attention(
   const at::Tensor queries = q.stride(3) == 1 ? q : q.contiguous();
   const at::Tensor added = mask.stride(3) == 1 ? mask : mask.contiguous();
   at::Tensor out = at::empty({b, s, h, d}, q.options());
-  const float *qs = queries.const_data_ptr<float>(), *ks = k.const_data_ptr<float>();
-  const float *vs = v.const_data_ptr<float>(), *masks = added.const_data_ptr<float>();
+  const float *qs = queries.const_data_ptr<float>(), *masks = added.const_data_ptr<float>();
+  const V *ks = k.const_data_ptr<V>(), *vs = v.const_data_ptr<V>();
   float* ys = out.mutable_data_ptr<float>();
   const int64_t step = queries.stride(2), apart = added.stride(2);
   const int64_t of_prompt = added.size(0) == 1 ? 0 : added.stride(0);
@@ -328,6 +345,14 @@ at::Tensor attention(
     }
   });
   return out.transpose(1, 2);
+}
+
+// softmax(scale q k^T + mask) v: q [b, h, s, d] in fp32; k, v [b, h, slots, d] in fp32 or bf16, the rows of a head one
+// after the other; mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d] in fp32, in memory [b, s, h, d].
+at::Tensor attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
+  return k.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16>(q, k, v, mask, scale)
+                                          : attention_over<float>(q, k, v, mask, scale);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& a) { return products(x, {a}); }

@@ -21,6 +21,7 @@ VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp3
 MOST_QUERIES = 256  # of all heads that share a key head
 VIEWS = (aten.view.default, aten.reshape.default)
 CONVERT = torch.ops.prims.convert_element_type.default
+PRECISIONS = (torch.float32, torch.bfloat16)
 SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -35,9 +36,10 @@ class _Library(CppCodeCache):
 def load_kernel() -> None:
     """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
 
-    `linear`, `linear2` and `linear3` take x [m, k] and one to three weights [n_i, k], fp32 or int8, k a multiple of
-    VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..]. `attention` takes q [b, h, s, d], k and v
-    [b, h, slots, d], a mask to be added [b or 1, 1, s, slots] and the scale of the scores.
+    `linear`, `linear2` and `linear3` take x [m, k] in fp32 and one to three weights [n_i, k] in fp32, bf16 or int8, k a
+    multiple of VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..] in fp32. `attention` takes q
+    [b, h, s, d] in fp32, k and v [b, h, slots, d] in fp32 or bf16, a mask to be added [b or 1, 1, s, slots] and the scale
+    of the scores; the result is in fp32. All sums are taken in fp32.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -56,35 +58,39 @@ def load_kernel() -> None:
 
 class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight as
-    it is stored, in fp32 or in int8 (torchao's weight-only: its scales are multiplied afterwards).
+    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only: its scales are multiplied afterwards).
 
+    The kernels take and give fp32; in a graph of bf16 inductor fuses the conversions with the operations around them.
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
     Attention of few queries over a cache is replaced too.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         linear = torch.ops.layerskip.linear.default
-        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-            x, transposed = node.args
-            if (weight := _weight(x, transposed)) is not None:
-                node.target, node.args = linear, (x, weight)
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            bias, x, transposed = node.args
-            if (weight := _weight(x, transposed)) is not None and not node.kwargs:
-                with graph.inserting_before(node):
-                    product = graph.call_function(linear, (x, weight))
-                product.meta["val"] = node.meta["val"]
-                node.target, node.args = aten.add.Tensor, (product, bias)
-        by_input: dict[Any, list[torch.fx.Node]] = {}
-        for node in graph.find_nodes(op="call_function", target=linear):
-            x = node.args[0]
+        products: dict[Any, list[torch.fx.Node]] = {}
+        wide: dict[Any, torch.fx.Node] = {}  # what is in bf16 before, in fp32
+        for node in [*graph.nodes]:
+            if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+                continue
+            *bias, x, transposed = node.args
+            if (weight := _weight(x, transposed)) is None:
+                continue
+            # The same numbers in the same shape, whether or not each product has a view of its own.
             same = (x.args[0], x.meta["val"].shape) if x.target in VIEWS else x
-            by_input.setdefault(same, []).append(node)
-        for nodes in by_input.values():
+            with graph.inserting_before(node):
+                product = graph.call_function(linear, (_in_fp32(graph, x, wide, same), weight))
+                product.meta["val"] = node.meta["val"].float()
+                result = product
+                if bias:
+                    result = graph.call_function(aten.add.Tensor, (product, _in_fp32(graph, bias[0], wide)))
+                    result.meta["val"] = product.meta["val"]
+                _replace(graph, node, result)
+            products.setdefault(same, []).append(product)
+        for nodes in products.values():
             if len(nodes) in (2, 3):
                 _join(graph, nodes)
         for node in graph.find_nodes(op="call_function", target=SDPA):
-            _attend(graph, node)
+            _attend(graph, node, wide)
         graph.eliminate_dead_code()
 
     def uuid(self) -> str:
@@ -99,36 +105,60 @@ def _weight(x: torch.fx.Node, transposed: torch.fx.Node) -> torch.fx.Node | None
     while weight.target in (aten.permute.default, CONVERT):
         conversions.append(weight.target)
         weight = weight.args[0]
-    rows = x.meta["val"].shape[0]
+    value = x.meta["val"]
     ours = (
         conversions.count(aten.permute.default) == 1
-        and isinstance(rows, int)
-        and rows <= MOST_ROWS
-        and x.meta["val"].dtype == torch.float32
+        and isinstance(value.shape[0], int)
+        and value.shape[0] <= MOST_ROWS
+        and value.dtype in PRECISIONS
         and weight.op == "placeholder"
-        and weight.meta["val"].dtype == (torch.int8 if CONVERT in conversions else torch.float32)
+        and weight.meta["val"].dtype == (torch.int8 if CONVERT in conversions else value.dtype)
         and weight.meta["val"].is_contiguous()
         and weight.meta["val"].shape[1] % VECTOR == 0
     )
     return weight if ours else None
 
 
-def _attend(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+def _in_fp32(
+    graph: torch.fx.Graph, node: torch.fx.Node, wide: dict[Any, torch.fx.Node], same: Any = None
+) -> torch.fx.Node:
+    """The node in fp32, converted at the place where nodes are inserted; `wide` keeps it for others of the same key."""
+    if node.meta["val"].dtype == torch.float32:
+        return node
+    key = same or node
+    if key not in wide:
+        wide[key] = graph.call_function(CONVERT, (node, torch.float32))
+        wide[key].meta["val"] = node.meta["val"].float()
+    return wide[key]
+
+
+def _replace(graph: torch.fx.Graph, node: torch.fx.Node, result: torch.fx.Node) -> None:
+    """`result`, which is in fp32, takes the place of a node, in the node's precision."""
+    dtype = node.meta["val"].dtype
+    if dtype != torch.float32:
+        result = graph.call_function(CONVERT, (result, dtype))
+        result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _attend(graph: torch.fx.Graph, node: torch.fx.Node, wide: dict[Any, torch.fx.Node]) -> None:
     """Replace torch's attention by `layerskip::attention` if the node has few queries and a mask."""
     q, mask = node.args[0].meta["val"], node.kwargs.get("attn_mask")
     rows, width = q.shape[2:]
     few = isinstance(rows, int) and rows <= MOST_QUERIES
-    if not few or mask is None or len(node.args) > 3 or q.dtype != torch.float32 or width % VECTOR:
+    if not few or mask is None or len(node.args) > 3 or q.dtype not in PRECISIONS or width % VECTOR:
         return
     scale = node.kwargs.get("scale")
-    inputs = (*node.args, mask, width**-0.5 if scale is None else scale)
     output = next(user for user in node.users if user.args[1] == 0)
     if any(user.users for user in node.users if user is not output):  # its second result, for gradients
         return
-    with graph.inserting_before(output):
+    with graph.inserting_before(node):
+        query, mask = _in_fp32(graph, node.args[0], wide), _in_fp32(graph, mask, wide)
+        inputs = (query, *node.args[1:], mask, width**-0.5 if scale is None else scale)
         ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
-    ours.meta["val"] = output.meta["val"]
-    output.replace_all_uses_with(ours)
+        ours.meta["val"] = output.meta["val"].float()
+        _replace(graph, output, ours)
     # eliminate_dead_code keeps the attention op, which may draw random numbers (dropout): erase it here.
     for dead in (*node.users, node):
         graph.erase_node(dead)

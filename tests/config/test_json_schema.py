@@ -1,15 +1,19 @@
-"""The reference of keys that is made from a config class: the Markdown tables and the JSON schema."""
+"""What is made from a config class: the JSON schema, and the Markdown tables of tools/configuration_reference.py."""
 
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.json_schema import json_schema
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.reference import json_schema, markdown
 from layerskip_recipes.config.schema import PositiveInt, Section
+
+TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "configuration_reference.py"))
 
 
 class Draft(Section):
@@ -53,7 +57,7 @@ class ExampleConfig(RecipeConfig):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return markdown({"layerskip_example": ExampleConfig})
+    return TOOL["markdown"]({"layerskip_example": ExampleConfig})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""hf_checkpointer: reads and writes Hugging Face folders for models of `hf_decoder`.
+
+Weights are read as views of the mapped files, and written shard by shard. A folder that was written is one that
+transformers opens: weights, config, generation config and tokenizer.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torchtune import training
+
+from layerskip_recipes.checkpoint.hf_names import from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES
+from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_hf_config
+from layerskip_recipes.model.hf_decoder import build_decoder
+from layerskip_recipes.model.hf_folder import model_folder
+
+INDEX = "model.safetensors.index.json"
+OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, but for the next ones
+OWN_FILES = (INDEX, "adapter_config.json", "layerskip.json", "config.json")
+# Buffers that old checkpoints hold, and the tied head that some hold twice.
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
+
+
+class HFCheckpointer:
+    """torchtune's interface of checkpointers for one Hugging Face folder.
+
+    Args:
+        folder: with config.json and safetensors files.
+        output_dir: where checkpoints go.
+        shard_size: of a written file, such as "5GB".
+
+    Raises:
+        ConfigError: if the folder's model is not supported.
+    """
+
+    def __init__(self, folder: Path, output_dir: str, shard_size: str = "5GB") -> None:
+        self.config: HFConfig = read_hf_config(folder)
+        self.output_dir, self.shard_size = Path(output_dir), shard_size
+        self._checkpoint_dir = folder  # torchtune's name; config and tokenizer are copied from here
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The weights by torchtune's names, in the files' dtype, as views of the mapped files.
+
+        Raises:
+            ConfigError: if the files cannot be read, or are not those of the model that config.json describes.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for file in weight_files(self._checkpoint_dir):
+            tensors |= load_file(file)
+        with torch.device("meta"):
+            parameters = build_decoder(self.config, max_seq_len=1).state_dict()
+        known = {place_in_files(name, self.config)[0] for name in parameters}
+        foreign = [name for name in tensors if name not in known and not name.endswith(NOT_WEIGHTS)]
+        if self.config.tie_word_embeddings and "lm_head.weight" in foreign:
+            foreign.remove("lm_head.weight")
+        missing = sorted(known - tensors.keys())
+        for what, names in (("lack", missing), ("have in addition", sorted(foreign))):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                folder = str(self._checkpoint_dir)
+                raise ConfigError(
+                    f"checkpointer.path: the weights in {folder!r} are not those of its config.json, they {what} "
+                    f"{', '.join(names[:3])}{more}"
+                )
+        return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
+
+    def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
+        """Write `epoch_N` under output_dir.
+
+        Args:
+            contents: of `checkpoint_contents`: the model's weights, and adapters if there are any.
+            epoch: N.
+            adapter_only: the weights are left out.
+        """
+        folder = self.output_dir / f"epoch_{epoch}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not adapter_only:
+            state = contents[training.MODEL_KEY]
+            self._write_weights(state, folder)
+            config = read_config_json(self._checkpoint_dir)
+            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+            config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in {path for pattern in OTHER_FILES for path in self._checkpoint_dir.glob(pattern)}:
+            if file.name not in OWN_FILES:
+                shutil.copy(file, folder)
+        if training.ADAPTER_KEY in contents:
+            torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
+            self._write_peft(contents, folder)
+
+    def _write_weights(self, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+        tensors = to_files(state, self.config)
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=self.shard_size)
+        for name, keys in split.filename_to_tensors.items():
+            save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_peft(self, contents: Mapping[str, Any], folder: Path) -> None:
+        """Adapters in PEFT's form; those of a joined matrix become one adapter, whose B is a block matrix."""
+        ours, described = contents[training.ADAPTER_KEY], contents[training.ADAPTER_CONFIG]
+        biases = contents.get(BIASES, {})
+        whole: dict[str, list[tuple[slice, str]]] = defaultdict(list)
+        for name in (name.removesuffix(".lora_a.weight") for name in ours if name.endswith(".lora_a.weight")):
+            file_name, rows = place_in_files(name, self.config)
+            whole[file_name].append((rows, name))
+        tensors, ranks = {}, {}
+        for file_name, parts in whole.items():
+            parts.sort(key=lambda part: part[0].start or 0)
+            prefix, names = f"base_model.model.{file_name}", [name for _, name in parts]
+            tensors[f"{prefix}.lora_A.weight"] = torch.cat([ours[f"{name}.lora_a.weight"] for name in names])
+            blocks = [ours[f"{name}.lora_b.weight"] for name in names]
+            if parts[0][0] != slice(None):
+                blocks = [self._at_rows(block, rows, file_name) for block, (rows, _) in zip(blocks, parts, strict=True)]
+                ranks[file_name.rpartition(".")[2]] = len(parts)
+            tensors[f"{prefix}.lora_B.weight"] = torch.cat(blocks, dim=1)
+            if f"{names[0]}.magnitude" in ours:
+                magnitudes = [ours[f"{name}.magnitude"] for name in names]
+                tensors[f"{prefix}.lora_magnitude_vector"] = torch.cat(magnitudes)
+        for name, value in biases.items():
+            module = hf_name(name.removesuffix(".bias"), self.config)
+            tensors[f"base_model.model.{module}.base_layer.bias"] = value
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules = sorted({name.rpartition(".")[2] for name in whole})
+        config = {
+            **described,
+            "target_modules": modules,
+            "base_model_name_or_path": str(self._checkpoint_dir.resolve()),
+        }
+        if ranks:
+            config["rank_pattern"] = {name: described["r"] * n for name, n in ranks.items()}
+            config["alpha_pattern"] = {name: described["lora_alpha"] * n for name, n in ranks.items()}
+        if biases:
+            config["bias"] = "lora_only"
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _at_rows(self, block: torch.Tensor, rows: slice, file_name: str) -> torch.Tensor:
+        """The B of a part as one of the joined matrix: zeros but for the part's rows."""
+        heads, key_heads, width = self.config.heads
+        total = (heads + 2 * key_heads) * width if "qkv" in file_name else 2 * self.config.intermediate_size
+        full = block.new_zeros(total, block.shape[1])
+        full[rows] = block
+        return full
+
+
+def hf_checkpointer(
+    path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
+) -> HFCheckpointer:
+    """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
+
+    Args:
+        path: as for `hf_decoder`.
+        output_dir: where checkpoints go.
+        shard_size: of a written file, such as "5GB".
+        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
+
+    Returns:
+        The checkpointer.
+    """
+    return HFCheckpointer(model_folder(path), output_dir, shard_size)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder, complete ones.
+
+    Raises:
+        ConfigError: if there are none, the index names others, or one is cut short.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as e:
+            raise ConfigError(f"checkpointer.path: {str(index)!r} cannot be read ({e!r})") from e
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in sorted(names)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        raise ConfigError(
+            f"checkpointer.path: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: safetensors "
+            f"files; there: {', '.join(there) or 'no weights'}"
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise ConfigError(f"checkpointer.path: {str(file)!r} cannot be read, is it complete? ({e})") from e
+    return files

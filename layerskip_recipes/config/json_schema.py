@@ -1,0 +1,43 @@
+"""The JSON schema of a recipe's YAML files, made from its config class, for editors that complete and check YAML."""
+
+from typing import Any
+
+from layerskip_recipes.config.recipe_config import RecipeConfig
+
+EXTENDS = {
+    "description": "The config that this one is laid over: a name, a path, or a list of them.",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+}
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may be read from another key
+
+
+def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
+    """The JSON schema of a recipe's YAML files.
+
+    It allows more than `RecipeConfig.load` does, because a file is read before it is merged: every key may be missing
+    or null, and every value may be an interpolation. Unknown keys of the top level may hold plain values, which other
+    keys interpolate.
+    """
+    schema = _relaxed(config.model_json_schema())
+    properties = {"extends": EXTENDS} | schema.pop("properties")
+    for key, why in config.REFUSED.items():
+        properties.setdefault(key, {"description": f"Not honoured: {why}.", "type": ["null", "boolean", "number"]})
+    variables = {"type": ["string", "number", "boolean", "null"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {
+        "properties": properties,
+        "additionalProperties": variables,
+    }  # fmt: skip
+
+
+def _relaxed(schema: Any) -> Any:
+    """A schema of merged configs as one of files: nothing is required, values may be null or interpolations."""
+    if isinstance(schema, list):
+        return [_relaxed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    relaxed = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "properties", "title")}
+    for name, value in schema.get("properties", {}).items():
+        described = {key: value[key] for key in ("description", "default") if key in value}
+        kind = {key: part for key, part in _relaxed(value).items() if key not in described}
+        relaxed.setdefault("properties", {})[name] = described | {"anyOf": [kind, INTERPOLATION, {"type": "null"}]}
+    return relaxed

@@ -1,0 +1,283 @@
+"""What the config.json of a Hugging Face folder says about a model, with the defaults of each architecture.
+
+A value that would change the result and that `hf_decoder` does not honour is refused here.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+
+from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, nearest
+from layerskip_recipes.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+
+# What a missing key means: transformers writes a config without some values that equal an architecture's defaults.
+GEMMA = {
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "MistralForCausalLM": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "SmolLM3ForCausalLM": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
+    "Phi3ForCausalLM": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "GemmaForCausalLM": {**GEMMA, "num_key_value_heads": 16},
+    "Gemma2ForCausalLM": {
+        **GEMMA,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+}
+HAVE_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "GemmaForCausalLM",
+                       "Gemma2ForCausalLM")  # fmt: skip
+HAVE_MLP_BIAS = ("LlamaForCausalLM", "SmolLM3ForCausalLM")
+ASK_FOR_WINDOWS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")  # by use_sliding_window
+
+
+class Rope(Section):
+    """The rotary positions of a config.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    rope_type: Literal["default", "linear", "llama3", "longrope"] = "default"
+    rope_theta: Positive = 10_000.0
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+    short_factor: list[float] | None = None
+    attention_factor: Positive | None = None
+
+    def frequencies(self, dim: int) -> torch.Tensor:
+        """The angle by which each pair of channels turns from one position to the next, [dim / 2] in fp32."""
+        plain = 1.0 / self.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
+        if self.rope_type == "linear":
+            return plain / self.factor
+        if self.rope_type == "longrope":
+            return plain / torch.tensor(self.short_factor, device=plain.device)
+        if self.rope_type == "llama3":
+            # Waves that the original context holds many times stay, long ones are stretched, and between the two
+            # kinds the stretching grows steadily.
+            waves = self.original_max_position_embeddings * plain / (2 * math.pi)
+            kept = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+            return kept * plain + (1 - kept) * plain / self.factor
+        return plain
+
+    def scale(self, max_positions: int) -> float:
+        """The factor of the rotated queries and keys: more than 1 for longrope only.
+
+        Args:
+            max_positions: `max_position_embeddings` of the model.
+        """
+        if self.rope_type != "longrope":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        original = self.original_max_position_embeddings
+        longer = self.factor if "factor" in self.model_fields_set else max_positions / original
+        return math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+
+
+class HFConfig(Section):
+    """The values of a config.json that a decoder is built from, by their names there."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architecture: str
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    max_position_embeddings: PositiveInt = 32768
+    rms_norm_eps: Positive = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: Fraction = 0.0
+    sliding_window: PositiveInt | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: PositiveInt = 4
+    query_pre_attn_scalar: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    rope: Rope
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """The number of query heads, of key heads, and the width of a head."""
+        return (
+            self.num_attention_heads,
+            self.num_key_value_heads or self.num_attention_heads,
+            self.head_dim or self.hidden_size // self.num_attention_heads,
+        )
+
+    @property
+    def norms_queries(self) -> bool:
+        """Whether queries and keys are normalised before they are rotated."""
+        return self.architecture == "Qwen3ForCausalLM"
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether embeddings are scaled, and norms multiply by 1 + weight."""
+        return self.architecture.startswith("Gemma")
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a linear layer has a bias; `name` is torchtune's: q_proj, k_proj, v_proj, output_proj, w1 .. w3."""
+        if name in ("w1", "w2", "w3"):
+            return self.mlp_bias and self.architecture in HAVE_MLP_BIAS
+        if self.architecture == "Qwen2ForCausalLM":
+            return name != "output_proj"
+        return self.attention_bias and self.architecture in HAVE_ATTENTION_BIAS
+
+    def has_positions(self, layer: int) -> bool:
+        """Whether a layer rotates queries and keys by their positions."""
+        if self.architecture != "SmolLM3ForCausalLM":
+            return True
+        if self.no_rope_layers is not None:
+            return bool(self.no_rope_layers[layer])
+        return (layer + 1) % self.no_rope_layer_interval != 0
+
+    def window(self, layer: int) -> int | None:
+        """How many positions, its own included, a position of a layer sees; None for all before it."""
+        if self.architecture in ASK_FOR_WINDOWS and not self.use_sliding_window:
+            return None
+        if self.layer_types is not None:
+            slides = self.layer_types[layer] == "sliding_attention"
+        elif self.architecture == "Gemma2ForCausalLM":
+            slides = layer % 2 == 0
+        elif self.architecture == "SmolLM3ForCausalLM":
+            slides = not self.has_positions(layer)
+        elif self.architecture in ASK_FOR_WINDOWS:
+            slides = layer >= self.max_window_layers
+        else:
+            slides = True
+        return self.sliding_window if slides else None
+
+    @property
+    def longest(self) -> tuple[int, str]:
+        """The longest text whose result is that of transformers, in tokens, and the key that limits it.
+
+        Attention without a window computes the same up to the window's length, and longrope has other frequencies
+        beyond its original context.
+        """
+        limits = [(self.max_position_embeddings, "max_position_embeddings")]
+        if self.architecture != "Gemma2ForCausalLM":  # torchtune's attention for it has the window
+            windows = (self.window(layer) for layer in range(self.num_hidden_layers))
+            limits += [(window, "sliding_window") for window in windows if window]
+        if self.rope.rope_type == "longrope":
+            limits.append((self.rope.original_max_position_embeddings, "original_max_position_embeddings"))
+        return min(limits)
+
+
+def read_hf_config(folder: Path) -> HFConfig:
+    """The config of a Hugging Face folder.
+
+    Raises:
+        ConfigError: if there is none, or it describes a model that is not supported.
+    """
+    return parse_hf_config(read_config_json(folder), str(folder / "config.json"))
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json; a ConfigError if there is none."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"path: {str(folder)!r} holds no readable config.json ({e})") from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"path: {str(file)!r} is no mapping")
+    return content
+
+
+def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
+    """The config of the content of a config.json.
+
+    Args:
+        raw: the content.
+        name: of the file, for messages.
+
+    Raises:
+        ConfigError: if it describes a model that is not supported.
+    """
+    architecture = next(iter(raw.get("architectures") or ["missing"]))
+    if architecture not in DEFAULTS:
+        supported = nearest(architecture, DEFAULTS)
+        raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
+    content: dict[str, Any] = {**DEFAULTS[architecture], **raw, "architecture": architecture}
+    if "hidden_activation" in raw:  # Gemma 2 has the name hidden_activation
+        content["hidden_act"] = raw["hidden_activation"] or content["hidden_act"]
+    content["rope"] = _rope(content)
+    config = HFConfig.parse(content, name)
+    _refuse(raw, config, name)
+    return config
+
+
+def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions: one section since transformers 5, and several keys before."""
+    own = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    rope = {key: content[key] for key in own if content.get(key) is not None}
+    rope |= content.get("rope_scaling") or {}
+    rope |= content.get("rope_parameters") or {}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    if content["architecture"] == "Phi3ForCausalLM" and rope["rope_type"] in ("su", "yarn"):
+        rope["rope_type"] = "longrope"  # older names, which transformers reads so too
+    return rope
+
+
+def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
+    """Raises a ConfigError for what the builder does not honour."""
+    rope = config.rope
+    wrong: dict[str, Any] = {
+        "quantization_config": raw.get("quantization_config"),
+        "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
+        "resid_pdrop": raw.get("resid_pdrop"),
+        "embd_pdrop": raw.get("embd_pdrop"),
+        "partial_rotary_factor": rope.partial_rotary_factor < 1 and config.architecture != "Phi3ForCausalLM",
+    }
+    for key, value in wrong.items():
+        if value:
+            raise ConfigError(f"{name}.{key}: {raw.get(key, value)!r} is not supported. Allowed: a model without it")
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "original_max_position_embeddings"),
+        "longrope": ("short_factor", "original_max_position_embeddings"),
+    }
+    for key in needed.get(rope.rope_type, ()):
+        if key not in rope.model_fields_set:
+            raise ConfigError(f"{name}.rope_parameters.{key}: missing; rope_type {rope.rope_type} needs it")
+    heads, key_heads, _ = config.heads
+    if heads % key_heads:
+        raise ConfigError(f"{name}.num_key_value_heads: {key_heads} does not divide num_attention_heads, {heads}")
+    for key in ("layer_types", "no_rope_layers"):
+        values = getattr(config, key)
+        if values is not None and len(values) != config.num_hidden_layers:
+            raise ConfigError(f"{name}.{key}: {len(values)} values for num_hidden_layers {config.num_hidden_layers}")
+    if rope.short_factor is not None and len(rope.short_factor) != rotary_width(config) // 2:
+        raise ConfigError(f"{name}.rope_parameters.short_factor: {len(rope.short_factor)} values do not fit the heads")
+
+
+def rotary_width(config: HFConfig) -> int:
+    """How many channels of each head are rotated."""
+    return int(config.heads[2] * config.rope.partial_rotary_factor)

@@ -1,0 +1,78 @@
+"""Where a model's folder is: a path, a run of layerskip_finetune with its checkpoints, or a name on the hub."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from layerskip_recipes.errors import ConfigError
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
+RECIPE_STATE = "recipe_state.pt"
+WRITTEN = "written"  # holds the time of writing in seconds: the files' own times do not survive a copy
+DOWNLOADED = ["*.json", "model*.safetensors", "*.jinja", "*.model"]
+
+
+def model_folder(path: str, key: str = "path") -> Path:
+    """The folder of a model.
+
+    Args:
+        path: a folder, ~ allowed; a name on the hub, which is downloaded. Of a run of layerskip_finetune the newest
+            checkpoint is taken.
+        key: of the path in a config, for messages.
+
+    Raises:
+        ConfigError: if there is no such folder, the hub does not give it, or it holds adapters only.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = complete_checkpoints(folder)
+            whole = [path for path in inside if (path / "config.json").is_file()]
+            folder = (whole or inside or [folder])[-1]
+        _refuse_adapters(folder, key)
+        return folder
+    if not HUB_NAME.fullmatch(path) or folder.is_absolute():
+        raise ConfigError(
+            f"{key}: {path!r} is no folder. Allowed: a folder with config.json, or a name on the hub; for example "
+            f"{key}=~/models/Qwen3-0.6B"
+        )
+    return _downloaded(path, key)
+
+
+@cache
+def _downloaded(name: str, key: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as e:
+        why = str(e).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{key}: {name!r} is no folder here, and the hub does not give it ({why}). Allowed: a folder with "
+            "config.json; a gated model needs a token, see huggingface-cli login"
+        ) from e
+
+
+def _refuse_adapters(folder: Path, key: str) -> None:
+    """Raises a ConfigError for a checkpoint of adapters without a model."""
+    file = folder / "adapter_config.json"
+    if file.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base, with the model.lora of the training; "
+            f"for example {key}={base} checkpointer.adapter_checkpoint={folder}"
+        )
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints under output_dir, the oldest first."""
+    states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
+    return sorted((path.parent for path in states), key=written_at)
+
+
+def written_at(checkpoint: Path) -> float:
+    """The time at which a checkpoint was written, in seconds."""
+    noted = checkpoint / WRITTEN
+    return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime

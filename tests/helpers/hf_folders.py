@@ -1,0 +1,89 @@
+"""Shared by tests of Hugging Face folders: random tiny models of transformers, no weight at its first value."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 97
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0] * 6,
+    "original_max_position_embeddings": 64,
+}
+# A name for each kind of model: the config class of transformers, and the values that differ from SIZE.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 6}),
+    "llama_tied_biased": (
+        "Llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 1}),
+    "llama_linear_rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, "hidden_act": "gelu"},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "hidden_size": 40, "num_attention_heads": 3,
+                            "num_key_value_heads": 1, "head_dim": 14}),
+    "mistral_window": ("Mistral", {"sliding_window": 64}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True,
+                             "num_key_value_heads": 6}),
+    "smollm3": ("SmolLM3", {}),
+    "phi3": ("Phi3", {}),
+    "phi4_mini": ("Phi3", {"tie_word_embeddings": True, "hidden_size": 96, "rope_parameters": LONGROPE,
+                           "original_max_position_embeddings": 64}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 20}),
+}  # fmt: skip
+
+
+def make_hf_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Write a random model of `MODELS` to a folder.
+
+    Returns:
+        The model of transformers.
+    """
+    import transformers  # slow
+
+    name, values = MODELS[kind]
+    config = getattr(transformers, f"{name}Config")(**SIZE | values | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def model_with_tokenizer(kind: str, folder: Path, tokenizer: Path) -> Path:
+    """A random model of 8 layers that embeds the 300 tokens of a tokenizer, which lies beside it."""
+    make_hf_folder(kind, folder, vocab_size=300, num_hidden_layers=8)
+    for file in tokenizer.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    return folder

@@ -1,0 +1,199 @@
+"""hf_decoder and hf_checkpointer give the models of transformers: logits, gradients, cached decoding, files."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.hf_folders import MODELS, VOCAB, make_hf_folder
+from safetensors.torch import load_file, save_file
+from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
+
+from layerskip_recipes import generate, hf_checkpointer, hf_decoder, layerskip_decoder
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
+from layerskip_recipes.checkpoint.hf_names import place_in_files
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.adapters import BIASES, adapter_config, fresh_adapters, merge_adapters, scaled_biases
+from layerskip_recipes.model.hf_config import parse_hf_config, read_hf_config
+
+TOKENS = 3 + torch.arange(48).view(2, 24) * 31 % (VOCAB - 3)  # without the padding token, which transformers masks
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """The model of transformers and ours of the same folder."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = make_hf_folder(request.param, folder)
+    ours = layerskip_decoder(hf_decoder(str(folder))).eval()
+    ours.load_state_dict(hf_checkpointer(str(folder), str(folder / "out")).load_checkpoint()[MODEL_KEY])
+    return SimpleNamespace(kind=request.param, folder=folder, theirs=theirs, ours=ours)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Within 1e-4 of the largest value: sums of fp32 in another order."""
+    return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+
+
+def test_logits_are_those_of_transformers(pair):
+    with torch.no_grad():
+        assert close(pair.ours(TOKENS), pair.theirs(TOKENS).logits)
+
+
+def test_loss_and_gradients_are_those_of_transformers(pair):
+    pair.ours.zero_grad()
+    pair.theirs.zero_grad()
+    losses = []
+    for logits in (pair.ours(TOKENS), pair.theirs(TOKENS).logits):
+        losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()))
+        losses[-1].backward()
+    assert close(*losses)
+    config, theirs = read_hf_config(pair.folder), dict(pair.theirs.named_parameters())
+    for name, parameter in pair.ours.named_parameters():
+        file_name, rows = place_in_files(name, config)
+        assert close(parameter.grad, theirs[file_name].grad[rows]), name
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3])
+def test_self_speculation_gives_the_tokens_of_transformers_generate(pair, exit_layer):
+    prompt = TOKENS[:1, :10]
+    expected = pair.theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    limit = 6 if pair.kind == "gemma2" else 40  # its cache goes up to the window of 16
+    out = generate(
+        pair.ours, prompt[0], max_generated_tokens=limit, exit_layer=exit_layer, num_speculations=4, stop_tokens=[]
+    )
+    assert out.tokens[0].tolist() == expected[0, : 10 + limit].tolist()
+
+
+def test_a_written_folder_is_that_of_transformers_to_the_bit(pair, tmp_path):
+    (pair.folder / "tokenizer.json").write_text("{}")
+    checkpointer = hf_checkpointer(str(pair.folder), str(tmp_path), shard_size="20KB")
+    checkpointer.save_checkpoint({MODEL_KEY: pair.ours.state_dict()}, epoch=3)
+    written = tmp_path / "epoch_3"
+    assert (written / INDEX).is_file() and (written / "tokenizer.json").is_file()
+    assert (written / "generation_config.json").is_file()
+    again = type(pair.theirs).from_pretrained(written, dtype="auto").state_dict()
+    for name, value in pair.theirs.state_dict().items():
+        assert again[name].dtype == value.dtype and torch.equal(again[name], value), name
+    state = hf_checkpointer(str(written), str(tmp_path)).load_checkpoint()[MODEL_KEY]
+    assert all(torch.equal(state[name], value) for name, value in pair.ours.state_dict().items())
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
+def test_peft_opens_the_adapters(kind, dora, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one
+    folder = tmp_path / "base"
+    base = make_hf_folder(kind, folder)
+    lora = {"rank": 3, "alpha": 5.0, "attn_modules": ["q_proj", "k_proj", "v_proj"], "use_dora": dora}
+    model = layerskip_decoder(hf_decoder(str(folder), lora=lora)).eval()
+    checkpointer = hf_checkpointer(str(folder), str(tmp_path))
+    weights = checkpointer.load_checkpoint()[MODEL_KEY]
+    adapters = fresh_adapters(model, weights, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in adapters.items():
+        adapters[name] = value + 0.1 * torch.rand(value.shape, generator=generator)
+    model.load_state_dict(weights | adapters)
+    described = adapter_config(model)
+    biases = scaled_biases(weights | adapters, described) if dora else {}
+    contents = {ADAPTER_KEY: adapters, ADAPTER_CONFIG: described, BIASES: biases}
+    checkpointer.save_checkpoint(contents, adapter_only=True)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "epoch_0")).eval()
+    plain = layerskip_decoder(hf_decoder(str(folder))).eval()
+    plain.load_state_dict(merge_adapters(weights | adapters, described))
+    with torch.no_grad():
+        expected = model(TOKENS)
+        assert close(theirs(TOKENS).logits, expected)
+        assert close(plain(TOKENS), expected)
+
+
+def test_quantised_base_unpacks_in_the_state_dict(tmp_path):
+    make_hf_folder(
+        "llama", tmp_path, hidden_size=128, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8
+    )
+    lora = {"rank": 4, "quantize_base": True}
+    model = layerskip_decoder(hf_decoder(str(tmp_path), lora=lora))
+    weights = hf_checkpointer(str(tmp_path), str(tmp_path)).load_checkpoint()[MODEL_KEY]
+    model.load_state_dict(weights | fresh_adapters(model, weights, seed=0))
+    packed = [name for name, p in model.named_parameters() if type(p.data).__name__ == "NF4Tensor"]
+    assert len(packed) == 4 * 7  # every matrix of every layer
+    for name, value in model.state_dict().items():
+        if name in packed:
+            error = (value - weights[name]).abs().max()
+            assert 0 < error < 0.15 * weights[name].abs().max(), name  # 16 levels: at most half of the widest step
+
+
+# ---- what is refused ----
+
+
+def test_a_window_limits_the_length(tmp_path):
+    make_hf_folder("mistral_window", tmp_path)
+    assert hf_decoder(str(tmp_path)).max_seq_len == 64
+    with pytest.raises(ConfigError, match=r"max_seq_len: 65 is more than sliding_window 64 .*Allowed: 1\.\.64"):
+        hf_decoder(str(tmp_path), max_seq_len=65)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("llama", {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported. .*LlamaForCausalLM"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu' is not allowed. Allowed: silu, gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .*Allowed: default, l"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: .*not supported"),
+        ("llama", {"num_key_value_heads": 5}, "num_key_value_heads: 5 does not divide num_attention_heads, 6"),
+        ("llama", {"hidden_size": "48"}, "hidden_size: '48' is not allowed. Allowed: an integer"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop: 0.1 is not supported"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: 1 values for num_hidden_layers 4"),
+    ],
+)
+def test_what_the_builder_does_not_honour_is_refused(kind, changes, message, tmp_path):
+    make_hf_folder(kind, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    with pytest.raises(ConfigError, match=f"config.json.*{message}"):
+        parse_hf_config(raw, "config.json")
+
+
+def _cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _without(folder, name):
+    state = load_file(folder / "model.safetensors")
+    state.pop(name)
+    save_file(state, folder / "model.safetensors")
+
+
+def _fewer_layers(folder):
+    raw = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, r"model\.safetensors' cannot be read, is it complete"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors, its weights"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
+        (lambda folder: (folder / INDEX).write_text("{"), f"{INDEX}' cannot be read"),
+        (lambda folder: _without(folder, "lm_head.weight"), "they lack lm_head.weight"),
+        (_fewer_layers, r"they have in addition model\.layers\.3\."),
+        (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),
+        (shutil.rmtree, "is no folder. Allowed: a folder with config.json, or a name on the hub"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(damage, message, tmp_path):
+    folder = tmp_path / "model"
+    make_hf_folder("llama", folder)
+    damage(folder)
+    with pytest.raises(ConfigError, match=message) as e:
+        hf_checkpointer(str(folder), str(tmp_path)).load_checkpoint()
+    assert "\n" not in str(e.value)

@@ -1,0 +1,165 @@
+"""The configs hf/* on tiny random models of transformers: train, generate, evaluate, tune; what layerskip.json says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.commands import run_tune
+from helpers.hf_folders import model_with_tokenizer
+from helpers.training import few_texts, train  # noqa: F401
+
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.training.early_exit import EarlyExitLoss
+
+DATA = (
+    "dataset={_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}",
+    "device=cpu",
+)
+TRAINING = (*DATA, "batch_size=2", "gradient_accumulation_steps=1")  # 4 steps
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
+    """A Qwen3 and a Llama."""
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: model_with_tokenizer(kind, folder / kind, tokenizer_folder) for kind in ("qwen3", "llama")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, models) -> Path:
+    """The folder of a run of hf/full on the Llama."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    train("hf/full", f"model_dir={models['llama']}", f"output_dir={out}", *TRAINING)
+    return out
+
+
+def noted(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "layerskip.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_the_readme(models, tmp_path):
+    """As a user types them, in an empty folder, on a Qwen3: nothing but the data and what shortens it is added."""
+    lines = (
+        ("layerskip_finetune", "--config", "hf/full", f"model_dir={models['qwen3']}", "output_dir=out", *TRAINING),
+        ("layerskip_generate", "--config", "hf/generate", "model_dir=out/epoch_0", "prompt.user=Why is the sky blue?"),
+        ("layerskip_benchmark", "--config", "hf/benchmark", "model_dir=out/epoch_0", "tune=true", "repeats=1",
+         "max_new_tokens=6"),
+        ("layerskip_generate", "--config", "benchmark/tuned.yaml", "max_new_tokens=6"),
+    )  # fmt: skip
+    said = []
+    for line in lines:
+        done = run_tune("run", *line, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(done.stdout + done.stderr)
+    assert "Chosen for this model and machine: " in said[0]
+    assert "early_exit_loss.interval=4" in said[0]
+    assert "layerskip.json in out/epoch_0 names the trained exits 2-8: exit 2 of 8 drafts" in said[1]
+    assert '{"exit_layer": 2, ' in said[1]
+    assert "written to benchmark/tuned.yaml" in said[2]
+    assert yaml.safe_load((tmp_path / "benchmark/tuned.yaml").read_text())["model_dir"] == f"{tmp_path}/out/epoch_0"
+
+
+def test_what_a_checkpoint_notes(trained, models):
+    """Exits 1 to 8 had their turn in 4 steps, but exit 1 has the weight 0 in the paper's e(l)."""
+    assert noted(trained / "epoch_0") == {
+        "format": 1,
+        "kind": "exits",
+        "num_layers": 8,
+        "exits": [2, 3, 4, 5, 6, 7, 8],
+        "curriculum": "rotational",
+        "interval": 4,
+        "scale": 0.1,
+        "scale_fn": "layerskip",
+        "layer_dropout": {"prob": 0.1, "layers_scale": "exp", "layers": ":", "schedule": "constant"},
+        "steps": 4,
+        "base": str(models["llama"]),
+    }
+
+
+@pytest.mark.parametrize("folder", ["", "epoch_0"])
+def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, trained):
+    prompt = ["prompt=def main(", "max_new_tokens=8", "benchmark.compare=true", "device=cpu"]
+    recipe = LayerSkipGenerate(load_config("hf/generate", [f"model_dir={trained / folder}", *prompt]))
+    recipe.setup()
+    report = recipe.generate()
+    assert (report["exit_layer"], report["tokens"], report["identical"]) == (2, 8, True)
+    assert report["drafted"] > 0
+
+
+def test_an_untrained_model_is_decoded_without_drafts(models):
+    settings = [f"model_dir={models['qwen3']}", "prompt=def main(", "max_new_tokens=8", "device=cpu"]
+    recipe = LayerSkipGenerate(load_config("hf/generate", settings))
+    recipe.setup()
+    report = recipe.generate()
+    assert (report["exit_layer"], report["tokens"], report["drafted"]) == (None, 8, 0)
+
+
+def test_evaluation_beside_the_model_before(trained, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [f"model_dir={trained}", *DATA, f"compare={{before: {{path: {models['llama']}}}}}"]
+    recipe = LayerSkipEval(load_config("hf/eval", settings))
+    recipe.setup()
+    report = recipe.evaluate()
+    assert list(report["exits"]) == list(report["compare"]["before"]) == list(range(1, 9))
+    # Fewer nats after 4 steps than of weights with a standard deviation of 0.3.
+    assert report["exits"][8]["loss"] < report["compare"]["before"][8]["loss"]
+    assert {path.name for path in tmp_path.iterdir()} == {"exits.json", "exits.png"}
+
+
+def test_the_benchmark_compares_the_trained_exit(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [f"model_dir={trained}", "max_new_tokens=6", "repeats=1", "device=cpu", "prompt=def main("]
+    recipe = LayerSkipBenchmark(load_config("hf/benchmark", settings))
+    assert {name: variant.exit_layer for name, variant in recipe.variants.items()} == {"chain": 2, "lookup": 2}
+    recipe.setup()
+    assert {row["name"] for row in recipe.benchmark()["results"]} == {"baseline", "chain", "lookup"}
+
+
+def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
+    settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
+    train("hf/lora", *settings)
+    generation = ["prompt=def main(", "max_new_tokens=4", "device=cpu"]
+    recipe = LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", *generation]))
+    recipe.setup()
+    # Two steps of a rotation of 4: exits 1 and 5, then 2 and 6, of which the first has the weight 0.
+    assert noted(tmp_path / "epoch_0")["exits"] == [2, 5, 6, 8]
+    assert recipe.generate()["exit_layer"] == 2
+    shutil.rmtree(tmp_path / "epoch_0")
+    train("hf/lora", *settings, "save_adapter_weights_only=true")
+    with pytest.raises(ValueError, match=f"^model_dir: .*epoch_0' holds adapters only.*model_dir={models['llama']} "):
+        LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", *generation]))
+    base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}"]
+    lora = "model.lora={rank: 16, alpha: 32, attn_modules: [q_proj, k_proj, v_proj, output_proj]}"
+    recipe = LayerSkipGenerate(load_config("hf/generate", [*base, lora, *generation]))
+    recipe.setup()
+    assert recipe.generate()["tokens"] == 4
+
+
+def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):
+    settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "save_every_n_steps=1"]
+    train("hf/full", *settings, "early_exit_loss.layers=3,5", "early_exit_loss.interval=2", "epochs=1")
+    assert noted(tmp_path / "step_3") | {"steps": 4} == noted(tmp_path / "epoch_0")
+    assert noted(tmp_path / "epoch_0")["exits"] == [4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "expected"),
+    [
+        ({"curriculum": "rotational", "interval": 3}, 1, [4, 6]),  # exit 1 has the weight 0
+        ({"curriculum": "rotational", "interval": 3}, 2, [2, 4, 5, 6]),
+        ({"curriculum": "rotational", "interval": 3}, 50, [2, 3, 4, 5, 6]),
+        ({"curriculum": "gradual"}, 1, [6]),
+        ({"curriculum": "gradual"}, 25, [4, 5, 6]),
+        ({"curriculum": None, "layers": "1,3", "scale_fn": "uniform"}, 1, [2, 4, 6]),
+        ({"curriculum": None, "scale": 0.0}, 9, [6]),
+    ],
+)
+def test_the_trained_exits(settings, steps, expected):
+    """Of 6 layers and 100 steps: a gradual curriculum adds an exit every 100 / 12 steps."""
+    assert EarlyExitLoss(**settings).trained(6, steps, 100) == expected
