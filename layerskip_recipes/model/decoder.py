@@ -73,6 +73,8 @@ class LayerSkipDecoder(TransformerDecoder):
         # True while a generation engine has its own caches in the attention layers (kv_cache.py).
         self.decoding = False
 
+    own_layers = range(0)  # of a decoder that drafts: its layers that are not the model's and read the text themselves
+
     @property
     def num_layers(self) -> int:
         """L."""

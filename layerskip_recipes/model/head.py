@@ -27,14 +27,15 @@ class Head:
 
     Args:
         model: a decoder with `norm` and `output` (a linear layer, a LoRA layer, or tied to the embedding).
+        norm: in place of the model's.
 
     Attributes:
         parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, norm: nn.Module | None = None) -> None:
         self.tied = isinstance(model.output, TiedLinear)
-        self.norm: Any = model.norm
+        self.norm: Any = model.norm if norm is None else norm
         self.cap = getattr(model, "logit_cap", None)
         self.output: Any = model.output.tied_module if self.tied else model.output
         self._places: list[tuple[Any, str]] = [
