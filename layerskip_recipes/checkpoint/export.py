@@ -1,7 +1,7 @@
 """`layerskip export`: a checkpoint for other programs.
 
-The whole model with its exit for transformers; or its first E layers with norm and head, or a trained draft with its
-model's head, as a model of its own, which drafts for the whole one in a serving engine.
+The whole model with its exit and a decoding loop for transformers; or its first E layers with norm and head, or a
+trained draft with its model's head, as a model of its own, which drafts for the whole one in a serving engine.
 """
 
 import json
@@ -28,6 +28,8 @@ from layerskip_recipes.model.draft import weights_hash
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 INDEX = "model.safetensors.index.json"
+DECODING_LOOP = Path(__file__).with_name("custom_generate.py")  # not imported: it needs transformers, which is optional
+REQUIREMENTS = "transformers>=5.24\n"  # of the decoding loop; transformers checks it when it loads the loop
 
 
 def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
@@ -37,8 +39,8 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`; or, with `draft`, the folder
             of a trained draft.
         out: a folder that does not exist yet.
-        exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it.
-            None: what is written names no exit.
+        exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it,
+            and so does our decoding loop in `custom_generate`. None: what is written names no exit.
         draft: instead of the whole model its first E layers, with the final norm and the head. Of a trained draft 0 or
             its E.
 
@@ -75,6 +77,10 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _copy_weights(weights, folder, draft or layers)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
+        if draft is None:
+            (folder / "custom_generate").mkdir()
+            shutil.copy(DECODING_LOOP, folder / "custom_generate" / "generate.py")
+            (folder / "custom_generate" / "requirements.txt").write_text(REQUIREMENTS)
         folder.rename(target)
     return target
 

@@ -20,7 +20,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.families import capped
+from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.kv_cache import DecodingCache, visible
 
 Broadcast = Callable[[torch.Tensor], torch.Tensor]

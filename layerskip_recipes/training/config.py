@@ -18,7 +18,7 @@ from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.draft import DraftSection
+from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, loss_from_upstream
 
 

@@ -37,11 +37,11 @@ from layerskip_recipes.processes import (
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft import DraftLoss
+from layerskip_recipes.training.draft.loss import DraftLoss
+from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
-from layerskip_recipes.training.own_text import OwnText
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
 from layerskip_recipes.training.run_log import RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation

@@ -140,6 +140,8 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     if words[:2] == ["python", "tools/training_cost.py"]:
         small = {"model": {"num_layers": 4}} if "quickstart/finetune" in words else {"model_dir": str(folder / TINY)}
         return [*words, *flat(small | {"early_exit_loss": {"layers": ":"}}), *STEPS_OF_COST]
+    if words[:2] == ["python", "tools/transformers_speed.py"]:
+        return [*words, "--new", "4", "--prompts", "1", "--repeats", "1"]
     if words[:2] != ["tune", "run"]:
         return words
     recipe, config, overrides = split(words)

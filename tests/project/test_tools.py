@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 from helpers import forks
+from helpers.configs import make_checkpoint
+
+from layerskip_recipes.checkpoint.export import export
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -21,6 +24,24 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# ---- transformers_speed.py ----
+
+
+@pytest.mark.slow
+def test_transformers_speed_has_a_row_for_each_method(monkeypatch, capsys, tmp_path, tokenizer_folder):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Prompts of code are longer than the tiny model's positions, which rotate on.
+    folder = export(str(make_checkpoint(tmp_path / "model", tokenizer_folder)), str(tmp_path / "out"), exit_layer=2)
+    sizes = ["--new", "4", "--prompts", "1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["transformers_speed.py", str(folder), *sizes])
+    load("transformers_speed").main()
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1].strip() for row in table][:3] == ["plain", "custom_generate", "assistant_early_exit"]
+    assert all(float(row[2]) > 0 for row in table) and table[1][6].strip() == "yes"
 
 
 # ---- training_cost.py ----

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
-from layerskip_recipes.training.draft import DraftLoss, DraftSection
+from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},

@@ -1,0 +1,351 @@
+"""LayerSkip's self-speculative decoding for transformers; it needs torch and transformers, and nothing else.
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    model.generate(**inputs, max_new_tokens=128)
+
+    model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, exit_layer=6)  # a model loaded elsewhere
+
+`layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, the layers below the exit
+draft a few tokens one after the other, and their hidden states are kept. The layers above the exit then run once over
+all drafts, from these hidden states: the model's own predictions say which drafts stand, and which token follows. Both
+parts share one cache, from which rejected drafts are removed. Greedy decoding gives the tokens of plain greedy
+decoding; sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.masking_utils import create_masks_for_generate
+
+MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+MODES = ("greedy_search", "sample")
+
+
+def generate(
+    inputs: torch.Tensor | None = None,
+    generation_config: Any = None,
+    *,
+    model: Any,
+    exit_layer: int | None = None,
+    num_speculations: int = 6,
+    **kwargs: Any,
+) -> Any:
+    """`model.generate`, with LayerSkip as its decoding loop.
+
+    Args:
+        inputs: left-padded prompts [b, s].
+        generation_config: transformers' settings.
+        model: a causal language model of one of MODEL_TYPES.
+        exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings.
+        num_speculations: most tokens that a round drafts; it drafts fewer where few are accepted.
+        **kwargs: further arguments of `model.generate`.
+
+    Returns:
+        What `model.generate` returns; the cache in a dictionary is None where there are several prompts.
+
+    Raises:
+        ValueError: if no exit is given, or one that the model does not have; if the model cannot be run in part; or if
+            the settings ask for something else than greedy decoding or sampling.
+    """
+    # `model.generate` must not see the exit and the stop strings. A shallow copy shares the weights with the model, but
+    # can have settings of its own.
+    model, generation_config = copy.copy(model), copy.deepcopy(generation_config)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+
+    def take(name: str) -> Any:
+        values = [kwargs.pop(name, None), *(getattr(config, name) for config in configs)]
+        for config in configs:
+            setattr(config, name, None)
+        return next((value for value in values if value is not None), None)
+
+    early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
+    layers = PartialModel(model, early_exit if exit_layer is None else exit_layer)
+    if num_speculations < 1:
+        raise ValueError(f"num_speculations: {num_speculations} must be 1 or more")
+    if kwargs.get("assistant_model") is not None:
+        raise ValueError("assistant_model: LayerSkip drafts with the model itself")
+    if stop_strings is not None:  # `model.generate` loses the tokenizer when `custom_generate` is a function
+        if kwargs.get("tokenizer") is None:
+            raise ValueError("stop_strings: needs the model's tokenizer as tokenizer=")
+        criteria = kwargs.get("stopping_criteria") or []
+        stop = StopStringCriteria(stop_strings=stop_strings, tokenizer=kwargs["tokenizer"])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+
+    def decoding_loop(model: Any, input_ids: torch.Tensor, **settings: Any) -> Any:
+        return decode(model, input_ids, layers, num_speculations, **settings | {"streamer": kwargs.get("streamer")})
+
+    return type(model).generate(model, inputs, generation_config, **kwargs | {"custom_generate": decoding_loop})
+
+
+class PartialModel:
+    """A transformers model whose layers below and above the exit run separately."""
+
+    def __init__(self, model: Any, exit_layer: int | None) -> None:
+        config = model.config
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(f"LayerSkip: cannot run {config.model_type} in part. Allowed: {', '.join(MODEL_TYPES)}")
+        if exit_layer is None:
+            raise ValueError("LayerSkip: no exit. Give exit_layer=, or assistant_early_exit in generation_config.json")
+        if not 1 <= exit_layer < config.num_hidden_layers:
+            raise ValueError(f"exit_layer: {exit_layer} is not one of 1 to {config.num_hidden_layers - 1}")
+        self.decoder, self.head, self.config = model.model, model.lm_head, config
+        self.kinds = getattr(config, "layer_types", None) or []
+        self.below, self.above = range(exit_layer), range(exit_layer, config.num_hidden_layers)
+
+    def draft_cost(self) -> float:
+        """Cost of one drafted token relative to one token of the whole model, counted in weights that are read."""
+        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self.decoder.layers]
+        head = self.head.weight.numel()
+        return (sum(sizes[index] for index in self.below) + head) / (sum(sizes) + head)
+
+    def run(self, layers: range, hidden: torch.Tensor, masks: Any, **settings: Any) -> torch.Tensor:
+        """Hidden states [b, s, d] after `layers`, with one attention mask or one for each kind of layer."""
+        for index in layers:
+            mask = masks[self.kinds[index]] if isinstance(masks, dict) else masks
+            hidden = self.decoder.layers[index](hidden, attention_mask=mask, use_cache=True, **settings)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [b, s, v] in fp32 of hidden states after any layer."""
+        logits = self.head(self.decoder.norm(hidden))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
+
+
+class Rows:
+    """The texts of a batch, which grow at different speeds.
+
+    Logits processors, stopping criteria and streamers get what plain decoding would give them: tokens of one length.
+    """
+
+    def __init__(self, prompts: torch.Tensor, width: int, pad_id: int, processors: Any, criteria: Any, streamer: Any):
+        self.tokens = pad(prompts, (0, width - prompts.shape[1]), value=pad_id)  # [b, width]
+        self.lengths = [prompts.shape[1]] * len(prompts)
+        self.active = list(range(len(prompts)))  # rows that have not stopped
+        self.pad_id, self.processors, self.criteria = pad_id, processors, criteria
+        self.streamer, self.streamed = streamer, prompts.shape[1]
+
+    def draft(self, drafts: torch.Tensor, number: int) -> None:
+        """Note the draft [b, 1] of that number, as processors of later positions look at it."""
+        if self.processors:
+            for row in self.active:
+                self.tokens[row, self.lengths[row] + number] = drafts[row, 0]
+
+    def process(self, logits: torch.Tensor, first: int) -> torch.Tensor:
+        """Scores [b, m, v] of logits [b, m, v]: those at i follow the row and its first `first + i` drafts."""
+        if not self.processors:
+            return logits
+        scores = logits.clone()
+        starts = {row: self.lengths[row] + first for row in self.active}
+        for length in range(min(starts.values()), max(starts.values()) + logits.shape[1]):
+            rows = [row for row, start in starts.items() if start <= length < start + logits.shape[1]]
+            if rows:
+                at = [length - starts[row] for row in rows]
+                batch = logits[:, 0].clone()  # all rows in their order, as some processors count them
+                batch[rows] = logits[rows, at]
+                scores[rows, at] = self.processors(self.tokens[:, :length], batch)[rows]
+        return scores
+
+    def append(self, new: torch.Tensor, counts: list[int]) -> None:
+        """Append the first counts[row] tokens of `new` [b, m], up to the first that a criterion stops at."""
+        ends = list(self.lengths)
+        for row in self.active:
+            ends[row] += counts[row]
+            self.tokens[row, self.lengths[row] : ends[row]] = new[row, : counts[row]]
+        for length in range(min(self.lengths[row] for row in self.active) + 1, max(ends) + 1):
+            reached = [row for row in self.active if self.lengths[row] < length <= ends[row]]
+            if reached:
+                stopped = self.criteria(self.tokens[:, :length], None).tolist()
+                for row in filter(stopped.__getitem__, reached):
+                    self.active.remove(row)
+                    self.tokens[row, length:] = self.pad_id
+                    ends[row] = length
+        self.lengths = ends
+        if self.streamer is not None:
+            while self.streamed < min((ends[row] for row in self.active), default=max(ends)):
+                self.streamer.put(self.tokens[:, self.streamed].cpu())
+                self.streamed += 1
+
+
+class DraftLength:
+    """Chooses how many tokens a round drafts: those that bring most tokens for their cost, if drafts stay as good.
+
+    With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + n * draft_cost.
+    """
+
+    PROBE_EVERY = 16  # rounds: where drafting does not pay, so often one token is drafted to see whether it does again
+    MEMORY = 0.95  # weight of the rounds before against this one
+
+    def __init__(self, limit: int, draft_cost: float) -> None:
+        self.limit, self.draft_cost, self.rounds = limit, draft_cost, 0
+        self.accepted, self.tried = 8.0, 10.0  # as if that had been seen before
+
+    def next(self) -> int:
+        self.rounds += 1
+        rate = self.accepted / self.tried
+
+        def tokens_per_cost(n: int) -> float:
+            return sum(rate**i for i in range(n + 1)) / (1 + n * self.draft_cost)
+
+        best = max(range(self.limit + 1), key=tokens_per_cost)
+        return best or int(self.rounds % self.PROBE_EVERY == 0)
+
+    def learn(self, accepted: list[int], drafted: int) -> None:
+        if drafted:
+            self.accepted = self.MEMORY * self.accepted + sum(accepted) / len(accepted)
+            self.tried = self.MEMORY * self.tried + sum(min(n + 1, drafted) for n in accepted) / len(accepted)
+
+
+def choose(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token [b, 1] by scores [b, 1, v], and the distribution [b, 1, v] that it was drawn from."""
+    if not do_sample:
+        return scores.argmax(-1), scores
+    probs = scores.softmax(-1)
+    return torch.multinomial(probs[:, 0], 1), probs
+
+
+def verify(
+    scores: torch.Tensor, drafts: torch.Tensor, draft_probs: list[torch.Tensor], do_sample: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many drafts stand, and which token follows them.
+
+    Args:
+        scores: the model's [b, n + 1, v] at the drafts and behind the last.
+        drafts: tokens [b, n].
+        draft_probs: n distributions [b, 1, v] that they were drawn from.
+        do_sample: whether to sample, or to take the best token.
+
+    Returns:
+        Accepted drafts [b] and the next tokens [b, 1].
+    """
+    if not do_sample:
+        best = scores.argmax(-1)
+        accepted = (drafts == best[:, :-1]).long().cumprod(1).sum(1)
+        return accepted, best.gather(1, accepted[:, None])
+    # A draft x stands with probability min(1, p(x) / q(x)); the token in place of the first rejected one is drawn from
+    # the normalised max(0, p - q). Behind the last draft, q is 0.
+    p = scores.softmax(-1)
+    q = torch.cat([*draft_probs, torch.zeros_like(p[:, :1])], 1)
+    p_drafts, q_drafts = (x[:, :-1].gather(2, drafts[..., None])[..., 0] for x in (p, q))
+    accepted = (torch.rand_like(p_drafts) * q_drafts < p_drafts).long().cumprod(1).sum(1)
+    row = torch.arange(len(p), device=p.device)
+    rest = (p - q)[row, accepted].clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, accepted])  # p = q but for rounding
+    return accepted, torch.multinomial(rest, 1)
+
+
+def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.Tensor:
+    """Move each row's columns to the right along `dim`; those that leave at the right are lost."""
+    size = columns.shape[dim]
+    source = (torch.arange(size, device=columns.device) - shifts.to(columns.device)[:, None]).clamp(min=0)
+    shape = [len(columns) if d == 0 else size if d == dim else 1 for d in range(columns.dim())]
+    return columns.gather(dim, source.view(shape).expand_as(columns))
+
+
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    layers: PartialModel,
+    num_speculations: int,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """The decoding loop that `model.generate` calls once it has prepared everything; it passes all but the layers."""
+    mode, do_sample = generation_config.get_generation_mode(), bool(generation_config.do_sample)
+    if mode not in MODES:
+        raise ValueError(f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
+    with_dict = generation_config.return_dict_in_generate
+    for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if with_dict and getattr(generation_config, output):
+            raise ValueError(f"LayerSkip: {output} is not supported. Allowed: {output}=False")
+    batch, prompt_length = input_ids.shape
+    longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
+    pad_id, width = 0 if pad_id is None else int(pad_id), longest + num_speculations + 1
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    switch = switch or model.config.max_position_embeddings
+    if switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch)):
+        raise ValueError(f"LayerSkip: {kind} positions change behind {switch} tokens. Allowed: max_length={switch}")
+    rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
+    length = DraftLength(num_speculations, layers.draft_cost())
+
+    # 1. The whole model reads the prompts and gives the first token.
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    cache: Any = outputs.cache
+    padding: Any = model_kwargs.get("attention_mask")  # [b, columns of the cache], or None where nothing is padded
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        raise ValueError(f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
+    cache.activate_past_recording()  # so that layers with a sliding window can forget rejected drafts
+    prompt_columns = cache.get_seq_length()
+    if padding is None and batch > 1:
+        padding = torch.ones(batch, prompt_columns, dtype=torch.long, device=input_ids.device)
+    position = model_kwargs["position_ids"][:, -1:].expand(batch, 1)  # of the last token in the cache
+    pending, _ = choose(rows.process(outputs.logits[:, -1:].float(), 0), do_sample)  # [b, 1]: not yet in the cache
+    del outputs
+    rows.append(pending, [1] * batch)
+
+    while rows.active:
+        drafted = min(length.next(), longest - min(rows.lengths[row] for row in rows.active) - 1)
+        columns = cache.get_seq_length()
+        if padding is not None:
+            padding = pad(padding, (0, drafted + 1), value=1)
+        embedded = layers.decoder.embed_tokens(pending)
+        position_ids = position + 1 + torch.arange(drafted + 1, device=position.device)  # [b, drafted + 1]
+        rotary = layers.decoder.rotary_emb(embedded, position_ids)
+        places = embedded.expand(-1, drafted + 1, -1)
+        masks = create_masks_for_generate(layers.config, places, padding, cache, position_ids)
+
+        # 2. The layers below the exit draft, token after token; the last draft runs through them too.
+        exits, drafts, draft_probs = [], [], []
+        for i in range(drafted + 1):
+            at, seen = slice(i, i + 1), None if padding is None else padding[:, : columns + i + 1]
+            settings = {"position_ids": position_ids[:, at], "position_embeddings": tuple(x[:, at] for x in rotary)}
+            mask = create_masks_for_generate(layers.config, embedded, seen, cache, position_ids[:, at])
+            exits.append(layers.run(layers.below, embedded, mask, cache=cache, **settings))
+            if i < drafted:
+                draft, probs = choose(rows.process(layers.logits(exits[-1]), i), do_sample)
+                rows.draft(draft, i)
+                drafts.append(draft)
+                draft_probs.append(probs)
+                embedded = layers.decoder.embed_tokens(draft)
+
+        # 3. The layers above the exit verify all drafts at once, from the hidden states at the exit.
+        settings = {"position_ids": position_ids, "position_embeddings": rotary}
+        hidden = layers.run(layers.above, torch.cat(exits, 1), masks, cache=cache, **settings)
+        new = torch.cat([*drafts, pending], 1)  # the last column is a place for the token behind the drafts
+        scores = rows.process(layers.logits(hidden), 0)
+        accepted, pending = verify(scores, new[:, :drafted], draft_probs, do_sample)
+        counts = accepted.tolist()
+        length.learn([counts[row] for row in rows.active], drafted)
+
+        # 4. Rejected drafts leave the cache. Rows stay aligned at the right: one with fewer accepted drafts than the
+        # best moves to the right, behind padding.
+        best = max(counts[row] for row in rows.active)
+        shifts = (best - accepted).clamp(min=0)
+        if any(counts[row] < best for row in rows.active):
+            for layer in cache.layers:
+                layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
+            behind = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
+            padding = shift_right(padding, shifts, dim=1) * behind
+        cache.crop(best - drafted)
+        if padding is not None:
+            padding = padding[:, : columns + best + 1]
+        position = position + accepted[:, None] + 1
+        rows.append(new.scatter(1, accepted[:, None], pending), [count + 1 for count in counts])
+
+    if streamer is not None:
+        streamer.end()
+    sequences: Any = rows.tokens[:, : max(rows.lengths)]
+    if not with_dict:
+        return sequences
+    # The cache lacks the last token, as in plain decoding, and not what was accepted behind a stop.
+    cache.crop(min(0, prompt_columns + sequences.shape[1] - prompt_length - 1 - cache.get_seq_length()))
+    return GenerateDecoderOnlyOutput(sequences=sequences, cache=cache if batch == 1 else None)

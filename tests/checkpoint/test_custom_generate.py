@@ -1,0 +1,262 @@
+"""LayerSkip inside transformers' `generate`: the tokens, stops, processors and distributions of plain decoding."""
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+from helpers.sampling import filtered, p_value
+
+transformers = pytest.importorskip("transformers")
+loop = pytest.importorskip("layerskip_recipes.checkpoint.custom_generate")
+NEW = 20
+FAMILIES = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 8},
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "phi3": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {},
+    "smollm3": {},
+}
+
+
+@functools.cache
+def tiny(family="llama", vocab_size=64, **settings):
+    """Four layers; those above the first say little, so that some drafts stand and some do not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    tokens = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    settings = {"tie_word_embeddings": False} | FAMILIES[family] | settings
+    config = transformers.AutoConfig.for_model(family, **sizes | heads | tokens | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weak = any(f"layers.{layer}." in name for layer in (1, 2, 3))
+            torch.nn.init.normal_(weight, std=0.22 if weak else 0.4)
+    return model
+
+
+def prompts(rows=3, vocab_size=64):
+    """Left-padded prompts of 7, 4 and 1 tokens."""
+    tokens = torch.randint(2, vocab_size - 1, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = mask[2, :6] = 0
+    return {"input_ids": tokens.masked_fill(mask == 0, 0)[:rows], "attention_mask": mask[:rows]}
+
+
+@pytest.fixture
+def fixed_length(monkeypatch):
+    """Each round drafts as many tokens as it may. Returns pairs of accepted and drafted tokens, one for a round."""
+    rounds = []
+    monkeypatch.setattr(loop.DraftLength, "next", lambda self: self.limit)
+    monkeypatch.setattr(loop.DraftLength, "learn", lambda self, accepted, drafted: rounds.append((accepted, drafted)))
+    return rounds
+
+
+class Streamer:
+    def __init__(self):
+        self.columns, self.ended = [], False
+
+    def put(self, tokens):
+        assert not self.ended
+        self.columns.append(tokens)
+
+    def end(self):
+        self.ended = True
+
+
+def both(model, inputs, exit_layer=2, num_speculations=4, **settings):
+    """What plain decoding and LayerSkip return; no exit in the settings, so that plain decoding is plain."""
+    settings = {"max_new_tokens": NEW, "do_sample": False} | settings
+    plain = model.generate(**inputs, **settings)
+    exits = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+    return plain, loop.generate(model=model, **inputs, **exits, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
+    assert tuple(FAMILIES) == loop.MODEL_TYPES
+    for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5)):
+        plain, ours = both(tiny(family), prompts(rows), exit_layer, num_speculations)
+        assert torch.equal(ours, plain), (rows, exit_layer, num_speculations)
+    accepted, drafted = (sum(x) for x in zip(*((sum(a), d * len(a)) for a, d in fixed_length), strict=True))
+    assert 0.1 * drafted < accepted < drafted
+
+
+def test_the_draft_length_changes_no_token():
+    plain, ours = both(tiny(), prompts(), max_new_tokens=80)
+    assert torch.equal(ours, plain)
+
+
+def test_a_row_gets_the_tokens_that_it_gets_alone(fixed_length):
+    inputs = prompts()
+    _, batch = both(tiny(), inputs)
+    for row, mask in enumerate(inputs["attention_mask"]):
+        _, alone = both(tiny(), {"input_ids": inputs["input_ids"][row : row + 1, mask == 1]})
+        end = alone.shape[1] - int(mask.sum())
+        assert torch.equal(batch[row, 7 : 7 + end], alone[0, int(mask.sum()) :])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_stops_where_plain_decoding_stops(rows, fixed_length):
+    plain = tiny().generate(**prompts(rows), max_new_tokens=NEW, do_sample=False)
+    for end in plain[-1, [9, 12, 15]].tolist():
+        stopped, ours = both(tiny(), prompts(rows), eos_token_id=end)
+        assert torch.equal(ours, stopped)
+    for length in (1, 2, 4, 7):
+        stopped, ours = both(tiny(), prompts(rows), max_new_tokens=length)
+        assert ours.shape[1] == 7 + length and torch.equal(ours, stopped)
+
+
+class Even(transformers.StoppingCriteria):
+    """Stops a row at its third even token behind the prompt."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 7:] % 2 == 0).sum(1) >= 3
+
+
+def test_criteria_stop_each_row(fixed_length):
+    plain, ours = both(tiny(), prompts(), stopping_criteria=[Even()], eos_token_id=63)
+    assert torch.equal(ours, plain) and ours.shape[1] < 7 + NEW
+
+
+def test_stop_strings(tokenizer_folder, fixed_length):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    model, inputs = tiny(vocab_size=300), prompts(1, vocab_size=300)
+    plain, _ = both(model, inputs)
+    texts = [tokenizer.decode(token) for token in plain[0, 9:-2]]
+    text = next(text for text in texts if text.isascii() and text.isprintable())
+    stopped, ours = both(model, inputs, stop_strings=[text], tokenizer=tokenizer)
+    assert stopped.shape[1] < plain.shape[1] and torch.equal(ours, stopped)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9, "eos_token_id": list(range(1, 40))},
+        {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))},
+    ],
+)
+def test_processors_see_the_tokens_before_each_position(settings, fixed_length):
+    plain, ours = both(tiny(), prompts(), **settings)
+    assert torch.equal(ours, plain)
+    without, _ = both(tiny(), prompts())
+    assert ours.shape != without.shape or not torch.equal(ours, without)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_streamer_gets_each_token_once(rows, fixed_length):
+    for end in (None, int(both(tiny(), prompts(rows))[0][0, 14])):
+        plain, ours = Streamer(), Streamer()
+        settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end}
+        tiny().generate(**prompts(rows), **settings, streamer=plain)
+        loop.generate(model=tiny(), **prompts(rows), **settings, exit_layer=2, streamer=ours)
+        assert ours.ended and len(ours.columns) == len(plain.columns)
+        assert all(torch.equal(a, b) for a, b in zip(ours.columns, plain.columns, strict=True))
+
+
+@pytest.mark.parametrize("end", [None, 14])
+def test_the_cache_in_a_dictionary_goes_on(end, fixed_length):
+    """A conversation goes on from the cache, also after a stop in the middle of a draft."""
+    model, inputs = tiny(), prompts(1)
+    settings = {"eos_token_id": None if end is None else int(both(model, inputs)[0][0, end])}
+    plain, ours = both(model, inputs, return_dict_in_generate=True, **settings)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert ours.cache.get_seq_length() == plain.cache.get_seq_length() == ours.sequences.shape[1] - 1
+    tokens = torch.cat([ours.sequences, torch.tensor([[5, 6]])], 1)
+    further = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": NEW}
+    expected = model.generate(**further, do_sample=False)
+    assert torch.equal(loop.generate(model=model, **further, exit_layer=2, cache=ours.cache), expected)
+
+
+def test_several_answers_to_a_prompt(fixed_length):
+    plain, ours = both(tiny(), prompts(2), num_return_sequences=2, do_sample=True, top_k=1)
+    assert ours.shape[0] == 4 and torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8}])
+def test_sampling_has_the_distribution_of_plain_sampling(filters, fixed_length):
+    """All texts of three tokens, against their probabilities by the model's logits, filtered with Python lists."""
+    v, draws, model = 7, 6000, tiny(vocab_size=7)
+    prompt = torch.tensor([[2, 5, 3]])
+    texts = torch.tensor(list(itertools.product(range(v), repeat=3)))
+    with torch.no_grad():
+        logits = model(torch.cat([prompt.expand(len(texts), -1), texts], 1)).logits[:, 2:5]
+    keep = {"temperature": 1.0} | filters
+    chances = torch.tensor([[filtered(at, **keep) for at in row] for row in logits.tolist()], dtype=torch.double)
+    expected = chances.gather(2, texts[..., None])[..., 0].prod(1)
+    torch.manual_seed(0)
+    settings = {"do_sample": True, "max_new_tokens": 3, "num_return_sequences": draws, "top_k": 0, "eos_token_id": None}
+    out = loop.generate(prompt, model=model, exit_layer=1, num_speculations=2, **settings | filters)[:, 3:]
+    drawn = (out * torch.tensor([v * v, v, 1])).sum(1)
+    assert p_value(drawn, expected) > 1e-3
+    accepted = torch.tensor(fixed_length[0][0], dtype=torch.float)
+    assert 0.1 < (accepted > 0).float().mean() < 0.95
+
+
+def test_the_settings_stay_as_they_were():
+    model = tiny("qwen3")
+    config = transformers.GenerationConfig(assistant_early_exit=2, max_new_tokens=5)
+    expected = model.generate(**prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(loop.generate(model=model, **prompts(), generation_config=config), expected)
+    assert config.assistant_early_exit == 2
+    model.generation_config.assistant_early_exit = 3
+    assert torch.equal(loop.generate(model=model, **prompts(), max_new_tokens=5), expected)
+    assert model.generation_config.assistant_early_exit == 3
+    model.generation_config.assistant_early_exit = None
+
+
+def test_the_draft_length_follows_acceptance():
+    length = loop.DraftLength(limit=6, draft_cost=0.2)
+    for _ in range(50):
+        drafted = length.next()
+        length.learn([drafted], drafted)
+    assert drafted == 6
+    lengths = []
+    for _ in range(160):
+        lengths.append(length.next())
+        length.learn([0], lengths[-1])
+    assert set(lengths[-96:]) == {0, 1} and sum(lengths[-96:]) == 6  # one probe in sixteen rounds
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exit_layer": None}, "no exit. Give exit_layer="),
+        ({"exit_layer": 4}, "exit_layer: 4 is not one of 1 to 3"),
+        ({"num_speculations": 0}, "num_speculations: 0"),
+        ({"num_beams": 2}, "beam_search is not supported"),
+        ({"assistant_model": object()}, "assistant_model"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores is not supported"),
+        ({"cache_implementation": "static"}, "needs a DynamicCache"),
+        ({"stop_strings": ["a"]}, "stop_strings: needs"),
+    ],
+)
+def test_a_mistake(settings, message):
+    with pytest.raises(ValueError, match=message):
+        loop.generate(model=tiny(), **prompts(), **{"exit_layer": 2, "max_new_tokens": 2} | settings)
+
+
+def test_positions_that_change_with_the_length():
+    """transformers reads the whole text again where the short factors end."""
+    config = copy.deepcopy(tiny("phi3").config)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
+    config.original_max_position_embeddings = 10
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="longrope positions change behind 10 tokens"):
+        loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=4)
+    loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=3)
+
+
+def test_a_model_that_cannot_run_in_part():
+    config = transformers.AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=1, vocab_size=16)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: gemma"):
+        loop.generate(model=model, inputs=torch.ones(1, 2, dtype=torch.long), exit_layer=1)

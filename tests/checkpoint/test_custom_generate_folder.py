@@ -1,0 +1,76 @@
+"""The folder of `layerskip export` in transformers: it finds the decoding loop, also where our package is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.configs import make_checkpoint
+
+from layerskip_recipes.checkpoint.export import DECODING_LOOP, export
+
+transformers = pytest.importorskip("transformers")
+load = transformers.AutoModelForCausalLM.from_pretrained
+SETTINGS = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+TOKENS = torch.arange(4, 12)[None]
+
+IN_A_BARE_ENVIRONMENT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("layerskip_recipes", "torchtune"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompts = torch.tensor([[0, 0, 9, 4], [5, 6, 7, 8]])
+settings = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+plain = type(model).generate(model, prompts, **settings, assistant_early_exit=None)
+assert torch.equal(model.generate(prompts, **settings), plain)
+assert not any(name.startswith(("layerskip_recipes", "torchtune")) for name in sys.modules)
+print(model.generate.func.__module__)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer_folder, monkeypatch):
+    """An exported folder with exit 2; transformers keeps its copies of loaded code in a folder of the test."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return export(str(make_checkpoint(tmp_path / "model", tokenizer_folder)), str(tmp_path / "out"), exit_layer=2)
+
+
+def test_transformers_finds_the_loop(folder):
+    expected = load(folder).generate(TOKENS, **SETTINGS, assistant_early_exit=None)
+    model = load(folder, trust_remote_code=True)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append("below"))
+    model.model.layers[3].register_forward_hook(lambda *_: calls.append("above"))
+    assert torch.equal(model.generate(TOKENS, **SETTINGS, num_speculations=3), expected)
+    assert calls.count("below") > calls.count("above")
+    plain = load(folder)
+    plain.generation_config.assistant_early_exit = None
+    arguments = {"custom_generate": str(folder), "trust_remote_code": True}
+    assert torch.equal(plain.generate(TOKENS, **SETTINGS, **arguments, exit_layer=3), expected)
+    with pytest.raises(ValueError, match="no exit"):
+        plain.generate(TOKENS, **SETTINGS, **arguments)
+
+
+def test_the_whole_model_has_the_loop_and_a_draft_has_not(folder, tmp_path):
+    assert (folder / "custom_generate" / "generate.py").read_bytes() == DECODING_LOOP.read_bytes()
+    assert (folder / "custom_generate" / "requirements.txt").read_text() == "transformers>=5.24\n"
+    again = export(str(folder), str(tmp_path / "again"))
+    assert (again / "custom_generate" / "generate.py").exists()
+    assert not (export(str(folder), str(tmp_path / "draft"), draft=2) / "custom_generate").exists()
+
+
+@pytest.mark.slow
+def test_in_an_environment_without_this_package(folder, tmp_path):
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IN_A_BARE_ENVIRONMENT, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("custom_generate.generate")
