@@ -149,7 +149,7 @@ class BenchmarkConfig(DecodingConfig):
         """Exit layer and draft length of the first variant that drafts."""
         variants = (self.variants or {}).values() if self.self_speculation is None else [self.self_speculation]
         drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
-        return next(((v.exit_layer, v.num_speculations) for v in drafts), None)
+        return next(((v.exit_layer, v.num_speculations) for v in drafts if v.exit_layer is not None), None)
 
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torchtune import training, utils
+from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
@@ -20,7 +21,6 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Text, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
-from layerskip_recipes.model.families import correct_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.model.limits import weight_bytes
@@ -284,6 +284,19 @@ def build_checkpointer(section: Component, output_dir: str) -> Any:
     if "num_attention_heads" in described:
         described.setdefault("num_key_value_heads", described["num_attention_heads"])
     return checkpointer
+
+
+BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for side in ("pre", "post"))
+
+
+def correct_names() -> None:
+    """Correct the names with which torchtune reads and writes the norms of GEMMA2; a second call changes nothing.
+
+    torchtune 0.6.1 confuses the two norms around each feed-forward layer.
+    """
+    names = _convert_weights._GEMMA2_FROM_HF
+    if names[BEFORE] == "layers.{}.mlp_scale.scale":
+        names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
 
 
 def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None:

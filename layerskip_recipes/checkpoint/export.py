@@ -1,23 +1,30 @@
 """`layerskip export`: a checkpoint for other programs.
 
-The whole model with its exit and a decoding loop for transformers, or its first E layers with norm and head as a model
-of its own, which drafts for the whole one in a serving engine.
+The whole model with its exit and a decoding loop for transformers; or its first E layers with norm and head, or a
+trained draft with its model's head, as a model of its own, which drafts for the whole one in a serving engine.
 """
 
 import json
 import re
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torchtune import training
 
+from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
+from layerskip_recipes.checkpoint.weights import read_weights
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.draft import weights_hash
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 INDEX = "model.safetensors.index.json"
@@ -29,11 +36,13 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     """Write a Hugging Face folder.
 
     Args:
-        checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`.
+        checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`; or, with `draft`, the folder
+            of a trained draft.
         out: a folder that does not exist yet.
         exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it,
             and so does our decoding loop in `custom_generate`. None: what is written names no exit.
-        draft: instead of the whole model its first E layers, with the final norm and the head.
+        draft: instead of the whole model its first E layers, with the final norm and the head. Of a trained draft 0 or
+            its E.
 
     Returns:
         The folder.
@@ -42,6 +51,8 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         ConfigError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
     """
     source, target = Path(checkpoint), Path(out)
+    if (source / DRAFT_FILE).exists():
+        return _export_trained(checkpoint, out, exit_layer, draft)
     config = _read_config(source)
     layers = config["num_hidden_layers"]
     exits = Annotated[int, Field(ge=1, le=layers, examples=[max(layers // 4, 1)])]
@@ -72,6 +83,35 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             (folder / "custom_generate" / "requirements.txt").write_text(REQUIREMENTS)
         folder.rename(target)
     return target
+
+
+def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
+    """`export` of a trained draft: a model of its layers, on the base model's own ones for an adapter."""
+    description = read_description(folder, "export")
+    base, start = description["base"], 0 if description["kind"] == "copy" else description["exit_layer"]
+    layers = start + description["num_layers"]
+    if exit_layer is not None or draft not in (0, description["exit_layer"]):
+        key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
+        raise ConfigError(
+            f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
+        )
+    source = Path(base["folder"])
+    config = _read_config(source)
+    with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
+        checkpointer = build_checkpointer(Component(base["checkpointer"], "checkpointer"), scratch)
+        weights = read_weights(checkpointer)
+        if weights_hash(weights) != base["hash"]:
+            raise ConfigError(f"export: {folder!r} drafts for {str(source)!r}, whose weights have changed since")
+        kept = {
+            name: value for name, value in weights.items() if (at := LAYER.search(name)) is None or int(at[1]) < start
+        }
+        own = load_file(Path(folder) / DRAFT_FILE)
+        kept |= {LAYER.sub(lambda at: f"layers.{int(at[1]) + start}.", name): value for name, value in own.items()}
+        checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
+        checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
+        whole = Path(scratch) / "epoch_0"
+        (whole / "config.json").write_text(json.dumps(first_layers(config, layers)))
+        return export(str(whole), out)
 
 
 def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:

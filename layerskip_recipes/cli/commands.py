@@ -69,10 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe's config, for editors")
     schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(CONFIGS)])
     out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
-    out.add_argument("checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0")
+    out.add_argument(
+        "checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0, or a trained draft's folder"
+    )
     out.add_argument("folder", help="where to write; must not exist")
     out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")
-    out.add_argument("--draft", type=int, metavar="E", help="only the first E layers, with norm and head")
+    first = "only the first E layers, with norm and head; of a trained draft its own, without a number"
+    out.add_argument("--draft", type=int, metavar="E", nargs="?", const=0, help=first)
     return parser
 
 

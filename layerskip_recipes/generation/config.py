@@ -181,6 +181,7 @@ class GenerateConfig(DecodingConfig):
         check_draft_fits(self.self_speculation, self.quantizer, model, parallel)
         alone = {
             "compile": self.compile or None,
+            "self_speculation.draft": self.self_speculation and self.self_speculation.draft,
             "self_speculation.draft_quantizer": self.self_speculation and self.self_speculation.draft_quantizer,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,

@@ -8,7 +8,7 @@ are in steps.py and beside the drafters, their compiled graphs in kernels/compil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -110,15 +110,17 @@ class Generation:
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
         needed, rows = max(lengths) + self.limit + nodes, len(lengths)
         size = cache_length if compile else int  # the slots of a cache for so many
-        if cache is None or cache.rows != rows or cache.max_len < size(needed):
-            room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
-            cache = graphs.cache(self.model, rows, room) if graphs else DecodingCache(self.model, rows, room, device)
-        self.cache = cache
-        draft_model = draft_head = None
+        draft_model, draft_head = self.model, None
         if speculation is not None and speculation.drafter is not None:
             draft_model = as_layerskip_decoder(speculation.drafter)
+        own = len(draft_model.own_layers)
+        if cache is None or (cache.rows, cache.draft_layers) != (rows, own) or cache.max_len < size(needed):
+            room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
+            make = graphs.cache if graphs else partial(DecodingCache, device=device)
+            cache = make(self.model, rows, room, draft_layers=own)
+        self.cache = cache
         if speculation is not None and speculation.draft_vocabulary is not None:
-            draft_head = draft_head_of(self.model, speculation.draft_vocabulary)
+            draft_head = draft_head_of(draft_model if own else self.model, speculation.draft_vocabulary)
         self.context = StepContext(
             self.model, cache, sampler, graphs, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
         )
@@ -233,13 +235,24 @@ class Generation:
             at = self.cache.slots[None, start:end]
             self.cache.seek(at, end)
             mask = None if at_once else visible(self.cache.slots[:end], at, self.context.dtype)
-            x = self.model(tokens[:, start:end], exit_layer=self._depth, unembed=False, input_pos=at, mask=mask)
+            x = self._read(tokens[:, start:end], input_pos=at, mask=mask)
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
         logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
         self.last = self.context.broadcast(self.choose_token.run(None, logits, self.context.noise(), self.seen))
         return self._keep([[token] for token in self.last.tolist()])
+
+    def _read(self, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """x_L, or x_E without drafts, of a part of the prompts; the draft's own layers read it too."""
+        draft, own = self.context.draft_model, self.context.own_layers
+        if own.start == 0:
+            if own:
+                draft(tokens, unembed=False, **inputs)
+            return self.model(tokens, exit_layer=self._depth, unembed=False, **inputs)
+        x = self.model(tokens, exit_layer=own.start, unembed=False, **inputs)
+        draft(hidden=x, start_layer=own.start, unembed=False, **inputs)
+        return self.model(hidden=x, start_layer=own.start, unembed=False, **inputs)
 
     # ---- rounds ----
 
@@ -344,7 +357,7 @@ class Generation:
         self.traffic.count(self.stats, len(draft.slots), self.model.num_layers)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
-            e = self.speculation.exit_layer
+            e = self.context.own_layers.stop or self.speculation.exit_layer
             self.traffic.count(self.stats, len(draft.slots), e, times=draft.length, draft=True)
 
 

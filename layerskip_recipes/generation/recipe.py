@@ -92,7 +92,7 @@ class LayerSkipGenerate:
             # The same for all batches, so that compiled steps know one size.
             self.reserve = room + max(64, nodes) if cfg.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
-        self.kept_layers = (self.exit_layer or 0) if self.draft is None else self.draft.exit_layer
+        self.kept_layers = (self.exit_layer if self.draft is None else self.draft.exit_layer) or 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
         # Before the seed: processes that draw one share it.

@@ -20,7 +20,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.families import capped
+from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.kv_cache import DecodingCache, visible
 
 Broadcast = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +102,8 @@ class StepContext:
         cache: its cache, of b rows.
         sampler: how tokens are chosen.
         graphs: the compiled steps of the model; None: steps run as they are.
-        draft_model: whose early layers and head draft; other than the model, verification runs all layers itself.
+        draft_model: whose early layers and head draft. Unless its early layers are the model's own, verification runs
+            all layers itself.
         draft_head: the head of drafts; None: that of the draft model.
         broadcast_from_rank0: gives all ranks the tensor of rank 0; None: there is one process.
     """
@@ -119,14 +120,16 @@ class StepContext:
     ) -> None:
         self.model, self.cache, self.sampler, self.graphs = model, cache, sampler, graphs
         self.draft_model, self.draft_head = draft_model or model, draft_head
-        self.shares_layers = self.draft_model is model
+        self.own_layers = self.draft_model.own_layers
+        # Verification goes on from the draft's hidden states if they are the model's.
+        self.shares_layers = self.draft_model is model or self.own_layers.start > 0
         self.broadcast_from_rank0 = broadcast_from_rank0
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
         self.settings = sampler.settings(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
-        self.layers_key = (cache.max_len, self.shares_layers or self.draft_model)
+        self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
     @property
@@ -195,6 +198,22 @@ class StepContext:
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """What the sampler chooses by, [..., v] -> [..., v]."""
         return self.sampler.scores(logits, seen, self.settings)
+
+    def read_by_draft(self, x: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """What the draft's head unembeds of x_E: the states after the adapter's layers, or x_E itself without any."""
+        own = self.own_layers
+        if own.start == 0:
+            return x
+        part: Any = {"hidden": x, "start_layer": own.start, "exit_layer": own.stop}
+        return self.run(self.draft_model, None, at, slots, unembed=False, **part, **attention)
+
+    def catch_up(
+        self, exit_layer: int, tokens: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, **attention: Any
+    ) -> torch.Tensor:
+        """x_E of tokens that the draft has not read, which it reads now."""
+        x = self.run(self.draft_model, tokens, at, slots, exit_layer=exit_layer, unembed=False, **attention)
+        self.read_by_draft(x, at, slots, **attention)
+        return x
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """What the draft chooses by: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""

@@ -24,7 +24,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.families import capped, norm_and_cap
+from layerskip_recipes.model.head import capped, norm_and_cap
 from layerskip_recipes.model.layer_dropout import NO_LOCAL_ROWS, KeptRows, LayerDropout
 
 OnExit = Callable[[int, torch.Tensor], None]
@@ -35,7 +35,7 @@ class LayerSkipDecoder(TransformerDecoder):
 
     Args:
         base: the decoder to wrap. Its modules are shared, not copied, and not renamed. (Gemma 2 shares the parameters
-            of the final norm only, because torchtune caps the logits in the wrong place; see families.py.)
+            of the final norm only, because torchtune caps the logits in the wrong place; see head.py.)
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
 
     Raises:
@@ -73,6 +73,8 @@ class LayerSkipDecoder(TransformerDecoder):
         # True while a generation engine has its own caches in the attention layers (kv_cache.py).
         self.decoding = False
 
+    own_layers = range(0)  # of a decoder that drafts: its layers that are not the model's and read the text themselves
+
     @property
     def num_layers(self) -> int:
         """L."""
@@ -94,7 +96,7 @@ class LayerSkipDecoder(TransformerDecoder):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Run the layers `start_layer` .. `exit_layer` - 1, then apply the head g.
 
-        With the defaults this is the base decoder (but for Gemma 2, see families.py). Every partial run goes through
+        With the defaults this is the base decoder (but for Gemma 2, see head.py). Every partial run goes through
         this method, never through the layers directly, so that a sharded model gathers its parameters.
 
         Args:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchtune import utils
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.model.limits import check_batch
 
@@ -25,6 +27,7 @@ def exit_quality(
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     num_speculations: int = 6,
     key: str = "dataset",
+    draft: Draft | None = None,
 ) -> dict[int, dict[str, float | None]]:
     """Quality of each exit over the labels that count.
 
@@ -38,6 +41,7 @@ def exit_quality(
         add_up: sums a tensor over the data-parallel processes.
         num_speculations: d of "accepted_length".
         key: of the data in the config, for messages.
+        draft: measured as exit 0; of the model's exits only the last can be measured beside it.
 
     Returns:
         For each E a dict of
@@ -57,7 +61,13 @@ def exit_quality(
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
         measured = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
-        model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
+        if draft is None:
+            model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
+        else:
+            for e, x in zip(
+                (0, model.num_layers), draft.hidden_states(model, batch.pop("tokens"), **batch), strict=True
+            ):
+                measured.measure(e, x, normed=True)
         sums += measured.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
@@ -105,14 +115,14 @@ class _Batch:
         self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)
         self.chosen: dict[int, torch.Tensor] = {}  # for each exit its most likely tokens, [labels that count]
 
-    def measure(self, exit_layer: int, x: torch.Tensor) -> None:
-        """Add the loss and the right choices of x_E [b, s, d]; the decoder's hook `on_exit`."""
+    def measure(self, exit_layer: int, x: torch.Tensor, normed: bool = False) -> None:
+        """Add the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`."""
         if exit_layer not in (*self.exits, self.model.num_layers):
             return
         x = x.flatten(0, 1)
         sums = self.sums[self.exits.index(exit_layer)] if exit_layer in self.exits else self.sums.new_zeros(6)
         self.chosen[exit_layer] = torch.empty_like(self.labels)
-        head = Head(self.model)
+        head = Head(self.model, norm=nn.Identity() if normed else None)
         with head.using(head.parameters):
             for start in range(0, len(self.labels), self.chunk_tokens):
                 part = slice(start, start + self.chunk_tokens)

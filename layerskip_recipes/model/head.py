@@ -1,11 +1,14 @@
 """The head g = final norm + output projection, for callers that unembed many chunks of many exits.
 
 A sharded model gathers its head's weights whenever the head is called. `Head` gathers them once, for all chunks.
+
+torchtune 0.6.1 caps the final hidden state where Gemma 2 caps the logits: `norm_and_cap` and `capped` correct that.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchao.utils import TorchAOBaseTensor
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import TiedLinear
-
-from layerskip_recipes.model.families import capped
 
 TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
 
@@ -27,14 +29,15 @@ class Head:
 
     Args:
         model: a decoder with `norm` and `output` (a linear layer, a LoRA layer, or tied to the embedding).
+        norm: in place of the model's.
 
     Attributes:
         parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, norm: nn.Module | None = None) -> None:
         self.tied = isinstance(model.output, TiedLinear)
-        self.norm: Any = model.norm
+        self.norm: Any = model.norm if norm is None else norm
         self.cap = getattr(model, "logit_cap", None)
         self.output: Any = model.output.tied_module if self.tied else model.output
         self._places: list[tuple[Any, str]] = [
@@ -105,3 +108,20 @@ def gather_parameter(parameter: torch.Tensor) -> torch.Tensor:
         ranks = math.prod(mesh.size(dim) for dim, same in enumerate(shared) if not same)
         gathered.register_hook(lambda grad: grad / ranks)
     return gathered
+
+
+def norm_and_cap(norm: nn.Module) -> tuple[nn.Module, float | None]:
+    """A decoder's final norm without a cap, and the cap of its logits (None for all families but Gemma 2).
+
+    The given norm stays unchanged; the returned one has the same parameters by the same names.
+    """
+    if not isinstance(norm, Gemma2FinalNorm):
+        return norm, None
+    plain = copy(norm)
+    plain._modules = dict(norm._modules) | {"logit_capping": nn.Identity()}  # copy() shares the dict of submodules
+    return plain, norm.capping_value
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap tanh(logits / cap); the logits themselves if there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -88,14 +88,18 @@ class DecodingCache:
         rows: b.
         max_len: slots per row.
         device: of the tensors.
+        draft_layers: layers of a draft, which read the text themselves and have caches of their own.
     """
 
-    def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, device: torch.device) -> None:
-        self.rows = rows
+    def __init__(
+        self, model: LayerSkipDecoder, rows: int, max_len: int, device: torch.device, draft_layers: int = 0
+    ) -> None:
+        self.rows, self.draft_layers = rows, draft_layers
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=device)
         self.cursor = CacheCursor(max_len)
-        self.layers = [LayerCache(self.cursor) for _ in model.layers]
+        # The model's, then the draft's.
+        self.layers = [LayerCache(self.cursor) for _ in range(model.num_layers + draft_layers)]
         # The tokens of each row whose keys and values are at slots 0, 1, ... of the first `depth` layers: a later
         # prompt that begins with the same tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -105,13 +109,17 @@ class DecodingCache:
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
         """Within this context the decoders' attention layers use these caches; afterwards what they had before.
 
-        A decoder with fewer layers, such as a draft in another precision, uses the first caches.
+        A decoder with fewer layers, such as a draft in another precision, uses the first caches; a draft's own layers
+        use the last ones.
         """
         # Undone backwards: a drafter may share layers with the model, which have this cache already.
         with ExitStack() as afterwards:
             for decoder in decoders:
                 afterwards.callback(setattr, decoder, "decoding", decoder.decoding)
-                for layer, cache in zip(decoder.layers, self.layers[: len(decoder.layers)], strict=True):
+                own = decoder.own_layers
+                shared = own.start if own else len(decoder.layers)
+                caches = [*self.layers[:shared], *self.layers[len(self.layers) - len(own) :]]
+                for layer, cache in zip(decoder.layers, caches, strict=True):
                     afterwards.callback(_restore_attention, layer, _patch_attention(layer, cache))
                 decoder.decoding = True
             yield

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -29,12 +31,14 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import write_trained_exits
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
+from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_folder import RECIPE_STATE, WRITTEN, complete_checkpoints, written_at
 from layerskip_recipes.processes import (
     file_group,
@@ -69,7 +73,8 @@ def _resumed_section(section: Component, checkpoint: Path) -> Component:
 class Checkpoints:
     """Reads the weights and the state that a run starts from, and writes its checkpoints under `output_dir`.
 
-    A resumed run of a model with adapters starts from the same base weights and the checkpoint's adapters.
+    A resumed run of a model with adapters, or of a draft, starts from the same base weights and the checkpoint's
+    adapters or draft.
 
     Args:
         cfg: the config.
@@ -88,9 +93,9 @@ class Checkpoints:
         self.keep = cfg.keep_last_n_checkpoints
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        self.adapters = bool(adapter_names(cfg.meta_model))
-        whole = self.resumed_from if not (self.adapters or self.sharded) else None
-        section = cfg.checkpointer
+        self.trained_file = DRAFT_FILE if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
+        whole = self.resumed_from if not (self.trained_file or self.sharded) else None
+        section, self._given_folder = cfg.checkpointer, cfg.given_folder
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
@@ -130,10 +135,10 @@ class Checkpoints:
             model: whose weights they are, on any device.
 
         Returns:
-            The model's weights (None from scratch) and the adapters' (None if fresh).
+            The model's weights (None from scratch), and those of its adapters or its draft (None if fresh).
         """
         weights: Weights | None = None if self.from_scratch else {}
-        adapters = None
+        trained = None
         if is_rank_zero():
             # Not earlier, since a checkpointer makes its folder.
             self._checkpointer = build_checkpointer(self._section, str(self.staging))
@@ -143,9 +148,22 @@ class Checkpoints:
             else:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
-        if self.adapters and self.resumed_from is not None and not self.sharded:
-            adapters = torch.load(self.resumed_from / ADAPTER_FILE, weights_only=True) if is_rank_zero() else {}
-        return weights, adapters
+        if self.trained_file and self.resumed_from is not None and not self.sharded:
+            file = self.resumed_from / self.trained_file
+            read = load_file if self.trained_file == DRAFT_FILE else partial(torch.load, weights_only=True)
+            trained = read(file) if is_rank_zero() else {}
+        return weights, trained
+
+    def base(self, weights: Weights | None) -> dict[str, Any]:
+        """The model that a draft belongs to, by its folder and a hash of its weights, for the draft's description.
+
+        Args:
+            weights: of `load_weights`; other ranks than 0 get an empty description.
+        """
+        if not weights:
+            return {}
+        section = {name: value for name, value in self._section.section.items() if name != "output_dir"}
+        return {"folder": self._given_folder, "checkpointer": section, "hash": weights_hash(weights)}
 
     def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
@@ -158,6 +176,15 @@ class Checkpoints:
         """
         self.finish()
         self._clear()
+        if self.trained_file == DRAFT_FILE:
+            write_draft(self.staging / name, contents[training.MODEL_KEY], exits)
+        else:
+            self._write_model(name, contents, exits)
+        torch.save(dict(state), self.staging / name / RECIPE_STATE)
+        self._place(name)
+
+    def _write_model(self, name: str, contents: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
+        """Write a model by torchtune's checkpointer."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
         biases = {} if ours else contents.pop(BIASES, {})
@@ -173,11 +200,9 @@ class Checkpoints:
         if not only:
             move_peft_files(folder)
         write_trained_exits(folder, exits)
-        torch.save(dict(state), folder / RECIPE_STATE)
         # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
-        self._place(name)
 
     def save_shards(
         self, name: str, shards: dict[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]

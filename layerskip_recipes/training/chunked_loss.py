@@ -11,8 +11,10 @@ import torch
 
 from layerskip_recipes.model.head import Head, at_least_fp32
 
-# From logits [n, v], labels [n] and a scale: the summed loss. The gradient of scale * loss takes the logits' place.
+# From logits [n, v], labels [n] or a teacher's logits [n, v], and a scale: the summed loss. The gradient of
+# scale * loss takes the logits' place.
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Teacher = Callable[[Any], torch.Tensor]
 
 
 def cross_entropy_(
@@ -52,6 +54,31 @@ def cross_entropy_(
     return ((total.log() - target_score) * counts).sum()
 
 
+def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """KL(p || q) summed over tokens, of a teacher's p = softmax(teacher) and of q = softmax(z).
+
+    KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p. Computed in fp32 or better.
+
+    Args:
+        logits: z [n, v]; scale * dKL/dz takes their place.
+        teacher: [n, v], not changed.
+        scale: of the gradient; the sum is not scaled.
+    """
+    z, t = logits.to(at_least_fp32(logits)), teacher.to(at_least_fp32(teacher))
+    log_q, log_p = (scores.logsumexp(-1, keepdim=True) for scores in (z, t))
+    p = (t - log_p).exp_()
+    total = torch.linalg.vecdot(p, t) - torch.linalg.vecdot(p, z) + (log_q - log_p)[:, 0]
+    z.sub_(log_q).exp_().sub_(p).mul_(scale)
+    if z is not logits:
+        logits.copy_(z)
+    return total.sum()
+
+
+def token_loss_(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` towards labels [n]."""
+    return (kl_divergence_ if target.dim() == 2 else cross_entropy_)(logits, target, scale)
+
+
 def exit_losses(
     head: Head,
     hidden: Sequence[torch.Tensor],
@@ -60,6 +87,8 @@ def exit_losses(
     counted: torch.Tensor,
     chunk_loss: ChunkLoss,
     chunk_tokens: int,
+    teacher: Teacher | None = None,
+    taught: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, whose gradients are taken chunk by chunk in the forward pass.
 
@@ -72,9 +101,11 @@ def exit_losses(
         weights: of each exit.
         labels: [b * s].
         counted: [n], the indices of the labels with a loss. Only these rows get logits.
-        chunk_loss: from logits [n, v], labels [n] and a scale the sum of the losses, with the gradient of scale * sum
-            in place of the logits.
+        chunk_loss: from logits [n, v], labels [n] or the teacher's answer, and a scale the sum of the losses, with the
+            gradient of scale * sum in place of the logits.
         chunk_tokens: the most rows whose logits exist at a time.
+        teacher: what some exits learn instead of the labels: of rows of [b * s] the logits [n, v], or tokens [n].
+        taught: how many exits have the teacher, the first ones.
 
     Returns:
         The weighted sum, a scalar, and the mean loss of each exit, detached.
@@ -82,6 +113,8 @@ def exit_losses(
     return _ExitLosses.apply(
         chunk_loss,
         chunk_tokens,
+        teacher,
+        taught,
         head,
         labels,
         counted,
@@ -96,7 +129,7 @@ class _ExitLosses(torch.autograd.Function):
     """`exit_losses` for autograd: the forward pass computes the gradients, the backward pass hands them out."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, chunk_tokens, head, labels, counted, weights, grad_enabled, *tensors):
+    def forward(ctx, chunk_loss, chunk_tokens, teacher, taught, head, labels, counted, weights, grad_enabled, *tensors):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
         all_count, labels = len(counted) == len(labels), labels[counted]
         exact = at_least_fp32(hidden[0])
@@ -106,7 +139,6 @@ class _ExitLosses(torch.autograd.Function):
         leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
         # Gradients add up in fp32: bf16 would lose most of the summands, one for each chunk of each exit.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
-        hidden_grads, per_exit = [], []
         size = max(min(chunk_tokens, len(labels)), 1)
         # One buffer for the logits of all chunks: allocating one for each chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
@@ -114,25 +146,25 @@ class _ExitLosses(torch.autograd.Function):
         # No tensor of a chunk outlives the chunk, so saved-tensor hooks (offloading) must not see them.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
-            for weight, x in zip(weights, hidden, strict=True):
-                trains = wants_gradient and weight > 0
-                x_grad = torch.zeros_like(x) if trains else None
-                exit_sum = torch.zeros((), dtype=exact, device=x.device)
-                for start in range(0, len(labels), size):
-                    part = slice(start, start + size)
-                    rows = part if all_count else counted[part]
-                    if trains:
-                        chunk_sum, x_grad[rows] = _loss_and_gradient(
-                            chunk_loss, head, leaves, sums, x[rows], labels[part], weight / count, buffer
+            trained = [wants_gradient and weight > 0 for weight in weights]
+            hidden_grads = [torch.zeros_like(x) if trains else None for x, trains in zip(hidden, trained, strict=True)]
+            exit_sums = torch.zeros(len(hidden), dtype=exact, device=labels.device)
+            for start in range(0, len(labels), size):
+                part = slice(start, start + size)
+                rows = part if all_count else counted[part]
+                lesson = labels[part] if teacher is None else teacher(rows)
+                for i, x in enumerate(hidden):
+                    target = lesson if i < taught else labels[part]
+                    if trained[i]:
+                        chunk_sum, hidden_grads[i][rows] = _loss_and_gradient(
+                            chunk_loss, head, leaves, sums, x[rows], target, weights[i] / count, buffer
                         )
                     else:
                         h = head.normed(x[rows])
                         logits = head.unembed(h, out=None if buffer is None else buffer[: len(h)])
-                        chunk_sum = chunk_loss(logits, labels[part], torch.zeros_like(count))
-                    exit_sum += chunk_sum
-                per_exit.append(exit_sum / count)
-                hidden_grads.append(x_grad)
-        per_exit = torch.stack(per_exit)
+                        chunk_sum = chunk_loss(logits, target, torch.zeros_like(count))
+                    exit_sums[i] += chunk_sum
+        per_exit = exit_sums / count
         # Pinned memory, so that the copy does not synchronise.
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
@@ -146,7 +178,7 @@ class _ExitLosses(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         # In place, and then freed: there is no second backward through the same loss.
         grads, ctx.grads = ctx.grads, None
-        return (None,) * 7 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
+        return (None,) * 9 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
 
 
 @torch.enable_grad()
@@ -156,7 +188,7 @@ def _loss_and_gradient(
     leaves: list[Any],
     sums: list[Any],
     x: torch.Tensor,
-    labels: torch.Tensor,
+    target: torch.Tensor,
     scale: torch.Tensor,
     buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,12 +203,12 @@ def _loss_and_gradient(
     if matrix is None:
         end = head.unembed(h)
         grad = end.detach().clone()
-        chunk_sum = chunk_loss(grad, labels, scale)
+        chunk_sum = chunk_loss(grad, target, scale)
     else:
         # By hand: autograd would make a tensor of the matrix's size for each chunk, and add them up in its dtype.
         with torch.no_grad():
             grad_logits = head.unembed(h, out=buffer[: len(h)])
-            chunk_sum = chunk_loss(grad_logits, labels, scale)
+            chunk_sum = chunk_loss(grad_logits, target, scale)
             if sums[matrix] is not None and sums[matrix].dtype == h.dtype:
                 sums[matrix].addmm_(grad_logits.T, h)
             elif sums[matrix] is not None:

@@ -18,24 +18,8 @@ from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.training.early_exit import EarlyExitLoss
-
-# torchtune's early-exit recipe names these by dotted path; they have short names here.
-_UPSTREAM = "torchtune.modules.early_exit_loss."
-UPSTREAM_NAMES = {
-    "curriculum": {
-        _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
-        _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
-    },
-    "scale_fn": {
-        _UPSTREAM + "uniform_loss_scale": "uniform",
-        _UPSTREAM + "linear_l_loss_scale": "linear",
-        _UPSTREAM + "sum_l_loss_scale": "layerskip",
-        _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
-        _UPSTREAM + "inv_l_loss_scale": "inverse",
-        _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
-    },
-}
+from layerskip_recipes.training.draft.loss import DraftSection
+from layerskip_recipes.training.early_exit import EarlyExitLoss, loss_from_upstream
 
 
 def _dropout_from_upstream(section: Any) -> Any:
@@ -45,26 +29,6 @@ def _dropout_from_upstream(section: Any) -> Any:
     if section["disable_on_eval"] is not True:
         raise ConfigError(f".disable_on_eval: {section['disable_on_eval']!r} is not allowed. Allowed: true")
     return {key: value for key, value in section.items() if key != "disable_on_eval"}
-
-
-def _loss_from_upstream(section: Any) -> Any:
-    """The `early_exit_loss` section with short names in place of torchtune's dotted ones."""
-    if not isinstance(section, Mapping):
-        return section
-    renamed = dict(section)
-    for key, short in UPSTREAM_NAMES.items():
-        if isinstance(section.get(key), str):
-            renamed[key] = short.get(section[key], section[key])
-    if renamed.get("curriculum") == "rotational" != section["curriculum"] and "interval" not in section:
-        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
-        start, _, step = str(section.get("layers", ":")).partition("::")
-        if not step.isdigit() or start not in ("", "0"):
-            raise ConfigError(
-                f".layers: {section.get('layers')!r} says no interval for the rotation. "
-                "Give it: curriculum: rotational, interval: 8"
-            )
-        renamed |= {"layers": ":", "interval": int(step)}
-    return renamed
 
 
 def _with_default_component(section: Any) -> Any:
@@ -93,14 +57,14 @@ LayerDropoutSection = Annotated[  # type: ignore[valid-type]
 ]
 EarlyExitLossSection = Annotated[  # type: ignore[valid-type]
     section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing")),
-    BeforeValidator(_loss_from_upstream),
+    BeforeValidator(loss_from_upstream),
 ]
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 
 
 class FinetuneConfig(RecipeConfig):
-    """The keys of `layerskip_finetune`: torchtune's, and the sections `layer_dropout` and `early_exit_loss`."""
+    """The keys of `layerskip_finetune`: torchtune's, and `layer_dropout` and `early_exit_loss`, or `draft`."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
@@ -119,6 +83,8 @@ class FinetuneConfig(RecipeConfig):
     """Layer dropout; null trains every layer with every sample."""
     early_exit_loss: EarlyExitLossSection | None = None  # type: ignore[valid-type]
     """The losses of early exits; null trains the last layer's alone."""
+    draft: DraftSection | None = None
+    """Train a draft for the model, which stays as it is."""
     loss: Annotated[Component, Takes()]
     """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`. In
     place of `num_output_chunks`, `early_exit_loss.chunk_tokens` says for how many tokens logits exist at a time."""
@@ -299,6 +265,7 @@ class FinetuneConfig(RecipeConfig):
         check_checkpointer(self, trains=True)
         self._check_start()
         self._check_sharded_layers()
+        self._check_draft()
         assert self.validated_exits
         if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
             raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
@@ -352,6 +319,26 @@ class FinetuneConfig(RecipeConfig):
         if adapter_names(self.meta_model) and self.optimizer_in_bwd:
             raise ConfigError(
                 "optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false"
+            )
+
+    def _check_draft(self) -> None:
+        """Rules about a draft, beside which the model is not trained."""
+        if self.draft is None:
+            return
+        self.draft.check_against(self.meta_model)
+        for key in ("layer_dropout", "early_exit_loss", "layers_val"):
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key}: does nothing beside draft, where the model stays as it is. Set {key}=null")
+        if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
+            what = "adapters" if adapter_names(self.meta_model) else "no weights"
+            raise ConfigError(
+                f"draft: needs a model that stays as it is, and this one has {what}; for example "
+                "checkpointer.checkpoint_files=[model.safetensors], and a model section without LoRA"
+            )
+        if (self.tensor_parallel_dim or 1) > 1:
+            raise ConfigError(
+                f"tensor_parallel_dim: {self.tensor_parallel_dim} does not go with draft; FSDP shards it: "
+                "tensor_parallel_dim=null"
             )
 
     def _check_sharded_layers(self) -> None:

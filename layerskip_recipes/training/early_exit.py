@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,10 +15,11 @@ from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, cross_entropy_, exit_losses
+from layerskip_recipes.training.chunked_loss import ChunkLoss, cross_entropy_, exit_losses, kl_divergence_
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
+Target = Literal["labels", "last_layer"]
 Scale = Annotated[float, Field(ge=0, examples=[0.2])]
 Interval = Annotated[int, Field(ge=1, examples=[8])]
 
@@ -120,6 +121,8 @@ class EarlyExitLoss:
         ignore_index: the label of tokens without a loss.
         label_smoothing: of the cross-entropy.
         chunk_tokens: the most tokens whose logits exist at a time.
+        target: what the early exits learn: the labels, as in the paper, or the last layer's distribution, by
+            KL(p_L || p_E). The last layer learns the labels.
 
     Raises:
         ConfigError: if an argument is out of range (layers: once the depth of the model is known).
@@ -136,12 +139,13 @@ class EarlyExitLoss:
         ignore_index: int = -100,
         label_smoothing: Fraction = 0.0,
         chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512,
+        target: Target = "labels",
     ) -> None:
         self.scale, self.scale_fn = scale, scale_fn
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
-        self.chunk_tokens = chunk_tokens
-        self.chunk_loss: ChunkLoss = self._cross_entropy
+        self.chunk_tokens, self.target = chunk_tokens, target
+        self.chunk_loss: ChunkLoss = self._chunk_loss
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
         """C(t, l) of this loss, see `enabled_exits`."""
@@ -158,11 +162,13 @@ class EarlyExitLoss:
 
     def compile(self) -> None:
         """Compile the computation on the logits of a chunk."""
-        self.chunk_loss = torch.compile(self._cross_entropy, dynamic=True)
+        self.chunk_loss = torch.compile(self._chunk_loss, dynamic=True)
 
-    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The summed cross-entropy of a chunk, whose gradient takes the place of its logits; see `cross_entropy_`."""
-        return cross_entropy_(logits, labels, scale, self.ignore_index, self.label_smoothing)
+    def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The summed loss of a chunk, whose gradient takes the place of its logits."""
+        if target.dim() == 2:
+            return kl_divergence_(logits, target, scale)
+        return cross_entropy_(logits, target, scale, self.ignore_index, self.label_smoothing)
 
     def __call__(
         self,
@@ -187,7 +193,7 @@ class EarlyExitLoss:
             **inputs: mask, input_pos, ... of the decoder.
 
         Returns:
-            J, a scalar, and {E: the cross-entropy at exit E, detached}; both are means over the labels that count.
+            J, a scalar, and {E: the loss of exit E, detached}; both are means over the labels that count.
         """
         enabled = self.enabled(model.num_layers, step, total_steps)
         weights = exit_weights(model.num_layers, enabled, self.scale, self.scale_fn).tolist()
@@ -211,8 +217,51 @@ class EarlyExitLoss:
                 x.requires_grad_()
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]
-            losses.extend(exit_losses(head, states, of_exits, labels, counted, self.chunk_loss, self.chunk_tokens))
+            final = x.detach().flatten(0, 1)
+            teacher = (lambda rows: head(final[rows])) if self.target == "last_layer" else None
+            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1)
+            losses.extend(exit_losses(head, states, of_exits, *arguments))
 
         model(tokens, on_exit=on_exit, unembed=False, **inputs)
         total, per_exit = losses
         return total, dict(zip(exits, per_exit.unbind(), strict=True))
+
+
+# ---- the section as torchtune's own recipe has it ----
+
+# torchtune's early-exit recipe names these by dotted path; they have short names here.
+_UPSTREAM = "torchtune.modules.early_exit_loss."
+UPSTREAM_NAMES = {
+    "curriculum": {
+        _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
+        _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
+    },
+    "scale_fn": {
+        _UPSTREAM + "uniform_loss_scale": "uniform",
+        _UPSTREAM + "linear_l_loss_scale": "linear",
+        _UPSTREAM + "sum_l_loss_scale": "layerskip",
+        _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
+        _UPSTREAM + "inv_l_loss_scale": "inverse",
+        _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
+    },
+}
+
+
+def loss_from_upstream(section: Any) -> Any:
+    """The `early_exit_loss` section with short names in place of torchtune's dotted ones."""
+    if not isinstance(section, Mapping):
+        return section
+    renamed = dict(section)
+    for key, short in UPSTREAM_NAMES.items():
+        if isinstance(section.get(key), str):
+            renamed[key] = short.get(section[key], section[key])
+    if renamed.get("curriculum") == "rotational" != section["curriculum"] and "interval" not in section:
+        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
+        start, _, step = str(section.get("layers", ":")).partition("::")
+        if not step.isdigit() or start not in ("", "0"):
+            raise ConfigError(
+                f".layers: {section.get('layers')!r} says no interval for the rotation. "
+                "Give it: curriculum: rotational, interval: 8"
+            )
+        renamed |= {"layers": ":", "interval": int(step)}
+    return renamed

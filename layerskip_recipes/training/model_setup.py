@@ -1,6 +1,7 @@
 """The model of a training run: built, loaded and sharded at the start; gathered for a checkpoint."""
 
-from typing import Any
+import re
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,10 +19,13 @@ from layerskip_recipes.model.adapters import (
     scaled_biases,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.checkpoints import Weights
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh, checkpoint_layers, clean_name, load_from_rank0, shard_model
+
+P = TypeVar("P", LayerSkipDecoder, Draft)
 
 
 def build_model(
@@ -29,17 +33,18 @@ def build_model(
     device: torch.device,
     mesh: Mesh,
     weights: Weights | None,
-    adapters: Weights | None,
+    trained: Weights | None,
     seed: int,
-) -> LayerSkipDecoder:
-    """The model of a config with its weights, compiled, checkpointed and sharded as the config says, ready to train.
+) -> tuple[LayerSkipDecoder, Draft | None]:
+    """The model of a config with its weights, compiled, checkpointed and sharded as the config says, ready to train;
+    and the draft that is trained for it, if there is one.
 
     Args:
         cfg: the config.
         device: of the weights.
         mesh: the ranks to shard it over.
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
-        adapters: on rank 0 that of the adapters; None: fresh ones, if the model has any.
+        trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
         seed: of fresh adapters.
 
     Raises:
@@ -48,7 +53,10 @@ def build_model(
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
         model = layerskip_decoder(cfg.model.build())
+        draft = None if cfg.draft is None else cfg.draft.build(model)
     freeze_base(model)
+    if cfg.draft is not None:
+        model.requires_grad_(False)
     state = None if weights is None else dict(weights)
     if is_rank_zero():
         if state is None and several:
@@ -56,20 +64,47 @@ def build_model(
                 state = _initialised(layerskip_decoder(cfg.model.build()), cfg).state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
-                state |= fresh_adapters(model, state, seed) if adapters is None else adapters
+                state |= fresh_adapters(model, state, seed) if trained is None else trained
             check_state_dict(cfg.meta_model, state)
+    every = cfg.checkpoint_every_layers
+    if draft is None:
+        return _place(model, state, cfg, device, mesh, every).train(), None
+    of_draft: Weights = {}
+    if is_rank_zero():
+        of_draft = fresh_draft(draft, state or {}, cfg.num_layers) if trained is None else trained
+    _place(model, state, cfg, device, mesh, 0)
+    return model.eval(), _place(draft, of_draft, cfg, device, mesh, every).train()
+
+
+def _place(
+    part: P, state: Weights | None, cfg: FinetuneConfig, device: torch.device, mesh: Mesh, checkpoint_every: int
+) -> P:
+    """The model or the draft with its weights, compiled, checkpointed and sharded."""
     if cfg.compile:
-        training.compile_model(model, verbose=False)
-    if several:
-        shard_model(model, cfg, mesh)
-        load_from_rank0(model, state or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
+        training.compile_model(part, verbose=False)
+    if mesh.devices is not None:
+        shard_model(part, cfg, mesh, checkpoint_every)
+        load_from_rank0(part, state or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
+        return part
+    checkpoint_layers(part, checkpoint_every)
+    if isinstance(part, LayerSkipDecoder) and state is None:
+        _initialised(part, cfg)
     else:
-        checkpoint_layers(model, cfg.checkpoint_every_layers)
-        if state is None:
-            _initialised(model, cfg)
-        else:
-            model.load_state_dict(state)
-    return model.train()
+        part.load_state_dict(state or {})
+    return part
+
+
+def fresh_draft(draft: Draft, base: Weights, num_layers: int) -> dict[str, torch.Tensor]:
+    """The first weights of a draft, those of the model: of its first layers for a copy, of its last for an adapter.
+
+    Args:
+        draft: on any device.
+        base: the model's state_dict.
+        num_layers: L of the model.
+    """
+    first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
+    of_layer = re.compile(r"^layers\.(\d+)")
+    return {name: base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)] for name in draft.state_dict()}
 
 
 def _initialised(model: LayerSkipDecoder, cfg: FinetuneConfig) -> LayerSkipDecoder:
@@ -92,7 +127,7 @@ def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Ten
 
 
 def checkpoint_contents(
-    model: LayerSkipDecoder, meta: nn.Module, device: torch.device, adapters_only: bool = False
+    model: nn.Module, meta: nn.Module, device: torch.device, adapters_only: bool = False
 ) -> dict[str, Any]:
     """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks.
 

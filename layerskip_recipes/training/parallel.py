@@ -26,6 +26,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import TENSOR_PARALLEL
 from layerskip_recipes.processes import is_rank_zero, num_processes, wait_for_all
 from layerskip_recipes.training.config import FinetuneConfig
@@ -108,6 +109,8 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
     """Raises a ConfigError for keys that work in one process only."""
+    if cfg.draft is not None and cfg.draft.own_text:
+        raise ConfigError(f"draft.own_text: {cfg.draft.own_text} works with one process. Set draft.own_text=0")
     base = cfg.model.get("base") or cfg.model.section
     if replicate > 1 and base.get("quantize_base", "qlora" in base.get("_component_", "")):
         raise ConfigError(
@@ -171,7 +174,7 @@ def rank_zero_first():
     wait_for_all()  # the others' turn may take as long
 
 
-def checkpoint_layers(model: LayerSkipDecoder, every: int) -> None:
+def checkpoint_layers(model: LayerSkipDecoder | Draft, every: int) -> None:
     """Activation checkpointing of each `every`-th layer (0: none): the backward pass computes its activations again."""
     for layer in range(every - 1, len(model.layers), every) if every else ():
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
@@ -182,7 +185,7 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> None:
+def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
     """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
 
     Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
@@ -191,12 +194,14 @@ def shard_model(model: LayerSkipDecoder, cfg: FinetuneConfig, mesh: Mesh) -> Non
         model: changed in place.
         cfg: the config.
         mesh: of several processes.
+        checkpoint_every: of how many layers one's activations are computed again, see `checkpoint_layers`.
     """
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)
         assert plan is not None  # see `check_processes`
+        assert isinstance(model, LayerSkipDecoder)  # a draft is sharded only
         parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
-    checkpoint_layers(model, cfg.checkpoint_every_layers)
+    checkpoint_layers(model, checkpoint_every)
     if mesh.devices is not None and mesh.data_size > 1:
         named = cfg.custom_sharded_layers or []
         training.shard_model(
@@ -216,7 +221,11 @@ def reshard(model: nn.Module) -> None:
 
 
 def load_from_rank0(
-    model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool
+    model: LayerSkipDecoder | Draft,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool,
 ) -> None:
     """Give each rank its part of rank 0's weights, tensor by tensor.
 
@@ -228,8 +237,9 @@ def load_from_rank0(
     """
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
-            if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
-                module.rope_init()
+            rope_init: Any = getattr(module, "rope_init", None)
+            if rope_init is not None:  # its buffers are in no checkpoint
+                rope_init()
     wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
@@ -245,7 +255,7 @@ def is_packed(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, NF4Tensor) or isinstance(getattr(parameter, "_local_tensor", None), NF4Tensor)
 
 
-def _load_packed(model: LayerSkipDecoder, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
+def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
     """`load_from_rank0` where weights are NF4: every rank packs the whole tensor and keeps its part."""
     for name, own in model.state_dict().items():
         value = state[name].to(device=device, dtype=dtype) if is_rank_zero() else None

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from torch import nn
 from torchtune import config, training, utils
 from torchtune.modules import common_utils
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
+from layerskip_recipes.checkpoint.drafts import describe
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -35,6 +37,9 @@ from layerskip_recipes.processes import (
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.draft.loss import DraftLoss
+from layerskip_recipes.training.draft.own_text import OwnText
+from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
@@ -98,7 +103,8 @@ class LayerSkipFinetune:
         cfg = self.cfg
         if is_rank_zero():
             config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
-        self.loss, self.mesh = cfg.exit_loss, make_mesh(cfg, self.device)
+        self.loss: EarlyExitLoss | DraftLoss = cfg.exit_loss
+        self.mesh = make_mesh(cfg, self.device)
         with rank_zero_first():
             tokenizer = self._setup_data()
         self._warned_of_empty_step = not is_rank_zero()
@@ -115,7 +121,7 @@ class LayerSkipFinetune:
         self.log = RunLog(cfg, self.total_steps)
         self._setup_model()
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
-        self.optimizers = Optimizers(cfg, self.model, optimizer, self.total_steps, self.step)
+        self.optimizers = Optimizers(cfg, self.trained, optimizer, self.total_steps, self.step)
         self._setup_profiler()
         if state:
             self._restore(state)
@@ -130,16 +136,26 @@ class LayerSkipFinetune:
         check_vocabulary(tokenizer, cfg.meta_model)
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
+        self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         self.total_steps = self.data.total_steps
         return tokenizer
 
     def _setup_model(self) -> None:
         cfg = self.cfg
-        weights, adapters = self.checkpoints.load_weights(cfg.meta_model)
+        weights, trained = self.checkpoints.load_weights(cfg.meta_model)
         if weights is None and is_rank_zero():
             log.info("No weights to begin with: training from scratch.")
-        self.model = build_model(cfg, self.device, self.mesh, weights, adapters, self.seed)
+        self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
+        self.own_text: OwnText | None = None
+        self.trained: nn.Module = self.model if self.draft is None else self.draft
+        if cfg.draft is not None and self.draft is not None:
+            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index)
+            self.base = self.checkpoints.base(weights)
+            if cfg.draft.own_text:
+                how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
+                resumes = self.checkpoints.resumed_from is not None
+                self.own_text = OwnText(*how, self.output_dir / "own_text.jsonl", resumes)
         self.model.layer_dropout = cfg.build_layer_dropout(self.seed) or self.model.layer_dropout
         if self.model.layer_dropout is not None:
             # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
@@ -197,8 +213,12 @@ class LayerSkipFinetune:
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
         tokens, total, per_exit = 0, torch.zeros((), device=self.device), dict[int, Any]()
-        for _ in range(self.cfg.gradient_accumulation_steps):
-            count, loss, exits = self._forward(next(batches))
+        for part in range(self.cfg.gradient_accumulation_steps):
+            batch = next(batches)
+            if self.own_text is not None:
+                number = self.step * self.cfg.gradient_accumulation_steps + part
+                batch = self.own_text.batch(number, self.model) or batch
+            count, loss, exits = self._forward(batch)
             # Micro-batches weigh by their tokens. An optimizer in backward has a single one, whose loss is a mean
             # already: over the ranks, which FSDP averages, it weighs by its part of all tokens.
             weight: Any = count
@@ -218,9 +238,9 @@ class LayerSkipFinetune:
         metrics: dict[str, Any] = {}
         norm = torch.zeros((), device=self.device)
         if not in_backward:
-            training.scale_grads(self.model, self.mesh.data_size / of_all)
+            training.scale_grads(self.trained, self.mesh.data_size / of_all)
             clip = self.cfg.clip_grad_norm
-            norm = clip_gradients(self.model, math.inf if clip is None else float(clip))
+            norm = clip_gradients(self.trained, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
         self._check_sums(sums[0], sums[1], norm)
         self.optimizers.step()
@@ -230,9 +250,11 @@ class LayerSkipFinetune:
         self.profiler.step()
         if self.step % self.cfg.log_every_n_steps == 0:
             loss, *of_exits = (sums[1:] / of_all).tolist()
-            metrics |= {"loss": loss, "loss_final": of_exits[-1]}
-            metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
-            metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
+            metrics["loss"] = loss
+            if self.draft is None:
+                metrics["loss_final"] = of_exits[-1]
+                metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
+                metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
             # Tensor-parallel ranks see the same samples: count them once.
             speed = tokens / self.mesh.tensor / (time.perf_counter() - started)
             metrics["tokens_per_second_per_gpu"] = speed
@@ -249,6 +271,8 @@ class LayerSkipFinetune:
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         with self.offloading:
+            if isinstance(self.loss, DraftLoss):
+                return len(counted), self.loss(self.model, tokens, labels, **batch), {}
             loss, exits = self.loss(self.model, tokens, labels, step=self.step, total_steps=self.total_steps, **batch)
         return len(counted), loss, exits
 
@@ -258,10 +282,9 @@ class LayerSkipFinetune:
         if self.cfg.log_peak_memory_stats and self.device.type in ("cuda", "xpu"):
             metrics |= training.get_memory_stats(device=self.device)
         self.log.write(metrics, self.step)
-        self.progress.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, final {metrics['loss_final']:.3f}, "
-            f"{metrics['tokens_per_second_per_gpu']:.0f} tok/s"
-        )
+        final = f"final {metrics['loss_final']:.3f}, " if "loss_final" in metrics else ""
+        speed = metrics["tokens_per_second_per_gpu"]
+        self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Stop before weights become NaN (an optimizer in backward has moved them already), and warn once of a step
@@ -290,7 +313,7 @@ class LayerSkipFinetune:
 
     def _validate(self) -> None:
         if self.validation.on:
-            self.log.write(self.validation.measure(self.model, self.device, self.step), self.step)
+            self.log.write(self.validation.measure(self.model, self.device, self.step, self.draft), self.step)
 
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint; on all ranks."""
@@ -300,7 +323,7 @@ class LayerSkipFinetune:
             self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, exits)
         else:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
-            contents = checkpoint_contents(self.model, self.cfg.meta_model, self.device, adapters_only)
+            contents = checkpoint_contents(self.trained, self.cfg.meta_model, self.device, adapters_only)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, exits)
             wait_for_all()
@@ -308,7 +331,9 @@ class LayerSkipFinetune:
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
     def _trained_exits(self) -> dict[str, Any]:
-        """The content of layerskip.json: which exits are trained, and how."""
+        """The content of layerskip.json: which exits are trained, or which draft, and how."""
+        if isinstance(self.loss, DraftLoss):
+            return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
         cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
         return {
             "format": 1,
@@ -326,7 +351,7 @@ class LayerSkipFinetune:
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights that are trained, to be written or filled in place."""
-        return adapter_parameters(self.model, self.cfg.meta_model) or self.model.state_dict()
+        return adapter_parameters(self.model, self.cfg.meta_model) or self.trained.state_dict()
 
     def _state(self) -> dict[str, Any]:
         """The state of a run beside weights and optimizer; data and curriculum follow from seed and step."""

@@ -26,10 +26,11 @@ SAME_KEYS = {
     "shuffle",
     "layer_dropout",
     "early_exit_loss",
+    "draft",
     "loss",
     "optimizer_in_bwd",
 }
-FREE_SETTINGS = {"early_exit_loss": "chunk_tokens", "loss": "num_output_chunks"}
+FREE_SETTINGS = {"early_exit_loss": "chunk_tokens", "draft": "chunk_tokens", "loss": "num_output_chunks"}
 STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
 
@@ -41,7 +42,9 @@ class RunLog:
         self._logger = None
         if is_rank_zero():
             self._logger = cfg.metric_logger.build()
-            extra = {"versions": versions(), "curriculum": curriculum(cfg.exit_loss, cfg.num_layers, total_steps)}
+            extra: dict[str, Any] = {"versions": versions()}
+            if cfg.draft is None:
+                extra["curriculum"] = curriculum(cfg.exit_loss, cfg.num_layers, total_steps)
             logged: Any = OmegaConf.to_container(cfg.source)
             self._logger.log_config(OmegaConf.create(logged | extra))
 
@@ -86,7 +89,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     if len(cfg.dataset) == 1:
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
-    if adapter_names(cfg.meta_model):  # adapters belong to the weights that they were trained on
+    if adapter_names(cfg.meta_model) or cfg.draft:  # both belong to the weights that they were trained on
         fingerprint["checkpointer.checkpoint_dir"] = cfg.given_folder
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another one cannot use its state
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)

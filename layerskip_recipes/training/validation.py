@@ -11,6 +11,7 @@ from tqdm import tqdm
 from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
@@ -53,7 +54,7 @@ class Validation:
         self.first: float | None = None  # the last layer's loss at the start
         if cfg.dataset_val is None:
             return
-        self.exits = cfg.validated_exits
+        self.exits = [0, cfg.num_layers] if cfg.draft else cfg.validated_exits
         indexed, collate = load_data(cfg.dataset_val, cfg.collate_fn, tokenizer, cfg.meta_model, device)
         if len(indexed) < mesh.data_size:
             raise ConfigError(f"dataset_val: {len(indexed)} samples are fewer than the {mesh.data_size} ranks")
@@ -75,19 +76,23 @@ class Validation:
         """Whether to measure after optimizer step `step` (from 1)."""
         return self.on and self.every is not None and step % self.every == 0
 
-    def measure(self, model: LayerSkipDecoder, device: torch.device, step: int) -> dict[str, float]:
-        """Quality of each exit, and a warning if the last layer became worse than at the start by the margin.
+    def measure(
+        self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
+    ) -> dict[str, float]:
+        """Quality of each exit, or of the draft; a warning if the last layer became worse by the margin.
 
         Returns:
-            val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final.
+            val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final. Of a draft
+            val_loss_draft, val_agreement_draft and val_accepted_length_draft, the tokens accepted of six.
         """
+        trains = model.training
         model.eval()
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
-        quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val")
+        quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val", draft=draft)
         batches.close()
         reshard(model)
-        model.train()
+        model.train(trains)
         final = quality[self.exits[-1]]["loss"]
         assert final is not None
         first = self.first = final if self.first is None else self.first
@@ -97,7 +102,12 @@ class Validation:
                 f"start ({first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
                 "layer_dropout.prob or lr keeps the last layer"
             )
-        named: dict[str, Any] = {
+        if draft is not None:
+            named: dict[str, Any] = {f"val_{what}_draft": quality[0][what] for what in ("loss", "agreement")}
+            if quality[0]["accepted_length"] is not None:
+                named["val_accepted_length_draft"] = quality[0]["accepted_length"]
+            return named | {"val_loss_final": final}
+        named = {
             f"val_{what}_exit_{e}": quality[e][what] for e in self.exits for what in ("loss", "perplexity", "agreement")
         }
         return named | {"val_loss_final": final}

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.configs import finetune_config, make_checkpoint
-from helpers.training import train
+from helpers.training import start_section, train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.export import export, first_layers
+from layerskip_recipes.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
 load = transformers.AutoModelForCausalLM.from_pretrained
@@ -187,3 +188,30 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(out.parent.iterdir()) == []
     assert load(export(str(checkpoint), str(out))).config.num_hidden_layers == 4
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("form", ["torchtune", "hf"])
+@pytest.mark.parametrize("kind", ["copy", "adapter"])
+def test_a_trained_draft_is_a_model_of_its_own(kind, form, checkpoint, tmp_path, tokenizer_folder):
+    """It says what the draft says; a base that has changed since is refused."""
+    section = {"kind": kind, "exit_layer": 2}
+    changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
+    if form == "hf":
+        path = {"path": str(checkpoint)}
+        changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", **path}
+        changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", **path}
+    recipe = train(finetune_config(tmp_path, tokenizer_folder, draft=section, **changes))
+    folder = str(tmp_path / "out" / "epoch_0")
+    out = export(folder, str(tmp_path / "draft"), draft=0)
+    model = load(out)
+    assert model.config.num_hidden_layers == (2 if kind == "copy" else 3)
+    with torch.no_grad():
+        expected = recipe.draft.decoder(recipe.model)(TOKENS)
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    for arguments in ({"draft": 1}, {"draft": None}, {"exit_layer": 2}):
+        with pytest.raises(ConfigError, match="a trained draft"):
+            export(folder, str(tmp_path / "other"), **arguments)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, checkpoint / "model.safetensors")
+    with pytest.raises(ConfigError, match="whose weights have changed since"):
+        export(folder, str(tmp_path / "other"), draft=0)

@@ -240,7 +240,7 @@ def test_the_exits_of_a_step(name):
     """The last layer is on at every step, with it 2 to 8 exits are, and within one rotation each exit has its turn."""
     section = merged(name).get("early_exit_loss")
     if section is None:
-        assert name in ("related/layerdrop_llama2_7B", "related/pld_scratch")
+        assert name in ("related/layerdrop_llama2_7B", "related/pld_scratch") or "draft" in merged(name)
         return
     section = OmegaConf.to_container(section, resolve=True)
     layers = len(on_meta(name).layers)

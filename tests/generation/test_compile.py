@@ -145,7 +145,7 @@ def test_compiled_steps_use_products_of_few_rows(small):
 def test_a_quantised_draft_multiplies_int8_as_it_is_stored(small, version):
     """The layer and the head that draft: no product of a whole matrix in fp32 is left, and the text is the model's."""
     quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig", "version": version}
-    drafter = quantised_drafter(small, 1, Component(quantizer, "quantizer"))
+    drafter = quantised_drafter(small, range(1), Component(quantizer, "quantizer"))
     speculation = Speculation(1, 2, drafter=drafter)
     expected = [plain(small, prompt, 12) for prompt in SHORT]
     run(small, SHORT, 12, speculation=speculation)
@@ -163,7 +163,7 @@ def test_a_quantised_draft_has_no_tables_of_its_own(small):
     """That of the positions is as long as the context; the model's weights stay as they are."""
     before = {name: value.clone() for name, value in small.state_dict().items()}
     quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
-    drafter = quantised_drafter(small, 2, quantizer)
+    drafter = quantised_drafter(small, range(2), quantizer)
     for layer, source in zip(drafter.layers, small.layers, strict=True):
         assert layer.attn.pos_embeddings is source.attn.pos_embeddings
         assert layer.attn.q_proj is not source.attn.q_proj and type(layer.attn.q_proj.weight) is not torch.nn.Parameter

@@ -61,7 +61,7 @@ def test_cuda_graphs_of_one_row_and_other_lengths(way, dtype):
 def test_cuda_graphs_of_a_quantised_draft():
     model, reference = make_small().cuda(), make_small()
     quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
-    drafter = quantised_drafter(model, 1, quantizer, with_head=True)
+    drafter = quantised_drafter(model, range(1), quantizer, with_head=True)
     for prompts in (SHORT[:1], SHORT, LONGER):
         generation = run(model, prompts, 30, speculation=Speculation(1, 2, drafter=drafter))
         assert generation.generated == [plain(reference, prompt, 30) for prompt in prompts]

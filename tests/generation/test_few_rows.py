@@ -52,8 +52,8 @@ def test_products_of_few_rows(n, k, dtype):
 
 
 def test_which_products_of_a_graph_are_of_few_rows():
-    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32, bf16 or int8, with a bias or
-    without. In bf16 the sum is rounded once, at the end."""
+    """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, in fp32, bf16 or int8, with a bias
+    or without. In bf16 the sum is rounded once, at the end."""
     load_kernel()
     x, w, bias = torch.randn(7, 16), torch.randn(5, 16), torch.randn(5)
     int8 = torch.arange(-40, 40, dtype=torch.int8).view(5, 16)

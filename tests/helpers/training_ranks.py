@@ -95,7 +95,7 @@ def sharded(family, keys, lora=False, dtype=torch.float32):
     freeze_base(model)
     cfg = FinetuneConfig.model_construct(device="cpu", **keys)
     mesh = parallel.Mesh(parallel.init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("replicate", "shard", "t")), 1, 2)
-    parallel.shard_model(model, cfg, mesh)
+    parallel.shard_model(model, cfg, mesh, cfg.checkpoint_every_layers)
     parallel.load_from_rank0(model, weights, CPU, dtype, offload=False)
     return model.train()
 

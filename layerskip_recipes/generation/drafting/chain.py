@@ -101,7 +101,8 @@ def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise
     """A token, its x_E, the scores that it was chosen by, its place among them, and `seen` with it."""
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
-    scores = context.draft_scores(x, None if seen is None else seen[:, None])[:, -1]
+    h = context.read_by_draft(x, at, slots)
+    scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
     place = context.sampler.choose(scores, noise)
     token = context.in_full_vocabulary(place)
     return token, x, scores, place, None if seen is None else seen.scatter(1, token[:, None], True)
@@ -117,10 +118,14 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     -> [b, n + 1, v].
     """
     model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
-    if hidden is None or not context.shares_layers:
+    if not context.own_layers and (hidden is None or not context.shares_layers):
         return context.run(model, tokens, at, slots)
-    x = context.run(model, tokens[:, -1:], at[:, -1:], slots, exit_layer=exit_layer, unembed=False)
-    return context.run(model, None, at, slots, hidden=torch.cat([hidden, x], 1), start_layer=exit_layer)
+    unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
+    x = context.catch_up(exit_layer, tokens[:, unread], at[:, unread], slots)
+    if not context.shares_layers:
+        return context.run(model, tokens, at, slots)
+    x = x if hidden is None else torch.cat([hidden, x], 1)
+    return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer)
 
 
 def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen):

@@ -11,6 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torchtune.modules import TiedLinear, TransformerDecoder
 
+from layerskip_recipes.checkpoint.drafts import read_description, read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
@@ -23,8 +24,12 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
-    exit_layer: Annotated[ExitLayer, Field(examples=[8])]
-    """E: the number of layers that run for a draft, 1 to L; null, where no exit is trained, drafts nothing."""
+    exit_layer: Annotated[ExitLayer, Field(examples=[8])] | None = None
+    """E: the number of layers that run for a draft, 1 to L; null is that of `draft`, and without one, as where no exit
+    is trained, drafts nothing."""
+    draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
+    """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
+    drafts in place of the model's early layers."""
     num_speculations: Annotated[PositiveInt, Field(examples=[6])]
     """Tokens drafted in a round; of a draft tree its depth."""
     tree_width: PositiveInt = 1
@@ -50,6 +55,16 @@ class SelfSpeculation(Section):
             model: the decoder, on any device.
             key: of the section, for messages.
         """
+        if self.draft is None and self.exit_layer is None:
+            raise ConfigError(
+                f"{key}.exit_layer: missing. Allowed: an integer, the exit that drafts, or {key}.draft, a trained "
+                f"draft's folder; for example {key}.exit_layer=8"
+            )
+        if self.draft is not None and self.exit_layer is not None:
+            raise ConfigError(
+                f"{key}.exit_layer: {self.exit_layer} is set beside draft, which has its own. Set "
+                f"{key}.exit_layer=null or {key}.draft=null"
+            )
         vocabulary, file = self.draft_vocabulary, self.draft_vocabulary_file
         if file is not None and not isinstance(vocabulary, int):
             raise ConfigError(
@@ -62,10 +77,11 @@ class SelfSpeculation(Section):
 
     def _speculation(self, vocabulary: Any, key: str, drafter: LayerSkipDecoder | None = None) -> Speculation:
         plain = ("exit_layer", "num_speculations", "tree_width", "tree_children", "threshold", "prompt_lookup")
+        settings = {name: getattr(self, name) for name in plain}
+        if self.exit_layer is None:
+            settings["exit_layer"] = 1  # that of `draft` is not read yet, see `with_vocabulary`
         try:
-            return Speculation(
-                **{name: getattr(self, name) for name in plain}, draft_vocabulary=vocabulary, drafter=drafter
-            )
+            return Speculation(**settings, draft_vocabulary=vocabulary, drafter=drafter)
         except ConfigError as e:
             # The message names arguments of Speculation, and suggests values for them.
             raise ConfigError(re.sub(rf"(?<![\w.])({'|'.join(plain)})(?=[:=])", rf"{key}.\1", str(e))) from e
@@ -86,7 +102,7 @@ class SelfSpeculation(Section):
         prompts: Sequence[Sequence[int]],
         key: str = "self_speculation",
     ) -> "SelfSpeculation":
-        """The section with the ids of the draft vocabulary in place of their number.
+        """The section with the exit of `draft`, and with the ids of the draft vocabulary in place of their number.
 
         Args:
             model: the decoder, on any device.
@@ -95,8 +111,12 @@ class SelfSpeculation(Section):
             key: of the section, for messages.
 
         Raises:
-            ConfigError: if there are too few for the tree.
+            ConfigError: if there are too few for the tree, or the folder of `draft` holds none.
         """
+        if self.draft is not None and self.exit_layer is None:
+            exit_layer = read_description(self.draft, f"{key}.draft")["exit_layer"]
+            read = self.model_copy(update={"exit_layer": exit_layer})
+            return read.with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self
         texts = prompts
@@ -112,20 +132,24 @@ class SelfSpeculation(Section):
         """The speculation, with quantised layers if the section asks for them.
 
         Args:
-            model: with its weights; the draft vocabulary is ids by now, see `with_vocabulary`.
+            model: with its weights; exit and draft vocabulary are known by now, see `with_vocabulary`.
             key: of the section, for messages.
 
         Raises:
-            ConfigError: if the quantizer does not work on this device.
+            ConfigError: if the quantizer does not work on this device, or the draft is not this model's.
         """
-        drafter = None
+        drafter, layers = None, range(self.exit_layer or 0)
+        if self.draft is not None:
+            drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
+            layers = drafter.own_layers
         if self.draft_quantizer is not None:
-            drafter = quantised_drafter(model, self.exit_layer, self.draft_quantizer, self.draft_vocabulary is None)
+            drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, self.draft_vocabulary is None)
         return self._speculation(self.draft_vocabulary, key, drafter)
 
 
 def _off_without_exit(value: Any) -> Any:
-    return None if isinstance(value, Mapping) and value.get("exit_layer", ...) is None else value
+    off = isinstance(value, Mapping) and value.get("exit_layer", ...) is None and value.get("draft") is None
+    return None if off else value
 
 
 OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
@@ -151,6 +175,11 @@ def check_draft_fits(
             f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
             "self_speculation.draft_vocabulary=null"
         )
+    if section.draft is not None and quantizer is not None:
+        raise ConfigError(
+            "self_speculation.draft: belongs to the model as it was trained for, whose weights quantizer changes. Set "
+            "quantizer=null; draft_quantizer quantises the draft"
+        )
     if section.draft_quantizer is not None and quantizer is not None:
         raise ConfigError(
             "self_speculation.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
@@ -159,13 +188,13 @@ def check_draft_fits(
 
 
 def quantised_drafter(
-    model: LayerSkipDecoder, depth: int, quantizer: Component, with_head: bool = True
+    model: LayerSkipDecoder, layers: range, quantizer: Component, with_head: bool = True
 ) -> LayerSkipDecoder:
-    """A decoder whose first layers and head are quantised copies of the model's; all else is the model's own.
+    """A decoder some of whose layers, and whose head, are quantised copies of the model's; all else is the model's own.
 
     Args:
-        model: the model, left as it is.
-        depth: the exit that drafts.
+        model: the model or a draft's decoder, left as it is.
+        layers: to quantise; those above are left out.
         quantizer: as for `quantise`.
         with_head: False leaves the head, as where drafts have one of their own.
 
@@ -174,13 +203,13 @@ def quantised_drafter(
     """
     # The table of positions is one for all layers, and for a long context as large as a layer in int8: share it.
     shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
-    parts = [copy.deepcopy(layer, dict(shared)) for layer in model.layers[:depth]]
+    parts = [copy.deepcopy(model.layers[layer], dict(shared)) for layer in layers]
     if with_head:
         parts.append(linear_head(model))
     drafter = copy.copy(model)
     drafter._modules = dict(model._modules)  # a plain copy would share the registry of modules with the model
     packed = quantise(torch.nn.ModuleList(parts), quantizer)
-    drafter.layers = packed[:depth]
+    drafter.layers = torch.nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]])
     if with_head:
-        drafter.output = packed[depth]
+        drafter.output = packed[len(layers)]
     return drafter

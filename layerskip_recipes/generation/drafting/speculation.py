@@ -87,6 +87,9 @@ Speculation.__init__ = checked_arguments()(Speculation.__init__)  # type: ignore
 
 def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_layer: int, prefix: str = "") -> None:
     """Raises a ConfigError unless a drafter has the layers to draft, and the caches and tokens of the model."""
+    own = getattr(drafter, "own_layers", range(0))
+    if own and exit_layer != (own.start or own.stop):
+        raise ConfigError(f"{prefix}exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
     if len(drafter.layers) < exit_layer:
         raise ConfigError(f"{prefix}exit_layer: {exit_layer} is more than the drafter's layers")
     if len(drafter.layers) > model.num_layers:

@@ -76,18 +76,14 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
         width, drawn = frontier.shape[1], tree.candidates(level)
         first = tree.offsets[level - 1]
         on_path = ancestors[-1][:, :width]
-        x = context.run(
-            context.draft_model,
-            frontier,
-            start[:, None] + first + count[:width],
-            slots,
-            exit_layer=exit_layer,
-            unembed=False,
-            positions=(start + level - 1)[:, None].expand(-1, width),
-            mask=visible_tree(slots, start, on_path, context.dtype),
-        )
+        at = start[:, None] + first + count[:width]
+        attention = {
+            "positions": (start + level - 1)[:, None].expand(-1, width),
+            "mask": visible_tree(slots, start, on_path, context.dtype),
+        }
+        x = context.run(context.draft_model, frontier, at, slots, exit_layer=exit_layer, unembed=False, **attention)
         hidden.append(x)
-        scores = context.draft_scores(x, path_seen)
+        scores = context.draft_scores(context.read_by_draft(x, at, slots, **attention), path_seen)
         if noise is None:
             values, candidates = scores.log_softmax(-1).topk(drawn, -1)
         else:
@@ -134,10 +130,11 @@ def tree_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, an
     model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     positions = start[:, None] + levels
     mask = visible_tree(slots, start, ancestors, context.dtype)
+    if context.shares_layers or context.own_layers:
+        of_leaves = {"positions": positions[:, leaves], "mask": mask[:, leaves]}
+        x = context.catch_up(exit_layer, tokens[:, leaves], at[:, leaves], slots, **of_leaves)
     if not context.shares_layers:
         return context.run(model, tokens, at, slots, positions=positions, mask=mask)
-    of_leaves = {"positions": positions[:, leaves], "mask": mask[:, leaves]}
-    x = context.run(model, tokens[:, leaves], at[:, leaves], slots, exit_layer=exit_layer, unembed=False, **of_leaves)
     x = torch.cat([hidden, x], 1)[:, order]
     return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, positions=positions, mask=mask)
 

@@ -69,19 +69,19 @@ class CompiledSteps:
         self.failed = False  # nothing can be compiled here
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
-        self._caches: dict[int, DecodingCache] = {}
+        self._caches: dict[tuple[int, int], DecodingCache] = {}
 
-    def cache(self, model: LayerSkipDecoder, rows: int, max_len: int) -> DecodingCache:
-        """A cache of at least max_len slots: the last one of as many rows if it is large enough.
+    def cache(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
+        """A cache of at least max_len slots: the last one of as many rows and layers if it is large enough.
 
         Two sizes are kept, such as those of full batches and of the last one; on a GPU eight, as CUDA graphs depend on
         their memory and would be made again for others.
         """
-        kept = self._caches.pop(rows, None)
+        kept = self._caches.pop((rows, draft_layers), None)
         if kept is None or kept.max_len < max_len:
-            kept = DecodingCache(model, rows, max_len, self.device)
+            kept = DecodingCache(model, rows, max_len, self.device, draft_layers)
         others = [*self._caches.items()]
-        self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {rows: kept}
+        self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {(rows, draft_layers): kept}
         kept.tokens = [[] for _ in range(rows)]
         return kept
 

@@ -38,8 +38,8 @@ def load_kernel() -> None:
 
     `linear`, `linear2` and `linear3` take x [m, k] in fp32 and one to three weights [n_i, k] in fp32, bf16 or int8, k a
     multiple of VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..] in fp32. `attention` takes q
-    [b, h, s, d] in fp32, k and v [b, h, slots, d] in fp32 or bf16, a mask to be added [b or 1, 1, s, slots] and the scale
-    of the scores; the result is in fp32. All sums are taken in fp32.
+    [b, h, s, d] in fp32, k and v [b, h, slots, d] in fp32 or bf16, a mask to be added [b or 1, 1, s, slots] and the
+    scale of the scores; the result is in fp32. All sums are taken in fp32.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -58,7 +58,8 @@ def load_kernel() -> None:
 
 class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight as
-    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only: its scales are multiplied afterwards).
+    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only: its scales are multiplied
+    afterwards).
 
     The kernels take and give fp32; in a graph of bf16 inductor fuses the conversions with the operations around them.
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
@@ -154,8 +155,9 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node, wide: dict[Any, torch.fx
     if any(user.users for user in node.users if user is not output):  # its second result, for gradients
         return
     with graph.inserting_before(node):
-        query, mask = _in_fp32(graph, node.args[0], wide), _in_fp32(graph, mask, wide)
-        inputs = (query, *node.args[1:], mask, width**-0.5 if scale is None else scale)
+        query, *keys_and_values = node.args
+        wide_query, wide_mask = (_in_fp32(graph, part, wide) for part in (query, mask))  # type: ignore[arg-type]
+        inputs = (wide_query, *keys_and_values, wide_mask, width**-0.5 if scale is None else scale)
         ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
         ours.meta["val"] = output.meta["val"].float()
         _replace(graph, output, ours)

@@ -1,0 +1,122 @@
+"""A draft for a model that stays as it is: its section and its loss.
+
+Only the draft (model/draft.py) is trained. The model, its teacher, runs forward without activations kept for it.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torchtune.modules import TransformerDecoder
+
+from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft, Kind
+from layerskip_recipes.model.head import Head
+from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
+
+
+class DraftSection(Section):
+    """A draft for a model that stays as it is, in place of `layer_dropout` and `early_exit_loss`."""
+
+    exit_layer: Annotated[PositiveInt, Field(examples=[6])]
+    """E: the draft is a copy of the first E layers, or goes on from the hidden state after them."""
+    kind: Kind = "copy"
+    """`copy` trains a copy of the first E layers, `adapter` new layers on the model's own E ones; both with a norm of
+    their own in front of the model's head."""
+    num_layers: PositiveInt | None = None
+    """Layers of an adapter, 1 by default."""
+    target: Literal["distribution", "argmax", "labels"] = "distribution"
+    """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
+    own_text: Fraction = 0.0
+    """The part of the micro-batches that are continuations by the model itself. They are written in batches of 32 when
+    they are needed, and kept in own_text.jsonl in `output_dir`."""
+    own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
+    """The temperature of these texts; 0 is greedy."""
+    chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
+    """The most tokens whose logits exist at a time."""
+
+    def check_against(self, model: TransformerDecoder) -> None:
+        """Raises a ConfigError if the draft does not fit a model, on any device."""
+        most = len(model.layers) - 1
+        if self.exit_layer > most:
+            raise ConfigError(
+                f"draft.exit_layer: {self.exit_layer} leaves nothing to save. Allowed: 1..{most}; for example "
+                f"draft.exit_layer={max(len(model.layers) // 4, 1)}"
+            )
+        if self.kind == "copy" and self.num_layers is not None:
+            raise ConfigError(
+                f"draft.num_layers: {self.num_layers} is for draft.kind=adapter; a copy has exit_layer layers. "
+                "Set draft.num_layers=null"
+            )
+        if self.num_layers is not None and self.num_layers > len(model.layers):
+            raise ConfigError(
+                f"draft.num_layers: {self.num_layers} is more than the model has. Allowed: 1..{len(model.layers)}; "
+                "for example draft.num_layers=1"
+            )
+
+    def build(self, model: LayerSkipDecoder) -> Draft:
+        """The draft, with copies of the model's weights."""
+        return Draft(model, self.kind, self.exit_layer, self.num_layers or 1)
+
+
+class DraftLoss:
+    """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q, both of the same head.
+
+    It takes the place of `EarlyExitLoss`. Only the logits of one chunk of tokens exist at a time.
+
+    Args:
+        section: what the draft learns.
+        draft: as it is trained, which may be sharded.
+        ignore_index: the label of tokens without a loss.
+    """
+
+    def __init__(self, section: DraftSection, draft: Draft, ignore_index: int = -100) -> None:
+        self.section, self.draft, self.ignore_index = section, draft, ignore_index
+        self.chunk_loss: ChunkLoss = token_loss_
+
+    def compile(self) -> None:
+        """Compile the computation on the logits of a chunk."""
+        self.chunk_loss = torch.compile(token_loss_, dynamic=True)
+
+    def __call__(
+        self,
+        model: LayerSkipDecoder,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        counted: torch.Tensor,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """The mean loss of one batch over the labels that count.
+
+        Args:
+            model: the frozen decoder, in eval mode.
+            tokens: [b, s].
+            labels: [b, s], already shifted.
+            counted: [n], the indices in labels.flatten() of the labels with a loss.
+            **inputs: mask, input_pos, ... of the decoder.
+        """
+        target = self.section.target
+        x, last = self.draft.hidden_states(model, tokens, to_end=target != "labels", **inputs)
+        final = last.flatten(0, 1)
+        head = Head(model, norm=nn.Identity())  # both states are normed already
+
+        def teacher(rows: Any) -> torch.Tensor:
+            logits = head.unembed(final[rows])
+            return logits if target == "distribution" else logits.argmax(-1)
+
+        total, _ = exit_losses(
+            head,
+            [x],
+            [1.0],
+            labels.reshape(-1),
+            counted,
+            self.chunk_loss,
+            self.section.chunk_tokens,
+            teacher=None if target == "labels" else teacher,
+            taught=1,
+        )
+        return total

@@ -1,0 +1,106 @@
+"""OwnText: continuations that the model itself writes, in place of a part of a draft's training batches.
+
+A draft is accepted where it says what the model says, and the model says other things than its data.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.training.batches import TrainingData
+
+ROWS = 32  # texts that are written together
+
+
+class OwnText:
+    """Batches of the model's own text, written when they are needed and kept in a file.
+
+    The texts follow from the seed and their number, so that a resumed run, which reads the file, goes on alike.
+
+    Args:
+        share: of the micro-batches that are own text.
+        temperature: of the texts.
+        data: whose samples the texts begin like: with the part without labels, or else with the first quarter.
+        stop_tokens: that end a text.
+        file: where the texts are kept, a JSON line for each.
+        resumes: go on with the texts of the file.
+    """
+
+    def __init__(
+        self, share: float, temperature: float, data: TrainingData, stop_tokens: list[int], file: Path, resumes: bool
+    ) -> None:
+        self.share, self.temperature, self.data, self.stop_tokens = share, temperature, data, stop_tokens
+        self.file = file
+        # A killed run may have left a part of its last group, and of a line.
+        lines = file.read_text().split("\n")[:-1] if resumes and file.exists() else []
+        lines = lines[: len(lines) // ROWS * ROWS]
+        self.texts = [json.loads(line) for line in lines]
+        self._keep(self.texts, "w")
+        self.order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(data.seed)).tolist()
+
+    def batch(self, number: int, model: LayerSkipDecoder) -> dict[str, torch.Tensor] | None:
+        """The own text in place of a micro-batch of data; None where the data stays.
+
+        Args:
+            number: of the micro-batch, from the run's first on.
+            model: writes the texts that are still missing.
+        """
+        before, after = int(number * self.share), int((number + 1) * self.share)
+        if before == after:
+            return None
+        size = self.data.batch_size
+        while len(self.texts) < (before + 1) * size:
+            self._write(model)
+        texts = self.texts[before * size : (before + 1) * size]
+        width = max(len(text["tokens"]) for text in texts)
+        tokens = torch.zeros(size, width, dtype=torch.long)
+        labels = torch.full_like(tokens, CROSS_ENTROPY_IGNORE_IDX)
+        for row, text in enumerate(texts):
+            written = torch.tensor(text["tokens"])
+            tokens[row, : len(written)] = written
+            labels[row, text["prompt"] : len(written)] = written[text["prompt"] :]
+        return {"tokens": tokens, "labels": labels}
+
+    def _write(self, model: LayerSkipDecoder) -> None:
+        """Let the model write the next texts, and append them to the file."""
+        first = len(self.texts)
+        samples = [self.data.dataset[self.order[i % len(self.order)]] for i in range(first, first + ROWS)]
+        prompts = [_beginning(sample) for sample in samples]
+        longest = max(len(sample["tokens"]) for sample in samples)
+        limit = min(longest - min(map(len, prompts)), model.max_seq_len - max(map(len, prompts)))
+        rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(self.data.seed + first)
+        # Without drafts: in a batch of so many rows they bring nothing.
+        generation = Generation(
+            model,
+            prompts,
+            limit,
+            sampler=Sampler(self.temperature, rng=rng),
+            stop_tokens=self.stop_tokens,
+        )
+        for _ in generation:
+            pass
+        new = [
+            {"prompt": len(prompt), "tokens": (prompt + written)[:longest]}
+            for prompt, written in zip(prompts, generation.generated, strict=True)
+        ]
+        self._keep(new, "a")
+        self.texts += new
+
+    def _keep(self, texts: list[dict[str, Any]], mode: str) -> None:
+        """Write texts to the file: "w" in place of what it holds, "a" behind it."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open(mode) as file:
+            file.write("".join(json.dumps(text) + "\n" for text in texts))
+
+
+def _beginning(sample: dict[str, Any]) -> list[int]:
+    """What a text begins with: the sample's tokens without a label at its start, or else its first quarter."""
+    tokens, labels = (torch.as_tensor(sample[name]).tolist() for name in ("tokens", "labels"))
+    unlabelled = next((i for i, label in enumerate(labels) if label != CROSS_ENTROPY_IGNORE_IDX), 0)
+    return tokens[: unlabelled or max(len(tokens) // 4, 1)]

@@ -1,0 +1,237 @@
+"""Decoding with a trained draft: the text is the model's, and the draft reads all of the text with its own layers."""
+
+import functools
+import json
+
+import pytest
+import torch
+from helpers.compiled import SHORT, compiles, make_small
+from helpers.configs import benchmark_config, generate_config, make_checkpoint
+from helpers.decoding import SMALL, model_of, small_model
+from helpers.sampling import p_value, rng
+from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
+from helpers.tiny import VOCAB
+
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.checkpoint.drafts import describe, read_draft, write_draft
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.model.draft import Draft, weights_hash
+
+KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2, 2)}
+START = (1, 3, 0, 4, 1, 2)
+
+
+@functools.cache
+def draft_of(model, kind, noise=0.05):
+    """A draft that says something else than the model's early layers."""
+    draft = Draft(model, *KINDS[kind])
+    torch.manual_seed(60)
+    for parameter in draft.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0.1
+    return draft.requires_grad_(False).eval()
+
+
+def said_by_draft(model, draft, tokens, count):
+    """The draft's most likely tokens after a text, without a cache."""
+    drafter, tokens = draft.decoder(model), list(tokens)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(drafter(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[-count:]
+
+
+VARIANTS = {
+    "one": {"num_speculations": 1},
+    "chain": {"num_speculations": 4},
+    "threshold": {"num_speculations": 4, "threshold": 0.15},
+    "tree": {"num_speculations": 3, "tree_width": 3, "tree_children": 2},
+    "vocabulary": {"num_speculations": 3, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
+    "look-up": {"num_speculations": 3, "prompt_lookup": 1},
+    "look-up and tree": {"num_speculations": 3, "prompt_lookup": 1, "tree_width": 2, "tree_children": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama3_2", "qwen2", "gemma2"])
+def test_greedy_text_is_the_models(family, kind, variant):
+    """Alone and in a batch of prompts of different lengths."""
+    model = model_of(family)
+    speculation = Speculation(2, **VARIANTS[variant], drafter=draft_of(model, kind).decoder(model))
+    choice = AlwaysLookUp() if "look" in variant else None
+    expected = [plain(model, prompt, 15) for prompt in PROMPTS]
+    generation = run(model, PROMPTS, 15, speculation=speculation, choice=choice)
+    assert generation.generated == expected
+    assert generation.stats.drafted > 0
+    assert run(model, PROMPTS[1:2], 15, speculation=speculation, choice=choice).generated == expected[1:2]
+
+
+@pytest.mark.parametrize("variant", ["chain", "tree", "look-up", "look-up and tree"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_draft_reads_all_of_the_text(kind, variant):
+    """Each drafted token is the one that the draft says without a cache, also after drafts of others."""
+    model = model_of("llama3_2")
+    draft = draft_of(model, kind)
+    drafts = []
+    generation = Generation(
+        model, PROMPTS[1:2], 20, choice=AlwaysLookUp(), on_draft=drafts.append,
+        speculation=Speculation(2, **VARIANTS[variant], drafter=draft.decoder(model)),
+    )  # fmt: skip
+    text, own = list(PROMPTS[1]), 0
+    for number, (new,) in enumerate(list(generation)):
+        if number and (drafted := drafts[number - 1][0]):
+            looked_up = "look" in variant and drafted == search(text, 1, len(drafted))
+            if not looked_up:
+                own += 1
+                assert drafted == said_by_draft(model, draft, text, len(drafted))
+        text += new
+    assert own > (0 if "look" in variant else 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
+    model = model_of("llama3_2")
+    draft = draft_of(model, kind)
+    speculation = Speculation(2, 4, drafter=draft.decoder(model))
+    first = run(model, PROMPTS[2:3], 10, speculation=speculation, reserve=64)
+    text = [*PROMPTS[2], *first.generated[0], 7, 9]
+    drafts = []
+    generation = run(
+        model, [text], 12, speculation=speculation, cache=first.cache, on_draft=drafts.append
+    )  # fmt: skip
+    assert generation.stats.reused_tokens == len(text) - 3  # the last one of the answer was never an input
+    assert generation.generated == [plain(model, tuple(text), 12)]
+    said = said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)
+    assert drafts[0] == [said]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tree", [{}, {"tree_width": 2, "tree_children": 2}])
+def test_samples_have_the_models_distribution(kind, tree):
+    model = small_model()
+    draft = Draft(model, kind, 1)
+    torch.manual_seed(3)
+    for parameter in draft.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    speculation = Speculation(1, 2, **tree, drafter=draft.requires_grad_(False).decoder(model))
+    sampler = Sampler(temperature=1.0, rng=rng(5))
+    rows = torch.tensor(run(model, [START] * 8000, 3, speculation=speculation, sampler=sampler).generated)
+    probs, texts = torch.ones(1), torch.tensor([START])
+    for _ in range(3):
+        with torch.no_grad():
+            probs = (probs[:, None] * model(texts)[:, -1].softmax(-1)).flatten()
+        texts = torch.cat([texts.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(texts))[:, None]], 1)
+    assert p_value(rows @ torch.tensor([SMALL**2, SMALL, 1]), probs) > 1e-3
+
+
+@compiles
+def test_compiled_text_is_the_models():
+    """Of two drafts of one model, one after the other, whose graphs are different ones."""
+    model = make_small()
+    for shape in (("copy", 1), ("adapter", 1, 1)):
+        draft = Draft(model, *shape).requires_grad_(False)
+        for parameter in draft.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        speculation = Speculation(1, 2, drafter=draft.decoder(model))
+        drafts: list = []
+        generation = run(model, SHORT, 12, speculation=speculation, compile=True, on_draft=drafts.append)
+        assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
+        text = [*SHORT[0], generation.generated[0][0]]
+        assert drafts[0][0] == said_by_draft(model, draft, text, 2)
+        assert generation.stats.compile_s > 0
+
+
+# ---- a draft's folder in configs ----
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer_folder):
+    """A model, and a draft of each kind for it."""
+    folder = tmp_path_factory.mktemp("drafts")
+    make_checkpoint(folder / "base", tokenizer_folder)
+    cfg = GenerateConfig.load(load_config(str(generate_config(folder, folder / "base"))))
+    model = load_decoder(cfg, torch.device("cpu"))
+    base = {"folder": str(folder / "base"), "hash": weights_hash(model.state_dict())}
+    for kind, shape in KINDS.items():
+        draft = Draft(model, *shape)
+        write_draft(folder / kind, draft.state_dict(), describe(draft, base, steps=3, target="distribution"))
+    return folder
+
+
+def generated(path, *overrides):
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
+    recipe.setup()
+    return recipe.generate()
+
+
+INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
+
+
+@pytest.mark.parametrize("quantizer", [None, INT8], ids=["fp32", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_drafts(kind, quantizer, folders, tmp_path):
+    """The text is the one without drafts; the report has the draft's exit."""
+    section = {"draft": str(folders / kind), "num_speculations": 3, "draft_quantizer": quantizer}
+    path = generate_config(tmp_path, folders / "base", self_speculation=section, benchmark={"compare": True})
+    report = generated(path)
+    assert report["exit_layer"] == 2 and report["num_speculations"] == 3
+    answers = tmp_path / "answers.jsonl"
+    texts = []
+    for overrides in ((), ("self_speculation=null",)):
+        generated(path, f"output_file={answers}", *overrides)
+        texts.append([json.loads(line)["text"] for line in answers.read_text().splitlines()])
+    assert texts[0] == texts[1]
+
+
+def test_a_benchmark_takes_a_draft(folders, tmp_path):
+    variants = {
+        "copy": {"draft": str(folders / "copy"), "num_speculations": 2},
+        "exit": {"exit_layer": 2, "num_speculations": 2},
+    }
+    path = benchmark_config(tmp_path, folders / "base", variants=variants, temperatures=[0.0])
+    recipe = LayerSkipBenchmark(load_config(str(path)))
+    recipe.setup()
+    recipe.benchmark()
+    report = json.loads((tmp_path / "report" / "benchmark.json").read_text())
+    assert {"copy", "exit"} <= {row["name"] for row in report["results"]}
+
+
+def test_mistakes(folders, tmp_path, tokenizer_folder):
+    """A folder without a draft, another model's draft, what does not go together: one line each."""
+    other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
+    section = {"draft": str(folders / "copy"), "num_speculations": 3}
+    name, int8 = "self_speculation.draft", f"quantizer._component_={INT8['_component_']}"
+    base, copy = folders / "base", folders / "copy"
+    for model, overrides, message in (
+        (other, [], f"{name}: '{copy}' drafts for '{base}', whose weights are not"),
+        (base, [f"{name}={tmp_path}"], f"{name}: '{tmp_path}' holds no draft"),
+        (base, ["self_speculation.exit_layer=2"], "self_speculation.exit_layer: 2 is set beside draft"),
+        (base, [f"{name}=null"], "self_speculation.exit_layer: missing. Allowed: "),
+        (base, [int8], f"{name}: belongs to"),
+    ):  # fmt: skip
+        path = generate_config(tmp_path, model, self_speculation=section)
+        with pytest.raises(ConfigError) as e:
+            generated(path, *overrides)
+        assert str(e.value).startswith(message)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drafter_has_one_exit(kind):
+    model = model_of("llama3_2")
+    with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the drafter's\. Allowed: 2"):
+        Generation(model, PROMPTS, 4, speculation=Speculation(1, 2, drafter=draft_of(model, kind).decoder(model)))
+
+
+def test_a_draft_of_another_format(folders, tmp_path):
+    described = json.loads((folders / "copy" / "layerskip.json").read_text())
+    write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 2})
+    with pytest.raises(ConfigError, match=r"format 2\. Allowed: 1"):
+        read_draft(str(tmp_path / "new"), None, "draft")

@@ -1,0 +1,68 @@
+"""A draft trained on two processes (gloo, FSDP2) has the losses and weights of one; resume too, also with the other."""
+
+import pytest
+import torch
+from helpers import training_ranks
+from helpers.commands import last_line, run_tune
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.ranks import check_success, run_on_ranks
+from helpers.resuming import keep_only
+from helpers.training import losses, start_section, texts, train
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def same(one, other, steps):
+    """What both logged from some step on, and the draft at the end."""
+    ours, theirs = losses(one), losses(other)
+    assert sorted(theirs)[-1] == sorted(ours)[-1] == 8
+    for step in steps:
+        assert theirs[step] == pytest.approx(ours[step], abs=1e-5, rel=2e-6)
+    weights, others = (load_file(out / "epoch_1" / "draft.safetensors") for out in (one, other))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapter"])
+def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
+    """The copy by `tune run`, the adapter with its layers checkpointed; from shards one process goes on, and two do."""
+    base = make_checkpoint(tmp_path / "base", tokenizer_folder)
+    path = finetune_config(
+        tmp_path, tokenizer_folder, draft={"kind": kind, "exit_layer": 2}, layer_dropout=None, early_exit_loss=None,
+        checkpointer=start_section(base), dataset=texts(tmp_path), dataset_val=texts(tmp_path) | {"split": "train[:5]"},
+        epochs=2, max_steps_per_epoch=4, clip_grad_norm=1.0, save_every_n_steps=2, enable_async_checkpointing=True,
+    )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(path, f"output_dir={one}", "batch_size=4")
+    if kind == "copy":
+        command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
+        done = run_tune(*command, f"output_dir={two}", "batch_size=2", cwd=tmp_path, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        arguments = ("train", tmp_path, "--config", path, f"output_dir={two}", "batch_size=2", "ac_mode=full")
+        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    same(one, two, range(1, 9))
+
+    resumed = ["resume_from_checkpoint=true"]
+    again = keep_only(two, "step_6", tmp_path / "again")
+    train(path, f"output_dir={again}", "batch_size=4", *resumed)
+    same(one, again, range(7, 9))
+    again = keep_only(one, "epoch_0", tmp_path / "once_more")
+    arguments = ("train", tmp_path, "--config", path, f"output_dir={again}", "batch_size=2", *resumed)
+    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    same(one, again, range(5, 9))
+
+
+def test_own_text_wants_one_process(tmp_path, tokenizer_folder):
+    base = make_checkpoint(tmp_path / "base", tokenizer_folder)
+    section = {"exit_layer": 2, "own_text": 0.5}
+    path = finetune_config(
+        tmp_path, tokenizer_folder, draft=section, layer_dropout=None, early_exit_loss=None,
+        checkpointer=start_section(base),
+    )  # fmt: skip
+    arguments = ("train", tmp_path, "--config", path)
+    for rank in run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path):
+        assert rank.returncode == 1
+        assert "draft.own_text: 0.5 works with one process" in last_line(rank.stderr)

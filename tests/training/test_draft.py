@@ -1,0 +1,185 @@
+"""A draft for a model that stays as it is: its loss against plain PyTorch, a run, its checkpoints, resume."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.resuming import keep_only
+from helpers.tiny import VOCAB, make_tiny
+from helpers.training import VALIDATION, few_texts, losses, start_section, train, whole_log  # noqa: F401
+from safetensors.torch import load_file
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.draft import Draft, weights_hash
+from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+
+SECTIONS = {
+    "copy": {"kind": "copy", "exit_layer": 2},
+    "adapter": {"kind": "adapter", "exit_layer": 2, "num_layers": 1},
+}
+
+
+def plain_states(model, draft, tokens):
+    """Draft's and last layer's logits, by the layers one after the other."""
+    x = model.tok_embeddings(tokens)
+    states = [x]
+    for layer in model.layers:
+        states.append(layer(states[-1]))
+    h = states[0] if draft.kind == "copy" else states[draft.exit_layer]
+    for layer in draft.layers:
+        h = layer(h)
+    return model.output(draft.norm(h)), model.output(model.norm(states[-1]))
+
+
+@pytest.mark.parametrize("target", ["distribution", "argmax", "labels"])
+@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize("family", ["llama3_2", "llama2", "qwen2_tied"])
+def test_loss_and_gradients_are_those_of_plain_pytorch(family, kind, target, float64):
+    """In chunks that do not divide the tokens, with labels that do not count."""
+    model = layerskip_decoder(make_tiny(family)).requires_grad_(False)
+    section = DraftSection.parse(SECTIONS[kind] | {"target": target, "chunk_tokens": 5})
+    draft = section.build(model)
+    torch.manual_seed(1)
+    for parameter in draft.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    tokens, labels = torch.randint(VOCAB, (2, 9)), torch.randint(VOCAB, (2, 9))
+    labels[0, :3] = -100
+    counted = (labels != -100).flatten().nonzero()[:, 0]
+    loss = DraftLoss(section, draft)(model, tokens, labels, counted=counted)
+    (3 * loss).backward()
+    found = {name: parameter.grad for name, parameter in draft.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    draft.zero_grad()
+    ours, last = (logits.flatten(0, 1)[counted] for logits in plain_states(model, draft, tokens))
+    if target == "distribution":
+        expected = F.kl_div(ours.log_softmax(-1), last.log_softmax(-1), reduction="batchmean", log_target=True)
+    else:
+        expected = F.cross_entropy(ours, last.argmax(-1) if target == "argmax" else labels.flatten()[counted])
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_hash_names_weights_and_not_their_dtype():
+    model = make_tiny()
+    state = {name: value.bfloat16().float() for name, value in model.state_dict().items()}
+    assert weights_hash(state) == weights_hash({name: value.bfloat16() for name, value in state.items()})
+    changed = dict(state)
+    changed["norm.scale"] = state["norm.scale"] + 1
+    assert weights_hash(changed) != weights_hash(state)
+
+
+def draft_config(folder, tokenizer, kind="copy", **changes):
+    """A training of a draft for the model in folder/base."""
+    base = folder / "base"
+    if not base.exists():
+        make_checkpoint(base, tokenizer)
+    section = {"kind": kind, "exit_layer": 2} | ({"num_layers": 1} if kind == "adapter" else {})
+    changes = {"draft": section, "layer_dropout": None, "early_exit_loss": None} | changes
+    return finetune_config(folder, tokenizer, checkpointer=start_section(base), **changes)
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
+    """The base has no gradient and no state, and is the same to the bit."""
+    path = draft_config(tmp_path, tokenizer_folder, kind, epochs=6, shuffle=False, dataset_val=VALIDATION)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    recipe = train(path, "optimizer.lr=1e-2")
+    after = load_file(tmp_path / "base" / "model.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in recipe.model.parameters())
+    trained = {id(parameter) for parameter in recipe.draft.parameters()}
+    assert {id(p) for group in recipe.optimizers.all[0].param_groups for p in group["params"]} == trained
+
+    folder = tmp_path / "out" / "epoch_5"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "draft.safetensors", "layerskip.json", "recipe_state.pt", "written",
+    ]  # fmt: skip
+    described = json.loads((folder / "layerskip.json").read_text())
+    start = {k: v for k, v in start_section(tmp_path / "base").items() if k != "output_dir"}
+    assert described["base"].pop("hash") == weights_hash(recipe.model.state_dict())
+    assert described == {
+        "format": 1, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
+        "target": "distribution", "steps": 12,
+        "base": {"folder": str(tmp_path / "base"), "checkpointer": start},
+    }  # fmt: skip
+    state = load_file(folder / "draft.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in recipe.draft.state_dict().items())
+    log = whole_log(tmp_path / "out")
+    assert log[12]["loss"] < log[1]["loss"]
+    assert 0 < log[12]["val_agreement_draft"] < 1 and log[12]["val_loss_draft"] != log[0]["val_loss_draft"]
+    assert log[12]["val_loss_final"] == log[0]["val_loss_final"]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_resume_is_the_run_that_never_stopped(shards, tmp_path, tokenizer_folder):
+    path = draft_config(
+        tmp_path, tokenizer_folder, epochs=2, save_every_n_steps=1, enable_async_checkpointing=shards,
+        keep_last_n_checkpoints=4,
+    )  # fmt: skip
+    train(path)
+    out = tmp_path / "out"
+    whole, end = losses(out), load_file(out / "epoch_1" / "draft.safetensors")
+    for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
+        again = keep_only(out, checkpoint, tmp_path / checkpoint)
+        train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+        assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
+        state = load_file(again / "epoch_1" / "draft.safetensors")
+        assert all(torch.equal(end[name], value) for name, value in state.items())
+
+
+def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
+    """Every second batch is greedy text of the model after a quarter of a sample; a resumed run reads it again."""
+    section = {"kind": "copy", "exit_layer": 2, "own_text": 0.5, "own_text_temperature": 0.0}
+    path = draft_config(tmp_path, tokenizer_folder, draft=section, epochs=2, save_every_n_steps=1)
+    recipe = train(path)
+    out = tmp_path / "out"
+    lines = [json.loads(line) for line in (out / "own_text.jsonl").read_text().splitlines()]
+    assert len(lines) == 32
+    for line in lines[:2]:
+        tokens, prompt = line["tokens"], line["prompt"]
+        assert prompt == len(tokens) // 4
+        with torch.no_grad():
+            said = recipe.model(torch.tensor([tokens]))[0].argmax(-1).tolist()
+        assert tokens[prompt:] == said[prompt - 1 : -1]
+    batch = recipe.own_text.batch(1, recipe.model)
+    assert batch["tokens"].tolist() == [line["tokens"] for line in lines[:2]]
+    assert [row.index(next(t for t in row if t != -100)) for row in batch["labels"].tolist()] == [16, 16]
+    assert recipe.own_text.batch(0, recipe.model) is None
+
+    whole = losses(out)
+    again = keep_only(out, "epoch_0", tmp_path / "again")
+    (again / "own_text.jsonl").write_text((out / "own_text.jsonl").read_text()[:-9])  # as of a killed run
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+    assert losses(again) == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves nothing to save. Allowed: 1..3; "),
+        (["draft.num_layers=1"], "draft.num_layers: 1 is for draft.kind=adapter; "),
+        (["draft.kind=adapter", "draft.num_layers=9"], "draft.num_layers: 9 is more than the model has. Allowed: 1..4"),
+        (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
+        (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),
+        (["checkpointer.checkpoint_files=[]"], "draft: needs a model that stays as it is, and this one has no weights"),
+    ],
+)  # fmt: skip
+def test_mistakes(overrides, message, tmp_path, tokenizer_folder):
+    path = draft_config(tmp_path, tokenizer_folder)
+    with pytest.raises(ConfigError) as e:
+        train(path, *overrides)
+    assert str(e.value).startswith(message)
+    assert "\n" not in str(e.value)
+
+
+def test_a_draft_is_a_part_of_the_model_at_first():
+    model = layerskip_decoder(make_tiny())
+    tokens = torch.randint(VOCAB, (2, 9))
+    drafter = Draft(model, "copy", 2).decoder(model)
+    assert torch.equal(drafter(tokens), model(tokens, exit_layer=2))
