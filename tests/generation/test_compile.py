@@ -364,10 +364,10 @@ def test_a_cache_serves_while_it_is_large_enough():
     assert steps.cache(model, 2, 100) is cache and cache.tokens == [[], []]
     assert steps.cache(model, 3, 100) is not cache
     on_gpu = CompiledSteps(torch.device("cuda"))
-    on_gpu._caches = dict.fromkeys(range(1, 6), cache)
+    on_gpu._caches = dict.fromkeys(((rows, 0) for rows in range(1, 6)), cache)
     assert on_gpu.cache(model, 1, 100) is cache and len(on_gpu._caches) == 5  # CUDA graphs know where each is
-    on_gpu._caches = dict.fromkeys(range(1, 20), cache)
-    assert on_gpu.cache(model, 2, 100) is cache and [*on_gpu._caches] == [*range(13, 20), 2]
+    on_gpu._caches = dict.fromkeys(((rows, 0) for rows in range(1, 20)), cache)
+    assert on_gpu.cache(model, 2, 100) is cache and [rows for rows, _ in on_gpu._caches] == [*range(13, 20), 2]
     larger = steps.cache(model, 3, 300)
     assert larger.max_len == 300 and steps.cache(model, 3, 257) is larger
 
