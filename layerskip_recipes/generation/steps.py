@@ -185,6 +185,8 @@ class StepContext:
         if self.in_groups and not torch.compiler.is_compiling():
             drafts = model is not self.model
             x = model.tok_embeddings(tokens) if hidden is None else hidden
+            # A graph holds for one layout of its inputs, which nothing checks.
+            x, at, positions, mask = (t.contiguous() for t in (x, at, positions, mask))
             for first, last in layer_groups(start_layer, model.num_layers if exit_layer is None else exit_layer):
                 x = self._group(drafts, first, last)(slots, x, at, positions, mask)
             return Step(self, unembed_states, drafts, choice=False)(None, x) if unembed else x

@@ -69,8 +69,10 @@ def test_a_result_or_a_length_from_elsewhere_is_not_bound():
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [None, 2])
 def test_within_a_generation_only(drafts, monkeypatch):
-    """From its second call on a step is bound, and layers whose graph is known from the first; afterwards nothing is, and a
-    cache without users is freed at once."""
+    """From its second call on a step is bound, and layers whose graph is known from the first.
+
+    Afterwards nothing is bound, and a cache without users is freed at once.
+    """
     model, calls = make_small(), []
     monkeypatch.setattr(BoundGraph, "__call__", counted(BoundGraph.__call__, calls))
 

@@ -76,6 +76,7 @@ class RecordingBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
         last = self.last()
+
         def compile_inner(*args: Any, **kwargs: Any) -> Any:
             compiled: Any = compile_fx_inner(*args, **kwargs)
             call = compiled.current_callable

@@ -209,7 +209,7 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
         # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
         options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
     elif device.type == "cpu":
-        # The threads of few_rows.cpp do not wait for each other; those of inductor's small loops would, and gain nothing.
+        # Threads of few_rows.cpp do not wait for each other; those of inductor's small loops would, and gain nothing.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp.threads": 1}
         define_operators()
         prepare = load_kernel

@@ -76,7 +76,7 @@ def load_kernel() -> None:
 
 class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight as
-    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only: its scales are multiplied afterwards).
+    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only, whose scales come afterwards).
 
     The kernels take and give fp32; in a graph of bf16 inductor fuses the conversions with the operations around them.
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
@@ -172,7 +172,7 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node, wide: dict[Any, torch.fx
     if any(user.users for user in node.users if user is not output):  # its second result, for gradients
         return
     with graph.inserting_before(node):
-        query, mask = _in_fp32(graph, node.args[0], wide), _in_fp32(graph, mask, wide)
+        query, mask = _in_fp32(graph, node.args[0], wide), _in_fp32(graph, mask, wide)  # type: ignore[arg-type]
         inputs = (query, *node.args[1:], mask, width**-0.5 if scale is None else scale)
         ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
         ours.meta["val"] = output.meta["val"].float()
