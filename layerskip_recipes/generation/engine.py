@@ -127,7 +127,7 @@ class Generation:
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
             self.drafter = make_drafter(speculation, self.context, self.prompts, choice)
-        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
+        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
 

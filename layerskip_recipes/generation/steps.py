@@ -18,6 +18,7 @@ from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
+from layerskip_recipes.generation.kernels.layer_groups import layer_groups, structure_of
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import capped
@@ -130,6 +131,7 @@ class StepContext:
         self.last_position = model.max_seq_len - 1
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
+        self._structures: dict[tuple[bool, int, int], int] = {}  # of groups of layers, by their numbers in the graphs
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
     @property
@@ -180,20 +182,44 @@ class StepContext:
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s]."""
+        # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
+        positions = (at if positions is None else positions).clamp(max=self.last_position)
+        mask = visible(slots, at, self.dtype) if mask is None else mask
+        if self.in_groups and not torch.compiler.is_compiling():
+            drafts = model is not self.model
+            x = model.tok_embeddings(tokens) if hidden is None else hidden
+            # A graph holds for one layout of its inputs, which nothing checks.
+            x, at, positions, mask = (t.contiguous() for t in (x, at, positions, mask))
+            for first, last in layer_groups(start_layer, model.num_layers if exit_layer is None else exit_layer):
+                x = self._group(drafts, first, last)(slots, x, at, positions, mask)
+            return Step(self, unembed_states, drafts, choice=False)(None, x) if unembed else x
         self.cache.seek(at, slots.shape[0])
-        positions = at if positions is None else positions
         out = model(
             tokens,
             hidden=hidden,
             start_layer=start_layer,
             exit_layer=exit_layer,
             unembed=unembed,
-            mask=visible(slots, at, self.dtype) if mask is None else mask,
-            # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
-            input_pos=positions.clamp(max=self.last_position),
+            mask=mask,
+            input_pos=positions,
         )
         self.cache.cursor.at = None
         return out
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether steps run group by group of layers, each by a graph that other groups use too."""
+        return self.graphs is not None and self.device.type == "cpu" and not self.graphs.failed
+
+    def _group(self, drafts: bool, first: int, last: int) -> "Step":
+        """The step of the layers first .. last-1."""
+        group = (self.draft_model if drafts else self.model, first, last)
+        if (drafts, first, last) not in self._structures:
+            known = self.graphs.structures
+            self._structures[drafts, first, last] = known.setdefault(structure_of(*group), len(known))
+        step = Step(self, run_layers, drafts, first, last, choice=False)
+        step.group, step.own_key = group, (run_layers, self._structures[drafts, first, last], self.cache.max_len)
+        return step
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """What the sampler chooses by, [..., v] -> [..., v]."""
@@ -262,17 +288,31 @@ class Step:
         *settings: of the function, constants of its graph.
         layers: the function runs layers or writes into the cache.
         choice: the function chooses or accepts tokens by the sampler.
+        in_groups: the function runs many layers: on a CPU they are compiled in groups, and the rest is not.
+
+    Attributes:
+        group: of a step that is a group of layers, the model and the layers first .. last-1.
     """
 
+    group: tuple[LayerSkipDecoder, int, int] | None = None
+
     def __init__(
-        self, context: StepContext, function: Callable, *settings: Hashable, layers: bool = True, choice: bool = True
+        self,
+        context: StepContext,
+        function: Callable,
+        *settings: Hashable,
+        layers: bool = True,
+        choice: bool = True,
+        in_groups: bool = False,
     ) -> None:
+        self.in_groups = in_groups
         self.context, self.function, self.settings = context, function, settings
-        self.own_key = (function, settings, layers and context.layers_key, choice and context.choice_key)
+        self.own_key: Hashable = (function, settings, layers and context.layers_key, choice and context.choice_key)
 
     def key(self, *args: torch.Tensor | None) -> Hashable:
         """All that the graph depends on but the values of tensors and the length of slots."""
-        return self.own_key, *(arg is not None and arg.shape for arg in args)
+        shaped = args if self.group is None else args[:-1]  # a group's mask is as long as its slots
+        return self.own_key, *(arg is not None and arg.shape for arg in shaped)
 
     def __call__(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
         graphs = self.context.graphs
@@ -281,6 +321,23 @@ class Step:
     def run(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
         """The function as it is, without its graph."""
         return self.function(self.context, *self.settings, slots, *args)
+
+
+# ---- pieces of steps on a CPU ----
+
+
+def run_layers(context: StepContext, drafts: bool, first: int, last: int, slots, x, at, positions, mask):
+    """The layers first .. last-1 of the model, or of the one that drafts: x_first [b, s, d] -> x_last."""
+    context.cache.seek(at, slots.shape[0])
+    model, run = context.draft_model if drafts else context.model, {"start_layer": first, "exit_layer": last}
+    out = model(hidden=x, **run, unembed=False, mask=mask, input_pos=positions)
+    context.cache.cursor.at = None
+    return out
+
+
+def unembed_states(context: StepContext, drafts: bool, slots, x):
+    """g(x): [b, s, d] -> [b, s, v]."""
+    return (context.draft_model if drafts else context.model).unembed(x)
 
 
 # ---- the steps of plain decoding ----

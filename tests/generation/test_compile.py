@@ -294,7 +294,7 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
     assert not steps.failed and set(steps.refused.values()) == {"draft_chain"}
-    assert sorted(compiled) == ["draft_chain", "next_logits", "verify_greedily"]
+    assert compiled.count("draft_chain") == 1 and {*compiled} == {"draft_chain", "run_layers", "unembed_states"}
     assert warnings == ["compile: not possible for draft_chain, going on without (no kernel)"]
 
 
@@ -304,7 +304,7 @@ def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: names.append(function.__code__.co_name) or function)
     for rows in (1, 2):
         run(make_small(), SHORT[:rows], 3)
-    assert len(names) == len(set(names)) == 2
+    assert len(names) == len(set(names)) == 4  # of each the layers and the head
 
 
 def test_rounds_that_compile_count_as_the_others_on_the_mean(not_compiled):
@@ -342,6 +342,7 @@ def test_a_path_with_a_new_step_is_captured_in_the_next_round(not_compiled, monk
 
     class Named:
         context, settings = SimpleNamespace(shares_layers=True), ()
+        group, in_groups = None, False
 
         def __init__(self, name):
             self.function, self.key = lambda *_: None, lambda: name

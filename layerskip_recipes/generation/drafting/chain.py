@@ -35,8 +35,19 @@ class ChainDrafter(Drafter):
         if self.threshold is not None:
             return self._until_unsure(now, depth, slots, self.threshold)
         noise = self.context.noise(depth, draft=True)
-        step = Step(self.context, draft_chain, self.exit_layer, depth)
-        return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen))
+        if not self.context.in_groups:
+            step = Step(self.context, draft_chain, self.exit_layer, depth)
+            return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen))
+        # On a CPU the graph of one token is compiled sooner than that of all, and calling it costs little.
+        step, parts, last, seen = Step(self.context, draft_chain, self.exit_layer, 1), [], now.last, now.seen
+        for i in range(depth):
+            noise_i = None if noise is None else noise[:, i : i + 1].contiguous()
+            parts.append(step(slots, last, now.start + i, noise_i, seen))
+            last = parts[-1][0][:, 1].contiguous()  # a graph holds for one layout of its inputs
+            seen = None if seen is None else seen.scatter(1, last[:, None], True)
+        tokens, hidden, q = zip(*parts, strict=True)
+        drafted = torch.cat([now.last[:, None], *(pair[:, 1:] for pair in tokens)], 1)
+        return Draft(self.strategy, slots, drafted, torch.cat(hidden, 1), None if noise is None else torch.cat(q, 1))
 
     def _until_unsure(self, now: RoundStart, depth: int, slots: torch.Tensor, threshold: float) -> Draft:
         """Draft step by step; where the draft may stop, the host waits for the confidence."""
@@ -63,11 +74,11 @@ class ChainDrafter(Drafter):
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         context = self.context
         if context.sampler.greedy and now.seen is None:
-            step = Step(context, verify_greedily, self.exit_layer, choice=False)
+            step = Step(context, verify_greedily, self.exit_layer, choice=False, in_groups=True)
             return step(draft.slots, draft.tokens, draft.hidden, now.start)
         uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
         noise = context.noise()
-        step = Step(context, chain_logits, self.exit_layer, choice=False)
+        step = Step(context, chain_logits, self.exit_layer, choice=False, in_groups=True)
         logits = step(draft.slots, draft.tokens, draft.hidden, now.start)
         return Step(context, accept_chain, layers=False)(None, logits, draft.tokens, draft.q, uniform, noise, now.seen)
 

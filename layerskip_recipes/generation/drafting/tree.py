@@ -51,7 +51,7 @@ class TreeDrafter(ChainDrafter):
         *tables, draft_rows = self.tables[tree]
         uniform = context.sampler.uniform((context.cache.rows, tree.depth, tree.candidates(1)), context.device)
         noise = context.noise()
-        step = Step(context, tree_logits, self.exit_layer, choice=False)
+        step = Step(context, tree_logits, self.exit_layer, choice=False, in_groups=True)
         logits = step(draft.slots, draft.tokens, draft.hidden, draft.ancestors, now.start, *tables)
         nodes = (draft.tokens, draft.parents, draft.ranks, draft.ancestors)
         step = Step(context, accept_tree, tree)

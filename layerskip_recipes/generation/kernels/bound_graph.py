@@ -5,11 +5,12 @@ one generation they stay the same, so a step's first call records them, and late
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
@@ -21,6 +22,7 @@ class LastCall:
 
     def forget(self) -> None:
         """Drop the references to weights and caches."""
+        self.length_is_tensor = False
         self.function: Callable | None = None
         self.inputs: Sequence[Any] = ()
         self.outputs: Sequence[torch.Tensor] = ()
@@ -34,6 +36,7 @@ class LastCall:
             result: of the step in it.
         """
         function, inputs, outputs = self.function, self.inputs, self.outputs
+        length_is_tensor = self.length_is_tensor
         self.forget()
         argument = {id(leaf): i for i, leaf in enumerate(tree_leaves(args)) if isinstance(leaf, torch.Tensor)}
         output = {id(tensor): i for i, tensor in enumerate(outputs)}
@@ -52,29 +55,53 @@ class LastCall:
             lengths,
             [output.get(id(leaf)) for leaf in leaves],
             structure,
+            length_is_tensor,
         )
 
 
 class RecordingBackend:
-    """Inductor as a backend of torch.compile that records each call of a compiled function.
+    """Inductor as a backend of torch.compile that records each call of a compiled function: of the innermost one, which
+    takes the parts of quantised weights, and around which torch puts what a bound graph does not need.
 
     torch keeps backends as long as the process lives, so this one holds no strong reference to what it made.
 
     Args:
         options: of inductor.
         last: where the last call is recorded.
+        prepare: called when a graph is compiled and has not run yet.
     """
 
-    def __init__(self, options: dict[str, Any], last: LastCall) -> None:
-        self.options, self.last = options, weakref.ref(last)
+    def __init__(self, options: dict[str, Any], last: LastCall, prepare: Callable[[], None] | None = None) -> None:
+        self.options, self.last, self.prepare = options, weakref.ref(last), prepare
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-        function: Any = compile_fx(graph, inputs, config_patches=self.options)
         last = self.last()
+
+        def compile_inner(*args: Any, **kwargs: Any) -> Any:
+            compiled: Any = compile_fx_inner(*args, **kwargs)
+            call = compiled.current_callable
+
+            def record(inputs: list[Any]) -> Sequence[torch.Tensor]:
+                held = [*inputs]  # the callee empties the list
+                outputs = call(inputs)
+                last.function, last.inputs, last.outputs = call, held, outputs
+                last.length_is_tensor = "cpp_wrapper" in self.options
+                return outputs
+
+            compiled.current_callable = record
+            return compiled
+
+        # A graph that is read from the cache of whole functions would not be compiled here, and so not be recorded.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            function: Any = compile_fx(graph, inputs, compile_inner, self.options)
+        if self.prepare is not None:
+            self.prepare()
 
         def call(*inputs: Any) -> Sequence[torch.Tensor]:
             outputs = function(*inputs)
-            last.function, last.inputs, last.outputs = function, inputs, outputs
+            if len(last.outputs) != len(outputs):  # the function does something of its own behind the innermost one
+                last.function, last.inputs, last.outputs = lambda inputs: function(*inputs), inputs, outputs
+                last.length_is_tensor = False
             return outputs
 
         return call
@@ -84,12 +111,13 @@ class BoundGraph:
     """A compiled function with its weights and caches in place.
 
     Args:
-        compiled: the function.
+        compiled: the function of a list of inputs.
         inputs: of its first call.
         moving: pairs (place of an input, place of the step's argument that it is).
         lengths: places of the inputs that are the dynamic length.
         outputs: for each part of the step's result the place in the function's outputs; None for a part that is None.
         structure: of the step's result.
+        length_is_tensor: the function is one of C++, which would make a tensor of the length at each call.
     """
 
     def __init__(
@@ -100,9 +128,10 @@ class BoundGraph:
         lengths: list[int],
         outputs: list[int | None],
         structure: Any,
+        length_is_tensor: bool = False,
     ) -> None:
         self.compiled, self.inputs, self.moving, self.lengths = compiled, inputs, moving, lengths
-        self.outputs, self.structure = outputs, structure
+        self.outputs, self.structure, self.length_is_tensor = outputs, structure, length_is_tensor
         self._drop_arguments()
 
     def _drop_arguments(self) -> None:
@@ -110,13 +139,32 @@ class BoundGraph:
         for i, _ in self.moving:
             self.inputs[i] = None
 
+    def own_inputs(self) -> dict[int, torch.Tensor]:
+        """The inputs that stay, by their places: weights and caches."""
+        moving = {i for i, _ in self.moving}
+        return {i: value for i, value in enumerate(self.inputs) if i not in moving and i not in self.lengths}
+
+    def with_inputs(self, own: Mapping[int, torch.Tensor | None]) -> "BoundGraph":
+        """The same graph with other weights and caches, such as those of other layers."""
+        inputs = [own.get(i, value) for i, value in enumerate(self.inputs)]
+        form = (self.moving, self.lengths, self.outputs, self.structure, self.length_is_tensor)
+        return BoundGraph(self.compiled, inputs, *form)
+
     def __call__(self, args: Sequence[Any], length: int | None) -> Any:
         """The step's result for other arguments of the same shapes."""
-        leaves = tree_leaves(args)
+        # Most steps take and give plain tensors, for which pytree would be slow.
+        leaves = args if all(arg is None or isinstance(arg, torch.Tensor) for arg in args) else tree_leaves(args)
         for i, argument in self.moving:
             self.inputs[i] = leaves[argument]
         for i in self.lengths:
-            self.inputs[i] = length
-        outputs = self.compiled(*self.inputs)
+            self.inputs[i] = _length_tensor(length) if self.length_is_tensor else length
+        outputs = self.compiled([*self.inputs])  # it empties its list
         self._drop_arguments()
+        if self.structure.is_leaf():
+            return outputs[self.outputs[0]]
         return tree_unflatten([None if i is None else outputs[i] for i in self.outputs], self.structure)
+
+
+@cache
+def _length_tensor(length: int) -> torch.Tensor:
+    return torch.tensor(length)

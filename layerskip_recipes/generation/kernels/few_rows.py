@@ -5,16 +5,20 @@ Imported only when steps are compiled: inductor takes a second to import.
 """
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch._inductor.codecache import CppCodeCache
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.library import register_fake
+from torch.library import Library, register_fake
 
 MOST_ROWS = 64  # of x in x W^T; with more rows the BLAS is faster
+_LIBRARY = Library("layerskip", "FRAGMENT")
+_COMPILATION: list[Future[Any]] = []  # of few_rows.cpp
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
 VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
@@ -33,19 +37,17 @@ class _Library(CppCodeCache):
 
 
 @cache
-def load_kernel() -> None:
-    """Compile few_rows.cpp, or find it compiled, and register its operators in `torch.ops.layerskip`.
+def define_operators() -> None:
+    """Declare the operators in `torch.ops.layerskip`, and begin to compile them in a thread, beside what comes next.
 
-    `linear`, `linear2` and `linear3` take x [m, k] in fp32 and one to three weights [n_i, k] in fp32, bf16 or int8, k a
-    multiple of VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..] in fp32. `attention` takes q
+    `linear`, `linear2` and `linear3` take x [m, k] in fp32 and one to three weights [n_i, k] in fp32, bf16 or int8,
+    k a multiple of VECTOR; the result is x W^T of each, side by side, [m, n_1 + ..] in fp32. `attention` takes q
     [b, h, s, d] in fp32, k and v [b, h, slots, d] in fp32 or bf16, a mask to be added [b or 1, 1, s, slots] and the
     scale of the scores; the result is in fp32. All sums are taken in fp32.
-
-    Raises:
-        Exception: what inductor raises without a C++ compiler.
     """
-    _Library.load(SOURCE.read_text())
-    for name in ("linear", "linear2", "linear3"):
+    _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+    for name, weights in (("linear", "a"), ("linear2", "a b"), ("linear3", "a b c")):
+        _LIBRARY.define(f"{name}(Tensor x, {', '.join(f'Tensor {w}' for w in weights.split())}) -> Tensor")
 
         @register_fake(f"layerskip::{name}")
         def _(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -55,11 +57,26 @@ def load_kernel() -> None:
     def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
         return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
+    # Take torch's word for the vectors of this processor: inductor would compile and run a program for each kind.
+    known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True} if known else {}):
+        pick_vec_isa()  # it is looked for once in a process
+    _COMPILATION.append(ThreadPoolExecutor(1).submit(_Library.load, SOURCE.read_text()))
+
+
+def load_kernel() -> None:
+    """Wait until few_rows.cpp is compiled, or found compiled: the operators can be called.
+
+    Raises:
+        Exception: what inductor raises without a C++ compiler.
+    """
+    define_operators()
+    _COMPILATION[0].result()
+
 
 class FewRows(CustomGraphPass):
     """Replaces x W^T (+ bias) in a graph where x has 1 .. MOST_ROWS rows, of whole vectors, and W is a weight as
-    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only: its scales are multiplied
-    afterwards).
+    it is stored: of x's precision, fp32 or bf16, or in int8 (torchao's weight-only, whose scales come afterwards).
 
     The kernels take and give fp32; in a graph of bf16 inductor fuses the conversions with the operations around them.
     Products of the same x, as of q, k and v, become one: in a small model the calls cost as much as the numbers.
@@ -155,9 +172,8 @@ def _attend(graph: torch.fx.Graph, node: torch.fx.Node, wide: dict[Any, torch.fx
     if any(user.users for user in node.users if user is not output):  # its second result, for gradients
         return
     with graph.inserting_before(node):
-        query, *keys_and_values = node.args
-        wide_query, wide_mask = (_in_fp32(graph, part, wide) for part in (query, mask))  # type: ignore[arg-type]
-        inputs = (wide_query, *keys_and_values, wide_mask, width**-0.5 if scale is None else scale)
+        query, mask = _in_fp32(graph, node.args[0], wide), _in_fp32(graph, mask, wide)  # type: ignore[arg-type]
+        inputs = (query, *node.args[1:], mask, width**-0.5 if scale is None else scale)
         ours = graph.call_function(torch.ops.layerskip.attention.default, inputs)
         ours.meta["val"] = output.meta["val"].float()
         _replace(graph, output, ours)
