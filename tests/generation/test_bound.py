@@ -103,7 +103,7 @@ def test_within_a_generation_only(drafts, monkeypatch):
     gc.disable()
     try:
         steps = compiled_steps(generation.model)
-        cache = weakref.ref(steps._caches.pop(1).layers[0].k)
+        cache = weakref.ref(steps._caches.popitem()[1].layers[0].k)
         del generation
         assert cache() is None
     finally:
