@@ -187,8 +187,13 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     """What makes the run of a config that reads a model's folder a short one."""
     changes: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
     if recipe == "layerskip_finetune":
-        return changes | {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
+        changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
+        if "draft" in cfg:
+            changes |= {"draft.exit_layer": 1, "dataset_val": DATA, "output_dir": str(folder / "draft")}
+        return changes
     if recipe == "layerskip_generate":
+        if OmegaConf.select(cfg, "self_speculation.draft") is not None:
+            changes["self_speculation.draft"] = str(folder / "draft" / "epoch_0")
         return changes | {"max_new_tokens": 6, "compile": False}
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
