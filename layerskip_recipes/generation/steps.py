@@ -34,7 +34,8 @@ def head_of(model: LayerSkipDecoder) -> nn.Module:
 
 def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
     """The module whose rows a draft head takes: of a tied head the embedding, also where the head is quantised."""
-    return model.tok_embeddings if model.tied else model.output
+    quantised = model.tied and isinstance(model.output, nn.Linear)
+    return model.tok_embeddings if quantised else head_of(model)
 
 
 class DraftHead(nn.Module):
