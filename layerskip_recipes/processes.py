@@ -68,7 +68,8 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
 
 def new_file_group() -> dist.ProcessGroup:
     """A further group of all ranks for file work, such as writing in the background; call it on all ranks."""
-    return dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
+    group: Any = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
+    return group
 
 
 def file_group() -> dist.ProcessGroup | None:
