@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from layerskip_recipes.checkpoint.trained_exits import TRAINED_EXITS, exit_that_drafts, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.recipe_config import best_device
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
@@ -187,9 +187,9 @@ def explain(source: DictConfig) -> list[str]:
 def _explain_exit(model_dir: str, chosen: int | None) -> str:
     trained, layers = _trained(model_dir), _config(model_dir).num_hidden_layers
     if trained is None:
-        why = f"{folder(model_dir)} has no {TRAINED_EXITS}, so no exit is known to be trained"
+        why = f"{folder(model_dir)} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
-        why = f"{TRAINED_EXITS} in {folder(model_dir)} names the trained exits {_ranges(trained)}"
+        why = f"{DESCRIPTION} in {folder(model_dir)} names the trained exits {_ranges(trained)}"
     if chosen is None:
         return (
             f"{why}: decoding goes without drafts. To draft anyway: self_speculation.exit_layer={max(layers // 4, 1)}"

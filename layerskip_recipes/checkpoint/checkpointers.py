@@ -49,11 +49,6 @@ def starts_from_scratch(section: Component) -> bool:
     return is_scratch(section) or not (reads_hf_folder(section) or checkpoint_files(section))
 
 
-def folder_key(section: Component) -> str:
-    """The key of a checkpointer section that names the folder of the weights."""
-    return "path" if reads_hf_folder(section) else "checkpoint_dir"
-
-
 def weights_folder(section: Component) -> Path | None:
     """The folder of the weights, None from scratch.
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
-DESCRIPTION = "layerskip.json"
 FORMAT = 1
 
 

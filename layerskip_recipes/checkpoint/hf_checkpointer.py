@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.hf_names import from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES
 from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_hf_config
@@ -26,8 +27,8 @@ from layerskip_recipes.model.hf_folder import model_folder
 
 INDEX = "model.safetensors.index.json"
 OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, but for the next ones
-OWN_FILES = (INDEX, "adapter_config.json", "layerskip.json", "config.json")
-# Buffers that old checkpoints hold, and the tied head that some hold twice.
+OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json")
+# Buffers that old checkpoints hold.
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from layerskip_recipes.errors import ConfigError
 
-TRAINED_EXITS = "layerskip.json"
+DESCRIPTION = "layerskip.json"  # of the trained exits, or of a draft (drafts.py)
 
 
 def write_trained_exits(folder: Path, description: Mapping[str, Any]) -> None:
     """Write the file into a checkpoint, over one that was copied from the checkpoint of the start."""
-    (folder / TRAINED_EXITS).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
+    (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
 
 
 def read_trained_exits(folder: Path) -> list[int] | None:
@@ -21,7 +21,7 @@ def read_trained_exits(folder: Path) -> list[int] | None:
     Raises:
         ConfigError: if the file cannot be read.
     """
-    file = folder / TRAINED_EXITS
+    file = folder / DESCRIPTION
     if not file.is_file():
         return None
     try:

@@ -203,11 +203,6 @@ class RotaryPositions(nn.Module):
         self.dim, self.max_seq_len, self.rope, self.max_positions = dim, max_seq_len, rope, max_positions
         self.rope_init()
 
-    @property
-    def base(self) -> float:
-        """The base of the frequencies; torchtune's modules have it by this name."""
-        return self.rope.rope_theta
-
     def rope_init(self) -> None:
         """Make the tables [max_seq_len, dim / 2], on torch's default device; they are in no checkpoint."""
         angles = torch.outer(torch.arange(self.max_seq_len).float(), self.rope.frequencies(self.dim))

@@ -184,7 +184,7 @@ class Checkpoints:
         self._place(name)
 
     def _write_model(self, name: str, contents: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
-        """Write a model by torchtune's checkpointer."""
+        """Write a model, or its adapters, by the checkpointer."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
         biases = {} if ours else contents.pop(BIASES, {})

@@ -336,8 +336,6 @@ class LayerSkipFinetune:
             return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
         cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
         return {
-            "format": 1,
-            "kind": "exits",
             "num_layers": cfg.num_layers,
             "exits": loss.trained(cfg.num_layers, self.step, self.total_steps),
             "curriculum": loss.curriculum,

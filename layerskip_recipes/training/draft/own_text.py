@@ -75,7 +75,7 @@ class OwnText:
         longest = max(len(sample["tokens"]) for sample in samples)
         limit = min(longest - min(map(len, prompts)), model.max_seq_len - max(map(len, prompts)))
         rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(self.data.seed + first)
-        # Without drafts: in a batch of so many rows they bring nothing.
+        # Without drafts, which save reading weights: a batch of so many rows reads them once for all of its tokens.
         generation = Generation(
             model,
             prompts,
