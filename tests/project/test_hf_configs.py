@@ -68,8 +68,6 @@ def test_the_three_lines_of_the_readme(models, tmp_path):
 def test_what_a_checkpoint_notes(trained, models):
     """Exits 1 to 8 had their turn in 4 steps, but exit 1 has the weight 0 in the paper's e(l)."""
     assert noted(trained / "epoch_0") == {
-        "format": 1,
-        "kind": "exits",
         "num_layers": 8,
         "exits": [2, 3, 4, 5, 6, 7, 8],
         "curriculum": "rotational",
