@@ -18,7 +18,7 @@ from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
-from layerskip_recipes.generation.kernels.layer_groups import layer_groups, structure_of
+from layerskip_recipes.generation.kernels.layer_groups import layer_groups
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import capped
@@ -132,7 +132,6 @@ class StepContext:
         self.last_position = model.max_seq_len - 1
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
-        self._structures: dict[tuple[bool, int, int], int] = {}  # of groups of layers, by their numbers in the graphs
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
     @property
@@ -183,27 +182,35 @@ class StepContext:
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s]."""
-        # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
-        positions = (at if positions is None else positions).clamp(max=self.last_position)
-        mask = visible(slots, at, self.dtype) if mask is None else mask
-        if self.in_groups and not torch.compiler.is_compiling():
-            drafts = model is not self.model
-            x = model.tok_embeddings(tokens) if hidden is None else hidden
-            # A graph holds for one layout of its inputs, which nothing checks.
-            x, at, positions, mask = (t.contiguous() for t in (x, at, positions, mask))
-            for first, last in layer_groups(start_layer, model.num_layers if exit_layer is None else exit_layer):
-                x = self._group(drafts, first, last)(slots, x, at, positions, mask)
-            return Step(self, unembed_states, drafts, choice=False)(None, x) if unembed else x
+        if not self.in_groups or torch.compiler.is_compiling():
+            layers: dict[str, Any] = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
+            return self.run_at_once(model, tokens, at, slots, hidden=hidden, **layers, positions=positions, mask=mask)
+        drafts = model is not self.model
+        x = model.tok_embeddings(tokens) if hidden is None else hidden
+        # A graph holds for one layout of its inputs, which nothing checks.
+        x, attention = x.contiguous(), [None if t is None else t.contiguous() for t in (at, positions, mask)]
+        for first, last in layer_groups(start_layer, model.num_layers if exit_layer is None else exit_layer):
+            x = self._group(drafts, first, last)(slots, x, *attention)
+        return Step(self, unembed_states, drafts, choice=False)(None, x) if unembed else x
+
+    def run_at_once(
+        self,
+        model: LayerSkipDecoder,
+        tokens: torch.Tensor | None,
+        at: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        **layers: Any,
+    ) -> torch.Tensor:
+        """As `run`, by one call of the model, eagerly or as a part of one graph."""
         self.cache.seek(at, slots.shape[0])
-        out = model(
-            tokens,
-            hidden=hidden,
-            start_layer=start_layer,
-            exit_layer=exit_layer,
-            unembed=unembed,
-            mask=mask,
-            input_pos=positions,
-        )
+        positions = at if positions is None else positions
+        # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
+        inputs = {"input_pos": positions.clamp(max=self.last_position)}
+        inputs["mask"] = visible(slots, at, self.dtype) if mask is None else mask
+        out = model(tokens, **layers, **inputs)
         self.cache.cursor.at = None
         return out
 
@@ -215,11 +222,8 @@ class StepContext:
     def _group(self, drafts: bool, first: int, last: int) -> "Step":
         """The step of the layers first .. last-1."""
         group = (self.draft_model if drafts else self.model, first, last)
-        if (drafts, first, last) not in self._structures:
-            known = self.graphs.structures
-            self._structures[drafts, first, last] = known.setdefault(structure_of(*group), len(known))
         step = Step(self, run_layers, drafts, first, last, choice=False)
-        step.group, step.own_key = group, (run_layers, self._structures[drafts, first, last], self.cache.max_len)
+        step.group, step.own_key = group, (run_layers, self.graphs.structure(*group), self.cache.max_len)
         return step
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
@@ -312,8 +316,10 @@ class Step:
 
     def key(self, *args: torch.Tensor | None) -> Hashable:
         """All that the graph depends on but the values of tensors and the length of slots."""
-        shaped = args if self.group is None else args[:-1]  # a group's mask is as long as its slots
-        return self.own_key, *(arg is not None and arg.shape for arg in shaped)
+        if self.group is not None:
+            *others, mask = args  # which is as long as the slots
+            return self.own_key, mask is None, *(arg is not None and arg.shape for arg in others)
+        return self.own_key, *(arg is not None and arg.shape for arg in args)
 
     def __call__(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
         graphs = self.context.graphs
@@ -329,11 +335,9 @@ class Step:
 
 def run_layers(context: StepContext, drafts: bool, first: int, last: int, slots, x, at, positions, mask):
     """The layers first .. last-1 of the model, or of the one that drafts: x_first [b, s, d] -> x_last."""
-    context.cache.seek(at, slots.shape[0])
-    model, run = context.draft_model if drafts else context.model, {"start_layer": first, "exit_layer": last}
-    out = model(hidden=x, **run, unembed=False, mask=mask, input_pos=positions)
-    context.cache.cursor.at = None
-    return out
+    layers: dict[str, Any] = {"hidden": x, "start_layer": first, "exit_layer": last, "unembed": False}
+    model = context.draft_model if drafts else context.model
+    return context.run_at_once(model, None, at, slots, **layers, positions=positions, mask=mask)
 
 
 def unembed_states(context: StepContext, drafts: bool, slots, x):

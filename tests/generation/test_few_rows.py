@@ -51,22 +51,6 @@ def test_products_of_few_rows(n, k, dtype):
         torch.ops.layerskip.linear(x[:, :12], w[:, :12].contiguous())
 
 
-def test_threads_that_come_late_change_nothing():
-    """More threads than cores: pieces are done twice, and what is left of a former product does not reach the next."""
-    load_kernel()
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(512, 576, generator=generator)
-    xs = [torch.randn(3, 576, generator=generator) for _ in range(2)]
-    alone = [torch.ops.layerskip.linear(x, w) for x in xs]
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    try:
-        for i in range(400):
-            assert torch.equal(torch.ops.layerskip.linear(xs[i % 2], w), alone[i % 2])
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_which_products_of_a_graph_are_of_few_rows():
     """Those of 1 .. MOST_ROWS rows of whole vectors with a weight as it is stored, with a bias or without.
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torchtune import utils
 
-from layerskip_recipes.generation.kernels.layer_groups import SharedGraph
+from layerskip_recipes.generation.kernels.layer_groups import SharedGraph, structure_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
@@ -69,7 +69,8 @@ class CompiledSteps:
         self.warming = False  # one of them was new: the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
         self.shared: dict[Hashable, SharedGraph] = {}  # of groups of layers
-        self.structures: dict[Hashable, int] = {}  # their number: a structure is long, and slow to look up
+        self._structures: dict[Hashable, int] = {}  # of groups of layers, numbered
+        self._numbers: WeakKeyDictionary[LayerSkipDecoder, dict[tuple[int, int], int]] = WeakKeyDictionary()
         self.bound: dict[Hashable, Callable] = {}  # the graphs with the weights and caches of this generation
         self.failed = False  # nothing can be compiled here
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
@@ -89,6 +90,13 @@ class CompiledSteps:
         self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {(rows, draft_layers): kept}
         kept.tokens = [[] for _ in range(rows)]
         return kept
+
+    def structure(self, model: LayerSkipDecoder, first: int, last: int) -> int:
+        """A number for all groups of layers of one structure: the structure itself is slow to make and to look up."""
+        numbers = self._numbers.setdefault(model, {})
+        if (first, last) not in numbers:
+            numbers[first, last] = self._structures.setdefault(structure_of(model, first, last), len(self._structures))
+        return numbers[first, last]
 
     def release(self) -> None:
         """A generation ended: drop the references to its weights and caches."""
@@ -135,7 +143,7 @@ class CompiledSteps:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
-                if step.group is not None:
+                if step.group is not None and args[-1] is not None:
                     torch._dynamo.mark_dynamic(args[-1], 2)  # the mask [b, s, slots]
                 graph = _compiled(step.function, self.device, self._is_quantised(step))
             out = graph(step.context, *step.settings, slots, *args)
@@ -209,7 +217,7 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
         # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
         options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
     elif device.type == "cpu":
-        # Threads of few_rows.cpp do not wait for each other; those of inductor's small loops would, and gain nothing.
+        # Inductor's loops between the products are so short that threads cost more than they bring.
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp.threads": 1}
         define_operators()
         prepare = load_kernel

@@ -11,19 +11,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <initializer_list>
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -35,149 +27,6 @@ constexpr int WIDE = 8192;  // so many numbers in rows of x stay in that cache b
 constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
-
-// ---- work in pieces ----
-
-// Work that threads share. Where another program keeps a thread from running, nobody waits for what it took: the caller
-// does that piece again, and the late result is dropped. So a piece is computed in a place of its own, by tensors that
-// the work holds, and the first thread that has it keeps it.
-struct Work {
-  Work(int64_t pieces, int64_t room, std::function<void(int64_t, float*)> compute,
-       std::function<void(int64_t, const float*)> keep)
-      : pieces(pieces), room(room), compute(std::move(compute)), keep(std::move(keep)), states(pieces) {}
-
-  enum State { OPEN, KEEPING, DONE };
-
-  // Compute a piece and keep it, unless another thread was faster.
-  void perform(int64_t piece) {
-    thread_local std::vector<float> result;
-    if (result.size() < static_cast<size_t>(room)) result.resize(room);
-    compute(piece, result.data());
-    int open = OPEN;
-    if (!states[piece].compare_exchange_strong(open, KEEPING)) return;
-    keep(piece, result.data());
-    states[piece].store(DONE, std::memory_order_release);
-  }
-
-  // Perform pieces until all are taken; returns how many.
-  int64_t help() {
-    int64_t performed = 0;
-    for (int64_t piece; (piece = next.fetch_add(1)) < pieces; performed++) perform(piece);
-    return performed;
-  }
-
-  bool done(int64_t piece) const { return states[piece].load(std::memory_order_acquire) == DONE; }
-
-  const int64_t pieces, room;
-  const std::function<void(int64_t, float*)> compute;
-  const std::function<void(int64_t, const float*)> keep;
-  std::vector<std::atomic<int>> states;
-  std::atomic<int64_t> next{0};
-};
-
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// Threads beside the caller's, which look for work for a while before they sleep.
-class Helpers {
- public:
-  void share(const std::shared_ptr<Work>& work, int threads) {
-    using Clock = std::chrono::steady_clock;
-    const auto started = Clock::now();
-    bool wake;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (; helpers_ < threads - 1; helpers_++) std::thread([this, i = helpers_] { serve(i); }).detach();
-      work_ = work;
-      wanted_ = threads - 1;
-      number_.fetch_add(1, std::memory_order_release);
-      wake = sleeping_ > 0;
-    }
-    if (wake) awake_.notify_all();
-    const auto awake = Clock::now();
-    const int64_t performed = work->help();
-    // Others are at most one piece behind the caller, unless something keeps them from running.
-    const auto own = Clock::now() - awake, each = own / std::max<int64_t>(performed, 1);
-    const auto late = awake + own + 2 * each + std::chrono::microseconds(2);
-    for (int64_t piece = 0; piece < work->pieces; piece++) {
-      while (!work->done(piece) && Clock::now() < late) pause();
-      if (!work->done(piece)) work->perform(piece);
-      while (!work->done(piece)) std::this_thread::yield();  // it is being kept
-    }
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      work_.reset();
-    }
-    // Where many programs run, to wake a thread may cost the caller its own turn.
-    if (performed > 0 && Clock::now() - started < each * work->pieces) {
-      unhelped_ = 0;
-      pause_ = 32;
-    } else if (++unhelped_ == 4) {
-      unhelped_ = 3;  // one more of this kind is enough
-      alone_ = pause_ = std::min(2 * pause_, 1024);
-    }
-  }
-
-  // Whether to share the next work: not for a while where sharing took longer than the caller would have alone.
-  bool pays() { return alone_ == 0 || alone_-- == 0; }
-
-  std::mutex caller;  // one at a time; a second one works alone
-
- private:
-  void serve(int index) {
-    for (uint64_t seen = 0;;) {
-      // Yielding costs nothing on a free core, and leaves a busy one to others, such as the caller.
-      for (int i = 0; i < 500 && number_.load(std::memory_order_acquire) == seen; i++) std::this_thread::yield();
-      std::unique_lock<std::mutex> lock(mutex_);
-      sleeping_++;
-      awake_.wait(lock, [&] { return number_.load() != seen; });
-      sleeping_--;
-      seen = number_.load();
-      const std::shared_ptr<Work> work = index < wanted_ ? work_ : nullptr;
-      lock.unlock();
-      if (work) work->help();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable awake_;
-  std::shared_ptr<Work> work_;
-  std::atomic<uint64_t> number_{0};
-  int helpers_ = 0, sleeping_ = 0, wanted_ = 0;  // with the mutex
-  int unhelped_ = 0, alone_ = 0, pause_ = 32;     // with the caller's
-};
-
-// A process that was forked has none of the threads: it gets others. They are never destroyed, as they never end.
-Helpers*& helpers() {
-  static Helpers* all = [] {
-    pthread_atfork(nullptr, nullptr, [] { helpers() = new Helpers; });
-    return new Helpers;
-  }();
-  return all;
-}
-
-// compute(piece, result) of all pieces, each to a `result` of `room` numbers, and keep(piece, result) of each.
-template <typename Compute, typename Keep>
-void share(int64_t pieces, int64_t room, bool pays, const Compute& compute, const Keep& keep) {
-  const int threads = pays && pieces > 1 ? at::get_num_threads() : 1;
-  Helpers& others = *helpers();
-  std::unique_lock<std::mutex> lock(others.caller, std::defer_lock);
-  if (threads > 1 && lock.try_lock() && others.pays()) {
-    others.share(std::make_shared<Work>(pieces, room, compute, keep), threads);
-    return;
-  }
-  thread_local std::vector<float> result;
-  if (result.size() < static_cast<size_t>(room)) result.resize(room);
-  for (int64_t piece = 0; piece < pieces; piece++) {
-    compute(piece, result.data());
-    keep(piece, result.data());
-  }
-}
-
-// ---- products ----
 
 // v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {
@@ -337,61 +186,48 @@ void block(
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
-// `count` columns of y [m, stride] = x W^T, `grain` at a time: x [m, k], w [count, k].
+// Columns [first, end) of y [m, n] = x W^T, `grain` at a time: x [m, k], w [.., k] from the row of column `first` on.
 template <typename W>
 void columns(
-    const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t stride, int64_t count, int64_t grain) {
-  for (int64_t at = 0; at < count; at += grain)
+    const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
+  for (int64_t at = first; at < end; at += grain)
     for (int64_t row = 0; row < m; row += BLOCK)
       block<BLOCK>(
-          std::min<int64_t>(BLOCK, m - row), x + row * k, w + at * k, y + row * stride + at, k,
-          std::min(grain, count - at), k, stride);
+          std::min<int64_t>(BLOCK, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
+          std::min(grain, end - at), k, n);
 }
 
 // rows [m, k] in fp32, each of ws [n_i, k] contiguous, fp32, bf16 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]:
 // side by side what each gives alone.
-at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> list) {
+at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
   const at::Tensor x = rows.contiguous();
-  const std::vector<at::Tensor> ws(list.begin(), list.end());
   const int64_t m = x.size(0), k = x.size(1);
   int64_t n = 0;
   for (const at::Tensor& w : ws) {
     TORCH_CHECK(w.is_contiguous() && w.size(1) == k && k % LANES == 0);
     n += w.size(0);
   }
-  const at::Tensor out = at::empty({m, n}, x.options());
+  at::Tensor out = at::empty({m, n}, x.options());
   const float* xs = x.const_data_ptr<float>();
   float* ys = out.mutable_data_ptr<float>();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
-  const int64_t bytes = k * static_cast<int64_t>(ws[0].element_size());
+  const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
   // One row reads wide weights best as they lie, one column after the other; several share them by whole tiles.
   const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, m == 1 ? 1 : LANES);
-  // Several pieces for each thread, so that the last of them ends soon after the first.
-  const int64_t wanted = std::clamp<int64_t>(n * bytes / 8, 16384, 262144) / bytes;
-  const int64_t size = std::max<int64_t>((wanted + LANES - 1) / LANES * LANES, LANES);
-  const auto compute = [x, ws, xs, m, k, n, size, grain](int64_t piece, float* result) {
-    const int64_t first = piece * size, end = std::min(first + size, n);
+  at::parallel_for(0, n, grain, [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {
-      const int64_t from = std::max(first, before), count = std::min(end, before + w.size(0)) - from;
+      const int64_t from = std::max(first, before), last = std::min(end, before + w.size(0));
       const int64_t skipped = (from - before) * k;
-      float* y = result + (from - first);
-      if (count <= 0) {
-      } else if (w.scalar_type() == at::kChar) {
-        columns(xs, w.const_data_ptr<int8_t>() + skipped, y, m, k, end - first, count, grain);
-      } else if (w.scalar_type() == at::kBFloat16) {
-        columns(xs, w.const_data_ptr<at::BFloat16>() + skipped, y, m, k, end - first, count, grain);
-      } else {
-        columns(xs, w.const_data_ptr<float>() + skipped, y, m, k, end - first, count, grain);
-      }
+      if (w.scalar_type() == at::kChar)
+        columns(xs, w.const_data_ptr<int8_t>() + skipped, ys, m, k, n, from, last, grain);
+      else if (w.scalar_type() == at::kBFloat16)
+        columns(xs, w.const_data_ptr<at::BFloat16>() + skipped, ys, m, k, n, from, last, grain);
+      else
+        columns(xs, w.const_data_ptr<float>() + skipped, ys, m, k, n, from, last, grain);
       before += w.size(0);
     }
-  };
-  const auto keep = [out, ys, m, n, size](int64_t piece, const float* result) {
-    const int64_t first = piece * size, count = std::min(size, n - first);
-    for (int64_t row = 0; row < m; row++) std::copy_n(result + row * count, count, ys + row * n + first);
-  };
-  share((n + size - 1) / size, m * size, n > grain, compute, keep);
+  });
   return out;
 }
 
@@ -495,22 +331,19 @@ at::Tensor attention_over(
   const int64_t of_prompt = added.size(0) == 1 ? 0 : added.stride(0);
   // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
   const int64_t blocks = (s + BLOCK - 1) / BLOCK, size = (s + blocks - 1) / blocks;
-  const int64_t at_once = b * h < 2 * at::get_num_threads() ? size : s;  // queries of a piece
-  const int64_t of_head = (s + at_once - 1) / at_once;
-  const auto compute = [=, held = added](int64_t piece, float* result) {
-    const int64_t prompt = piece / of_head / h, head = piece / of_head % h, row = piece % of_head * at_once;
-    attend(
-        std::min(at_once, s - row), size, qs + prompt * queries.stride(0) + head * queries.stride(1) + row * step,
-        ks + prompt * k.stride(0) + head * k.stride(1), vs + prompt * v.stride(0) + head * v.stride(1),
-        masks + prompt * of_prompt + row * apart, result, d, slots, step, d, apart,
-        Vector(static_cast<float>(scale)));
-  };
-  const auto keep = [=, held = out](int64_t piece, const float* result) {
-    const int64_t prompt = piece / of_head / h, head = piece / of_head % h, row = piece % of_head * at_once;
-    for (int64_t r = row; r < std::min(row + at_once, s); r++)
-      std::copy_n(result + (r - row) * d, d, ys + ((prompt * s + r) * h + head) * d);
-  };
-  share(b * h * of_head, at_once * d, b * h * slots * d >= 8192, compute, keep);
+  at::parallel_for(0, b * h * blocks, 1, [&](int64_t first, int64_t end) {
+    while (first < end) {
+      const int64_t prompt = first / blocks / h, head = first / blocks % h, row = first % blocks * size;
+      const int64_t count = std::min(end - first, blocks - first % blocks);
+      attend(
+          std::min(count * size, s - row), size,
+          qs + prompt * queries.stride(0) + head * queries.stride(1) + row * step,
+          ks + prompt * k.stride(0) + head * k.stride(1), vs + prompt * v.stride(0) + head * v.stride(1),
+          masks + prompt * of_prompt + row * apart, ys + ((prompt * s + row) * h + head) * d, d, slots, step, h * d,
+          apart, Vector(static_cast<float>(scale)));
+      first += count;
+    }
+  });
   return out.transpose(1, 2);
 }
 
