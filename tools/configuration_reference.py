@@ -65,7 +65,7 @@ def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) ->
     if fields:
         yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
     for key, field in fields.items():
-        sections = _sections(field.annotation)
+        sections = [section for section in _sections(field.annotation) if section.model_fields]
         new = [section for section in sections if section not in known]
         for section in sections:
             # A mapping of sections has names of the user's choice between its key and the keys of a section.
@@ -78,8 +78,7 @@ def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) ->
             known[section] = key
             if summary := _summary(section):
                 yield summary
-            rows = [_row(prefix + name, part) for name, part in section.model_fields.items()]
-            yield _table(["key", "allowed", "default", "meaning"], rows)
+            yield from _tables({prefix + name: part for name, part in section.model_fields.items()}, known)
 
 
 def _direct(annotation: Any) -> list[type[Section]]:

@@ -1,6 +1,6 @@
 """BenchmarkConfig: the keys of `layerskip_benchmark`, and what goes together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -55,6 +55,60 @@ def _is_section(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
+class FastestSetting(Section):
+    """Nothing to set: a trial finds the fastest setting."""
+
+
+class LlamaCpp(Section):
+    """llama.cpp, by the package xllamacpp, on a CPU and for one prompt at a time."""
+
+    gguf: Annotated[Text, Field(examples=["model.gguf"])]
+    """The file of the same model, in any precision; docs/serving.md says how it is made."""
+    draft: Annotated[Text, Field(examples=["draft.gguf"])] | None = None
+    """The file of a draft, which is tried beside plain decoding, with the draft length of the first variant that
+    drafts."""
+
+    def check_files(self) -> None:
+        """Raises a ConfigError for a file that is not there."""
+        for key in ("gguf", "draft"):
+            file = getattr(self, key)
+            if file is not None and not Path(file).expanduser().is_file():
+                raise ConfigError(
+                    f"peers.llama_cpp.{key}: {file!r} is no file. Allowed: a GGUF file of this model; for example "
+                    f"peers.llama_cpp.{key}={'model' if key == 'gguf' else 'draft'}.gguf"
+                )
+
+    @property
+    def files(self) -> tuple[str, str | None]:
+        """The model's and the draft's."""
+        return str(Path(self.gguf).expanduser()), self.draft and str(Path(self.draft).expanduser())
+
+
+class Peers(Section):
+    """Other libraries by their names."""
+
+    torchtune: FastestSetting | None = None
+    """Its own generation with its KV cache."""
+    transformers: FastestSetting | None = None
+    """`generate`."""
+    transformers_early_exit: FastestSetting | None = None
+    """`generate(assistant_early_exit=E)`, with the exit and draft length of the first variant that drafts."""
+    llama_cpp: LlamaCpp | None = None
+    """llama.cpp on a GGUF file."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that run."""
+        return [name for name in PEERS if getattr(self, name) is not None]
+
+
+def _parse_peers(value: Any) -> Any:
+    """A list of names stands for sections without keys; an empty one for nothing."""
+    if isinstance(value, Sequence) and all(isinstance(name, str) for name in value) and not isinstance(value, str):
+        value = {name: {} for name in value}
+    return None if value == {} else value
+
+
 class BenchmarkConfig(DecodingConfig):
     """A checkpoint, prompts, and the methods of decoding that are compared."""
 
@@ -77,14 +131,13 @@ class BenchmarkConfig(DecodingConfig):
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """Of a generation config: the only variant, where `variants` is not there."""
-    peers: (
-        Annotated[
-            list[Literal["torchtune", "transformers", "transformers_early_exit"]], Field(examples=["[torchtune]"])
-        ]
-        | None
-    ) = None
-    """Other libraries on the same checkpoint; `transformers_early_exit` drafts like the first variant that drafts. One
-    that is not installed, or cannot do what the config asks for, is left out."""
+    peers: Annotated[
+        Peers | None,
+        BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),
+        Field(examples=["[torchtune]"]),
+    ] = None
+    """Other libraries on the same model: a list of names, or sections by names. One that is not installed, or cannot do
+    what the config asks for, is left out."""
     temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
@@ -169,6 +222,8 @@ class BenchmarkConfig(DecodingConfig):
         if self.report_dir is None:
             raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
         check_checkpointer(self)
+        if self.peers is not None and self.peers.llama_cpp is not None:
+            self.peers.llama_cpp.check_files()
         self._check_chooser(len(model.layers))
         self.check_prompts()
         if self.is_conversation:

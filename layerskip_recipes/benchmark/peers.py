@@ -1,11 +1,12 @@
-"""Other decoders on the same checkpoint, for the benchmark: torchtune's and transformers' own generation.
+"""Other decoders on the same model, for the benchmark: torchtune's, transformers' and llama.cpp's own generation.
 
 Peers are timed like our engine: tokens after the first ones, per second after the first ones. A timer notes when the
 first new tokens are there. torchtune calls `custom_generate_next_token` first for the second token, and transformers
 calls a stopping criterion after the first tokens, so no second call has to be made and subtracted. Assisted decoding
 drafts before its prefill and gets several tokens from it: neither these tokens nor their time count.
 
-Each peer runs as it is or compiled, whichever a short trial finds faster. Weights, dtype, device and threads are ours.
+Each peer runs as it is or compiled, and llama.cpp with a draft or without, whichever a short trial finds faster.
+Weights, dtype, device and threads are ours; llama.cpp's weights are those of its GGUF file.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from torchtune import training, utils
 from torchtune.generation import generate as torchtune_generate
 from torchtune.generation import generate_next_token
 
+from layerskip_recipes.benchmark.llama_cpp import LlamaCppServer
 from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.generation.sampling import Sampler
@@ -44,7 +46,8 @@ class Job:
         max_prompt: tokens of the longest of all prompts.
         limit: new tokens, at most.
         stop_tokens: a row ends with the first of them.
-        draft: exit layer and draft length of transformers_early_exit.
+        draft: exit layer and draft length of transformers_early_exit; llama.cpp's drafts have this length.
+        gguf: the files of llama.cpp: the model, and a draft if there is one.
     """
 
     model_section: Component
@@ -55,6 +58,7 @@ class Job:
     limit: int
     stop_tokens: Sequence[int]
     draft: tuple[int, int] | None
+    gguf: tuple[str, str | None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -235,18 +239,45 @@ def early_exit_decoder(job: Job, compiled: bool) -> Decode:
     return decode
 
 
+def llama_cpp_decoder(job: Job, drafted: bool) -> Decode:
+    """llama.cpp's server, plainly or with a draft; on the processor, one prompt at a time."""
+    if job.device.type != "cpu" or len(job.prompts) > 1:
+        raise ValueError("it decodes one prompt at a time on a CPU here")
+    assert job.gguf is not None  # peers.llama_cpp requires it
+    gguf, draft = job.gguf
+    if drafted and draft is None:
+        raise ValueError("peers.llama_cpp.draft is not given")
+    length = job.draft[1] if job.draft else 6
+    drafting = (draft, length) if drafted else ()
+    server = LlamaCppServer(gguf, job.max_prompt + job.limit + length + 1, torch.get_num_threads(), *drafting)
+
+    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+        tokens, stats = server.complete(rows[0], job.limit, sampler, seed, ignore_end=not job.stop_tokens)
+        return job.outputs(torch.tensor([tokens]), 0), stats
+
+    return decode
+
+
 @dataclass(frozen=True)
 class PeerKind:
-    """What a name in `peers` stands for: the package that it needs, and (job, compiled) -> how it decodes."""
+    """What a name in `peers` stands for.
+
+    Args:
+        package: that it needs.
+        decoder: (job, in the second setting) -> how it decodes.
+        settings: two, of which a trial finds the faster one. `compiled` is tried where ours are compiled.
+    """
 
     package: str
     decoder: Callable[[Job, bool], Decode]
+    settings: tuple[str, str] = ("eager", "compiled")
 
 
 PEERS: dict[str, PeerKind] = {
     "torchtune": PeerKind("torchtune", torchtune_decoder),
     "transformers": PeerKind("transformers", transformers_decoder),
     "transformers_early_exit": PeerKind("transformers", early_exit_decoder),
+    "llama_cpp": PeerKind("xllamacpp", llama_cpp_decoder, ("plain", "draft")),
 }
 
 
@@ -289,14 +320,16 @@ def check_same_model(package: str, checkpointer: Component) -> None:
 
 
 def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -> Peer:
-    """The faster of eager and compiled decoding on the first prompts; the first call of each is a warm-up."""
+    """The faster of a peer's settings on the first prompts; the first call of each is a warm-up."""
     if importlib.util.find_spec(kind.package) is None:
         raise ModuleNotFoundError(f"{kind.package} is not installed")
     settings: dict[str, Decode] = {}
     trial: dict[str, float | str] = {}
-    for setting in ("eager", "compiled") if compile else ("eager",):
+    for setting in kind.settings:
+        if setting == "compiled" and not compile:
+            continue
         try:
-            settings[setting] = kind.decoder(job, setting == "compiled")
+            settings[setting] = kind.decoder(job, setting == kind.settings[1])
             for _ in range(2):
                 _, stats = settings[setting](job.prompts, sampler, 0)
             trial[setting] = stats.tokens_per_second or 0.0

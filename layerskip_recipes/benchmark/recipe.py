@@ -185,9 +185,10 @@ class LayerSkipBenchmark:
                 self.limit,
                 self.stop_tokens,
                 cfg.first_draft,
+                cfg.peers.llama_cpp.files if cfg.peers.llama_cpp else None,
             )
             sampler = cfg.sampler(cfg.all_temperatures[0])
-            self.peers, self.left_out = find_peers(cfg.peers, job, sampler, bool(cfg.compile))
+            self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, bool(cfg.compile))
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error with all that is measured by then."""

@@ -73,7 +73,9 @@ WRONG = [
     ("variants.baseline.early_exit=2", "variants.baseline", "taken", "variants.chain"),
     ("variants.torchtune.early_exit=2", "variants.torchtune", "taken", "variants.chain"),
     ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),
-    ("peers=[vllm]", "peers", "'vllm'", "torchtune, transformers, transformers_early_exit"),
+    ("peers=[vllm]", "peers.vllm", "unknown key", "llama_cpp, torchtune, transformers, transformers_early_exit"),
+    ("peers=[llama_cpp]", "peers.llama_cpp.gguf", "missing", "peers.llama_cpp.gguf=model.gguf"),
+    ("peers={llama_cpp: {gguf: none.gguf}}", "peers.llama_cpp.gguf", "'none.gguf' is no file", "a GGUF file"),
     ("metrics=[rogueL]", "metrics", "rogueL", "rouge1, rouge2, rougeL, bleu, exact_match"),
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]

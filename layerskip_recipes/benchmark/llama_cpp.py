@@ -1,0 +1,72 @@
+"""llama.cpp on a GGUF file, in this process: the server of the package xllamacpp, for the benchmark."""
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.stats import GenerationStats
+
+
+class LlamaCppServer:
+    """A server with one place for a prompt.
+
+    Args:
+        gguf: the file of the model.
+        room: tokens of the longest prompt with its answer.
+        threads: that compute.
+        draft: the file of a model that drafts.
+        num_speculations: how many tokens it drafts at a time.
+    """
+
+    def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
+        import xllamacpp  # an optional dependency
+
+        params: Any = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # any free port
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        if draft is not None:
+            kinds, drafting = xllamacpp.common_speculative_type, params.speculative.draft
+            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+            drafting.mparams.path, drafting.n_max = draft, num_speculations
+            drafting.cpuparams.n_threads = drafting.cpuparams_batch.n_threads = threads
+        self.room, self.server = room, xllamacpp.Server(params)
+
+    def complete(
+        self, prompt: Sequence[int], limit: int, sampler: Sampler, seed: int, ignore_end: bool
+    ) -> tuple[list[int], GenerationStats]:
+        """The new tokens, and the times that the server reports: of the prompt, and of what came after it.
+
+        Args:
+            prompt: token ids.
+            limit: new tokens, at most.
+            sampler: its temperature, filters and penalty.
+            seed: of the sampling.
+            ignore_end: go on after the file's own end of text.
+        """
+        asked = {
+            "prompt": [*prompt],
+            "n_predict": limit,
+            "temperature": 0.0 if sampler.greedy else sampler.temperature,
+            "top_k": sampler.top_k or 0,
+            "top_p": sampler.top_p or 1.0,
+            "min_p": sampler.min_p or 0.0,
+            "repeat_penalty": sampler.repetition_penalty,
+            "repeat_last_n": self.room,  # the whole text, as ours
+            "seed": seed,
+            "ignore_eos": ignore_end,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        url, kind = f"{self.server.listening_address}/completion", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode(), kind)) as answer:
+            found = json.load(answer)
+        times = found["timings"]
+        stats = GenerationStats(
+            tokens=len(found["tokens"]),
+            rows=1,
+            prefill_s=times["prompt_ms"] / 1000,
+            decode_s=times["predicted_ms"] / 1000,
+        )
+        return found["tokens"], stats
