@@ -94,8 +94,7 @@ def dtype(device: str | None, model_dir: str | None = None, kind: Kind | None = 
 
     Full training takes fp32 on a GPU too where that fits, as bf16 rounds small steps of the weights away.
     """
-    on_gpu = (device or best_device()).startswith("cuda")
-    if not on_gpu or not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not _computes_in_bf16(device):
         return "fp32"
     if (
         model_dir is not None
@@ -104,6 +103,16 @@ def dtype(device: str | None, model_dir: str | None = None, kind: Kind | None = 
     ):
         return "fp32"
     return "bf16"
+
+
+def compute_dtype(device: str | None, dtype: str) -> str | None:
+    """bf16 for weights in fp32 on a GPU that computes in it."""
+    return "bf16" if dtype == "fp32" and _computes_in_bf16(device) else None
+
+
+def _computes_in_bf16(device: str | None) -> bool:
+    on_gpu = (device or best_device()).startswith("cuda")
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def seq_len(model_dir: str, kind: Kind, device: str | None, dtype: str) -> int:
@@ -160,7 +169,10 @@ def folder(model_dir: str) -> str:
     return str(model_folder(model_dir, "model_dir"))
 
 
-RESOLVERS = (device, dtype, seq_len, recompute, batch_size, accumulation, lr, interval, draft_exit, new_tokens, folder)
+RESOLVERS = (
+    *(device, dtype, compute_dtype, seq_len, recompute, batch_size, accumulation),
+    *(lr, interval, draft_exit, new_tokens, folder),
+)
 
 
 def register() -> None:

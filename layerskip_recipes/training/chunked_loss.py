@@ -92,6 +92,8 @@ def exit_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, whose gradients are taken chunk by chunk in the forward pass.
 
+    The head computes in the precision of the hidden states, or that of autocast; gradients add up in fp32.
+
     The weights are known beforehand, so each chunk's gradient is final as soon as its logits exist: one accumulator
     serves the head for all exits, and each exit keeps a gradient of its hidden state's size.
 
@@ -131,18 +133,21 @@ class _ExitLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk_loss, chunk_tokens, teacher, taught, head, labels, counted, weights, grad_enabled, *tensors):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
+        kind, compute = hidden[0].device.type, hidden[0].dtype
+        if torch.is_autocast_enabled(kind):
+            compute = torch.get_autocast_dtype(kind)
         all_count, labels = len(counted) == len(labels), labels[counted]
         exact = at_least_fp32(hidden[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # New leaves: of a sharded parameter they are the gathered copy. Frozen parameters stay frozen.
-        leaves = [p.detach().requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
+        leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
         # Gradients add up in fp32: bf16 would lose most of the summands, one for each chunk of each exit.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         size = max(min(chunk_tokens, len(labels)), 1)
         # One buffer for the logits of all chunks: allocating one for each chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
-        buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0]) if plain else None
+        buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute) if plain else None
         # No tensor of a chunk outlives the chunk, so saved-tensor hooks (offloading) must not see them.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
@@ -155,12 +160,14 @@ class _ExitLosses(torch.autograd.Function):
                 lesson = labels[part] if teacher is None else teacher(rows)
                 for i, x in enumerate(hidden):
                     target = lesson if i < taught else labels[part]
+                    states = x[rows].to(compute)
                     if trained[i]:
-                        chunk_sum, hidden_grads[i][rows] = _loss_and_gradient(
-                            chunk_loss, head, leaves, sums, x[rows], target, weights[i] / count, buffer
+                        chunk_sum, grad = _loss_and_gradient(
+                            chunk_loss, head, leaves, sums, states, target, weights[i] / count, buffer
                         )
+                        hidden_grads[i][rows] = grad.to(x.dtype)
                     else:
-                        h = head.normed(x[rows])
+                        h = head.normed(states)
                         logits = head.unembed(h, out=None if buffer is None else buffer[: len(h)])
                         chunk_sum = chunk_loss(logits, target, torch.zeros_like(count))
                     exit_sums[i] += chunk_sum
@@ -169,7 +176,7 @@ class _ExitLosses(torch.autograd.Function):
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
         total = (per_exit * factors).sum()
-        head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, leaves, strict=True))
+        head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True))
         ctx.grads = (*head_grads, *hidden_grads)
         ctx.mark_non_differentiable(per_exit)
         return total, per_exit

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
@@ -203,14 +203,18 @@ def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh
         parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
     checkpoint_layers(model, checkpoint_every)
     if mesh.devices is not None and mesh.data_size > 1:
-        named = cfg.custom_sharded_layers or []
-        training.shard_model(
-            model,
-            [lambda name, module: training.get_shard_conditions(clean_name(name), module, names_to_match=named)],
-            cpu_offload=bool(cfg.fsdp_cpu_offload),
-            reshard_after_forward=cfg.fsdp_reshard_after_forward is not False,
-            dp_mesh=mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
-        )
+        ways: dict[str, Any] = {
+            "mesh": mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
+            "reshard_after_forward": cfg.fsdp_reshard_after_forward is not False,
+        }
+        if cfg.fsdp_cpu_offload:
+            ways["offload_policy"] = CPUOffloadPolicy()
+        if cfg.compute_dtype is not None:  # weights are gathered in bf16, gradients summed in fp32
+            ways["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for name, module in reversed([*model.named_modules()]):
+            if training.get_shard_conditions(clean_name(name), module, names_to_match=cfg.custom_sharded_layers or []):
+                fully_shard(module, **ways)
+        fully_shard(model, **ways)
 
 
 def reshard(model: nn.Module) -> None:

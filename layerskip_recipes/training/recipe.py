@@ -270,11 +270,15 @@ class LayerSkipFinetune:
         batch |= {"labels": labels, "counted": counted}
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
-        with self.offloading:
+        with self.offloading, self._computing():
             if isinstance(self.loss, DraftLoss):
                 return len(counted), self.loss(self.model, tokens, labels, **batch), {}
             loss, exits = self.loss(self.model, tokens, labels, step=self.step, total_steps=self.total_steps, **batch)
         return len(counted), loss, exits
+
+    def _computing(self) -> torch.autocast:
+        """Products in `compute_dtype`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.compute_dtype is not None)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         if "grad_norm" in metrics:
@@ -313,7 +317,9 @@ class LayerSkipFinetune:
 
     def _validate(self) -> None:
         if self.validation.on:
-            self.log.write(self.validation.measure(self.model, self.device, self.step, self.draft), self.step)
+            with self._computing():
+                measured = self.validation.measure(self.model, self.device, self.step, self.draft)
+            self.log.write(measured, self.step)
 
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint; on all ranks."""

@@ -147,6 +147,8 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     assert defaults.dtype("cuda", folder, "full") == expected
     assert defaults.dtype("cuda", folder, "lora") == "bf16"
     assert defaults.dtype("cuda") == "bf16"
+    assert (defaults.compute_dtype("cuda", "fp32"), defaults.compute_dtype("cuda", "bf16")) == ("bf16", None)
+    assert defaults.compute_dtype("cpu", "fp32") is None
     assert defaults.dtype("cpu", folder, "full") == "fp32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     assert defaults.dtype("cuda") == "fp32"

@@ -1,0 +1,92 @@
+"""compute_dtype: products in bf16 with weights in fp32; what weights in bf16 lose."""
+
+import pytest
+import torch
+from helpers import training_ranks
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.ranks import check_success, run_on_ranks
+from helpers.tiny import make_tiny
+from helpers.training import few_texts, losses, start_section, train  # noqa: F401
+from safetensors.torch import load_file, save_file
+
+from layerskip_recipes import EarlyExitLoss
+from layerskip_recipes.model.decoder import as_layerskip_decoder
+
+STEPS, LR = 12, 2e-5
+WEIGHT = 5 / 256  # 0.0195, a number of bf16
+KINDS = {"fp32": ["dtype=fp32"], "mixed": ["dtype=fp32", "compute_dtype=bf16"], "bf16": ["dtype=bf16"]}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, tokenizer_folder):
+    """Twelve steps of AdamW without weight decay from a checkpoint whose matrices are WEIGHT or -WEIGHT everywhere."""
+    folder = tmp_path_factory.mktemp("runs")
+    file = make_checkpoint(folder / "start", tokenizer_folder) / "model.safetensors"
+    save_file({name: t if t.dim() == 1 else WEIGHT * t.sign() for name, t in load_file(file).items()}, file)
+    changes = {"checkpointer": start_section(folder / "start"), "layer_dropout": None, "lr_scheduler": None}
+    changes |= {"optimizer": {"_component_": "torch.optim.AdamW", "lr": LR, "weight_decay": 0.0}}
+    return finetune_config(folder, tokenizer_folder, **changes, epochs=3, max_steps_per_epoch=4)
+
+
+@pytest.fixture(scope="module")
+def moved(path):
+    """By kind: how far each weight of the second layer's matrices went, and the losses of the steps."""
+
+    def matrices(file):
+        return {n: t.float() for n, t in load_file(file).items() if "layers.1." in n and t.dim() == 2}
+
+    before, found = matrices(path.parent / "start" / "model.safetensors"), {}
+    for kind, keys in KINDS.items():
+        out = path.parent / kind
+        train(path, f"output_dir={out}", *keys)
+        (file,) = (out / "epoch_2").glob("*.safetensors")
+        after = matrices(file)
+        distance = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
+        found[kind] = distance, [line["loss"] for line in losses(out).values()]
+    return found
+
+
+def test_small_steps_move_a_weight(moved):
+    """AdamW moves a weight by about the learning rate at a step. In bf16, neighbours of WEIGHT are 6 steps away."""
+    assert moved["bf16"][0].max() == 0
+    for kind in ("fp32", "mixed"):
+        assert 0.5 * STEPS * LR < moved[kind][0].median() < 1.1 * STEPS * LR, kind
+    mean = moved["fp32"][0].mean()
+    assert abs(moved["mixed"][0].mean() - mean) < 0.1 * mean
+
+
+def test_the_losses_are_those_of_fp32_within_the_rounding_of_bf16(moved):
+    assert moved["mixed"][1] == pytest.approx(moved["fp32"][1], rel=1e-2)
+    assert moved["mixed"][1] != moved["fp32"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_gather_in_bf16_and_move_the_same_weights(path, moved):
+    out = path.parent / "two"
+    arguments = ("train", path.parent, "--config", path, f"output_dir={out}", *KINDS["mixed"], "batch_size=1")
+    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=2))
+    found = [line["loss"] for line in losses(out).values()]
+    assert found == pytest.approx(moved["fp32"][1], rel=1e-2)
+    (file,) = (out / "epoch_2").glob("*.safetensors")
+    assert {t.dtype for t in load_file(file).values()} == {torch.float32}
+
+
+def test_autocast_of_the_loss():
+    """Gradients in fp32, as far from exact ones as a few dozen roundings by 2^-8 take them."""
+    gradients = {}
+    for autocast in (False, True):
+        model = as_layerskip_decoder(make_tiny())
+        tokens = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+        loss = EarlyExitLoss(curriculum=None, layers=":", scale=0.5, chunk_tokens=5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            total, _ = loss(model, tokens, tokens, step=0, total_steps=1)
+        total.backward()
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        gradients[autocast] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert 0 < (gradients[True] - gradients[False]).norm() < 0.1 * gradients[False].norm()
+
+
+def test_it_needs_weights_in_fp32(path):
+    with pytest.raises(ValueError, match=r"^compute_dtype: bf16 needs weights in fp32, and dtype is bf16\. Set "):
+        train(path, "dtype=bf16", "compute_dtype=bf16")
