@@ -23,7 +23,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
-from layerskip_recipes.model.kv_cache import DecodingCache, visible, without_plans
+from layerskip_recipes.model.kv_cache import DecodingCache, visible, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
@@ -144,13 +144,13 @@ class Generation:
         try:
             with self._models_in_use():
                 started = time.perf_counter()
-                with without_plans(self.context.device):
+                with decoding_kernels(self.context.device):
                     new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
                 yield new
                 while not all(self.finished):
                     started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
-                    with without_plans(self.context.device):
+                    with decoding_kernels(self.context.device):
                         new = self._plain_round() if self.drafter is None else self._draft_round()
                     self.stats.rounds += 1
                     seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled

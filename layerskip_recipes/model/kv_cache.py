@@ -200,16 +200,23 @@ def cached_attention(
 
 
 @contextmanager
-def without_plans(device: torch.device) -> Iterator[None]:
-    """Disable cuDNN's attention on a GPU: it makes a plan for each new length of the keys, tens of milliseconds each,
-    and a growing text has a new length at every step."""
-    kept = torch.backends.cuda.cudnn_sdp_enabled()
+def decoding_kernels(device: torch.device) -> Iterator[None]:
+    """torch's settings for decoding on a GPU; afterwards as before.
+
+    cuDNN's attention is off: it makes a plan for each new length of the keys, tens of milliseconds each, and a growing
+    text has a new length at every step. Products of bf16 add up in fp32 throughout, so that a verification of several
+    tokens rounds like steps of one.
+    """
+    products = torch.backends.cuda.matmul
+    plans, in_bf16 = torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+        products.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(kept)
+        torch.backends.cuda.enable_cudnn_sdp(plans)
+        products.allow_bf16_reduced_precision_reduction = in_bf16
 
 
 def _patch_attention(layer: nn.Module, cache: LayerCache) -> dict[str, object]:

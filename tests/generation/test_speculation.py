@@ -19,7 +19,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.model.kv_cache import without_plans
+from layerskip_recipes.model.kv_cache import decoding_kernels
 
 # ---- greedy: the tokens of the full model, whatever drafts ----
 
@@ -282,14 +282,24 @@ def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_no_plans_on_a_gpu_and_elsewhere_nothing_changes(before):
-    kept = torch.backends.cuda.cudnn_sdp_enabled()
+def test_settings_of_torch_on_a_gpu_and_elsewhere_nothing_changes(before):
+    """cuDNN's plans and sums in bf16."""
+    products = torch.backends.cuda.matmul
+
+    def settings():
+        return torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
+
+    def set_all(plans, in_bf16):
+        torch.backends.cuda.enable_cudnn_sdp(plans)
+        products.allow_bf16_reduced_precision_reduction = in_bf16
+
+    kept = settings()
     try:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        set_all(before, before)
         for device, inside in (("cuda", False), ("cpu", before)):
-            with pytest.raises(KeyboardInterrupt), without_plans(torch.device(device)):
-                assert torch.backends.cuda.cudnn_sdp_enabled() == inside
+            with pytest.raises(KeyboardInterrupt), decoding_kernels(torch.device(device)):
+                assert settings() == (inside, inside)
                 raise KeyboardInterrupt
-            assert torch.backends.cuda.cudnn_sdp_enabled() == before
+            assert settings() == (before, before)
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(kept)
+        set_all(*kept)
