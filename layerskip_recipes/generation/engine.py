@@ -23,7 +23,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
-from layerskip_recipes.model.kv_cache import DecodingCache, visible, decoding_kernels
+from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels, visible
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
 
 PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
