@@ -18,7 +18,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
 from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
+from layerskip_recipes.generation.kernels.compiling import GraphError, cache_length, compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
@@ -150,8 +150,14 @@ class Generation:
                 yield new
                 while not all(self.finished):
                     started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
-                    with decoding_kernels(self.context.device):
-                        new = self._plain_round() if self.drafter is None else self._draft_round()
+                    try:
+                        with decoding_kernels(self.context.device):
+                            new = self._plain_round() if self.drafter is None else self._draft_round()
+                    except GraphError:
+                        self.phases.forget(phases)
+                        self.stats.compile_s += self.compile_s - compiled
+                        self._read_again()
+                        continue
                     self.stats.rounds += 1
                     seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
                     if compile_s == 0:
@@ -215,20 +221,36 @@ class Generation:
         return self.exit_layer if self.drafter is None else self.model.num_layers
 
     def _prefill(self) -> list[list[int]]:
-        """The prompts through the model, the head at each row's last position only."""
+        """The prompts through the model, and the first new token of each row."""
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in self.prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, self.prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in self.prompts], self._depth
-        width, device = max(len(prompt) for prompt in self.prompts), self.context.device
         self.stats.reused_tokens = reused * len(self.prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
-        # Padded on the right: slots behind a row's prompt are overwritten before any of its queries sees them.
-        tokens = on_device([prompt + [0] * (width - len(prompt)) for prompt in self.prompts], device)
-        last = on_device([len(prompt) - 1 for prompt in self.prompts], device)
+        final = self._read_texts(self.prompts, reused)
+        logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
+        self.last = self.context.broadcast(self.choose_token.run(None, logits, self.context.noise(), self.seen))
+        return self._keep([[token] for token in self.last.tolist()])
+
+    def _read_again(self) -> None:
+        """Fill the cache from the texts, since a step that failed half-way may have moved what it held."""
+        with decoding_kernels(self.context.device):
+            self._read_texts([(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)])
+
+    def _read_texts(self, texts: Sequence[list[int]], reused: int = 0) -> torch.Tensor:
+        """Texts through the model and into the cache, which has their first `reused` tokens already.
+
+        Returns:
+            x_L of each row's last token, [b, d]; without drafts x_E.
+        """
+        width, device = max(map(len, texts)), self.context.device
+        # Padded on the right: slots behind a row's text are overwritten before any of its queries sees them.
+        tokens = on_device([text + [0] * (width - len(text)) for text in texts], device)
+        last = on_device([len(text) - 1 for text in texts], device)
         at_once = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
-        rows = torch.arange(len(self.prompts), device=device)
+        rows = torch.arange(len(texts), device=device)
         final: Any = None
         for start in range(reused, width, width if at_once else PREFILL_CHUNK):
             end = width if at_once else min(start + PREFILL_CHUNK, width)
@@ -239,9 +261,7 @@ class Generation:
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
-        logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
-        self.last = self.context.broadcast(self.choose_token.run(None, logits, self.context.noise(), self.seen))
-        return self._keep([[token] for token in self.last.tolist()])
+        return final
 
     def _read(self, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """x_L, or x_E without drafts, of a part of the prompts; the draft's own layers read it too."""

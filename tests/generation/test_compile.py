@@ -298,6 +298,30 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
     assert warnings == ["compile: not possible for draft_chain, going on without (no kernel)"]
 
 
+@pytest.mark.parametrize("way", ["plain", "chain", "tree"])
+@pytest.mark.parametrize("nth", [1, 4])
+def test_after_a_graph_that_failed_half_way_the_round_begins_again(way, nth, monkeypatch):
+    """On a GPU the capture of a graph may fail when the step has moved slots. Here each kind of step fails once, after
+    it ran, and what the cache holds is spoilt."""
+    model, calls = make_small(), Counter()
+
+    def call(self, step, slots, *args):
+        result = step.run(slots, *args)
+        name = step.function.__name__
+        calls[name] += 1
+        if calls[name] == nth:
+            for layer in step.context.cache.layers:
+                layer.k.fill_(3.0)
+            raise compiling.GraphError(name)
+        return result
+
+    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
+    speculation = Speculation(**WAYS[way]) if WAYS[way] else None
+    generation = run(model, SHORT, 12, speculation=speculation)
+    assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
+    assert max(calls.values()) > nth and generation.stats.tokens == 24
+
+
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     """Under one name dynamo takes what differs between them for dynamic; then there are no products of few rows."""
     names = []

@@ -38,6 +38,13 @@ def cache_length(needed: int) -> int:
     return max(256, 1 << (needed - 1).bit_length()) + 64
 
 
+class GraphError(RuntimeError):
+    """A graph on a GPU failed at one of its first calls, perhaps when it had moved something in the cache.
+
+    The step goes without a graph from now on. The round has to begin again, with a cache that is filled from the text.
+    """
+
+
 class StepLike(Protocol):
     """What is compiled, see `generation.steps.Step`."""
 
@@ -152,8 +159,8 @@ class CompiledSteps:
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
-            # Compilation and capture come before the step runs. A machine without a C++ compiler fails at its first
-            # step. If other steps were compiled they go on; a quantised step may be the only one without a kernel.
+            # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
+            # quantised step may be the only one without a kernel.
             self.failed = not self.graphs and not self._is_quantised(step)
             self.refused[key] = name = step.function.__name__
             self.seconds += time.perf_counter() - started
@@ -162,7 +169,9 @@ class CompiledSteps:
                 "here" if self.failed else f"for {name}",
                 (str(e).strip() or repr(e)).splitlines()[0][:200],
             )
-            return step.run(slots, *args)
+            if cuda:
+                raise GraphError(name) from e
+            return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
         self.graphs[key] = graph
         self.seconds += time.perf_counter() - started
         return self._bind(step, key, graph, (slots, *args), length, out)
