@@ -6,7 +6,6 @@ Any config can use them, and a value in the place of such a line replaces it. Of
 all weights, "lora" adapters, and "qlora" adapters on weights of 4 bits.
 """
 
-import re
 import warnings
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.recipe_config import best_device
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.model.limits import machine_memory
@@ -235,10 +233,7 @@ def _leaves(source: DictConfig) -> dict[str, str]:
 
 
 def _config(model_dir: str) -> HFConfig:
-    try:
-        return read_hf_config(model_folder(model_dir, "model_dir"))
-    except ConfigError as e:
-        raise ConfigError(re.sub(r"^path:", "model_dir:", str(e))) from e
+    return read_hf_config(model_folder(model_dir, "model_dir"), "model_dir")
 
 
 def _trained(model_dir: str) -> list[int] | None:

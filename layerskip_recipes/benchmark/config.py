@@ -65,8 +65,8 @@ class LlamaCpp(Section):
     gguf: Annotated[Text, Field(examples=["model.gguf"])]
     """The file of the same model, in any precision; docs/serving.md says how it is made."""
     draft: Annotated[Text, Field(examples=["draft.gguf"])] | None = None
-    """The file of a draft, which is tried beside plain decoding, with the draft length of the first variant that
-    drafts."""
+    """The file of a draft, which is tried beside plain decoding, with the draft length of the first variant that drafts
+    from an exit, or else 6."""
 
     def check_files(self) -> None:
         """Raises a ConfigError for a file that is not there."""

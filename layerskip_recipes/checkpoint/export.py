@@ -19,6 +19,7 @@ from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import check_folder
@@ -27,7 +28,6 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
-INDEX = "model.safetensors.index.json"
 DECODING_LOOP = Path(__file__).with_name("custom_generate.py")  # not imported: it needs transformers, which is optional
 REQUIREMENTS = "transformers>=5.24\n"  # of the decoding loop; transformers checks it when it loads the loop
 

@@ -31,10 +31,10 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
     except ConfigError:
         raise
     except Exception as e:
-        raise ConfigError(
-            f"checkpointer: {type(checkpointer).__name__} cannot read the files as model_type "
-            f"{checkpointer._model_type}: {e!r}. Check checkpoint_files and model_type"
-        ) from e
+        kind = getattr(checkpointer, "_model_type", None)  # of torchtune's checkpointers
+        how = "" if kind is None else f" as model_type {kind}"
+        name = type(checkpointer).__name__
+        raise ConfigError(f"checkpointer: {name} cannot read the files{how}: {e!r}. Check that section's keys") from e
 
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

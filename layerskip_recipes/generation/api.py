@@ -90,7 +90,7 @@ def generate(
     if num_speculations is not None and exit_layer is None:
         given = f"num_speculations: {num_speculations} needs exit_layer too"
         raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
-    known = {field.name for field in fields(Speculation) if field.init}
+    known = {field.name for field in fields(Speculation)}
     for name in speculation:
         if name not in known:
             raise ConfigError(f"{name}: generate takes no such argument. {nearest(name, sorted(known))}")

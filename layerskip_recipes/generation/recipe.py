@@ -218,7 +218,7 @@ class LayerSkipGenerate:
         **kwargs: Any,
     ) -> Generation:
         dim_drafts = shown is not None and self.cfg.stream == "draft" and sys.stdout.isatty()
-        generation = Generation(
+        return Generation(
             self.model,
             prompts,
             limit,
@@ -229,11 +229,9 @@ class LayerSkipGenerate:
             compile=bool(self.cfg.compile),
             broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
             choice=self.choice,
+            on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,
         )
-        if dim_drafts:
-            generation.on_draft = shown.show_draft
-        return generation
 
     def text_of(self, i: int) -> TextStream:
         """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""

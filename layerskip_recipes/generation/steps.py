@@ -1,7 +1,8 @@
 """What one step of decoding computes, in tensors only, and what its compiled graph depends on.
 
-Each step is compiled as one graph (kernels/compiling.py). Here are the context that all steps of a generation share and
-the steps of plain decoding; those of drafts and of their verification are in drafting/chain.py and drafting/tree.py.
+Each step is compiled as one graph (kernels/compiling.py); on a CPU one of many layers runs by graphs of groups of them.
+Here are the context that all steps of a generation share and the steps of plain decoding; those of drafts and of their
+verification are in drafting/chain.py and drafting/tree.py.
 
 Shapes: b rows, n drafted tokens, k nodes of the draft (n + 1 in a chain), v vocabulary, v' draft vocabulary, d width.
 `start` [b] is the slot of each row's last token, the root of the draft; `slots` is 0 .. end-1, what attention sees.

@@ -190,24 +190,24 @@ class HFConfig(Section):
         return min(limits)
 
 
-def read_hf_config(folder: Path) -> HFConfig:
-    """The config of a Hugging Face folder.
+def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
+    """The config of a Hugging Face folder, which stands at `key` of a config.
 
     Raises:
         ConfigError: if there is none, or it describes a model that is not supported.
     """
-    return parse_hf_config(read_config_json(folder), str(folder / "config.json"))
+    return parse_hf_config(read_config_json(folder, key), str(folder / "config.json"))
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
+def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
     """The content of a folder's config.json; a ConfigError if there is none."""
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"path: {str(folder)!r} holds no readable config.json ({e})") from e
+        raise ConfigError(f"{key}: {str(folder)!r} holds no readable config.json ({e})") from e
     if not isinstance(content, dict):
-        raise ConfigError(f"path: {str(file)!r} is no mapping")
+        raise ConfigError(f"{key}: {str(file)!r} is no mapping")
     return content
 
 

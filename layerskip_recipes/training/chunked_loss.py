@@ -74,9 +74,13 @@ def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Ten
     return total.sum()
 
 
-def token_loss_(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` towards labels [n]."""
-    return (kl_divergence_ if target.dim() == 2 else cross_entropy_)(logits, target, scale)
+def token_loss_(
+    logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0, **of_labels: Any
+) -> torch.Tensor:
+    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` with its settings towards labels [n]."""
+    if target.dim() == 2:
+        return kl_divergence_(logits, target, scale)
+    return cross_entropy_(logits, target, scale, **of_labels)
 
 
 def exit_losses(

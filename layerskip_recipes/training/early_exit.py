@@ -15,7 +15,7 @@ from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, cross_entropy_, exit_losses, kl_divergence_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
@@ -166,9 +166,8 @@ class EarlyExitLoss:
 
     def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of a chunk, whose gradient takes the place of its logits."""
-        if target.dim() == 2:
-            return kl_divergence_(logits, target, scale)
-        return cross_entropy_(logits, target, scale, self.ignore_index, self.label_smoothing)
+        of_labels = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        return token_loss_(logits, target, scale, **of_labels)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Compiled decoding steps: each kind of step is one graph, kept for its model and used by later generations.
+"""Compiled decoding steps: a graph for each kind of step, kept for its model and used by later generations.
 
 torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit, tree,
 sampler), so a call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees
@@ -118,7 +118,7 @@ class CompiledSteps:
     def __call__(self, step: StepLike, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
-        if step.in_groups and not cuda and not self.failed:
+        if step.in_groups and step.context.in_groups:
             return step.run(slots, *args)  # it calls the graphs of its layers
         key = step.key(*args)
         length = None if slots is None else slots.shape[0]

@@ -18,7 +18,6 @@ from torch.library import Library, register_fake
 
 MOST_ROWS = 64  # of x in x W^T; with more rows the BLAS is faster
 _LIBRARY = Library("layerskip", "FRAGMENT")
-_COMPILATION: list[Future[Any]] = []  # of few_rows.cpp
 SOURCE = Path(__file__).with_suffix(".cpp")
 aten = torch.ops.aten
 VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
@@ -37,7 +36,7 @@ class _Library(CppCodeCache):
 
 
 @cache
-def define_operators() -> None:
+def define_operators() -> Future[Any]:
     """Declare the operators in `torch.ops.layerskip`, and begin to compile them in a thread, beside what comes next.
 
     `linear`, `linear2` and `linear3` take x [m, k] in fp32 and one to three weights [n_i, k] in fp32, bf16 or int8,
@@ -61,7 +60,7 @@ def define_operators() -> None:
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # it is looked for once in a process
-    _COMPILATION.append(ThreadPoolExecutor(1).submit(_Library.load, SOURCE.read_text()))
+    return ThreadPoolExecutor(1).submit(_Library.load, SOURCE.read_text())
 
 
 def load_kernel() -> None:
@@ -70,8 +69,7 @@ def load_kernel() -> None:
     Raises:
         Exception: what inductor raises without a C++ compiler.
     """
-    define_operators()
-    _COMPILATION[0].result()
+    define_operators().result()
 
 
 class FewRows(CustomGraphPass):
