@@ -16,6 +16,7 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.head import head_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -111,7 +112,7 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
 
 def linear_head(model: LayerSkipDecoder) -> nn.Linear:
     """A linear layer with the parameters of the head, which a quantizer can replace; tied, it has the embedding's."""
-    source: Any = model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
+    source = head_of(model)
     state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
     rows, width = source.weight.shape
     head = nn.Linear(width, rows, bias="bias" in state, device="meta")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from layerskip_recipes.generation.steps import StepContext, head_of
+from layerskip_recipes.generation.steps import StepContext
+from layerskip_recipes.model.head import head_of
 
 
 @dataclass

@@ -15,22 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
 from layerskip_recipes.generation.kernels.layer_groups import layer_groups
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.head import capped
+from layerskip_recipes.model.head import capped, head_of
 from layerskip_recipes.model.kv_cache import DecodingCache, visible
 
 Broadcast = Callable[[torch.Tensor], torch.Tensor]
-
-
-def head_of(model: LayerSkipDecoder) -> nn.Module:
-    """The module that holds the head's matrix: of a tied head the embedding, unless a quantised copy multiplies."""
-    return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
 
 
 def rows_of_head(model: LayerSkipDecoder) -> nn.Module:

@@ -10,7 +10,7 @@ Shapes: b batch, s sequence, d embedding, v vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -151,6 +151,19 @@ class LayerSkipDecoder(TransformerDecoder):
                     h = h.view_as(h)
                 on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h
+
+    def with_modules(self, **modules: nn.Module) -> "LayerSkipDecoder":
+        """A decoder with these modules in place of its own. All others are shared."""
+        other = copy(self)
+        other._modules = dict(self._modules)  # a plain copy would share the registry of modules
+        for name, module in modules.items():
+            setattr(other, name, module)
+        return other
+
+    def copied_layers(self, layers: Iterable[int]) -> list[nn.Module]:
+        """Copies of layers with one table of positions, which for a long context is as large as a layer in int8."""
+        shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in self.layers}
+        return [deepcopy(self.layers[layer], dict(shared)) for layer in layers]
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """g(h): [b, s, d] -> [b, s, v] logits, or a list of chunks."""

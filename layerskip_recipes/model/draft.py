@@ -1,13 +1,12 @@
 """Draft: layers and a norm that draft for a model which stays as it is, between its embedding and its head."""
 
-import copy
 import hashlib
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -31,15 +30,14 @@ class Draft(nn.Module):
         start: the layer at which the draft begins: 0 for a copy, E for an adapter.
     """
 
-    def __init__(self, model: TransformerDecoder, kind: Kind, exit_layer: int, num_layers: int = 1) -> None:
+    def __init__(self, model: LayerSkipDecoder, kind: Kind, exit_layer: int, num_layers: int = 1) -> None:
         super().__init__()
         self.kind, self.exit_layer = kind, exit_layer
         self.start = 0 if kind == "copy" else exit_layer
-        # The table of positions is one for all layers.
-        shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
-        sources = list(model.layers)[:exit_layer] if kind == "copy" else list(model.layers)[-num_layers:]
-        self.layers = nn.ModuleList(copy.deepcopy(layer, dict(shared)) for layer in sources)
-        self.norm = copy.deepcopy(model.norm)
+        end = model.num_layers
+        sources = range(exit_layer) if kind == "copy" else range(end - num_layers, end)
+        self.layers = nn.ModuleList(model.copied_layers(sources))
+        self.norm = deepcopy(model.norm)
         self.requires_grad_(True)
 
     @property
@@ -89,10 +87,8 @@ class Draft(nn.Module):
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
         """A decoder that decodes as the draft does: the model's layers below `start`, then the draft's, its norm, and
         the model's head. Its modules are shared."""
-        drafter = copy.copy(model)
-        drafter._modules = dict(model._modules)  # a plain copy would share the registry of modules with the model
-        drafter.layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
-        drafter.norm = self.norm
+        layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
+        drafter = model.with_modules(layers=layers, norm=self.norm)
         drafter.own_layers = range(self.start, self.start + self.num_layers)
         return drafter
 

@@ -39,7 +39,7 @@ class Head:
         self.tied = isinstance(model.output, TiedLinear)
         self.norm: Any = model.norm if norm is None else norm
         self.cap = getattr(model, "logit_cap", None)
-        self.output: Any = model.output.tied_module if self.tied else model.output
+        self.output = head_of(model)
         self._places: list[tuple[Any, str]] = [
             (module, name)
             for part in (self.norm, self.output)
@@ -85,6 +85,11 @@ class Head:
             return torch.mm(h, self.output.weight.T, out=out)
         product = F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
         return capped(product, self.cap)
+
+
+def head_of(model: nn.Module) -> Any:
+    """The module that holds the head's matrix: of a tied head the embedding, unless a quantised copy multiplies."""
+    return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.dtype:

@@ -31,9 +31,7 @@ def plain(model, prompt, count, penalty=1.0, exit_layer=None):
 @functools.cache
 def perturbed(model, noise=0.05, layers=None):
     """A decoder whose layers are copies of the model's that say something else now and then."""
-    drafter = copy.copy(model)
-    drafter._modules = dict(model._modules)
-    drafter._modules["layers"] = copy.deepcopy(model.layers[:layers])
+    drafter = model.with_modules(layers=copy.deepcopy(model.layers[:layers]))
     torch.manual_seed(60)
     for parameter in drafter.layers.parameters():
         parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0

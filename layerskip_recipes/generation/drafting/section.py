@@ -1,6 +1,5 @@
 """The `self_speculation` section of a config: its keys, their checks, and the `Speculation` that it describes."""
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,13 @@ from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.speculation import ExitLayer, Speculation, Threshold
+from layerskip_recipes.generation.drafting.speculation import (
+    ExitLayer,
+    NumSpeculations,
+    PromptLookup,
+    Speculation,
+    Threshold,
+)
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -30,7 +35,7 @@ class SelfSpeculation(Section):
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""
-    num_speculations: Annotated[PositiveInt, Field(examples=[6])]
+    num_speculations: NumSpeculations
     """Tokens drafted in a round; of a draft tree its depth."""
     tree_width: PositiveInt = 1
     """Nodes that each level of a draft tree expands; 1 is a chain, one token after the other."""
@@ -43,7 +48,7 @@ class SelfSpeculation(Section):
     """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts."""
     draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
     """A text in which the most frequent tokens are counted instead of in the prompts."""
-    prompt_lookup: Annotated[PositiveInt, Field(examples=[3])] | None = None
+    prompt_lookup: PromptLookup | None = None
     """Where the last so many tokens of the text occurred before, what followed them is drafted, if that pays."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the layers and the head that draft; verification stays in full precision."""
@@ -201,15 +206,9 @@ def quantised_drafter(
     Raises:
         ConfigError: if the quantizer does not work on this device.
     """
-    # The table of positions is one for all layers, and for a long context as large as a layer in int8: share it.
-    shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in model.layers}
-    parts = [copy.deepcopy(model.layers[layer], dict(shared)) for layer in layers]
+    parts = model.copied_layers(layers)
     if with_head:
         parts.append(linear_head(model))
-    drafter = copy.copy(model)
-    drafter._modules = dict(model._modules)  # a plain copy would share the registry of modules with the model
     packed = quantise(torch.nn.ModuleList(parts), quantizer)
-    drafter.layers = torch.nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]])
-    if with_head:
-        drafter.output = packed[len(layers)]
-    return drafter
+    drafter = model.with_modules(layers=torch.nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]]))
+    return drafter.with_modules(output=packed[len(layers)]) if with_head else drafter

@@ -26,8 +26,6 @@ def _one_exit(value: Any) -> Any:
 # Types that the `self_speculation` section shares.
 ExitLayer = Annotated[int, BeforeValidator(_one_exit)]
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
-TreeWidth = Annotated[int, Field(ge=1, examples=[4])]
-TreeChildren = Annotated[int, Field(ge=1, examples=[2])]
 Threshold = Annotated[float, Field(ge=0, le=1, examples=[0.4])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
 
@@ -52,8 +50,8 @@ class Speculation:
 
     exit_layer: ExitLayer
     num_speculations: NumSpeculations
-    tree_width: TreeWidth = 1
-    tree_children: TreeChildren = 1
+    tree_width: Annotated[int, Field(ge=1, examples=[4])] = 1
+    tree_children: Annotated[int, Field(ge=1, examples=[2])] = 1
     threshold: Threshold | None = None
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: PromptLookup | None = None
