@@ -10,7 +10,7 @@ from layerskip_recipes.errors import ConfigError
 DESCRIPTION = "layerskip.json"  # of the trained exits, or of a draft (drafts.py)
 
 
-def write_trained_exits(folder: Path, description: Mapping[str, Any]) -> None:
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write the file into a checkpoint, over one that was copied from the checkpoint of the start."""
     (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
 

@@ -33,7 +33,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
 )
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
-from layerskip_recipes.checkpoint.trained_exits import write_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
@@ -165,25 +165,27 @@ class Checkpoints:
         section = {name: value for name, value in self._section.section.items() if name != "output_dir"}
         return {"folder": self._given_folder, "checkpointer": section, "hash": weights_hash(weights)}
 
-    def save(self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
+    def save(
+        self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
+    ) -> None:
         """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
 
         Args:
             name: `epoch_N` or `step_N`, of the folder.
             contents: of `checkpoint_contents`.
             state: of the recipe, for a resumed run.
-            exits: the content of layerskip.json.
+            description: the content of layerskip.json.
         """
         self.finish()
         self._clear()
         if self.trained_file == DRAFT_FILE:
-            write_draft(self.staging / name, contents[training.MODEL_KEY], exits)
+            write_draft(self.staging / name, contents[training.MODEL_KEY], description)
         else:
-            self._write_model(name, contents, exits)
+            self._write_model(name, contents, description)
         torch.save(dict(state), self.staging / name / RECIPE_STATE)
         self._place(name)
 
-    def _write_model(self, name: str, contents: Mapping[str, Any], exits: Mapping[str, Any]) -> None:
+    def _write_model(self, name: str, contents: Mapping[str, Any], description: Mapping[str, Any]) -> None:
         """Write a model, or its adapters, by the checkpointer."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
@@ -199,13 +201,13 @@ class Checkpoints:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         if not only:
             move_peft_files(folder)
-        write_trained_exits(folder, exits)
+        write_description(folder, description)
         # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
 
     def save_shards(
-        self, name: str, shards: dict[str, Any], state: Mapping[str, Any], exits: Mapping[str, Any]
+        self, name: str, shards: dict[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
         """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
 
@@ -213,7 +215,7 @@ class Checkpoints:
             name: `step_N`.
             shards: a state_dict of sharded tensors.
             state: of the recipe on rank 0, for a resumed run.
-            exits: the content of layerskip.json.
+            description: the content of layerskip.json.
         """
         self.finish()
         if is_rank_zero():
@@ -229,7 +231,7 @@ class Checkpoints:
         if is_rank_zero():
 
             def complete() -> None:
-                write_trained_exits(place, exits)
+                write_description(place, description)
                 torch.save(dict(state), place / RECIPE_STATE)
                 self._place(name)
 

@@ -324,19 +324,21 @@ class LayerSkipFinetune:
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint; on all ranks."""
         optimizer = self.optimizers.state_dict(whole=not shards)
-        state, exits = self._state(), self._trained_exits()
+        state, description = self._state(), self._description()
         if shards:
-            self.checkpoints.save_shards(name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, exits)
+            self.checkpoints.save_shards(
+                name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, description
+            )
         else:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
             contents = checkpoint_contents(self.trained, self.cfg.meta_model, self.device, adapters_only)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, exits)
+                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
         if is_rank_zero():
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
-    def _trained_exits(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """The content of layerskip.json: which exits are trained, or which draft, and how."""
         if isinstance(self.loss, DraftLoss):
             return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
