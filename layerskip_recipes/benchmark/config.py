@@ -1,6 +1,6 @@
 """BenchmarkConfig: the keys of `layerskip_benchmark`, and what goes together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -104,7 +104,7 @@ class Peers(Section):
 
 def _parse_peers(value: Any) -> Any:
     """A list of names stands for sections without keys; an empty one for nothing."""
-    if isinstance(value, Sequence) and all(isinstance(name, str) for name in value) and not isinstance(value, str):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = {name: {} for name in value}
     return None if value == {} else value
 
