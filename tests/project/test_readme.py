@@ -189,11 +189,11 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     if recipe == "layerskip_finetune":
         changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
         if "draft" in cfg:
-            changes |= {"draft.exit_layer": 1, "dataset_val": DATA, "output_dir": str(folder / "draft")}
+            changes |= {"draft.exit_layer": 1, "dataset_val": DATA, "output_dir": str(folder / "trained_draft")}
         return changes
     if recipe == "layerskip_generate":
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
-            changes["self_speculation.draft"] = str(folder / "draft" / "epoch_0")
+            changes["self_speculation.draft"] = str(folder / "trained_draft" / "epoch_0")
         return changes | {"max_new_tokens": 6, "compile": False}
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
