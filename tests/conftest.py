@@ -38,6 +38,11 @@ LONGEST_FIRST = (
 )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are processors: tests of several processes wait for each other a third of their time."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, each as it is."""
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
