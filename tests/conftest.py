@@ -40,7 +40,7 @@ LONGEST_FIRST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are processors: tests of several processes wait for each other a third of their time."""
-    return min(8, len(os.sched_getaffinity(0)) + 1)
+    return min(8, (os.cpu_count() or 1) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,4 +81,4 @@ def test_ci_finds_the_test_command():
     """`.ci/run` takes the line of python3 after this marker."""
     section = PAGES["README.md"].read_text(encoding="utf-8").partition("<!-- tests -->")[2]
     (line,) = [line for line in section.splitlines() if line.startswith("python3 ")]
-    assert "-m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder" in line
+    assert "-m pytest -n auto --dist loadfile --no-loadscope-reorder" in line
