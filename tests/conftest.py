@@ -39,7 +39,7 @@ LONGEST_FIRST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than there are processors: tests of several processes wait for each other a third of their time."""
+    """One worker more than there are processors, since tests of several processes wait for each other."""
     return min(8, (os.cpu_count() or 1) + 1)
 
 

@@ -1,7 +1,7 @@
 """The files of a trained draft: its weights, and `layerskip.json`, which says what it is and for which model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
-FORMAT = 1
+FORMAT = 2  # in 1 an adapter had x_E only
 
 
-def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> dict[str, Any]:
+def describe(
+    draft: Draft, base: Mapping[str, Any], steps: int, target: str, vocabulary: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The content of layerskip.json.
 
     Args:
@@ -25,16 +27,18 @@ def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> 
         base: which model it drafts for: its folder, checkpointer section, and a hash of its weights.
         steps: optimizer steps done.
         target: what it learned.
+        vocabulary: the tokens that it chooses among; None: all.
     """
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
-    return {"format": FORMAT, **shape, "target": target, "base": dict(base), "steps": steps}
+    return {"format": FORMAT, **shape, "target": target, "base": dict(base), "steps": steps, "vocabulary": vocabulary}
 
 
 def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
     """Write a draft's files into a new folder."""
     folder.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / DRAFT_FILE)
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in description.items()]
+    (folder / DESCRIPTION).write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a long list on one line
 
 
 def read_description(folder: str, key: str) -> dict[str, Any]:

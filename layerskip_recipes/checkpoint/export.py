@@ -86,10 +86,14 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 
 
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
-    """`export` of a trained draft: a model of its layers, on the base model's own ones for an adapter."""
+    """`export` of a trained draft that is a copy: a model of its layers."""
     description = read_description(folder, "export")
-    base, start = description["base"], 0 if description["kind"] == "copy" else description["exit_layer"]
-    layers = start + description["num_layers"]
+    base, layers = description["base"], description["num_layers"]
+    if description["kind"] != "copy":
+        raise ConfigError(
+            f"export: {folder!r} holds an adapter, which goes on from the model's states, as no other program does. "
+            "Allowed: a draft trained with draft.kind=copy"
+        )
     if exit_layer is not None or draft not in (0, description["exit_layer"]):
         key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
         raise ConfigError(
@@ -102,11 +106,8 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         weights = read_weights(checkpointer)
         if weights_hash(weights) != base["hash"]:
             raise ConfigError(f"export: {folder!r} drafts for {str(source)!r}, whose weights have changed since")
-        kept = {
-            name: value for name, value in weights.items() if (at := LAYER.search(name)) is None or int(at[1]) < start
-        }
-        own = load_file(Path(folder) / DRAFT_FILE)
-        kept |= {LAYER.sub(lambda at: f"layers.{int(at[1]) + start}.", name): value for name, value in own.items()}
+        kept = {name: value for name, value in weights.items() if not LAYER.search(name)}
+        kept |= load_file(Path(folder) / DRAFT_FILE)
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
         whole = Path(scratch) / "epoch_0"

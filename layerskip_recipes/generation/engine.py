@@ -252,27 +252,39 @@ class Generation:
         at_once = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
         rows = torch.arange(len(texts), device=device)
         final: Any = None
+        # 0 where the text begins; also behind reused tokens, whose states are gone: a draft may be worse there.
+        x = torch.zeros(len(texts), 1, self.model.tok_embeddings.embedding_dim, dtype=self.context.dtype, device=device)
         for start in range(reused, width, width if at_once else PREFILL_CHUNK):
             end = width if at_once else min(start + PREFILL_CHUNK, width)
             at = self.cache.slots[None, start:end]
             self.cache.seek(at, end)
             mask = None if at_once else visible(self.cache.slots[:end], at, self.context.dtype)
-            x = self._read(tokens[:, start:end], input_pos=at, mask=mask)
+            x = self._read(tokens[:, start:end], x[:, -1:], input_pos=at, mask=mask)
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
+        if self.drafter is not None:
+            self.drafter.begin(final)
         return final
 
-    def _read(self, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """x_L, or x_E without drafts, of a part of the prompts; the draft's own layers read it too."""
+    def _read(self, tokens: torch.Tensor, before: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """x_L, or x_E without drafts, of a part of the prompts; the draft's own layers read it too.
+
+        Args:
+            tokens: [b, s].
+            before: x_L of the token before these, [b, 1, d].
+            **inputs: mask and input_pos.
+        """
         draft, own = self.context.draft_model, self.context.own_layers
-        if own.start == 0:
+        if not self.context.has_adapter:
             if own:
                 draft(tokens, unembed=False, **inputs)
             return self.model(tokens, exit_layer=self._depth, unembed=False, **inputs)
         x = self.model(tokens, exit_layer=own.start, unembed=False, **inputs)
-        draft(hidden=x, start_layer=own.start, unembed=False, **inputs)
-        return self.model(hidden=x, start_layer=own.start, unembed=False, **inputs)
+        final = self.model(hidden=x, start_layer=own.start, unembed=False, **inputs)
+        states = self.model.norm(torch.cat([before, final[:, :-1]], 1))
+        draft(hidden=torch.cat([x, states], -1), start_layer=own.start, unembed=False, **inputs)
+        return final
 
     # ---- rounds ----
 

@@ -118,8 +118,10 @@ class StepContext:
         self.model, self.cache, self.sampler, self.graphs = model, cache, sampler, graphs
         self.draft_model, self.draft_head = draft_model or model, draft_head
         self.own_layers = self.draft_model.own_layers
+        # An adapter goes on from the model's first layers, and from its last states.
+        self.has_adapter = self.own_layers.start > 0
         # Verification goes on from the draft's hidden states if they are the model's.
-        self.shares_layers = self.draft_model is model or self.own_layers.start > 0
+        self.shares_layers = self.draft_model is model or self.has_adapter
         self.broadcast_from_rank0 = broadcast_from_rank0
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
         self.settings = sampler.settings(self.device)
@@ -225,21 +227,28 @@ class StepContext:
         """What the sampler chooses by, [..., v] -> [..., v]."""
         return self.sampler.scores(logits, seen, self.settings)
 
-    def read_by_draft(self, x: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, **attention: Any) -> torch.Tensor:
-        """What the draft's head unembeds of x_E: the states after the adapter's layers, or x_E itself without any."""
-        own = self.own_layers
-        if own.start == 0:
+    def read_by_draft(
+        self, x: torch.Tensor, before: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor, **attention: Any
+    ) -> torch.Tensor:
+        """What the draft's head unembeds of x_E, before the draft's norm: x_E itself unless an adapter drafts.
+
+        Args:
+            x: x_E, [b, s, d].
+            before: for an adapter, the normed state of the token before each, [b, s, d]; None without one.
+            at, slots: as of `run`.
+            **attention: positions and mask.
+        """
+        if before is None:
             return x
-        part: Any = {"hidden": x, "start_layer": own.start, "exit_layer": own.stop}
+        own = self.own_layers
+        part: Any = {"hidden": torch.cat([x, before], -1), "start_layer": own.start, "exit_layer": own.stop}
         return self.run(self.draft_model, None, at, slots, unembed=False, **part, **attention)
 
-    def catch_up(
-        self, exit_layer: int, tokens: torch.Tensor, at: torch.Tensor, slots: torch.Tensor, **attention: Any
-    ) -> torch.Tensor:
-        """x_E of tokens that the draft has not read, which it reads now."""
-        x = self.run(self.draft_model, tokens, at, slots, exit_layer=exit_layer, unembed=False, **attention)
-        self.read_by_draft(x, at, slots, **attention)
-        return x
+    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+        """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
+        step = Step(self, unembed_states, False, choice=False)
+        compiled = self.in_groups and not torch.compiler.is_compiling()
+        return step(None, x.contiguous()) if compiled else step.run(None, x)
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """What the draft chooses by: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""

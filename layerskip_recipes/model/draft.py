@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -13,15 +14,40 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 Kind = Literal["copy", "adapter"]
 
 
+class JoiningLayer(nn.Module):
+    """A layer of the model's kind over two hidden states side by side, [b, s, 2 d] -> [b, s, d].
+
+    Args:
+        layer: whose input is W [n(x), n(y)] of the states x and y, each divided by its root mean square.
+        width: d.
+    """
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.layer: Any = layer
+
+    @property
+    def attn(self) -> nn.Module:
+        """The layer's attention, where a generation puts its cache."""
+        return self.layer.attn
+
+    def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
+        both = [F.rms_norm(half, half.shape[-1:]) for half in x.chunk(2, -1)]
+        return self.layer(self.join(torch.cat(both, -1)), **layer_inputs)
+
+
 class Draft(nn.Module):
     """Layers of a model's own kind and a norm, in front of the model's head.
 
     A `copy` begins at the embedding, as the model's first E layers do. An `adapter` goes on from x_E, the hidden state
-    after the model's own first E layers (Kangaroo, arXiv 2404.18911).
+    after the model's own first E layers (Kangaroo, arXiv 2404.18911), joined with what the model's head unembedded one
+    position before (EAGLE, arXiv 2401.15077); for the second drafted token and later ones, with what the draft's own
+    did, since the model has not read their predecessors yet.
 
     Args:
-        model: the model, not yet sharded, wrapped or compiled. Of its layers and norm the draft has copies: of the
-            first E, or of the last ones.
+        model: the model, not yet sharded, wrapped or compiled. A copy begins as its first E layers and its norm; an
+            adapter has its shapes.
         kind: "copy" or "adapter".
         exit_layer: E.
         num_layers: of an adapter.
@@ -34,9 +60,10 @@ class Draft(nn.Module):
         super().__init__()
         self.kind, self.exit_layer = kind, exit_layer
         self.start = 0 if kind == "copy" else exit_layer
-        end = model.num_layers
-        sources = range(exit_layer) if kind == "copy" else range(end - num_layers, end)
-        self.layers = nn.ModuleList(model.copied_layers(sources))
+        layers = model.copied_layers(range(exit_layer) if kind == "copy" else range(num_layers))
+        if kind == "adapter":
+            layers[0] = JoiningLayer(layers[0], model.tok_embeddings.embedding_dim)
+        self.layers = nn.ModuleList(layers)
         self.norm = deepcopy(model.norm)
         self.requires_grad_(True)
 
@@ -46,10 +73,10 @@ class Draft(nn.Module):
         return len(self.layers)
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        """What the model's head unembeds: x_start [b, s, d] -> [b, s, d], after the draft's norm.
+        """What the model's head unembeds, after the draft's norm: [b, s, d].
 
         Args:
-            x: the embedding for a copy, x_E for an adapter.
+            x: the embedding [b, s, d] for a copy; for an adapter x_E and the state before it, [b, s, 2 d].
             **layer_inputs: mask and input_pos.
         """
         for layer in self.layers:
@@ -57,14 +84,16 @@ class Draft(nn.Module):
         return self.norm(x)
 
     def hidden_states(
-        self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, **inputs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, in_a_row: int = 1, **inputs: Any
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The normed states that the head unembeds: the draft's, and the last layer's without a gradient; [b, s, d].
 
         Args:
             model: the model.
             tokens: [b, s].
-            to_end: False stops the model where the draft begins; the second result is x_start then.
+            to_end: False stops the model early where the draft is a copy; the second result is its embedding then.
+            in_a_row: of an adapter the states for the first, second, .. token drafted in a row. At the second one it
+                goes on everywhere from its own states of the first.
             **inputs: mask, input_pos, ... of the model.
         """
         kept = dict[int, torch.Tensor]()
@@ -79,18 +108,35 @@ class Draft(nn.Module):
                 kept[exit_layer] = model.norm(x)
 
         with torch.no_grad():  # not inference mode, whose tensors autograd cannot use
-            depth = model.num_layers if to_end else max(self.start, 1)
+            depth = model.num_layers if to_end or self.start else 1
             model(tokens, on_exit=on_exit, exit_layer=depth, unembed=False, **inputs)
         layer_inputs = {name: value for name, value in inputs.items() if name in ("mask", "input_pos")}
-        return self(kept[self.start], **layer_inputs), kept.get(model.num_layers, kept[self.start])
+        x, last = kept[self.start], kept.get(model.num_layers, kept[self.start])
+        if self.kind == "copy":
+            return [self(x, **layer_inputs)], last
+        states = [last]
+        for _ in range(in_a_row):
+            states.append(self(torch.cat([x, before(states[-1], inputs.get("input_pos"))], -1), **layer_inputs))
+        return states[1:], last
 
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
-        """A decoder that decodes as the draft does: the model's layers below `start`, then the draft's, its norm, and
-        the model's head. Its modules are shared."""
+        """A decoder that holds what the draft decodes with: the model's layers below `start`, then the draft's, its
+        norm, and the model's head. Its modules are shared."""
         layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
         drafter = model.with_modules(layers=layers, norm=self.norm)
         drafter.own_layers = range(self.start, self.start + self.num_layers)
         return drafter
+
+
+def before(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """The state one position before each, 0 where a text begins: [b, s, d] -> [b, s, d].
+
+    Args:
+        states: of consecutive positions.
+        positions: [b, s], where several texts are packed into a row; None: one text in each.
+    """
+    shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
+    return shifted if positions is None else shifted * (positions > 0)[..., None]
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor], most_values: int = 4096) -> str:

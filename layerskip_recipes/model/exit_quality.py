@@ -64,9 +64,8 @@ def exit_quality(
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
-            for e, x in zip(
-                (0, model.num_layers), draft.hidden_states(model, batch.pop("tokens"), **batch), strict=True
-            ):
+            (own,), last = draft.hidden_states(model, batch.pop("tokens"), **batch)
+            for e, x in ((0, own), (model.num_layers, last)):
                 measured.measure(e, x, normed=True)
         sums += measured.compare()
     sums = add_up(sums)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Head:
         parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.
     """
 
-    def __init__(self, model: nn.Module, norm: nn.Module | None = None) -> None:
+    def __init__(self, model: Any, norm: nn.Module | None = None) -> None:
         self.tied = isinstance(model.output, TiedLinear)
         self.norm: Any = model.norm if norm is None else norm
         self.cap = getattr(model, "logit_cap", None)
@@ -48,6 +49,19 @@ class Head:
             if parameter is not None
         ]
         self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
+
+    def cut(self, vocabulary: torch.Tensor) -> "Head":
+        """The head of some tokens only, which are not trained.
+
+        Args:
+            vocabulary: [v'] token ids.
+        """
+        output = nn.Linear(1, 1, bias=False, device="meta")
+        for (module, name), parameter in zip(self._places, self.parameters, strict=True):
+            if module is self.output:
+                rows = nn.Parameter(parameter.detach()[vocabulary], requires_grad=False)
+                output.register_parameter(name, rows)
+        return Head(SimpleNamespace(output=output, norm=self.norm, logit_cap=self.cap))
 
     @contextmanager
     def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -87,7 +101,7 @@ class Head:
         return capped(product, self.cap)
 
 
-def head_of(model: nn.Module) -> Any:
+def head_of(model: Any) -> Any:
     """The module that holds the head's matrix: of a tied head the embedding, unless a quantised copy multiplies."""
     return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
 

@@ -1,5 +1,6 @@
 """TrainingData: which samples each optimizer step takes, on each rank."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,17 @@ class TrainingData:
             f"dataset: there are samples of tokenizer.max_seq_len={self.cut_at} tokens or more; what is beyond is cut "
             "off and not learned"
         )
+
+    def frequent_tokens(self, count: int, most_samples: int = 2048) -> list[int]:
+        """The most frequent tokens, in ascending order.
+
+        Args:
+            count: how many, fewer if the data has fewer.
+            most_samples: so many samples, evenly spread, are counted.
+        """
+        samples = range(0, self.num_samples, -(-self.num_samples // most_samples))
+        counts = Counter(token for i in samples for token in torch.as_tensor(self.dataset[i]["tokens"]).tolist())
+        return sorted(token for token, _ in counts.most_common(count))
 
     def order(self, epoch: int) -> list[int]:
         """The numbers of the samples of an epoch, in the order of the training, for all ranks."""

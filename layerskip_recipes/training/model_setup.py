@@ -71,7 +71,7 @@ def build_model(
         return _place(model, state, cfg, device, mesh, every).train(), None
     of_draft: Weights = {}
     if is_rank_zero():
-        of_draft = fresh_draft(draft, state or {}, cfg.num_layers) if trained is None else trained
+        of_draft = fresh_draft(draft, state or {}, cfg.num_layers, seed) if trained is None else trained
     _place(model, state, cfg, device, mesh, 0)
     return model.eval(), _place(draft, of_draft, cfg, device, mesh, every).train()
 
@@ -94,17 +94,25 @@ def _place(
     return part
 
 
-def fresh_draft(draft: Draft, base: Weights, num_layers: int) -> dict[str, torch.Tensor]:
-    """The first weights of a draft, those of the model: of its first layers for a copy, of its last for an adapter.
+def fresh_draft(draft: Draft, base: Weights, num_layers: int, seed: int) -> dict[str, torch.Tensor]:
+    """The first weights of a draft: of a copy the model's, of an adapter random matrices, and else those of the model's
+    last layers and norm.
 
     Args:
         draft: on any device.
         base: the model's state_dict.
         num_layers: L of the model.
+        seed: of the matrices.
     """
     first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
-    of_layer = re.compile(r"^layers\.(\d+)")
-    return {name: base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)] for name in draft.state_dict()}
+    of_layer, rng = re.compile(r"^layers\.(\d+)(\.layer)?"), torch.Generator().manual_seed(seed)
+
+    def fresh(name: str, like: torch.Tensor) -> torch.Tensor:
+        if draft.kind == "adapter" and like.dim() > 1:
+            return torch.normal(0.0, 0.02, like.shape, generator=rng)
+        return base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)]
+
+    return {name: fresh(name, like) for name, like in draft.state_dict().items()}
 
 
 def _initialised(model: LayerSkipDecoder, cfg: FinetuneConfig) -> LayerSkipDecoder:

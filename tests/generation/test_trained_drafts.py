@@ -23,6 +23,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.draft import Draft, weights_hash
+from layerskip_recipes.model.head import capped
 
 KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2, 2)}
 START = (1, 3, 0, 4, 1, 2)
@@ -31,19 +32,31 @@ START = (1, 3, 0, 4, 1, 2)
 @functools.cache
 def draft_of(model, kind, noise=0.05):
     """A draft that says something else than the model's early layers."""
-    draft = Draft(model, *KINDS[kind])
     torch.manual_seed(60)
+    draft = Draft(model, *KINDS[kind])
     for parameter in draft.parameters():
         parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0.1
     return draft.requires_grad_(False).eval()
 
 
 def said_by_draft(model, draft, tokens, count):
-    """The draft's most likely tokens after a text, without a cache."""
-    drafter, tokens = draft.decoder(model), list(tokens)
-    for _ in range(count):
-        with torch.no_grad():
-            tokens.append(drafter(torch.tensor([tokens]))[0, -1].argmax().item())
+    """The draft's most likely tokens after a text, without a cache.
+
+    An adapter reads x_E of a token beside the state of the token before: the model's within the text, its own behind.
+    """
+    tokens = list(tokens)
+    states = torch.zeros(1, 1, model.tok_embeddings.embedding_dim)
+    with torch.no_grad():
+        if draft.kind == "adapter":  # the last token of a text is the root, which the model has not read
+            read = model(torch.tensor([tokens[:-1]]), unembed=False)
+            states = torch.cat([states, model.norm(read)], 1)
+        for _ in range(count):
+            x = model.tok_embeddings(torch.tensor([tokens]))
+            if draft.kind == "adapter":
+                x = torch.cat([model(torch.tensor([tokens]), exit_layer=draft.exit_layer, unembed=False), states], -1)
+            h = draft(x)[:, -1:]
+            tokens.append(capped(model.output(h), model.logit_cap)[0, -1].argmax().item())
+            states = torch.cat([states, h], 1)
     return tokens[-count:]
 
 
@@ -232,6 +245,6 @@ def test_a_drafter_has_one_exit(kind):
 
 def test_a_draft_of_another_format(folders, tmp_path):
     described = json.loads((folders / "copy" / "layerskip.json").read_text())
-    write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 2})
-    with pytest.raises(ConfigError, match=r"format 2\. Allowed: 1"):
+    write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 3})
+    with pytest.raises(ConfigError, match=r"format 3\. Allowed: 2"):
         read_draft(str(tmp_path / "new"), None, "draft")

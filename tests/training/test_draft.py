@@ -1,19 +1,23 @@
 """A draft for a model that stays as it is: its loss against plain PyTorch, a run, its checkpoints, resume."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.configs import finetune_config, make_checkpoint
 from helpers.resuming import keep_only
+from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, few_texts, losses, start_section, train, whole_log  # noqa: F401
 from safetensors.torch import load_file
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
+from layerskip_recipes.model.head import capped
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 
 SECTIONS = {
@@ -23,22 +27,34 @@ SECTIONS = {
 
 
 def plain_states(model, draft, tokens):
-    """Draft's and last layer's logits, by the layers one after the other."""
+    """The draft's logits, of an adapter for the first and second token in a row, and the last layer's; by the layers
+    one after the other."""
     x = model.tok_embeddings(tokens)
     states = [x]
     for layer in model.layers:
         states.append(layer(states[-1]))
-    h = states[0] if draft.kind == "copy" else states[draft.exit_layer]
-    for layer in draft.layers:
-        h = layer(h)
-    return model.output(draft.norm(h)), model.output(model.norm(states[-1]))
+    last = model.norm(states[-1])
+    if draft.kind == "copy":
+        drafted = [states[0]]
+    else:
+        first, eps = draft.layers[0], torch.finfo(x.dtype).eps
+        drafted, before = [], last
+        for _ in range(2):
+            before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], 1)
+            halves = [h * (h.pow(2).mean(-1, keepdim=True) + eps).rsqrt() for h in (states[draft.exit_layer], before)]
+            drafted.append(first.layer(torch.cat(halves, -1) @ first.join.weight.T))
+            before = draft.norm(drafted[-1])
+    for layer in draft.layers if draft.kind == "copy" else ():
+        drafted = [layer(h) for h in drafted]
+    return [capped(model.output(h), model.logit_cap) for h in (*map(draft.norm, drafted), last)]
 
 
 @pytest.mark.parametrize("target", ["distribution", "argmax", "labels"])
 @pytest.mark.parametrize("kind", SECTIONS)
-@pytest.mark.parametrize("family", ["llama3_2", "llama2", "qwen2_tied"])
-def test_loss_and_gradients_are_those_of_plain_pytorch(family, kind, target, float64):
-    """In chunks that do not divide the tokens, with labels that do not count."""
+@pytest.mark.parametrize("vocabulary", [None, range(5, 90, 2)], ids=["all", "some"])
+@pytest.mark.parametrize("family", ["llama3_2", "gemma2", "qwen2_tied"])
+def test_loss_and_gradients_are_those_of_plain_pytorch(family, vocabulary, kind, target, float64):
+    """In chunks that do not divide the tokens, with labels that do not count, over some tokens."""
     model = layerskip_decoder(make_tiny(family)).requires_grad_(False)
     section = DraftSection.parse(SECTIONS[kind] | {"target": target, "chunk_tokens": 5})
     draft = section.build(model)
@@ -48,17 +64,26 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(family, kind, target, flo
     tokens, labels = torch.randint(VOCAB, (2, 9)), torch.randint(VOCAB, (2, 9))
     labels[0, :3] = -100
     counted = (labels != -100).flatten().nonzero()[:, 0]
-    loss = DraftLoss(section, draft)(model, tokens, labels, counted=counted)
+    ids = None if vocabulary is None else list(vocabulary)
+    loss = DraftLoss(section, draft, vocabulary=ids)(model, tokens, labels, counted=counted)
     (3 * loss).backward()
     found = {name: parameter.grad for name, parameter in draft.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())
 
     draft.zero_grad()
-    ours, last = (logits.flatten(0, 1)[counted] for logits in plain_states(model, draft, tokens))
-    if target == "distribution":
-        expected = F.kl_div(ours.log_softmax(-1), last.log_softmax(-1), reduction="batchmean", log_target=True)
-    else:
-        expected = F.cross_entropy(ours, last.argmax(-1) if target == "argmax" else labels.flatten()[counted])
+    *drafted, last = plain_states(model, draft, tokens)
+    ids = list(range(VOCAB)) if ids is None else ids
+    if target == "labels":
+        counted = torch.tensor([i for i in counted.tolist() if labels.flatten()[i] in ids])
+    last, expected = last.flatten(0, 1)[counted][:, ids], 0
+    right = torch.tensor([ids.index(label) if label in ids else -1 for label in labels.flatten()[counted].tolist()])
+    for logits in drafted:
+        ours = logits.flatten(0, 1)[counted][:, ids]
+        if target == "distribution":
+            one = F.kl_div(ours.log_softmax(-1), last.log_softmax(-1), reduction="batchmean", log_target=True)
+        else:
+            one = F.cross_entropy(ours, last.argmax(-1) if target == "argmax" else right)
+        expected = expected + one / len(drafted)
     (3 * expected).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for name, parameter in draft.named_parameters():
@@ -104,8 +129,8 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
     start = {k: v for k, v in start_section(tmp_path / "base").items() if k != "output_dir"}
     assert described["base"].pop("hash") == weights_hash(recipe.model.state_dict())
     assert described == {
-        "format": 1, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
-        "target": "distribution", "steps": 12,
+        "format": 2, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
+        "target": "distribution", "steps": 12, "vocabulary": None,
         "base": {"folder": str(tmp_path / "base"), "checkpointer": start},
     }  # fmt: skip
     state = load_file(folder / "draft.safetensors")
@@ -114,6 +139,24 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
     assert log[12]["loss"] < log[1]["loss"]
     assert 0 < log[12]["val_agreement_draft"] < 1 and log[12]["val_loss_draft"] != log[0]["val_loss_draft"]
     assert log[12]["val_loss_final"] == log[0]["val_loss_final"]
+
+
+def test_a_draft_of_frequent_tokens(tmp_path, tokenizer_folder):
+    """Those of the data; a generation drafts no others, and says what the model says."""
+    section = {"kind": "adapter", "exit_layer": 2, "vocabulary": 40}
+    path = draft_config(tmp_path, tokenizer_folder, draft=section)
+    recipe = train(path)
+    counts = Counter(token for sample in recipe.data.dataset for token in sample["tokens"])
+    described = json.loads((tmp_path / "out" / "epoch_0" / "layerskip.json").read_text())["vocabulary"]
+    assert described == sorted(described) and len(set(described)) == 40
+    assert min(counts[token] for token in described) >= max(counts[t] for t in counts if t not in described)
+    section = SelfSpeculation(draft=str(tmp_path / "out" / "epoch_0"), num_speculations=3)
+    section = section.with_vocabulary(recipe.model, None, [[1, 2]])
+    assert (section.exit_layer, section.draft_vocabulary) == (2, described)
+    drafts = []
+    generation = run(recipe.model, [[1, 2, 3]], 12, speculation=section.build(recipe.model), on_draft=drafts.append)
+    assert {token for (row,) in drafts for token in row} <= set(described)
+    assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -163,6 +206,7 @@ def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
     ("overrides", "message"),
     [
         (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves nothing to save. Allowed: 1..3; "),
+        (["draft.vocabulary=301"], "draft.vocabulary: 301 is more than the model's. Allowed: 1..300; "),
         (["draft.num_layers=1"], "draft.num_layers: 1 is for draft.kind=adapter; "),
         (["draft.kind=adapter", "draft.num_layers=9"], "draft.num_layers: 9 is more than the model has. Allowed: 1..4"),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),

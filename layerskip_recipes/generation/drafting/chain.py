@@ -26,6 +26,11 @@ class ChainDrafter(Drafter):
     def __init__(self, context: StepContext, exit_layer: int, longest: int, threshold: float | None = None) -> None:
         self.context, self.exit_layer, self.longest, self.threshold = context, exit_layer, longest, threshold
         self.strategy = DraftStrategy("chain")
+        self.before: torch.Tensor | None = None  # for an adapter, the model's normed state before the root, [b, 1, d]
+
+    def begin(self, final: torch.Tensor) -> None:
+        if self.context.has_adapter:
+            self.before = self.context.model.norm(final)[:, None]
 
     def propose(self, now: RoundStart) -> Draft:
         depth = now.depth(self.context, self.longest)
@@ -37,13 +42,15 @@ class ChainDrafter(Drafter):
         noise = self.context.noise(depth, draft=True)
         if not self.context.in_groups:
             step = Step(self.context, draft_chain, self.exit_layer, depth)
-            return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen))
+            return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen, self.before)[:3])
         # On a CPU the graph of one token is compiled sooner than that of all, and calling it costs little.
-        step, parts, last, seen = Step(self.context, draft_chain, self.exit_layer, 1), [], now.last, now.seen
+        step, parts = Step(self.context, draft_chain, self.exit_layer, 1), []
+        last, seen, before = now.last, now.seen, self.before
         for i in range(depth):
             noise_i = None if noise is None else noise[:, i : i + 1].contiguous()
-            parts.append(step(slots, last, now.start + i, noise_i, seen))
-            last = parts[-1][0][:, 1].contiguous()  # a graph holds for one layout of its inputs
+            *part, before = step(slots, last, now.start + i, noise_i, seen, before)
+            parts.append(part)
+            last = part[0][:, 1].contiguous()  # a graph holds for one layout of its inputs
             seen = None if seen is None else seen.scatter(1, last[:, None], True)
         tokens, hidden, q = zip(*parts, strict=True)
         drafted = torch.cat([now.last[:, None], *(pair[:, 1:] for pair in tokens)], 1)
@@ -51,15 +58,15 @@ class ChainDrafter(Drafter):
 
     def _until_unsure(self, now: RoundStart, depth: int, slots: torch.Tensor, threshold: float) -> Draft:
         """Draft step by step; where the draft may stop, the host waits for the confidence."""
-        context, seen = self.context, now.seen
+        context, seen, before = self.context, now.seen, self.before
         tokens, hidden, q = [now.last], [], []
         step = Step(context, draft_token, self.exit_layer)
         for i in range(depth):
-            results = step(slots, tokens[-1], now.start + i, context.noise(draft=True), seen)
+            results = step(slots, tokens[-1], now.start + i, context.noise(draft=True), seen, before)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next step runs the same CUDA graph, which overwrites its results.
                 results = [None if result is None else result.clone() for result in results]
-            token, x, q_token, confidence, seen = results
+            token, x, q_token, confidence, seen, before = results
             tokens.append(token)
             hidden.append(x)
             q.append(q_token)
@@ -75,91 +82,119 @@ class ChainDrafter(Drafter):
         context = self.context
         if context.sampler.greedy and now.seen is None:
             step = Step(context, verify_greedily, self.exit_layer, choice=False, in_groups=True)
-            return step(draft.slots, draft.tokens, draft.hidden, now.start)
+            return self.after(*step(draft.slots, draft.tokens, draft.hidden, now.start, self.before))
         uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
         noise = context.noise()
         step = Step(context, chain_logits, self.exit_layer, choice=False, in_groups=True)
-        logits = step(draft.slots, draft.tokens, draft.hidden, now.start)
-        return Step(context, accept_chain, layers=False)(None, logits, draft.tokens, draft.q, uniform, noise, now.seen)
+        logits, states = step(draft.slots, draft.tokens, draft.hidden, now.start, self.before)
+        tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
+        return self.after(*Step(context, accept_chain, layers=False)(None, *tensors))
+
+    def after(self, result: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """The result of a verification, whose `before` is kept; the next round's graphs overwrite the given one."""
+        self.before = None if before is None else before.clone()
+        return result
 
 
 # ---- steps of drafts ----
 
 
-def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, start, noise, seen):
+def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, start, noise, seen, before):
     """`depth` tokens one after the other.
 
-    last, start [b]; noise [b, n, v'] or None; seen [b, v] or None -> tokens [b, n + 1], x_E [b, n, d], q [b, n, v'].
+    last, start [b]; noise [b, n, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> tokens [b, n + 1],
+    x_E [b, n, d], q [b, n, v'], and `before` of the next token.
     """
     tokens, hidden, q = [last], [], []
     for i in range(depth):
         noise_i = None if noise is None else noise[:, i]
-        token, x, scores, _, seen = _next_draft(context, exit_layer, slots, tokens[-1], start + i, noise_i, seen)
+        token, x, scores, _, seen, before = _next_draft(
+            context, exit_layer, slots, tokens[-1], start + i, noise_i, seen, before
+        )
         tokens.append(token)
         hidden.append(x)
         q.append(scores)
-    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1)
+    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1), before
 
 
-def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen):
-    """One token [b], its x_E [b, 1, d], q [b, v'] or None, the confidence q(token) [b], and `seen` with the token."""
-    token, x, scores, place, seen = _next_draft(context, exit_layer, slots, last, start, noise, seen)
+def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
+    """One token [b], its x_E [b, 1, d], q [b, v'] or None, the confidence q(token) [b], and `seen` and `before` of the
+    next token."""
+    token, x, scores, place, seen, before = _next_draft(context, exit_layer, slots, last, start, noise, seen, before)
     probs = scores.softmax(-1) if noise is None else scores
-    return token, x, None if noise is None else scores, probs.gather(-1, place[:, None])[:, 0], seen
+    return token, x, None if noise is None else scores, probs.gather(-1, place[:, None])[:, 0], seen, before
 
 
-def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise, seen):
-    """A token, its x_E, the scores that it was chosen by, its place among them, and `seen` with it."""
+def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
+    """A token, its x_E, the scores that it was chosen by, its place among them, and what the next one goes on from:
+    `seen` with the token, and for an adapter the state that the draft's head unembedded."""
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
-    h = context.read_by_draft(x, at, slots)
+    h = context.read_by_draft(x, before, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
     place = context.sampler.choose(scores, noise)
     token = context.in_full_vocabulary(place)
-    return token, x, scores, place, None if seen is None else seen.scatter(1, token[:, None], True)
+    seen = None if seen is None else seen.scatter(1, token[:, None], True)
+    return token, x, scores, place, seen, None if before is None else model.norm(h)
 
 
 # ---- steps of verification ----
 
 
-def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start):
-    """The full model on all drafted tokens in one pass.
+def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, before):
+    """The full model on all drafted tokens in one pass; the draft's own layers read what they have not read so.
 
-    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None: all layers run; start [b]
-    -> [b, n + 1, v].
+    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None: all layers run; start [b];
+    before [b, 1, d] or None -> [b, n + 1, v], and for an adapter the model's normed states [b, n + 1, d].
     """
-    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    model, draft, at = context.model, context.draft_model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     if not context.own_layers and (hidden is None or not context.shares_layers):
-        return context.run(model, tokens, at, slots)
+        return context.run(model, tokens, at, slots), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
-    x = context.catch_up(exit_layer, tokens[:, unread], at[:, unread], slots)
+    x = context.run(draft, tokens[:, unread], at[:, unread], slots, exit_layer=exit_layer, unembed=False)
     if not context.shares_layers:
-        return context.run(model, tokens, at, slots)
+        return context.run(model, tokens, at, slots), None
     x = x if hidden is None else torch.cat([hidden, x], 1)
-    return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer)
+    if before is None:
+        return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer), None
+    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
+    states = model.norm(final)
+    # While it drafted, the adapter went on from its own states.
+    context.read_by_draft(x, torch.cat([before, states[:, :-1]], 1), at, slots)
+    return context.unembed(final), states
 
 
-def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen):
-    """The result of `Drafter.verify`. Without q, as of looked up tokens, each one had probability 1.
+def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen, states):
+    """The result of `Drafter.verify`, and `before` of the next round. Without q, as of looked up tokens, each one had
+    probability 1.
 
-    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n], noise, seen [b, v]; the last four or None.
+    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n], noise, seen [b, v], states [b, n + 1, d]; the
+    last five or None.
     """
     if seen is not None:
         count = context.cache.slots[: tokens.shape[1]]
         seen = context.seen_at(seen, tokens, (count <= count[:, None])[None])
     scores, drafted = context.scores(logits, seen), tokens[:, 1:]
     if context.sampler.greedy:
-        return outcome(*accept_greedy(drafted, scores), drafted)
-    full_q = F.one_hot(drafted, scores.shape[-1]).to(scores) if q is None else context.full_q(q, scores)
-    return outcome(*accept_sampled(drafted, full_q, scores, uniform, noise), drafted)
+        accepted, following = accept_greedy(drafted, scores)
+    else:
+        full_q = F.one_hot(drafted, scores.shape[-1]).to(scores) if q is None else context.full_q(q, scores)
+        accepted, following = accept_sampled(drafted, full_q, scores, uniform, noise)
+    return outcome(accepted, following, drafted), state_of(states, accepted)
 
 
-def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start):
+def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start, before):
     """`chain_logits` and greedy acceptance as one graph: a greedy choice has no settings that could change."""
-    drafted = tokens[:, 1:]
-    return outcome(*accept_greedy(drafted, chain_logits(context, exit_layer, slots, tokens, hidden, start)), drafted)
+    logits, states = chain_logits(context, exit_layer, slots, tokens, hidden, start, before)
+    accepted, following = accept_greedy(tokens[:, 1:], logits)
+    return outcome(accepted, following, tokens[:, 1:]), state_of(states, accepted)
 
 
 def outcome(accepted: torch.Tensor, following: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
     """One tensor, so that the host waits once: accepted [b], next token [b], drafted [b, n] -> [b, 2 + n]."""
     return torch.cat([accepted[:, None], following[:, None], drafted], 1)
+
+
+def state_of(states: torch.Tensor | None, node: torch.Tensor) -> torch.Tensor | None:
+    """The state [b, 1, d] of one node of each row: states [b, k, d] or None, node [b]."""
+    return None if states is None else states.gather(1, node[:, None, None].expand(-1, 1, states.shape[-1]))

@@ -98,6 +98,9 @@ class ChoosingDrafter(Drafter):
         self.drafter, self.lookup, self.choice, self.timer = drafter, lookup, choice, timer
         self.strategy = drafter.strategy
 
+    def begin(self, final: torch.Tensor) -> None:
+        self.drafter.begin(final)
+
     def propose(self, now: RoundStart) -> Draft:
         self.timer.start()
         found = self.lookup.propose(now)

@@ -89,6 +89,9 @@ class Drafter(ABC):
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: how many drafted tokens stand, the full model's next token, the drafted tokens."""
 
+    def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - not every drafter goes on from it
+        """The text is in the cache; final [b, d] is x_L of each row's last token there."""
+
     def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - not every drafter learns
         """A round that no limit cut gave each running row so many tokens, on the mean."""
 

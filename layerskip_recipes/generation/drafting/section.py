@@ -45,7 +45,8 @@ class SelfSpeculation(Section):
     """A draft stops after a token to which it gives a probability below this (in a batch, once every row does).
     Compiled, it can stop after 1, 2, 4, 8, ... tokens only, since each length is a graph of its own."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
-    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts."""
+    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts; null: all, or
+    those that `draft` was trained for."""
     draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
     """A text in which the most frequent tokens are counted instead of in the prompts."""
     prompt_lookup: PromptLookup | None = None
@@ -107,7 +108,7 @@ class SelfSpeculation(Section):
         prompts: Sequence[Sequence[int]],
         key: str = "self_speculation",
     ) -> "SelfSpeculation":
-        """The section with the exit of `draft`, and with the ids of the draft vocabulary in place of their number.
+        """The section with exit and tokens of `draft`, and with ids of the draft vocabulary in place of their number.
 
         Args:
             model: the decoder, on any device.
@@ -119,9 +120,11 @@ class SelfSpeculation(Section):
             ConfigError: if there are too few for the tree, or the folder of `draft` holds none.
         """
         if self.draft is not None and self.exit_layer is None:
-            exit_layer = read_description(self.draft, f"{key}.draft")["exit_layer"]
-            read = self.model_copy(update={"exit_layer": exit_layer})
-            return read.with_vocabulary(model, tokenizer, prompts, key)
+            description = read_description(self.draft, f"{key}.draft")
+            read = {"exit_layer": description["exit_layer"]}
+            if self.draft_vocabulary is None:
+                read["draft_vocabulary"] = description["vocabulary"]
+            return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self
         texts = prompts

@@ -1,10 +1,11 @@
 """Trees of drafted tokens: several candidates for each of the next tokens, from an exit, verified in one pass."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from layerskip_recipes.generation.drafting.chain import ChainDrafter, outcome
+from layerskip_recipes.generation.drafting.chain import ChainDrafter, outcome, state_of
 from layerskip_recipes.generation.drafting.drafter import Draft, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.generation.sampling import exponential_race_scores
@@ -36,7 +37,7 @@ class TreeDrafter(ChainDrafter):
         slots = context.slots(now.last_slot + tree.nodes)
         noise = context.noise(len(tree.expanded), draft=True)
         step = Step(context, draft_tree, self.exit_layer, tree)
-        tokens, hidden, q, *nodes = step(slots, now.last, now.start, noise, now.seen)
+        tokens, hidden, q, *nodes = step(slots, now.last, now.start, noise, now.seen, self.before)
         return Draft(self.strategy, slots, tokens, hidden, q, tree, *nodes)
 
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
@@ -52,17 +53,19 @@ class TreeDrafter(ChainDrafter):
         uniform = context.sampler.uniform((context.cache.rows, tree.depth, tree.candidates(1)), context.device)
         noise = context.noise()
         step = Step(context, tree_logits, self.exit_layer, choice=False, in_groups=True)
-        logits = step(draft.slots, draft.tokens, draft.hidden, draft.ancestors, now.start, *tables)
         nodes = (draft.tokens, draft.parents, draft.ranks, draft.ancestors)
+        at = (draft.tokens, draft.hidden, draft.parents, draft.ancestors, now.start)
+        logits, states = step(draft.slots, *at, *tables, self.before)
         step = Step(context, accept_tree, tree)
-        return step(None, logits, *nodes, draft.q, draft_rows, now.start, uniform, noise, now.seen)
+        others = (draft.q, draft_rows, now.start, uniform, noise, now.seen, states)
+        return self.after(*step(None, logits, *nodes, *others))
 
 
-def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, last, start, noise, seen):
+def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, last, start, noise, seen, before):
     """`tree.depth` levels of candidates.
 
-    last, start [b]; noise [b, expanded nodes, v'] or None; seen [b, v] or None -> the tensors of a `Draft`: tokens,
-    hidden, q, parents, ranks, ancestors.
+    last, start [b]; noise [b, expanded nodes, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> the tensors
+    of a `Draft`: tokens, hidden, q, parents, ranks, ancestors.
     """
     count, b = context.cache.slots, last.shape[0]
     eye = torch.eye(tree.nodes, dtype=torch.bool, device=last.device)
@@ -83,7 +86,8 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
         }
         x = context.run(context.draft_model, frontier, at, slots, exit_layer=exit_layer, unembed=False, **attention)
         hidden.append(x)
-        scores = context.draft_scores(context.read_by_draft(x, at, slots, **attention), path_seen)
+        h = context.read_by_draft(x, before, at, slots, **attention)
+        scores = context.draft_scores(h, path_seen)
         if noise is None:
             values, candidates = scores.log_softmax(-1).topk(drawn, -1)
         else:
@@ -107,10 +111,12 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
         offset = tree.offsets[level]
         inherited = on_path.gather(1, parent[..., None].expand(-1, -1, tree.nodes))
         ancestors.append(inherited | eye[offset : offset + size])
-        frontier, score = new[:, : tree.width], score[:, : tree.width]
+        frontier, score, parent = new[:, : tree.width], score[:, : tree.width], parent[:, : tree.width, None]
         if path_seen is not None:
-            parent = parent[:, : tree.width, None].expand(-1, -1, path_seen.shape[-1])
-            path_seen = path_seen.gather(1, parent).scatter(2, frontier[..., None], True)
+            path_seen = path_seen.gather(1, parent.expand(-1, -1, path_seen.shape[-1]))
+            path_seen = path_seen.scatter(2, frontier[..., None], True)
+        if before is not None:
+            before = context.draft_model.norm(h).gather(1, parent.expand(-1, -1, h.shape[-1]))
     return (
         torch.cat(tokens, 1),
         torch.cat(hidden, 1),
@@ -121,22 +127,44 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
     )
 
 
-def tree_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, ancestors, start, order, leaves, levels):
+def tree_logits(
+    context: StepContext,
+    exit_layer: int,
+    slots,
+    tokens,
+    hidden,
+    parents,
+    ancestors,
+    start,
+    order,
+    leaves,
+    levels,
+    before,
+):
     """The full model on all nodes of a tree, after the leaves caught up with the early layers.
 
-    tokens [b, k], hidden [b, expanded, d], ancestors [b, k, k], start [b] -> [b, k, v]. order [k]: the place of each
-    node among the expanded ones and the leaves; leaves [leaves]; levels [k].
+    tokens, parents [b, k], hidden [b, expanded, d], ancestors [b, k, k], start [b], before [b, 1, d] or None ->
+    [b, k, v], and for an adapter the model's normed states [b, k, d]. order [k]: the place of each node among the
+    expanded ones and the leaves; leaves [leaves]; levels [k].
     """
     model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     positions = start[:, None] + levels
     mask = visible_tree(slots, start, ancestors, context.dtype)
+    attention = {"positions": positions, "mask": mask}
     if context.shares_layers or context.own_layers:
         of_leaves = {"positions": positions[:, leaves], "mask": mask[:, leaves]}
-        x = context.catch_up(exit_layer, tokens[:, leaves], at[:, leaves], slots, **of_leaves)
+        early: dict[str, Any] = {"exit_layer": exit_layer, "unembed": False, **of_leaves}
+        x = context.run(context.draft_model, tokens[:, leaves], at[:, leaves], slots, **early)
     if not context.shares_layers:
-        return context.run(model, tokens, at, slots, positions=positions, mask=mask)
+        return context.run(model, tokens, at, slots, **attention), None
     x = torch.cat([hidden, x], 1)[:, order]
-    return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, positions=positions, mask=mask)
+    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False, **attention)
+    if before is None:
+        return context.unembed(final), None
+    states = model.norm(final)
+    of_parents = states.gather(1, parents[:, 1:, None].expand(-1, -1, states.shape[-1]))
+    context.read_by_draft(x, torch.cat([before, of_parents], 1), at, slots, **attention)
+    return context.unembed(final), states
 
 
 def accept_tree(
@@ -154,8 +182,10 @@ def accept_tree(
     uniform,
     noise,
     seen,
+    states,
 ):
-    """The result of `Drafter.verify` with the accepted path; it also moves to its place in the cache, behind the text.
+    """The result of `Drafter.verify` and `before` of the next round; the accepted path also moves to its place in the
+    cache, behind the text.
 
     Shapes as in `accept_sampled_tree` and `Draft`.
     """
@@ -171,4 +201,6 @@ def accept_tree(
     # Slots behind the accepted path are never looked at again, so they may keep what they hold.
     source = torch.where(level <= accepted[:, None], path, level)
     context.cache.move(start[:, None] + source, start[:, None] + level)
-    return outcome(accepted, following, tokens.gather(1, path))
+    on_path = torch.cat([torch.zeros_like(path[:, :1]), path], 1)  # the root, and a node of each level
+    node = on_path.gather(1, accepted[:, None])[:, 0]
+    return outcome(accepted, following, tokens.gather(1, path)), state_of(states, node)

@@ -12,10 +12,12 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
+
+IN_A_ROW = 2  # drafted tokens that an adapter's training plays through: later ones are drafted as the second is
 
 
 class DraftSection(Section):
@@ -24,10 +26,14 @@ class DraftSection(Section):
     exit_layer: Annotated[PositiveInt, Field(examples=[6])]
     """E: the draft is a copy of the first E layers, or goes on from the hidden state after them."""
     kind: Kind = "copy"
-    """`copy` trains a copy of the first E layers, `adapter` new layers on the model's own E ones; both with a norm of
-    their own in front of the model's head."""
+    """`adapter` trains new layers on the model's own first E ones and its last layer's state of the token before;
+    `copy` a copy of the first E layers, which other programs can run as a model of its own. Both have a norm of their
+    own in front of the model's head."""
     num_layers: PositiveInt | None = None
     """Layers of an adapter, 1 by default."""
+    vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
+    """How many tokens the draft chooses among, the most frequent ones of the data; null: all. Fewer train and draft
+    faster where the head is a large part of the model."""
     target: Literal["distribution", "argmax", "labels"] = "distribution"
     """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
     own_text: Fraction = 0.0
@@ -45,6 +51,12 @@ class DraftSection(Section):
             raise ConfigError(
                 f"draft.exit_layer: {self.exit_layer} leaves nothing to save. Allowed: 1..{most}; for example "
                 f"draft.exit_layer={max(len(model.layers) // 4, 1)}"
+            )
+        tokens = model.tok_embeddings.num_embeddings
+        if self.vocabulary is not None and self.vocabulary > tokens:
+            raise ConfigError(
+                f"draft.vocabulary: {self.vocabulary} is more than the model's. Allowed: 1..{tokens}; for example "
+                "draft.vocabulary=null"
             )
         if self.kind == "copy" and self.num_layers is not None:
             raise ConfigError(
@@ -71,10 +83,13 @@ class DraftLoss:
         section: what the draft learns.
         draft: as it is trained, which may be sharded.
         ignore_index: the label of tokens without a loss.
+        vocabulary: the tokens that the draft chooses among, over which p is normed too; None: all.
     """
 
-    def __init__(self, section: DraftSection, draft: Draft, ignore_index: int = -100) -> None:
-        self.section, self.draft, self.ignore_index = section, draft, ignore_index
+    def __init__(
+        self, section: DraftSection, draft: Draft, ignore_index: int = -100, vocabulary: list[int] | None = None
+    ) -> None:
+        self.section, self.draft, self.ignore_index, self.vocabulary = section, draft, ignore_index, vocabulary
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
@@ -100,9 +115,18 @@ class DraftLoss:
             **inputs: mask, input_pos, ... of the decoder.
         """
         target = self.section.target
-        x, last = self.draft.hidden_states(model, tokens, to_end=target != "labels", **inputs)
+        states, last = self.draft.hidden_states(model, tokens, to_end=target != "labels", in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
+        labels = labels.reshape(-1)
+        if self.vocabulary is not None:
+            ids = on_device(self.vocabulary, labels.device)
+            head = head.cut(ids)
+            if target == "labels":  # by their places, as far as they have one
+                places = labels.new_full((model.tok_embeddings.num_embeddings,), self.ignore_index)
+                places[ids] = torch.arange(len(ids), device=labels.device)
+                labels = labels.index_copy(0, counted, places[labels[counted]])
+                counted = counted[labels[counted] != self.ignore_index]
 
         def teacher(rows: Any) -> torch.Tensor:
             logits = head.unembed(final[rows])
@@ -110,13 +134,13 @@ class DraftLoss:
 
         total, _ = exit_losses(
             head,
-            [x],
-            [1.0],
-            labels.reshape(-1),
+            states,
+            [1 / len(states)] * len(states),
+            labels,
             counted,
             self.chunk_loss,
             self.section.chunk_tokens,
             teacher=None if target == "labels" else teacher,
-            taught=1,
+            taught=len(states),
         )
         return total
