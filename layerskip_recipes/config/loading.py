@@ -104,7 +104,6 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"config: {path} cannot be read as YAML: {e}") from e
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
         raise ConfigError(f"config: {path} holds no mapping of keys to values")
-    _to_config(own, path)
     bases = own.pop("extends", None)
     if bases is None:
         return own

@@ -25,7 +25,7 @@ class DraftSection(Section):
 
     exit_layer: Annotated[PositiveInt, Field(examples=[6])]
     """E: the draft is a copy of the first E layers, or goes on from the hidden state after them."""
-    kind: Kind = "copy"
+    kind: Kind = "adapter"
     """`adapter` trains new layers on the model's own first E ones and its last layer's state of the token before;
     `copy` a copy of the first E layers, which other programs can run as a model of its own. Both have a norm of their
     own in front of the model's head."""
