@@ -40,15 +40,18 @@ LEFT_OUT = (
 def stdlib_texts(split: Split) -> dict[str, str]:
     """The standard library's modules by relative path, in a fixed order; about one in twenty is held out."""
     root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = set(inner) - set(LEFT_OUT)  # os.walk goes into those that stay
+        found += [Path(folder, file).relative_to(root) for file in files if file.endswith(".py")]
     texts = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
+    for path in sorted(found):
         # Split by a hash of the name, alike on every machine.
-        held_out = zlib.crc32(name.encode()) % 20 == 0
-        if held_out == (split == "heldout") and not set(path.relative_to(root).parts) & set(LEFT_OUT):
-            text = path.read_text(encoding="utf-8", errors="replace")
+        held_out = zlib.crc32(path.as_posix().encode()) % 20 == 0
+        if held_out == (split == "heldout"):
+            text = (root / path).read_text(encoding="utf-8", errors="replace")
             if len(text) > 1000:
-                texts[name] = text
+                texts[path.as_posix()] = text
     return texts
 
 

@@ -236,7 +236,7 @@ class MemoryTraffic:
 
 
 @torch.inference_mode()
-def memory_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 5) -> float:
+def memory_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 3) -> float:
     """Bytes per second that the device reads: the best of a few sums over a large tensor; 0 if memory is too full."""
     try:
         data = torch.ones(megabytes * 2**18, device=device)

@@ -206,7 +206,6 @@ def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
     ("overrides", "message"),
     [
         (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves nothing to save. Allowed: 1..3; "),
-        (["draft.vocabulary=301"], "draft.vocabulary: 301 is more than the model's. Allowed: 1..300; "),
         (["draft.num_layers=1"], "draft.num_layers: 1 is for draft.kind=adapter; "),
         (["draft.kind=adapter", "draft.num_layers=9"], "draft.num_layers: 9 is more than the model has. Allowed: 1..4"),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),

@@ -32,8 +32,8 @@ class DraftSection(Section):
     num_layers: PositiveInt | None = None
     """Layers of an adapter, 1 by default."""
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
-    """How many tokens the draft chooses among, the most frequent ones of the data; null: all. Fewer train and draft
-    faster where the head is a large part of the model."""
+    """How many tokens the draft chooses among, at most: the most frequent ones of the data; null: all. Fewer train and
+    draft faster where the head is a large part of the model."""
     target: Literal["distribution", "argmax", "labels"] = "distribution"
     """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
     own_text: Fraction = 0.0
@@ -51,12 +51,6 @@ class DraftSection(Section):
             raise ConfigError(
                 f"draft.exit_layer: {self.exit_layer} leaves nothing to save. Allowed: 1..{most}; for example "
                 f"draft.exit_layer={max(len(model.layers) // 4, 1)}"
-            )
-        tokens = model.tok_embeddings.num_embeddings
-        if self.vocabulary is not None and self.vocabulary > tokens:
-            raise ConfigError(
-                f"draft.vocabulary: {self.vocabulary} is more than the model's. Allowed: 1..{tokens}; for example "
-                "draft.vocabulary=null"
             )
         if self.kind == "copy" and self.num_layers is not None:
             raise ConfigError(
