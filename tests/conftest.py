@@ -1,6 +1,7 @@
 """Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers.configs import generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
 
@@ -22,11 +24,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # Test files that are started as programs find tests/helpers too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-# What inductor compiles is kept for one test run and found by all of its processes: xdist's workers inherit the
-# folder. An empty one costs half a minute before the first graph, for probes and headers.
-if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="layerskip-inductor-")
-    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+# One folder for a test run and all of its processes: xdist's workers inherit its name. It holds what inductor compiles,
+# half a minute before the first graph, and the tokenizer.
+if "LAYERSKIP_TEST_RUN" not in os.environ:
+    os.environ["LAYERSKIP_TEST_RUN"] = tempfile.mkdtemp(prefix="layerskip-test-run-")
+    atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
+SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
 
 # With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
 # two files of several processes each shall not run beside each other.
@@ -41,6 +45,12 @@ LONGEST_FIRST = (
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are processors, since tests of several processes wait for each other."""
     return min(8, (os.cpu_count() or 1) + 1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a garbage collection that looks through it takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,13 +102,13 @@ def few_megabytes():
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    """A tokenizer of 300 tokens trained on a little of the standard library."""
+def tokenizer_folder() -> Path:
+    """A tokenizer of 300 tokens trained on the standard library; tests only read it."""
     from layerskip_recipes.data.standard_library import stdlib_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    stdlib_tokenizer(str(folder / "tokenizer"), vocab_size=300)
-    return folder / "tokenizer"
+    with FileLock(SHARED / "tokenizer.lock"):
+        stdlib_tokenizer(str(SHARED / "tokenizer"), vocab_size=300)
+    return SHARED / "tokenizer"
 
 
 @pytest.fixture(scope="session")

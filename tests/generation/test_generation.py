@@ -27,11 +27,11 @@ def new_tokens(out, prompt=PROMPT):
 # ---- greedy: the tokens of the full model ----
 
 
-@pytest.mark.parametrize("num_speculations", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("num_speculations", [1, 3, 12])
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
 def test_self_speculation_gives_the_full_models_tokens(exit_layer, num_speculations):
     for prompt in ((5,), (5, 17), tuple(range(20, 41))):
-        for count in (1, 2, 18):
+        for count in (2, 18):
             out = generate(
                 model_of("llama3_2"),
                 torch.tensor(prompt),

@@ -189,7 +189,8 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     if recipe == "layerskip_finetune":
         changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
         if "draft" in cfg:
-            changes |= {"draft.exit_layer": 1, "dataset_val": DATA, "output_dir": str(folder / "trained_draft")}
+            changes |= {"draft.exit_layer": 1, "output_dir": str(folder / "trained_draft")}
+            changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
         return changes
     if recipe == "layerskip_generate":
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
