@@ -191,7 +191,8 @@ def explain(source: DictConfig) -> list[str]:
     shown = ", ".join(f"{key}={'null' if value is None else value}" for key, value in chosen.items())
     lines = [f"Chosen for this model and machine: {shown}. Any key=value of yours replaces its value."] if shown else []
     asked = [key for key, text in texts.items() if "${layerskip.draft_exit:" in text]
-    return [*lines, _explain_exit(source.model_dir, chosen[asked[0]])] if asked else lines
+    drafted = OmegaConf.select(source, "self_speculation.draft") is not None
+    return [*lines, _explain_exit(source.model_dir, chosen[asked[0]])] if asked and not drafted else lines
 
 
 def _explain_exit(model_dir: str, chosen: int | None) -> str:

@@ -1,7 +1,7 @@
 """The files of a trained draft: its weights, and `layerskip.json`, which says what it is and for which model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ DRAFT_FILE = "draft.safetensors"
 FORMAT = 2  # in 1 an adapter had x_E only
 
 
-def describe(
-    draft: Draft, base: Mapping[str, Any], steps: int, target: str, vocabulary: Sequence[int] | None = None
-) -> dict[str, Any]:
+def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> dict[str, Any]:
     """The content of layerskip.json.
 
     Args:
@@ -27,10 +25,10 @@ def describe(
         base: which model it drafts for: its folder, checkpointer section, and a hash of its weights.
         steps: optimizer steps done.
         target: what it learned.
-        vocabulary: the tokens that it chooses among; None: all.
     """
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
-    return {"format": FORMAT, **shape, "target": target, "base": dict(base), "steps": steps, "vocabulary": vocabulary}
+    trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
+    return {"format": FORMAT} | shape | trained
 
 
 def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """`layerskip export`: a checkpoint for other programs.
 
 The whole model with its exit and a decoding loop for transformers; or its first E layers with norm and head, or a
-trained draft with its model's head, as a model of its own, which drafts for the whole one in a serving engine.
+trained copy of them with the model's head, as a model of its own, which drafts for the whole one in a serving engine.
 """
 
 import json
@@ -37,7 +37,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 
     Args:
         checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`; or, with `draft`, the folder
-            of a trained draft.
+            of a trained draft of kind copy.
         out: a folder that does not exist yet.
         exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it,
             and so does our decoding loop in `custom_generate`. None: what is written names no exit.

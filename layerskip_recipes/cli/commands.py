@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(CONFIGS)])
     out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
     out.add_argument(
-        "checkpoint", help="a Hugging Face folder, such as a finetuned epoch_0, or a trained draft's folder"
+        "checkpoint",
+        help="a Hugging Face folder, such as a finetuned epoch_0, or a trained draft of kind copy",
     )
     out.add_argument("folder", help="where to write; must not exist")
     out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")

@@ -386,7 +386,9 @@ class Generation:
         """Statistics of a round: its kind, and the bytes that its steps read."""
         self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.
-        self.traffic.count(self.stats, len(draft.slots), self.model.num_layers)
+        # A trained draft reads with its own layers what it has not read so.
+        layers = self.model.num_layers + len(self.context.own_layers)
+        self.traffic.count(self.stats, len(draft.slots), layers)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
             e = self.context.own_layers.stop or self.speculation.exit_layer

@@ -19,12 +19,13 @@ class JoiningLayer(nn.Module):
 
     Args:
         layer: whose input is W [n(x), n(y)] of the states x and y, each divided by its root mean square.
-        width: d.
+        like: a tensor of the model, [.., d].
     """
 
-    def __init__(self, layer: nn.Module, width: int) -> None:
+    def __init__(self, layer: nn.Module, like: torch.Tensor) -> None:
         super().__init__()
-        self.join = nn.Linear(2 * width, width, bias=False)
+        width = like.shape[-1]
+        self.join = nn.Linear(2 * width, width, bias=False, device=like.device, dtype=like.dtype)
         self.layer: Any = layer
 
     @property
@@ -33,7 +34,7 @@ class JoiningLayer(nn.Module):
         return self.layer.attn
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        both = [F.rms_norm(half, half.shape[-1:]) for half in x.chunk(2, -1)]
+        both = [F.rms_norm(half, half.shape[-1:], eps=1e-6) for half in x.chunk(2, -1)]
         return self.layer(self.join(torch.cat(both, -1)), **layer_inputs)
 
 
@@ -54,7 +55,10 @@ class Draft(nn.Module):
 
     Attributes:
         start: the layer at which the draft begins: 0 for a copy, E for an adapter.
+        vocabulary: the tokens that the draft chooses among; None: all.
     """
+
+    vocabulary: list[int] | None = None
 
     def __init__(self, model: LayerSkipDecoder, kind: Kind, exit_layer: int, num_layers: int = 1) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class Draft(nn.Module):
         self.start = 0 if kind == "copy" else exit_layer
         layers = model.copied_layers(range(exit_layer) if kind == "copy" else range(num_layers))
         if kind == "adapter":
-            layers[0] = JoiningLayer(layers[0], model.tok_embeddings.embedding_dim)
+            layers[0] = JoiningLayer(layers[0], model.tok_embeddings.weight)
         self.layers = nn.ModuleList(layers)
         self.norm = deepcopy(model.norm)
         self.requires_grad_(True)

@@ -10,7 +10,7 @@ from torch import nn
 from torchtune import utils
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.model.limits import check_batch
@@ -64,9 +64,12 @@ def exit_quality(
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
-            (own,), last = draft.hidden_states(model, batch.pop("tokens"), **batch)
-            for e, x in ((0, own), (model.num_layers, last)):
-                measured.measure(e, x, normed=True)
+            states, last = draft.hidden_states(model, batch.pop("tokens"), in_a_row=2, **batch)
+            measured.measure(model.num_layers, last, normed=True)
+            # What it says of a second token in a row goes into the accepted length only.
+            for state in reversed(states):
+                measured.later = measured.chosen.get(0)
+                measured.measure(0, state, normed=True, vocabulary=draft.vocabulary)
         sums += measured.compare()
     sums = add_up(sums)
     if not sums[0, 3] > 0:
@@ -113,19 +116,28 @@ class _Batch:
         self.labels = labels.flatten()[self.rows]
         self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)
         self.chosen: dict[int, torch.Tensor] = {}  # for each exit its most likely tokens, [labels that count]
+        self.later: torch.Tensor | None = None  # those of a draft for the second token in a row
 
-    def measure(self, exit_layer: int, x: torch.Tensor, normed: bool = False) -> None:
-        """Add the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`."""
+    def measure(
+        self, exit_layer: int, x: torch.Tensor, normed: bool = False, vocabulary: list[int] | None = None
+    ) -> None:
+        """Take the loss and the right choices of x_E [b, s, d], normed or not, among the tokens of a vocabulary or all;
+        the decoder's hook `on_exit`."""
         if exit_layer not in (*self.exits, self.model.num_layers):
             return
-        x = x.flatten(0, 1)
+        x, barred = x.flatten(0, 1), None
+        if vocabulary is not None:
+            barred = torch.full((self.model.tok_embeddings.num_embeddings,), -torch.inf, device=x.device)
+            barred[on_device(vocabulary, x.device)] = 0
         sums = self.sums[self.exits.index(exit_layer)] if exit_layer in self.exits else self.sums.new_zeros(6)
+        sums.zero_()
         self.chosen[exit_layer] = torch.empty_like(self.labels)
         head = Head(self.model, norm=nn.Identity() if normed else None)
         with head.using(head.parameters):
             for start in range(0, len(self.labels), self.chunk_tokens):
                 part = slice(start, start + self.chunk_tokens)
                 logits, labels = head(x[self.rows[part]]), self.labels[part]
+                logits = logits if barred is None else logits + barred
                 top = self.chosen[exit_layer][part] = logits.argmax(-1)
                 sums[0] += F.cross_entropy(logits, labels, reduction="sum")
                 sums[1] += (top == labels).sum()
@@ -140,8 +152,15 @@ class _Batch:
             agrees = self.chosen[e] == final
             sums[2], sums[3] = agrees.sum(), len(self.labels)
             if starts is not None:
-                by_position = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
-                by_position.view(-1)[self.rows] = agrees
-                sums[4] = (by_position.unfold(1, n, 1).cumprod(-1).sum(-1) * starts).sum()
+                first = self._windows(agrees)
+                later = first if self.later is None or e != 0 else self._windows(self.later == final)
+                in_a_row = torch.cat([first[..., :1], later[..., 1:]], -1).cumprod(-1)
+                sums[4] = (in_a_row.sum(-1) * starts).sum()
                 sums[5] = starts.sum()
         return self.sums
+
+    def _windows(self, agrees: torch.Tensor) -> torch.Tensor:
+        """[labels that count] -> [b, s - n + 1, n], for each position whether it and the next ones agree."""
+        by_position = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
+        by_position.view(-1)[self.rows] = agrees
+        return by_position.unfold(1, self.num_speculations, 1)

@@ -51,7 +51,7 @@ class Head:
         self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
 
     def cut(self, vocabulary: torch.Tensor) -> "Head":
-        """The head of some tokens only, which are not trained.
+        """A frozen copy of the head's rows for some tokens.
 
         Args:
             vocabulary: [v'] token ids.

@@ -31,7 +31,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, write_draft
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -151,6 +151,8 @@ class Checkpoints:
         if self.trained_file and self.resumed_from is not None and not self.sharded:
             file = self.resumed_from / self.trained_file
             read = load_file if self.trained_file == DRAFT_FILE else partial(torch.load, weights_only=True)
+            if self.trained_file == DRAFT_FILE and is_rank_zero():
+                read_description(str(self.resumed_from), "resume_from_checkpoint")
             trained = read(file) if is_rank_zero() else {}
         return weights, trained
 

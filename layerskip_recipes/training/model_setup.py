@@ -45,7 +45,7 @@ def build_model(
         mesh: the ranks to shard it over.
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
         trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
-        seed: of fresh adapters.
+        seed: of fresh adapters, and of a fresh draft.
 
     Raises:
         ConfigError: on rank 0, if the weights are not this model's.
@@ -95,8 +95,8 @@ def _place(
 
 
 def fresh_draft(draft: Draft, base: Weights, num_layers: int, seed: int) -> dict[str, torch.Tensor]:
-    """The first weights of a draft: of a copy the model's, of an adapter random matrices, and else those of the model's
-    last layers and norm.
+    """The first weights of a draft: of a copy the model's, of an adapter random matrices, biases of 0 and the model's
+    last norms.
 
     Args:
         draft: on any device.
@@ -105,11 +105,13 @@ def fresh_draft(draft: Draft, base: Weights, num_layers: int, seed: int) -> dict
         seed: of the matrices.
     """
     first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
-    of_layer, rng = re.compile(r"^layers\.(\d+)(\.layer)?"), torch.Generator().manual_seed(seed)
+    of_layer, rng = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?"), torch.Generator().manual_seed(seed)
 
     def fresh(name: str, like: torch.Tensor) -> torch.Tensor:
         if draft.kind == "adapter" and like.dim() > 1:
             return torch.normal(0.0, 0.02, like.shape, generator=rng)
+        if draft.kind == "adapter" and name.endswith("bias"):
+            return torch.zeros(like.shape)
         return base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)]
 
     return {name: fresh(name, like) for name, like in draft.state_dict().items()}

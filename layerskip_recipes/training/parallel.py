@@ -111,6 +111,11 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
     """Raises a ConfigError for keys that work in one process only."""
     if cfg.draft is not None and cfg.draft.own_text:
         raise ConfigError(f"draft.own_text: {cfg.draft.own_text} works with one process. Set draft.own_text=0")
+    if cfg.draft is not None and cfg.draft.kind == "adapter" and cfg.optimizer_in_bwd:
+        raise ConfigError(
+            "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
+            "step. Set optimizer_in_bwd=false"
+        )
     base = cfg.model.get("base") or cfg.model.section
     if replicate > 1 and base.get("quantize_base", "qlora" in base.get("_component_", "")):
         raise ConfigError(

@@ -150,9 +150,9 @@ class LayerSkipFinetune:
         self.own_text: OwnText | None = None
         self.trained: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
-            size = cfg.draft.vocabulary
-            vocabulary = None if size is None else self.data.frequent_tokens(size)
-            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index, vocabulary)
+            if cfg.draft.vocabulary is not None:
+                self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
+            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index)
             self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
@@ -343,8 +343,7 @@ class LayerSkipFinetune:
     def _description(self) -> dict[str, Any]:
         """The content of layerskip.json: which exits are trained, or which draft, and how."""
         if isinstance(self.loss, DraftLoss):
-            section, vocabulary = self.loss.section, self.loss.vocabulary
-            return describe(self.loss.draft, self.base, self.step, section.target, vocabulary)
+            return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
         cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
         return {
             "num_layers": cfg.num_layers,

@@ -103,7 +103,9 @@ class Validation:
                 "layer_dropout.prob or lr keeps the last layer"
             )
         if draft is not None:
-            named: dict[str, Any] = {f"val_{what}_draft": quality[0][what] for what in ("loss", "agreement")}
+            named: dict[str, Any] = {"val_agreement_draft": quality[0]["agreement"]}
+            if draft.vocabulary is None:  # else tokens outside have no probability
+                named["val_loss_draft"] = quality[0]["loss"]
             if quality[0]["accepted_length"] is not None:
                 named["val_accepted_length_draft"] = quality[0]["accepted_length"]
             return named | {"val_loss_final": final}

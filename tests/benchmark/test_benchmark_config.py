@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_one_error_before_the_model_loads(path, monkeypatch, 
     assert [p.name for p in path.parent.iterdir()] == ["benchmark.yaml"]
 
 
-ODD = ["null", "true", "-1", "1.5", "abc", "[1]", "{}"]
+ODD = ["null", "true", "-1", "1.5", "abc", "[1]", "{a: 1}"]
 
 
 @pytest.mark.slow

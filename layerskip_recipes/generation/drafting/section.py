@@ -124,6 +124,7 @@ class SelfSpeculation(Section):
             read = {"exit_layer": description["exit_layer"]}
             if self.draft_vocabulary is None:
                 read["draft_vocabulary"] = description["vocabulary"]
+                self._speculation(description["vocabulary"], key).check(model, f"{key}.")
             return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self

@@ -27,7 +27,7 @@ constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
 constexpr int WIDE = 8192;  // so many numbers in rows of x stay in that cache beside weights (32 kB)
 constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
-constexpr double SLOWEST = 4e9;  // bytes per second that the memory gives at least
+constexpr double SLOWEST = 4e9;  // bytes that the memory gives, and products that the threads make, in a second at least
 constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // calls on one thread after one that was late
 constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
 
@@ -204,7 +204,7 @@ void columns(
 // thread may wait for milliseconds, and then all wait for this one: after such a call the next ones run on one thread, and
 // twice as many each time.
 template <typename F>
-void in_parallel(int64_t n, int64_t grain, double bytes, const F& f) {
+void in_parallel(int64_t n, int64_t grain, double bytes, double products, const F& f) {
   thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
   if (alone > 0 || at::get_num_threads() == 1) {
     alone = std::max<int64_t>(alone - 1, 0);
@@ -213,7 +213,7 @@ void in_parallel(int64_t n, int64_t grain, double bytes, const F& f) {
   const auto started = std::chrono::steady_clock::now();
   at::parallel_for(0, n, grain, f);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
-  const bool late = taken.count() > 1e-3 + bytes / SLOWEST;
+  const bool late = taken.count() > 1e-3 + (bytes + products) / SLOWEST;
   alone = late ? next_alone : 0;
   next_alone = late ? std::min<int64_t>(2 * next_alone, MOST_ALONE) : std::max<int64_t>(next_alone / 2, FEWEST_ALONE);
 }
@@ -235,7 +235,7 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
   // One row reads wide weights best as they lie, one column after the other; several share them by whole tiles.
   const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, m == 1 ? 1 : LANES);
-  in_parallel(n, grain, static_cast<double>(n * bytes), [&](int64_t first, int64_t end) {
+  in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {
       const int64_t from = std::max(first, before), last = std::min(end, before + w.size(0));
@@ -352,8 +352,8 @@ at::Tensor attention_over(
   const int64_t of_prompt = added.size(0) == 1 ? 0 : added.stride(0);
   // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
   const int64_t blocks = (s + BLOCK - 1) / BLOCK, size = (s + blocks - 1) / blocks;
-  const double bytes = static_cast<double>(b * h * slots * d * 2 * sizeof(V));
-  in_parallel(b * h * blocks, 1, bytes, [&](int64_t first, int64_t end) {
+  const double numbers = static_cast<double>(2 * b * h * slots * d);
+  in_parallel(b * h * blocks, 1, numbers * sizeof(V), numbers * static_cast<double>(s), [&](int64_t first, int64_t end) {
     while (first < end) {
       const int64_t prompt = first / blocks / h, head = first / blocks % h, row = first % blocks * size;
       const int64_t count = std::min(end - first, blocks - first % blocks);

@@ -17,7 +17,8 @@ from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
 
-IN_A_ROW = 2  # drafted tokens that an adapter's training plays through: later ones are drafted as the second is
+# Drafted tokens that an adapter's training plays through: later ones have inputs like the second's.
+IN_A_ROW = 2
 
 
 class DraftSection(Section):
@@ -57,14 +58,15 @@ class DraftSection(Section):
                 f"draft.num_layers: {self.num_layers} is for draft.kind=adapter; a copy has exit_layer layers. "
                 "Set draft.num_layers=null"
             )
-        if self.num_layers is not None and self.num_layers > len(model.layers):
+        most = len(model.layers) - self.exit_layer
+        if self.num_layers is not None and self.num_layers > most:
             raise ConfigError(
-                f"draft.num_layers: {self.num_layers} is more than the model has. Allowed: 1..{len(model.layers)}; "
-                "for example draft.num_layers=1"
+                f"draft.num_layers: {self.num_layers} is more than the model has from layer {self.exit_layer} on. "
+                f"Allowed: 1..{most}; for example draft.num_layers=1"
             )
 
     def build(self, model: LayerSkipDecoder) -> Draft:
-        """The draft, with copies of the model's weights."""
+        """The draft; a copy has copies of the model's weights."""
         return Draft(model, self.kind, self.exit_layer, self.num_layers or 1)
 
 
@@ -76,14 +78,12 @@ class DraftLoss:
     Args:
         section: what the draft learns.
         draft: as it is trained, which may be sharded.
+            If it chooses among some tokens only, p is normed over these too, and other labels have no loss.
         ignore_index: the label of tokens without a loss.
-        vocabulary: the tokens that the draft chooses among, over which p is normed too; None: all.
     """
 
-    def __init__(
-        self, section: DraftSection, draft: Draft, ignore_index: int = -100, vocabulary: list[int] | None = None
-    ) -> None:
-        self.section, self.draft, self.ignore_index, self.vocabulary = section, draft, ignore_index, vocabulary
+    def __init__(self, section: DraftSection, draft: Draft, ignore_index: int = -100) -> None:
+        self.section, self.draft, self.ignore_index = section, draft, ignore_index
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
@@ -99,7 +99,7 @@ class DraftLoss:
         counted: torch.Tensor,
         **inputs: Any,
     ) -> torch.Tensor:
-        """The mean loss of one batch over the labels that count.
+        """The loss of one batch, summed over the labels that have one, divided by the number of those that count.
 
         Args:
             model: the frozen decoder, in eval mode.
@@ -112,9 +112,9 @@ class DraftLoss:
         states, last = self.draft.hidden_states(model, tokens, to_end=target != "labels", in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
-        labels = labels.reshape(-1)
-        if self.vocabulary is not None:
-            ids = on_device(self.vocabulary, labels.device)
+        labels, all_counted = labels.reshape(-1), len(counted)
+        if self.draft.vocabulary is not None:
+            ids = on_device(self.draft.vocabulary, labels.device)
             head = head.cut(ids)
             if target == "labels":  # by their places, as far as they have one
                 places = labels.new_full((model.tok_embeddings.num_embeddings,), self.ignore_index)
@@ -137,4 +137,4 @@ class DraftLoss:
             teacher=None if target == "labels" else teacher,
             taught=len(states),
         )
-        return total
+        return total * (len(counted) / max(all_counted, 1))
