@@ -121,25 +121,27 @@ class _Batch:
     def measure(
         self, exit_layer: int, x: torch.Tensor, normed: bool = False, vocabulary: list[int] | None = None
     ) -> None:
-        """Take the loss and the right choices of x_E [b, s, d], normed or not, among the tokens of a vocabulary or all;
-        the decoder's hook `on_exit`."""
+        """Take the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`. Among the
+        tokens of a vocabulary there is no loss."""
         if exit_layer not in (*self.exits, self.model.num_layers):
             return
-        x, barred = x.flatten(0, 1), None
-        if vocabulary is not None:
-            barred = torch.full((self.model.tok_embeddings.num_embeddings,), -torch.inf, device=x.device)
-            barred[on_device(vocabulary, x.device)] = 0
+        x = x.flatten(0, 1)
         sums = self.sums[self.exits.index(exit_layer)] if exit_layer in self.exits else self.sums.new_zeros(6)
         sums.zero_()
         self.chosen[exit_layer] = torch.empty_like(self.labels)
         head = Head(self.model, norm=nn.Identity() if normed else None)
+        ids = None if vocabulary is None else on_device(vocabulary, x.device)
+        head = head if ids is None else head.cut(ids)
         with head.using(head.parameters):
             for start in range(0, len(self.labels), self.chunk_tokens):
                 part = slice(start, start + self.chunk_tokens)
                 logits, labels = head(x[self.rows[part]]), self.labels[part]
-                logits = logits if barred is None else logits + barred
-                top = self.chosen[exit_layer][part] = logits.argmax(-1)
-                sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                top = logits.argmax(-1)
+                if ids is None:
+                    sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                else:
+                    sums[0], top = torch.nan, ids[top]
+                self.chosen[exit_layer][part] = top
                 sums[1] += (top == labels).sum()
 
     def compare(self) -> torch.Tensor:

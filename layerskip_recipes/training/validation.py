@@ -83,7 +83,8 @@ class Validation:
 
         Returns:
             val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final. Of a draft
-            val_loss_draft, val_agreement_draft and val_accepted_length_draft, the tokens accepted of six.
+            val_agreement_draft, val_accepted_length_draft, the tokens accepted of six, and, if it chooses among all
+            tokens, val_loss_draft.
         """
         trains = model.training
         model.eval()

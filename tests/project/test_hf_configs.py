@@ -101,7 +101,7 @@ def test_an_untrained_model_is_decoded_without_drafts(models):
 def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
     """Trained on data and on the model's own text; a generation says what the model says without it."""
     model = [f"model_dir={models['qwen3']}", "device=cpu"]
-    train("hf/draft", *model, f"output_dir={tmp_path}", *TRAINING)
+    train("hf/draft", *model, f"output_dir={tmp_path}", *TRAINING, "draft.own_text=0.5")
     assert (tmp_path / "own_text.jsonl").is_file()
     settings = [*model, "prompt=def main(", "max_new_tokens=8", "benchmark.compare=true"]
     draft = [f"self_speculation.draft={tmp_path}/epoch_0", "self_speculation.num_speculations=3"]

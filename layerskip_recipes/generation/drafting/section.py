@@ -52,7 +52,8 @@ class SelfSpeculation(Section):
     prompt_lookup: PromptLookup | None = None
     """Where the last so many tokens of the text occurred before, what followed them is drafted, if that pays."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the layers and the head that draft; verification stays in full precision."""
+    """Quantises the layers and the head that draft, of a trained draft its own layers; verification stays in full
+    precision."""
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
         """Raises a ConfigError if the section does not fit a model.
