@@ -87,17 +87,16 @@ class Draft(nn.Module):
             x = layer(x, **layer_inputs)
         return self.norm(x)
 
-    def hidden_states(
-        self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, in_a_row: int = 1, **inputs: Any
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The normed states that the head unembeds: the draft's, and the last layer's without a gradient; [b, s, d].
+    def taught_by(
+        self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, **inputs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the draft learns from, without a gradient: the state that it begins with, which is the embedding or
+        x_E, and the last layer's normed state; [b, s, d].
 
         Args:
             model: the model.
             tokens: [b, s].
             to_end: False stops the model early where the draft is a copy; the second result is its embedding then.
-            in_a_row: of an adapter the states for the first, second, .. token drafted in a row. At the second one it
-                goes on everywhere from its own states of the first.
             **inputs: mask, input_pos, ... of the model.
         """
         kept = dict[int, torch.Tensor]()
@@ -114,14 +113,24 @@ class Draft(nn.Module):
         with torch.no_grad():  # not inference mode, whose tensors autograd cannot use
             depth = model.num_layers if to_end or self.start else 1
             model(tokens, on_exit=on_exit, exit_layer=depth, unembed=False, **inputs)
+        return kept[self.start], kept.get(model.num_layers, kept[self.start])
+
+    def states(self, x: torch.Tensor, last: torch.Tensor, in_a_row: int = 1, **inputs: Any) -> list[torch.Tensor]:
+        """The normed states that the head unembeds, [b, s, d]; of an adapter those for the first, second, .. token
+        drafted in a row, of a copy one.
+
+        Args:
+            x, last: of `taught_by`.
+            in_a_row: how many. At the second one an adapter goes on everywhere from its own states of the first.
+            **inputs: mask, input_pos, ... of the model.
+        """
         layer_inputs = {name: value for name, value in inputs.items() if name in ("mask", "input_pos")}
-        x, last = kept[self.start], kept.get(model.num_layers, kept[self.start])
         if self.kind == "copy":
-            return [self(x, **layer_inputs)], last
+            return [self(x, **layer_inputs)]
         states = [last]
         for _ in range(in_a_row):
             states.append(self(torch.cat([x, before(states[-1], inputs.get("input_pos"))], -1), **layer_inputs))
-        return states[1:], last
+        return states[1:]
 
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
         """A decoder that holds what the draft decodes with: the model's layers below `start`, then the draft's, its

@@ -64,10 +64,10 @@ def exit_quality(
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
-            states, last = draft.hidden_states(model, batch.pop("tokens"), in_a_row=2, **batch)
+            x, last = draft.taught_by(model, batch.pop("tokens"), **batch)
             measured.measure(model.num_layers, last, normed=True)
             # What it says of a second token in a row goes into the accepted length only.
-            for state in reversed(states):
+            for state in reversed(draft.states(x, last, in_a_row=2, **batch)):
                 measured.later = measured.chosen.get(0)
                 measured.measure(0, state, normed=True, vocabulary=draft.vocabulary)
         sums += measured.compare()

@@ -37,6 +37,7 @@ from layerskip_recipes.processes import (
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.early_exit import EarlyExitLoss
@@ -152,7 +153,8 @@ class LayerSkipFinetune:
         if cfg.draft is not None and self.draft is not None:
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
-            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index)
+            kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
+            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index, kept)
             self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
@@ -218,7 +220,7 @@ class LayerSkipFinetune:
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             if self.own_text is not None:
-                number = self.step * self.cfg.gradient_accumulation_steps + part
+                number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
                 batch = self.own_text.batch(number, self.model) or batch
             count, loss, exits = self._forward(batch)
             # Micro-batches weigh by their tokens. An optimizer in backward has a single one, whose loss is a mean

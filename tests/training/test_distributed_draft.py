@@ -55,9 +55,10 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     same(one, again, range(5, 9))
 
 
-def test_own_text_wants_one_process(tmp_path, tokenizer_folder):
+@pytest.mark.parametrize(("key", "value"), [("own_text", 0.5), ("keep_states", True)])
+def test_own_text_and_kept_states_want_one_process(tmp_path, tokenizer_folder, key, value):
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
-    section = {"exit_layer": 2, "own_text": 0.5}
+    section = {"exit_layer": 2, key: value}
     path = finetune_config(
         tmp_path, tokenizer_folder, draft=section, layer_dropout=None, early_exit_loss=None,
         checkpointer=start_section(base),
@@ -65,4 +66,4 @@ def test_own_text_wants_one_process(tmp_path, tokenizer_folder):
     arguments = ("train", tmp_path, "--config", path)
     for rank in run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path):
         assert rank.returncode == 1
-        assert "draft.own_text: 0.5 works with one process" in last_line(rank.stderr)
+        assert f"draft.{key}: {value} works with one process" in last_line(rank.stderr)

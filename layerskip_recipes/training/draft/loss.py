@@ -10,12 +10,13 @@ from pydantic import Field
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
+from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
+from layerskip_recipes.training.draft.kept_states import KeptStates
 
 # Drafted tokens that an adapter's training plays through: later ones have inputs like the second's.
 IN_A_ROW = 2
@@ -38,10 +39,13 @@ class DraftSection(Section):
     target: Literal["distribution", "argmax", "labels"] = "distribution"
     """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
     own_text: Fraction = 0.0
-    """The part of the micro-batches that are continuations by the model itself. They are written in batches of 32 when
-    they are needed, and kept in own_text.jsonl in `output_dir`."""
+    """The part of the micro-batches that are continuations by the model itself. They are written in batches of 64 when
+    they are needed, kept in own_text.jsonl in `output_dir`, and come again in each epoch."""
     own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
     """The temperature of these texts; 0 is greedy."""
+    keep_states: Flag = False
+    """Run the model once for each text and keep its states for further epochs, which then train the draft alone: in bf16
+    in a file in `output_dir`, 4 x embed_dim bytes for each token, which goes when the run ends."""
     chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
     """The most tokens whose logits exist at a time."""
 
@@ -80,10 +84,13 @@ class DraftLoss:
         draft: as it is trained, which may be sharded.
             If it chooses among some tokens only, p is normed over these too, and other labels have no loss.
         ignore_index: the label of tokens without a loss.
+        kept: holds the model's states for further epochs.
     """
 
-    def __init__(self, section: DraftSection, draft: Draft, ignore_index: int = -100) -> None:
-        self.section, self.draft, self.ignore_index = section, draft, ignore_index
+    def __init__(
+        self, section: DraftSection, draft: Draft, ignore_index: int = -100, kept: KeptStates | None = None
+    ) -> None:
+        self.section, self.draft, self.ignore_index, self.kept = section, draft, ignore_index, kept
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
@@ -109,7 +116,16 @@ class DraftLoss:
             **inputs: mask, input_pos, ... of the decoder.
         """
         target = self.section.target
-        states, last = self.draft.hidden_states(model, tokens, to_end=target != "labels", in_a_row=IN_A_ROW, **inputs)
+
+        def taught_by(rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+            of_rows = {name: value[rows] for name, value in inputs.items()}
+            return self.draft.taught_by(model, tokens[rows], to_end=target != "labels", **of_rows)
+
+        if self.kept is None:
+            x, last = taught_by()
+        else:
+            x, last = self.kept.states(tokens, labels != self.ignore_index, inputs.get("input_pos"), taught_by)
+        states = self.draft.states(x, last, in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
         labels, all_counted = labels.reshape(-1), len(counted)

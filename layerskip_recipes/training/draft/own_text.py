@@ -15,7 +15,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.training.batches import TrainingData
 
-ROWS = 32  # texts that are written together
+ROWS = 64  # texts that are written together
 
 
 class OwnText:
@@ -48,7 +48,7 @@ class OwnText:
         """The own text in place of a micro-batch of data; None where the data stays.
 
         Args:
-            number: of the micro-batch, from the run's first on.
+            number: of the micro-batch, from its epoch's first on.
             model: writes the texts that are still missing.
         """
         before, after = int(number * self.share), int((number + 1) * self.share)
