@@ -205,8 +205,8 @@ def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
 
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, kind, monkeypatch):
-    """The second epoch, whose batches are others, runs the draft only; losses differ by the rounding to bf16. A run that
-    is resumed in between keeps anew and goes on to the bit."""
+    """The second epoch, whose batches are others, runs the draft only; losses differ by the rounding to bf16. A run
+    that is resumed in between keeps anew and goes on to the bit."""
     section = SECTIONS[kind] | {"own_text": 0.5}
     path = draft_config(tmp_path, tokenizer_folder, draft=section, epochs=3, shuffle=True)
     train(path)

@@ -19,7 +19,7 @@ class KeptStates:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115, as long as the run
         self.places: dict[bytes, int] = {}  # of each text where its states begin in the file
         self.size = 0
 

@@ -44,8 +44,8 @@ class DraftSection(Section):
     own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
     """The temperature of these texts; 0 is greedy."""
     keep_states: Flag = False
-    """Run the model once for each text and keep its states for further epochs, which then train the draft alone: in bf16
-    in a file in `output_dir`, 4 x embed_dim bytes for each token, which goes when the run ends."""
+    """Run the model once for each text and keep its states for further epochs, which then train the draft alone: in
+    bf16 in a file in `output_dir`, 4 x embed_dim bytes for each token, which goes when the run ends."""
     chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
     """The most tokens whose logits exist at a time."""
 
