@@ -25,6 +25,8 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
 
+pytestmark = pytest.mark.slow
+
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 PEERS = ["torchtune", *(["transformers", "transformers_early_exit"] if HAS_TRANSFORMERS else [])]
 METHODS = ["baseline", "chain", "tree", *PEERS]
@@ -55,7 +57,6 @@ def rows(report: dict, temperature: float) -> dict[str, dict]:
     return {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
 
 
-@pytest.mark.slow
 def test_the_files_and_what_is_printed(report):
     folder = report["folder"] / "report"
     assert {p.name for p in folder.iterdir()} == {"benchmark.json", "benchmark.md", "benchmark.png"}
@@ -73,7 +74,6 @@ def test_the_files_and_what_is_printed(report):
         assert len(re.findall(rf"^\| {name}[ ,]", table, flags=re.M)) == 2, name
 
 
-@pytest.mark.slow
 def test_where_and_how_it_was_measured(report):
     assert report["command"].startswith("tune run layerskip_benchmark --config ") and "seed=3" in report["command"]
     assert torch.__version__.startswith(report["versions"]["torch"]) and set(report["versions"]) == {
@@ -86,7 +86,6 @@ def test_where_and_how_it_was_measured(report):
     assert report["config"]["variants"]["chain"] == {"exit_layer": 2, "num_speculations": 3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     """Rates and speed-ups from tokens and seconds of each repeat; efficiency from acceptance and the draft's cost."""
@@ -123,7 +122,6 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     assert base["drafted"] == 0 and base["engine_efficiency"] is None and base["compile_s"] == 0
 
 
-@pytest.mark.slow
 def test_greedy_outputs_are_the_same_by_all_methods(report):
     """The peers' too: torchtune's and transformers' own decoding of the checkpoint."""
     assert {name: row["identical"] for name, row in rows(report, 0.0).items()} == dict.fromkeys(METHODS, True)

@@ -12,6 +12,8 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.stats import GenerationStats
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINTER = "torchtune.training.FullModelHFCheckpointer"
 
 

@@ -14,6 +14,8 @@ from layerskip_recipes.benchmark.sweep import Pair, Sweep
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def path(tmp_path, tokenizer_folder):

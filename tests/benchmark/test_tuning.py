@@ -26,6 +26,8 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
 
+pytestmark = pytest.mark.slow
+
 L = 6
 
 

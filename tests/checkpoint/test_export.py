@@ -190,6 +190,7 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["torchtune", "hf"])
 def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, tokenizer_folder):
     """It says what the draft says; a base that has changed since is refused."""

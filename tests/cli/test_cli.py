@@ -31,6 +31,7 @@ def mistake(result: tuple[int, str, str]) -> str:
 # -------------------------------------------------------------------------------------------------------- layerskip
 
 
+@pytest.mark.slow
 def test_ls_names_what_the_other_commands_take(layerskip):
     """Ours first, none of the _*.yaml that are only there to be extended; each name leads to a file."""
     status, out, _ = layerskip("ls")
@@ -192,6 +193,7 @@ def test_every_argument_has_a_help(layerskip):
     assert re.search(r"^  file +where to copy it", out, flags=re.M)
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path):
     """The console script itself, from a folder that is not the checkout."""
     command = Path(sys.executable).with_name("layerskip")
@@ -206,6 +208,7 @@ def test_an_option_behind_overrides(layerskip):
     assert status == 2 and "unrecognized arguments: --wrong=3" in err
 
 
+@pytest.mark.slow
 def test_a_pipe_that_ends(tmp_path):
     """`layerskip ls | head -1` has all that it wants."""
     command = f"{sys.executable} -c 'from layerskip_recipes.cli.commands import main; main()' ls | head -1"

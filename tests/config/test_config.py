@@ -360,6 +360,7 @@ def finetune_configs() -> list[str]:
     return [n for n in names if f"{n}_layerskip" not in ours or "bitsandbytes" in find_config(n).read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", finetune_configs())
 def test_torchtunes_finetune_configs_validate(name):
     """With nothing of theirs changed; without their weights, their GPUs, or bitsandbytes."""

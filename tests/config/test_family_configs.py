@@ -176,6 +176,7 @@ FINETUNE = [name for name in our_configs() if re.search("^#   tune run .*layersk
 # ------------------------------------------------------------------------------------------------------- every config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", our_configs())
 def test_it_validates_and_its_header_starts_that_recipe(name):
     recipe = validate(merged(name))

@@ -76,6 +76,7 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     assert json.loads(report.read_text()) == json.loads(json.dumps(both))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
 def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
     """The report says so; it goes beside a complete one of before, and so does the picture."""

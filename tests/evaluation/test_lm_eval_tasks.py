@@ -24,6 +24,8 @@ import lm_eval
 
 from layerskip_recipes.evaluation import harness
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {"question": "import os", "choices": ["path", "sys.argv", "return self"], "answer": 0},
     {"question": "def main(args):", "choices": ["pass", "yield None", "x"], "answer": 1},

@@ -129,6 +129,7 @@ def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
     assert stopped["identical"] is True
 
 
+@pytest.mark.slow
 def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
     """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
     texts = [
@@ -173,6 +174,7 @@ def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_leaves_the_output_as_it_is(path, variant):
     overrides = [f"self_speculation.{part}" for part in variant.split("; ")]
@@ -204,6 +206,7 @@ def test_the_report_says_how_near_to_the_ideal(path):
     assert report["draft_s"] + report["verify_s"] + report["accept_s"] == pytest.approx(report["decode_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_quantised_weights_are_what_decodes(path, quantizer):
     """The logits are those of a model that torchao quantises here: all layers, and a copy of the tied head's matrix."""
@@ -386,6 +389,7 @@ def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
     assert weight_bytes(model, torch.bfloat16, kept, shards, parallel) == bytes_
 
 
+@pytest.mark.slow
 def test_a_torchtune_quantizer_keeps_output_identical_to_the_quantised_model(path):
     _, report = run(
         path, "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQuantizer",

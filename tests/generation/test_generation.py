@@ -387,6 +387,7 @@ def probabilities(prompt, count, depth, **filters):
     return probs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exit_layer", "d", "filters"),
     [

@@ -17,6 +17,8 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text_stream import TextStream, follow
 
+pytestmark = pytest.mark.slow
+
 
 def test_ctrl_c_ends_with_the_report_so_far(path, monkeypatch, capsys):
     recipe = LayerSkipGenerate(load_config(str(path), ["prompt=[a, b, c]"]))

@@ -24,6 +24,7 @@ from layerskip_recipes.model.kv_cache import decoding_kernels
 # ---- greedy: the tokens of the full model, whatever drafts ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "penalty"), [("llama3_2", 1.4), ("gemma2", 1.0), ("phi3", 0.8)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_of_a_batch_are_what_they_are_alone(variant, family, penalty):
@@ -55,6 +56,7 @@ def test_trees_in_every_family(family, variant):
     assert 0 < generation.stats.acceptance_rate < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_any_limit(variant):
     model = model_of("llama3_2")

@@ -60,6 +60,7 @@ def numbered(rows, count):
 T1 = {"temperature": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speculation", "settings"),
     [
@@ -115,6 +116,7 @@ def test_sampled_look_ups_have_the_models_distribution():
             assert p_value(tokens[rows, position], logits.softmax(-1)) > 1e-4
 
 
+@pytest.mark.slow
 def test_sampled_drafts_that_stop_by_their_confidence():
     """Small batches, of which each stops where its own confidences say so."""
     model, rows, lengths = sampled_model(), [], Counter()

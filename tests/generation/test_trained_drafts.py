@@ -71,6 +71,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2", "gemma2"])
@@ -136,6 +137,7 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
         assert drafts[0] == [said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tree", [{}, {"tree_width": 2, "tree_children": 2}])
 def test_samples_have_the_models_distribution(kind, tree):
@@ -207,6 +209,7 @@ def generated(path, *overrides):
 INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "quantizer"), [("fp32", None), ("fp32", INT8), ("bf16", None)], ids=["fp32", "int8", "bf16"]
 )

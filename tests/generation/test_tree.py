@@ -173,6 +173,7 @@ def markov(kind):
     return next_token_probs(p_logits, 1.0), next_token_probs(q_logits, 1.0, top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["similar", "different", "disjoint", "two tokens", "one token"])
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 3), (2, 3, 2)], ids=str)
 def test_tree_then_accept_has_the_distribution_of_the_full_model(shape, kind):
@@ -347,6 +348,7 @@ def test_a_greedy_tree_holds_what_a_plain_search_finds(shape, vocabulary, penalt
                 assert draft.ancestors[row, node].nonzero().flatten().tolist() == sorted(on_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 2, 2), (4, 3, 1), (2, 4, 3)], ids=str)
 def test_a_greedy_tree_is_never_worse_than_its_chain(shape):
     """Each round keeps the longest path that the full model follows in the tree, at least what a chain would keep."""

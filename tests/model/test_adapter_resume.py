@@ -9,6 +9,8 @@ from helpers.configs import make_checkpoint
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from torchtune.modules import common_utils
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("family", "builder", "overrides"),

@@ -248,6 +248,7 @@ def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained
         torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.slow
 def test_peft_opens_the_adapters(trained, monkeypatch):
     """On the model that the training started from, with the logits of the merged checkpoint."""
     peft = pytest.importorskip("peft")
@@ -264,6 +265,7 @@ def test_peft_opens_the_adapters(trained, monkeypatch):
         torch.testing.assert_close(merged(TOKENS).logits, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_only(read, tmp_path):
     """The same adapters in both forms, and no weights beside them."""
     train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
@@ -326,6 +328,7 @@ def test_evaluation_with_adapters(read, tmp_path):
         assert found[0][exit_layer] == pytest.approx(found[1][exit_layer], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):
     """The real command, self-speculative: the text of the merged checkpoint."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)

@@ -31,6 +31,8 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.model_setup import checkpoint_contents
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
+pytestmark = pytest.mark.slow
+
 
 def quantised_run(folder: Path, tokenizer: Path, **changes) -> SimpleNamespace:
     """A QLoRA run: its start with the weights that NF4 makes of it, its first adapters, its recipe, its checkpoint."""

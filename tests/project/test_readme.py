@@ -87,6 +87,7 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", TUNE_RUN)
 def test_command_is_valid_as_written(line, workplace, layerskip, monkeypatch):
     """Its config, its overrides and its recipe fit each other."""

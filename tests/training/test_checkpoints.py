@@ -15,6 +15,8 @@ from layerskip_recipes.training import checkpoints as run_checkpoints
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def moved(path):
     return found
 
 
+@pytest.mark.slow
 def test_small_steps_move_a_weight(moved):
     """AdamW moves a weight by about the learning rate at a step. In bf16, neighbours of WEIGHT are 6 steps away."""
     assert moved["bf16"][0].max() == 0

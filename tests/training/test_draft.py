@@ -160,6 +160,7 @@ def test_a_draft_of_frequent_tokens(tmp_path, tokenizer_folder):
     assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_resume_is_the_run_that_never_stopped(shards, tmp_path, tokenizer_folder):
     path = draft_config(

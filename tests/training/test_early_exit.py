@@ -354,6 +354,7 @@ def test_bf16(family):
         assert error < 1.2 * usual < 0.2 * true[name].norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])
 def test_the_heads_gradient_in_bf16_is_that_of_any_chunks(family):

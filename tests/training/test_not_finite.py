@@ -18,6 +18,8 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tokenizer_folder) -> Path:

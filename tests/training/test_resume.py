@@ -10,6 +10,8 @@ from helpers.training import losses, train
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune.utils import get_logger
 
+pytestmark = pytest.mark.slow
+
 # So wide that some of its state is whole blocks of 8 bits.
 EIGHT_BIT = {
     "model": MODEL | {"attn_dropout": 0.1, "intermediate_dim": 128},

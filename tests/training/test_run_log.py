@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
+pytestmark = pytest.mark.slow
+
 EXITS = (1, 2, 3, 4)
 
 

@@ -17,6 +17,8 @@ from torchtune.training import FullModelHFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
+pytestmark = pytest.mark.slow
+
 
 def test_resume_gives_the_losses_of_the_run_that_never_stopped(tmp_path, tokenizer_folder):
     """Data order, dropout (also S(t)), curriculum, lr schedule, optimizer: all of them move in this config."""

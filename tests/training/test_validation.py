@@ -17,6 +17,8 @@ from torchtune.utils import get_logger
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
+pytestmark = pytest.mark.slow
+
 EXITS = (1, 2, 3, 4)
 
 
