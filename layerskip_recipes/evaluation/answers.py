@@ -57,7 +57,7 @@ class Answers:
             prompts: their tokens.
             limit: the most new tokens of an answer.
             stops: an answer ends before the first of these strings.
-            sampler: greedy by default; each batch has a random generator of its own.
+            sampler: greedy by default; the generator of random numbers is made here.
             name: for the progress bar.
 
         Raises:
@@ -67,28 +67,26 @@ class Answers:
         if self.self_speculation is not None:
             section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
             speculation = section.build(self.model)
-        choice = DiscountedUCB()
+        # Prompts of similar length beside each other: attention sees as many slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        texts: dict[int, str] = {}
-        stats = GenerationStats()
-        for batch in tqdm(batches, desc=name):
-            rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
-            generation = Generation(
-                self.model,
-                [prompts[i] for i in batch],
-                limit,
-                exit_layer=self.exit_layer,
-                speculation=speculation,
-                sampler=replace(sampler or Sampler(), rng=rng),
-                stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
-                choice=choice,
-            )
-            rows = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in batch]
-            follow(generation, rows)
-            texts |= {i: row.text(tokens) for i, row, tokens in zip(batch, rows, generation.generated, strict=True)}
-            stats = stats + generation.stats
-        return [texts[i] for i in range(len(prompts))], stats
+        rng = torch.Generator(device=self.device).manual_seed(self.seed)
+        generation = Generation(
+            self.model,
+            [prompts[i] for i in order],
+            limit,
+            exit_layer=self.exit_layer,
+            speculation=speculation,
+            sampler=replace(sampler or Sampler(), rng=rng),
+            stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
+            rows=self.batch_size,
+            choice=DiscountedUCB(),
+        )
+        streams = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in order]
+        with tqdm(total=len(order), desc=name) as progress:
+            follow(generation, streams, on_end=lambda prompt: progress.update())
+        rows = zip(order, streams, generation.generated, strict=True)
+        texts = {i: stream.text(tokens) for i, stream, tokens in rows}
+        return [texts[i] for i in range(len(prompts))], generation.stats
 
 
 def speed(stats: GenerationStats) -> dict[str, Any]:

@@ -6,6 +6,7 @@ are in steps.py and beside the drafters, their compiled graphs in kernels/compil
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -30,27 +31,34 @@ PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goe
 
 
 class Generation:
-    """One generation as an iterator: each step yields, per row, the new tokens that are final.
+    """One generation as an iterator: each step yields, per prompt, the new tokens that are final.
 
     Stopping early (break) is fine: `stats` and `generated` hold what there is so far.
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
-        prompts: rows of token ids without padding.
-        max_generated_tokens: new tokens of each row, at most.
+        prompts: token ids without padding.
+        max_generated_tokens: new tokens of each prompt, at most.
         exit_layer: without speculation, the exit that decodes; None: the whole model.
         speculation: how to draft; None decodes plainly.
         sampler: how tokens are chosen; None: greedily.
-        stop_tokens: a row ends with the first of them.
+        stop_tokens: an output ends with the first of them.
+        rows: how many prompts are decoded at a time, in this order: a row whose output has ended takes the next one
+            (continuous batching). None: all of them.
         compile: compile the steps; the graphs are kept for later generations of the model.
         cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
         broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
             process.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens, [b][n], before they are verified; for a tree, with the first
-            node of each level.
+        on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified; for a tree,
+            with the first node of each level.
         choice: rates of drafts and look-ups that earlier generations measured, which this one goes on from; None:
             measure them anew. Only `prompt_lookup` needs it.
+
+    Attributes:
+        generated: of each prompt the new tokens so far.
+        finished: which prompts have their whole output.
+        acceptance: of each prompt the drafted and the accepted tokens.
 
     Raises:
         ConfigError: see `generate`.
@@ -60,7 +68,7 @@ class Generation:
         >>> from layerskip_recipes import Generation, Speculation
         >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)
         >>> generation = Generation(model, [[1, 2, 3]], 16, speculation=Speculation(exit_layer=2, num_speculations=6))
-        >>> text = [token for new in generation for token in new[0]]  # new: [b][n], final since this round
+        >>> text = [token for new in generation for token in new[0]]  # new: of each prompt, final since this round
         >>> len(text), text == generation.generated[0]
         (16, True)
     """
@@ -75,6 +83,7 @@ class Generation:
         speculation: Speculation | None = None,
         sampler: Sampler | None = None,
         stop_tokens: Sequence[int] = (),
+        rows: int | None = None,
         compile: bool = False,
         cache: DecodingCache | None = None,
         broadcast_from_rank0: Broadcast | None = None,
@@ -103,12 +112,16 @@ class Generation:
         self.on_draft = on_draft
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
-        self.stats = GenerationStats(rows=len(self.prompts))
+        self.acceptance = [(0, 0)] * len(self.prompts)
+        rows = min(rows or len(self.prompts), len(self.prompts))
+        self.in_row = list(range(rows))  # the prompt of each row
+        self.waiting = deque(range(rows, len(self.prompts)))
+        self.stats = GenerationStats(rows=rows)
         self.started = False
 
         graphs = compiled_steps(self.model) if compile else None
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
-        needed, rows = max(lengths) + self.limit + nodes, len(lengths)
+        needed = max(lengths) + self.limit + nodes
         size = cache_length if compile else int  # the slots of a cache for so many
         draft_model, draft_head = self.model, None
         if speculation is not None and speculation.drafter is not None:
@@ -126,7 +139,7 @@ class Generation:
         )
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
-            self.drafter = make_drafter(speculation, self.context, self.prompts, choice)
+            self.drafter = make_drafter(speculation, self.context, self._in_rows(self.prompts), choice)
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
@@ -147,8 +160,11 @@ class Generation:
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
-                yield new
+                yield self._of_prompts(new)
                 while not all(self.finished):
+                    if self.waiting and (free := self._in_rows(self.finished)).count(True):
+                        yield self._of_prompts(self._take_next(free.index(True)))
+                        continue
                     started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
                     try:
                         with decoding_kernels(self.context.device):
@@ -167,7 +183,7 @@ class Generation:
                         untimed_s += seconds - compile_s
                         self.stats.compile_s += compile_s
                         self.phases.forget(phases)
-                    yield new
+                    yield self._of_prompts(new)
         finally:
             self.phases.read(self.stats)
             if timed:
@@ -175,8 +191,8 @@ class Generation:
             else:
                 self.stats.decode_s = untimed_s
             # The cache holds all tokens but the last one, which was never an input.
-            if all(self.generated):
-                self.cache.tokens = [(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)]
+            if all(self._in_rows(self.generated)):
+                self.cache.tokens = [text[:-1] for text in self._texts()]
             if self.context.graphs is not None:
                 self.context.graphs.release()
 
@@ -185,16 +201,33 @@ class Generation:
         """Seconds that compilation took so far, in all generations of this model."""
         return self.context.compile_s
 
-    def stop_row(self, row: int, keep: int) -> None:
-        """End a row before its limit, as at a stop string; call this between two steps of the iteration.
+    def stop(self, prompt: int, keep: int) -> None:
+        """End an output before its limit, as at a stop string; call this between two steps of the iteration.
 
         Args:
-            row: of the batch.
-            keep: how many of its generated tokens stay, in `generated` and in the statistics.
+            prompt: its number.
+            keep: how many of the generated tokens stay, in `generated` and in the statistics.
         """
-        self.stats.tokens -= len(self.generated[row][keep:])
-        del self.generated[row][keep:]
-        self.finished[row] = True
+        self.stats.tokens -= len(self.generated[prompt][keep:])
+        del self.generated[prompt][keep:]
+        self.finished[prompt] = True
+
+    # ---- prompts and rows ----
+
+    def _in_rows(self, values: Sequence[Any]) -> list[Any]:
+        """Of values of all prompts those of the prompts that have a row, [b]."""
+        return [values[prompt] for prompt in self.in_row]
+
+    def _of_prompts(self, new: list[list[int]]) -> list[list[int]]:
+        """New tokens of each row, [b][n], as those of each prompt."""
+        by_prompt: list[list[int]] = [[] for _ in self.prompts]
+        for prompt, tokens in zip(self.in_row, new, strict=True):
+            by_prompt[prompt] = tokens
+        return by_prompt
+
+    def _texts(self) -> list[list[int]]:
+        """Prompt and output of each row."""
+        return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
 
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
@@ -222,22 +255,53 @@ class Generation:
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, and the first new token of each row."""
-        held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in self.prompts]
-        reused = min(_common_length(old, new) for old, new in zip(held, self.prompts, strict=True))
-        reused = min(reused, min(len(prompt) for prompt in self.prompts) - 1)
+        prompts = self._in_rows(self.prompts)
+        held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in prompts]
+        reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
+        reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
-        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in self.prompts], self._depth
-        self.stats.reused_tokens = reused * len(self.prompts)
-        self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in self.prompts)
-        final = self._read_texts(self.prompts, reused)
-        logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
-        self.last = self.context.broadcast(self.choose_token.run(None, logits, self.context.noise(), self.seen))
+        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self._depth
+        self.stats.reused_tokens = reused * len(prompts)
+        self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
+        final = self._read_texts(prompts, reused)
+        if self.drafter is not None:
+            self.drafter.begin(final)
+        self.last = self._first_tokens(final, self.context.noise(), self.seen)
         return self._keep([[token] for token in self.last.tolist()])
+
+    def _take_next(self, row: int) -> list[list[int]]:
+        """The next prompt in the place of a row's, whose output has ended; its first token, and none of other rows."""
+        started = time.perf_counter()
+        self.in_row[row] = prompt = self.waiting.popleft()
+        text, here = self.prompts[prompt], slice(row, row + 1)
+        self.cache.tokens[row] = []  # until it is read
+        with decoding_kernels(self.context.device), self.cache.only(row):
+            final = self._read_texts([text])
+        if self.drafter is not None:
+            self.drafter.replace(row, text, final[0])
+        if self.seen is not None:
+            self.seen[row] = False
+            self._mark_seen([text if i == row else [] for i in range(self.cache.rows)])
+        noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.seen))
+        self.last = self.last.clone()
+        self.last[here] = self._first_tokens(final, noise, seen)
+        self.stats.rows += 1
+        self.stats.prefill_tokens += len(text)
+        new = self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
+        self.stats.prefill_s += time.perf_counter() - started
+        return new
+
+    def _first_tokens(self, final: torch.Tensor, noise: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
+        """The first new tokens after texts, [b]; final: x_L of their last tokens, [b, d]."""
+        logits = self.model(hidden=final[:, None], start_layer=self.model.num_layers)[:, -1]
+        return self.context.broadcast(self.choose_token.run(None, logits, noise, seen))
 
     def _read_again(self) -> None:
         """Fill the cache from the texts, since a step that failed half-way may have moved what it held."""
         with decoding_kernels(self.context.device):
-            self._read_texts([(p + g)[:-1] for p, g in zip(self.prompts, self.generated, strict=True)])
+            final = self._read_texts([text[:-1] for text in self._texts()])
+        if self.drafter is not None:
+            self.drafter.begin(final)
 
     def _read_texts(self, texts: Sequence[list[int]], reused: int = 0) -> torch.Tensor:
         """Texts through the model and into the cache, which has their first `reused` tokens already.
@@ -263,8 +327,6 @@ class Generation:
             here = x[rows, (last - start).clamp(0, end - start - 1)]
             ends_here = ((last >= start) & (last < end))[:, None]
             final = here if final is None else torch.where(ends_here, here, final)
-        if self.drafter is not None:
-            self.drafter.begin(final)
         return final
 
     def _read(self, tokens: torch.Tensor, before: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -307,11 +369,12 @@ class Generation:
     def _draft_round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
         self.context.begin_round()
-        running = [row for row, done in enumerate(self.finished) if not done]
-        room = [self.limit - len(row) for row in self.generated]
+        finished = self._in_rows(self.finished)
+        running = [row for row, done in enumerate(finished) if not done]
+        room = [self.limit - len(generated) for generated in self._in_rows(self.generated)]
         most_room = max(room[row] for row in running)
         start, last_slot = self._starts()
-        now = RoundStart(self.last, start, last_slot, self.seen, self.finished, most_room)
+        now = RoundStart(self.last, start, last_slot, self.seen, finished, most_room)
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
@@ -327,7 +390,10 @@ class Generation:
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             accepted = len(kept[row]) - 1
             stopped = accepted < outcomes[row][0]
-            self.stats.count_round(accepted if stopped else min(draft.length, room[row] - 1), accepted)
+            drafted = accepted if stopped else min(draft.length, room[row] - 1)
+            self.stats.count_round(drafted, accepted)
+            before = self.acceptance[self.in_row[row]]
+            self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
         self._count_round(draft)
         # A round that the limit cuts says nothing about the rate of others.
         if most_room > self.speculation.num_speculations:
@@ -336,23 +402,23 @@ class Generation:
 
     def _starts(self) -> tuple[torch.Tensor, int]:
         """The slot of each row's last token [b], and the largest of them."""
-        starts = [len(p) + len(g) - 1 for p, g in zip(self.prompts, self.generated, strict=True)]
+        starts = [len(text) - 1 for text in self._texts()]
         return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
         kept: list[list[int]] = []
-        for row, tokens in enumerate(new):
-            if self.finished[row]:
+        for prompt, tokens in zip(self.in_row, new, strict=True):
+            if self.finished[prompt]:
                 kept.append([])
                 continue
-            tokens = tokens[: self.limit - len(self.generated[row])]
+            tokens = tokens[: self.limit - len(self.generated[prompt])]
             stop = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
             if stop is not None:
                 tokens = tokens[: stop + 1]
-            self.generated[row] += tokens
+            self.generated[prompt] += tokens
             self.stats.tokens += len(tokens)
-            self.finished[row] = stop is not None or len(self.generated[row]) >= self.limit
+            self.finished[prompt] = stop is not None or len(self.generated[prompt]) >= self.limit
             kept.append(tokens)
         if self.drafter is not None:
             self.drafter.extend(kept)
@@ -365,9 +431,9 @@ class Generation:
     seen: Any = None  # [b, v] bool, tokens of prompt and output so far, where the sampler penalises them
 
     def _begin_seen(self) -> None:
-        shape = (len(self.prompts), self.context.vocabulary_size)
+        shape = (self.cache.rows, self.context.vocabulary_size)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=self.context.device)
-        self._mark_seen(self.prompts)
+        self._mark_seen(self._in_rows(self.prompts))
 
     def _mark_seen(self, tokens: Sequence[Sequence[int]]) -> None:
         pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]

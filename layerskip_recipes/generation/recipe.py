@@ -24,7 +24,6 @@ from layerskip_recipes.generation.kernels.compiling import cache_length, find_co
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
-from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import (
@@ -85,7 +84,7 @@ class LayerSkipGenerate:
             self.draft = self.draft.with_vocabulary(model, self.tokenizer, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
-            if self.device.type == "cuda" and cfg.compile and len(self.good) > rows:
+            if self.device.type == "cuda" and cfg.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             nodes = self.draft.tree(greedy).nodes if self.draft is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
@@ -161,10 +160,12 @@ class LayerSkipGenerate:
         return report
 
     def _all_prompts(self, ours: Totals, baseline: Totals) -> None:
-        order = sorted(self.good, key=lambda i: len(self.prompt_tokens[i]))
-        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        if self.batch_size == 1:
-            batches = [[i] for i in self.good]
+        order = self.good
+        if self.batch_size > 1:
+            order = sorted(order, key=lambda i: len(self.prompt_tokens[i]))
+        # A comparison takes turns. Else a row that has its answer goes on with the next prompt.
+        size = self.batch_size if self.compare or self.batch_size == 1 else len(order)
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
         if self.compare:
             # Warm-up, not counted: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
@@ -175,38 +176,60 @@ class LayerSkipGenerate:
         with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
                 undrafted = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
-                outputs, stats = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1)
+                drafted = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1, answers=answers)
+                outputs = _outputs(batch, drafted)
                 if undrafted is None:
-                    ours.add(outputs, stats)
+                    ours.add(outputs, drafted.stats, _acceptance(drafted))
                 elif not self.interrupted:  # after Ctrl-C neither counts, as they are compared
-                    texts, undrafted_stats = undrafted
-                    baseline.add(texts, undrafted_stats, beside=outputs.values())
-                    ours.add(outputs, stats, beside=texts.values())
-                for i, tokens in outputs.items() if self.shows else ():
-                    answers.add(i, self.text_of(i).text(tokens), len(tokens), self.interrupted)
+                    others = _outputs(batch, undrafted)
+                    baseline.add(others, undrafted.stats, _acceptance(undrafted), beside=outputs.values())
+                    ours.add(outputs, drafted.stats, _acceptance(drafted), beside=others.values())
                 if self.interrupted:
                     raise KeyboardInterrupt
 
     def _run(
-        self, batch: Sequence[int], limit: int, plain: bool = False, stream: bool = False
-    ) -> tuple[dict[int, list[int]], GenerationStats]:
-        """The prompts of a batch: the tokens of each up to a stop, and what it took; streams a single one."""
+        self,
+        batch: Sequence[int],
+        limit: int,
+        plain: bool = False,
+        stream: bool = False,
+        answers: AnswersInOrder | None = None,
+    ) -> Generation:
+        """Decode the prompts of a batch, each up to a stop; streams a single one.
+
+        Args:
+            answers: gets each answer when it has ended, or when Ctrl-C cuts it.
+        """
         rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
         prompts = [self.prompt_tokens[i] for i in batch]
         texts = [self.text_of(i) for i in batch]
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve)
+        generation = self._generation(
+            prompts, limit, rng, plain, shown, reserve=self.reserve, rows=min(self.batch_size, len(batch))
+        )
+
+        answered = set()
+
+        def add(prompt: int) -> None:
+            answered.add(prompt)
+            if answers is not None and self.shows:
+                tokens = generation.generated[prompt]
+                answers.add(batch[prompt], texts[prompt].text(tokens), len(tokens), self.interrupted)
+
         try:
-            follow(generation, texts, shown if self.cfg.stream else None)
+            follow(generation, texts, shown if self.cfg.stream else None, add)
         except KeyboardInterrupt:
             if plain or not any(generation.generated):
                 raise
             self.interrupted = True
+            for prompt in sorted(set(range(len(batch))) - answered):
+                if generation.generated[prompt]:
+                    add(prompt)
         if shown is not None:
             print("" if self.cfg.stream else shown.text(generation.generated[0]), flush=True)
-        return dict(zip(batch, generation.generated, strict=True)), generation.stats
+        return generation
 
     def _generation(
         self,
@@ -284,7 +307,7 @@ class LayerSkipGenerate:
             print("" if self.cfg.stream else answer.text(generation.generated[0]), flush=True)
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
-            ours.add({turn: generation.generated[0]}, generation.stats)
+            ours.add({turn: generation.generated[0]}, generation.stats, _acceptance(generation))
 
     def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
         """Raises a ConfigError unless prompts of these lengths fit the model."""
@@ -303,6 +326,16 @@ class LayerSkipGenerate:
         except ValueError:
             return 0
         return most_positions(self.model, self.spare)[0] - self.max_new_tokens - shortest + 1
+
+
+def _outputs(batch: Sequence[int], generation: Generation) -> dict[int, list[int]]:
+    """The output of each prompt that was begun, by its number among all."""
+    return {i: tokens for i, tokens in zip(batch, generation.generated, strict=True) if tokens}
+
+
+def _acceptance(generation: Generation) -> list[tuple[int, int]]:
+    """Drafted and accepted tokens of each of these outputs."""
+    return [counts for counts, tokens in zip(generation.acceptance, generation.generated, strict=True) if tokens]
 
 
 def _questions() -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,39 @@ def report_path(document: Path, key: str, interrupted: bool) -> Path:
 
 @dataclass
 class Totals:
-    """Statistics of one decoding method over all prompts; batches with looping outputs are also left out apart."""
+    """Statistics of one decoding method over all prompts, and without looping outputs."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
-    straight: GenerationStats = field(default_factory=GenerationStats)  # of batches without loops
-    compared: GenerationStats = field(default_factory=GenerationStats)  # of those where nothing loops on either side
+    compared: GenerationStats = field(default_factory=GenerationStats)  # of batches where nothing loops on either side
+    drafted: int = 0  # of outputs without loops
+    accepted: int = 0
     looping: int = 0
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, outputs: dict[int, list[int]], stats: GenerationStats, beside: Iterable[list[int]] = ()) -> None:
+    def add(
+        self,
+        outputs: dict[int, list[int]],
+        stats: GenerationStats,
+        acceptance: Sequence[tuple[int, int]],
+        beside: Iterable[list[int]] = (),
+    ) -> None:
         """The outputs of one batch, by prompt, and what they took.
 
         Args:
-            outputs: with one that loops, all of the batch counts as looping.
+            outputs: with one that loops, all of the batch is left out of the comparison without loops.
+            stats: of the batch.
+            acceptance: of each output the drafted and the accepted tokens.
             beside: what the batch is compared with.
         """
         self.outputs |= outputs
         self.stats = self.stats + stats
-        loops = sum(map(is_looping, outputs.values()))
-        self.looping += loops
-        if not loops:
-            self.straight = self.straight + stats
-            if not any(map(is_looping, beside)):
-                self.compared = self.compared + stats
+        loops = [is_looping(output) for output in outputs.values()]
+        self.looping += sum(loops)
+        for (drafted, accepted), loop in zip(acceptance, loops, strict=True):
+            self.drafted += 0 if loop else drafted
+            self.accepted += 0 if loop else accepted
+        if not any(loops) and not any(map(is_looping, beside)):
+            self.compared = self.compared + stats
 
 
 def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         baseline: the autoregressive run on the same prompts, if there was one.
         greedy: whether outputs can be compared.
     """
-    stats, straight = ours.stats, ours.straight
+    stats = ours.stats
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
     bandwidth = memory_bandwidth(device)
     per_second = stats.tokens_per_second
@@ -83,7 +93,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "accepted_per_round": safe_divide(stats.accepted, row_rounds(stats)) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
         "looping_outputs": ours.looping,
-        "acceptance_rate_not_looping": straight.acceptance_rate,
+        "acceptance_rate_not_looping": safe_divide(ours.accepted, ours.drafted),
         "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
         "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,

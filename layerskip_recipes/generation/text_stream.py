@@ -120,24 +120,33 @@ class TextStream:
         return text[len(window_text) :]
 
 
-def follow(generation: Generation, texts: Sequence[TextStream], shown: TextStream | None = None) -> None:
-    """Run a generation to its end, ending rows at stop strings.
+def follow(
+    generation: Generation,
+    texts: Sequence[TextStream],
+    shown: TextStream | None = None,
+    on_end: Callable[[int], None] = lambda prompt: None,
+) -> None:
+    """Run a generation to its end, ending outputs at stop strings.
 
     The time for texts counts as decoding: the user waits for them.
 
     Args:
         generation: not yet begun.
-        texts: one for each row.
-        shown: prints the first row as it grows. After Ctrl-C the accepted text stands, without the draft.
+        texts: one for each prompt.
+        shown: prints the first one as it grows. After Ctrl-C the accepted text stands, without the draft.
+        on_end: called with the number of each prompt whose output has ended.
     """
-    seconds = 0.0
+    seconds, running = 0.0, set(range(len(texts)))
     try:
         for new in generation:
             started = time.perf_counter()
-            for row, output in enumerate(texts):
-                kept = output.extend(new[row])
+            for prompt in running.intersection(generation.in_row):
+                kept = texts[prompt].extend(new[prompt])
                 if kept is not None:
-                    generation.stop_row(row, len(generation.generated[row]) - len(new[row]) + kept)
+                    generation.stop(prompt, len(generation.generated[prompt]) - len(new[prompt]) + kept)
+                if generation.finished[prompt]:
+                    running.discard(prompt)
+                    on_end(prompt)
             if shown is not None:
                 shown.show(last=generation.finished[0])
             seconds += time.perf_counter() - started

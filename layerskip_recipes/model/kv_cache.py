@@ -128,6 +128,18 @@ class DecodingCache:
         """The next tokens go to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
         self.cursor.at, self.cursor.end = at, end
 
+    @contextmanager
+    def only(self, row: int) -> Iterator[None]:
+        """Within this context the caches are those of one row."""
+        used = [(layer, layer.k, layer.v) for layer in self.layers if layer.k is not None]
+        for layer, k, v in used:
+            layer.k, layer.v = k[row : row + 1], v[row : row + 1]
+        try:
+            yield
+        finally:
+            for layer, k, v in used:
+                layer.k, layer.v = k, v
+
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """In all layers, see `LayerCache.move`."""
         for layer in self.layers:

@@ -304,7 +304,7 @@ def test_a_row_is_stopped_on_request(arguments):
     generation, keep = Generation(model, prompts, 20, **arguments), 5
     for _ in generation:
         if not generation.finished[0] and len(generation.generated[0]) >= keep:
-            generation.stop_row(0, keep)
+            generation.stop(0, keep)
             rounds = generation.stats.rounds
             assert generation.stats.tokens == sum(map(len, generation.generated))
     expected = [greedy("llama3_2", PROMPT, 20)[:keep], greedy("llama3_2", PROMPT[:1], 20)]

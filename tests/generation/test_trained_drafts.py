@@ -76,7 +76,7 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2", "gemma2"])
 def test_greedy_text_is_the_models(family, kind, variant):
-    """Alone and in a batch of prompts of different lengths."""
+    """Alone, in a batch of prompts of different lengths, and where prompts follow each other in two rows."""
     model = model_of(family)
     speculation = Speculation(2, **VARIANTS[variant], drafter=draft_of(model, kind).decoder(model))
     choice = AlwaysLookUp() if "look" in variant else None
@@ -84,6 +84,7 @@ def test_greedy_text_is_the_models(family, kind, variant):
     generation = run(model, PROMPTS, 15, speculation=speculation, choice=choice)
     assert generation.generated == expected
     assert generation.stats.drafted > 0
+    assert run(model, PROMPTS, 15, rows=2, speculation=speculation, choice=choice).generated == expected
     assert run(model, PROMPTS[1:2], 15, speculation=speculation, choice=choice).generated == expected[1:2]
 
 

@@ -4,6 +4,8 @@ A round of n drafted tokens costs n early passes with head, one early pass witho
 too), and one late pass over n + 1 tokens that starts from the hidden states of the early ones (paper, section 4.3).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -31,6 +33,10 @@ class ChainDrafter(Drafter):
     def begin(self, final: torch.Tensor) -> None:
         if self.context.has_adapter:
             self.before = self.context.model.norm(final)[:, None]
+
+    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
+        if self.before is not None:
+            self.before[row] = self.context.model.norm(final)
 
     def propose(self, now: RoundStart) -> Draft:
         depth = now.depth(self.context, self.longest)

@@ -101,6 +101,10 @@ class ChoosingDrafter(Drafter):
     def begin(self, final: torch.Tensor) -> None:
         self.drafter.begin(final)
 
+    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
+        self.drafter.replace(row, text, final)
+        self.lookup.replace(row, text)
+
     def propose(self, now: RoundStart) -> Draft:
         self.timer.start()
         found = self.lookup.propose(now)

@@ -64,7 +64,7 @@ class LookupDrafter:
     """
 
     def __init__(self, context: StepContext, longest: int, ngram: int, prompts: Sequence[Sequence[int]]) -> None:
-        self.context, self.longest = context, longest
+        self.context, self.longest, self.ngram = context, longest, ngram
         self.texts = [TextIndex(ngram) for _ in prompts]
         self.extend(prompts)
 
@@ -78,6 +78,11 @@ class LookupDrafter:
             match = min(match for _, match in found)
         slots = self.context.slots(now.last_slot + tokens.shape[1])
         return Draft(DraftStrategy("lookup", match), slots, tokens)
+
+    def replace(self, row: int, text: Sequence[int]) -> None:
+        """A row goes on from another text."""
+        self.texts[row] = TextIndex(self.ngram)
+        self.texts[row].extend(text)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         """The text of each row goes on by these tokens."""
