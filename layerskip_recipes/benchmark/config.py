@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
-from layerskip_recipes.benchmark.sweep import Sweep
+from layerskip_recipes.benchmark.sweep import LENGTHS, Sweep
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
@@ -162,8 +162,9 @@ class BenchmarkConfig(DecodingConfig):
     """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md and .csv, and with
     `picture` a heat map."""
     tune: Flag = None
-    """Predict the speed of every exit and draft length, and measure the best few in place of the variants; writes
-    tune.json and .md, and with `picture` a bar chart."""
+    """Predict the speed of every exit and draft length, and measure the best few in place of the variants; with a
+    trained draft, `self_speculation.draft`, measure draft lengths of 1 to 8 instead. Writes tune.json and .md, and with
+    `picture` a bar chart."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
     """With `tune` or `sweep`: the generation config that the config of the fastest pair extends."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
@@ -176,10 +177,18 @@ class BenchmarkConfig(DecodingConfig):
 
     @property
     def compared(self) -> dict[str, Variant]:
-        """The variants by name; none where `sweep` or `tune` chooses them."""
+        """The variants by name; none where `sweep` chooses them, or `tune` when the model is loaded."""
         if self.chooser:
-            return {}
+            return dict(self.tuned_drafts)
         return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
+
+    @property
+    def tuned_drafts(self) -> dict[str, SelfSpeculation]:
+        """With `tune` and a trained draft: its sections with other draft lengths, by name."""
+        given = self.self_speculation
+        if not self.tune or given is None or given.draft is None:
+            return {}
+        return {f"draft{n}": given.model_copy(update={"num_speculations": n}) for n in LENGTHS if n <= 8}
 
     @property
     def all_temperatures(self) -> list[float]:

@@ -165,7 +165,7 @@ class LayerSkipBenchmark:
             self.seed,
             self.spare_tokens,
         )
-        if cfg.tune:
+        if cfg.tune and not self.variants:
             self.predictions = propose(self.turns, cfg.all_temperatures[0])
             self.pairs = {name: prediction.pair for name, prediction in self.predictions.items()}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
@@ -211,7 +211,8 @@ class LayerSkipBenchmark:
             if report["results"]:  # else the last report stays
                 self._write(report)
         if cfg.tune_extends is not None and cfg.chooser and not interrupted:
-            write_choice(cfg, report, self.pairs)
+            # Of a trained draft the section as it was given: its exit and vocabulary are the folder's.
+            write_choice(cfg, report, cfg.tuned_drafts or {name: pair.variant for name, pair in self.pairs.items()})
         return report
 
     def _report(self, interrupted: bool) -> dict[str, Any]:

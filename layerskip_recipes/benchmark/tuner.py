@@ -215,25 +215,28 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
     content["self_speculation"] = None if best is None else best.arguments()
+    if best is not None and best.draft is not None:
+        content["self_speculation"]["draft"] = str(Path(best.draft).expanduser().absolute())
     content["temperature"] = cfg.all_temperatures[0]
     content |= {key: getattr(cfg, key) for key in MEASURED_WITH}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
 
-def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
-    """Print the measured pairs beside what was predicted, and write the config of the fastest."""
+def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], variants: Mapping[str, SelfSpeculation]) -> None:
+    """Print what was measured, beside what was predicted if it was, and write the config of the fastest."""
     temperature = cfg.all_temperatures[0]
     rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature and row["speedup"]}
-    measured = {name: rows[name]["speedup"]["median"] for name in pairs if name in rows}
+    measured = {name: rows[name]["speedup"]["median"] for name in variants if name in rows}
     if cfg.tune:
         print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
         for name, speedup in measured.items():
-            print(f"{name:<18}{rows[name]['predicted_speedup']:>9.2f}x{speedup:>9.2f}x")
+            predicted = rows[name]["predicted_speedup"]
+            print(f"{name:<18}{'-' if predicted is None else f'{predicted:.2f}x':>10}{speedup:>9.2f}x")
     if not measured:
         raise ConfigError(NOTHING_TO_DRAFT)
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(cfg.tuned_path, cfg, pairs[best].variant if faster else None, why)
+    write_config(cfg.tuned_path, cfg, variants[best] if faster else None, why)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

@@ -18,6 +18,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -241,6 +242,33 @@ def test_a_benchmark_takes_a_draft(folders, tmp_path):
     recipe.benchmark()
     report = json.loads((tmp_path / "report" / "benchmark.json").read_text())
     assert {"copy", "exit"} <= {row["name"] for row in report["results"]}
+
+
+def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):
+    """It writes the section as it was given, with the fastest length, here by times that favour four tokens. The folder
+    of the draft is relative to where the command was given."""
+    monkeypatch.chdir(folders)
+    section = {"draft": "adapter", "num_speculations": 2, "prompt_lookup": 3}
+    user = generate_config(tmp_path / "user", folders / "base", self_speculation=None)
+    path = benchmark_config(
+        tmp_path, folders / "base", variants=None, self_speculation=section, temperatures=[0.0], repeats=1, tune=True,
+        tune_extends=str(user), max_new_tokens=12,
+    )  # fmt: skip
+    recipe = LayerSkipBenchmark(load_config(str(path)))
+    recipe.setup()
+    assert [recipe.variants[f"draft{n}"].num_speculations for n in (1, 2, 3, 4, 6, 8)] == [1, 2, 3, 4, 6, 8]
+
+    def timed(method, *args, decode=recipe.turns.decode):
+        rows, stats = decode(method, *args)
+        stats.decode_s = 2.0 if method is None else 1 + abs(method.num_speculations - 4)
+        return rows, stats
+
+    monkeypatch.setattr(recipe.turns, "decode", timed)
+    recipe.benchmark()
+    cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
+    assert cfg.self_speculation == SelfSpeculation(
+        **section | {"draft": str(folders / "adapter"), "num_speculations": 4}
+    )
 
 
 def test_mistakes(folders, tmp_path, tokenizer_folder):
