@@ -102,7 +102,10 @@ class LayerSkipBenchmark:
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         weights = weight_bytes(model, cfg.torch_dtype)
-        check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, weights=weights)
+        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in drafts)
+        longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
+        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers}
+        check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 

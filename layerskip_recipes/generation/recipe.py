@@ -30,6 +30,7 @@ from layerskip_recipes.model.limits import (
     check_cache_fits,
     check_prompt_lengths,
     check_vocabulary,
+    free_memory,
     most_positions,
     weight_bytes,
 )
@@ -108,10 +109,26 @@ class LayerSkipGenerate:
             parallel, weights = self.parallel, 0
             if cfg.quantizer is None:  # the size of quantised weights is known to the quantizer alone
                 weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
-            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights)
+            longest = max(len(self.prompt_tokens[i]) for i in self.good)
+            drafts = 0
+            if self.draft is not None:
+                weights += self.draft.own_weights(model, self.dtype)
+                drafts = self.draft.own_layers()
+            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts)
+            self._warn_of_needless_shards(model)
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.shows = is_rank_zero()
+
+    def _warn_of_needless_shards(self, model: TransformerDecoder) -> None:
+        """Say so if a GPU would hold the whole model with room to spare: gathering shards costs more than reading."""
+        whole = weight_bytes(model, self.dtype)
+        if self.device.type == "cuda" and num_processes() > self.parallel and 1.5 * whole < free_memory(self.device):
+            log.warning(
+                "one GPU would hold this model, of %.1f GiB. Sharded over several it is slower, since each round "
+                "gathers the layers above the exit: run one process, or split each matrix by tensor_parallel_dim",
+                whole / 2**30,
+            )
 
     def setup(self) -> None:
         """Load the model."""

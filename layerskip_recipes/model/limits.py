@@ -124,6 +124,11 @@ def machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a GPU; of a CPU all of the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
+
+
 def check_cache_fits(
     model: TransformerDecoder,
     rows: int,
@@ -132,8 +137,11 @@ def check_cache_fits(
     device: torch.device,
     parallel: int = 1,
     weights: int = 0,
+    prompt: int = 0,
+    draft_layers: int = 0,
 ) -> None:
-    """Raises a ConfigError if weights and caches are larger than memory: what is free on a GPU, all of a CPU's.
+    """Raises a ConfigError if weights, caches and the prompts' activations are larger than memory: what is free on a
+    GPU, all of a CPU's. The memory that CUDA graphs take is not known before.
 
     Args:
         model: the decoder, on any device.
@@ -143,11 +151,17 @@ def check_cache_fits(
         device: where they will be.
         parallel: ranks that share each layer's heads.
         weights: bytes that this process will load there, see `weight_bytes`.
+        prompt: tokens of the longest prompt, all of which a layer reads at once.
+        draft_layers: layers of a draft, which have caches of their own.
     """
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
-    row = 2 * len(model.layers) * heads * attn.head_dim * length * dtype.itemsize // parallel
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
+    values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
+    # Of a layer that reads the prompt: three tensors of the feed-forward network's width, and some six of the model's.
+    widths = [max(parameter.shape) for parameter in model.layers[0].parameters() if parameter.dim() == 2]
+    values += prompt * (3 * max(widths) + 6 * model.tok_embeddings.embedding_dim)
+    row = values * dtype.itemsize // parallel
+    free = free_memory(device)
     left = free - weights
     if rows * row <= left:
         return
@@ -161,10 +175,11 @@ def check_cache_fits(
         )
     if fits < 1:
         raise ConfigError(
-            f"max_new_tokens: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {positions} "
-            "positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller max_new_tokens"
+            f"max_new_tokens: caches and prompts of {rows} rows of {length} positions {takes}. Allowed here: up to "
+            f"{positions} positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller "
+            "max_new_tokens"
         )
     raise ConfigError(
-        f"batch_size: the caches of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for example "
-        f"batch_size={fits}"
+        f"batch_size: caches and prompts of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for "
+        f"example batch_size={fits}"
     )

@@ -14,8 +14,9 @@ from helpers.generating import run
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.generation import generate as torchtune_generate
+from torchtune.utils import get_logger
 
-from layerskip_recipes import generate
+from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.cli.run import logs_here
 from layerskip_recipes.config.loading import load_config
@@ -354,25 +355,41 @@ def test_a_prompt_file_beside_prompt_interactive_is_for_several_processes(path, 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
 def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compiled, draft):
-    """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know."""
+    """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know. A layer
+    reads the prompt of one token with three states of the feed-forward network's width, 48, and six of the model's."""
     overrides = ["batch_size=2", "prompt=[a, b]", f"compile={str(compiled).lower()}", *filter(None, [draft])]
     nodes = {"": 4, "self_speculation=null": 1}.get(draft, 6)
     slots = 256 + 64 if compiled else 1 + 24 + nodes
-    weights = 4 * (4 * LAYER + REST)
+    weights, row = 4 * (4 * LAYER + REST), slots * SLOT + 4 * (3 * 48 + 6 * 32)
 
     def with_memory(memory):
         monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
         return LayerSkipGenerate(load_config(str(path), overrides))
 
-    with_memory(weights + 2 * slots * SLOT)
-    message = r"^batch_size: the caches of 2 rows .* weights take .* up to 1; for example batch_size=1$"
+    with_memory(weights + 2 * row)
+    message = r"^batch_size: caches and prompts of 2 rows .* weights take .* up to 1; for example batch_size=1$"
     with pytest.raises(ValueError, match=message):
-        with_memory(weights + 2 * slots * SLOT - 1)
+        with_memory(weights + 2 * row - 1)
     message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
     with pytest.raises(ValueError, match=message):
-        with_memory(weights + slots * SLOT - 1)
+        with_memory(weights + row - 1)
     with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
         with_memory(weights)
+
+
+def test_a_gpu_that_would_hold_the_model_needs_no_shards(path, monkeypatch, caplog):
+    """1.5 times the weights are free, or a byte less; with tensor parallelism alone nothing is gathered."""
+    recipe = LayerSkipGenerate(load_config(str(path)))
+    model, whole = layerskip_decoder(recipe.cfg.meta_model), 4 * (4 * LAYER + REST)
+    recipe.device = torch.device("cuda")
+    monkeypatch.setattr("layerskip_recipes.generation.recipe.num_processes", lambda: 2)
+    for free, parallel, warned in ((1.5 * whole + 1, 1, True), (1.5 * whole, 1, False), (9 * whole, 2, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        recipe.parallel = parallel
+        caplog.clear()
+        with caplog.at_level("WARNING", logger=get_logger().name):
+            recipe._warn_of_needless_shards(model)
+        assert ("one GPU would hold this model" in caplog.text) is warned
 
 
 @pytest.mark.parametrize(("kept", "shards", "parallel", "bytes_"), [

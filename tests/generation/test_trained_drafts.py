@@ -244,6 +244,24 @@ def test_a_benchmark_takes_a_draft(folders, tmp_path):
     assert {"copy", "exit"} <= {row["name"] for row in report["results"]}
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("copy", 2), ("adapter", 2)])
+def test_the_memory_that_a_draft_takes(kind, layers, folders, tmp_path):
+    """In fp32 its layers; quantised, beside them a byte for each weight of copies, and of the head if that drafts."""
+    model = load_decoder(
+        GenerateConfig.load(load_config(str(generate_config(tmp_path, folders / "base")))), torch.device("cpu")
+    )
+    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.tok_embeddings.weight.numel()
+    for changes, expected in (
+        ({}, 4 * layers * layer),
+        ({"draft_quantizer": INT8}, 5 * layers * layer + head),
+        ({"draft_quantizer": INT8, "draft_vocabulary": [3, 5]}, 5 * layers * layer + 4 * 2 * 32),
+    ):
+        section = SelfSpeculation(**{"draft": str(folders / kind), "num_speculations": 2, **changes})
+        section = section.with_vocabulary(model, None, [])
+        assert section.own_layers() == layers
+        assert section.own_weights(model, torch.float32) == expected
+
+
 def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):
     """It writes the section as it was given, with the fastest length, here by times that favour four tokens. The folder
     of the draft is relative to where the command was given."""

@@ -138,6 +138,26 @@ class SelfSpeculation(Section):
         self._speculation(vocabulary, key).check(model, f"{key}.")
         return self.model_copy(update={"draft_vocabulary": vocabulary})
 
+    def own_layers(self) -> int:
+        """The layers of a trained draft, which have caches of their own."""
+        return 0 if self.draft is None else read_description(self.draft, "self_speculation.draft")["num_layers"]
+
+    def own_weights(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
+        """The bytes of weights that drafts have beside the model's; of quantised ones at most, a byte for each.
+
+        Args:
+            model: the decoder, on any device; the exit is known by now, see `with_vocabulary`.
+            dtype: of the model's weights.
+        """
+        layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+        rows = len(self.draft_vocabulary) if isinstance(self.draft_vocabulary, list) else 0
+        count = self.own_layers() * layer + rows * model.tok_embeddings.embedding_dim
+        quantised = 0
+        if self.draft_quantizer is not None:
+            quantised = (self.own_layers() or self.exit_layer or 0) * layer
+            quantised += 0 if rows else model.tok_embeddings.weight.numel()
+        return count * dtype.itemsize + quantised
+
     def build(self, model: LayerSkipDecoder, key: str = "self_speculation") -> Speculation:
         """The speculation, with quantised layers if the section asks for them.
 
