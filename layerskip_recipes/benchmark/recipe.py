@@ -174,8 +174,11 @@ class LayerSkipBenchmark:
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         self.methods: dict[str, Method] = {BASELINE: None}
         for name, variant in self.variants.items():
-            drafts = isinstance(variant, SelfSpeculation)
-            self.methods[name] = variant.build(self.model, f"variants.{name}") if drafts else variant.early_exit
+            self.methods[name] = (
+                variant.build(self.model, f"variants.{name}", cfg.batch_size)
+                if isinstance(variant, SelfSpeculation)
+                else variant.early_exit
+            )
         self.peers: dict[str, Peer] = {}
         self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.sweep is None:

@@ -66,7 +66,7 @@ class Answers:
         speculation = None
         if self.self_speculation is not None:
             section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
-            speculation = section.build(self.model)
+            speculation = section.build(self.model, rows=self.batch_size)
         # Prompts of similar length beside each other: attention sees as many slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         rng = torch.Generator(device=self.device).manual_seed(self.seed)

@@ -141,7 +141,7 @@ class LayerSkipGenerate:
             self.model = load_decoder(self.cfg, self.device, self.cfg.quantizer)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
-            self.speculation = self.draft.build(self.model)
+            self.speculation = self.draft.build(self.model, rows=self.batch_size)
 
     def generate(self) -> dict[str, Any]:
         """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.decoding import SMALL, model_of, small_model
 from helpers.sampling import p_value, rng
 from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
 from helpers.tiny import VOCAB
+from torchtune.utils import get_logger
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.checkpoint.drafts import describe, read_draft, write_draft
@@ -260,6 +262,21 @@ def test_the_memory_that_a_draft_takes(kind, layers, folders, tmp_path):
         section = section.with_vocabulary(model, None, [])
         assert section.own_layers() == layers
         assert section.own_weights(model, torch.float32) == expected
+
+
+@pytest.mark.parametrize(("rows", "tree", "device", "warned"), [
+    (1, {}, "cuda", False),
+    (2, {}, "cuda", True),
+    (1, {"tree_width": 2}, "cuda", True),
+    (2, {"tree_width": 2}, "cpu", False),
+])  # fmt: skip
+def test_int8_drafts_of_several_rows_on_a_gpu_warn(rows, tree, device, warned, monkeypatch, caplog):
+    monkeypatch.setattr("layerskip_recipes.generation.drafting.section.quantised_drafter", lambda *a: None)
+    weight = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(tok_embeddings=SimpleNamespace(weight=weight))
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        SelfSpeculation(exit_layer=1, num_speculations=2, draft_quantizer=INT8, **tree).build(model, rows=rows)
+    assert ("self_speculation.draft_quantizer: for several rows" in caplog.text) is warned
 
 
 def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):

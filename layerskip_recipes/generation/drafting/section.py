@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field
+from torchtune import utils
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
@@ -24,6 +25,8 @@ from layerskip_recipes.generation.drafting.speculation import (
 )
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+
+log = utils.get_logger("INFO")
 
 
 class SelfSpeculation(Section):
@@ -158,12 +161,13 @@ class SelfSpeculation(Section):
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
-    def build(self, model: LayerSkipDecoder, key: str = "self_speculation") -> Speculation:
+    def build(self, model: LayerSkipDecoder, key: str = "self_speculation", rows: int = 1) -> Speculation:
         """The speculation, with quantised layers if the section asks for them.
 
         Args:
             model: with its weights; exit and draft vocabulary are known by now, see `with_vocabulary`.
             key: of the section, for messages.
+            rows: how many prompts are decoded at a time.
 
         Raises:
             ConfigError: if the quantizer does not work on this device, or the draft is not this model's.
@@ -173,6 +177,12 @@ class SelfSpeculation(Section):
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
         if self.draft_quantizer is not None:
+            if rows * self.tree_width > 1 and model.tok_embeddings.weight.device.type == "cuda":
+                log.warning(
+                    f"{key}.draft_quantizer: for several rows, as of batches and trees, a GPU writes out each weight "
+                    f"in the model's precision first, and drafts get slower. Faster is batch_size=1 "
+                    f"{key}.tree_width=1, or {key}.draft_quantizer=null"
+                )
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, self.draft_vocabulary is None)
         return self._speculation(self.draft_vocabulary, key, drafter)
 
