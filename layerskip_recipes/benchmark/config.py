@@ -190,6 +190,10 @@ class BenchmarkConfig(DecodingConfig):
             return {}
         return {f"draft{n}": given.model_copy(update={"num_speculations": n}) for n in LENGTHS if n <= 8}
 
+    def key_of(self, variant: str) -> str:
+        """The key of a variant, for messages."""
+        return "self_speculation" if self.tuned_drafts or not self.variants else f"variants.{variant}"
+
     @property
     def all_temperatures(self) -> list[float]:
         """The temperatures, in the order of their tables."""
@@ -218,7 +222,7 @@ class BenchmarkConfig(DecodingConfig):
         check_ending("picture", self.picture, PICTURES)
         self._check_what_is_compared()
         for name, variant in self.compared.items():
-            key = f"variants.{name}" if self.variants else name
+            key = self.key_of(name)
             if isinstance(variant, SelfSpeculation):
                 variant.check_against(model, key)
             else:
@@ -245,7 +249,7 @@ class BenchmarkConfig(DecodingConfig):
         """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
         if self.variants is None and self.self_speculation is None and not self.chooser:
             raise ConfigError(f"variants: None has nothing to compare. Allowed: sections by names; {EXAMPLE}")
-        if self.variants is not None and self.self_speculation is not None:
+        if self.variants is not None and self.self_speculation is not None and not self.tuned_drafts:
             raise ConfigError(
                 f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "
                 "compared. Set self_speculation=null"

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import report_path
@@ -102,7 +104,9 @@ class LayerSkipBenchmark:
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         weights = weight_bytes(model, cfg.torch_dtype)
-        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in drafts)
+        drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
+        loaded = drafts[:1] if cfg.tuned_drafts else drafts
+        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in loaded)
         longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
         sizes = {"weights": weights, "prompt": longest, "draft_layers": layers}
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
@@ -123,7 +127,7 @@ class LayerSkipBenchmark:
         refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
         check_references(cfg.metrics or [], self.examples)
         self.variants = {
-            name: variant.with_vocabulary(model, self.tokenizer, self.prompts, f"variants.{name}")
+            name: variant.with_vocabulary(model, self.tokenizer, self.prompts, cfg.key_of(name))
             if isinstance(variant, SelfSpeculation)
             else variant
             for name, variant in self.variants.items()
@@ -173,12 +177,14 @@ class LayerSkipBenchmark:
             self.pairs = {name: prediction.pair for name, prediction in self.predictions.items()}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         self.methods: dict[str, Method] = {BASELINE: None}
+        built: Speculation | None = None
         for name, variant in self.variants.items():
-            self.methods[name] = (
-                variant.build(self.model, f"variants.{name}", cfg.batch_size)
-                if isinstance(variant, SelfSpeculation)
-                else variant.early_exit
-            )
+            if not isinstance(variant, SelfSpeculation):
+                self.methods[name] = variant.early_exit
+                continue
+            if built is None or not cfg.tuned_drafts:  # otherwise it is one draft of several lengths
+                built = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
+            self.methods[name] = replace(built, num_speculations=variant.num_speculations)
         self.peers: dict[str, Peer] = {}
         self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.sweep is None:

@@ -38,8 +38,8 @@ class DecodingConfig(RecipeConfig):
     max_new_tokens: Annotated[PositiveInt, Field(examples=[128])] = 128
     """At most so many new tokens for each prompt."""
     batch_size: PositiveInt = 1
-    """Prompts decoded together, those of similar length; each row accepts its own number of tokens, and takes the next
-    prompt when its answer has ended."""
+    """Prompts decoded together, those of similar length; each row accepts its own number of tokens. In
+    `layerskip_generate` without a comparison, a row whose answer has ended takes the next prompt."""
     top_k: PositiveInt | None = None
     """Sample from the so many likeliest tokens."""
     top_p: Annotated[float, Field(gt=0, le=1, examples=[0.9])] | None = None

@@ -58,6 +58,7 @@ class Generation:
     Attributes:
         generated: of each prompt the new tokens so far.
         finished: which prompts have their whole output.
+        in_row: the number of the prompt that each row decodes, or decoded last.
         acceptance: of each prompt the drafted and the accepted tokens.
 
     Raises:
@@ -113,8 +114,10 @@ class Generation:
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.finished = [False] * len(self.prompts)
         self.acceptance = [(0, 0)] * len(self.prompts)
+        if rows is not None and rows < 1:
+            raise ConfigError(f"rows: {rows} is not allowed. Allowed: 1 or more; for example rows=8")
         rows = min(rows or len(self.prompts), len(self.prompts))
-        self.in_row = list(range(rows))  # the prompt of each row
+        self.in_row = list(range(rows))
         self.waiting = deque(range(rows, len(self.prompts)))
         self.stats = GenerationStats(rows=rows)
         self.started = False
@@ -161,7 +164,7 @@ class Generation:
                     new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
                 yield self._of_prompts(new)
-                while not all(self.finished):
+                while self.waiting or not all(self._in_rows(self.finished)):
                     if self.waiting and (free := self._in_rows(self.finished)).count(True):
                         yield self._of_prompts(self._take_next(free.index(True)))
                         continue
@@ -208,6 +211,8 @@ class Generation:
             prompt: its number.
             keep: how many of the generated tokens stay, in `generated` and in the statistics.
         """
+        if prompt in self.waiting:
+            self.waiting.remove(prompt)
         self.stats.tokens -= len(self.generated[prompt][keep:])
         del self.generated[prompt][keep:]
         self.finished[prompt] = True
@@ -220,7 +225,7 @@ class Generation:
 
     def _of_prompts(self, new: list[list[int]]) -> list[list[int]]:
         """New tokens of each row, [b][n], as those of each prompt."""
-        by_prompt: list[list[int]] = [[] for _ in self.prompts]
+        by_prompt: list[list[int]] = [[]] * len(self.prompts)  # one list for all, as there may be many
         for prompt, tokens in zip(self.in_row, new, strict=True):
             by_prompt[prompt] = tokens
         return by_prompt
@@ -275,16 +280,17 @@ class Generation:
         self.in_row[row] = prompt = self.waiting.popleft()
         text, here = self.prompts[prompt], slice(row, row + 1)
         self.cache.tokens[row] = []  # until it is read
-        with decoding_kernels(self.context.device), self.cache.only(row):
-            final = self._read_texts([text])
-        if self.drafter is not None:
-            self.drafter.replace(row, text, final[0])
         if self.seen is not None:
             self.seen[row] = False
             self._mark_seen([text if i == row else [] for i in range(self.cache.rows)])
         noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.seen))
         self.last = self.last.clone()
-        self.last[here] = self._first_tokens(final, noise, seen)
+        with decoding_kernels(self.context.device):
+            with self.cache.only(row):
+                final = self._read_texts([text])
+            self.last[here] = self._first_tokens(final, noise, seen)
+            if self.drafter is not None:
+                self.drafter.replace(row, text, final[0])
         self.stats.rows += 1
         self.stats.prefill_tokens += len(text)
         new = self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])

@@ -144,7 +144,7 @@ class LayerSkipGenerate:
             self.speculation = self.draft.build(self.model, rows=self.batch_size)
 
     def generate(self) -> dict[str, Any]:
-        """All prompts, in batches of similar length; with `benchmark.compare` each batch autoregressively first.
+        """All prompts, with batches in the order of their lengths; with `benchmark.compare` first without drafts.
 
         The report is also the last line. Ctrl-C ends it with what is done, the text in progress included (but in no
         comparison).
@@ -230,10 +230,10 @@ class LayerSkipGenerate:
         answered = set()
 
         def add(prompt: int) -> None:
-            answered.add(prompt)
             if answers is not None and self.shows:
-                tokens = generation.generated[prompt]
-                answers.add(batch[prompt], texts[prompt].text(tokens), len(tokens), self.interrupted)
+                tokens, cut = generation.generated[prompt], not generation.finished[prompt]
+                answers.add(batch[prompt], texts[prompt].text(tokens), len(tokens), interrupted=cut)
+            answered.add(prompt)
 
         try:
             follow(generation, texts, shown if self.cfg.stream else None, add)

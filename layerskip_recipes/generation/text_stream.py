@@ -134,7 +134,7 @@ def follow(
         generation: not yet begun.
         texts: one for each prompt.
         shown: prints the first one as it grows. After Ctrl-C the accepted text stands, without the draft.
-        on_end: called with the number of each prompt whose output has ended.
+        on_end: called with the number of each prompt whose output has ended; its time counts for nothing.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:
@@ -144,12 +144,12 @@ def follow(
                 kept = texts[prompt].extend(new[prompt])
                 if kept is not None:
                     generation.stop(prompt, len(generation.generated[prompt]) - len(new[prompt]) + kept)
-                if generation.finished[prompt]:
-                    running.discard(prompt)
-                    on_end(prompt)
             if shown is not None:
                 shown.show(last=generation.finished[0])
             seconds += time.perf_counter() - started
+            for prompt in [prompt for prompt in sorted(running) if generation.finished[prompt]]:
+                running.discard(prompt)
+                on_end(prompt)
     except KeyboardInterrupt:
         if shown is not None:
             shown.extend(generation.generated[0][shown.read :])

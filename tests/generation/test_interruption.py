@@ -135,7 +135,7 @@ def test_what_stop_strings_cut_is_not_counted_after_ctrl_c(path):
     text = recipe.tokenizer.decode(tokens[:1])
 
     class Interrupted:
-        generated, finished, in_row = [list(tokens)], [False], [0]
+        generated, finished, in_row, waiting = [list(tokens)], [False], [0], ()
         stats = SimpleNamespace(tokens=len(tokens), decode_s=0.0)
         stop = Generation.stop
 
@@ -169,6 +169,33 @@ def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
     assert shown.count("\x1b[2m") == shown.count("\x1b8\x1b[J") == 3
     text = json.loads(out.read_text())["text"]
     assert text and re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
+
+
+def test_ctrl_c_within_rows(path, tmp_path, monkeypatch, capsys):
+    """It comes while the second answer is printed: both are whole, what was under way is marked, the rest is missing."""
+    out = tmp_path / "out.jsonl"
+    overrides = ["prompt=[a, b, c, d]", "batch_size=2", "benchmark.compare=false"]
+    expected = LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={tmp_path / 'whole.jsonl'}"]))
+    expected.setup()
+    expected.generate()
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    recipe = LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={out}"]))
+    recipe.setup()
+    calls = []
+
+    def interrupted(i, answer, show=recipe._show):
+        calls.append(i)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        show(i, answer)
+
+    monkeypatch.setattr(recipe, "_show", interrupted)
+    recipe.generate()
+    lines = {line["index"]: line for line in map(json.loads, out.read_text().splitlines())}
+    ended = [index for index, line in lines.items() if "interrupted" not in line]
+    assert len(ended) >= 2 and [lines[index] for index in ended] == [whole[index] for index in ended]
+    for index in set(lines) - set(ended):
+        assert whole[index]["text"].startswith(lines[index]["text"])
 
 
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):

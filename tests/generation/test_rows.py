@@ -7,7 +7,7 @@ import torch
 from helpers.compiled import LONG, SHORT, compiles, make_small
 from helpers.decoding import PROMPT, model_of, until
 from helpers.sampling import p_value, rng
-from helpers.speculation import PROMPTS, VARIANTS, plain, run, speculation_of
+from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, plain, run, speculation_of
 from helpers.tiny import VOCAB
 from helpers.walks import walk
 
@@ -27,7 +27,7 @@ def test_outputs_are_those_of_each_prompt_alone(variant, rows):
     stop_tokens = [alone[0][4], alone[2][9]]
     expected = [until(tokens, stop_tokens) for tokens in alone]
     speculation = None if variant is None else speculation_of(variant, model)
-    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens}
+    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens, "choice": AlwaysLookUp()}
     generation = run(model, PROMPTS, 18, rows=rows, speculation=speculation, **arguments)
     assert generation.generated == expected and all(generation.finished)
     stats = generation.stats
@@ -35,6 +35,9 @@ def test_outputs_are_those_of_each_prompt_alone(variant, rows):
     assert stats.prefill_tokens == sum(map(len, PROMPTS))
     assert tuple(map(sum, zip(*generation.acceptance, strict=True))) == (stats.drafted, stats.accepted)
     assert generation.cache.rows == rows
+    if rows == 1 and variant is not None:  # what drafts must begin anew too, or less is accepted
+        alone = [run(model, [prompt], 18, speculation=speculation, **arguments) for prompt in PROMPTS]
+        assert generation.acceptance == [one.acceptance[0] for one in alone]
 
 
 def test_each_step_yields_what_is_new_of_each_prompt():
@@ -65,6 +68,19 @@ def test_a_row_that_is_stopped_takes_the_next_prompt():
     assert generation.generated == [
         plain(model, prompt, 12)[: 2 if i == 0 else 12] for i, prompt in enumerate(PROMPTS[:3])
     ]
+
+
+def test_a_prompt_that_still_waits_can_be_stopped():
+    model = model_of("llama3_2")
+    generation = Generation(model, PROMPTS[:3], 5, rows=1)
+    steps = iter(generation)
+    next(steps)
+    generation.stop(1, 0)
+    assert len(list(steps)) == 4 + 5
+    assert generation.generated == [plain(model, PROMPTS[0], 5), [], plain(model, PROMPTS[2], 5)]
+    assert generation.stats.rows == 2 and all(generation.finished)
+    with pytest.raises(ValueError, match=r"^rows: 0 is not allowed\. Allowed: 1 or more; for example rows=8$"):
+        Generation(model, PROMPTS, 5, rows=0)
 
 
 @pytest.mark.slow

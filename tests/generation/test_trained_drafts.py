@@ -88,7 +88,12 @@ def test_greedy_text_is_the_models(family, kind, variant):
     assert generation.generated == expected
     assert generation.stats.drafted > 0
     assert run(model, PROMPTS, 15, rows=2, speculation=speculation, choice=choice).generated == expected
-    assert run(model, PROMPTS[1:2], 15, speculation=speculation, choice=choice).generated == expected[1:2]
+    alone = [run(model, [prompt], 15, speculation=speculation, choice=choice) for prompt in PROMPTS]
+    assert [generation.generated for generation in alone] == [[tokens] for tokens in expected]
+    # A row that took another prompt drafts, and so accepts, as if that had been its first one.
+    one_row = run(model, PROMPTS, 15, rows=1, speculation=speculation, choice=choice)
+    assert one_row.generated == expected
+    assert one_row.acceptance == [generation.acceptance[0] for generation in alone]
 
 
 @pytest.mark.parametrize("variant", ["chain", "tree", "look-up", "look-up and tree"])
@@ -281,17 +286,18 @@ def test_int8_drafts_of_several_rows_on_a_gpu_warn(rows, tree, device, warned, m
 
 def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):
     """It writes the section as it was given, with the fastest length, here by times that favour four tokens. The folder
-    of the draft is relative to where the command was given."""
+    of the draft is relative to where the command was given. Variants of an extended config are not compared."""
     monkeypatch.chdir(folders)
     section = {"draft": "adapter", "num_speculations": 2, "prompt_lookup": 3}
     user = generate_config(tmp_path / "user", folders / "base", self_speculation=None)
     path = benchmark_config(
-        tmp_path, folders / "base", variants=None, self_speculation=section, temperatures=[0.0], repeats=1, tune=True,
+        tmp_path, folders / "base", self_speculation=section, temperatures=[0.0], repeats=1, tune=True,
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
-    assert [recipe.variants[f"draft{n}"].num_speculations for n in (1, 2, 3, 4, 6, 8)] == [1, 2, 3, 4, 6, 8]
+    assert [recipe.methods[f"draft{n}"].num_speculations for n in (1, 2, 3, 4, 6, 8)] == [1, 2, 3, 4, 6, 8]
+    assert len(recipe.methods) == 7 and len({id(recipe.methods[f"draft{n}"].drafter) for n in (1, 8)}) == 1
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)

@@ -184,7 +184,7 @@ def tokens_of(path: Path, *overrides: str) -> list[int]:
     recipe = LayerSkipGenerate(load_config(str(path), overrides))
     recipe.setup()
     assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
-    return recipe._run([0], recipe.max_new_tokens)[0][0]
+    return recipe._run([0], recipe.max_new_tokens).generated[0]
 
 
 # NF4 packs 64 x 256 numbers at a time.

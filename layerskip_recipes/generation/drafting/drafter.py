@@ -92,7 +92,7 @@ class Drafter(ABC):
     def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - not every drafter goes on from it
         """The text is in the cache; final [b, d] is x_L of each row's last token there."""
 
-    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - nor knows the rows
+    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - nor keeps any of it
         """A row goes on from another text, which is in the cache; final [d] is x_L of its last token."""
 
     def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - not every drafter learns

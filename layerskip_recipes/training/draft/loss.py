@@ -12,7 +12,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
+from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
@@ -117,14 +117,15 @@ class DraftLoss:
         """
         target = self.section.target
 
-        def taught_by(rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-            of_rows = {name: value[rows] for name, value in inputs.items()}
-            return self.draft.taught_by(model, tokens[rows], to_end=target != "labels", **of_rows)
+        def taught_by(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            some = on_device(rows, tokens.device)
+            of_rows = take_rows(inputs, some, len(tokens))
+            return self.draft.taught_by(model, tokens[some], to_end=target != "labels", **of_rows)
 
         if self.kept is None:
-            x, last = taught_by()
+            x, last = self.draft.taught_by(model, tokens, to_end=target != "labels", **inputs)
         else:
-            x, last = self.kept.states(tokens, labels != self.ignore_index, inputs.get("input_pos"), taught_by)
+            x, last = self.kept.states(tokens, labels != self.ignore_index, taught_by, inputs)
         states = self.draft.states(x, last, in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
