@@ -172,7 +172,7 @@ def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
 
 
 def test_ctrl_c_within_rows(path, tmp_path, monkeypatch, capsys):
-    """It comes while the second answer is printed: both are whole, what was under way is marked, the rest is missing."""
+    """It comes while the second answer is printed: both are whole, those under way are marked, the rest is missing."""
     out = tmp_path / "out.jsonl"
     overrides = ["prompt=[a, b, c, d]", "batch_size=2", "benchmark.compare=false"]
     expected = LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={tmp_path / 'whole.jsonl'}"]))
