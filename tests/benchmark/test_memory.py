@@ -8,7 +8,7 @@ from layerskip_recipes.config.loading import load_config
 
 
 def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):
-    """The deepest draft of its variants counts: a sampled tree with its root and 2 x (1 + 2) nodes; and a layer reads the
+    """The deepest draft of its variants counts: a sampled tree with its root and 2 x (1 + 2) nodes. A layer reads the
     prompt of one token with three states of the width 48 and six of the width 32."""
     variants = {"tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2}}
     path = benchmark_config(tmp_path, checkpoint, prompt=["a", "b"], batch_size=2, variants=variants)
