@@ -1,6 +1,13 @@
-"""llama.cpp on a GGUF file, in this process: the server of the package xllamacpp, for the benchmark."""
+"""llama.cpp on a GGUF file: the server of the package xllamacpp in a process of its own, for the benchmark.
+
+In this process it would slow down both: it shares the OpenMP library of compiled steps, whose threads sleep between
+products, instead of waiting for the next, as soon as there are more of them than processors.
+"""
 
 import json
+import subprocess
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +17,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 
 
 class LlamaCppServer:
-    """A server with one place for a prompt.
+    """A server with one place for a prompt; it ends with this process.
 
     Args:
         gguf: the file of the model.
@@ -18,20 +25,24 @@ class LlamaCppServer:
         threads: that compute.
         draft: the file of a model that drafts.
         num_speculations: how many tokens it drafts at a time.
+
+    Raises:
+        RuntimeError: if it does not start, with what it said last.
     """
 
     def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
-        import xllamacpp  # an optional dependency
-
-        params: Any = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # any free port
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        if draft is not None:
-            kinds, drafting = xllamacpp.common_speculative_type, params.speculative.draft
-            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-            drafting.mparams.path, drafting.n_max = draft, num_speculations
-            drafting.cpuparams.n_threads = drafting.cpuparams_batch.n_threads = threads
-        self.room, self.server = room, xllamacpp.Server(params)
+        self.room = room
+        command = [sys.executable, "-m", __name__, json.dumps([gguf, room, threads, draft, num_speculations])]
+        with tempfile.TemporaryFile("w+") as said:
+            # Its stdin ends with this process, and it with its stdin.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+            )
+            lines: Any = self.process.stdout
+            self.address = next((line.strip() for line in lines if line.startswith("http")), None)
+            if self.address is None:
+                said.seek(0)
+                raise RuntimeError((said.read().strip().splitlines() or ["llama.cpp did not start"])[-1])
 
     def complete(
         self, prompt: Sequence[int], limit: int, sampler: Sampler, seed: int, ignore_end: bool
@@ -59,7 +70,7 @@ class LlamaCppServer:
             "cache_prompt": False,
             "return_tokens": True,
         }
-        url, kind = f"{self.server.listening_address}/completion", {"Content-Type": "application/json"}
+        url, kind = f"{self.address}/completion", {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode(), kind)) as answer:
             found = json.load(answer)
         times = found["timings"]
@@ -70,3 +81,24 @@ class LlamaCppServer:
             decode_s=times["predicted_ms"] / 1000,
         )
         return found["tokens"], stats
+
+
+def serve(gguf: str, room: int, threads: int, draft: str | None, num_speculations: int) -> None:
+    """Print the address of a server on stdout, and let it run until stdin ends."""
+    import xllamacpp  # an optional dependency
+
+    params: Any = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # any free port
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    if draft is not None:
+        kinds, drafting = xllamacpp.common_speculative_type, params.speculative.draft
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        drafting.mparams.path, drafting.n_max = draft, num_speculations
+        drafting.cpuparams.n_threads = drafting.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(*json.loads(sys.argv[1]))
