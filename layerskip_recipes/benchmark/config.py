@@ -163,8 +163,8 @@ class BenchmarkConfig(DecodingConfig):
     `picture` a heat map."""
     tune: Flag = None
     """Predict the speed of every exit and draft length, and measure the best few in place of the variants; with a
-    trained draft, `self_speculation.draft`, measure draft lengths of 1 to 8 instead. Writes tune.json and .md, and with
-    `picture` a bar chart."""
+    trained draft, `self_speculation.draft`, measure drafts of 1, 2, 3, 4, 6 and 8 tokens instead. Writes tune.json and
+    .md, and with `picture` a bar chart."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
     """With `tune` or `sweep`: the generation config that the config of the fastest pair extends."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
