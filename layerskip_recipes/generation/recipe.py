@@ -115,7 +115,8 @@ class LayerSkipGenerate:
                 weights += self.draft.own_weights(model, self.dtype)
                 drafts = self.draft.own_layers()
             check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts)
-            self._warn_of_needless_shards(model)
+            if is_rank_zero():
+                self._warn_of_needless_shards(model)
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.shows = is_rank_zero()
@@ -223,9 +224,7 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        generation = self._generation(
-            prompts, limit, rng, plain, shown, reserve=self.reserve, rows=min(self.batch_size, len(batch))
-        )
+        generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve, rows=self.batch_size)
 
         answered = set()
 
