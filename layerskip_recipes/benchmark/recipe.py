@@ -37,10 +37,10 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
-from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, try_examples
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
-from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
+from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import (

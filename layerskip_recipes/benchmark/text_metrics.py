@@ -7,7 +7,7 @@ corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics comput
 from collections.abc import Callable, Sequence
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.prompts import Example
+from layerskip_recipes.generation.text.prompts import Example
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 

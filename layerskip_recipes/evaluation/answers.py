@@ -12,7 +12,7 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 
@@ -81,7 +81,7 @@ class Answers:
             rows=self.batch_size,
             choice=DiscountedUCB(),
         )
-        streams = [TextStream(self.tokenizer, sorted(generation.stop_tokens), stops, prompts[i]) for i in order]
+        streams = [TextStream(self.tokenizer, sorted(generation.rows.stop_tokens), stops, prompts[i]) for i in order]
         with tqdm(total=len(order), desc=name) as progress:
             follow(generation, streams, on_end=lambda prompt: progress.update())
         rows = zip(order, streams, generation.generated, strict=True)

@@ -14,8 +14,8 @@ from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
 from layerskip_recipes.generation.parallel import check_processes
-from layerskip_recipes.generation.prompts import INTERACTIVE
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
 

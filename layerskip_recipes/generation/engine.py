@@ -6,28 +6,25 @@ are in steps.py and beside the drafters, their compiled graphs in kernels/compil
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
 from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import GraphError, cache_length, compiled_steps
+from layerskip_recipes.generation.prefill import read_texts
+from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
-from layerskip_recipes.model.decoder import as_layerskip_decoder, is_plain_attention, on_device
-from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels, visible
+from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
+from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
-
-PREFILL_CHUNK = 512  # positions whose mask is held at a time, when a prompt goes on from a cache
 
 
 class Generation:
@@ -93,47 +90,36 @@ class Generation:
         choice: DiscountedUCB | None = None,
     ) -> None:
         self.model = as_layerskip_decoder(model)
-        self.prompts = [list(prompt) for prompt in prompts]
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
-        self.limit = max_generated_tokens
+        self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
+        # Lists of the rows, for whoever follows the generation.
+        self.generated, self.finished = self.rows.generated, self.rows.finished
+        self.in_row, self.acceptance = self.rows.in_row, self.rows.acceptance
         sampler = sampler or Sampler()
         nodes, spare = 1, 0
         if speculation is not None:
             speculation.check(self.model)
             tree = speculation.tree(sampler.greedy)
             nodes, spare = tree.nodes, 0 if tree.is_chain else tree.nodes
-        lengths = [len(prompt) for prompt in self.prompts]
-        check_prompt_tokens(self.model, self.prompts)
+        lengths = [len(prompt) for prompt in self.rows.prompts]
+        check_prompt_tokens(self.model, self.rows.prompts)
         check_prompt_lengths(self.model, lengths, max_generated_tokens, spare=spare)
-        if isinstance(stop_tokens, int):
-            raise ConfigError(
-                f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
-            )
-        self.stop_tokens = {int(token) for token in stop_tokens}
         self.on_draft = on_draft
-        self.generated: list[list[int]] = [[] for _ in self.prompts]
-        self.finished = [False] * len(self.prompts)
-        self.acceptance = [(0, 0)] * len(self.prompts)
-        if rows is not None and rows < 1:
-            raise ConfigError(f"rows: {rows} is not allowed. Allowed: 1 or more; for example rows=8")
-        rows = min(rows or len(self.prompts), len(self.prompts))
-        self.in_row = list(range(rows))
-        self.waiting = deque(range(rows, len(self.prompts)))
-        self.stats = GenerationStats(rows=rows)
+        self.stats = GenerationStats(rows=len(self.rows))
         self.started = False
 
         graphs = compiled_steps(self.model) if compile else None
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
-        needed = max(lengths) + self.limit + nodes
+        needed = max(lengths) + max_generated_tokens + nodes
         size = cache_length if compile else int  # the slots of a cache for so many
         draft_model, draft_head = self.model, None
         if speculation is not None and speculation.drafter is not None:
             draft_model = as_layerskip_decoder(speculation.drafter)
         own = len(draft_model.own_layers)
-        if cache is None or (cache.rows, cache.draft_layers) != (rows, own) or cache.max_len < size(needed):
+        if cache is None or (cache.rows, cache.draft_layers) != (len(self.rows), own) or cache.max_len < size(needed):
             room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
             make = graphs.cache if graphs else partial(DecodingCache, device=device)
-            cache = make(self.model, rows, room, draft_layers=own)
+            cache = make(self.model, len(self.rows), room, draft_layers=own)
         self.cache = cache
         if speculation is not None and speculation.draft_vocabulary is not None:
             draft_head = draft_head_of(draft_model if own else self.model, speculation.draft_vocabulary)
@@ -142,7 +128,7 @@ class Generation:
         )
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
-            self.drafter = make_drafter(speculation, self.context, self._in_rows(self.prompts), choice)
+            self.drafter = make_drafter(speculation, self.context, self.rows.of(self.rows.prompts), choice)
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
@@ -163,10 +149,10 @@ class Generation:
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
                 self.stats.prefill_s = time.perf_counter() - started
-                yield self._of_prompts(new)
-                while self.waiting or not all(self._in_rows(self.finished)):
-                    if self.waiting and (free := self._in_rows(self.finished)).count(True):
-                        yield self._of_prompts(self._take_next(free.index(True)))
+                yield self.rows.by_prompt(new)
+                while self.rows.waiting or any(self.rows.room):
+                    if (free := self.rows.free) is not None:
+                        yield self.rows.by_prompt(self._take_next(free))
                         continue
                     started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
                     try:
@@ -186,7 +172,7 @@ class Generation:
                         untimed_s += seconds - compile_s
                         self.stats.compile_s += compile_s
                         self.phases.forget(phases)
-                    yield self._of_prompts(new)
+                    yield self.rows.by_prompt(new)
         finally:
             self.phases.read(self.stats)
             if timed:
@@ -194,8 +180,8 @@ class Generation:
             else:
                 self.stats.decode_s = untimed_s
             # The cache holds all tokens but the last one, which was never an input.
-            if all(self._in_rows(self.generated)):
-                self.cache.tokens = [text[:-1] for text in self._texts()]
+            if all(self.rows.of(self.generated)):
+                self.cache.tokens = [text[:-1] for text in self.rows.texts]
             if self.context.graphs is not None:
                 self.context.graphs.release()
 
@@ -211,28 +197,9 @@ class Generation:
             prompt: its number.
             keep: how many of the generated tokens stay, in `generated` and in the statistics.
         """
-        if prompt in self.waiting:
-            self.waiting.remove(prompt)
-        self.stats.tokens -= len(self.generated[prompt][keep:])
-        del self.generated[prompt][keep:]
-        self.finished[prompt] = True
+        self.stats.tokens -= self.rows.end(prompt, keep)
 
-    # ---- prompts and rows ----
-
-    def _in_rows(self, values: Sequence[Any]) -> list[Any]:
-        """Of values of all prompts those of the prompts that have a row, [b]."""
-        return [values[prompt] for prompt in self.in_row]
-
-    def _of_prompts(self, new: list[list[int]]) -> list[list[int]]:
-        """New tokens of each row, [b][n], as those of each prompt."""
-        by_prompt: list[list[int]] = [[]] * len(self.prompts)  # one list for all, as there may be many
-        for prompt, tokens in zip(self.in_row, new, strict=True):
-            by_prompt[prompt] = tokens
-        return by_prompt
-
-    def _texts(self) -> list[list[int]]:
-        """Prompt and output of each row."""
-        return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
+    # ---- the cache ----
 
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
@@ -248,7 +215,7 @@ class Generation:
                 user.eval()
             with self.cache.used_by(*users):
                 if self.context.sampler.penalises:
-                    self._begin_seen()
+                    self.rows.begin_seen(self.context.vocabulary_size, self.context.device)
                 yield
 
     # ---- prefill ----
@@ -260,7 +227,7 @@ class Generation:
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, and the first new token of each row."""
-        prompts = self._in_rows(self.prompts)
+        prompts = self.rows.of(self.rows.prompts)
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
@@ -268,26 +235,22 @@ class Generation:
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self._depth
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
-        final = self._read_texts(prompts, reused)
+        final = read_texts(self.context, prompts, self._depth, reused)
         if self.drafter is not None:
             self.drafter.begin(final)
-        self.last = self._first_tokens(final, self.context.noise(), self.seen)
+        self.last = self._first_tokens(final, self.context.noise(), self.rows.seen)
         return self._keep([[token] for token in self.last.tolist()])
 
     def _take_next(self, row: int) -> list[list[int]]:
         """The next prompt in the place of a row's, whose output has ended; its first token, and none of other rows."""
         started = time.perf_counter()
-        self.in_row[row] = prompt = self.waiting.popleft()
-        text, here = self.prompts[prompt], slice(row, row + 1)
+        text, here = self.rows.take_next(row), slice(row, row + 1)
         self.cache.tokens[row] = []  # until it is read
-        if self.seen is not None:
-            self.seen[row] = False
-            self._mark_seen([text if i == row else [] for i in range(self.cache.rows)])
-        noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.seen))
+        noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.rows.seen))
         self.last = self.last.clone()
         with decoding_kernels(self.context.device):
             with self.cache.only(row):
-                final = self._read_texts([text])
+                final = read_texts(self.context, [text], self._depth)
             self.last[here] = self._first_tokens(final, noise, seen)
             if self.drafter is not None:
                 self.drafter.replace(row, text, final[0])
@@ -305,54 +268,9 @@ class Generation:
     def _read_again(self) -> None:
         """Fill the cache from the texts, since a step that failed half-way may have moved what it held."""
         with decoding_kernels(self.context.device):
-            final = self._read_texts([text[:-1] for text in self._texts()])
+            final = read_texts(self.context, [text[:-1] for text in self.rows.texts], self._depth)
         if self.drafter is not None:
             self.drafter.begin(final)
-
-    def _read_texts(self, texts: Sequence[list[int]], reused: int = 0) -> torch.Tensor:
-        """Texts through the model and into the cache, which has their first `reused` tokens already.
-
-        Returns:
-            x_L of each row's last token, [b, d]; without drafts x_E.
-        """
-        width, device = max(map(len, texts)), self.context.device
-        # Padded on the right: slots behind a row's text are overwritten before any of its queries sees them.
-        tokens = on_device([text + [0] * (width - len(text)) for text in texts], device)
-        last = on_device([len(text) - 1 for text in texts], device)
-        at_once = reused == 0 and all(is_plain_attention(layer) for layer in self.model.layers)
-        rows = torch.arange(len(texts), device=device)
-        final: Any = None
-        # 0 where the text begins; also behind reused tokens, whose states are gone: a draft may be worse there.
-        x = torch.zeros(len(texts), 1, self.model.tok_embeddings.embedding_dim, dtype=self.context.dtype, device=device)
-        for start in range(reused, width, width if at_once else PREFILL_CHUNK):
-            end = width if at_once else min(start + PREFILL_CHUNK, width)
-            at = self.cache.slots[None, start:end]
-            self.cache.seek(at, end)
-            mask = None if at_once else visible(self.cache.slots[:end], at, self.context.dtype)
-            x = self._read(tokens[:, start:end], x[:, -1:], input_pos=at, mask=mask)
-            here = x[rows, (last - start).clamp(0, end - start - 1)]
-            ends_here = ((last >= start) & (last < end))[:, None]
-            final = here if final is None else torch.where(ends_here, here, final)
-        return final
-
-    def _read(self, tokens: torch.Tensor, before: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """x_L, or x_E without drafts, of a part of the prompts; the draft's own layers read it too.
-
-        Args:
-            tokens: [b, s].
-            before: x_L of the token before these, [b, 1, d].
-            **inputs: mask and input_pos.
-        """
-        draft, own = self.context.draft_model, self.context.own_layers
-        if not self.context.has_adapter:
-            if own:
-                draft(tokens, unembed=False, **inputs)
-            return self.model(tokens, exit_layer=self._depth, unembed=False, **inputs)
-        x = self.model(tokens, exit_layer=own.start, unembed=False, **inputs)
-        final = self.model(hidden=x, start_layer=own.start, unembed=False, **inputs)
-        states = self.model.norm(torch.cat([before, final[:, :-1]], 1))
-        draft(hidden=torch.cat([x, states], -1), start_layer=own.start, unembed=False, **inputs)
-        return final
 
     # ---- rounds ----
 
@@ -365,9 +283,9 @@ class Generation:
         noise = context.noise()
         logits = self.next_logits(slots, self.last, start)
         if context.sampler.greedy:
-            chosen = self.choose_token.run(None, logits, noise, self.seen)
+            chosen = self.choose_token.run(None, logits, noise, self.rows.seen)
         else:
-            chosen = self.choose_token(None, logits, noise, self.seen).clone()
+            chosen = self.choose_token(None, logits, noise, self.rows.seen).clone()
         self.last = context.broadcast(chosen)
         self.traffic.count(self.stats, len(slots), self.exit_layer)
         return self._keep([[token] for token in self.last.tolist()])
@@ -375,12 +293,10 @@ class Generation:
     def _draft_round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
         self.context.begin_round()
-        finished = self._in_rows(self.finished)
-        running = [row for row, done in enumerate(finished) if not done]
-        room = [self.limit - len(generated) for generated in self._in_rows(self.generated)]
-        most_room = max(room[row] for row in running)
+        room, finished = self.rows.room, self.rows.of(self.finished)
+        most_room = max(room)
         start, last_slot = self._starts()
-        now = RoundStart(self.last, start, last_slot, self.seen, finished, most_room)
+        now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, most_room)
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
@@ -392,14 +308,14 @@ class Generation:
         outcomes = outcome.tolist()
 
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
+        running = [row for row, done in enumerate(finished) if not done]
         for row in running:
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             accepted = len(kept[row]) - 1
             stopped = accepted < outcomes[row][0]
             drafted = accepted if stopped else min(draft.length, room[row] - 1)
             self.stats.count_round(drafted, accepted)
-            before = self.acceptance[self.in_row[row]]
-            self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
+            self.rows.count_drafts(row, drafted, accepted)
         self._count_round(draft)
         # A round that the limit cuts says nothing about the rate of others.
         if most_room > self.speculation.num_speculations:
@@ -408,44 +324,16 @@ class Generation:
 
     def _starts(self) -> tuple[torch.Tensor, int]:
         """The slot of each row's last token [b], and the largest of them."""
-        starts = [len(text) - 1 for text in self._texts()]
+        starts = [len(text) - 1 for text in self.rows.texts]
         return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
-        """Append each row's new tokens, cut at a stop token and at the limit; none for rows that had finished."""
-        kept: list[list[int]] = []
-        for prompt, tokens in zip(self.in_row, new, strict=True):
-            if self.finished[prompt]:
-                kept.append([])
-                continue
-            tokens = tokens[: self.limit - len(self.generated[prompt])]
-            stop = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
-            if stop is not None:
-                tokens = tokens[: stop + 1]
-            self.generated[prompt] += tokens
-            self.stats.tokens += len(tokens)
-            self.finished[prompt] = stop is not None or len(self.generated[prompt]) >= self.limit
-            kept.append(tokens)
+        """Append each row's new tokens as far as they count; returns those, none for rows that had finished."""
+        kept = self.rows.add(new)
+        self.stats.tokens += sum(map(len, kept))
         if self.drafter is not None:
             self.drafter.extend(kept)
-        if self.seen is not None:
-            self._mark_seen(kept)
         return kept
-
-    # ---- repetition penalty ----
-
-    seen: Any = None  # [b, v] bool, tokens of prompt and output so far, where the sampler penalises them
-
-    def _begin_seen(self) -> None:
-        shape = (self.cache.rows, self.context.vocabulary_size)
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=self.context.device)
-        self._mark_seen(self._in_rows(self.prompts))
-
-    def _mark_seen(self, tokens: Sequence[Sequence[int]]) -> None:
-        pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
-        if pairs:
-            at = on_device(pairs, self.context.device)
-            self.seen[at[:, 0], at[:, 1]] = True
 
     # ---- statistics ----
 

@@ -22,9 +22,9 @@ from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
-from layerskip_recipes.generation.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.report import Totals, make_report, print_report
-from layerskip_recipes.generation.text_stream import AnswersInOrder, TextStream, follow
+from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
+from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import (
     check_cache_fits,

@@ -10,7 +10,7 @@ import pytest
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.text_metrics import METRICS, check_references, text_metrics
-from layerskip_recipes.generation.prompts import Example
+from layerskip_recipes.generation.text.prompts import Example
 
 OUTPUTS = ["The cat sat on the mat.", "a b c d e f", "", "x y z"]
 REFERENCES = ["the cat, the dog: on a mat", "a c b d e f g", "nothing here", "X Y Z"]

@@ -21,7 +21,7 @@ from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.data.tokenizer import hf_tokenizer
-from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.limits import check_vocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]

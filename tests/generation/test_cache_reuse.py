@@ -10,7 +10,7 @@ from helpers.decoding import PROMPT, L, greedy, make_model, model_of
 from helpers.sampling import rng
 from helpers.speculation import PROMPTS, run, speculation_of
 
-from layerskip_recipes.generation import engine
+from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.kv_cache import DecodingCache, cached_attention
@@ -31,7 +31,7 @@ def count_positions(model):
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
     model = make_model(family)
     calls, cache, prompt, reused = count_positions(model), None, PROMPT, 0
     for more in [(30, 31, 7), (9,), (60, 2, 41, 7, 7)]:
@@ -78,7 +78,7 @@ def test_rows_reuse_what_all_of_them_have():
     first = run(
         model, PROMPTS[:3], 6, stop_tokens=[greedy("llama3_2", PROMPTS[0], 6)[2]], speculation=Speculation(2, 3)
     )
-    prompts = [(*prompt, *tokens, 1, 2) for prompt, tokens in zip(first.prompts, first.generated, strict=True)]
+    prompts = [(*prompt, *tokens, 1, 2) for prompt, tokens in zip(first.rows.prompts, first.generated, strict=True)]
     assert len(first.generated[0]) == 3
     again = run(model, prompts, 6, cache=first.cache, reserve=30, speculation=Speculation(3, 2, 2))
     assert again.cache is not first.cache and again.stats.reused_tokens == 0  # too small
@@ -185,7 +185,7 @@ def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, vari
             ((b, heads, end, width),) = ends
             assert (b, heads, width) == (rows, 2, 8)
             assert longest < end <= longest + nodes
-        longest = max(len(p) + len(g) for p, g in zip(generation.prompts, generation.generated, strict=True)) - 1
+        longest = max(len(p) + len(g) for p, g in zip(generation.rows.prompts, generation.generated, strict=True)) - 1
         rounds += 1
         calls.clear()
     assert rounds > 3

@@ -13,9 +13,9 @@ from torchtune.data import Message
 from layerskip_recipes import generate
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.prompts import to_tokens
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.generation.text.prompts import to_tokens
+from layerskip_recipes.generation.text.text_stream import TextStream
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
@@ -75,7 +75,7 @@ def test_an_answer_that_was_interrupted_before_its_first_token_is_none(path, mon
     asked = []
 
     def prefill(self, whole=Generation._prefill):
-        asked.append(self.prompts[0])
+        asked.append(self.rows.prompts[0])
         if len(asked) == 1:
             raise KeyboardInterrupt
         return whole(self)

@@ -24,7 +24,7 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.report import Totals
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text_stream import TextStream
+from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.limits import weight_bytes
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.generation.text_stream import TextStream, follow
+from layerskip_recipes.generation.rows import Rows
+from layerskip_recipes.generation.text.text_stream import TextStream, follow
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     rounds = []
 
     def interrupted(self, round_=Generation._draft_round):
-        rounds.append(self.prompts[0])
+        rounds.append(self.rows.prompts[0])
         if rounds.count(recipe.prompt_tokens[1]) == 3:
             raise KeyboardInterrupt
         return round_(self)
@@ -135,7 +136,9 @@ def test_what_stop_strings_cut_is_not_counted_after_ctrl_c(path):
     text = recipe.tokenizer.decode(tokens[:1])
 
     class Interrupted:
-        generated, finished, in_row, waiting = [list(tokens)], [False], [0], ()
+        rows = Rows([[0]], None, 10, ())
+        rows.add([tokens])
+        generated, finished, in_row = rows.generated, rows.finished, rows.in_row
         stats = SimpleNamespace(tokens=len(tokens), decode_s=0.0)
         stop = Generation.stop
 

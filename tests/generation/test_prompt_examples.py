@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.json_lines import task_component, write_lines
 
-from layerskip_recipes.generation.prompts import Example, refuse_bad, try_examples
+from layerskip_recipes.generation.text.prompts import Example, refuse_bad, try_examples
 
 QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
 TEMPLATES = {"prompt": "Q: {q}\nA:", "response": " {a}"}

@@ -120,7 +120,7 @@ def test_the_draft_reads_all_of_the_text(kind, variant):
 
 def test_a_long_text_is_read_in_parts(monkeypatch):
     """An adapter takes the state before a part from the part before."""
-    monkeypatch.setattr("layerskip_recipes.generation.engine.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("layerskip_recipes.generation.prefill.CHUNK", 4)
     model = model_of("gemma2")
     draft, drafts, text = draft_of(model, "adapter"), [], list(range(3, 21))
     speculation = Speculation(2, 4, drafter=draft.decoder(model))

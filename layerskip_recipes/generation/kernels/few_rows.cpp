@@ -119,17 +119,22 @@ template <int M, int N, typename W>
     const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead,
     std::array<Vector, LANES>& total) {
   static_assert(M * N <= LANES);
-  for (int64_t i = 0; i < count; i += LANES) {
+  constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // so many weights are a line of the cache, fetched once
+  const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
     std::array<Vector, N> weights;
-    for (int n = 0; n < N; n++) {
-      fetch(w + n * k + i, ahead);
-      weights[n] = in_register(load(w + n * k + i));
-    }
+    for (int n = 0; n < N; n++) weights[n] = in_register(load(w + n * k + i));
     for (int m = 0; m < M; m++) {
       const Vector row = in_register(Vector::loadu(x + m * step + i));
       for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
     }
+  };
+  int64_t i = 0;
+  for (; i + LINE <= count; i += LINE) {
+    for (int n = 0; n < N; n++) fetch(w + n * k + i, ahead);
+#pragma GCC unroll 4
+    for (int j = 0; j < LINE; j += LANES) multiply(i + j);
   }
+  for (; i < count; i += LANES) multiply(i);
 }
 
 [[gnu::always_inline]] inline std::array<Vector, LANES> nothing() {
@@ -147,11 +152,19 @@ template <int M, int N>
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
-// M rows of x by N rows of w, all of width k, a multiple of LANES.
+// M rows of x by N rows of w, all of width k, a multiple of LANES. One row of x takes some rows of w after the others: a
+// memory gives less if it is read at many places at a time.
 template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
+  constexpr int SOME = M == 1 ? std::min(4, N) : N;
   std::array<Vector, LANES> total = nothing();
-  add<M, N>(x, w, k, k, step, AHEAD, total);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n += SOME) {
+    std::array<Vector, LANES> some = nothing();
+    add<M, SOME>(x, w + n * k, k, k, step, AHEAD, some);
+#pragma GCC unroll 16
+    for (int i = 0; i < M * SOME; i++) total[n + i] = some[i];
+  }
   write<M, N>(total, y, stride);
 }
 
@@ -233,8 +246,9 @@ at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference
   float* ys = out.mutable_data_ptr<float>();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
   const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
-  // One row reads wide weights best as they lie, one column after the other; several share them by whole tiles.
-  const int64_t grain = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, m == 1 ? 1 : LANES);
+  // Whole tiles, but one row reads wide weights best as they lie, one column after the other.
+  const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
+  const int64_t grain = m == 1 && fit < LANES ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / LANES, 1) * LANES;
   in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const at::Tensor& w : ws) {

@@ -11,7 +11,7 @@ from torchtune import utils
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.prompts import Example
+from layerskip_recipes.generation.text.prompts import Example
 
 log = utils.get_logger("INFO")
 

@@ -1,0 +1,126 @@
+"""What the host knows of a generation: the prompts, their outputs so far, and which prompt each row decodes."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import on_device
+
+
+class Rows:
+    """The rows of a cache, each with the prompt that it decodes; one whose output has ended takes the next prompt.
+
+    Args:
+        prompts: token ids, [p][any number].
+        rows: b, how many prompts are decoded at a time; None: all of them.
+        limit: tokens of an output, at most.
+        stop_tokens: an output ends with the first of them.
+
+    Attributes:
+        generated: of each prompt the new tokens so far.
+        finished: which prompts have their whole output.
+        acceptance: of each prompt the drafted and the accepted tokens.
+        in_row: the number of the prompt that each row decodes, or decoded last, [b].
+        waiting: the numbers of the prompts that have no row yet.
+        seen: [b, v] bool, the tokens of prompt and output so far, where the sampler penalises them; else None.
+
+    Raises:
+        ConfigError: if rows or stop_tokens is not allowed.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], rows: int | None, limit: int, stop_tokens: Sequence[int]
+    ) -> None:
+        if rows is not None and rows < 1:
+            raise ConfigError(f"rows: {rows} is not allowed. Allowed: 1 or more; for example rows=8")
+        if isinstance(stop_tokens, int):
+            raise ConfigError(
+                f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
+            )
+        self.prompts = [list(prompt) for prompt in prompts]
+        count = len(self.prompts)
+        self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}
+        self.generated: list[list[int]] = [[] for _ in range(count)]
+        self.finished = [False] * count
+        self.acceptance = [(0, 0)] * count
+        self.in_row = list(range(min(rows or count, count)))
+        self.waiting = deque(range(len(self.in_row), count))
+        self.seen: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.in_row)
+
+    def of(self, values: Sequence[Any]) -> list[Any]:
+        """Of values of all prompts those of the prompts that have a row, [b]."""
+        return [values[prompt] for prompt in self.in_row]
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Prompt and output of each row, [b][any number]."""
+        return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
+
+    @property
+    def room(self) -> list[int]:
+        """How many tokens each row may still get, [b]; 0 for those that have finished."""
+        return [0 if self.finished[i] else self.limit - len(self.generated[i]) for i in self.in_row]
+
+    def by_prompt(self, new: Sequence[list[int]]) -> list[list[int]]:
+        """New tokens of each row, [b][n], as those of each prompt."""
+        by_prompt: list[list[int]] = [[]] * len(self.prompts)  # one list for all, as there may be many
+        for prompt, tokens in zip(self.in_row, new, strict=True):
+            by_prompt[prompt] = tokens
+        return by_prompt
+
+    def add(self, new: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Append each row's new tokens, cut at a stop token and at the limit; returns those that were kept, [b][n]."""
+        kept = []
+        for prompt, tokens, room in zip(self.in_row, new, self.room, strict=True):
+            cut = list(tokens[:room])
+            stop = next((i for i, token in enumerate(cut) if token in self.stop_tokens), None)
+            cut = cut if stop is None else cut[: stop + 1]
+            self.generated[prompt] += cut
+            self.finished[prompt] |= stop is not None or len(self.generated[prompt]) >= self.limit
+            kept.append(cut)
+        self._see(kept)
+        return kept
+
+    def count_drafts(self, row: int, drafted: int, accepted: int) -> None:
+        """A round drafted so many tokens for a row, and accepted so many."""
+        before = self.acceptance[self.in_row[row]]
+        self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
+
+    def end(self, prompt: int, keep: int) -> int:
+        """End an output with its first tokens, of which it keeps so many; returns how many are given up."""
+        if prompt in self.waiting:
+            self.waiting.remove(prompt)
+        given_up = len(self.generated[prompt][keep:])
+        del self.generated[prompt][keep:]
+        self.finished[prompt] = True
+        return given_up
+
+    @property
+    def free(self) -> int | None:
+        """A row that the next prompt can take; None if there is none, or no prompt waits."""
+        return next((row for row, done in enumerate(self.of(self.finished)) if done), None) if self.waiting else None
+
+    def take_next(self, row: int) -> list[int]:
+        """The next prompt, which the row decodes from now on."""
+        self.in_row[row] = prompt = self.waiting.popleft()
+        if self.seen is not None:
+            self.seen[row] = False
+            self._see([self.prompts[prompt] if i == row else [] for i in range(len(self))])
+        return self.prompts[prompt]
+
+    def begin_seen(self, vocabulary_size: int, device: torch.device) -> None:
+        """From now on `seen` holds the tokens of the texts."""
+        self.seen = torch.zeros(len(self), vocabulary_size, dtype=torch.bool, device=device)
+        self._see(self.texts)
+
+    def _see(self, tokens: Sequence[Sequence[int]]) -> None:
+        pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
+        if self.seen is not None and pairs:
+            at = on_device(pairs, self.seen.device)
+            self.seen[at[:, 0], at[:, 1]] = True
