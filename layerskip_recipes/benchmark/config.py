@@ -9,13 +9,14 @@ from pydantic import BeforeValidator, Field
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.sweep import LENGTHS, Sweep
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -34,8 +35,8 @@ Variant = SelfSpeculation | EarlyExitVariant
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
     """The sections by name. A null drops a variant that an extended config has."""
-    sections = {name: section for name, section in value.items() if section is not None} if _is_section(value) else {}
-    if not sections:
+    sections = {name: section for name, section in value.items() if section is not None} if _is_section(value) else None
+    if sections is None:
         raise ConfigError(f": {value!r} has nothing to compare. Allowed: sections by names; {EXAMPLE}")
     variants: dict[str, Variant] = {}
     for name, section in sections.items():
@@ -114,7 +115,6 @@ class BenchmarkConfig(DecodingConfig):
 
     REFUSED: ClassVar = {
         "exit_layer": "variants lists what is compared",
-        "quantizer": "all methods decode the checkpoint as it is; draft_quantizer of a variant quantises its draft",
         "stream": "it prints figures, no texts",
         "output_file": "it keeps figures, no texts",
         "on_bad_prompt": "it measures all prompts or none",
@@ -131,6 +131,9 @@ class BenchmarkConfig(DecodingConfig):
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """Of a generation config: the only variant, where `variants` is not there."""
+    quantizer: Annotated[Component, Takes()] | None = None
+    """Quantises the whole model for all methods but the peers, as in `layerskip_generate`. Of the peers only llama_cpp
+    runs beside it, by its own file."""
     peers: Annotated[
         Peers | None,
         BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),
@@ -225,6 +228,7 @@ class BenchmarkConfig(DecodingConfig):
             key = self.key_of(name)
             if isinstance(variant, SelfSpeculation):
                 variant.check_against(model, key)
+                check_draft_fits(variant, self.quantizer, model, key=key)
             else:
                 model.check_exit(variant.early_exit, f"{key}.early_exit")
         if self.sweep is not None:
@@ -247,12 +251,16 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_what_is_compared(self) -> None:
         """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
-        if self.variants is None and self.self_speculation is None and not self.chooser:
+        if not (self.variants or self.self_speculation or self.chooser or self.peers):
             raise ConfigError(f"variants: None has nothing to compare. Allowed: sections by names; {EXAMPLE}")
-        if self.variants is not None and self.self_speculation is not None and not self.tuned_drafts:
+        if self.variants and self.self_speculation is not None and not self.tuned_drafts:
             raise ConfigError(
                 f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "
                 "compared. Set self_speculation=null"
+            )
+        if self.tune and self.quantizer is not None:
+            raise ConfigError(
+                "quantizer: tune chooses drafts for a checkpoint as it is. Set quantizer=null or tune=false"
             )
         if self.temperatures is not None and self.temperature is not None:
             raise ConfigError(

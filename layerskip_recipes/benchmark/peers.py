@@ -48,6 +48,7 @@ class Job:
         stop_tokens: a row ends with the first of them.
         draft: exit layer and draft length of transformers_early_exit; llama.cpp's drafts have this length.
         gguf: the files of llama.cpp: the model, and a draft if there is one.
+        quantised: our model's weights are not those of the checkpoint.
     """
 
     model_section: Component
@@ -59,6 +60,7 @@ class Job:
     stop_tokens: Sequence[int]
     draft: tuple[int, int] | None
     gguf: tuple[str, str | None] | None = None
+    quantised: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -300,7 +302,7 @@ def find_peers(
     found, left_out = {}, {}
     for name in names:
         try:
-            check_same_model(PEERS[name].package, job.checkpointer)
+            check_same_model(PEERS[name].package, job.checkpointer, job.quantised)
             found[name] = fastest_setting(PEERS[name], job, sampler, compile)
         except Exception as e:  # another library may fail in any way, and the other methods are measured without it
             left_out[name] = first_line(e)
@@ -308,8 +310,10 @@ def find_peers(
     return found, left_out
 
 
-def check_same_model(package: str, checkpointer: Component) -> None:
-    """Raises a ValueError if a peer would run another model than ours, because of adapters."""
+def check_same_model(package: str, checkpointer: Component, quantised: bool = False) -> None:
+    """Raises a ValueError if a peer would run another model than ours, because of adapters or a quantizer."""
+    if quantised and package != "xllamacpp":
+        raise ValueError("it would run the weights without quantizer")
     if checkpointer.get("adapter_checkpoint") is not None:
         raise ValueError("it would run the base without checkpointer.adapter_checkpoint")
     folder = weights_folder(checkpointer)

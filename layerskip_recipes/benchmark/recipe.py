@@ -31,7 +31,7 @@ from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -103,7 +103,8 @@ class LayerSkipBenchmark:
         nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST if cfg.tune else 1]
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        weights = weight_bytes(model, cfg.torch_dtype)
+        # The size of quantised weights is known to the quantizer alone.
+        weights = weight_bytes(model, cfg.torch_dtype) if cfg.quantizer is None else 0
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         loaded = drafts[:1] if cfg.tuned_drafts else drafts
         weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in loaded)
@@ -185,6 +186,8 @@ class LayerSkipBenchmark:
             if built is None or not cfg.tuned_drafts:  # otherwise it is one draft of several lengths
                 built = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
             self.methods[name] = replace(built, num_speculations=variant.num_speculations)
+        if cfg.quantizer is not None:  # after the drafts, which are trained for the weights as they are
+            self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[str, Peer] = {}
         self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.sweep is None:
@@ -198,6 +201,7 @@ class LayerSkipBenchmark:
                 self.stop_tokens,
                 cfg.first_draft,
                 cfg.peers.llama_cpp.files if cfg.peers.llama_cpp else None,
+                quantised=cfg.quantizer is not None,
             )
             sampler = cfg.sampler(cfg.all_temperatures[0])
             self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, bool(cfg.compile))

@@ -103,11 +103,14 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
     check_state_dict(model, state)
     model.load_state_dict(state)
     without_adapters(model)
-    if quantizer is not None:
-        if isinstance(model.output, TiedLinear):
-            model.output = linear_head(model)  # quantised; the embedding's rows are looked up in full precision
-        model = quantise(model, quantizer)
-    return model.eval()
+    return (model if quantizer is None else quantise_decoder(model, quantizer)).eval()
+
+
+def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkipDecoder:
+    """The model with its linear layers and its head quantised, see `quantise`."""
+    if isinstance(model.output, TiedLinear):
+        model.output = linear_head(model)  # quantised; the embedding's rows are looked up in full precision
+    return quantise(model, quantizer)
 
 
 def linear_head(model: LayerSkipDecoder) -> nn.Linear:

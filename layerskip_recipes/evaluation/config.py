@@ -128,6 +128,11 @@ class EvalConfig(RecipeConfig):
         select_exits(self.layers or ":", model.num_layers, key="layers")
         check_exit_or_drafts(self, model)
         check_draft_fits(self.self_speculation, self.quantizer, model)
+        if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
+            raise ConfigError(
+                f"self_speculation.draft: {self.self_speculation.draft!r} does not go with quantizer here. Set "
+                "quantizer=null; draft_quantizer quantises the draft"
+            )
         for name, other in self.checkpoints().items():
             other.checkpointer.check()
             try:

@@ -15,7 +15,7 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
@@ -139,10 +139,14 @@ class LayerSkipGenerate:
             plan = read_plan(self.cfg.tensor_parallel_plan)
             self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
-            self.model = load_decoder(self.cfg, self.device, self.cfg.quantizer)
+            # The weights must be those that a trained draft was trained for, so they are quantised after it is there.
+            trained = self.draft is not None and self.draft.draft is not None
+            self.model = load_decoder(self.cfg, self.device, None if trained else self.cfg.quantizer)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
             self.speculation = self.draft.build(self.model, rows=self.batch_size)
+            if self.draft.draft is not None and self.cfg.quantizer is not None:
+                self.model = quantise_decoder(self.model, self.cfg.quantizer)
 
     def generate(self) -> dict[str, Any]:
         """All prompts, with batches in the order of their lengths; with `benchmark.compare` first without drafts.

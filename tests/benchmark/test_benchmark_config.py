@@ -51,7 +51,7 @@ WRONG = [
     ("stop_strings=[END]", "stop_strings", "END", "needs metrics"),
     ("stream=true", "stream", "True", "stream=null"),
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
-    ("quantizer.groupsize=16", "quantizer", "16", "draft_quantizer"),
+    ("quantizer=3", "quantizer", "3", "_component_"),
     ("variant=3", "variant", "unknown key", "Nearest: variants"),
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
     ("variants=chain", "variants", "'chain'", "variants.chain.exit_layer=3"),

@@ -46,7 +46,8 @@ def test_it_decodes_the_same_tokens(folder, tmp_path):
 
 
 def test_without_a_draft_and_with_several_prompts_at_a_time(folder, tmp_path):
-    report = run(folder, tmp_path / "plain", "peers.llama_cpp.draft=null")
+    report = run(folder, tmp_path / "plain", "peers.llama_cpp.draft=null", "variants=null")
+    assert [row["name"] for row in report["results"]] == ["baseline", "llama_cpp"]
     trial = next(row for row in report["results"] if row["name"] == "llama_cpp")["trial_tokens_per_second"]
     assert trial["plain"] > 0 and "peers.llama_cpp.draft is not given" in trial["draft"]
     report = run(folder, tmp_path / "batch", "batch_size=2")

@@ -132,6 +132,16 @@ def test_adapters_are_not_the_peers_model():
         peers.check_same_model("torchtune", section)
 
 
+def test_a_quantised_model_is_llama_cpps_only(path):
+    """Which reads a file of its own."""
+    int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+    settings = ["variants.tree=null", "max_new_tokens=6", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
+    report = run(path, int8, *settings)
+    assert {row["name"]: row["identical"] for row in report["results"]} == {"baseline": True, "chain": True}
+    assert "it would run the weights without quantizer" in report["peers_left_out"]["torchtune"]
+    peers.check_same_model("xllamacpp", Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(path.parent)}), quantised=True)
+
+
 def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
     """A LoRA training's epoch_N has them beside the weights; what `layerskip export` makes of it has not."""
     folder = make_checkpoint(tmp_path / "epoch_0", tokenizer_folder)

@@ -196,7 +196,11 @@ OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_wit
 
 
 def check_draft_fits(
-    section: SelfSpeculation | None, quantizer: Component | None, model: TransformerDecoder, parallel: int = 1
+    section: SelfSpeculation | None,
+    quantizer: Component | None,
+    model: TransformerDecoder,
+    parallel: int = 1,
+    key: str = "self_speculation",
 ) -> None:
     """Raises a ConfigError for drafts that a quantised or split model does not allow.
 
@@ -205,6 +209,7 @@ def check_draft_fits(
         quantizer: of the whole model.
         model: the decoder, on any device.
         parallel: the ranks that share each matrix.
+        key: of the section, for messages.
     """
     if section is None:
         return
@@ -212,17 +217,11 @@ def check_draft_fits(
     if section.draft_vocabulary is not None and (packed or parallel > 1):
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
         raise ConfigError(
-            f"self_speculation.draft_vocabulary: needs rows of the model's head, which {why}; "
-            "self_speculation.draft_vocabulary=null"
+            f"{key}.draft_vocabulary: needs rows of the model's head, which {why}; {key}.draft_vocabulary=null"
         )
-    if section.draft is not None and quantizer is not None:
+    if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
-            "self_speculation.draft: belongs to the model as it was trained for, whose weights quantizer changes. Set "
-            "quantizer=null; draft_quantizer quantises the draft"
-        )
-    if section.draft_quantizer is not None and quantizer is not None:
-        raise ConfigError(
-            "self_speculation.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
+            f"{key}.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
             "Set one of them null; for example quantizer=null"
         )
 
