@@ -139,7 +139,8 @@ def test_a_quantised_model_is_llama_cpps_only(path):
     report = run(path, int8, *settings)
     assert {row["name"]: row["identical"] for row in report["results"]} == {"baseline": True, "chain": True}
     assert "it would run the weights without quantizer" in report["peers_left_out"]["torchtune"]
-    peers.check_same_model("xllamacpp", Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(path.parent)}), quantised=True)
+    section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(path.parent)})
+    peers.check_same_model("xllamacpp", section, quantised=True)
 
 
 def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
