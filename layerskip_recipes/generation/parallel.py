@@ -106,7 +106,6 @@ def load_sharded_decoder(
 
     Args:
         cfg: sections model and checkpointer, and the dtype of the weights.
-        device: of the weights.
         kept_layers: the layers below it are whole on every rank: the exit E that drafts, 0 for plain decoding.
         tensor_parallel_dim, plan: T of `check_processes`, and the plan of `read_plan`.
 

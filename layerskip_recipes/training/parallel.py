@@ -192,15 +192,9 @@ def clean_name(name: str) -> str:
 
 
 def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
-    """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
+    """Cut a decoder on the meta device, in place, into the parts of the ranks: matrices first, then each rank's shards.
 
     Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
-
-    Args:
-        model: changed in place.
-        cfg: the config.
-        mesh: of several processes.
-        checkpoint_every: of how many layers one's activations are computed again, see `checkpoint_layers`.
     """
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)

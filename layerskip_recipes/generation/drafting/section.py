@@ -150,7 +150,6 @@ class SelfSpeculation(Section):
 
         Args:
             model: the decoder, on any device; the exit is known by now, see `with_vocabulary`.
-            dtype: of the model's weights.
         """
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
         rows = len(self.draft_vocabulary) if isinstance(self.draft_vocabulary, list) else 0
@@ -201,7 +200,6 @@ def check_draft_fits(
     """Raises a ConfigError for drafts that a quantised or split model does not allow.
 
     Args:
-        section: how drafts are made.
         quantizer: of the whole model.
         model: the decoder, on any device.
         parallel: the ranks that share each matrix.
