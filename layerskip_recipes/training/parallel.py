@@ -4,7 +4,6 @@ Every rank runs the same layers in the same order, or a collective would never e
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +21,13 @@ from torchtune import training
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
+from layerskip_recipes.generation.parallel import (
+    broadcast_state_dict,
+    check_processes,
+    init_rope,
+    parallelize,
+    read_plan,
+)
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -231,27 +235,15 @@ def load_from_rank0(
     dtype: torch.dtype,
     offload: bool,
 ) -> None:
-    """Give each rank its part of rank 0's weights, tensor by tensor.
+    """Give each rank its part of rank 0's weights, also where they are NF4, and the position tables.
 
-    Args:
-        model: sharded, on the meta device.
-        state: the whole state_dict on rank 0; ignored on other ranks.
-        device, dtype: of the weights.
-        offload: the weights live on the CPU.
+    For the arguments see `broadcast_state_dict`.
     """
-    with training.set_default_dtype(dtype), device:
-        for module in model.modules():
-            rope_init: Any = getattr(module, "rope_init", None)
-            if rope_init is not None:  # its buffers are in no checkpoint
-                rope_init()
+    init_rope(model, device, dtype)
     wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
-    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
-    with suppress_dcp_warnings():
-        set_model_state_dict(model, weights, options=options)
-    training.validate_no_params_on_meta_device(model)
+    broadcast_state_dict(model, state, dtype, offload)
 
 
 def is_packed(parameter: torch.Tensor) -> bool:
@@ -267,14 +259,6 @@ def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dt
         dist.broadcast(value, src=0)
         training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
     training.validate_no_params_on_meta_device(model)
-
-
-@contextmanager
-def suppress_dcp_warnings():
-    """Without the warnings of torch's distributed checkpointing about its own calls."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-        yield
 
 
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
