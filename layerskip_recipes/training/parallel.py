@@ -101,13 +101,11 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         )
     if processes > 1:
         _check_several_processes(cfg, replicate)
-    if cfg.fsdp_cpu_offload and (processes == 1 or cfg.find_device().type == "cpu"):
+    if cfg.fsdp_cpu_offload and (left == 1 or cfg.find_device().type == "cpu"):
         raise ConfigError(
-            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
-            "without them fsdp_cpu_offload=false"
+            "fsdp_cpu_offload: True needs several processes with device=cuda to shard over, as in tune run "
+            "--nproc_per_node 2; without them fsdp_cpu_offload=false"
         )
-    if processes > 1 and left == 1:
-        _check_no_shards(cfg, processes)
     return replicate, left // replicate, tensor
 
 
@@ -144,23 +142,6 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
             "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
             "tok_embeddings out"
         )
-
-
-def _check_no_shards(cfg: FinetuneConfig, processes: int) -> None:
-    """Raises a ConfigError for keys about shards, where tensor parallelism takes all processes."""
-    takes_all = f"tensor_parallel_dim {processes} takes all of {processes}"
-    if cfg.custom_sharded_layers:
-        raise ConfigError(
-            f"custom_sharded_layers: [{', '.join(cfg.custom_sharded_layers)}] does nothing where {takes_all} "
-            "processes, and no rank is left to shard over; custom_sharded_layers=null"
-        )
-    if cfg.fsdp_reshard_after_forward is False:
-        raise ConfigError(
-            f"fsdp_reshard_after_forward: False does nothing where {takes_all} processes, and no rank is left to shard "
-            "over; fsdp_reshard_after_forward=true"
-        )
-    if cfg.fsdp_cpu_offload:
-        raise ConfigError(f"fsdp_cpu_offload: True needs ranks to shard over, and {takes_all}; fsdp_cpu_offload=false")
 
 
 def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
