@@ -82,13 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point of the console script."""
-    parser = _parser()
-    args, rest = parser.parse_known_args()
-    # argparse takes no more overrides behind an option.
-    if any("=" not in word or word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+    args = _parser().parse_args()
     sys.path.append(os.getcwd())  # as `tune run` does: components may lie beside a config
     run_cli(lambda: _run(args))
 

@@ -25,7 +25,6 @@ class Answers:
         batch_size: prompts decoded together.
         exit_layer: all tokens come from that exit; None: from the last layer.
         self_speculation: how drafts are made; None decodes autoregressively.
-        seed: of sampling.
     """
 
     def __init__(
@@ -54,11 +53,9 @@ class Answers:
         """The text after each prompt, up to a stop token or string.
 
         Args:
-            prompts: their tokens.
             limit: the most new tokens of an answer.
             stops: an answer ends before the first of these strings.
             sampler: greedy by default; the generator of random numbers is made here.
-            name: for the progress bar.
 
         Raises:
             ConfigError: if a prompt is empty, or does not fit the model together with the new tokens.

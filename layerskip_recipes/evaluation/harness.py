@@ -329,11 +329,7 @@ class LayerSkipLM(TemplateLM):
     # ---- generation ----
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each (context, gen_kwargs); requests of a task with equal gen_kwargs are decoded together.
-
-        Raises:
-            ConfigError: see `generation_settings`.
-        """
+        """An answer to each (context, gen_kwargs); requests of a task with equal gen_kwargs are decoded together."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[request.task_name, json.dumps(request.args[1], sort_keys=True)].append(i)

@@ -8,6 +8,7 @@ a verification gathers each of them once for all the tokens it verifies. All ran
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -106,7 +107,6 @@ def load_sharded_decoder(
 
     Args:
         cfg: sections model and checkpointer, and the dtype of the weights.
-        device: of the weights.
         kept_layers: the layers below it are whole on every rank: the exit E that drafts, 0 for plain decoding.
         tensor_parallel_dim, plan: T of `check_processes`, and the plan of `read_plan`.
 
@@ -179,18 +179,8 @@ def shard_decoder(
     for layer, following in pairwise(late.layers):
         # The next layer is gathered while this one runs.
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
-    with training.set_default_dtype(dtype), device:
-        for module in model.modules():
-            if hasattr(module, "rope_init"):  # its buffers are in no checkpoint
-                module.rope_init()  # type: ignore[operator]
-    # One tensor after the other is broadcast whole, and cut on arrival.
-    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")  # of torch to itself
-        set_model_state_dict(
-            model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-        )
-    training.validate_no_params_on_meta_device(model)
+    init_rope(model, device, dtype)
+    broadcast_state_dict(model, state, dtype)
     late(None)
     for layer in late.layers:
         # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,
@@ -198,6 +188,41 @@ def shard_decoder(
         layer.unshard()  # type: ignore[operator]
         layer.reshard()  # type: ignore[operator]
     return model.eval()
+
+
+def init_rope(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Compute the position tables of a model that was on the meta device: they are in no checkpoint."""
+    with training.set_default_dtype(dtype), device:
+        for module in model.modules():
+            rope_init: Any = getattr(module, "rope_init", None)
+            if rope_init is not None:
+                rope_init()
+
+
+def broadcast_state_dict(
+    model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype, offload: bool = False
+) -> None:
+    """Give each rank its part of rank 0's weights: one tensor after the other is broadcast whole, and cut on arrival.
+
+    Args:
+        model: sharded, on the meta device.
+        state: the whole state_dict on rank 0; ignored on other ranks.
+        dtype: of the weights.
+        offload: the weights live on the CPU.
+    """
+    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
+    with suppress_dcp_warnings():
+        set_model_state_dict(model, weights, options=options)
+    training.validate_no_params_on_meta_device(model)
+
+
+@contextmanager
+def suppress_dcp_warnings():
+    """Without the warnings of torch's distributed checkpointing about its own calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
+        yield
 
 
 def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:

@@ -24,9 +24,6 @@ class TrainingData:
     They are the same for any number of data-parallel ranks, if batch_size x ranks stays.
 
     Args:
-        cfg: the config.
-        tokenizer: for the datasets.
-        device: of the model.
         mesh: each data-parallel rank takes every n-th sample.
         seed: of the order; the same on all ranks.
 

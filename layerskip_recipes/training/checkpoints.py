@@ -76,9 +76,6 @@ class Checkpoints:
     A resumed run of a model with adapters, or of a draft, starts from the same base weights and the checkpoint's
     adapters or draft.
 
-    Args:
-        cfg: the config.
-
     Attributes:
         resumed_from: the folder of the checkpoint that the run goes on from, or None.
         sharded: that checkpoint is one of shards.

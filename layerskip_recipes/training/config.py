@@ -19,16 +19,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training.draft.loss import DraftSection
-from layerskip_recipes.training.early_exit import EarlyExitLoss, loss_from_upstream
-
-
-def _dropout_from_upstream(section: Any) -> Any:
-    """The `layer_dropout` section without torchtune's `disable_on_eval`: evaluation never drops layers here."""
-    if not isinstance(section, Mapping) or "disable_on_eval" not in section:
-        return section
-    if section["disable_on_eval"] is not True:
-        raise ConfigError(f".disable_on_eval: {section['disable_on_eval']!r} is not allowed. Allowed: true")
-    return {key: value for key, value in section.items() if key != "disable_on_eval"}
+from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 
 def _with_default_component(section: Any) -> Any:
@@ -51,14 +42,8 @@ def _is_logged(value: Any) -> Any:
     return value
 
 
-LayerDropoutSection = Annotated[  # type: ignore[valid-type]
-    section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size")),
-    BeforeValidator(_dropout_from_upstream),
-]
-EarlyExitLossSection = Annotated[  # type: ignore[valid-type]
-    section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing")),
-    BeforeValidator(loss_from_upstream),
-]
+LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size"))
+EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing"))
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 

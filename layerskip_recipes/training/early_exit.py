@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -183,7 +183,6 @@ class EarlyExitLoss:
         """The loss of one batch.
 
         Args:
-            model: the decoder.
             tokens: [b, s].
             labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; `ignore_index` where there is none.
             step, total_steps: t and T, in optimizer steps.
@@ -224,43 +223,3 @@ class EarlyExitLoss:
         model(tokens, on_exit=on_exit, unembed=False, **inputs)
         total, per_exit = losses
         return total, dict(zip(exits, per_exit.unbind(), strict=True))
-
-
-# ---- the section as torchtune's own recipe has it ----
-
-# torchtune's early-exit recipe names these by dotted path; they have short names here.
-_UPSTREAM = "torchtune.modules.early_exit_loss."
-UPSTREAM_NAMES = {
-    "curriculum": {
-        _UPSTREAM + "RotationalEarlyExitCurriculum": "rotational",
-        _UPSTREAM + "GradualEarlyExitCurriculum": "gradual",
-    },
-    "scale_fn": {
-        _UPSTREAM + "uniform_loss_scale": "uniform",
-        _UPSTREAM + "linear_l_loss_scale": "linear",
-        _UPSTREAM + "sum_l_loss_scale": "layerskip",
-        _UPSTREAM + "sqrt_l_loss_scale": "sqrt",
-        _UPSTREAM + "inv_l_loss_scale": "inverse",
-        _UPSTREAM + "inv_sqrt_l_loss_scale": "inverse_sqrt",
-    },
-}
-
-
-def loss_from_upstream(section: Any) -> Any:
-    """The `early_exit_loss` section with short names in place of torchtune's dotted ones."""
-    if not isinstance(section, Mapping):
-        return section
-    renamed = dict(section)
-    for key, short in UPSTREAM_NAMES.items():
-        if isinstance(section.get(key), str):
-            renamed[key] = short.get(section[key], section[key])
-    if renamed.get("curriculum") == "rotational" != section["curriculum"] and "interval" not in section:
-        # There `layers` is the first set, and rotates through the whole model: "0::4" means every 4th layer.
-        start, _, step = str(section.get("layers", ":")).partition("::")
-        if not step.isdigit() or start not in ("", "0"):
-            raise ConfigError(
-                f".layers: {section.get('layers')!r} says no interval for the rotation. "
-                "Give it: curriculum: rotational, interval: 8"
-            )
-        renamed |= {"layers": ":", "interval": int(step)}
-    return renamed

@@ -40,9 +40,6 @@ def build_model(
     and the draft that is trained for it, if there is one.
 
     Args:
-        cfg: the config.
-        device: of the weights.
-        mesh: the ranks to shard it over.
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
         trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
         seed: of fresh adapters, and of a fresh draft.
@@ -99,10 +96,8 @@ def fresh_draft(draft: Draft, base: Weights, num_layers: int, seed: int) -> dict
     last norms.
 
     Args:
-        draft: on any device.
         base: the model's state_dict.
         num_layers: L of the model.
-        seed: of the matrices.
     """
     first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
     of_layer, rng = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?"), torch.Generator().manual_seed(seed)
@@ -129,7 +124,6 @@ def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Ten
     They are the parameters themselves: a state_dict would unpack NF4 weights, and copy all with low_cpu_ram.
 
     Args:
-        model: as it is trained.
         meta: the same model before it was sharded or wrapped.
     """
     names = set(adapter_names(meta))
@@ -142,9 +136,7 @@ def checkpoint_contents(
     """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks.
 
     Args:
-        model: as it is trained.
         meta: the same model before it was sharded or wrapped.
-        device: for the gathering.
         adapters_only: leave out the merged model.
     """
     adapters = adapter_names(meta)

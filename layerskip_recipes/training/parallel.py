@@ -4,7 +4,6 @@ Every rank runs the same layers in the same order, or a collective would never e
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +21,13 @@ from torchtune import training
 from torchtune.modules import TiedLinear
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.parallel import check_processes, parallelize, read_plan
+from layerskip_recipes.generation.parallel import (
+    broadcast_state_dict,
+    check_processes,
+    init_rope,
+    parallelize,
+    read_plan,
+)
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -97,13 +101,11 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         )
     if processes > 1:
         _check_several_processes(cfg, replicate)
-    if cfg.fsdp_cpu_offload and (processes == 1 or cfg.find_device().type == "cpu"):
+    if cfg.fsdp_cpu_offload and (left == 1 or cfg.find_device().type == "cpu"):
         raise ConfigError(
-            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
-            "without them fsdp_cpu_offload=false"
+            "fsdp_cpu_offload: True needs several processes with device=cuda to shard over, as in tune run "
+            "--nproc_per_node 2; without them fsdp_cpu_offload=false"
         )
-    if processes > 1 and left == 1:
-        _check_no_shards(cfg, processes)
     return replicate, left // replicate, tensor
 
 
@@ -142,23 +144,6 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
         )
 
 
-def _check_no_shards(cfg: FinetuneConfig, processes: int) -> None:
-    """Raises a ConfigError for keys about shards, where tensor parallelism takes all processes."""
-    takes_all = f"tensor_parallel_dim {processes} takes all of {processes}"
-    if cfg.custom_sharded_layers:
-        raise ConfigError(
-            f"custom_sharded_layers: [{', '.join(cfg.custom_sharded_layers)}] does nothing where {takes_all} "
-            "processes, and no rank is left to shard over; custom_sharded_layers=null"
-        )
-    if cfg.fsdp_reshard_after_forward is False:
-        raise ConfigError(
-            f"fsdp_reshard_after_forward: False does nothing where {takes_all} processes, and no rank is left to shard "
-            "over; fsdp_reshard_after_forward=true"
-        )
-    if cfg.fsdp_cpu_offload:
-        raise ConfigError(f"fsdp_cpu_offload: True needs ranks to shard over, and {takes_all}; fsdp_cpu_offload=false")
-
-
 def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
     """The mesh of a config, where the process group exists. Raises as `mesh_sizes` does."""
     replicate, shard, tensor = mesh_sizes(cfg)
@@ -192,15 +177,9 @@ def clean_name(name: str) -> str:
 
 
 def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
-    """Cut a decoder on the meta device into the parts of the ranks: matrices first, then the shards of each rank.
+    """Cut a decoder on the meta device, in place, into the parts of the ranks: matrices first, then each rank's shards.
 
     Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
-
-    Args:
-        model: changed in place.
-        cfg: the config.
-        mesh: of several processes.
-        checkpoint_every: of how many layers one's activations are computed again, see `checkpoint_layers`.
     """
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)
@@ -237,27 +216,15 @@ def load_from_rank0(
     dtype: torch.dtype,
     offload: bool,
 ) -> None:
-    """Give each rank its part of rank 0's weights, tensor by tensor.
+    """Give each rank its part of rank 0's weights, also where they are NF4, and the position tables.
 
-    Args:
-        model: sharded, on the meta device.
-        state: the whole state_dict on rank 0; ignored on other ranks.
-        device, dtype: of the weights.
-        offload: the weights live on the CPU.
+    For the arguments see `broadcast_state_dict`.
     """
-    with training.set_default_dtype(dtype), device:
-        for module in model.modules():
-            rope_init: Any = getattr(module, "rope_init", None)
-            if rope_init is not None:  # its buffers are in no checkpoint
-                rope_init()
+    init_rope(model, device, dtype)
     wait_for_all()  # rank 0 may have read its files for long
     if any(is_packed(parameter) for parameter in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
-    weights: dict[str, Any] = {name: value.to(dtype) for name, value in state.items()} if is_rank_zero() else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True, cpu_offload=offload)
-    with suppress_dcp_warnings():
-        set_model_state_dict(model, weights, options=options)
-    training.validate_no_params_on_meta_device(model)
+    broadcast_state_dict(model, state, dtype, offload)
 
 
 def is_packed(parameter: torch.Tensor) -> bool:
@@ -273,14 +240,6 @@ def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dt
         dist.broadcast(value, src=0)
         training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
     training.validate_no_params_on_meta_device(model)
-
-
-@contextmanager
-def suppress_dcp_warnings():
-    """Without the warnings of torch's distributed checkpointing about its own calls."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-        yield
 
 
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -10,15 +10,12 @@ from helpers.configs import eval_config, finetune_config, generate_config, make_
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune._recipe_registry import get_all_recipes
-from torchtune.modules.early_exit_loss import RotationalEarlyExitCurriculum
 
 from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.cli.run import fail, run_cli
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.training.recipe import LayerSkipFinetune
-
-UPSTREAM = "torchtune.modules.early_exit_loss."
 
 
 @pytest.fixture
@@ -285,46 +282,6 @@ def test_scratch_over_a_pretrained_config_is_from_scratch(tmp_path, tokenizer_fo
     config = load_config(str(extend(base, checkpointer=scratch)))
     assert not config.checkpointer.get("checkpoint_files")
     assert not config.checkpointer.get("checkpoint_dir")
-
-
-# --------------------------------------------------------------------------------------------- upstream's key names
-
-
-def test_upstreams_rotational_curriculum(base):
-    """Its dotted path and "0::2": the same exits as torchtune's own class gives, step by step."""
-    section = ["curriculum=" + UPSTREAM + "RotationalEarlyExitCurriculum", "layers=0::2"]
-    overrides = ["~early_exit_loss", *(f"early_exit_loss.{pair}" for pair in section)]
-    recipe = LayerSkipFinetune(load_config(str(base), overrides))
-    recipe.setup()
-    theirs = RotationalEarlyExitCurriculum([True, False, True, False], max_steps=8)
-    for step in range(8):
-        assert recipe.loss.enabled(4, step, 8) == theirs.get().tolist()
-        theirs.step()
-
-
-@pytest.mark.parametrize(
-    ("key", "theirs", "ours"),
-    [
-        ("curriculum", "GradualEarlyExitCurriculum", "gradual"),
-        ("scale_fn", "uniform_loss_scale", "uniform"),
-        ("scale_fn", "linear_l_loss_scale", "linear"),
-        ("scale_fn", "sum_l_loss_scale", "layerskip"),
-        ("scale_fn", "sqrt_l_loss_scale", "sqrt"),
-        ("scale_fn", "inv_l_loss_scale", "inverse"),
-        ("scale_fn", "inv_sqrt_l_loss_scale", "inverse_sqrt"),
-    ],
-)
-def test_upstreams_dotted_paths(key, theirs, ours, base):
-    recipe = LayerSkipFinetune(load_config(str(base), [f"early_exit_loss.{key}={UPSTREAM}{theirs}"]))
-    recipe.setup()
-    assert getattr(recipe.loss, key) == ours
-
-
-def test_upstreams_disable_on_eval(base):
-    """True is how it is here; false is refused."""
-    LayerSkipFinetune(load_config(str(base), ["layer_dropout.disable_on_eval=true"]))
-    with pytest.raises(ValueError, match=r"^layer_dropout\.disable_on_eval: False"):
-        LayerSkipFinetune(load_config(str(base), ["layer_dropout.disable_on_eval=false"]))
 
 
 # ------------------------------------------------------------------------------------------- all configs that exist

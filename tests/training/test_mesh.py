@@ -49,16 +49,6 @@ def sizes_of(tmp_path, tokenizer_folder, monkeypatch):
         ),
         ({}, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
         (
-            TWO_HEADS,
-            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "custom_sharded_layers": ["output"]},
-            "custom_sharded_layers: [output] does nothing where tensor_parallel_dim 2 takes all of 2 processes",
-        ),
-        (
-            TWO_HEADS,
-            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "fsdp_reshard_after_forward": False},
-            "fsdp_reshard_after_forward: False does nothing where tensor_parallel_dim 2 takes all of 2 processes",
-        ),
-        (
             {},
             {"tensor_parallel_plan": PLAN},
             "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_dim",

@@ -18,7 +18,6 @@ class ChainDrafter(Drafter):
     """Drafts tokens one by one from exit E.
 
     Args:
-        context: of the steps.
         exit_layer: E.
         longest: d, the tokens of a draft.
         threshold: a draft stops after the first token whose confidence, the draft's probability of it, is below, in

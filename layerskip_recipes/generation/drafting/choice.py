@@ -132,8 +132,6 @@ def make_drafter(
 
     Args:
         speculation: checked for this model.
-        context: of the steps.
-        prompts: of each row.
         choice: with what earlier generations learned; None: nothing is known yet.
     """
     e, d, tree = speculation.exit_layer, speculation.num_speculations, speculation.tree(context.sampler.greedy)

@@ -57,10 +57,8 @@ class LookupDrafter:
     """Drafts what followed the last tokens earlier in the text; the draft is empty unless every running row has one.
 
     Args:
-        context: of the steps.
         longest: d, the tokens of a draft.
         ngram: see `TextIndex`.
-        prompts: of each row.
     """
 
     def __init__(self, context: StepContext, longest: int, ngram: int, prompts: Sequence[Sequence[int]]) -> None:

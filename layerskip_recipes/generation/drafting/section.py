@@ -1,6 +1,5 @@
 """The `self_speculation` section of a config: its keys, their checks, and the `Speculation` that it describes."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,7 @@ from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.speculation import (
-    ExitLayer,
-    NumSpeculations,
-    PromptLookup,
-    Speculation,
-    Threshold,
-)
+from layerskip_recipes.generation.drafting.speculation import NumSpeculations, PromptLookup, Speculation, Threshold
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -32,7 +25,7 @@ log = utils.get_logger("INFO")
 class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
-    exit_layer: Annotated[ExitLayer, Field(examples=[8])] | None = None
+    exit_layer: Annotated[int, Field(examples=[8])] | None = None
     """E: the number of layers that run for a draft, 1 to L; null is that of `draft`, and without one, as where no exit
     is trained, drafts nothing."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
@@ -83,18 +76,22 @@ class SelfSpeculation(Section):
             )
         if file is not None and not Path(file).is_file():
             raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
-        self._speculation(vocabulary if isinstance(vocabulary, list) else None, key).check(model, f"{key}.")
+        self._speculation(vocabulary if isinstance(vocabulary, list) else None).check(model, f"{key}.")
 
-    def _speculation(self, vocabulary: Any, key: str, drafter: LayerSkipDecoder | None = None) -> Speculation:
-        plain = ("exit_layer", "num_speculations", "tree_width", "tree_children", "threshold", "prompt_lookup")
-        settings = {name: getattr(self, name) for name in plain}
-        if self.exit_layer is None:
-            settings["exit_layer"] = 1  # that of `draft` is not read yet, see `with_vocabulary`
-        try:
-            return Speculation(**settings, draft_vocabulary=vocabulary, drafter=drafter)
-        except ConfigError as e:
-            # The message names arguments of Speculation, and suggests values for them.
-            raise ConfigError(re.sub(rf"(?<![\w.])({'|'.join(plain)})(?=[:=])", rf"{key}.\1", str(e))) from e
+    def _speculation(self, vocabulary: Any, drafter: LayerSkipDecoder | None = None) -> Speculation:
+        exit_layer = self.exit_layer
+        if exit_layer is None:
+            exit_layer = 1  # that of `draft` is not read yet, see `with_vocabulary`
+        return Speculation(
+            exit_layer=exit_layer,
+            num_speculations=self.num_speculations,
+            tree_width=self.tree_width,
+            tree_children=self.tree_children,
+            threshold=self.threshold,
+            draft_vocabulary=vocabulary,
+            prompt_lookup=self.prompt_lookup,
+            drafter=drafter,
+        )
 
     def tree(self, greedy: bool) -> DraftTree:
         """The shape of a round's drafts; a chain is a tree of width 1."""
@@ -128,7 +125,7 @@ class SelfSpeculation(Section):
             read = {"exit_layer": description["exit_layer"]}
             if self.draft_vocabulary is None:
                 read["draft_vocabulary"] = description["vocabulary"]
-                self._speculation(description["vocabulary"], key).check(model, f"{key}.")
+                self._speculation(description["vocabulary"]).check(model, f"{key}.")
             return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self
@@ -138,7 +135,7 @@ class SelfSpeculation(Section):
             texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
         counts = Counter(token for tokens in texts for token in tokens)
         vocabulary = [token for token, _ in counts.most_common(self.draft_vocabulary)]
-        self._speculation(vocabulary, key).check(model, f"{key}.")
+        self._speculation(vocabulary).check(model, f"{key}.")
         return self.model_copy(update={"draft_vocabulary": vocabulary})
 
     def own_layers(self) -> int:
@@ -150,7 +147,6 @@ class SelfSpeculation(Section):
 
         Args:
             model: the decoder, on any device; the exit is known by now, see `with_vocabulary`.
-            dtype: of the model's weights.
         """
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
         rows = len(self.draft_vocabulary) if isinstance(self.draft_vocabulary, list) else 0
@@ -184,7 +180,7 @@ class SelfSpeculation(Section):
                     f"{key}.tree_width=1, or {key}.draft_quantizer=null"
                 )
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, self.draft_vocabulary is None)
-        return self._speculation(self.draft_vocabulary, key, drafter)
+        return self._speculation(self.draft_vocabulary, drafter)
 
 
 def _off_without_exit(value: Any) -> Any:
@@ -205,7 +201,6 @@ def check_draft_fits(
     """Raises a ConfigError for drafts that a quantised or split model does not allow.
 
     Args:
-        section: how drafts are made.
         quantizer: of the whole model.
         model: the decoder, on any device.
         parallel: the ranks that share each matrix.

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import check, checked_arguments
@@ -13,18 +13,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-
-def _one_exit(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        raise ConfigError(
-            f": {value} is a list, and layerskip_benchmark with tune=true finds the fastest exit. Allowed: one exit, "
-            "such as 8"
-        )
-    return value
-
-
 # Types that the `self_speculation` section shares.
-ExitLayer = Annotated[int, BeforeValidator(_one_exit)]
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 Threshold = Annotated[float, Field(ge=0, le=1, examples=[0.4])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
@@ -45,10 +34,10 @@ class Speculation:
         drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
 
     Raises:
-        ConfigError: if a value is out of range, or two of them do not go together.
+        ConfigError: if a value is out of range; see `check` for those that the model limits.
     """
 
-    exit_layer: ExitLayer
+    exit_layer: int
     num_speculations: NumSpeculations
     tree_width: Annotated[int, Field(ge=1, examples=[4])] = 1
     tree_children: Annotated[int, Field(ge=1, examples=[2])] = 1
@@ -57,19 +46,17 @@ class Speculation:
     prompt_lookup: PromptLookup | None = None
     drafter: LayerSkipDecoder | None = None
 
-    def __post_init__(self) -> None:
-        if self.threshold is not None and (self.tree_width, self.tree_children) != (1, 1):
-            raise ConfigError(
-                f"threshold: {self.threshold} stops a chain of drafts, and tree_width or tree_children make a tree. "
-                "Leave out one of them: threshold=null, or tree_width=1 tree_children=1"
-            )
-
     def tree(self, greedy: bool) -> DraftTree:
         """The shape of a round's drafts; of a chain too."""
         return DraftTree(self.num_speculations, self.tree_width, self.tree_children, greedy)
 
     def check(self, model: LayerSkipDecoder, prefix: str = "") -> None:
-        """Raises a ConfigError if the exit, or a token of the draft vocabulary, is none of the model's."""
+        """Raises a ConfigError if settings do not go together, or do not fit the model; `prefix` is for messages."""
+        if self.threshold is not None and (self.tree_width, self.tree_children) != (1, 1):
+            raise ConfigError(
+                f"{prefix}threshold: {self.threshold} stops a chain of drafts, and tree_width or tree_children make a "
+                f"tree. Leave out one of them: {prefix}threshold=null, or {prefix}tree_width=1 {prefix}tree_children=1"
+            )
         model.check_exit(self.exit_layer, f"{prefix}exit_layer")
         size = model.tok_embeddings.num_embeddings
         for key, value in (("tree_width", self.tree_width), ("tree_children", self.tree_children)):

@@ -70,7 +70,6 @@ class SharedGraph:
 
     Args:
         bound: the graph of one group.
-        model: whose layers the group has.
         first, last: the group.
     """
 

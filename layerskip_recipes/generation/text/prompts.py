@@ -66,7 +66,6 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
     """Raises a ConfigError if an example has an error: that of the longest prompt, and the lines of the others.
 
     Args:
-        examples: of `try_examples` or `encode`.
         lengths: tokens of each, if they are known: what is allowed for the longest is enough for all.
         hint: the end of the message, if other examples are fine.
     """
@@ -193,7 +192,6 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
 
     Args:
         prompt: text, {"user": ..., "system": ...}, or messages of which the last is the assistant's, empty.
-        tokenizer: of the model.
 
     Raises:
         ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not

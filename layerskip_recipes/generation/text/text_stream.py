@@ -27,7 +27,6 @@ class TextStream:
     Only the last tokens are decoded for each new one: a token changes no text before the last whole character.
 
     Args:
-        tokenizer: decodes.
         stop_tokens: they end an output and are not shown.
         stop_strings: an output ends before the first of them.
         prompt: the tokens of a text that the output continues. Its last tokens are decoded together with the output,
@@ -131,7 +130,6 @@ def follow(
     The time for texts counts as decoding: the user waits for them.
 
     Args:
-        generation: not yet begun.
         texts: one for each prompt.
         shown: prints the first one as it grows. After Ctrl-C the accepted text stands, without the draft.
         on_end: called with the number of each prompt whose output has ended; its time counts for nothing.

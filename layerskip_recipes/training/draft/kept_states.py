@@ -16,9 +16,6 @@ class KeptStates:
 
     States that were just computed are rounded too: a resumed run, which computes them again, then goes on alike, up to
     the last bits of products of other batches.
-
-    Args:
-        folder: where the file lies.
     """
 
     def __init__(self, folder: Path) -> None:

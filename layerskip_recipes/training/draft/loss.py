@@ -80,7 +80,6 @@ class DraftLoss:
     It takes the place of `EarlyExitLoss`. Only the logits of one chunk of tokens exist at a time.
 
     Args:
-        section: what the draft learns.
         draft: as it is trained, which may be sharded.
             If it chooses among some tokens only, p is normed over these too, and other labels have no loss.
         ignore_index: the label of tokens without a loss.
