@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,17 @@ from helpers.decoding import SMALL, model_of, small_model
 from helpers.sampling import p_value, rng
 from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
 from helpers.tiny import VOCAB
+from torchtune.modules import TiedLinear
 from torchtune.utils import get_logger
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.checkpoint.drafts import describe, read_draft, write_draft
 from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -314,6 +317,18 @@ def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):
     assert cfg.self_speculation == SelfSpeculation(
         **section | {"draft": str(folders / "adapter"), "num_speculations": 4}
     )
+
+
+def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
+    """Of a tied head they are the embedding's, whatever quantises the model."""
+    folder = shutil.copytree(folders / "copy", tmp_path / "draft")
+    description = json.loads((folder / "layerskip.json").read_text())
+    (folder / "layerskip.json").write_text(json.dumps(description | {"vocabulary": [1, 2]}))
+    section, int8 = SelfSpeculation(draft=str(folder), num_speculations=2), Component(INT8)
+    check_draft_fits(section, int8, SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))))
+    check_draft_fits(section, None, SimpleNamespace(output=torch.nn.Linear(2, 4)))
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: needs rows of .* self_speculation\.draft=null"):
+        check_draft_fits(section, int8, SimpleNamespace(output=torch.nn.Linear(2, 4)))
 
 
 def test_mistakes(folders, tmp_path, tokenizer_folder):

@@ -209,11 +209,12 @@ def check_draft_fits(
     if section is None:
         return
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
-    if section.draft_vocabulary is not None and (packed or parallel > 1):
+    if packed or parallel > 1:
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        raise ConfigError(
-            f"{key}.draft_vocabulary: needs rows of the model's head, which {why}; {key}.draft_vocabulary=null"
-        )
+        trained = None if section.draft is None else read_description(section.draft, f"{key}.draft")["vocabulary"]
+        for name, vocabulary in (("draft_vocabulary", section.draft_vocabulary), ("draft", trained)):
+            if vocabulary is not None:
+                raise ConfigError(f"{key}.{name}: needs rows of the model's head, which {why}; {key}.{name}=null")
     if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
             f"{key}.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
