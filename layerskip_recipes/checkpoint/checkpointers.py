@@ -50,11 +50,7 @@ def starts_from_scratch(section: Component) -> bool:
 
 
 def weights_folder(section: Component) -> Path | None:
-    """The folder of the weights, None from scratch.
-
-    Raises:
-        ConfigError: if there is no such folder.
-    """
+    """The folder of the weights, None from scratch."""
     if reads_hf_folder(section):
         return model_folder(section.get("path"))
     folder = section.get("checkpoint_dir")
@@ -68,11 +64,7 @@ def weights_folder(section: Component) -> Path | None:
 
 
 def checkpoint_files(section: Component) -> list[str]:
-    """The file names of a section of torchtune's checkpointers, its {filename_format, max_filename} form written out.
-
-    Raises:
-        ConfigError: if the section has neither a list of names nor that form.
-    """
+    """The file names of a section of torchtune's checkpointers, {filename_format, max_filename} written out."""
     files = section.get("checkpoint_files")
     if files is None:
         return []
@@ -93,7 +85,6 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     """Raises a ConfigError if the checkpointer section is wrong in itself, or does not fit the model.
 
     Args:
-        cfg: the config.
         trains: the recipe trains; otherwise it reads, and a model with adapters needs `adapter_checkpoint`.
     """
     section, model = cfg.checkpointer, cfg.meta_model
@@ -159,9 +150,7 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
 def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
     """Raises a ConfigError naming what `checkpointer.checkpoint_dir` lacks.
 
-    Args:
-        cfg: the config.
-        writes: the recipe writes to output_dir, which torchtune wants outside of checkpoint_dir.
+    A recipe that `writes` does so to output_dir, which torchtune wants outside of checkpoint_dir.
     """
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if writes:
@@ -221,11 +210,7 @@ def check_tokenizer_dir(section: Component) -> None:
 
 
 def prepare_device(cfg: RecipeConfig) -> torch.device:
-    """The device of a recipe that reads weights, after what only this machine can tell; sets the matmul precision.
-
-    Raises:
-        ConfigError: for a device or dtype that is not here, or files that are missing.
-    """
+    """The device of a recipe that reads weights, after what only this machine can tell; sets the matmul precision."""
     device = cfg.find_device()
     check_checkpoint_files(cfg)
     if starts_from_scratch(cfg.checkpointer):
@@ -267,11 +252,7 @@ def reading_checkpointer(cfg: RecipeConfig) -> Any:
 
 
 def build_checkpointer(section: Component, output_dir: str) -> Any:
-    """The checkpointer of a section, its own output_dir replaced.
-
-    Raises:
-        ConfigError: if the section is wrong.
-    """
+    """The checkpointer of a section, its own output_dir replaced."""
     correct_names()
     checkpointer = section.build(output_dir=output_dir)
     # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.

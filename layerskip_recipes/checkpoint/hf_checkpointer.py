@@ -33,16 +33,7 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
 
 
 class HFCheckpointer:
-    """torchtune's interface of checkpointers for one Hugging Face folder.
-
-    Args:
-        folder: with config.json and safetensors files.
-        output_dir: where checkpoints go.
-        shard_size: of a written file, such as "5GB".
-
-    Raises:
-        ConfigError: if the folder's model is not supported.
-    """
+    """torchtune's interface of checkpointers for one Hugging Face folder."""
 
     def __init__(self, folder: Path, output_dir: str, shard_size: str = "5GB") -> None:
         self.config: HFConfig = read_hf_config(folder)
@@ -50,11 +41,7 @@ class HFCheckpointer:
         self._checkpoint_dir = folder  # torchtune's name; config and tokenizer are copied from here
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The weights by torchtune's names, in the files' dtype, as views of the mapped files.
-
-        Raises:
-            ConfigError: if the files cannot be read, or are not those of the model that config.json describes.
-        """
+        """The weights by torchtune's names, in the files' dtype, as views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(self._checkpoint_dir):
             tensors |= load_file(file)
@@ -76,13 +63,7 @@ class HFCheckpointer:
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
-        """Write `epoch_N` under output_dir.
-
-        Args:
-            contents: of `checkpoint_contents`: the model's weights, and adapters if there are any.
-            epoch: N.
-            adapter_only: the weights are left out.
-        """
+        """Write `epoch_N` under output_dir, of the contents of `checkpoint_contents`; with adapter_only no weights."""
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
@@ -174,11 +155,7 @@ def hf_checkpointer(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder, complete ones.
-
-    Raises:
-        ConfigError: if there are none, the index names others, or one is cut short.
-    """
+    """The files with the weights of a folder, complete ones."""
     index = folder / INDEX
     if index.is_file():
         try:

@@ -20,11 +20,7 @@ from layerskip_recipes.errors import ConfigError, UnknownKeyError
 class Component:
     """A callable by its dotted path, and the arguments of a config for it.
 
-    Args:
-        section: `_component_` and the arguments, plain values.
-
-    Attributes:
-        key: of the section in its config, for messages; set by the config that holds it.
+    `key` is the section's in its config, for messages, and set by the config that holds it.
     """
 
     ALLOWED: ClassVar[tuple[str, str]] = ("a section with _component_: dotted.path", "{_component_: dotted.path}")
@@ -48,11 +44,7 @@ class Component:
 
     @cached_property
     def target(self) -> Callable:
-        """What the path names.
-
-        Raises:
-            ConfigError: if it cannot be imported, or not be called.
-        """
+        """What the path names; a ConfigError if it cannot be imported, or not be called."""
         try:
             found = _get_component_from_path(self.path)
         except (InstantiationError, ValueError) as e:
@@ -71,11 +63,7 @@ class Component:
         return Component(self.section | arguments, self.key)
 
     def check(self) -> None:
-        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included.
-
-        Raises:
-            ConfigError: if the callable is not there, an argument is unknown, or one is missing.
-        """
+        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included."""
         given, positional = self.given, self.positional
         try:
             parameters = inspect.signature(self.target).parameters
@@ -101,11 +89,7 @@ class Component:
             raise ConfigError(f"{self.key}.{name}: missing; {self.path} needs it, for example {self.key}.{name}=...")
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it with the arguments of the config, and with these.
-
-        Raises:
-            ConfigError: if the callable refuses its arguments, with its own words.
-        """
+        """Call it with the arguments of the config, and with these."""
         try:
             return tune_config.instantiate(OmegaConf.create(self.section), *args, **kwargs)
         except ConfigError as e:

@@ -6,19 +6,11 @@ from layerskip_recipes.errors import ConfigError
 
 
 def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[bool]:
-    """Flags of the selected layers 0 .. num_layers-1.
+    """For each of the num_layers layers whether it is selected.
 
     Args:
         layers: comma-separated indices and slices (":", "0::4", "8,12,16", "2:6,15", negative from the end),
             one index, or a sequence of indices.
-        num_layers: L, the depth of the model.
-        key: the name that an error message shows.
-
-    Returns:
-        L booleans.
-
-    Raises:
-        ConfigError: if the text is no selection, an index is outside of the model, or nothing is selected.
     """
 
     def wrong(why: str) -> ValueError:

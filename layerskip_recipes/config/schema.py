@@ -44,11 +44,7 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, content: Any, key: str = "") -> Self:
-        """The section of plain YAML values; `key` is its own, for messages.
-
-        Raises:
-            ConfigError: the first thing that is wrong.
-        """
+        """The section of plain YAML values; `key` is its own, for messages."""
         try:
             return cls.model_validate(content)
         except ValidationError as e:
@@ -66,11 +62,9 @@ class Section(BaseModel):
 
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
-    """What an annotation allows, in words, and a value that works.
+    """What an annotation, such as `Annotated[int, Field(ge=1)] | None`, allows, in words, and a value that works.
 
-    Args:
-        annotation: such as `Annotated[int, Field(ge=1)] | None`.
-        field: its constraints and examples beside those in the annotation.
+    A field has constraints and examples beside those in its annotation.
     """
     phrases, example, nullable = [], None, False
     for kind, rules in alternatives(annotation, [field] if field else []):
@@ -228,11 +222,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that checks a function's arguments by its annotations.
 
-    Args:
-        prefix: of the names of parameters in messages, such as "layer_dropout.".
-
-    Raises (the function):
-        ConfigError: for the first argument that its annotation does not allow.
+    In messages `prefix` stands before a parameter's name, such as "layer_dropout.".
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -269,10 +259,7 @@ def _is_setting(annotation: Any) -> bool:
 def section_of(function: Callable, name: str, without: Sequence[str] = ()) -> type[Section]:
     """A section whose keys are the parameters of a function or class: their annotations, defaults and descriptions.
 
-    Args:
-        function: what the section configures.
-        name: of the new class.
-        without: parameters that do not come from a config.
+    Parameters named in `without` do not come from a config.
     """
     call = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
     hints = get_type_hints(call, include_extras=True)

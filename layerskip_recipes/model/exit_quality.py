@@ -32,10 +32,8 @@ def exit_quality(
     """Quality of each exit over the labels that count.
 
     Args:
-        model: the decoder, in eval mode.
         batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
         exits: the E to measure.
-        device: of the model.
         ignore_index: the label of tokens without a loss.
         chunk_tokens: the most tokens whose logits exist at a time.
         add_up: sums a tensor over the data-parallel processes.
@@ -50,9 +48,6 @@ def exit_quality(
         - "agreement": the share of labels at which exit E and the last layer choose the same token;
         - "accepted_length": of d tokens in a row, how many agree with the last layer before the first that does not;
           the mean over all positions with d labels in a row, None if there is no such position.
-
-    Raises:
-        ConfigError: if no label counts, or a sample is longer than the model takes.
     """
     exits = sorted(exits)
     sums = torch.zeros(len(exits), 6, dtype=_widest_float(device), device=device)
@@ -92,14 +87,7 @@ def _widest_float(device: torch.device) -> torch.dtype:
 
 
 class _Batch:
-    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept.
-
-    Args:
-        model: the decoder.
-        labels: [b, s], shifted.
-        exits: in order.
-        ignore_index, chunk_tokens, num_speculations: as in `exit_quality`.
-    """
+    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept."""
 
     def __init__(
         self,

@@ -81,14 +81,9 @@ class LayerCache:
 
 
 class DecodingCache:
-    """The caches of all layers of a decoder, and the slots at which the next tokens stand.
+    """The caches of all layers of a decoder, b rows of max_len slots, and the slots at which the next tokens stand.
 
-    Args:
-        model: the decoder.
-        rows: b.
-        max_len: slots per row.
-        device: of the tensors.
-        draft_layers: layers of a draft, which read the text themselves and have caches of their own.
+    A draft's layers read the text themselves and have caches of their own.
     """
 
     def __init__(
@@ -147,15 +142,9 @@ class DecodingCache:
 
 
 def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of text and chains: slot j is visible from slot p if j <= p.
+    """The mask of text and chains: slot j is visible from slot p if j <= p; slots [end] and at [b, s] -> [b, s, end].
 
-    Args:
-        slots: [end], 0 .. end-1.
-        at: [b, s], the slots of the queries.
-        dtype: of the model.
-
-    Returns:
-        [b, s, end], 0 or -inf, to be added to the scores.
+    It is 0 or -inf, to be added to the scores.
     """
     return torch.where(slots <= at[:, :, None], 0.0, -torch.inf).to(dtype)
 
@@ -163,14 +152,8 @@ def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.
 def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
 
-    Args:
-        slots: [end].
-        root: [b].
-        ancestors: [b, s, nodes] bool, for each query the nodes on its path, itself included.
-        dtype: of the model.
-
-    Returns:
-        [b, s, end], as `visible`.
+    slots [end], root [b] and ancestors [b, s, nodes], bool, for each query the nodes on its path, itself included
+    -> [b, s, end], as `visible`.
     """
     node = slots - root[:, None]
     last = ancestors.shape[2] - 1
