@@ -27,6 +27,8 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
 
+# Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 DECODING_LOOP = Path(__file__).with_name("custom_generate.py")  # not imported: it needs transformers, which is optional
 REQUIREMENTS = "transformers>=5.24\n"  # of the decoding loop; transformers checks it when it loads the loop
@@ -62,7 +64,12 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))
     if not weights:
-        raise ConfigError(f"export: {checkpoint!r} holds {_without_weights(source)}")
+        there = sorted(file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
+        raise ConfigError(
+            f"export: {checkpoint!r} holds no model*.safetensors; there: {', '.join(there) or 'no weights'}. Give a "
+            "folder with merged weights, such as a finetuned epoch_0 with checkpointer.safe_serialization=true and "
+            "save_adapter_weights_only=false"
+        )
     if target.exists():
         raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)
@@ -150,34 +157,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _without_weights(folder: Path) -> str:
-    """What there is instead of the weights, and what to give."""
-    others = sorted(file.name for file in folder.glob("*.bin") if not file.name.startswith("adapter_"))
-    if others:
-        return (
-            f"{', '.join(others)} and no model*.safetensors. Give a folder that does, such as a finetuned epoch_0 with "
-            "checkpointer.safe_serialization=true"
-        )
-    if any(folder.glob("adapter_model.*")):
-        return (
-            "only adapters. Give a checkpoint with merged weights, such as epoch_0 with save_adapter_weights_only=false"
-        )
-    return "no model*.safetensors. Give a folder that does, such as a finetuned epoch_0"
-
-
 def _copy_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template and settings; no weights and no adapters."""
-    for file in source.iterdir():
-        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
-        if file.is_file() and beside and file.name != INDEX:
-            shutil.copy(file, target)
-    # Llama's tokenizer for torchtune, and the templates that transformers keeps apart.
-    for name in ("original/tokenizer.model", "additional_chat_templates"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        elif (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, target / name)
+    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+        if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(file, place)
 
 
 def _copy_weights(files: list[Path], target: Path, layers: int) -> None:

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -119,7 +118,6 @@ class Component:
         return {"type": "object", "properties": {"_component_": path}, "required": ["_component_"]}
 
 
-@dataclass(frozen=True)
 class Takes:
     """Beside `Component` in an annotation: what the recipe adds to its arguments, for `Component.check`.
 
@@ -128,12 +126,8 @@ class Takes:
         positional: how many positional ones.
     """
 
-    given: tuple[str, ...]
-    positional: int
-
     def __init__(self, *given: str, positional: int = 0) -> None:
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "positional", positional)
+        self.given, self.positional = given, positional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Component) -> Component:

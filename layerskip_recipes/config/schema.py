@@ -48,7 +48,9 @@ class Section(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as e:
-            raise _first_mistake(e, cls, content, key) from e
+            # A key that is missing is named after all other mistakes.
+            first = min(e.errors(), key=lambda details: details["type"] == "missing")
+            raise _mistake(first, cls, content, key) from e
 
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
@@ -146,17 +148,6 @@ def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = Non
 
 
 # ---- from pydantic's errors to ours ----
-
-
-def _first_mistake(error: ValidationError, model: type[Section], content: Any, key: str) -> ConfigError:
-    """The first of pydantic's errors, in the order of the content; what is missing comes last."""
-    order = [str(name) for name in content] if isinstance(content, Mapping) else []
-
-    def place(details: Any) -> int:
-        name = str(details["loc"][0]) if details["loc"] else ""
-        return order.index(name) if name in order else len(order)
-
-    return _mistake(min(error.errors(), key=place), model, content, key)
 
 
 def _mistake(details: Any, model: type[Section], content: Any, key: str) -> ConfigError:

@@ -85,8 +85,6 @@ class LayerSkipDecoder(TransformerDecoder):
         tokens: torch.Tensor | None = None,
         *,
         mask: Any = None,
-        encoder_input: Any = None,
-        encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
         exit_layer: int | None = None,
         hidden: torch.Tensor | None = None,
@@ -101,7 +99,7 @@ class LayerSkipDecoder(TransformerDecoder):
 
         Args:
             tokens: [b, s] token ids. Left out when `hidden` is given.
-            mask, encoder_input, encoder_mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
+            mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
             exit_layer: E, the number of layers after which to stop; None means L.
             hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
             start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
@@ -121,13 +119,7 @@ class LayerSkipDecoder(TransformerDecoder):
         assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
         if hidden is None:
             if not self.decoding:
-                self._validate_inputs(
-                    tokens.shape[1],
-                    mask=mask,
-                    encoder_input=encoder_input,
-                    encoder_mask=encoder_mask,
-                    input_pos=input_pos,
-                )
+                self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
             h = self.tok_embeddings(tokens)
         else:
             h = hidden
@@ -135,12 +127,7 @@ class LayerSkipDecoder(TransformerDecoder):
         if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        layer_inputs = {
-            "mask": mask,
-            "encoder_input": encoder_input,
-            "encoder_mask": encoder_mask,
-            "input_pos": input_pos,
-        }
+        layer_inputs = {"mask": mask, "input_pos": input_pos}
         kept = self._draw(h) if self.training and self.layer_dropout else [None] * self.num_layers
         for layer in range(start_layer, exit_layer):
             h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
@@ -252,8 +239,6 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
         return taken
     if isinstance(value, Mapping):
         return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(take_rows(part, rows, batch_size) for part in value)
     return value
 
 

@@ -12,6 +12,7 @@ a draft tree have slots of their own behind the text; `move` copies an accepted 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +22,16 @@ from torch import nn
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
 
+@dataclass(eq=False)
 class CacheCursor:
     """The slots of the next tokens, which all layers' caches share.
 
     A layer's cache refers to the cursor, not to its `DecodingCache`: without a cycle the buffers are freed at once.
-
-    Args:
-        max_len: slots per row.
-
-    Attributes:
-        at: [b or 1, s], the slots of the next tokens.
-        end: attention sees the slots below it.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self.max_len = max_len
-        self.at: Any = None
-        self.end = 0
+    max_len: int  # slots per row
+    at: Any = None  # [b or 1, s], the slots of the next tokens
+    end: int = 0  # attention sees the slots below it
 
 
 class LayerCache:
