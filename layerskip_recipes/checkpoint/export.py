@@ -12,9 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+from huggingface_hub import save_torch_state_dict
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
@@ -82,7 +83,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         if draft is not None:
             config = first_layers(config, draft)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _copy_weights(weights, folder, draft or layers)
+        save_torch_state_dict(_read_layers(weights, draft or layers), folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
         if draft is None:
             (folder / "custom_generate").mkdir()
@@ -166,24 +167,12 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copy(file, place)
 
 
-def _copy_weights(files: list[Path], target: Path, layers: int) -> None:
-    """The tensors of the first layers and of all that is no layer, file by file; and where each of them is."""
-    kept = {}
+def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
+    """The tensors of the first layers and of all that is no layer, as views of the mapped files."""
+    kept: dict[str, torch.Tensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            every = tensors.keys()  # of a file: it cannot be iterated itself
-            names = [name for name in every if (at := LAYER.search(name)) is None or int(at[1]) < layers]
-            if names:
-                kept[file.name] = names
-    total = 0
-    where: dict[str, str] = {}
-    for number, (name, names) in enumerate(kept.items(), start=1):
-        new = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else "model.safetensors"
-        with safe_open(files[0].with_name(name), framework="pt") as tensors:
-            contents = {tensor: tensors.get_tensor(tensor) for tensor in names}
-        save_file(contents, target / new, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in contents.values())
-        where |= dict.fromkeys(names, new)
-    if len(kept) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for name, tensor in load_file(file).items():
+            layer = LAYER.search(name)
+            if layer is None or int(layer[1]) < layers:
+                kept[name] = tensor
+    return kept

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchtune import training
@@ -68,7 +68,7 @@ class HFCheckpointer:
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
             state = contents[training.MODEL_KEY]
-            self._write_weights(state, folder)
+            save_torch_state_dict(to_files(state, self.config), folder, max_shard_size=self.shard_size)
             config = read_config_json(self._checkpoint_dir)
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
@@ -79,15 +79,6 @@ class HFCheckpointer:
         if training.ADAPTER_KEY in contents:
             torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
             self._write_peft(contents, folder)
-
-    def _write_weights(self, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-        tensors = to_files(state, self.config)
-        split = split_torch_state_dict_into_shards(tensors, max_shard_size=self.shard_size)
-        for name, keys in split.filename_to_tensors.items():
-            save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_peft(self, contents: Mapping[str, Any], folder: Path) -> None:
         """Adapters in PEFT's form; those of a joined matrix become one adapter, whose B is a block matrix."""

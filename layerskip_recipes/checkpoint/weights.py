@@ -14,7 +14,7 @@ from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, war
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import read_adapters, without_adapters
+from layerskip_recipes.model.adapters import check_tensors, read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.head import head_of
 
@@ -36,20 +36,7 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Raises a ConfigError if a checkpoint is not this model's, with the keys that are missing, foreign or reshaped."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(
-                f"checkpointer: the checkpoint is not this model's, it {what} {', '.join(names[:3])}{more}"
-            )
+    check_tensors(model.state_dict(), state, "checkpointer: the checkpoint is not this model's, it")
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class RecipeConfig(Section):
 
     @classmethod
     def load(cls, source: DictConfig) -> Self:
-        """The typed config of a merged YAML config, checked without loading or writing anything, alike on any machine."""
+        """The typed config of a merged YAML config, checked without loading or writing anything."""
         for needed in map(str, source):
             if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
                 field = cls.model_fields.get(needed)

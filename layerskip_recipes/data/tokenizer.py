@@ -23,7 +23,7 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, default_template
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, default_template
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 

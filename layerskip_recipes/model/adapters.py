@@ -243,15 +243,23 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
             f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
-    expected = get_adapter_params(model)
-    for verb, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
-        if names:
-            first = ", ".join(sorted(names)[:3])
-            raise ConfigError(f"{key}: {str(file)!r} is not of this model, it {verb} {first}; {len(names)} in all")
-    for name, value in state.items():
-        if value.shape != expected[name].shape:
-            raise ConfigError(
-                f"{key}: {name} is {tuple(value.shape)} there and {tuple(expected[name].shape)} in the model; "
-                "check model.lora_rank"
-            )
+    message = f"{key}: {str(file)!r} is not of this model, it"
+    check_tensors(get_adapter_params(model), state, message, ". Check the rank and the modules of the model's LoRA")
     return state
+
+
+def check_tensors(
+    expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], message: str, advice: str = ""
+) -> None:
+    """Raises a ConfigError of message, what is wrong and advice, if tensors are missing, foreign or of another shape."""
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"{message} {what} {', '.join(names[:3])}{more}{advice}")

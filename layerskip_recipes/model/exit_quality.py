@@ -88,9 +88,7 @@ def _widest_float(device: torch.device) -> torch.dtype:
 class _Batch:
     """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept."""
 
-    def __init__(
-        self, model: LayerSkipDecoder, labels: torch.Tensor, exits: list[int], num_speculations: int
-    ) -> None:
+    def __init__(self, model: LayerSkipDecoder, labels: torch.Tensor, exits: list[int], num_speculations: int) -> None:
         self.model, self.exits, self.num_speculations = model, exits, num_speculations
         self.counts = labels != IGNORED
         self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises

@@ -177,7 +177,7 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
     out = tmp_path / "exports" / "out"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("layerskip_recipes.checkpoint.export.save_file", full)
+        patch.setattr("layerskip_recipes.checkpoint.export.save_torch_state_dict", full)
         export(str(checkpoint), str(out))
     assert list(out.parent.iterdir()) == []
     assert load(export(str(checkpoint), str(out))).config.num_hidden_layers == 4
