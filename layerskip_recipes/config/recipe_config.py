@@ -17,7 +17,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Section, Text, allowed
 from layerskip_recipes.errors import ConfigError
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")  # the best one that a machine has is the last
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def _is_device(name: str) -> str:
@@ -164,20 +164,13 @@ class RecipeConfig(Section):
 
 def devices_here() -> list[str]:
     """The kinds of device that this machine has, the best one last."""
-    return [name for name in DEVICES if _is_here(name)]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu", found.type] if found is not None and found.type in DEVICES else ["cpu"]
 
 
 def best_device() -> str:
     """The device that a config without one takes."""
     return devices_here()[-1]
-
-
-def _is_here(name: str) -> bool:
-    """Whether this machine has such a device."""
-    if name == "cpu":
-        return True
-    backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
-    return backend is not None and backend.is_available()
 
 
 def _is_off(value: Any) -> bool:

@@ -251,7 +251,7 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
 def check_tensors(
     expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], message: str, advice: str = ""
 ) -> None:
-    """Raises a ConfigError of message, what is wrong and advice, if tensors are missing, foreign or of another shape."""
+    """Raises a ConfigError of message, mistake and advice if tensors are missing, foreign or of another shape."""
     missing = [name for name in expected if name not in state]
     foreign = [name for name in state if name not in expected]
     shapes = [
