@@ -15,7 +15,7 @@ from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Text, check
@@ -27,6 +27,7 @@ from layerskip_recipes.model.limits import weight_bytes
 
 log = utils.get_logger("INFO")
 CHECKPOINTERS = (
+    HFCheckpointer,
     training.FullModelHFCheckpointer,
     training.FullModelMetaCheckpointer,
     training.FullModelTorchTuneCheckpointer,

@@ -33,12 +33,21 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
 
 
 class HFCheckpointer:
-    """torchtune's interface of checkpointers for one Hugging Face folder."""
+    """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
 
-    def __init__(self, folder: Path, output_dir: str, shard_size: str = "5GB") -> None:
-        self.config: HFConfig = read_hf_config(folder)
+    Args:
+        path: as for `hf_decoder`.
+        output_dir: where checkpoints go.
+        shard_size: of a written file, such as "5GB".
+        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
+    """
+
+    def __init__(
+        self, path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
+    ) -> None:
+        self._checkpoint_dir = model_folder(path)  # torchtune's name; config and tokenizer are copied from here
+        self.config: HFConfig = read_hf_config(self._checkpoint_dir)
         self.output_dir, self.shard_size = Path(output_dir), shard_size
-        self._checkpoint_dir = folder  # torchtune's name; config and tokenizer are copied from here
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights by torchtune's names, in the files' dtype, as views of the mapped files."""
@@ -128,21 +137,7 @@ class HFCheckpointer:
         return full
 
 
-def hf_checkpointer(
-    path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
-) -> HFCheckpointer:
-    """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
-
-    Args:
-        path: as for `hf_decoder`.
-        output_dir: where checkpoints go.
-        shard_size: of a written file, such as "5GB".
-        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
-
-    Returns:
-        The checkpointer.
-    """
-    return HFCheckpointer(model_folder(path), output_dir, shard_size)
+hf_checkpointer = HFCheckpointer  # its name in configs
 
 
 def weight_files(folder: Path) -> list[Path]:

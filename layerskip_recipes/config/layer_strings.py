@@ -24,7 +24,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
     try:
         for part in map(str, parts):
             bounds = [int(text) if text.strip() else None for text in part.split(":")]
-            # Python's slices cut bounds outside of a range without a word.
+            # A slice silently cuts bounds that lie outside of the range.
             if any(bound is not None and not -num_layers <= bound <= num_layers for bound in bounds[:2]):
                 raise IndexError
             if len(bounds) > 1:

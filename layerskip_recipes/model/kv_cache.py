@@ -146,8 +146,8 @@ def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.
 def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
 
-    slots [end], root [b] and ancestors [b, s, nodes], bool, for each query the nodes on its path, itself included
-    -> [b, s, end], as `visible`.
+    `ancestors` [b, s, nodes] says for each query which nodes are on its path, itself included. From slots [end] and
+    root [b] comes a mask [b, s, end] as that of `visible`.
     """
     node = slots - root[:, None]
     last = ancestors.shape[2] - 1
