@@ -39,17 +39,9 @@ def check_one_process() -> None:
 
 
 def init_processes(device_type: str, with_cpu: bool = False) -> int:
-    """Join the process groups of torchrun's processes (gloo for "cpu", nccl for "cuda"); one process needs none.
+    """Join the process groups of torchrun's processes (gloo for "cpu", nccl for "cuda"), and return this one's rank.
 
-    Args:
-        device_type: of the tensors that are sent.
-        with_cpu: tensors on the CPU are sent too.
-
-    Returns:
-        This process's rank.
-
-    Raises:
-        ConfigError: if this machine has fewer GPUs than processes.
+    One process needs no group. Under `with_cpu` tensors on the CPU can be sent too.
     """
     global _file_group
     if num_processes() == 1:

@@ -15,7 +15,7 @@ from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Text, check
@@ -27,6 +27,7 @@ from layerskip_recipes.model.limits import weight_bytes
 
 log = utils.get_logger("INFO")
 CHECKPOINTERS = (
+    HFCheckpointer,
     training.FullModelHFCheckpointer,
     training.FullModelMetaCheckpointer,
     training.FullModelTorchTuneCheckpointer,
@@ -50,11 +51,7 @@ def starts_from_scratch(section: Component) -> bool:
 
 
 def weights_folder(section: Component) -> Path | None:
-    """The folder of the weights, None from scratch.
-
-    Raises:
-        ConfigError: if there is no such folder.
-    """
+    """The folder of the weights, None from scratch."""
     if reads_hf_folder(section):
         return model_folder(section.get("path"))
     folder = section.get("checkpoint_dir")
@@ -68,11 +65,7 @@ def weights_folder(section: Component) -> Path | None:
 
 
 def checkpoint_files(section: Component) -> list[str]:
-    """The file names of a section of torchtune's checkpointers, its {filename_format, max_filename} form written out.
-
-    Raises:
-        ConfigError: if the section has neither a list of names nor that form.
-    """
+    """The file names of a section of torchtune's checkpointers, {filename_format, max_filename} written out."""
     files = section.get("checkpoint_files")
     if files is None:
         return []
@@ -93,7 +86,6 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     """Raises a ConfigError if the checkpointer section is wrong in itself, or does not fit the model.
 
     Args:
-        cfg: the config.
         trains: the recipe trains; otherwise it reads, and a model with adapters needs `adapter_checkpoint`.
     """
     section, model = cfg.checkpointer, cfg.meta_model
@@ -159,9 +151,7 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
 def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
     """Raises a ConfigError naming what `checkpointer.checkpoint_dir` lacks.
 
-    Args:
-        cfg: the config.
-        writes: the recipe writes to output_dir, which torchtune wants outside of checkpoint_dir.
+    A recipe that `writes` does so to output_dir, which torchtune wants outside of checkpoint_dir.
     """
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if writes:
@@ -221,11 +211,7 @@ def check_tokenizer_dir(section: Component) -> None:
 
 
 def prepare_device(cfg: RecipeConfig) -> torch.device:
-    """The device of a recipe that reads weights, after what only this machine can tell; sets the matmul precision.
-
-    Raises:
-        ConfigError: for a device or dtype that is not here, or files that are missing.
-    """
+    """The device of a recipe that reads weights, after what only this machine can tell; sets the matmul precision."""
     device = cfg.find_device()
     check_checkpoint_files(cfg)
     if starts_from_scratch(cfg.checkpointer):
@@ -267,11 +253,7 @@ def reading_checkpointer(cfg: RecipeConfig) -> Any:
 
 
 def build_checkpointer(section: Component, output_dir: str) -> Any:
-    """The checkpointer of a section, its own output_dir replaced.
-
-    Raises:
-        ConfigError: if the section is wrong.
-    """
+    """The checkpointer of a section, its own output_dir replaced."""
     correct_names()
     checkpointer = section.build(output_dir=output_dir)
     # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.

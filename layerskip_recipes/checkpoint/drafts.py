@@ -18,13 +18,9 @@ FORMAT = 2  # in 1 an adapter had x_E only
 
 
 def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> dict[str, Any]:
-    """The content of layerskip.json.
+    """The content of layerskip.json, for a draft that learned `target` in so many optimizer steps.
 
-    Args:
-        draft: the draft.
-        base: which model it drafts for: its folder, checkpointer section, and a hash of its weights.
-        steps: optimizer steps done.
-        target: what it learned.
+    `base` is the model that it drafts for: its folder, checkpointer section, and a hash of its weights.
     """
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
     trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
@@ -40,15 +36,7 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
 
 
 def read_description(folder: str, key: str) -> dict[str, Any]:
-    """The content of a draft's layerskip.json.
-
-    Args:
-        folder: of the draft.
-        key: that names the folder, for messages.
-
-    Raises:
-        ConfigError: if the folder holds no draft, or one of another version's.
-    """
+    """The content of a draft's layerskip.json; `key` names the folder in messages."""
     path = Path(folder)
     if not ((path / DESCRIPTION).is_file() and (path / DRAFT_FILE).is_file()):
         raise ConfigError(
@@ -64,16 +52,7 @@ def read_description(folder: str, key: str) -> dict[str, Any]:
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:
-    """A trained draft, in eval mode.
-
-    Args:
-        folder: of the draft.
-        model: that it drafts for, with its weights.
-        key: that names the folder, for messages.
-
-    Raises:
-        ConfigError: if the folder holds no draft, or the draft is of another model or of other weights.
-    """
+    """A trained draft for this model, which has its weights, in eval mode; `key` names the folder in messages."""
     description = read_description(folder, key)
     base = description["base"]
     if base["hash"] != weights_hash(model.state_dict()):

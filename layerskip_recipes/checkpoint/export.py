@@ -12,9 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+from huggingface_hub import save_torch_state_dict
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
@@ -27,6 +28,8 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
 
+# Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 DECODING_LOOP = Path(__file__).with_name("custom_generate.py")  # not imported: it needs transformers, which is optional
 REQUIREMENTS = "transformers>=5.24\n"  # of the decoding loop; transformers checks it when it loads the loop
@@ -62,7 +65,12 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))
     if not weights:
-        raise ConfigError(f"export: {checkpoint!r} holds {_without_weights(source)}")
+        there = sorted(file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
+        raise ConfigError(
+            f"export: {checkpoint!r} holds no model*.safetensors; there: {', '.join(there) or 'no weights'}. Give a "
+            "folder with merged weights, such as a finetuned epoch_0 with checkpointer.safe_serialization=true and "
+            "save_adapter_weights_only=false"
+        )
     if target.exists():
         raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)
@@ -75,7 +83,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         if draft is not None:
             config = first_layers(config, draft)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _copy_weights(weights, folder, draft or layers)
+        save_torch_state_dict(_read_layers(weights, draft or layers), folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
         if draft is None:
             (folder / "custom_generate").mkdir()
@@ -150,54 +158,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _without_weights(folder: Path) -> str:
-    """What there is instead of the weights, and what to give."""
-    others = sorted(file.name for file in folder.glob("*.bin") if not file.name.startswith("adapter_"))
-    if others:
-        return (
-            f"{', '.join(others)} and no model*.safetensors. Give a folder that does, such as a finetuned epoch_0 with "
-            "checkpointer.safe_serialization=true"
-        )
-    if any(folder.glob("adapter_model.*")):
-        return (
-            "only adapters. Give a checkpoint with merged weights, such as epoch_0 with save_adapter_weights_only=false"
-        )
-    return "no model*.safetensors. Give a folder that does, such as a finetuned epoch_0"
-
-
 def _copy_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template and settings; no weights and no adapters."""
-    for file in source.iterdir():
-        beside = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith("adapter_")
-        if file.is_file() and beside and file.name != INDEX:
-            shutil.copy(file, target)
-    # Llama's tokenizer for torchtune, and the templates that transformers keeps apart.
-    for name in ("original/tokenizer.model", "additional_chat_templates"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        elif (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, target / name)
+    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+        if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(file, place)
 
 
-def _copy_weights(files: list[Path], target: Path, layers: int) -> None:
-    """The tensors of the first layers and of all that is no layer, file by file; and where each of them is."""
-    kept = {}
+def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
+    """The tensors of the first layers and of all that is no layer, as views of the mapped files."""
+    kept: dict[str, torch.Tensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            every = tensors.keys()  # of a file: it cannot be iterated itself
-            names = [name for name in every if (at := LAYER.search(name)) is None or int(at[1]) < layers]
-            if names:
-                kept[file.name] = names
-    total = 0
-    where: dict[str, str] = {}
-    for number, (name, names) in enumerate(kept.items(), start=1):
-        new = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else "model.safetensors"
-        with safe_open(files[0].with_name(name), framework="pt") as tensors:
-            contents = {tensor: tensors.get_tensor(tensor) for tensor in names}
-        save_file(contents, target / new, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in contents.values())
-        where |= dict.fromkeys(names, new)
-    if len(kept) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for name, tensor in load_file(file).items():
+            layer = LAYER.search(name)
+            if layer is None or int(layer[1]) < layers:
+                kept[name] = tensor
+    return kept

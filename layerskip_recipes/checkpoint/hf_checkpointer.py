@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchtune import training
@@ -33,28 +33,24 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
 
 
 class HFCheckpointer:
-    """torchtune's interface of checkpointers for one Hugging Face folder.
+    """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
 
     Args:
-        folder: with config.json and safetensors files.
+        path: as for `hf_decoder`.
         output_dir: where checkpoints go.
         shard_size: of a written file, such as "5GB".
-
-    Raises:
-        ConfigError: if the folder's model is not supported.
+        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
     """
 
-    def __init__(self, folder: Path, output_dir: str, shard_size: str = "5GB") -> None:
-        self.config: HFConfig = read_hf_config(folder)
+    def __init__(
+        self, path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
+    ) -> None:
+        self._checkpoint_dir = model_folder(path)  # torchtune's name; config and tokenizer are copied from here
+        self.config: HFConfig = read_hf_config(self._checkpoint_dir)
         self.output_dir, self.shard_size = Path(output_dir), shard_size
-        self._checkpoint_dir = folder  # torchtune's name; config and tokenizer are copied from here
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The weights by torchtune's names, in the files' dtype, as views of the mapped files.
-
-        Raises:
-            ConfigError: if the files cannot be read, or are not those of the model that config.json describes.
-        """
+        """The weights by torchtune's names, in the files' dtype, as views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(self._checkpoint_dir):
             tensors |= load_file(file)
@@ -76,18 +72,12 @@ class HFCheckpointer:
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
-        """Write `epoch_N` under output_dir.
-
-        Args:
-            contents: of `checkpoint_contents`: the model's weights, and adapters if there are any.
-            epoch: N.
-            adapter_only: the weights are left out.
-        """
+        """Write `epoch_N` under output_dir, of the contents of `checkpoint_contents`; with adapter_only no weights."""
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
             state = contents[training.MODEL_KEY]
-            self._write_weights(state, folder)
+            save_torch_state_dict(to_files(state, self.config), folder, max_shard_size=self.shard_size)
             config = read_config_json(self._checkpoint_dir)
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
@@ -98,15 +88,6 @@ class HFCheckpointer:
         if training.ADAPTER_KEY in contents:
             torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
             self._write_peft(contents, folder)
-
-    def _write_weights(self, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-        tensors = to_files(state, self.config)
-        split = split_torch_state_dict_into_shards(tensors, max_shard_size=self.shard_size)
-        for name, keys in split.filename_to_tensors.items():
-            save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_peft(self, contents: Mapping[str, Any], folder: Path) -> None:
         """Adapters in PEFT's form; those of a joined matrix become one adapter, whose B is a block matrix."""
@@ -156,29 +137,11 @@ class HFCheckpointer:
         return full
 
 
-def hf_checkpointer(
-    path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
-) -> HFCheckpointer:
-    """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
-
-    Args:
-        path: as for `hf_decoder`.
-        output_dir: where checkpoints go.
-        shard_size: of a written file, such as "5GB".
-        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
-
-    Returns:
-        The checkpointer.
-    """
-    return HFCheckpointer(model_folder(path), output_dir, shard_size)
+hf_checkpointer = HFCheckpointer  # its name in configs
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder, complete ones.
-
-    Raises:
-        ConfigError: if there are none, the index names others, or one is cut short.
-    """
+    """The files with the weights of a folder, complete ones."""
     index = folder / INDEX
     if index.is_file():
         try:

@@ -16,11 +16,7 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def read_trained_exits(folder: Path) -> list[int] | None:
-    """The exits that had a loss in the training of a folder's weights; None for a model without the file.
-
-    Raises:
-        ConfigError: if the file cannot be read.
-    """
+    """The exits that had a loss in the training of a folder's weights; None for a model without the file."""
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
@@ -34,12 +30,7 @@ def read_trained_exits(folder: Path) -> list[int] | None:
 def exit_that_drafts(trained: Sequence[int], num_layers: int) -> int | None:
     """The trained exit nearest to a quarter of the depth, where the paper's models draft; the earlier one of two.
 
-    Args:
-        trained: exits, 1 to L.
-        num_layers: L.
-
-    Returns:
-        E below L, None if only the last exit is trained.
+    None if only the last exit is trained.
     """
     early = [e for e in trained if e < num_layers]
     return min(early, key=lambda e: (abs(e - num_layers / 4), e), default=None)

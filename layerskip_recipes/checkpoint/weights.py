@@ -14,7 +14,7 @@ from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, war
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import read_adapters, without_adapters
+from layerskip_recipes.model.adapters import check_tensors, read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.head import head_of
 
@@ -22,11 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
-    """The model's state from a torchtune checkpointer.
-
-    Raises:
-        ConfigError: if the files cannot be read as the checkpointer and its model_type read them.
-    """
+    """The model's state from a torchtune checkpointer."""
     try:
         return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
     except ConfigError:
@@ -40,31 +36,13 @@ def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Raises a ConfigError if a checkpoint is not this model's, with the keys that are missing, foreign or reshaped."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(
-                f"checkpointer: the checkpoint is not this model's, it {what} {', '.join(names[:3])}{more}"
-            )
+    check_tensors(model.state_dict(), state, "checkpointer: the checkpoint is not this model's, it")
 
 
 @torch.no_grad()
 def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
     """The initialisation from scratch, as in GPT-2: normal(0, std) for every matrix, the two that write into the
-    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them.
-
-    Args:
-        model: the decoder, on its device.
-        std: of the normal distribution.
-    """
+    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
@@ -74,19 +52,10 @@ def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
 
 
 def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component | None = None) -> LayerSkipDecoder:
-    """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation.
+    """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation, in eval mode.
 
-    Args:
-        cfg: sections model and checkpointer, and the dtype of the weights.
-        device: of the weights.
-        quantizer: quantises the weights after loading. With a `FullModelTorchTuneCheckpointer` they are read quantised,
-            as torchtune's `quantize` recipe wrote them.
-
-    Returns:
-        The decoder in eval mode.
-
-    Raises:
-        ConfigError: if the checkpoint is not this model's, or the quantizer does not work here.
+    A quantizer quantises the weights after loading. With a `FullModelTorchTuneCheckpointer` they are read quantised, as
+    torchtune's `quantize` recipe wrote them.
     """
     checkpointer, dtype = reading_checkpointer(cfg), cfg.torch_dtype
     adapters = adapter_state(cfg)
@@ -132,12 +101,7 @@ def adapter_state(cfg: RecipeConfig) -> dict[str, torch.Tensor]:
 def quantise(module: M, quantizer: Component) -> M:
     """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
 
-    Args:
-        module: in place, where the quantizer works in place.
-        quantizer: such as {_component_: torchao.quantization.Int8WeightOnlyConfig}.
-
-    Raises:
-        ConfigError: if it fails on this device, with its own words, or leaves all weights as they are.
+    It is changed in place, where the quantizer works in place.
     """
     how, key = quantizer.build(), quantizer.key
     before = _weight_kinds(module)

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,11 +19,7 @@ from layerskip_recipes.errors import ConfigError, UnknownKeyError
 class Component:
     """A callable by its dotted path, and the arguments of a config for it.
 
-    Args:
-        section: `_component_` and the arguments, plain values.
-
-    Attributes:
-        key: of the section in its config, for messages; set by the config that holds it.
+    `key` is the section's in its config, for messages, and set by the config that holds it.
     """
 
     ALLOWED: ClassVar[tuple[str, str]] = ("a section with _component_: dotted.path", "{_component_: dotted.path}")
@@ -48,11 +43,7 @@ class Component:
 
     @cached_property
     def target(self) -> Callable:
-        """What the path names.
-
-        Raises:
-            ConfigError: if it cannot be imported, or not be called.
-        """
+        """What the path names; a ConfigError if it cannot be imported, or not be called."""
         try:
             found = _get_component_from_path(self.path)
         except (InstantiationError, ValueError) as e:
@@ -71,11 +62,7 @@ class Component:
         return Component(self.section | arguments, self.key)
 
     def check(self) -> None:
-        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included.
-
-        Raises:
-            ConfigError: if the callable is not there, an argument is unknown, or one is missing.
-        """
+        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included."""
         given, positional = self.given, self.positional
         try:
             parameters = inspect.signature(self.target).parameters
@@ -101,11 +88,7 @@ class Component:
             raise ConfigError(f"{self.key}.{name}: missing; {self.path} needs it, for example {self.key}.{name}=...")
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it with the arguments of the config, and with these.
-
-        Raises:
-            ConfigError: if the callable refuses its arguments, with its own words.
-        """
+        """Call it with the arguments of the config, and with these."""
         try:
             return tune_config.instantiate(OmegaConf.create(self.section), *args, **kwargs)
         except ConfigError as e:
@@ -135,7 +118,6 @@ class Component:
         return {"type": "object", "properties": {"_component_": path}, "required": ["_component_"]}
 
 
-@dataclass(frozen=True)
 class Takes:
     """Beside `Component` in an annotation: what the recipe adds to its arguments, for `Component.check`.
 
@@ -144,12 +126,8 @@ class Takes:
         positional: how many positional ones.
     """
 
-    given: tuple[str, ...]
-    positional: int
-
     def __init__(self, *given: str, positional: int = 0) -> None:
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "positional", positional)
+        self.given, self.positional = given, positional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Component) -> Component:

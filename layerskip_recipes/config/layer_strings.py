@@ -6,19 +6,11 @@ from layerskip_recipes.errors import ConfigError
 
 
 def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[bool]:
-    """Flags of the selected layers 0 .. num_layers-1.
+    """For each of the num_layers layers whether it is selected.
 
     Args:
         layers: comma-separated indices and slices (":", "0::4", "8,12,16", "2:6,15", negative from the end),
             one index, or a sequence of indices.
-        num_layers: L, the depth of the model.
-        key: the name that an error message shows.
-
-    Returns:
-        L booleans.
-
-    Raises:
-        ConfigError: if the text is no selection, an index is outside of the model, or nothing is selected.
     """
 
     def wrong(why: str) -> ValueError:
@@ -26,25 +18,23 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
             f'{key}: {layers!r} {why}. Allowed: indices 0..{num_layers - 1} and slices, for example ":", "0::4", "1,3"'
         )
 
-    if isinstance(layers, bool) or not isinstance(layers, str | int | Sequence):
-        raise wrong("is no selection of layers")
-    parts = str(layers).split(",") if isinstance(layers, str | int) else [str(index) for index in layers]
-    chosen = set()
-    for part in (part.strip() for part in parts):
-        try:
+    parts = str(layers).split(",") if isinstance(layers, str | int) else layers
+    every = range(num_layers)
+    chosen: set[int] = set()
+    try:
+        for part in map(str, parts):
             bounds = [int(text) if text.strip() else None for text in part.split(":")]
-        except ValueError:
-            raise wrong("is no selection of layers") from None
-        if part == "" or len(bounds) > 3 or bounds[2:] == [0]:
-            raise wrong("is no selection of layers")
-        if any(b is not None and not -num_layers <= b <= num_layers for b in bounds[:2]):
-            raise wrong(f"reaches outside of the model's {num_layers} layers")
-        if len(bounds) == 1 and bounds[0] is not None:
-            if bounds[0] == num_layers:
-                raise wrong(f"reaches outside of the model's {num_layers} layers")
-            chosen.add(bounds[0] % num_layers)
-        else:
-            chosen.update(range(num_layers)[slice(*bounds)])
+            # A slice silently cuts bounds that lie outside of the range.
+            if any(bound is not None and not -num_layers <= bound <= num_layers for bound in bounds[:2]):
+                raise IndexError
+            if len(bounds) > 1:
+                chosen.update(every[slice(*bounds)])
+            else:
+                chosen.add(every[int(part)])
+    except IndexError:
+        raise wrong(f"reaches outside of the model's {num_layers} layers") from None
+    except (TypeError, ValueError):
+        raise wrong("is no selection of layers") from None
     if not chosen:
         raise wrong("selects no layer")
     return [layer in chosen for layer in range(num_layers)]

@@ -59,9 +59,6 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Returns:
         The config, interpolations unresolved, without `extends`; paths in the home folder, ~/..., are whole.
-
-    Raises:
-        ConfigError: for an unknown name, a cycle, a file that is no YAML mapping, or an override of another form.
     """
     cfg = _load_chain(find_config(name), ())
     later: dict[str, Any] = {}

@@ -31,13 +31,7 @@ def torchtune_configs() -> dict[str, Path]:
 def find_config(name: str, relative_to: Path | None = None, key: str = "config") -> Path:
     """The file behind a path, one of our names, or one of torchtune's.
 
-    Args:
-        name: what stands behind `--config` or `extends:`.
-        relative_to: the folder in which a relative path is looked for first.
-        key: what an error message calls it.
-
-    Raises:
-        ConfigError: if there is no such file or name; with the nearest names.
+    A relative path is looked for in the folder `relative_to` first. `key` is what an error message calls the name.
     """
     places = [*([relative_to / name] if relative_to else []), Path(name).expanduser()]
     # Also the ones named _*, which our_configs does not show.

@@ -17,7 +17,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Section, Text, allowed
 from layerskip_recipes.errors import ConfigError
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")  # the best one that a machine has is the last
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def _is_device(name: str) -> str:
@@ -65,11 +65,7 @@ class RecipeConfig(Section):
 
     @classmethod
     def load(cls, source: DictConfig) -> Self:
-        """The typed config of a merged YAML config.
-
-        Raises:
-            ConfigError: the first thing that is wrong, whatever the machine: nothing is loaded or written.
-        """
+        """The typed config of a merged YAML config, checked without loading or writing anything."""
         for needed in map(str, source):
             if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
                 field = cls.model_fields.get(needed)
@@ -117,19 +113,11 @@ class RecipeConfig(Section):
 
     @cached_property
     def meta_model(self) -> TransformerDecoder:
-        """The model without memory for its weights, to look at: its depth, its length, the names of its parameters.
-
-        Raises:
-            ConfigError: as `build_on_meta`.
-        """
+        """The model without memory for its weights, to look at: its depth, its length, the names of its parameters."""
         return self.build_on_meta()
 
     def build_on_meta(self) -> TransformerDecoder:
-        """A model without memory for its weights, to be changed by the caller.
-
-        Raises:
-            ConfigError: if the builder refuses its arguments, or builds something else.
-        """
+        """A model without memory for its weights, to be changed by the caller."""
         with training.set_default_dtype(self.torch_dtype), torch.device("meta"):
             model = _unquantised(self.model).build()
         if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
@@ -156,11 +144,7 @@ class RecipeConfig(Section):
         return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
 
     def find_device(self) -> torch.device:
-        """The device of the config (null: the best there is), from here on the current one.
-
-        Raises:
-            ConfigError: if the device is not on this machine, or cannot compute in `dtype`.
-        """
+        """The device of the config (null: the best there is), from here on the current one."""
         there = devices_here()
         wanted = self.device or best_device()
         kind, _, index = wanted.partition(":")
@@ -180,20 +164,13 @@ class RecipeConfig(Section):
 
 def devices_here() -> list[str]:
     """The kinds of device that this machine has, the best one last."""
-    return [name for name in DEVICES if _is_here(name)]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu", found.type] if found is not None and found.type in DEVICES else ["cpu"]
 
 
 def best_device() -> str:
     """The device that a config without one takes."""
     return devices_here()[-1]
-
-
-def _is_here(name: str) -> bool:
-    """Whether this machine has such a device."""
-    if name == "cpu":
-        return True
-    backend = torch.backends.mps if name == "mps" else getattr(torch, name, None)
-    return backend is not None and backend.is_available()
 
 
 def _is_off(value: Any) -> bool:

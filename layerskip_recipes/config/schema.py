@@ -44,15 +44,13 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, content: Any, key: str = "") -> Self:
-        """The section of plain YAML values; `key` is its own, for messages.
-
-        Raises:
-            ConfigError: the first thing that is wrong.
-        """
+        """The section of plain YAML values; `key` is its own, for messages."""
         try:
             return cls.model_validate(content)
         except ValidationError as e:
-            raise _first_mistake(e, cls, content, key) from e
+            # A key that is missing is named after all other mistakes.
+            first = min(e.errors(), key=lambda details: details["type"] == "missing")
+            raise _mistake(first, cls, content, key) from e
 
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
@@ -66,11 +64,9 @@ class Section(BaseModel):
 
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
-    """What an annotation allows, in words, and a value that works.
+    """What an annotation, such as `Annotated[int, Field(ge=1)] | None`, allows, in words, and a value that works.
 
-    Args:
-        annotation: such as `Annotated[int, Field(ge=1)] | None`.
-        field: its constraints and examples beside those in the annotation.
+    A field has constraints and examples beside those in its annotation.
     """
     phrases, example, nullable = [], None, False
     for kind, rules in alternatives(annotation, [field] if field else []):
@@ -154,17 +150,6 @@ def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = Non
 # ---- from pydantic's errors to ours ----
 
 
-def _first_mistake(error: ValidationError, model: type[Section], content: Any, key: str) -> ConfigError:
-    """The first of pydantic's errors, in the order of the content; what is missing comes last."""
-    order = [str(name) for name in content] if isinstance(content, Mapping) else []
-
-    def place(details: Any) -> int:
-        name = str(details["loc"][0]) if details["loc"] else ""
-        return order.index(name) if name in order else len(order)
-
-    return _mistake(min(error.errors(), key=place), model, content, key)
-
-
 def _mistake(details: Any, model: type[Section], content: Any, key: str) -> ConfigError:
     """One of pydantic's errors: which key, what was given, what is allowed."""
     annotation: Any = model
@@ -228,11 +213,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that checks a function's arguments by its annotations.
 
-    Args:
-        prefix: of the names of parameters in messages, such as "layer_dropout.".
-
-    Raises (the function):
-        ConfigError: for the first argument that its annotation does not allow.
+    In messages `prefix` stands before a parameter's name, such as "layer_dropout.".
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -269,10 +250,7 @@ def _is_setting(annotation: Any) -> bool:
 def section_of(function: Callable, name: str, without: Sequence[str] = ()) -> type[Section]:
     """A section whose keys are the parameters of a function or class: their annotations, defaults and descriptions.
 
-    Args:
-        function: what the section configures.
-        name: of the new class.
-        without: parameters that do not come from a config.
+    Parameters named in `without` do not come from a config.
     """
     call = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
     hints = get_type_hints(call, include_extras=True)

@@ -37,9 +37,6 @@ class ChatTemplate:
         source: Jinja text.
         named_tokens: special tokens by name, such as {"eos_token": "</s>"}.
         special_tokens: all special tokens of the tokenizer.
-
-    Raises:
-        ConfigError: if the source is no Jinja template.
     """
 
     source: str
@@ -88,9 +85,6 @@ class ChatTemplate:
 
         The first i messages, rendered alone, are mostly the beginning of the text, so that message i ends at their
         length. Where they are not, `_message_ends_by_content` looks for the contents.
-
-        Raises:
-            ConfigError: if the template mixes the messages.
         """
         ends = [0]
         try:

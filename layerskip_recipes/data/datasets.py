@@ -66,9 +66,6 @@ def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: Transfor
     """Let a tokenizer without a limit cut samples at the model's length: a longer one would end the training.
 
     Packs are of the tokenizer's length, which the user has to say.
-
-    Raises:
-        ConfigError: if its limit is above the model's.
     """
     limit = getattr(tokenizer, "max_seq_len", 0)
     if limit is None and not any(dataset.get("packed") for dataset in datasets):
@@ -96,15 +93,8 @@ def load_data(
 ) -> tuple["IndexedErrorDataset", Callable]:
     """The datasets of a config as one, and the function that makes a batch of its samples.
 
-    Args:
-        sections: of the datasets.
-        collate_fn: the dotted path of a collator for padded samples; packed ones have a collator of their own.
-        tokenizer: for the datasets, and its pad_id for the padding.
-        model, device: whose attention takes the masks of packed samples.
-        ignore_index: the label of padding.
-
-    Raises:
-        ConfigError: if a dataset refuses its arguments, or cannot make a sample.
+    Padded samples are collated by `collate_fn`, a dotted path. Packed ones have a collator of their own, with masks of
+    the form that the model's attention takes on the device.
     """
     parts = []
     for section in sections:
@@ -150,9 +140,7 @@ def _check_first_sample(section: Component, dataset: Dataset) -> None:
 class IndexedErrorDataset(Dataset):
     """A dataset whose errors name the sample at which they happened.
 
-    Args:
-        packed: whether its samples are packs.
-        named: False for datasets of a user's own, whose errors keep their traceback.
+    Datasets of a user's own are not `named`: their errors keep their traceback.
     """
 
     def __init__(self, dataset: Dataset, key: str, packed: bool = False, named: bool = True) -> None:

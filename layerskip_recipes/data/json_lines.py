@@ -31,11 +31,7 @@ def bad_line_message(line: str) -> str:
 
 
 def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
-    """The objects of a JSONL file by line number; a name that ends with .gz is decompressed.
-
-    Raises:
-        ConfigError: if the file cannot be read, or a line holds no JSON object: the numbers of the first such lines.
-    """
+    """The objects of a JSONL file by line number; a name that ends with .gz is decompressed."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             content = file.read()

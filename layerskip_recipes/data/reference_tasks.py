@@ -190,11 +190,7 @@ def _few_shot(
 
 
 def _fill(template: str, row: Row) -> str:
-    """The text of a template with a row's fields.
-
-    Raises:
-        ConfigError: if the row lacks a field, or the template is not one.
-    """
+    """The text of a template with a row's fields."""
     place, fields = row
     present = {name: value for name, value in fields.items() if value is not None}  # null counts as missing
     try:

@@ -23,7 +23,7 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, default_template
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, default_template
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 
@@ -111,7 +111,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
         if not add_end_tokens:
-            tokens = self.encode(self.render_prompt(turns), add_bos=False, add_eos=False)
+            tokens = self.encode(self.template.render_prompt(turns), add_bos=False, add_eos=False)
             return self._truncate(tokens, [True] * len(tokens), None)
 
         text = self.template.render(turns)
@@ -121,10 +121,6 @@ class HFTokenizer(ModelTokenizer, Transform):
         last_chars = [max(end - 1, 0) for _, end in encoding.offsets]
         mask = [messages[indices[min(bisect_right(ends, char), len(ends) - 1)]].masked for char in last_chars]
         return self._truncate(encoding.ids, mask, self.eos_id)
-
-    def render_prompt(self, turns: Sequence[Turn]) -> str:
-        """The text of a conversation up to where the reply continues: after the last turn, or in an assistant's."""
-        return self.template.render_prompt(turns)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """The sample with "tokens" and "mask" in place of "messages"; a prompt if `inference`."""

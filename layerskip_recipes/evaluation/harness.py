@@ -248,7 +248,7 @@ class LayerSkipLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation up to where the reply begins, or to the end of a reply that has begun."""
-        return self.tokenizer.render_prompt(chat_history)
+        return self.tokenizer.template.render_prompt(chat_history)
 
     # ---- log-likelihoods ----
 

@@ -45,15 +45,9 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """The first values of adapters, which change nothing yet: A as in a linear layer, B = 0, DoRA's magnitude |W|.
+    """The first values of adapters, on the CPU: A as in a linear layer, B = 0, DoRA's magnitude |W|.
 
-    Args:
-        model: with adapters, on any device.
-        base: the state_dict of the model's other weights.
-        seed: for A.
-
-    Returns:
-        The adapters' state_dict, on the CPU.
+    They change nothing yet. `base` is the state_dict of the model's other weights.
     """
     state, generator = {}, torch.Generator().manual_seed(seed)
     for name, module in adapter_modules(model).items():
@@ -86,12 +80,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The biases of DoRA layers times the row's scale, since torchtune's DoRA scales W x + b as a whole.
-
-    Args:
-        state: of the model with adapters, on rank 0.
-        config: of `adapter_config`.
-    """
+    """The biases of DoRA layers times the row's scale, since torchtune's DoRA scales W x + b as a whole."""
     biases = {}
     for name in (name.removesuffix(".magnitude") for name in state if name.endswith(".magnitude")):
         if f"{name}.bias" in state:
@@ -106,13 +95,7 @@ def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
 def merge_adapters(
     state: Mapping[str, torch.Tensor], config: Mapping[str, Any], in_place: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The state_dict of the plain model: adapters merged into the weights.
-
-    Args:
-        state: of the model with adapters.
-        config: of `adapter_config`.
-        in_place: change the weights of the state; else they are copied.
-    """
+    """The state_dict of the plain model: adapters merged into the weights, which are copied unless `in_place`."""
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
     copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
     own = dict(state) | copies
@@ -149,11 +132,6 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
     torchtune reorders the rows of B in q and k for every family, although Qwen2's weights need no other order, and
     never those of DoRA's magnitudes. PEFT's DoRA scales no biases: scaled biases are written beside the adapters, as
     PEFT writes biases that it trained itself.
-
-    Args:
-        folder: of a checkpoint, with PEFT's two files or without.
-        model_type: torchtune's name of the family.
-        biases: of `scaled_biases`.
     """
     file = folder / "adapter_model.safetensors"
     if not (file.exists() and (folder / "config.json").exists()):
@@ -197,11 +175,7 @@ LORA_ARGUMENTS: dict[str, Any] = {
 
 
 def check_lora_arguments(model: Component) -> None:
-    """Check arguments of a LoRA builder that torchtune itself fails on without a message, or ignores.
-
-    Args:
-        model: the section of the model, a builder or `layerskip_decoder` around one.
-    """
+    """Check arguments of a LoRA builder that torchtune itself fails on without a message, or ignores."""
     builder = _builder(model)
     for name, annotation in LORA_ARGUMENTS.items():
         check(f"model.{name}", builder.get(name), annotation)
@@ -213,14 +187,7 @@ def check_lora_arguments(model: Component) -> None:
 def check_adapters(
     model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
 ) -> None:
-    """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has.
-
-    Args:
-        model: the section of the model.
-        meta_model: the model of this section, on any device.
-        save_adapter_weights_only: of the config.
-        safe_serialization: of the checkpointer.
-    """
+    """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has."""
     names, builder = adapter_names(meta_model), _builder(model)
     if not names and builder.takes("lora_attn_modules"):
         raise ConfigError(
@@ -256,15 +223,7 @@ def adapter_file(path: str) -> Path:
 
 
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters in torchtune's format from a checkpoint's folder or its adapter_model.pt.
-
-    Args:
-        path: of the folder or the file.
-        model: with adapters, on any device.
-
-    Raises:
-        ConfigError: if there are none, or they belong to another model.
-    """
+    """The adapters in torchtune's format from a checkpoint's folder or its adapter_model.pt, if they fit the model."""
     file = adapter_file(path)
     key = "checkpointer.adapter_checkpoint"
     try:
@@ -284,15 +243,23 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
             f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
-    expected = get_adapter_params(model)
-    for verb, names in (("lacks", set(expected) - set(state)), ("has in addition", set(state) - set(expected))):
-        if names:
-            first = ", ".join(sorted(names)[:3])
-            raise ConfigError(f"{key}: {str(file)!r} is not of this model, it {verb} {first}; {len(names)} in all")
-    for name, value in state.items():
-        if value.shape != expected[name].shape:
-            raise ConfigError(
-                f"{key}: {name} is {tuple(value.shape)} there and {tuple(expected[name].shape)} in the model; "
-                "check model.lora_rank"
-            )
+    message = f"{key}: {str(file)!r} is not of this model, it"
+    check_tensors(get_adapter_params(model), state, message, ". Check the rank and the modules of the model's LoRA")
     return state
+
+
+def check_tensors(
+    expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], message: str, advice: str = ""
+) -> None:
+    """Raises a ConfigError of message, mistake and advice if tensors are missing, foreign or of another shape."""
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"{message} {what} {', '.join(names[:3])}{more}{advice}")

@@ -85,8 +85,6 @@ class LayerSkipDecoder(TransformerDecoder):
         tokens: torch.Tensor | None = None,
         *,
         mask: Any = None,
-        encoder_input: Any = None,
-        encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
         exit_layer: int | None = None,
         hidden: torch.Tensor | None = None,
@@ -101,7 +99,7 @@ class LayerSkipDecoder(TransformerDecoder):
 
         Args:
             tokens: [b, s] token ids. Left out when `hidden` is given.
-            mask, encoder_input, encoder_mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
+            mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
             exit_layer: E, the number of layers after which to stop; None means L.
             hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
             start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
@@ -121,13 +119,7 @@ class LayerSkipDecoder(TransformerDecoder):
         assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
         if hidden is None:
             if not self.decoding:
-                self._validate_inputs(
-                    tokens.shape[1],
-                    mask=mask,
-                    encoder_input=encoder_input,
-                    encoder_mask=encoder_mask,
-                    input_pos=input_pos,
-                )
+                self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
             h = self.tok_embeddings(tokens)
         else:
             h = hidden
@@ -135,12 +127,7 @@ class LayerSkipDecoder(TransformerDecoder):
         if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        layer_inputs = {
-            "mask": mask,
-            "encoder_input": encoder_input,
-            "encoder_mask": encoder_mask,
-            "input_pos": input_pos,
-        }
+        layer_inputs = {"mask": mask, "input_pos": input_pos}
         kept = self._draw(h) if self.training and self.layer_dropout else [None] * self.num_layers
         for layer in range(start_layer, exit_layer):
             h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
@@ -175,19 +162,7 @@ class LayerSkipDecoder(TransformerDecoder):
     def hidden_states(
         self, tokens: torch.Tensor, exits: Iterable[int], **kwargs: Any
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """x_L and the x_E of the chosen exits, before the final norm.
-
-        Args:
-            tokens: [b, s].
-            exits: the exits E whose x_E is returned.
-            **kwargs: mask, input_pos, ... of `forward`.
-
-        Returns:
-            x_L [b, s, d] and {E: x_E [b, s, d]}.
-
-        Raises:
-            ConfigError: if an exit is outside of 1 .. L.
-        """
+        """x_L [b, s, d] and {E: x_E} of the chosen exits, before the final norm; kwargs are those of `forward`."""
         wanted = {self.check_exit(e, "exits") for e in exits}
         hidden = {}
 
@@ -198,11 +173,7 @@ class LayerSkipDecoder(TransformerDecoder):
         return self(tokens, on_exit=keep, unembed=False, **kwargs), hidden
 
     def check_exit(self, exit_layer: int, key: str = "exit_layer") -> int:
-        """`exit_layer` itself, if the model has that exit; `key` is its name in the error message.
-
-        Raises:
-            ConfigError: if it is no integer in 1 .. L.
-        """
+        """`exit_layer` itself, if it is an integer in 1 .. L; `key` is its name in the error message."""
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
             raise ConfigError(
                 f"{key}: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
@@ -225,10 +196,7 @@ class LayerSkipDecoder(TransformerDecoder):
         """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
 
         Args:
-            layer: l.
-            h: [b, s, d], x_l.
             kept: the rows that stay, [k] on h's device; None for all, an empty list for none, or `NO_LOCAL_ROWS`.
-            layer_inputs: the layer's other inputs, each with a row for every sample, or one for all of them.
         """
         if kept is None:
             return layer(h, **layer_inputs)
@@ -252,13 +220,9 @@ BLOCK_TABLES = [
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
-    """The given rows of an input that has one for each sample; an input that all samples share stays as it is.
+    """The given rows [k] of an input that has one for each sample.
 
-    Args:
-        value: a tensor, a `BlockMask`, None, or a container of them. Its first dimension is `batch_size`, or 1 if the
-            samples share it.
-        rows: [k].
-        batch_size: b.
+    An input that all samples share stays as it is: None, a vector, or one whose first dimension is 1.
     """
     if isinstance(value, torch.Tensor):
         return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch_size else value
@@ -275,8 +239,6 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
         return taken
     if isinstance(value, Mapping):
         return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(take_rows(part, rows, batch_size) for part in value)
     return value
 
 

@@ -94,10 +94,7 @@ class Draft(nn.Module):
         x_E, and the last layer's normed state; [b, s, d].
 
         Args:
-            model: the model.
-            tokens: [b, s].
             to_end: False stops the model early where the draft is a copy; the second result is its embedding then.
-            **inputs: mask, input_pos, ... of the model.
         """
         kept = dict[int, torch.Tensor]()
 
@@ -144,21 +141,14 @@ class Draft(nn.Module):
 def before(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """The state one position before each, 0 where a text begins: [b, s, d] -> [b, s, d].
 
-    Args:
-        states: of consecutive positions.
-        positions: [b, s], where several texts are packed into a row; None: one text in each.
+    Where several texts are packed into a row, `positions` [b, s] say where each of them begins.
     """
     shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
     return shifted if positions is None else shifted * (positions > 0)[..., None]
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor], most_values: int = 4096) -> str:
-    """A hash that names weights, the same in fp32 and in bf16.
-
-    Args:
-        weights: a state_dict.
-        most_values: of each tensor so many values, evenly spread, go into the hash.
-    """
+    """A hash that names weights, the same in fp32 and in bf16, of at most so many values of each tensor."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().flatten()

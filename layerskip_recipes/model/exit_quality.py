@@ -15,6 +15,9 @@ from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.model.limits import check_batch
 
+IGNORED = -100  # the label of tokens without a loss
+CHUNK_TOKENS = 512  # the most tokens whose logits exist at a time
+
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP could not use again in training
 def exit_quality(
@@ -22,8 +25,6 @@ def exit_quality(
     batches: Iterable[dict[str, Any]],
     exits: list[int],
     device: torch.device,
-    ignore_index: int = -100,
-    chunk_tokens: int = 512,
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     num_speculations: int = 6,
     key: str = "dataset",
@@ -32,12 +33,8 @@ def exit_quality(
     """Quality of each exit over the labels that count.
 
     Args:
-        model: the decoder, in eval mode.
         batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
         exits: the E to measure.
-        device: of the model.
-        ignore_index: the label of tokens without a loss.
-        chunk_tokens: the most tokens whose logits exist at a time.
         add_up: sums a tensor over the data-parallel processes.
         num_speculations: d of "accepted_length".
         key: of the data in the config, for messages.
@@ -50,17 +47,14 @@ def exit_quality(
         - "agreement": the share of labels at which exit E and the last layer choose the same token;
         - "accepted_length": of d tokens in a row, how many agree with the last layer before the first that does not;
           the mean over all positions with d labels in a row, None if there is no such position.
-
-    Raises:
-        ConfigError: if no label counts, or a sample is longer than the model takes.
     """
     exits = sorted(exits)
     sums = torch.zeros(len(exits), 6, dtype=_widest_float(device), device=device)
     for batch in batches:
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
-        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=ignore_index)
-        measured = _Batch(model, labels, exits, ignore_index, chunk_tokens, num_speculations)
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        measured = _Batch(model, labels, exits, num_speculations)
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
@@ -92,26 +86,11 @@ def _widest_float(device: torch.device) -> torch.dtype:
 
 
 class _Batch:
-    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept.
+    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept."""
 
-    Args:
-        model: the decoder.
-        labels: [b, s], shifted.
-        exits: in order.
-        ignore_index, chunk_tokens, num_speculations: as in `exit_quality`.
-    """
-
-    def __init__(
-        self,
-        model: LayerSkipDecoder,
-        labels: torch.Tensor,
-        exits: list[int],
-        ignore_index: int,
-        chunk_tokens: int,
-        num_speculations: int,
-    ) -> None:
-        self.model, self.exits, self.chunk_tokens, self.num_speculations = model, exits, chunk_tokens, num_speculations
-        self.counts = labels != ignore_index
+    def __init__(self, model: LayerSkipDecoder, labels: torch.Tensor, exits: list[int], num_speculations: int) -> None:
+        self.model, self.exits, self.num_speculations = model, exits, num_speculations
+        self.counts = labels != IGNORED
         self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises
         self.labels = labels.flatten()[self.rows]
         self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)
@@ -133,8 +112,8 @@ class _Batch:
         ids = None if vocabulary is None else on_device(vocabulary, x.device)
         head = head if ids is None else head.cut(ids)
         with head.using(head.parameters):
-            for start in range(0, len(self.labels), self.chunk_tokens):
-                part = slice(start, start + self.chunk_tokens)
+            for start in range(0, len(self.labels), CHUNK_TOKENS):
+                part = slice(start, start + CHUNK_TOKENS)
                 logits, labels = head(x[self.rows[part]]), self.labels[part]
                 top = logits.argmax(-1)
                 if ids is None:

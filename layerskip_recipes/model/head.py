@@ -51,11 +51,7 @@ class Head:
         self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
 
     def cut(self, vocabulary: torch.Tensor) -> "Head":
-        """A frozen copy of the head's rows for some tokens.
-
-        Args:
-            vocabulary: [v'] token ids.
-        """
+        """A frozen copy of the head's rows for some tokens, `vocabulary` [v']."""
         output = nn.Linear(1, 1, bias=False, device="meta")
         for (module, name), parameter in zip(self._places, self.parameters, strict=True):
             if module is self.output:

@@ -78,11 +78,7 @@ class Rope(Section):
         return plain
 
     def scale(self, max_positions: int) -> float:
-        """The factor of the rotated queries and keys: more than 1 for longrope only.
-
-        Args:
-            max_positions: `max_position_embeddings` of the model.
-        """
+        """The factor of the rotated queries and keys: more than 1 for longrope only."""
         if self.rope_type != "longrope":
             return 1.0
         if self.attention_factor is not None:
@@ -191,11 +187,7 @@ class HFConfig(Section):
 
 
 def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
-    """The config of a Hugging Face folder, which stands at `key` of a config.
-
-    Raises:
-        ConfigError: if there is none, or it describes a model that is not supported.
-    """
+    """The config of a Hugging Face folder, which stands at `key` of a config."""
     return parse_hf_config(read_config_json(folder, key), str(folder / "config.json"))
 
 
@@ -212,15 +204,7 @@ def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
 
 
 def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
-    """The config of the content of a config.json.
-
-    Args:
-        raw: the content.
-        name: of the file, for messages.
-
-    Raises:
-        ConfigError: if it describes a model that is not supported.
-    """
+    """The config of the content of a config.json; `name` is the file's, for messages."""
     architecture = next(iter(raw.get("architectures") or ["missing"]))
     if architecture not in DEFAULTS:
         supported = nearest(architecture, DEFAULTS)

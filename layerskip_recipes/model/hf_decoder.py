@@ -83,13 +83,7 @@ def hf_decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any
 
 
 def build_decoder(config: HFConfig, max_seq_len: int, lora: Lora | None = None) -> TransformerDecoder:
-    """The decoder of a config.
-
-    Args:
-        config: of the model.
-        max_seq_len: the longest text in tokens.
-        lora: the adapters, if the model has any.
-    """
+    """The decoder of a config, for texts of up to max_seq_len tokens."""
     heads, _, head_dim = config.heads
     embed = GemmaNormEmbeddings if config.is_gemma else nn.Embedding
     embedding = embed(config.vocab_size, config.hidden_size)
@@ -193,9 +187,6 @@ class RotaryPositions(nn.Module):
 
     Args:
         dim: channels of each head that turn; those behind them stay.
-        max_seq_len: the number of positions.
-        rope: the frequencies.
-        max_positions: `max_position_embeddings` of the model.
     """
 
     def __init__(self, dim: int, max_seq_len: int, rope: Rope, max_positions: int) -> None:
@@ -211,12 +202,7 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
     def forward(self, x: torch.Tensor, input_pos: torch.Tensor | None = None) -> torch.Tensor:
-        """Rotate queries or keys.
-
-        Args:
-            x: [b, s, heads, head_dim].
-            input_pos: [b or 1, s], the positions; None for 0 .. s-1.
-        """
+        """Rotate queries or keys [b, s, heads, head_dim]; input_pos [b or 1, s], None for the positions 0 .. s-1."""
         at = slice(0, x.shape[1]) if input_pos is None else input_pos
         tables: tuple[Any, Any] = self.cos, self.sin
         cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in tables)

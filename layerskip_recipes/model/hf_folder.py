@@ -16,15 +16,9 @@ DOWNLOADED = ["*.json", "model*.safetensors", "*.jinja", "*.model"]
 
 
 def model_folder(path: str, key: str = "path") -> Path:
-    """The folder of a model.
+    """The folder of a model: a path, ~ allowed, or a name on the hub, which is downloaded.
 
-    Args:
-        path: a folder, ~ allowed; a name on the hub, which is downloaded. Of a run of layerskip_finetune the newest
-            checkpoint is taken.
-        key: of the path in a config, for messages.
-
-    Raises:
-        ConfigError: if there is no such folder, the hub does not give it, or it holds adapters only.
+    Of a run of layerskip_finetune the newest checkpoint is taken. `key` is the path's in a config, for messages.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():

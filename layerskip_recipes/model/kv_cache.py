@@ -12,6 +12,7 @@ a draft tree have slots of their own behind the text; `move` copies an accepted 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +22,16 @@ from torch import nn
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
 
+@dataclass(eq=False)
 class CacheCursor:
     """The slots of the next tokens, which all layers' caches share.
 
     A layer's cache refers to the cursor, not to its `DecodingCache`: without a cycle the buffers are freed at once.
-
-    Args:
-        max_len: slots per row.
-
-    Attributes:
-        at: [b or 1, s], the slots of the next tokens.
-        end: attention sees the slots below it.
     """
 
-    def __init__(self, max_len: int) -> None:
-        self.max_len = max_len
-        self.at: Any = None
-        self.end = 0
+    max_len: int  # slots per row
+    at: Any = None  # [b or 1, s], the slots of the next tokens
+    end: int = 0  # attention sees the slots below it
 
 
 class LayerCache:
@@ -81,14 +75,9 @@ class LayerCache:
 
 
 class DecodingCache:
-    """The caches of all layers of a decoder, and the slots at which the next tokens stand.
+    """The caches of all layers of a decoder, b rows of max_len slots, and the slots at which the next tokens stand.
 
-    Args:
-        model: the decoder.
-        rows: b.
-        max_len: slots per row.
-        device: of the tensors.
-        draft_layers: layers of a draft, which read the text themselves and have caches of their own.
+    A draft's layers read the text themselves and have caches of their own.
     """
 
     def __init__(
@@ -147,15 +136,9 @@ class DecodingCache:
 
 
 def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of text and chains: slot j is visible from slot p if j <= p.
+    """The mask of text and chains: slot j is visible from slot p if j <= p; slots [end] and at [b, s] -> [b, s, end].
 
-    Args:
-        slots: [end], 0 .. end-1.
-        at: [b, s], the slots of the queries.
-        dtype: of the model.
-
-    Returns:
-        [b, s, end], 0 or -inf, to be added to the scores.
+    It is 0 or -inf, to be added to the scores.
     """
     return torch.where(slots <= at[:, :, None], 0.0, -torch.inf).to(dtype)
 
@@ -163,14 +146,8 @@ def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.
 def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
 
-    Args:
-        slots: [end].
-        root: [b].
-        ancestors: [b, s, nodes] bool, for each query the nodes on its path, itself included.
-        dtype: of the model.
-
-    Returns:
-        [b, s, end], as `visible`.
+    `ancestors` [b, s, nodes] says for each query which nodes are on its path, itself included. From slots [end] and
+    root [b] comes a mask [b, s, end] as that of `visible`.
     """
     node = slots - root[:, None]
     last = ancestors.shape[2] - 1

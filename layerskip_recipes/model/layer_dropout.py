@@ -125,14 +125,7 @@ class LayerDropout:
         return self.scale * max(self.rates)
 
     def draw(self, batch_size: int) -> list[KeptRows]:
-        """The rows that stay in each layer at this forward pass.
-
-        Args:
-            batch_size: b, the rows of this rank's batch.
-
-        Returns:
-            For each layer the kept row numbers in order, None when all stay, or `NO_LOCAL_ROWS`.
-        """
+        """For each layer the kept rows of this rank's batch in order, None when all stay, or `NO_LOCAL_ROWS`."""
         if self.max_rate == 0:
             return [None] * len(self.rates)
         uniform = torch.rand(len(self.rates), max(batch_size, self.batch_size), generator=self.generator)

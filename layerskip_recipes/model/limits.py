@@ -50,9 +50,7 @@ def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -
 def most_positions(model: TransformerDecoder, spare: int = 0) -> tuple[int, str]:
     """How many positions of text and new tokens a model decodes with a cache, and what limits them.
 
-    Args:
-        model: the decoder.
-        spare: slots of a draft tree, which count where attention has a sliding window.
+    Where attention has a sliding window, the `spare` slots of a draft tree count too.
     """
     # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
     # the window's size nothing is cut, so there it does no harm.
@@ -68,15 +66,7 @@ def check_prompt_lengths(
     key: str = "max_generated_tokens",
     spare: int = 0,
 ) -> None:
-    """Raises a ConfigError unless each prompt has a token and fits the model together with the new tokens.
-
-    Args:
-        model: the decoder.
-        prompt_lengths: tokens of each prompt.
-        max_generated_tokens: new tokens, at most.
-        key: what an error message calls them.
-        spare: see `most_positions`.
-    """
+    """Raises a ConfigError unless each prompt has a token and fits the model together with the new tokens."""
     check(key, max_generated_tokens, Annotated[int, Field(ge=1, examples=[128])])
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
@@ -144,15 +134,8 @@ def check_cache_fits(
     GPU, all of a CPU's. The memory that CUDA graphs take is not known before.
 
     Args:
-        model: the decoder, on any device.
-        rows: b.
-        length: slots of each row: prompt, new tokens, drafts.
-        dtype: of the caches.
-        device: where they will be.
-        parallel: ranks that share each layer's heads.
         weights: bytes that this process will load there, see `weight_bytes`.
         prompt: tokens of the longest prompt, all of which a layer reads at once.
-        draft_layers: layers of a draft, which have caches of their own.
     """
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads

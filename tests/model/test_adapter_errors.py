@@ -111,7 +111,7 @@ def test_bad_input(name, overrides, key, given, allowed, adapter_paths, no_weigh
     ("override", "message"),
     [
         (f"{FILE}=/nowhere", r"'/nowhere' is neither an adapter_model\.pt nor a folder with one"),
-        ("model.lora_rank=8", r"\(3, 32\) there and \(8, 32\) in the model; check model\.lora_rank"),
+        ("model.lora_rank=8", r"lora_a\.weight \(3, 32\) instead of \(8, 32\).* Check the rank"),
         ("model.lora_attn_modules=[q_proj]", "not of this model, it has in addition .*k_proj.lora_a"),
         ("model.use_dora=true", "not of this model, it lacks .*magnitude"),
     ],
