@@ -200,12 +200,19 @@ def _explain_exit(model_dir: str, chosen: int | None) -> str:
     if trained is None:
         why = f"{folder(model_dir)} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
-        why = f"{DESCRIPTION} in {folder(model_dir)} names the trained exits {', '.join(map(str, trained))}"
+        why = f"{DESCRIPTION} in {folder(model_dir)} names the trained exits {_ranges(trained)}"
     if chosen is None:
         return (
             f"{why}: decoding goes without drafts. To draft anyway: self_speculation.exit_layer={max(layers // 4, 1)}"
         )
     return f"{why}: exit {chosen} of {layers} drafts"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 8 as "1-3, 8"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _leaves(source: DictConfig) -> dict[str, str]:

@@ -251,8 +251,12 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_what_is_compared(self) -> None:
         """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
-        if not (self.variants or self.self_speculation or self.chooser or self.peers):
-            raise ConfigError(f"variants: None has nothing to compare. Allowed: sections by names; {EXAMPLE}")
+        peers = self.peers is not None and self.peers.names
+        if not (self.variants or self.self_speculation or self.chooser or peers):
+            raise ConfigError(
+                f"variants: {self.variants or None} has nothing to compare. Allowed: sections by names, or peers; "
+                f"{EXAMPLE}"
+            )
         if self.variants and self.self_speculation is not None and not self.tuned_drafts:
             raise ConfigError(
                 f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "

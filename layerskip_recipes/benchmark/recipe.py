@@ -161,7 +161,7 @@ class LayerSkipBenchmark:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
                 self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
         else:
-            self.model = load_decoder(cfg, self.device)
+            self.model = load_decoder(cfg, self.device, None if self._quantises_late else cfg.quantizer)
         self.turns = Turns(
             self.model,
             self.batches,
@@ -186,7 +186,7 @@ class LayerSkipBenchmark:
             if built is None or not cfg.tuned_drafts:  # otherwise it is one draft of several lengths
                 built = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
             self.methods[name] = replace(built, num_speculations=variant.num_speculations)
-        if cfg.quantizer is not None:  # after the drafts, which are trained for the weights as they are
+        if cfg.quantizer is not None and self._quantises_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[str, Peer] = {}
         self.left_out: dict[str, str] = {}
@@ -205,6 +205,12 @@ class LayerSkipBenchmark:
             )
             sampler = cfg.sampler(cfg.all_temperatures[0])
             self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, bool(cfg.compile))
+
+    @property
+    def _quantises_late(self) -> bool:
+        """Whether the model is quantised after the drafts are there, some of which are trained for its own weights."""
+        drafts = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
+        return bool(self.cfg.random_weights) or any(draft.draft is not None for draft in drafts)
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error with all that is measured by then."""

@@ -157,12 +157,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     else:
         columns = COLUMNS | {name: partial(_metric, name) for name in cfg.get("metrics") or []}
         title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
+    quantizer = f", {cfg['quantizer']['_component_'].rpartition('.')[2]}" if cfg.get("quantizer") else ""
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
         f"# {title}\n",
-        f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}, {compiled}, batch "
-        f"{report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} tokens on average, "
-        f"{report['max_new_tokens']} new ones, {report['repeats']} repeats. "
+        f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}{quantizer}, "
+        f"{compiled}, batch {report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} "
+        f"tokens on average, {report['max_new_tokens']} new ones, {report['repeats']} repeats. "
         f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
         f"    {report['command']}",
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),

@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.sweep import LONGEST, Pair
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
@@ -214,13 +215,21 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
         folder = Path(cfg.model_dir)
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
-    content["self_speculation"] = None if best is None else best.arguments()
+    content["self_speculation"] = None
+    if best is not None:
+        content["self_speculation"] = {name: _plain(value) for name, value in best.arguments().items()}
     if best is not None and best.draft is not None:
         content["self_speculation"]["draft"] = str(Path(best.draft).expanduser().absolute())
+    content["quantizer"] = _plain(cfg.quantizer)
     content["temperature"] = cfg.all_temperatures[0]
     content |= {key: getattr(cfg, key) for key in MEASURED_WITH}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as YAML has it."""
+    return dict(value.section) if isinstance(value, Component) else value
 
 
 def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], variants: Mapping[str, SelfSpeculation]) -> None:

@@ -65,7 +65,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     weights = sorted(source.glob("model*.safetensors"))
     if not weights:
-        there = sorted(file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
+        there = sorted(file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise ConfigError(
             f"export: {checkpoint!r} holds no model*.safetensors; there: {', '.join(there) or 'no weights'}. Give a "
             "folder with merged weights, such as a finetuned epoch_0 with checkpointer.safe_serialization=true and "

@@ -130,8 +130,8 @@ class EvalConfig(RecipeConfig):
         check_draft_fits(self.self_speculation, self.quantizer, model)
         if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
             raise ConfigError(
-                f"self_speculation.draft: {self.self_speculation.draft!r} does not go with quantizer here. Set "
-                "quantizer=null; draft_quantizer quantises the draft"
+                "self_speculation.draft: it is trained for the weights as they are, and layerskip_eval quantises them "
+                "before it reads the draft. Set quantizer=null; draft_quantizer quantises the draft"
             )
         for name, other in self.checkpoints().items():
             other.checkpointer.check()

@@ -90,6 +90,7 @@ def generate(
         given = f"num_speculations: {num_speculations} needs exit_layer too"
         raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
     if speculation and num_speculations is None:
+        Speculation(1, 1, **speculation)  # a TypeError for a name that nobody knows
         name = next(iter(speculation))
         raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
     drafts = None

@@ -1,8 +1,9 @@
 """The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
 Self-speculation (paper, section 4.3): the layers below exit E draft d tokens, and the layers from E up verify all of
-them in one pass. The engine knows drafters by their interface only (drafting/drafter.py). The computations of a step
-are in steps.py and beside the drafters, their compiled graphs in kernels/compiling.py.
+them in one pass. The engine knows drafters by their interface only (drafting/drafter.py). Prompts and outputs are kept
+in rows.py and read by the model in prefill.py; the computations of a step are in steps.py and beside the drafters,
+their compiled graphs in kernels/compiling.py.
 """
 
 import time
@@ -128,7 +129,7 @@ class Generation:
         )
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
-            self.drafter = make_drafter(speculation, self.context, self.rows.of(self.rows.prompts), choice)
+            self.drafter = make_drafter(speculation, self.context, self.rows.values_in_rows(self.rows.prompts), choice)
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
@@ -180,7 +181,7 @@ class Generation:
             else:
                 self.stats.decode_s = untimed_s
             # The cache holds all tokens but the last one, which was never an input.
-            if all(self.rows.of(self.generated)):
+            if all(self.rows.values_in_rows(self.generated)):
                 self.cache.tokens = [text[:-1] for text in self.rows.texts]
             if self.context.graphs is not None:
                 self.context.graphs.release()
@@ -227,7 +228,7 @@ class Generation:
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, and the first new token of each row."""
-        prompts = self.rows.of(self.rows.prompts)
+        prompts = self.rows.values_in_rows(self.rows.prompts)
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
@@ -293,7 +294,7 @@ class Generation:
     def _draft_round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
         self.context.begin_round()
-        room, finished = self.rows.room, self.rows.of(self.finished)
+        room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
         most_room = max(room)
         start, last_slot = self._starts()
         now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, most_room)

@@ -53,8 +53,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.in_row)
 
-    def of(self, values: Sequence[Any]) -> list[Any]:
-        """Of values of all prompts those of the prompts that have a row, [b]."""
+    def values_in_rows(self, values: Sequence[Any]) -> list[Any]:
+        """From one value for each prompt those of the prompts that are in a row now, [b]."""
         return [values[prompt] for prompt in self.in_row]
 
     @property
@@ -88,23 +88,27 @@ class Rows:
         return kept
 
     def count_drafts(self, row: int, drafted: int, accepted: int) -> None:
-        """A round drafted so many tokens for a row, and accepted so many."""
+        """Add a round's drafted and accepted tokens to those of the prompt in this row."""
         before = self.acceptance[self.in_row[row]]
         self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
 
     def end(self, prompt: int, keep: int) -> int:
-        """End an output with its first tokens, of which it keeps so many; returns how many are given up."""
+        """End an output after its first `keep` tokens; returns how many were dropped."""
         if prompt in self.waiting:
             self.waiting.remove(prompt)
-        given_up = len(self.generated[prompt][keep:])
+        dropped = len(self.generated[prompt][keep:])
         del self.generated[prompt][keep:]
         self.finished[prompt] = True
-        return given_up
+        return dropped
 
     @property
     def free(self) -> int | None:
         """A row that the next prompt can take; None if there is none, or no prompt waits."""
-        return next((row for row, done in enumerate(self.of(self.finished)) if done), None) if self.waiting else None
+        return (
+            next((row for row, done in enumerate(self.values_in_rows(self.finished)) if done), None)
+            if self.waiting
+            else None
+        )
 
     def take_next(self, row: int) -> list[int]:
         """The next prompt, which the row decodes from now on."""

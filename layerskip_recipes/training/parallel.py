@@ -101,10 +101,15 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         )
     if processes > 1:
         _check_several_processes(cfg, replicate)
+    if cfg.fsdp_cpu_offload and processes > 1 and left == 1:
+        raise ConfigError(
+            f"fsdp_cpu_offload: True needs processes to shard over, and tensor_parallel_dim {tensor} takes all "
+            f"{processes}; fsdp_cpu_offload=false"
+        )
     if cfg.fsdp_cpu_offload and (left == 1 or cfg.find_device().type == "cpu"):
         raise ConfigError(
-            "fsdp_cpu_offload: True needs several processes with device=cuda to shard over, as in tune run "
-            "--nproc_per_node 2; without them fsdp_cpu_offload=false"
+            "fsdp_cpu_offload: True needs several processes with device=cuda, as in tune run --nproc_per_node 2; "
+            "without them fsdp_cpu_offload=false"
         )
     return replicate, left // replicate, tensor
 

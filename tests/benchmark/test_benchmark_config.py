@@ -56,6 +56,7 @@ WRONG = [
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
     ("variants=chain", "variants", "'chain'", "variants.chain.exit_layer=3"),
     ("variants.chain=null; variants.tree=null", "variants", "None", "variants.chain.exit_layer=3"),
+    ("~variants; peers={torchtune: null}", "variants", "None", "or peers"),
     ("variants.chain=3", "variants.chain", "3", "self_speculation"),
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),

@@ -132,8 +132,13 @@ def test_adapters_are_not_the_peers_model():
         peers.check_same_model("torchtune", section)
 
 
+def test_peers_alone(path):
+    settings = ["variants=null", "max_new_tokens=4", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
+    assert [row["name"] for row in run(path, *settings)["results"]] == ["baseline", "torchtune"]
+
+
 def test_a_quantised_model_is_llama_cpps_only(path):
-    """Which reads a file of its own."""
+    """llama.cpp reads a GGUF file of its own."""
     int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     settings = ["variants.tree=null", "max_new_tokens=6", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
     report = run(path, int8, *settings)

@@ -141,13 +141,16 @@ def tuning_config(folder, checkpoint, extends, **changes):
     return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
 
 
-@pytest.mark.parametrize("best", [SelfSpeculation(exit_layer=3, num_speculations=5), None])
+INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
+
+
+@pytest.mark.parametrize("best", [SelfSpeculation(exit_layer=3, num_speculations=5, draft_quantizer=INT8), None])
 def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
     """It loads, validates, keeps the user's keys, and sets the choice and what it was measured with; null where nothing
     pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     others = {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2, "prompt_lookup": 3}
-    theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5}
+    theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5, "quantizer": INT8}
     generate_config(tmp_path, checkpoint, **theirs, self_speculation=others)
     monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder
     measured = {"temperatures": [0.8, 0.0], "top_k": 50, "batch_size": 2}
@@ -158,7 +161,7 @@ def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypa
     assert written.max_new_tokens == 17
     assert (written.temperature, written.top_k, written.batch_size, written.compile) == (0.8, 50, 2, False)
     # Keys that were not measured are off, also where the user has them on.
-    assert written.top_p is written.repetition_penalty is None
+    assert written.top_p is written.repetition_penalty is written.quantizer is None
     assert written.self_speculation == best
     assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
 
@@ -173,6 +176,9 @@ def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
     write_config(tmp_path / "ours.yaml", cfg, None, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
+    cfg = tuning_config(tmp_path, checkpoint, str(user), tune=False, sweep={}, quantizer=INT8)
+    write_config(tmp_path / "int8.yaml", cfg, None, "because")
+    assert load_config(str(tmp_path / "int8.yaml")).quantizer == INT8
 
 
 def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer_folder, capsys):

@@ -1,4 +1,4 @@
-"""From a config's name to a merged config: lookup, `extends`, overrides, upstream's names, and all configs we know."""
+"""From a config's name to a merged config: lookup, `extends`, overrides, and all configs we know."""
 
 import importlib.util
 import re

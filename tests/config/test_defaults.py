@@ -178,7 +178,7 @@ def test_what_was_chosen_is_said(tmp_path):
     choice, exits = defaults.explain(load_config("hf/generate", [f"model_dir={folder}", "device=cpu"]))
     assert choice.startswith("Chosen for this model and machine: dtype=fp32, max_new_tokens=300, ")
     assert "self_speculation.exit_layer=3." in choice and "device" not in choice
-    assert exits == f"layerskip.json in {folder} names the trained exits 3, 4, 5, 9, 12: exit 3 of 12 drafts"
+    assert exits == f"layerskip.json in {folder} names the trained exits 3-5, 9, 12: exit 3 of 12 drafts"
 
 
 def test_that_nothing_drafts_is_said(tmp_path):

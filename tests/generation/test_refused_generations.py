@@ -36,3 +36,9 @@ def test_what_cannot_be_generated_is_refused(message, prompt, arguments):
 def test_a_row_of_padding_only_is_no_prompt():
     with pytest.raises(ValueError, match=r"^prompt: "):
         generate(model_of("llama3_2"), torch.tensor([[1, 2], [0, 0]]), 4)
+
+
+@pytest.mark.parametrize("arguments", [{"temprature": 0.8}, {"exit_layer": 2, "num_speculations": 2, "tree_widht": 2}])
+def test_an_argument_that_nobody_knows_is_pythons_error(arguments):
+    with pytest.raises(TypeError, match=list(arguments)[-1]):
+        generate(model_of("llama3_2"), [1, 2], 4, **arguments)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.compiled import SHORT, compiles, make_small
-from helpers.configs import benchmark_config, generate_config, make_checkpoint
+from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
 from helpers.decoding import SMALL, model_of, small_model
 from helpers.sampling import p_value, rng
 from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
@@ -22,6 +22,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -245,17 +246,19 @@ def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_a_benchmark_takes_a_draft(folders, tmp_path):
+@pytest.mark.parametrize("quantizer", [None, INT8], ids=["fp32", "int8"])
+def test_a_benchmark_takes_a_draft(quantizer, folders, tmp_path):
     variants = {
         "copy": {"draft": str(folders / "copy"), "num_speculations": 2},
         "exit": {"exit_layer": 2, "num_speculations": 2},
     }
-    path = benchmark_config(tmp_path, folders / "base", variants=variants, temperatures=[0.0])
+    changes = {"variants": variants, "temperatures": [0.0], "quantizer": quantizer}
+    path = benchmark_config(tmp_path, folders / "base", **changes)
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
     recipe.benchmark()
     report = json.loads((tmp_path / "report" / "benchmark.json").read_text())
-    assert {"copy", "exit"} <= {row["name"] for row in report["results"]}
+    assert {row["name"]: row["identical"] for row in report["results"]} == dict.fromkeys(["baseline", *variants], True)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("copy", 2), ("adapter", 2)])
@@ -320,15 +323,25 @@ def test_the_tuner_measures_lengths_of_a_draft(folders, tmp_path, monkeypatch):
 
 
 def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
-    """Of a tied head they are the embedding's, whatever quantises the model."""
+    """A tied head's rows are the embedding's, which no quantizer packs."""
     folder = shutil.copytree(folders / "copy", tmp_path / "draft")
     description = json.loads((folder / "layerskip.json").read_text())
     (folder / "layerskip.json").write_text(json.dumps(description | {"vocabulary": [1, 2]}))
     section, int8 = SelfSpeculation(draft=str(folder), num_speculations=2), Component(INT8)
     check_draft_fits(section, int8, SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))))
     check_draft_fits(section, None, SimpleNamespace(output=torch.nn.Linear(2, 4)))
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: needs rows of .* self_speculation\.draft=null"):
+    message = (
+        r"^self_speculation\.draft: was trained for some tokens .*\. Set self_speculation\.draft=null or quantizer=null"
+    )
+    with pytest.raises(ConfigError, match=message):
         check_draft_fits(section, int8, SimpleNamespace(output=torch.nn.Linear(2, 4)))
+
+
+def test_evaluation_quantises_too_early(folders, tmp_path):
+    section = {"draft": str(folders / "copy"), "num_speculations": 2}
+    changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it is trained for the weights as they are"):
+        EvalConfig.load(load_config(str(eval_config(tmp_path, folders / "base", **changes))))
 
 
 def test_mistakes(folders, tmp_path, tokenizer_folder):

@@ -33,6 +33,11 @@ def sizes_of(tmp_path, tokenizer_folder, monkeypatch):
         ({}, {"tensor_parallel_dim": 3}, "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; "),
         ({}, {"fsdp_cpu_offload": True}, "fsdp_cpu_offload: True needs several processes with device=cuda"),
         (
+            TWO_HEADS,
+            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "fsdp_cpu_offload": True},
+            "fsdp_cpu_offload: True needs processes to shard over, and tensor_parallel_dim 2 takes all 2; ",
+        ),
+        (
             {},
             {"optimizer_in_bwd": True, "custom_sharded_layers": ["tok_embeddings"]},
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",

@@ -212,9 +212,17 @@ def check_draft_fits(
     if packed or parallel > 1:
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
         trained = None if section.draft is None else read_description(section.draft, f"{key}.draft")["vocabulary"]
-        for name, vocabulary in (("draft_vocabulary", section.draft_vocabulary), ("draft", trained)):
-            if vocabulary is not None:
-                raise ConfigError(f"{key}.{name}: needs rows of the model's head, which {why}; {key}.{name}=null")
+        other = "tensor_parallel_dim=1" if parallel > 1 else "quantizer=null"
+        if section.draft_vocabulary is not None:
+            raise ConfigError(
+                f"{key}.draft_vocabulary: needs rows of the model's head, which {why}. Set {key}.draft_vocabulary=null "
+                f"or {other}"
+            )
+        if trained is not None:
+            raise ConfigError(
+                f"{key}.draft: was trained for some tokens only, and needs their rows of the model's head, which "
+                f"{why}. Set {key}.draft=null or {other}"
+            )
     if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
             f"{key}.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "

@@ -34,7 +34,8 @@ class Speculation:
         drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
 
     Raises:
-        ConfigError: if a value is out of range; see `check` for those that the model limits.
+        ConfigError: if a value is out of range. `check`, which a Generation calls, refuses values that do not go
+            together or do not fit the model.
     """
 
     exit_layer: int
