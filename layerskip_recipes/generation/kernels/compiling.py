@@ -130,7 +130,7 @@ class CompiledSteps:
         if graph is not None and not captures:
             out = graph(step.context, *step.settings, slots, *args)
             return self._bind(step, key, graph, (slots, *args), length, out)
-        started = time.perf_counter()
+        before = time.perf_counter() - self.seconds  # steps within this one count once
         try:
             if graph is None:
                 self.warming = True
@@ -149,7 +149,7 @@ class CompiledSteps:
             # quantised step may be the only one without a kernel.
             self.failed = not self.graphs and not self._is_quantised(step)
             self.refused[key] = name = step.function.__name__
-            self.seconds += time.perf_counter() - started
+            self.seconds = time.perf_counter() - before
             log.warning(
                 "compile: not possible %s, going on without (%s)",
                 "here" if self.failed else f"for {name}",
@@ -159,7 +159,7 @@ class CompiledSteps:
                 raise GraphError(name) from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
         self.graphs[key] = graph
-        self.seconds += time.perf_counter() - started
+        self.seconds = time.perf_counter() - before
         return self._bind(step, key, graph, (slots, *args), length, out)
 
     def _is_quantised(self, step: "Step") -> bool:
