@@ -129,7 +129,7 @@ class Generation:
         )
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
-            self.drafter = make_drafter(speculation, self.context, self.rows.values_in_rows(self.rows.prompts), choice)
+            self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
@@ -228,7 +228,7 @@ class Generation:
 
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, and the first new token of each row."""
-        prompts = self.rows.values_in_rows(self.rows.prompts)
+        prompts = self.rows.texts  # nothing is generated yet
         held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
@@ -325,7 +325,7 @@ class Generation:
 
     def _starts(self) -> tuple[torch.Tensor, int]:
         """The slot of each row's last token [b], and the largest of them."""
-        starts = [len(text) - 1 for text in self.rows.texts]
+        starts = [length - 1 for length in self.rows.lengths]
         return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:

@@ -135,18 +135,20 @@ class LayerSkipGenerate:
         """Load the model."""
         if self.shows:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
+        # A trained draft is checked against the weights as they were, so they are quantised after it is there.
+        now, late = self.cfg.quantizer, None
+        if self.draft is not None and self.draft.draft is not None:
+            now, late = None, self.cfg.quantizer
         if num_processes() > 1:
             plan = read_plan(self.cfg.tensor_parallel_plan)
             self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
-            # The weights must be those that a trained draft was trained for, so they are quantised after it is there.
-            trained = self.draft is not None and self.draft.draft is not None
-            self.model = load_decoder(self.cfg, self.device, None if trained else self.cfg.quantizer)
+            self.model = load_decoder(self.cfg, self.device, now)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.draft is not None:
             self.speculation = self.draft.build(self.model, rows=self.batch_size)
-            if self.draft.draft is not None and self.cfg.quantizer is not None:
-                self.model = quantise_decoder(self.model, self.cfg.quantizer)
+        if late is not None:
+            self.model = quantise_decoder(self.model, late)
 
     def generate(self) -> dict[str, Any]:
         """All prompts, with batches in the order of their lengths; with `benchmark.compare` first without drafts.

@@ -63,6 +63,11 @@ class Rows:
         return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
 
     @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row's text, [b]."""
+        return [len(self.prompts[prompt]) + len(self.generated[prompt]) for prompt in self.in_row]
+
+    @property
     def room(self) -> list[int]:
         """How many tokens each row may still get, [b]; 0 for those that have finished."""
         return [0 if self.finished[i] else self.limit - len(self.generated[i]) for i in self.in_row]

@@ -9,7 +9,7 @@ import itertools
 import time
 import types
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,9 +18,6 @@ from torchtune import utils
 from layerskip_recipes.generation.kernels.layer_groups import SharedGraph, structure_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import DecodingCache
-
-if TYPE_CHECKING:  # steps.py imports this module
-    from layerskip_recipes.generation.steps import Step
 
 log = utils.get_logger("INFO")
 _numbers = itertools.count()  # dynamo remembers shapes by a function's name, for all models of the process
@@ -46,6 +43,22 @@ class GraphError(RuntimeError):
 
     The step goes without a graph from now on. The round has to begin again, with a cache that is filled from the text.
     """
+
+
+class StepLike(Protocol):
+    """What is compiled: a `Step` of steps.py, which imports this module."""
+
+    context: Any
+    function: Callable
+    settings: tuple[Hashable, ...]
+    group: tuple[LayerSkipDecoder, int, int] | None
+    in_groups: bool
+
+    def key(self, *args: Any) -> Hashable:
+        """What the graph depends on."""
+
+    def run(self, slots: torch.Tensor | None, *args: Any) -> Any:
+        """The function without its graph."""
 
 
 class CompiledSteps:
@@ -101,7 +114,7 @@ class CompiledSteps:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
-    def __call__(self, step: "Step", slots: torch.Tensor | None, *args: Any) -> Any:
+    def __call__(self, step: StepLike, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
         if step.in_groups and step.context.in_groups:
@@ -162,13 +175,13 @@ class CompiledSteps:
         self.seconds = time.perf_counter() - before
         return self._bind(step, key, graph, (slots, *args), length, out)
 
-    def _is_quantised(self, step: "Step") -> bool:
+    def _is_quantised(self, step: StepLike) -> bool:
         """Whether a step reads quantised weights: those of a draft model, or of the whole model."""
         kinds = [kind for _, kind, *_ in self.weights or ()]
         return not step.context.shares_layers or any(kind is not torch.nn.Parameter for kind in kinds)
 
     def _bind(
-        self, step: "Step", key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any
+        self, step: StepLike, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any
     ) -> Any:
         """Keep the weights and caches of a call for this generation's next calls; returns `out`."""
         last = getattr(graph, "last", None)
