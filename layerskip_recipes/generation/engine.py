@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import torch
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
 from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -22,7 +23,7 @@ from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
-from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, draft_head_of, next_logits
+from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
@@ -130,7 +131,7 @@ class Generation:
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
             self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
-        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False, in_groups=True)
+        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context)
 
@@ -183,8 +184,8 @@ class Generation:
             # The cache holds all tokens but the last one, which was never an input.
             if all(self.rows.values_in_rows(self.generated)):
                 self.cache.tokens = [text[:-1] for text in self.rows.texts]
-            if self.context.graphs is not None:
-                self.context.graphs.release()
+            if self.context.compiled is not None:
+                self.context.compiled.release()
 
     @property
     def compile_s(self) -> float:

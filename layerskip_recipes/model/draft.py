@@ -22,6 +22,8 @@ class JoiningLayer(nn.Module):
         like: a tensor of the model, [.., d].
     """
 
+    EPSILON = 1e-6
+
     def __init__(self, layer: nn.Module, like: torch.Tensor) -> None:
         super().__init__()
         width = like.shape[-1]
@@ -34,7 +36,7 @@ class JoiningLayer(nn.Module):
         return self.layer.attn
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        both = [F.rms_norm(half, half.shape[-1:], eps=1e-6) for half in x.chunk(2, -1)]
+        both = [F.rms_norm(half, half.shape[-1:], eps=self.EPSILON) for half in x.chunk(2, -1)]
         return self.layer(self.join(torch.cat(both, -1)), **layer_inputs)
 
 

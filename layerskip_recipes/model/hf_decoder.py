@@ -201,11 +201,15 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angles.cos() * scale, persistent=False)
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
+    @property
+    def tables(self) -> tuple[Any, Any]:
+        """Cosines and sines, [max_seq_len, dim / 2]."""
+        return self.cos, self.sin
+
     def forward(self, x: torch.Tensor, input_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate queries or keys [b, s, heads, head_dim]; input_pos [b or 1, s], None for the positions 0 .. s-1."""
         at = slice(0, x.shape[1]) if input_pos is None else input_pos
-        tables: tuple[Any, Any] = self.cos, self.sin
-        cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in tables)
+        cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in self.tables)
         first, second = x[..., : self.dim].chunk(2, dim=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
         return torch.cat([*turned, x[..., self.dim :]] if self.dim < x.shape[-1] else turned, dim=-1)

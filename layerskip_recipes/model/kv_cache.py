@@ -96,22 +96,21 @@ class DecodingCache:
 
     @contextmanager
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
-        """Within this context the decoders' attention layers use these caches; afterwards what they had before.
-
-        A decoder with fewer layers, such as a draft in another precision, uses the first caches; a draft's own layers
-        use the last ones.
-        """
+        """Within this context the decoders' attention layers use these caches; afterwards what they had before."""
         # Undone backwards: a drafter may share layers with the model, which have this cache already.
         with ExitStack() as afterwards:
             for decoder in decoders:
                 afterwards.callback(setattr, decoder, "decoding", decoder.decoding)
-                own = decoder.own_layers
-                shared = own.start if own else len(decoder.layers)
-                caches = [*self.layers[:shared], *self.layers[len(self.layers) - len(own) :]]
-                for layer, cache in zip(decoder.layers, caches, strict=True):
+                for layer, cache in zip(decoder.layers, self.of(decoder), strict=True):
                     afterwards.callback(_restore_attention, layer, _patch_attention(layer, cache))
                 decoder.decoding = True
             yield
+
+    def of(self, decoder: LayerSkipDecoder) -> list[LayerCache]:
+        """The caches of a decoder's layers: the first ones, and for a draft's own layers the last ones."""
+        own = decoder.own_layers
+        shared = own.start if own else len(decoder.layers)
+        return [*self.layers[:shared], *self.layers[len(self.layers) - len(own) :]]
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """The next tokens go to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""

@@ -181,10 +181,13 @@ COMPILED = {
 
 
 @compiles
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_text_is_the_models(name):
+@pytest.mark.parametrize(
+    ("name", "width"), [*((name, 32) for name in COMPILED), ("adapter", 16)], ids=lambda value: str(value)
+)
+def test_compiled_text_is_the_models(name, width):
+    """In C++, and as graphs."""
     shape, settings = COMPILED[name]
-    model = make_small()
+    model = make_small(width=width)
     torch.manual_seed(2)
     draft = Draft(model, *shape).requires_grad_(False)
     for parameter in draft.parameters():

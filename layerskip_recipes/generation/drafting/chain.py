@@ -44,22 +44,9 @@ class ChainDrafter(Drafter):
             return Draft(self.strategy, slots, now.last[:, None])
         if self.threshold is not None:
             return self._until_unsure(now, depth, slots, self.threshold)
+        step = Step(self.context, draft_chain, self.exit_layer, depth)
         noise = self.context.noise(depth, draft=True)
-        if not self.context.in_groups:
-            step = Step(self.context, draft_chain, self.exit_layer, depth)
-            return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen, self.before)[:3])
-        # On a CPU the graph of one token is compiled sooner than that of all, and calling it costs little.
-        step, parts = Step(self.context, draft_chain, self.exit_layer, 1), []
-        last, seen, before = now.last, now.seen, self.before
-        for i in range(depth):
-            noise_i = None if noise is None else noise[:, i : i + 1].contiguous()
-            *part, before = step(slots, last, now.start + i, noise_i, seen, before)
-            parts.append(part)
-            last = part[0][:, 1].contiguous()  # a graph holds for one layout of its inputs
-            seen = None if seen is None else seen.scatter(1, last[:, None], True)
-        tokens, hidden, q = zip(*parts, strict=True)
-        drafted = torch.cat([now.last[:, None], *(pair[:, 1:] for pair in tokens)], 1)
-        return Draft(self.strategy, slots, drafted, torch.cat(hidden, 1), None if noise is None else torch.cat(q, 1))
+        return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen, self.before))
 
     def _until_unsure(self, now: RoundStart, depth: int, slots: torch.Tensor, threshold: float) -> Draft:
         """Draft step by step; where the draft may stop, the host waits for the confidence."""
@@ -86,11 +73,11 @@ class ChainDrafter(Drafter):
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         context = self.context
         if context.sampler.greedy and now.seen is None:
-            step = Step(context, verify_greedily, self.exit_layer, choice=False, in_groups=True)
+            step = Step(context, verify_greedily, self.exit_layer, choice=False)
             return self.after(*step(draft.slots, draft.tokens, draft.hidden, now.start, self.before))
         uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
         noise = context.noise()
-        step = Step(context, chain_logits, self.exit_layer, choice=False, in_groups=True)
+        step = Step(context, chain_logits, self.exit_layer, choice=False)
         logits, states = step(draft.slots, draft.tokens, draft.hidden, now.start, self.before)
         tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
         return self.after(*Step(context, accept_chain, layers=False)(None, *tensors))
@@ -108,7 +95,7 @@ def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, 
     """`depth` tokens one after the other.
 
     last, start [b]; noise [b, n, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> tokens [b, n + 1],
-    x_E [b, n, d], q [b, n, v'], and `before` of the next token.
+    x_E [b, n, d], q [b, n, v'].
     """
     tokens, hidden, q = [last], [], []
     for i in range(depth):
@@ -119,7 +106,7 @@ def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, 
         tokens.append(token)
         hidden.append(x)
         q.append(scores)
-    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1), before
+    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1)
 
 
 def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):

@@ -52,7 +52,7 @@ class TreeDrafter(ChainDrafter):
         *tables, draft_rows = self.tables[tree]
         uniform = context.sampler.uniform((context.cache.rows, tree.depth, tree.candidates(1)), context.device)
         noise = context.noise()
-        step = Step(context, tree_logits, self.exit_layer, choice=False, in_groups=True)
+        step = Step(context, tree_logits, self.exit_layer, choice=False)
         nodes = (draft.tokens, draft.parents, draft.ranks, draft.ancestors)
         at = (draft.tokens, draft.hidden, draft.parents, draft.ancestors, now.start)
         logits, states = step(draft.slots, *at, *tables, self.before)

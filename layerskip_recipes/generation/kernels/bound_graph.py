@@ -5,8 +5,7 @@ one generation they stay the same, so a step's first call records them, and late
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ class LastCall:
 
     def forget(self) -> None:
         """Drop the references to weights and caches."""
-        self.length_is_tensor = False
         self.function: Callable | None = None
         self.inputs: Sequence[Any] = ()
         self.outputs: Sequence[torch.Tensor] = ()
@@ -36,7 +34,6 @@ class LastCall:
             result: of the step in it.
         """
         function, inputs, outputs = self.function, self.inputs, self.outputs
-        length_is_tensor = self.length_is_tensor
         self.forget()
         argument = {id(leaf): i for i, leaf in enumerate(tree_leaves(args)) if isinstance(leaf, torch.Tensor)}
         output = {id(tensor): i for i, tensor in enumerate(outputs)}
@@ -55,7 +52,6 @@ class LastCall:
             lengths,
             [output.get(id(leaf)) for leaf in leaves],
             structure,
-            length_is_tensor,
         )
 
 
@@ -68,11 +64,10 @@ class RecordingBackend:
     Args:
         options: of inductor.
         last: where the last call is recorded.
-        prepare: called when a graph is compiled and has not run yet.
     """
 
-    def __init__(self, options: dict[str, Any], last: LastCall, prepare: Callable[[], None] | None = None) -> None:
-        self.options, self.last, self.prepare = options, weakref.ref(last), prepare
+    def __init__(self, options: dict[str, Any], last: LastCall) -> None:
+        self.options, self.last = options, weakref.ref(last)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
         last = self.last()
@@ -85,7 +80,6 @@ class RecordingBackend:
                 held = [*inputs]  # the callee empties the list
                 outputs = call(inputs)
                 last.function, last.inputs, last.outputs = call, held, outputs
-                last.length_is_tensor = "cpp_wrapper" in self.options
                 return outputs
 
             compiled.current_callable = record
@@ -94,14 +88,11 @@ class RecordingBackend:
         # A graph that is read from the cache of whole functions would not be compiled here, and so not be recorded.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             function: Any = compile_fx(graph, inputs, compile_inner, self.options)
-        if self.prepare is not None:
-            self.prepare()
 
         def call(*inputs: Any) -> Sequence[torch.Tensor]:
             outputs = function(*inputs)
             if len(last.outputs) != len(outputs):  # the function does something of its own behind the innermost one
                 last.function, last.inputs, last.outputs = lambda inputs: function(*inputs), inputs, outputs
-                last.length_is_tensor = False
             return outputs
 
         return call
@@ -117,7 +108,6 @@ class BoundGraph:
         lengths: places of the inputs that are the dynamic length.
         outputs: for each part of the step's result the place in the function's outputs; None for a part that is None.
         structure: of the step's result.
-        length_is_tensor: the function is one of C++, which would make a tensor of the length at each call.
     """
 
     def __init__(
@@ -128,27 +118,15 @@ class BoundGraph:
         lengths: list[int],
         outputs: list[int | None],
         structure: Any,
-        length_is_tensor: bool = False,
     ) -> None:
         self.compiled, self.inputs, self.moving, self.lengths = compiled, inputs, moving, lengths
-        self.outputs, self.structure, self.length_is_tensor = outputs, structure, length_is_tensor
+        self.outputs, self.structure = outputs, structure
         self._drop_arguments()
 
     def _drop_arguments(self) -> None:
         """Arguments may be results of another CUDA graph, whose memory is used again in the next round."""
         for i, _ in self.moving:
             self.inputs[i] = None
-
-    def own_inputs(self) -> dict[int, torch.Tensor]:
-        """The inputs that stay, by their places: weights and caches."""
-        moving = {i for i, _ in self.moving}
-        return {i: value for i, value in enumerate(self.inputs) if i not in moving and i not in self.lengths}
-
-    def with_inputs(self, own: Mapping[int, torch.Tensor | None]) -> "BoundGraph":
-        """The same graph with other weights and caches, such as those of other layers."""
-        inputs = [own.get(i, value) for i, value in enumerate(self.inputs)]
-        form = (self.moving, self.lengths, self.outputs, self.structure, self.length_is_tensor)
-        return BoundGraph(self.compiled, inputs, *form)
 
     def __call__(self, args: Sequence[Any], length: int | None) -> Any:
         """The step's result for other arguments of the same shapes."""
@@ -157,14 +135,9 @@ class BoundGraph:
         for i, argument in self.moving:
             self.inputs[i] = leaves[argument]
         for i in self.lengths:
-            self.inputs[i] = _length_tensor(length) if self.length_is_tensor else length
+            self.inputs[i] = length
         outputs = self.compiled([*self.inputs])  # it empties its list
         self._drop_arguments()
         if self.structure.is_leaf():
             return outputs[self.outputs[0]]
         return tree_unflatten([None if i is None else outputs[i] for i in self.outputs], self.structure)
-
-
-@cache
-def _length_tensor(length: int) -> torch.Tensor:
-    return torch.tensor(length)

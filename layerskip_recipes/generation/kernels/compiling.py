@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torchtune import utils
 
-from layerskip_recipes.generation.kernels.layer_groups import SharedGraph, structure_of
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
@@ -51,8 +50,6 @@ class StepLike(Protocol):
     context: Any
     function: Callable
     settings: tuple[Hashable, ...]
-    group: tuple[LayerSkipDecoder, int, int] | None
-    in_groups: bool
 
     def key(self, *args: Any) -> Hashable:
         """What the graph depends on."""
@@ -74,9 +71,6 @@ class CompiledSteps:
         self.path: tuple[Hashable, ...] = ()  # the steps of this round so far; a CUDA graph belongs to those before it
         self.warming = False  # one of them was new: the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
-        self.shared: dict[Hashable, SharedGraph] = {}  # of groups of layers
-        self._structures: dict[Hashable, int] = {}  # of groups of layers, numbered
-        self._numbers: WeakKeyDictionary[LayerSkipDecoder, dict[tuple[int, int], int]] = WeakKeyDictionary()
         self.bound: dict[Hashable, Callable] = {}  # the graphs with the weights and caches of this generation
         self.failed = False  # nothing can be compiled here
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
@@ -97,12 +91,16 @@ class CompiledSteps:
         kept.tokens = [[] for _ in range(rows)]
         return kept
 
-    def structure(self, model: LayerSkipDecoder, first: int, last: int) -> int:
-        """A number for all groups of layers of one structure: the structure itself is slow to make and to look up."""
-        numbers = self._numbers.setdefault(model, {})
-        if (first, last) not in numbers:
-            numbers[first, last] = self._structures.setdefault(structure_of(model, first, last), len(self._structures))
-        return numbers[first, last]
+    def prepare(self, load: Callable[[], None]) -> bool:
+        """Call what compiles, or finds it compiled; False, and a line, if that is not possible."""
+        started = time.perf_counter()
+        try:
+            load()
+        except Exception as e:
+            self.failed = True
+            _warn("here", e)
+        self.seconds += time.perf_counter() - started
+        return not self.failed
 
     def release(self) -> None:
         """A generation ended: drop the references to its weights and caches."""
@@ -117,21 +115,10 @@ class CompiledSteps:
     def __call__(self, step: StepLike, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
-        if step.in_groups and step.context.in_groups:
-            return step.run(slots, *args)  # it calls the graphs of its layers
         key = step.key(*args)
         length = None if slots is None else slots.shape[0]
         if cuda and slots is not None:
             key = (key, length)
-        if step.group is not None:
-            model, first, _ = step.group
-            bound = self.bound.get((key, first))
-            if bound is None and key in self.shared and self.shared[key].shareable:
-                bound = self.bound[key, first] = self.shared[key].of(model, first)
-            if bound is not None:
-                return bound((slots, *args), length)
-            if key in self.shared:
-                key = (key, first)
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
@@ -142,15 +129,13 @@ class CompiledSteps:
             return self.bound[key]((slots, *args), length)
         if graph is not None and not captures:
             out = graph(step.context, *step.settings, slots, *args)
-            return self._bind(step, key, graph, (slots, *args), length, out)
+            return self._bind(key, graph, (slots, *args), length, out)
         before = time.perf_counter() - self.seconds  # steps within this one count once
         try:
             if graph is None:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
-                if step.group is not None and args[-1] is not None:
-                    torch._dynamo.mark_dynamic(args[-1], 2)  # the mask [b, s, slots]
                 graph = _compiled(step.function, self.device, self._is_quantised(step))
             out = graph(step.context, *step.settings, slots, *args)
             if captures:
@@ -163,33 +148,25 @@ class CompiledSteps:
             self.failed = not self.graphs and not self._is_quantised(step)
             self.refused[key] = name = step.function.__name__
             self.seconds = time.perf_counter() - before
-            log.warning(
-                "compile: not possible %s, going on without (%s)",
-                "here" if self.failed else f"for {name}",
-                (str(e).strip() or repr(e)).splitlines()[0][:200],
-            )
+            _warn("here" if self.failed else f"for {name}", e)
             if cuda:
                 raise GraphError(name) from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
         self.graphs[key] = graph
         self.seconds = time.perf_counter() - before
-        return self._bind(step, key, graph, (slots, *args), length, out)
+        return self._bind(key, graph, (slots, *args), length, out)
 
     def _is_quantised(self, step: StepLike) -> bool:
         """Whether a step reads quantised weights: those of a draft model, or of the whole model."""
         kinds = [kind for _, kind, *_ in self.weights or ()]
         return not step.context.shares_layers or any(kind is not torch.nn.Parameter for kind in kinds)
 
-    def _bind(
-        self, step: StepLike, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any
-    ) -> Any:
+    def _bind(self, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any) -> Any:
         """Keep the weights and caches of a call for this generation's next calls; returns `out`."""
         last = getattr(graph, "last", None)
         bound = None if last is None else last.bind(args, length, out)
         if bound is not None:
             self.bound[key] = bound
-            if step.group is not None:
-                self.shared.setdefault(key, SharedGraph(bound, *step.group))
         return out
 
 
@@ -211,32 +188,26 @@ def find_compiled_steps(model: LayerSkipDecoder) -> CompiledSteps | None:
     return _COMPILED.get(model)
 
 
+def _warn(where: str, error: Exception) -> None:
+    text = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    log.warning("compile: not possible %s, going on without (%s)", where, text)
+
+
 def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
     # Inductor takes a second to import, which only compiled generations need.
     from layerskip_recipes.generation.kernels.bound_graph import LastCall, RecordingBackend
-    from layerskip_recipes.generation.kernels.few_rows import FewRows, define_operators, load_kernel
 
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    options: dict[str, Any] = {}
-    prepare: Callable[[], None] | None = None
-    if device.type == "cuda":
-        # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
-        options |= {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
-    elif device.type == "cpu":
-        # Inductor's loops between the products are so short that threads cost more than they bring.
-        options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp.threads": 1}
-        define_operators()
-        prepare = load_kernel
-        # The key of the step ensures the shapes; to check each tensor again takes 5% of a small model's step.
-        options |= {"post_grad_custom_pre_pass": FewRows(), "size_asserts": False}
-    # Older versions of torch do not know all of them (2.6 drops passes over the graph), and are slower.
-    options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
+    # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
+    cuda: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
+    # Without a check of each tensor: the key of the step ensures the shapes.
+    options = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     guards: dict[str, Any] = {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     last = LastCall()
-    compiled = torch.compile(copy, fullgraph=True, backend=RecordingBackend(options, last, prepare), options=guards)
+    compiled = torch.compile(copy, fullgraph=True, backend=RecordingBackend(options, last), options=guards)
     compiled.last = last
     return compiled

@@ -9,12 +9,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <vector>
@@ -204,7 +202,7 @@ void block(
 
 // Columns [first, end) of y [m, n] = x W^T, `grain` at a time: x [m, k], w [.., k] from the row of column `first` on.
 template <typename W>
-void columns(
+void block_columns(
     const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
   for (int64_t at = first; at < end; at += grain)
     for (int64_t row = 0; row < m; row += BLOCK)
@@ -231,48 +229,67 @@ void in_parallel(int64_t n, int64_t grain, double bytes, double products, const 
   next_alone = late ? std::min<int64_t>(2 * next_alone, MOST_ALONE) : std::max<int64_t>(next_alone / 2, FEWEST_ALONE);
 }
 
-// rows [m, k] in fp32, each of ws [n_i, k] contiguous, fp32, bf16 or int8, k a multiple of LANES -> [m, n_0 + n_1 + ..]:
-// side by side what each gives alone.
-at::Tensor products(const at::Tensor& rows, std::initializer_list<std::reference_wrapper<const at::Tensor>> ws) {
-  const at::Tensor x = rows.contiguous();
-  const int64_t m = x.size(0), k = x.size(1);
-  int64_t n = 0;
-  for (const at::Tensor& w : ws) {
-    TORCH_CHECK(w.is_contiguous() && w.size(1) == k && k % LANES == 0);
-    n += w.size(0);
+// y = x W^T + bias of a weight W [n, k] in fp32, bf16 or int8, k a multiple of LANES; int8 has a scale for each row of W.
+struct Linear {
+  at::Tensor weight, scale, bias;
+
+  int64_t columns() const { return weight.size(0); }
+  explicit operator bool() const { return weight.defined(); }
+
+  // Columns [first, end) of y [m, ..], whose rows are `stride` apart and begin with this product's column 0.
+  void operator()(
+      const float* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
+    const int64_t k = weight.size(1), skipped = first * k;
+    if (weight.scalar_type() == at::kChar)
+      block_columns(x, weight.const_data_ptr<int8_t>() + skipped, y, m, k, stride, first, end, grain);
+    else if (weight.scalar_type() == at::kBFloat16)
+      block_columns(x, weight.const_data_ptr<at::BFloat16>() + skipped, y, m, k, stride, first, end, grain);
+    else
+      block_columns(x, weight.const_data_ptr<float>() + skipped, y, m, k, stride, first, end, grain);
+    if (end <= first || !(scale.defined() || bias.defined())) return;
+    const Vector one(1.f), zero(0.f);
+    for (int64_t row = 0; row < m; row++)
+      for (int64_t i = first; i < end; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, end - i);
+        float* const at = y + row * stride + i;
+        const Vector factor = scale.defined() ? Vector::loadu(scale.const_data_ptr<float>() + i, count) : one;
+        const Vector added = bias.defined() ? Vector::loadu(bias.const_data_ptr<float>() + i, count) : zero;
+        at::vec::fmadd(Vector::loadu(at, count), factor, added).store(at, count);
+      }
   }
-  at::Tensor out = at::empty({m, n}, x.options());
-  const float* xs = x.const_data_ptr<float>();
-  float* ys = out.mutable_data_ptr<float>();
+};
+
+// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..]: side by side what each gives alone.
+void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
+  const at::Tensor& any = (*linears.begin())->weight;
+  const int64_t k = any.size(1);
+  int64_t n = 0;
+  for (const Linear* linear : linears) n += linear->columns();
   // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
-  const int64_t bytes = k * static_cast<int64_t>(ws.begin()->get().element_size());
+  const int64_t bytes = k * static_cast<int64_t>(any.element_size());
   // Whole tiles, but one row reads wide weights best as they lie, one column after the other.
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
   const int64_t grain = m == 1 && fit < LANES ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / LANES, 1) * LANES;
   in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
-    for (const at::Tensor& w : ws) {
-      const int64_t from = std::max(first, before), last = std::min(end, before + w.size(0));
-      const int64_t skipped = (from - before) * k;
-      if (w.scalar_type() == at::kChar)
-        columns(xs, w.const_data_ptr<int8_t>() + skipped, ys, m, k, n, from, last, grain);
-      else if (w.scalar_type() == at::kBFloat16)
-        columns(xs, w.const_data_ptr<at::BFloat16>() + skipped, ys, m, k, n, from, last, grain);
-      else
-        columns(xs, w.const_data_ptr<float>() + skipped, ys, m, k, n, from, last, grain);
-      before += w.size(0);
+    for (const Linear* linear : linears) {
+      const int64_t from = std::max(first, before) - before, last = std::min(end - before, linear->columns());
+      (*linear)(x, y + before, m, n, from, last, grain);
+      before += linear->columns();
     }
   });
-  return out;
 }
 
-// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s + mask, in place; returns the sum.
-float exponents(float* s, const float* mask, const Vector& factor, int64_t slots) {
+// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s + mask, in place; returns the sum. Where
+// there is a cap, the scores before the mask are cap tanh(factor s / cap).
+float exponents(float* s, const float* mask, const Vector& factor, float cap, int64_t slots) {
   const Vector none(-std::numeric_limits<float>::infinity());
   Vector most = none, sum(0.f);
   for (int64_t i = 0; i < slots; i += LANES) {
     const int64_t count = std::min<int64_t>(LANES, slots - i);
-    const Vector masked = at::vec::fmadd(Vector::loadu(s + i), factor, Vector::loadu(mask + i, count));
+    Vector scaled = Vector::loadu(s + i) * factor;
+    if (cap > 0) scaled = Vector(cap) * (scaled / Vector(cap)).tanh();
+    const Vector masked = scaled + Vector::loadu(mask + i, count);
     const Vector score = Vector::set(none, masked, count);
     score.store(s + i);
     most = at::vec::maximum(most, score);
@@ -324,84 +341,61 @@ void mixture(
   for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
 }
 
-// Attention of `rows` queries of one head, `size` at a time: from one query to the next it is `step`, of y `stride`, of
-// the mask `apart`. Keys and values are read from memory once: all queries see as many of them as stay in a cache, then
-// the next ones.
+// Attention of `rows` queries [rows, d] of one head, `size` at a time, row r with row r modulo `s` of the mask [s, slots].
+// Keys and values are read from memory once: all queries see as many of them as stay in a cache, then the next ones.
 template <typename V>
 void attend(
-    int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const float* mask, float* y,
-    int64_t d, int64_t slots, int64_t step, int64_t stride, int64_t apart, const Vector& factor) {
+    int64_t first, int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const float* mask, float* y,
+    int64_t d, int64_t s, int64_t slots, const Vector& factor, float cap) {
   const int64_t length = (slots + LANES - 1) / LANES * LANES;
   std::vector<float> scores(rows * length), sum(rows);
   for (int64_t slot = 0; slot < slots; slot += SLOTS)
     for (int64_t row = 0; row < rows; row += size)
       block<BLOCK>(
-          std::min(size, rows - row), q + row * step, keys + slot * d, scores.data() + row * length + slot, d,
-          std::min<int64_t>(SLOTS, slots - slot), step, length);
+          std::min(size, rows - row), q + row * d, keys + slot * d, scores.data() + row * length + slot, d,
+          std::min<int64_t>(SLOTS, slots - slot), d, length);
   for (int64_t row = 0; row < rows; row++)
-    sum[row] = exponents(scores.data() + row * length, mask + row * apart, factor, slots);
+    sum[row] = exponents(scores.data() + row * length, mask + (first + row) % s * slots, factor, cap, slots);
   for (int64_t slot = 0; slot < slots; slot += SLOTS)
     for (int64_t row = 0; row < rows; row += size)
       mixture<BLOCK>(
-          std::min(size, rows - row), scores.data() + row * length + slot, values + slot * d,
-          y + row * stride, std::min<int64_t>(SLOTS, slots - slot), d, length, stride, slot > 0);
+          std::min(size, rows - row), scores.data() + row * length + slot, values + slot * d, y + row * d,
+          std::min<int64_t>(SLOTS, slots - slot), d, length, d, slot > 0);
   for (int64_t row = 0; row < rows; row++)
-    at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * stride, y + row * stride, d);
+    at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * d, y + row * d, d);
 }
 
-// `attention` for keys and values of one kind of numbers.
+// softmax(scale q k^T + mask) v of queries [b, heads, s, d] over the slots of a cache [b, h, .., d] in fp32 or bf16 that
+// the mask [b or 1, s, slots] covers, `of_mask` from one row's to the next, 0 if all rows share one; heads is a multiple
+// of h, d of LANES -> y [b, heads, s, d].
 template <typename V>
-at::Tensor attention_over(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
-  const int64_t b = q.size(0), h = q.size(1), s = q.size(2), d = q.size(3), slots = k.size(2);
-  TORCH_CHECK(d % LANES == 0 && k.stride(3) == 1 && k.stride(2) == d && v.stride(3) == 1 && v.stride(2) == d);
-  TORCH_CHECK(mask.size(2) == s && mask.size(3) == slots);
-  const at::Tensor queries = q.stride(3) == 1 ? q : q.contiguous();
-  const at::Tensor added = mask.stride(3) == 1 ? mask : mask.contiguous();
-  at::Tensor out = at::empty({b, s, h, d}, q.options());
-  const float *qs = queries.const_data_ptr<float>(), *masks = added.const_data_ptr<float>();
-  const V *ks = k.const_data_ptr<V>(), *vs = v.const_data_ptr<V>();
-  float* ys = out.mutable_data_ptr<float>();
-  const int64_t step = queries.stride(2), apart = added.stride(2);
-  const int64_t of_prompt = added.size(0) == 1 ? 0 : added.stride(0);
+void attention_over(
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
+    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
+  const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
+  const V *ks = keys.const_data_ptr<V>(), *vs = values.const_data_ptr<V>();
   // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
-  const int64_t blocks = (s + BLOCK - 1) / BLOCK, size = (s + blocks - 1) / blocks;
+  const int64_t blocks = (queries + BLOCK - 1) / BLOCK, size = (queries + blocks - 1) / blocks;
   const double numbers = static_cast<double>(2 * b * h * slots * d);
-  in_parallel(b * h * blocks, 1, numbers * sizeof(V), numbers * static_cast<double>(s), [&](int64_t first, int64_t end) {
+  in_parallel(b * h * blocks, 1, numbers * sizeof(V), numbers * static_cast<double>(queries), [&](int64_t first, int64_t end) {
     while (first < end) {
-      const int64_t prompt = first / blocks / h, head = first / blocks % h, row = first % blocks * size;
+      const int64_t row = first / blocks / h, head = first / blocks % h, query = first % blocks * size;
       const int64_t count = std::min(end - first, blocks - first % blocks);
+      const int64_t at = (row * heads * s + head * queries + query) * d;
       attend(
-          std::min(count * size, s - row), size,
-          qs + prompt * queries.stride(0) + head * queries.stride(1) + row * step,
-          ks + prompt * k.stride(0) + head * k.stride(1), vs + prompt * v.stride(0) + head * v.stride(1),
-          masks + prompt * of_prompt + row * apart, ys + ((prompt * s + row) * h + head) * d, d, slots, step, h * d,
-          apart, Vector(static_cast<float>(scale)));
+          query, std::min(count * size, queries - query), size, q + at,
+          ks + row * keys.stride(0) + head * keys.stride(1), vs + row * values.stride(0) + head * values.stride(1),
+          mask + row * of_mask, y + at, d, s, slots, Vector(scale), cap);
       first += count;
     }
   });
-  return out.transpose(1, 2);
 }
 
-// softmax(scale q k^T + mask) v: q [b, h, s, d] in fp32; k, v [b, h, slots, d] in fp32 or bf16, the rows of a head one
-// after the other; mask [b or 1, 1, s, slots]; d a multiple of LANES -> [b, h, s, d] in fp32, in memory [b, s, h, d].
-at::Tensor attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, double scale) {
-  return k.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16>(q, k, v, mask, scale)
-                                          : attention_over<float>(q, k, v, mask, scale);
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& a) { return products(x, {a}); }
-at::Tensor linear2(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) { return products(x, {a, b}); }
-at::Tensor linear3(const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
-  return products(x, {a, b, c});
+void attention(
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
+    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
+  const auto over = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
+  over(q, keys, values, mask, y, b, heads, s, slots, of_mask, scale, cap);
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(layerskip, CPU, library) {
-  library.impl("attention", attention);
-  library.impl("linear", linear);
-  library.impl("linear2", linear2);
-  library.impl("linear3", linear3);
-}

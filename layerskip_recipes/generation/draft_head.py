@@ -1,0 +1,77 @@
+"""The head of drafts that choose among a part of the tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.head import capped, head_of
+
+
+def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
+    """The module whose rows a draft head takes: of a tied head the embedding, also where the head is quantised."""
+    quantised = model.tied and isinstance(model.output, nn.Linear)
+    return model.tok_embeddings if quantised else head_of(model)
+
+
+class DraftHead(nn.Module):
+    """The head g restricted to a draft vocabulary: a copy of the head matrix's rows for these tokens.
+
+    Args:
+        model: whose norm and output are used.
+        vocabulary: [v'] token ids.
+
+    Raises:
+        ConfigError: if the output is no plain linear layer.
+    """
+
+    def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
+        super().__init__()
+        output = rows_of_head(model)
+        # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
+        if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
+            raise ConfigError(
+                f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
+                "neither quantised nor split over processes; leave draft_vocabulary out"
+            )
+        self.norm, self.cap = model.norm, model.logit_cap
+        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
+        self.weight = output.weight.detach()[vocabulary]
+        bias = getattr(output, "bias", None)
+        self.bias = None if bias is None else bias.detach()[vocabulary]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[b, s, d] -> [b, s, v'] logits in fp32."""
+        return capped(F.linear(self.norm(hidden), self.weight, self.bias).float(), self.cap)
+
+
+_DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)  # a tensor of inference mode could not be written later, outside of that mode
+@torch.no_grad()
+def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> DraftHead:
+    """The model's draft head with its current weights.
+
+    A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
+    """
+    output: Any = rows_of_head(model)
+    wanted = torch.as_tensor(vocabulary).long().unique().cpu()
+    kept = _DRAFT_HEADS.get(model)
+    if (
+        kept is None
+        or type(output.weight) is not nn.Parameter
+        or (kept.weight.device, kept.weight.dtype) != (output.weight.device, output.weight.dtype)
+        or not torch.equal(kept.vocabulary.cpu(), wanted)
+    ):
+        kept = _DRAFT_HEADS[model] = DraftHead(model, wanted)
+    else:
+        kept.weight.copy_(output.weight.index_select(0, kept.vocabulary))
+        if kept.bias is not None:
+            kept.bias.copy_(output.bias[kept.vocabulary])
+    return kept

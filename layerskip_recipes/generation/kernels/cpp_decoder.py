@@ -1,0 +1,260 @@
+"""Decoding steps on a CPU in C++ (few_rows.cpp, layers.cpp): all layers of a step are one call, the head is another.
+
+What torch does around a product takes as long as the product itself in a small model; a step here does little beside
+reading each weight once, for one token as for seven.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerSelfAttentionLayer,
+)
+
+from layerskip_recipes.generation.draft_head import DraftHead
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import JoiningLayer
+from layerskip_recipes.model.head import head_of
+from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
+from layerskip_recipes.model.kv_cache import DecodingCache
+
+SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "layers.cpp")]
+VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
+
+
+class UnknownPartError(Exception):
+    """The decoder has a part that is not known here."""
+
+
+@cache
+def load_library() -> None:
+    """Compile the C++, or find it compiled: `torch.classes.layerskip` has `Layers` and `Head`.
+
+    Raises:
+        Exception: what inductor raises without a C++ compiler.
+    """
+    # Inductor takes a second to import, which only compiled generations need.
+    from torch._inductor import config
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    class Library(CppCodeCache):
+        """Inductor's compiler and its cache on disk, with torch's headers and libraries."""
+
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+        cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}  # type: ignore[misc]
+
+    # Take torch's word for the vectors of this processor: inductor would compile and run a program for each kind.
+    known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    with config.patch({"cpp.vec_isa_ok": True} if known else {}):
+        pick_vec_isa()  # it is looked for once in a process
+    Library.load("".join(source.read_text() for source in SOURCES))
+
+
+class Parts:
+    """What C++ is given of a module: its tensors and numbers by the names that layers.cpp looks for.
+
+    Each method adds those of one part, and raises `UnknownPartError` for a part that is not known.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.numbers: dict[str, float] = {}
+
+    def linear(self, name: str, linear: Any) -> None:
+        """A matrix in fp32, bf16 or torchao's int8 with a scale for each row: of a linear layer, an embedding, or the
+        head of drafts."""
+        if not isinstance(linear, nn.Embedding | DraftHead) and type(linear) is not nn.Linear:
+            raise UnknownPartError(name)
+        weight, scale = linear.weight, None
+        if hasattr(weight, "qdata") and getattr(weight, "act_quant_kwargs", None) is None:  # torchao's version 2
+            weight, scale = weight.qdata, weight.scale
+        elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
+            weight, scale, _ = weight.tensor_impl.get_plain()
+        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
+        kinds = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
+        if not plain or weight.dtype not in kinds or (scale is not None and scale.numel() != len(weight)):
+            raise UnknownPartError(name)
+        _multiple(weight.shape[1], name)
+        self.tensors[f"{name}.weight"] = weight.detach()
+        for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None))):
+            if value is not None:
+                self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
+
+    def norm(self, name: str, norm: Any) -> None:
+        """RMSNorm, or none."""
+        if norm is None or type(norm) is nn.Identity:
+            return
+        if type(norm) is Gemma2FinalNorm:
+            norm = norm.rms_norm  # the cap is the head's
+        if type(norm) not in (RMSNorm, GemmaRMSNorm):
+            raise UnknownPartError(name)
+        scale = _fp32(norm.scale)
+        self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
+        self.numbers[f"{name}.epsilon"] = norm.eps
+
+    def positions(self, rotation: Any) -> None:
+        """The tables of rotary positions: channels turn with their neighbours, or with those half a head away."""
+        if rotation is None:
+            return
+        if type(rotation) is RotaryPositions:
+            cos, sin = rotation.tables
+        elif type(rotation) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
+            cos, sin = rotation.cache.unbind(-1)
+            self.numbers["neighbours"] = 1
+        elif type(rotation) in (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings):
+            cos, _, sin, _ = rotation.cache.chunk(4, -1)  # each table has both halves of a head
+        else:
+            raise UnknownPartError("pos_embeddings")
+        self.tensors |= {"cos": _fp32(cos), "sin": _fp32(sin)}
+
+    def attention(self, attn: Any) -> None:
+        """Attention of a layer, all but its cache."""
+        if type(attn) not in (MultiHeadAttention, NormFirstAttention, Gemma2Attention):
+            raise UnknownPartError("attn")
+        for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
+            self.linear(name, getattr(attn, name))
+        self.norm("q_norm", attn.q_norm)
+        self.norm("k_norm", attn.k_norm)
+        self.positions(attn.pos_embeddings)
+        _multiple(attn.head_dim, "head_dim")
+        self.numbers["heads"], self.numbers["scale"] = attn.num_heads, attn.head_dim**-0.5
+        self.numbers["norm_first"] = type(attn) is NormFirstAttention
+        if type(attn) is Gemma2Attention:
+            self.numbers["scale"], self.numbers["cap"] = attn.scaling, attn.softcapping or 0
+
+    def feed_forward(self, mlp: Any) -> None:
+        """The gated feed-forward part of a layer."""
+        kinds = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
+        activation = getattr(mlp, "activation", None)
+        kind = kinds.get((type(activation), getattr(activation, "approximate", None)))
+        if type(mlp) is not FeedForward or kind is None or mlp.w3 is None:
+            raise UnknownPartError("mlp")
+        for name in ("w1", "w2", "w3"):
+            self.linear(name, getattr(mlp, name))
+        self.numbers["activation"] = kind
+
+    def for_cpp(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The arguments of a constructor."""
+        return self.tensors, {name: float(number) for name, number in self.numbers.items()}
+
+
+def layer_parts(layer: Any) -> Parts:
+    """The parts of a layer, all but its cache."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
+        raise UnknownPartError("hooks")
+    parts = Parts()
+    if type(layer) is JoiningLayer:
+        parts.linear("join", layer.join)
+        parts.numbers["join_norm.epsilon"] = JoiningLayer.EPSILON
+        layer = layer.layer
+    if type(layer) is not TransformerSelfAttentionLayer:
+        raise UnknownPartError(type(layer).__name__)
+    parts.attention(layer.attn)
+    parts.feed_forward(layer.mlp)
+    for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
+        parts.norm(name, getattr(layer, name))
+    return parts
+
+
+def head_parts(model: LayerSkipDecoder, head: Any) -> Parts:
+    """The parts of a head of a model's: a linear layer, an embedding, or the draft's."""
+    parts = Parts()
+    parts.norm("norm", model.norm)
+    parts.linear("output", head)
+    parts.numbers["cap"] = model.logit_cap or 0
+    return parts
+
+
+class CppDecoder:
+    """The layers and heads of one generation in C++: of a model, and of what drafts for it.
+
+    Args:
+        cache: the cache of the generation; each layer's is allocated when the text has been read.
+        model: the decoder, with the weights of this generation.
+        draft_model: whose early layers and head draft; the model itself or another one.
+        draft_head: in place of the draft model's head; None: none.
+
+    Raises:
+        UnknownPartError: if a part of a model is not known.
+    """
+
+    def __init__(
+        self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: nn.Module | None
+    ) -> None:
+        self.models = {
+            each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in (model, draft_model)
+        }
+        self.heads: dict[nn.Module, Parts] = {each: head_parts(each, head_of(each)) for each in (model, draft_model)}
+        if draft_head is not None:
+            self.heads[draft_head] = head_parts(draft_model, draft_head)
+        self.loaded = False
+
+    def load(self) -> None:
+        """Compile the C++ if need be, and give it the weights and caches.
+
+        Raises:
+            Exception: without a C++ compiler.
+        """
+        load_library()
+        kernels = torch.classes.layerskip
+        self.cpp_heads: dict[nn.Module, Any] = {
+            head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
+        }
+        self.cpp_layers = {model: kernels.Layers() for model in self.models}
+        for model, (caches, layers) in self.models.items():
+            for kept, parts in zip(caches, layers, strict=True):
+                if kept.k is None:  # layers from here on are not used
+                    break
+                parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
+                self.cpp_layers[model].append(*parts.for_cpp())
+        self.loaded = True
+
+    def run(
+        self,
+        model: LayerSkipDecoder,
+        x: torch.Tensor,
+        at: torch.Tensor,
+        end: int,
+        layers: range,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Some layers of a model: x [b, s, d], the state before them -> the state after them, in fp32.
+
+        Args:
+            model: the model or the draft model.
+            x: as above; for layer 0 also token ids [b, s].
+            at: [b, s], the slots of the tokens; attention sees those below `end`.
+            layers: which.
+            positions: [b, s], of the tokens in the text; None: their slots.
+            mask: [b or 1, s, end], added to scores; None: a token sees the slots up to its own.
+        """
+        x = model.tok_embeddings(x) if x.dim() == 2 else x
+        return self.cpp_layers[model].run(x, at, positions, mask, end, layers.start, layers.stop)
+
+    def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""
+        return self.cpp_heads[head].logits(x)
+
+
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float().contiguous()
+
+
+def _multiple(width: int, name: str) -> None:
+    if width % VECTOR:
+        raise UnknownPartError(f"{name}: {width} is no multiple of {VECTOR}")

@@ -1,0 +1,249 @@
+"""Steps in C++ (few_rows.cpp, layers.cpp): the numbers of torch's own modules for each family and precision, the same
+bits for any number of rows, and the same tokens in every way of decoding."""
+
+import copy
+import shutil
+from functools import cache, partial
+
+import pytest
+import torch
+from helpers.compiled import run
+from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
+from helpers.tiny import QWEN3, SIZE
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchtune.models.gemma._component_builders import gemma
+from torchtune.models.gemma2._component_builders import gemma2
+from torchtune.models.llama3._component_builders import llama3
+from torchtune.models.llama3_2._component_builders import llama3_2, lora_llama3_2
+from torchtune.models.phi3._component_builders import phi3
+from torchtune.models.qwen2._component_builders import qwen2
+
+from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation.kernels import compiling, cpp_decoder
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
+from layerskip_recipes.generation.kernels.cpp_decoder import load_library
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.steps import StepContext
+from layerskip_recipes.model.hf_config import parse_hf_config
+from layerskip_recipes.model.hf_decoder import build_decoder
+from layerskip_recipes.model.kv_cache import DecodingCache
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+L = 3
+WIDE = SIZE | {"num_layers": L, "num_heads": 2, "num_kv_heads": 1}  # heads of 16 numbers, the width of a vector
+HF = QWEN3 | {"num_hidden_layers": L, "num_attention_heads": 2, "num_key_value_heads": 1}
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5}
+FAMILIES = {
+    "llama3": partial(llama3, **WIDE),
+    "llama3_2": partial(llama3_2, **WIDE | {"num_heads": 4, "num_kv_heads": 4, "embed_dim": 64}),
+    "qwen2": partial(qwen2, **WIDE),
+    "gemma": partial(gemma, **WIDE, head_dim=16),
+    "gemma2": partial(gemma2, **WIDE | {"num_heads": 4, "num_kv_heads": 2}, head_dim=16, sliding_window_size=128),
+    "phi3": partial(phi3, **WIDE),
+    "qwen3": lambda: build_decoder(parse_hf_config(HF, "qwen3"), 128),
+    "a part of each head turns": lambda: build_decoder(parse_hf_config(HF | PHI3, "phi3"), 128),
+}
+
+
+CPU = torch.device("cpu")
+
+
+@cache
+def make(family, precision="fp32"):
+    torch.manual_seed(3)
+    model = FAMILIES[family]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    model = layerskip_decoder(model).eval()
+    if precision.startswith("int8"):
+        quantize_(model, Int8WeightOnlyConfig(version=int(precision[-1])))
+    return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+def exact(model):
+    """The model with the same weights in fp64."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            whole = (
+                weight.dequantize()
+                if hasattr(weight, "dequantize") and type(weight) is not torch.nn.Parameter
+                else weight
+            )
+            module.weight = torch.nn.Parameter(whole.detach().double())
+    return model.double()
+
+
+@torch.no_grad()
+def in_cpp(model, texts, s):
+    """Logits [b, s, v] of the last s tokens of texts of one length, the ones before them read by torch."""
+    context = StepContext(model, DecodingCache(model, len(texts), 160, CPU), Sampler())
+    with context.cache.used_by(model):
+        tokens, length = torch.tensor(texts), len(texts[0]) - s
+        if length:
+            context.run(model, tokens[:, :length], torch.arange(length)[None], context.cache.slots[:length])
+        else:  # caches are allocated by torch
+            context.run(model, tokens[:, :1], torch.zeros(1, 1, dtype=torch.long), context.cache.slots[:1])
+        in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
+        assert in_cpp.cpp is not None
+        at = (length + torch.arange(s)).expand(len(texts), -1)
+        return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
+
+
+def texts_of(rows, length):
+    return torch.randint(0, SIZE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 1", "int8 of version 2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_numbers_of_torchs_modules(family, precision):
+    """Two rows, behind a text and from its first token on, against the whole text in fp64 without a cache."""
+    model = make(family, precision)
+    near = 3e-2 if precision == "bf16" else 1e-4  # of the largest logit; the cache is in bf16 too
+    for s, length in ((3, 40), (1, 100), (9, 9)):
+        texts = texts_of(2, length)
+        with torch.no_grad():
+            expected = exact(model)(torch.tensor(texts))[:, -s:]
+        torch.testing.assert_close(
+            in_cpp(model, texts, s).double(), expected.double(), rtol=0, atol=near * expected.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
+def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
+    """A token alone, behind others or beside other rows."""
+    model, (text, *others) = make("llama3", precision), texts_of(5, 150)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = in_cpp(model, [text], 1)[0, -1]
+        torch.set_num_threads(2)
+        for s in (1, 2, 5, 9, 20):
+            context = in_cpp(model, [text], s)[0]
+            assert torch.equal(in_cpp(model, [text, *others], s)[0], context)
+            if s == 1:
+                assert torch.equal(context[-1], alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
+@pytest.mark.parametrize("n", [1, 5, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_products_of_few_rows(n, k, dtype):
+    """scale (x W^T) + bias, and each row of it to the last bit what it is alone."""
+    load_library()
+    generator = torch.Generator().manual_seed(n * k)
+    x, w = torch.randn(1, 21, k, generator=generator), torch.randn(n, k, generator=generator)
+    w = (60 * w).clamp(-128, 127).to(dtype) if dtype == torch.int8 else w.to(dtype)
+    scale, bias = torch.rand(2, n, generator=generator) + 0.5
+    tensors = {"output.weight": w, "output.scale": scale, "output.bias": bias}
+    head = torch.classes.layerskip.Head(tensors, {})
+    alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
+    atol = (6e-3 if dtype == torch.int8 else 1e-4) * max(1, k / 576)
+    torch.testing.assert_close(alone.double(), x.double() @ w.double().T * scale + bias, atol=atol, rtol=1e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows in range(1, 22):
+            assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
+        assert torch.equal(head.logits(x.mT.contiguous().mT), alone)
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(RuntimeError):
+        head.logits(x[:, :, 1:])
+
+
+@cache
+def talking(precision="fp32"):
+    """A model whose greedy outputs vary, and whose exits now and then say what all of it says."""
+    torch.manual_seed(5)
+    model = llama3_2(**WIDE | {"num_layers": 4})
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.6 if name.startswith("layers.0.") else 0.15)
+    model = layerskip_decoder(model).eval()
+    if precision == "int8":
+        quantize_(model, Int8WeightOnlyConfig(version=2))
+    return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_of_drafting_gives_the_models_tokens(variant):
+    """Greedily, all prompts at a time and in two rows that take one after the other; no graph is made."""
+    model = talking()
+    expected = [plain(model, prompt, 16) for prompt in PROMPTS]
+    for rows in (None, 2):
+        generation = run(model, PROMPTS, 16, speculation=speculation_of(variant, model), rows=rows)
+        assert generation.generated == expected and generation.context.cpp is not None
+    assert generation.stats.accepted > 0 and compiled_steps(model).graphs == {}
+    sampler = [Sampler(0.9, top_k=20, repetition_penalty=1.2, rng=torch.Generator().manual_seed(1)) for _ in range(2)]
+    outputs = [
+        run(model, PROMPTS, 16, speculation=speculation_of(variant, model), sampler=s, compile=c).generated
+        for s, c in zip(sampler, (True, False), strict=True)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("variant", ["chain", "tree", "vocabulary", "look-up", "threshold 0.15"])
+def test_no_precision_lets_drafts_change_a_token(precision, variant):
+    """A verification of many tokens has the bits of steps of one, so not even ties are decided otherwise."""
+    model = talking(precision)
+    if precision == "int8" and variant == "vocabulary":
+        model = talking("bf16")  # no head of fewer rows is cut from a quantised one
+    expected = run(model, PROMPTS, 24).generated
+    generation = run(model, PROMPTS, 24, speculation=speculation_of(variant, model))
+    assert generation.generated == expected and generation.stats.drafted > 0
+    assert [run(model, [prompt], 24).generated[0] for prompt in PROMPTS] == expected
+
+
+def hooked():
+    model = make.__wrapped__("llama3")
+    model.layers[1].mlp.w1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def quantised(config):
+    model = make.__wrapped__("llama3")
+    quantize_(model, config)
+    return model
+
+
+UNKNOWN = {
+    "hooks": hooked,
+    "LoRA": lambda: layerskip_decoder(lora_llama3_2(["q_proj"], **WIDE, lora_rank=4, lora_alpha=8)),
+    "heads of 8 numbers": lambda: layerskip_decoder(llama3_2(**WIDE | {"num_heads": 4})),
+    "fp64": lambda: make.__wrapped__("llama3").double(),
+    "int8 activations": lambda: quantised(Int8DynamicActivationInt8WeightConfig()),
+}
+
+
+@pytest.mark.parametrize("part", UNKNOWN)
+def test_other_parts_are_not_run_in_cpp(part):
+    model = UNKNOWN[part]()
+    cache = DecodingCache(model, 1, 160, CPU)
+    context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
+    assert context.cpp is None and context.graphs is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nand more"), AssertionError()], ids=["message", "none"])
+def test_without_a_compiler_steps_run_as_they_are(error, monkeypatch):
+    """One line says so, once; the tokens are right, and later calls do not try again."""
+    model, warnings, tries = make.__wrapped__("llama3"), [], []
+
+    def failing():
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(cpp_decoder, "load_library", failing)
+    monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
+    for variant in ("chain", "one level"):
+        generation = run(model, PROMPTS, 9, speculation=speculation_of(variant, model))
+        assert generation.generated == [plain(model, prompt, 9) for prompt in PROMPTS]
+    assert len(tries) == 1
+    (warning,) = warnings
+    assert warning.startswith("compile: ") and "\n" not in warning
+    assert "no compiler" in warning or "AssertionError" in warning
