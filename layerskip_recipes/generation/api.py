@@ -59,8 +59,8 @@ def generate(
         rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
             With prompt_lookup the times of rounds choose how to draft, so the same seed may give other tokens, of the
             same distribution.
-        compile: compile the steps; the graphs are kept with the model for later calls. Sampling takes other graphs than
-            greedy decoding, and so does each other set of filters and each other top_k.
+        compile: compile the steps. On a GPU graphs are kept with the model for later calls; sampling takes other ones
+            than greedy decoding, and so does each other set of filters and each other top_k.
         **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
             `Speculation`.
 

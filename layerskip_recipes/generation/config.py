@@ -53,8 +53,8 @@ class DecodingConfig(RecipeConfig):
     stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
     """A text ends before the first of these strings."""
     compile: Flag = None
-    """Compile the decoding steps: `inductor` on a CPU, with products of few rows of our own (needs a C++ compiler),
-    CUDA graphs on a GPU. The first run takes a minute or two more; torch keeps the code for the next."""
+    """Compile the decoding steps: for a CPU in C++ (needs a C++ compiler), for a GPU as CUDA graphs. The first run
+    takes half a minute more, on a GPU some minutes; torch keeps the code for the next."""
     enable_kv_cache: Literal[True] | None = None
     """torchtune's key; the cache is always on."""
 

@@ -44,7 +44,7 @@ class Generation:
         stop_tokens: an output ends with the first of them.
         rows: how many prompts are decoded at a time, in this order: a row whose output has ended takes the next one
             (continuous batching). None: all of them.
-        compile: compile the steps; the graphs are kept for later generations of the model.
+        compile: compile the steps; graphs are kept for later generations of the model.
         cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
         broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
             process.

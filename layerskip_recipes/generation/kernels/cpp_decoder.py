@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -33,6 +34,14 @@ from layerskip_recipes.model.kv_cache import DecodingCache
 
 SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "layers.cpp")]
 VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
+
+
+# Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
+NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
+HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
+_TABLES = (
+    WeakTensorKeyDictionary()
+)  # of such a table, its parts: all layers share them, and for long texts they are large
 
 
 class UnknownPartError(Exception):
@@ -110,16 +119,17 @@ class Parts:
         """The tables of rotary positions: channels turn with their neighbours, or with those half a head away."""
         if rotation is None:
             return
+        self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
         if type(rotation) is RotaryPositions:
-            cos, sin = rotation.tables
-        elif type(rotation) in (RotaryPositionalEmbeddings, Llama3ScaledRoPE):
-            cos, sin = rotation.cache.unbind(-1)
-            self.numbers["neighbours"] = 1
-        elif type(rotation) in (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings):
-            cos, _, sin, _ = rotation.cache.chunk(4, -1)  # each table has both halves of a head
+            tables = [_fp32(table) for table in rotation.tables]
+        elif type(rotation) in (*NEIGHBOURS, *HALVES):
+            if rotation.cache not in _TABLES:
+                both = rotation.cache.unbind(-1) if type(rotation) in NEIGHBOURS else rotation.cache.chunk(4, -1)[::2]
+                _TABLES[rotation.cache] = [_fp32(table) for table in both]
+            tables = _TABLES[rotation.cache]
         else:
             raise UnknownPartError("pos_embeddings")
-        self.tensors |= {"cos": _fp32(cos), "sin": _fp32(sin)}
+        self.tensors |= dict(zip(("cos", "sin"), tables, strict=True))
 
     def attention(self, attn: Any) -> None:
         """Attention of a layer, all but its cache."""
