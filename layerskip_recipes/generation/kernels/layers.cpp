@@ -177,7 +177,8 @@ class Layer {
     else  // GELU by tanh
       at::vec::map2<float>(
           [&](Vector g, Vector u) {
-            const Vector inside = Vector(static_cast<float>(M_SQRT2 / std::sqrt(M_PI))) * (g + Vector(.044715f) * g * g * g);
+            const Vector factor(static_cast<float>(M_SQRT2 / std::sqrt(M_PI)));
+            const Vector inside = factor * (g + Vector(.044715f) * g * g * g);
             return half * g * (one + inside.tanh()) * u;
           },
           y, x, other, n);
@@ -202,8 +203,7 @@ class Layer {
         for (int64_t head = 0; head < heads; head++)
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
-    attention(
-        queries, keys, values, tokens.mask, out, b, heads, s, tokens.end, tokens.of_mask, scale, cap);
+    attention(queries, keys, values, tokens.mask, out, b, heads, s, tokens.end, tokens.of_mask, scale, cap);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
@@ -227,7 +227,6 @@ class Layer {
   int activation;
   float scale, cap;
 };
-
 
 // The layers of a decoder, first .. last-1 of them at a time.
 class Layers : public torch::CustomClassHolder {
