@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.generation.draft_head import DraftHead
+from layerskip_recipes.generation.kernels import cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler
@@ -84,8 +85,11 @@ class StepContext:
     @property
     def cpp(self) -> CppDecoder | None:
         """The layers and heads in C++, compiled; None: steps do not run in C++."""
-        if self._cpp is not None and not self._cpp.loaded and not self.compiled.prepare(self._cpp.load):
-            self._cpp = None
+        if self._cpp is not None and not self._cpp.loaded:
+            if self.compiled.prepare(cpp_decoder.load_library):
+                self._cpp.load()
+            else:
+                self._cpp = None
         return self._cpp
 
     def begin_round(self) -> None:

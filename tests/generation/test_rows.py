@@ -110,8 +110,8 @@ def test_sampled_first_tokens_of_later_prompts_have_the_models_distribution(spec
 
 @compiles
 def test_compiled_steps_are_those_of_one_batch():
-    """Other prompts in the rows take no other graphs."""
-    model, prompts, arguments = make_small(), [*SHORT, *LONG], {"speculation": Speculation(1, 2)}
+    """Other prompts in the rows have nothing compiled again."""
+    model, prompts, arguments = make_small(width=32), [*SHORT, *LONG], {"speculation": Speculation(1, 2)}
     expected = run(model, prompts, 6, **arguments).generated
     run(model, LONG, 6, **arguments, compile=True)
     generation = run(model, prompts, 6, rows=2, **arguments, compile=True)

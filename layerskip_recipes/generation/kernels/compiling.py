@@ -73,6 +73,7 @@ class CompiledSteps:
         self.captured: set[tuple[Hashable, ...]] = set()
         self.bound: dict[Hashable, Callable] = {}  # the graphs with the weights and caches of this generation
         self.failed = False  # nothing can be compiled here
+        self.prepared = False  # what no graph is needed for
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
         self._caches: dict[tuple[int, int], DecodingCache] = {}
@@ -92,15 +93,17 @@ class CompiledSteps:
         return kept
 
     def prepare(self, load: Callable[[], None]) -> bool:
-        """Call what compiles, or finds it compiled; False, and a line, if that is not possible."""
-        started = time.perf_counter()
-        try:
-            load()
-        except Exception as e:
-            self.failed = True
-            _warn("here", e)
-        self.seconds += time.perf_counter() - started
-        return not self.failed
+        """Call once what compiles, or finds it compiled; False, and a line, if that is not possible."""
+        if not (self.prepared or self.failed):
+            started = time.perf_counter()
+            try:
+                load()
+                self.prepared = True
+            except Exception as e:
+                self.failed = True
+                _warn("here", e)
+            self.seconds += time.perf_counter() - started
+        return self.prepared
 
     def release(self) -> None:
         """A generation ended: drop the references to its weights and caches."""

@@ -214,12 +214,7 @@ class CppDecoder:
         self.loaded = False
 
     def load(self) -> None:
-        """Compile the C++ if need be, and give it the weights and caches.
-
-        Raises:
-            Exception: without a C++ compiler.
-        """
-        load_library()
+        """Give the weights and caches to C++, which `load_library` compiled."""
         kernels = torch.classes.layerskip
         self.cpp_heads: dict[nn.Module, Any] = {
             head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
