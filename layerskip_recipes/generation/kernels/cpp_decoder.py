@@ -205,10 +205,9 @@ class CppDecoder:
     def __init__(
         self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: nn.Module | None
     ) -> None:
-        self.models = {
-            each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in (model, draft_model)
-        }
-        self.heads: dict[nn.Module, Parts] = {each: head_parts(each, head_of(each)) for each in (model, draft_model)}
+        models = dict.fromkeys([model, draft_model])
+        self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
+        self.heads: dict[nn.Module, Parts] = {each: head_parts(each, head_of(each)) for each in models}
         if draft_head is not None:
             self.heads[draft_head] = head_parts(draft_model, draft_head)
         self.loaded = False
