@@ -37,7 +37,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
 LONGEST_FIRST = (
     *("test_distributed_finetune", "test_readme", "test_real", "test_compile", "test_distributed_generate"),
     *("test_generate_recipe", "test_kills", "test_adapters", "test_errors", "test_distributed_loss", "test_benchmark"),
-    *("test_family_configs", "test_few_rows", "test_cli", "test_validation", "test_resume", "test_speculation"),
+    *("test_family_configs", "test_cpp_decoder", "test_cli", "test_validation", "test_resume", "test_speculation"),
     *("test_tuning", "test_install"),
 )
 

@@ -110,7 +110,7 @@ class Generation:
         self.stats = GenerationStats(rows=len(self.rows))
         self.started = False
 
-        graphs = compiled_steps(self.model) if compile else None
+        compiled = compiled_steps(self.model) if compile else None
         # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
         needed = max(lengths) + max_generated_tokens + nodes
         size = cache_length if compile else int  # the slots of a cache for so many
@@ -120,13 +120,13 @@ class Generation:
         own = len(draft_model.own_layers)
         if cache is None or (cache.rows, cache.draft_layers) != (len(self.rows), own) or cache.max_len < size(needed):
             room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
-            make = graphs.cache if graphs else partial(DecodingCache, device=device)
+            make = compiled.cache if compiled else partial(DecodingCache, device=device)
             cache = make(self.model, len(self.rows), room, draft_layers=own)
         self.cache = cache
         if speculation is not None and speculation.draft_vocabulary is not None:
             draft_head = draft_head_of(draft_model if own else self.model, speculation.draft_vocabulary)
         self.context = StepContext(
-            self.model, cache, sampler, graphs, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
+            self.model, cache, sampler, compiled, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
         )
         self.speculation, self.drafter = speculation, None
         if speculation is not None:

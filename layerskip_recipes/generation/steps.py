@@ -79,7 +79,8 @@ class StepContext:
             return None
         try:
             return CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
-        except UnknownPartError:
+        except UnknownPartError as e:
+            self.compiled.say_once(f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
 
     @property
@@ -216,7 +217,7 @@ class StepContext:
 
 
 class Step:
-    """A function of tensors that runs as one compiled graph, and the key of this graph.
+    """A function of tensors, and the key of its graph where steps are graphs.
 
     Args:
         context: that all steps of the generation share.

@@ -171,31 +171,26 @@ def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
 SECOND_RUN = """
 import sys
 sys.path.insert(0, {tests!r})
-from torch._dynamo.utils import counters
 import test_compile as t
-t.torch.set_float32_matmul_precision("highest")  # as conftest.py: it is part of what compiled code is found by
-model = t.make_small(t.MAX_LEN)
-for prompts, count in ((t.END, 30), (t.SHORT, 9)):
-    generation = t.run(model, prompts, count, speculation=t.Speculation(**t.WAYS["chain"]))
-assert not t.compiled_steps(model).failed
-found = counters["inductor"]
-graphs = len(t.compiled_steps(model).graphs)
-print(generation.generated, graphs, found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+model = t.make_small(width=32)
+generation = t.run(model, t.SHORT, 9, speculation=t.Speculation(**t.WAYS["chain"]))
+assert generation.context.cpp is not None
+print(generation.generated)
 """
 
 
 @compiles
-def test_a_second_run_finds_the_compiled_code(small, tmp_path):
-    """In another process, by torch's own counts; this one has compiled the same graphs."""
-    speculation = Speculation(**WAYS["chain"])
-    run(small, END, 30, speculation=speculation)
-    tokens = run(small, SHORT, 9, speculation=speculation).generated
+def test_a_second_run_finds_the_compiled_code(tmp_path):
+    """In another process, which writes no library."""
+    model, speculation = make_small(width=32), Speculation(**WAYS["chain"])
+    tokens = run(model, SHORT, 9, speculation=speculation).generated
+    folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
+    before = {*folder.rglob("*.so")}
+    assert before
     (tmp_path / "second_run.py").write_text(SECOND_RUN.format(tests=str(Path(__file__).parent)))
     (done,) = forks.run([str(tmp_path / "second_run.py")], tmp_path, [os.environ])
     assert done.returncode == 0, done.stderr[-2000:]
-    again, graphs, hits, misses = done.stdout.rsplit(maxsplit=3)
-    assert again == str(tokens)
-    assert int(hits) == int(graphs) >= 2 and int(misses) == 0
+    assert done.stdout.strip() == str(tokens) and {*folder.rglob("*.so")} == before
 
 
 def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):

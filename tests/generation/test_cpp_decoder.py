@@ -10,7 +10,13 @@ import torch
 from helpers.compiled import run
 from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
 from helpers.tiny import QWEN3, SIZE
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    MappingType,
+    quantize_,
+)
 from torchtune.models.gemma._component_builders import gemma
 from torchtune.models.gemma2._component_builders import gemma2
 from torchtune.models.llama3._component_builders import llama3
@@ -200,9 +206,9 @@ def test_no_precision_lets_drafts_change_a_token(precision, variant):
     assert [run(model, [prompt], 24).generated[0] for prompt in PROMPTS] == expected
 
 
-def hooked():
+def hooked(part="layers.1.mlp.w1"):
     model = make.__wrapped__("llama3")
-    model.layers[1].mlp.w1.register_forward_hook(lambda *_: None)
+    model.get_submodule(part).register_forward_hook(lambda *_: None)
     return model
 
 
@@ -212,12 +218,23 @@ def quantised(config):
     return model
 
 
+def with_parts(**parts):
+    model = make.__wrapped__("llama3")
+    for name, part in parts.items():
+        setattr(model.layers[1], name, part)
+    return model
+
+
 UNKNOWN = {
     "hooks": hooked,
+    "hooks of the norm": lambda: hooked("norm"),
     "LoRA": lambda: layerskip_decoder(lora_llama3_2(["q_proj"], **WIDE, lora_rank=4, lora_alpha=8)),
     "heads of 8 numbers": lambda: layerskip_decoder(llama3_2(**WIDE | {"num_heads": 4})),
     "fp64": lambda: make.__wrapped__("llama3").double(),
     "int8 activations": lambda: quantised(Int8DynamicActivationInt8WeightConfig()),
+    "zero points": lambda: quantised(IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC)),
+    "zero points of version 1": lambda: quantised(IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC, version=1)),
+    "no norm": lambda: with_parts(mlp_norm=torch.nn.Identity()),
 }
 
 

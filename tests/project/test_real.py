@@ -65,9 +65,9 @@ def test_greedy_self_speculation_is_torchtunes_greedy_generation(smollm2, prompt
 
 
 def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
-    model, _ = smollm2
-    alone = [generate(model, prompt, 12, exit_layer=20, num_speculations=3).tokens[0].tolist() for prompt in prompts]
-    together = generate(model, prompts, 12, exit_layer=20, num_speculations=3).tokens.tolist()
+    decode = functools.partial(generate, smollm2[0], exit_layer=20, num_speculations=3, compile=True)
+    alone = [decode(prompt=prompt, max_generated_tokens=12).tokens[0].tolist() for prompt in prompts]
+    together = decode(prompt=prompts, max_generated_tokens=12).tokens.tolist()
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
 
@@ -83,12 +83,14 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def plain(smollm2, prompts):
     """The tokens of plain decoding, with a penalty or without."""
-    return functools.cache(lambda **sampling: generate(smollm2[0], prompts[1], 16, **sampling).tokens.tolist())
+    return functools.cache(
+        lambda **sampling: generate(smollm2[0], prompts[1], 16, compile=True, **sampling).tokens.tolist()
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_gives_the_tokens_of_plain_decoding(smollm2, prompts, plain, variant):
-    arguments = {"exit_layer": 20, "num_speculations": 4, **VARIANTS[variant]}
+    arguments = {"exit_layer": 20, "num_speculations": 4, "compile": True, **VARIANTS[variant]}
     out = generate(smollm2[0], prompts[1], 16, **arguments)
     assert out.tokens.tolist() == plain(**(VARIANTS["penalty"] if variant == "penalty" else {}))
 

@@ -39,7 +39,7 @@ class SelfSpeculation(Section):
     """Candidates from each expanded node."""
     threshold: Threshold | None = None
     """A draft stops after a token to which it gives a probability below this (in a batch, once every row does).
-    Compiled, it can stop after 1, 2, 4, 8, ... tokens only, since each length is a graph of its own."""
+    As graphs (on a GPU) it can stop after 1, 2, 4, 8, ... tokens only, since each length is a graph of its own."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
     """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts; null: all, or
     those that `draft` was trained for."""

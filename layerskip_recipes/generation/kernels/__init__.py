@@ -1,1 +1,1 @@
-"""Compiled decoding steps, CUDA graphs, and products and attention of few rows on a CPU."""
+"""Compiled decoding steps: C++ for a CPU, graphs for a GPU and for models with parts that the C++ does not know."""

@@ -1,4 +1,5 @@
-"""Compiled decoding steps: a graph for each kind of step, kept for its model and used by later generations.
+"""Compiled decoding steps: a graph for each kind of step, kept for its model and used by later generations. On a CPU
+only steps of models that cpp_decoder.py does not know become graphs.
 
 torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit, tree,
 sampler), so a call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees
@@ -73,9 +74,10 @@ class CompiledSteps:
         self.captured: set[tuple[Hashable, ...]] = set()
         self.bound: dict[Hashable, Callable] = {}  # the graphs with the weights and caches of this generation
         self.failed = False  # nothing can be compiled here
-        self.prepared = False  # what no graph is needed for
+        self.prepared = False  # the C++ of steps on a CPU is loaded
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
+        self.said: set[str] = set()
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
@@ -104,6 +106,12 @@ class CompiledSteps:
                 _warn("here", e)
             self.seconds += time.perf_counter() - started
         return self.prepared
+
+    def say_once(self, line: str) -> None:
+        """A line of the log, unless it was said of this model before."""
+        if line not in self.said:
+            self.said.add(line)
+            log.info(line)
 
     def release(self) -> None:
         """A generation ended: drop the references to its weights and caches."""

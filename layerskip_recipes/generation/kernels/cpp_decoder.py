@@ -39,9 +39,9 @@ VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp3
 # Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-_TABLES = (
-    WeakTensorKeyDictionary()
-)  # of such a table, its parts: all layers share them, and for long texts they are large
+# The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, since they are large
+# for long texts.
+_TABLES = WeakTensorKeyDictionary()
 
 
 class UnknownPartError(Exception):
@@ -88,15 +88,17 @@ class Parts:
         head of drafts."""
         if not isinstance(linear, nn.Embedding | DraftHead) and type(linear) is not nn.Linear:
             raise UnknownPartError(name)
-        weight, scale = linear.weight, None
-        if hasattr(weight, "qdata") and getattr(weight, "act_quant_kwargs", None) is None:  # torchao's version 2
-            weight, scale = weight.qdata, weight.scale
+        weight, scale, zero = linear.weight, None, None
+        if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None:  # torchao's version 2
+            weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
-            weight, scale, _ = weight.tensor_impl.get_plain()
+            weight, scale, zero = weight.tensor_impl.get_plain()
         plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
         kinds = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
         if not plain or weight.dtype not in kinds or (scale is not None and scale.numel() != len(weight)):
             raise UnknownPartError(name)
+        if zero is not None and zero.any():
+            raise UnknownPartError(f"{name}: zero points")
         _multiple(weight.shape[1], name)
         self.tensors[f"{name}.weight"] = weight.detach()
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None))):
@@ -109,7 +111,7 @@ class Parts:
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # the cap is the head's
-        if type(norm) not in (RMSNorm, GemmaRMSNorm):
+        if type(norm) not in (RMSNorm, GemmaRMSNorm) or norm.eps <= 0:
             raise UnknownPartError(name)
         scale = _fp32(norm.scale)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
@@ -120,16 +122,13 @@ class Parts:
         if rotation is None:
             return
         self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
-        if type(rotation) is RotaryPositions:
-            tables = [_fp32(table) for table in rotation.tables]
-        elif type(rotation) in (*NEIGHBOURS, *HALVES):
-            if rotation.cache not in _TABLES:
-                both = rotation.cache.unbind(-1) if type(rotation) in NEIGHBOURS else rotation.cache.chunk(4, -1)[::2]
-                _TABLES[rotation.cache] = [_fp32(table) for table in both]
-            tables = _TABLES[rotation.cache]
-        else:
+        if type(rotation) not in (RotaryPositions, *NEIGHBOURS, *HALVES):
             raise UnknownPartError("pos_embeddings")
-        self.tensors |= dict(zip(("cos", "sin"), tables, strict=True))
+        table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
+        if table not in _TABLES:
+            both: Any = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
+            _TABLES[table] = [_fp32(part) for part in getattr(rotation, "tables", both)]
+        self.tensors |= dict(zip(("cos", "sin"), _TABLES[table], strict=True))
 
     def attention(self, attn: Any) -> None:
         """Attention of a layer, all but its cache."""
@@ -164,8 +163,7 @@ class Parts:
 
 def layer_parts(layer: Any) -> Parts:
     """The parts of a layer, all but its cache."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
-        raise UnknownPartError("hooks")
+    _no_hooks(layer)
     parts = Parts()
     if type(layer) is JoiningLayer:
         parts.linear("join", layer.join)
@@ -177,15 +175,18 @@ def layer_parts(layer: Any) -> Parts:
     parts.feed_forward(layer.mlp)
     for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
         parts.norm(name, getattr(layer, name))
+    if not {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys():
+        raise UnknownPartError("a layer without a norm before attention or feed-forward part")
     return parts
 
 
-def head_parts(model: LayerSkipDecoder, head: Any) -> Parts:
-    """The parts of a head of a model's: a linear layer, an embedding, or the draft's."""
+def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
+    """The parts of a head: its norm, a linear layer, an embedding or the head of drafts, and the cap of logits."""
+    _no_hooks(norm, output)
     parts = Parts()
-    parts.norm("norm", model.norm)
-    parts.linear("output", head)
-    parts.numbers["cap"] = model.logit_cap or 0
+    parts.norm("norm", norm)
+    parts.linear("output", output)
+    parts.numbers["cap"] = cap or 0
     return parts
 
 
@@ -203,13 +204,17 @@ class CppDecoder:
     """
 
     def __init__(
-        self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: nn.Module | None
+        self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: DraftHead | None
     ) -> None:
         models = dict.fromkeys([model, draft_model])
+        if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache is of this kind
+            raise UnknownPartError(str(model.tok_embeddings.weight.dtype))
         self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
-        self.heads: dict[nn.Module, Parts] = {each: head_parts(each, head_of(each)) for each in models}
+        self.heads: dict[nn.Module, Parts] = {
+            each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
+        }
         if draft_head is not None:
-            self.heads[draft_head] = head_parts(draft_model, draft_head)
+            self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
         self.loaded = False
 
     def load(self) -> None:
@@ -253,6 +258,13 @@ class CppDecoder:
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""
         return self.cpp_heads[head].logits(x)
+
+
+def _no_hooks(*modules: nn.Module) -> None:
+    """C++ would pass them by."""
+    for module in (part for each in modules for part in each.modules()):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnknownPartError(f"hooks of {type(module).__name__}")
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

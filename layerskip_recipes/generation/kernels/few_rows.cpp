@@ -341,7 +341,8 @@ void mixture(
   for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
 }
 
-// Attention of `rows` queries [rows, d] of one head, `size` at a time, row r with row r modulo `s` of the mask [s, slots].
+// Attention of the `rows` queries [rows, d] of one head from number `first` on, `size` at a time; number r has row r modulo
+// `s` of the mask [s, slots].
 // Keys and values are read from memory once: all queries see as many of them as stay in a cache, then the next ones.
 template <typename V>
 void attend(

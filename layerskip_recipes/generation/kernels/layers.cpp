@@ -30,7 +30,7 @@ const float* floats(const at::Tensor& tensor) { return tensor.const_data_ptr<flo
 // Room for n numbers.
 at::Tensor room(int64_t n) { return at::empty({n}, at::kFloat); }
 
-// RMSNorm with the weights `scale`, without them only the division; nothing without an epsilon.
+// RMSNorm with the weights `scale`, without them only the division. A module that has no such norm has no epsilon.
 struct Norm {
   at::Tensor scale;
   float epsilon;
@@ -242,22 +242,27 @@ class Layers : public torch::CustomClassHolder {
     const int64_t b = x.size(0), s = x.size(1);
     TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
     if (first < last) layers[first].check(x, end);
-    const at::Tensor at = slots.expand({b, s}).contiguous();
-    const at::Tensor places = positions ? positions->expand({b, s}).contiguous() : at;
+    const at::Tensor here = slots.expand({b, s}).contiguous();
+    const at::Tensor places = positions ? positions->expand({b, s}).contiguous() : here;
+    for (int64_t i = 0; i < b * s; i++) {
+      const int64_t slot = here.const_data_ptr<int64_t>()[i];
+      TORCH_CHECK(0 <= slot && slot < end && places.const_data_ptr<int64_t>()[i] >= 0, "slot ", slot, " of ", end);
+    }
     at::Tensor seen;
     if (mask) {
+      TORCH_CHECK(mask->size(1) == s && mask->size(2) == end, "a mask of other tokens");
       seen = mask->to(at::kFloat).contiguous();
     } else {
       seen = at::empty({b, s, end}, at::kFloat);
       float* const to = seen.mutable_data_ptr<float>();
-      for (int64_t i = 0; i < at.numel(); i++) {
-        const int64_t visible = std::min(at.const_data_ptr<int64_t>()[i] + 1, end);
+      for (int64_t i = 0; i < b * s; i++) {
+        const int64_t visible = here.const_data_ptr<int64_t>()[i] + 1;
         std::fill(to + i * end, to + i * end + visible, 0.f);
         std::fill(to + i * end + visible, to + (i + 1) * end, -std::numeric_limits<float>::infinity());
       }
     }
     const Tokens tokens{
-        b, s, at.const_data_ptr<int64_t>(), places.const_data_ptr<int64_t>(), floats(seen),
+        b, s, here.const_data_ptr<int64_t>(), places.const_data_ptr<int64_t>(), floats(seen),
         seen.size(0) == 1 ? 0 : s * end, end};
     at::Tensor state = x.to(at::kFloat, false, true).contiguous();
     for (int64_t layer = first; layer < last; layer++) state = layers[layer](state, tokens);
