@@ -39,7 +39,7 @@ VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp3
 # Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-# The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, since they are large
+# The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, as they are large
 # for long texts.
 _TABLES = WeakTensorKeyDictionary()
 
