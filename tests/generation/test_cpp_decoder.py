@@ -2,12 +2,11 @@
 bits for any number of rows, and the same tokens in every way of decoding."""
 
 import copy
-import shutil
 from functools import cache, partial
 
 import pytest
 import torch
-from helpers.compiled import run
+from helpers.compiled import has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
 from helpers.tiny import QWEN3, SIZE
 from torchao.quantization import (
@@ -34,7 +33,7 @@ from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+pytestmark = [pytest.mark.slow, has_compiler]  # slow: the C++ is compiled first
 
 L = 3
 WIDE = SIZE | {"num_layers": L, "num_heads": 2, "num_kv_heads": 1}  # heads of 16 numbers, the width of a vector
