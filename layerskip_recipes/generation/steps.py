@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torchtune.utils import get_logger
+from torchtune.utils._logging import log_once
 
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.kernels import cpp_decoder
@@ -21,6 +23,7 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import DecodingCache, visible
 
+log = get_logger("INFO")
 Broadcast = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -80,7 +83,7 @@ class StepContext:
         try:
             return CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
         except UnknownPartError as e:
-            self.compiled.say_once(f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
+            log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
 
     @property

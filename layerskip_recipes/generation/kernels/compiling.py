@@ -77,7 +77,6 @@ class CompiledSteps:
         self.prepared = False  # the C++ of steps on a CPU is loaded
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
-        self.said: set[str] = set()
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
@@ -106,12 +105,6 @@ class CompiledSteps:
                 _warn("here", e)
             self.seconds += time.perf_counter() - started
         return self.prepared
-
-    def say_once(self, line: str) -> None:
-        """A line of the log, unless it was said of this model before."""
-        if line not in self.said:
-            self.said.add(line)
-            log.info(line)
 
     def release(self) -> None:
         """A generation ended: drop the references to its weights and caches."""
