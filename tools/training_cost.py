@@ -23,7 +23,6 @@ from torchtune import training
 from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
@@ -74,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     torch.manual_seed(0)
     with training.set_default_dtype(cfg.torch_dtype), device:
-        base = (Component(cfg.model.get("base")) if cfg.model.get("base") else cfg.model).build()
+        base = cfg.model.builder.build()
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (args.batch, args.seq_len + 1))
     model = layerskip_decoder(base)
     freeze_base(model)

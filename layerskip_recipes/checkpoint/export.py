@@ -20,7 +20,7 @@ from torchtune import training
 
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
-from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import check_folder
@@ -63,14 +63,13 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         check(key, value, exits | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
-    weights = sorted(source.glob("model*.safetensors"))
-    if not weights:
-        there = sorted(file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+    try:
+        weights = weight_files(source, "export")
+    except ConfigError as e:
         raise ConfigError(
-            f"export: {checkpoint!r} holds no model*.safetensors; there: {', '.join(there) or 'no weights'}. Give a "
-            "folder with merged weights, such as a finetuned epoch_0 with checkpointer.safe_serialization=true and "
-            "save_adapter_weights_only=false"
-        )
+            f"{e}. Give a folder with merged weights, such as a finetuned epoch_0 with "
+            "checkpointer.safe_serialization=true and save_adapter_weights_only=false"
+        ) from e
     if target.exists():
         raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)

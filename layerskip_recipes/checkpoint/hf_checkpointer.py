@@ -140,14 +140,14 @@ class HFCheckpointer:
 hf_checkpointer = HFCheckpointer  # its name in configs
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder, complete ones."""
+def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
+    """The files with the weights of a folder, complete ones; errors name `key`."""
     index = folder / INDEX
     if index.is_file():
         try:
             names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as e:
-            raise ConfigError(f"checkpointer.path: {str(index)!r} cannot be read ({e!r})") from e
+            raise ConfigError(f"{key}: {str(index)!r} cannot be read ({e!r})") from e
     else:
         names = ["model.safetensors"]
     files = [folder / name for name in sorted(names)]
@@ -155,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         raise ConfigError(
-            f"checkpointer.path: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: safetensors "
+            f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: safetensors "
             f"files; there: {', '.join(there) or 'no weights'}"
         )
     for file in files:
@@ -163,5 +163,5 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as e:
-            raise ConfigError(f"checkpointer.path: {str(file)!r} cannot be read, is it complete? ({e})") from e
+            raise ConfigError(f"{key}: {str(file)!r} cannot be read, is it complete? ({e})") from e
     return files

@@ -53,6 +53,12 @@ class Component:
             raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, and no callable")
         return found
 
+    @property
+    def builder(self) -> "Component":
+        """Of a model's section what builds it: the section `base` of `layerskip_decoder`, or this one."""
+        base = self.get("base")
+        return Component(base, f"{self.key}.base") if isinstance(base, Mapping) and "_component_" in base else self
+
     def takes(self, argument: str) -> bool:
         """Whether the callable has such a parameter by name."""
         return argument in (parameter_names(self.path) or ())

@@ -349,4 +349,4 @@ class LayerSkipLM(TemplateLM):
         """Contexts that are too long lose their beginning, as with lm-eval's other models; this tells the reader."""
         cut = sum(length > room for length in lengths)
         if cut:
-            log.warning("%d contexts lose their beginning: they are longer than the model's %d tokens", cut, room)
+            log.warning("%d contexts lose their beginning: there is room for %d tokens before the answer", cut, room)

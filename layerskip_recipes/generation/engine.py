@@ -184,8 +184,6 @@ class Generation:
             # The cache holds all tokens but the last one, which was never an input.
             if all(self.rows.values_in_rows(self.generated)):
                 self.cache.tokens = [text[:-1] for text in self.rows.texts]
-            if self.context.compiled is not None:
-                self.context.compiled.release()
 
     @property
     def compile_s(self) -> float:

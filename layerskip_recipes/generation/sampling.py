@@ -177,6 +177,11 @@ class Sampler:
         """Whether the tokens so far count, so that `seen` is needed."""
         return self.repetition_penalty != 1
 
+    @property
+    def only_temperature(self) -> bool:
+        """Whether tokens are chosen by logits and temperature alone, or greedily by logits alone."""
+        return not self.penalises and (self.greedy or self.kind[2:] == (None, True, True))
+
     def settings(self, device: torch.device) -> SamplerTensors:
         """The numbers on a device."""
 

@@ -176,7 +176,7 @@ LORA_ARGUMENTS: dict[str, Any] = {
 
 def check_lora_arguments(model: Component) -> None:
     """Check arguments of a LoRA builder that torchtune itself fails on without a message, or ignores."""
-    builder = _builder(model)
+    builder = model.builder
     for name, annotation in LORA_ARGUMENTS.items():
         check(f"model.{name}", builder.get(name), annotation)
     modules = builder.get("lora_attn_modules")
@@ -188,7 +188,7 @@ def check_adapters(
     model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
 ) -> None:
     """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has."""
-    names, builder = adapter_names(meta_model), _builder(model)
+    names, builder = adapter_names(meta_model), model.builder
     if not names and builder.takes("lora_attn_modules"):
         raise ConfigError(
             f"model.lora_attn_modules: {builder.path} makes no adapter parameters with these arguments; for example "
@@ -204,12 +204,6 @@ def check_adapters(
             "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
             "checkpointer.safe_serialization=true"
         )
-
-
-def _builder(model: Component) -> Component:
-    """The torchtune builder of a model's section, within `layerskip_decoder` or not."""
-    base = model.get("base")
-    return Component(base, f"{model.key}.base") if isinstance(base, Mapping) and "_component_" in base else model
 
 
 def adapter_file(path: str) -> Path:

@@ -205,12 +205,9 @@ class FinetuneConfig(RecipeConfig):
             return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), **given)
         return EarlyExitLoss(**self.early_exit_loss.arguments(), **given)
 
-    def build_layer_dropout(self, seed: int) -> LayerDropout | None:
-        """The dropout of the `layer_dropout` section, if there is one; `seed` is the same on all ranks."""
-        if self.layer_dropout is None:
-            return None
-        arguments = self.layer_dropout.arguments()
-        return LayerDropout(self.num_layers, seed=seed, batch_size=self.batch_size, **arguments)
+    def build_layer_dropout(self) -> LayerDropout | None:
+        """The dropout of the `layer_dropout` section, if there is one."""
+        return None if self.layer_dropout is None else LayerDropout(self.num_layers, **self.layer_dropout.arguments())
 
     @property
     def num_layers(self) -> int:
@@ -263,7 +260,7 @@ class FinetuneConfig(RecipeConfig):
         assert self.validated_exits
         if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
             raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
-        self.build_layer_dropout(seed=0)
+        self.build_layer_dropout()
         self.exit_loss.enabled(self.num_layers, 0, 1)
 
     def _check_activations(self) -> None:

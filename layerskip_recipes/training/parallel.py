@@ -124,8 +124,9 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
             "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
             "step. Set optimizer_in_bwd=false"
         )
-    base = cfg.model.get("base") or cfg.model.section
-    if replicate > 1 and base.get("quantize_base", "qlora" in base.get("_component_", "")):
+    builder = cfg.model.builder
+    lora = builder.get("lora") or {}
+    if replicate > 1 and (lora.get("quantize_base") or builder.get("quantize_base", "qlora" in builder.path)):
         raise ConfigError(
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"

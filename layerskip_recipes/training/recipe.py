@@ -160,8 +160,11 @@ class LayerSkipFinetune:
                 how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
                 resumes = self.checkpoints.resumed_from is not None
                 self.own_text = OwnText(*how, self.output_dir / "own_text.jsonl", resumes)
-        self.model.layer_dropout = cfg.build_layer_dropout(self.seed) or self.model.layer_dropout
-        if self.model.layer_dropout is not None:
+        self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
+        if dropout is not None:
+            dropout.batch_size = cfg.batch_size
+            if "seed" not in (cfg.model.get("layer_dropout") or ()):  # of `layerskip_decoder` in the model section
+                dropout.generator.manual_seed(self.seed)
             # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
             limit, dynamo = 2 * cfg.batch_size + 2, torch._dynamo.config
             name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # torch 2.6
@@ -354,7 +357,7 @@ class LayerSkipFinetune:
             "interval": loss.interval if loss.curriculum == "rotational" else None,
             "scale": loss.scale,
             "scale_fn": loss.scale_fn,
-            "layer_dropout": cfg.layer_dropout and cfg.layer_dropout.arguments(),
+            "layer_dropout": cfg.layer_dropout.arguments() if cfg.layer_dropout else cfg.model.get("layer_dropout"),
             "steps": self.step,
             "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
         }

@@ -85,7 +85,7 @@ def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[s
 
 def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
     """The settings and sizes that must be the same in a run that resumes this one."""
-    given = cfg.model_dump(include=SAME_KEYS, exclude_unset=True)
+    given = cfg.model_dump(include=SAME_KEYS)
     if len(cfg.dataset) == 1:
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}

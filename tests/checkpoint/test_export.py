@@ -163,10 +163,22 @@ def test_a_mistake(options, message, checkpoint, tmp_path):
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "model-00001-of-00001.bin", "weights.pt"])
 def test_a_folder_without_the_weights(file, checkpoint, tmp_path):
     (checkpoint / "model.safetensors").rename(checkpoint / file)
-    message = rf"^export: '.*model' holds no model\*\.safetensors; there: {file}\. Give a folder with merged weights"
+    message = rf"^export: '.*model' lacks model\.safetensors.*; there: {file}\. Give a folder with merged weights"
     with pytest.raises(ValueError, match=message):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not Path(tmp_path / "out").exists()
+
+
+def test_a_folder_without_one_of_its_files(checkpoint, tmp_path):
+    """As its index tells."""
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    files = {
+        "lm_head.weight": "model-00001-of-00002.safetensors",
+        "model.norm.weight": "model-00002-of-00002.safetensors",
+    }
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ValueError, match=r"^export: '.*model' lacks model-00002-of-00002\.safetensors, its weights"):
+        export(str(checkpoint), str(tmp_path / "out"))
 
 
 def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):

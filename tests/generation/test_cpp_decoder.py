@@ -24,6 +24,7 @@ from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import load_library
@@ -192,6 +193,21 @@ def test_every_way_of_drafting_gives_the_models_tokens(variant):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("variant", ["chain", "vocabulary", "drafter"])
+@pytest.mark.parametrize("family", ["llama3", "gemma"])
+def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch):
+    """Its drafts and outputs are those of torch's operations, token by token."""
+    model, found = make(family), []
+    for compile in (False, True):
+        if compile:
+            monkeypatch.setattr(chain, "_next_draft", None)
+        drafts, sampler = [], Sampler(temperature, rng=torch.Generator().manual_seed(1))
+        arguments = {"speculation": speculation_of(variant, model), "sampler": sampler, "on_draft": drafts.append}
+        found.append((drafts, run(model, PROMPTS, 16, compile=compile, **arguments).generated))
+    assert found[0] == found[1] and len(found[0][0]) > 0
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("variant", ["chain", "tree", "vocabulary", "look-up", "threshold 0.15"])
 def test_no_precision_lets_drafts_change_a_token(precision, variant):
@@ -224,6 +240,11 @@ def with_parts(**parts):
     return model
 
 
+class Doubled(torch.nn.Embedding):
+    def forward(self, tokens):
+        return 2 * super().forward(tokens)
+
+
 UNKNOWN = {
     "hooks": hooked,
     "hooks of the norm": lambda: hooked("norm"),
@@ -233,6 +254,7 @@ UNKNOWN = {
     "int8 activations": lambda: quantised(Int8DynamicActivationInt8WeightConfig()),
     "zero points": lambda: quantised(IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC)),
     "zero points of version 1": lambda: quantised(IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC, version=1)),
+    "an embedding of another kind": lambda: make.__wrapped__("llama3").with_modules(tok_embeddings=Doubled(97, 32)),
     "no norm": lambda: with_parts(mlp_norm=torch.nn.Identity()),
 }
 

@@ -123,6 +123,23 @@ def test_tune_run_from_another_directory(tmp_path, tokenizer_folder):
     assert not os.listdir(tmp_path / "elsewhere")
 
 
+def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, tokenizer_folder):
+    """With the draws of the run's seed."""
+    runs = {}
+    for name, keys in (("top", {"layer_dropout": {"prob": 0.7}}), ("model", {"layer_dropout": None})):
+        path = finetune_config(tmp_path / name, tokenizer_folder, **keys)
+        of_model = {"_component_": "layerskip_recipes.layerskip_decoder", "layer_dropout": {"prob": 0.7}}
+        cfg = load_config(str(path))
+        if name == "model":
+            cfg.model = of_model | {"base": cfg.model}
+        recipe = LayerSkipFinetune(cfg)
+        recipe.setup()
+        recipe.train()
+        recipe.cleanup()
+        runs[name] = losses(tmp_path / name / "out")
+    assert runs["top"] == runs["model"]
+
+
 def test_every_step_trains_the_last_layer(tmp_path, tokenizer_folder):
     path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None)
     recipe = LayerSkipFinetune(load_config(str(path)))

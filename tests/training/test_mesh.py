@@ -2,6 +2,7 @@
 
 import pytest
 from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.hf_folders import model_with_tokenizer
 from helpers.training import start_section
 
 from layerskip_recipes.config.loading import load_config
@@ -81,6 +82,14 @@ def test_packed_weights_are_not_replicated(tmp_path, tokenizer_folder, monkeypat
     cfg = FinetuneConfig.load(load_config(str(path), ["data_parallel_replicate_dim=2"]))
     with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 does not go with QLoRA"):
         mesh_sizes(cfg)
+
+
+def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = model_with_tokenizer("qwen3", tmp_path / "Qwen3", tokenizer_folder)
+    keys = [f"model_dir={folder}", f"output_dir={tmp_path}/out", "device=cpu", "data_parallel_replicate_dim=2"]
+    with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 does not go with QLoRA"):
+        mesh_sizes(FinetuneConfig.load(load_config("hf/qlora", keys)))
 
 
 @pytest.mark.parametrize(

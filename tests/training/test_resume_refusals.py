@@ -44,13 +44,13 @@ def stopped(tmp_path_factory, tokenizer_folder) -> Path:
         (["early_exit_loss.interval=3"], "early_exit_loss.interval", "2", "3"),
         (["early_exit_loss=null"], "early_exit_loss", "'rotational'", "None"),
         (["layer_dropout.prob=0.3"], "layer_dropout.prob", "0.2", "0.3"),
-        (["layer_dropout=null"], "layer_dropout", "{'prob': 0.2}", "None"),
+        (["layer_dropout=null"], "layer_dropout", "'prob': 0.2", "None"),
         (["batch_size=1"], "batch_size x gradient_accumulation_steps x data-parallel ranks", "2", "1"),
         (["gradient_accumulation_steps=2"], "batch_size x gradient_accumulation_steps x data-parallel ranks", "2", "4"),
         (["max_steps_per_epoch=3"], "steps in an epoch", "2", "3"),
-        (["shuffle=false"], "shuffle", "None", "False"),
+        (["shuffle=false"], "shuffle", "True", "False"),
         (["model.norm_eps=1e-4"], "model.norm_eps", "None", "0.0001"),
-        (["optimizer_in_bwd=true"], "optimizer_in_bwd", "None", "True"),
+        (["optimizer_in_bwd=true"], "optimizer_in_bwd", "False", "True"),
         (["loss=torch.nn.CrossEntropyLoss"], "loss._component_", "CEWithChunkedOutputLoss", "CrossEntropyLoss"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -68,12 +68,13 @@ def test_another_run_is_refused(overrides, key, was, now, stopped):
     assert written(stopped.parent) == before
 
 
-def test_what_saves_memory_may_change(tmp_path, tokenizer_folder):
-    """It is what a run needs that ended for want of it."""
+def test_what_saves_memory_may_change_and_defaults_be_spelt_out(tmp_path, tokenizer_folder):
+    """Less memory is what a run needs that ended for want of it."""
     path = finetune_config(tmp_path, tokenizer_folder)
     train(path, "early_exit_loss.chunk_tokens=64")
     smaller = ["early_exit_loss.chunk_tokens=16", "loss.num_output_chunks=16"]
-    assert train(path, "resume_from_checkpoint=true", "epochs=2", *smaller).step == 4
+    defaults = ["shuffle=true", "layer_dropout.schedule=constant"]
+    assert train(path, "resume_from_checkpoint=true", "epochs=2", *smaller, *defaults).step == 4
 
 
 def test_a_refused_resume_leaves_the_runs_config(stopped):

@@ -97,6 +97,9 @@ def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, 
     last, start [b]; noise [b, n, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> tokens [b, n + 1],
     x_E [b, n, d], q [b, n, v'].
     """
+    if context.cpp is not None and before is None and context.sampler.only_temperature:
+        temperature = context.settings.temperature
+        return context.cpp.chain.draft(last, start, depth, slots.shape[0], exit_layer, noise, temperature)
     tokens, hidden, q = [last], [], []
     for i in range(depth):
         noise_i = None if noise is None else noise[:, i]

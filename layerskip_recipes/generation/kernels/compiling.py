@@ -72,7 +72,6 @@ class CompiledSteps:
         self.path: tuple[Hashable, ...] = ()  # the steps of this round so far; a CUDA graph belongs to those before it
         self.warming = False  # one of them was new: the rest of the path is captured in the next round
         self.captured: set[tuple[Hashable, ...]] = set()
-        self.bound: dict[Hashable, Callable] = {}  # the graphs with the weights and caches of this generation
         self.failed = False  # nothing can be compiled here
         self.prepared = False  # the C++ of steps on a CPU is loaded
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
@@ -106,10 +105,6 @@ class CompiledSteps:
             self.seconds += time.perf_counter() - started
         return self.prepared
 
-    def release(self) -> None:
-        """A generation ended: drop the references to its weights and caches."""
-        self.bound.clear()
-
     def begin_round(self) -> None:
         """CUDA graphs may use the memory of the last round's results again."""
         self.path, self.warming = (), False
@@ -120,21 +115,17 @@ class CompiledSteps:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
         key = step.key(*args)
-        length = None if slots is None else slots.shape[0]
         if cuda and slots is not None:
-            key = (key, length)
+            key = (key, len(slots))
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
         graph = self.graphs.get(key)
         # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
         captures = cuda and graph is not None and self.path not in self.captured
-        if key in self.bound and not captures:
-            return self.bound[key]((slots, *args), length)
         if graph is not None and not captures:
-            out = graph(step.context, *step.settings, slots, *args)
-            return self._bind(key, graph, (slots, *args), length, out)
-        before = time.perf_counter() - self.seconds  # steps within this one count once
+            return graph(step.context, *step.settings, slots, *args)
+        started = time.perf_counter()
         try:
             if graph is None:
                 self.warming = True
@@ -151,27 +142,19 @@ class CompiledSteps:
             # quantised step may be the only one without a kernel.
             self.failed = not self.graphs and not self._is_quantised(step)
             self.refused[key] = name = step.function.__name__
-            self.seconds = time.perf_counter() - before
+            self.seconds += time.perf_counter() - started
             _warn("here" if self.failed else f"for {name}", e)
             if cuda:
                 raise GraphError(name) from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
         self.graphs[key] = graph
-        self.seconds = time.perf_counter() - before
-        return self._bind(key, graph, (slots, *args), length, out)
+        self.seconds += time.perf_counter() - started
+        return out
 
     def _is_quantised(self, step: StepLike) -> bool:
         """Whether a step reads quantised weights: those of a draft model, or of the whole model."""
         kinds = [kind for _, kind, *_ in self.weights or ()]
         return not step.context.shares_layers or any(kind is not torch.nn.Parameter for kind in kinds)
-
-    def _bind(self, key: Hashable, graph: Callable, args: tuple[Any, ...], length: int | None, out: Any) -> Any:
-        """Keep the weights and caches of a call for this generation's next calls; returns `out`."""
-        last = getattr(graph, "last", None)
-        bound = None if last is None else last.bind(args, length, out)
-        if bound is not None:
-            self.bound[key] = bound
-        return out
 
 
 _COMPILED: WeakKeyDictionary[LayerSkipDecoder, CompiledSteps] = WeakKeyDictionary()
@@ -199,19 +182,12 @@ def _warn(where: str, error: Exception) -> None:
 
 def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
-    # Inductor takes a second to import, which only compiled generations need.
-    from layerskip_recipes.generation.kernels.bound_graph import LastCall, RecordingBackend
-
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
     cuda: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
     # Without a check of each tensor: the key of the step ensures the shapes.
-    options = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
-    guards: dict[str, Any] = {}
+    options: dict[str, Any] = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
-        guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    last = LastCall()
-    compiled = torch.compile(copy, fullgraph=True, backend=RecordingBackend(options, last), options=guards)
-    compiled.last = last
-    return compiled
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    return torch.compile(copy, fullgraph=True, options=options)

@@ -4,6 +4,8 @@ What torch does around a product takes as long as the product itself in a small 
 reading each weight once, for one token as for seven.
 """
 
+import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -39,6 +42,11 @@ VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp3
 # Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
+# What embeddings multiply a row of their table by, which depends on its width.
+EMBEDDINGS: dict[type[nn.Module], Callable[[int], float]] = {
+    nn.Embedding: lambda width: 1.0,
+    GemmaNormEmbeddings: math.sqrt,
+}
 # The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, as they are large
 # for long texts.
 _TABLES = WeakTensorKeyDictionary()
@@ -199,6 +207,9 @@ class CppDecoder:
         draft_model: whose early layers and head draft; the model itself or another one.
         draft_head: in place of the draft model's head; None: none.
 
+    Attributes:
+        chain: `chain.draft` drafts a whole chain of tokens in one call, see `Chain` in layers.cpp.
+
     Raises:
         UnknownPartError: if a part of a model is not known.
     """
@@ -209,12 +220,16 @@ class CppDecoder:
         models = dict.fromkeys([model, draft_model])
         if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache is of this kind
             raise UnknownPartError(str(model.tok_embeddings.weight.dtype))
+        if type(draft_model.tok_embeddings) not in EMBEDDINGS:
+            raise UnknownPartError("tok_embeddings")
+        _no_hooks(draft_model.tok_embeddings)
         self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
         self.heads: dict[nn.Module, Parts] = {
             each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
         }
         if draft_head is not None:
             self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
+        self.draft_model, self.draft_head = draft_model, draft_head
         self.loaded = False
 
     def load(self) -> None:
@@ -230,6 +245,14 @@ class CppDecoder:
                     break
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
                 self.cpp_layers[model].append(*parts.for_cpp())
+        draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
+        self.chain = kernels.Chain(
+            self.cpp_layers[self.draft_model],
+            self.cpp_heads[draft_head or self.draft_model],
+            embeddings.weight.detach(),
+            EMBEDDINGS[type(embeddings)](embeddings.embedding_dim),
+            draft_head and draft_head.vocabulary,
+        )
         self.loaded = True
 
     def run(

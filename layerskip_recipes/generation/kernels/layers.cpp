@@ -4,6 +4,9 @@
 // Shapes: b rows, s tokens of each, m = b s, d width. Hidden states are [m, d], one token after the other.
 
 #include <ATen/core/Dict.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/stack.h>
 #include <torch/custom_class.h>
 
 namespace {
@@ -300,9 +303,58 @@ class Head : public torch::CustomClassHolder {
   float cap;
 };
 
+// Tokens one after the other from the first layers of a decoder and a head: a whole chain of drafts is one call.
+class Chain : public torch::CustomClassHolder {
+ public:
+  // `embeddings` [v, d]; of a head that has a part of the tokens only, `vocabulary` has their ids.
+  Chain(
+      c10::intrusive_ptr<Layers> layers, c10::intrusive_ptr<Head> head, at::Tensor embeddings, double factor,
+      std::optional<at::Tensor> vocabulary)
+      : layers(std::move(layers)), head(std::move(head)), embeddings(std::move(embeddings)), factor(factor),
+        vocabulary(std::move(vocabulary)) {}
+
+  // `depth` tokens of each row from `exit_layer` layers: last, start [b]; noise [b, depth, v] -> tokens [b, depth + 1],
+  // x_E [b, depth, d] and the distributions [b, depth, v]. Without noise the likeliest tokens, and no distributions.
+  std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> draft(
+      const at::Tensor& last, const at::Tensor& start, int64_t depth, int64_t end, int64_t exit_layer,
+      const std::optional<at::Tensor>& noise, const at::Tensor& temperature) const {
+    std::vector<at::Tensor> tokens{last}, hidden, q;
+    for (int64_t i = 0; i < depth; i++) {
+      at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
+      if (factor != 1) x = x.mul(factor);
+      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), std::nullopt, std::nullopt, end, 0, exit_layer));
+      at::Tensor scores = head->logits(hidden.back()).squeeze(1);
+      if (noise) {
+        q.push_back(scores.div(temperature).softmax(-1));
+        scores = race(q.back(), noise->select(1, i));
+      }
+      const at::Tensor place = scores.argmax(-1);
+      tokens.push_back(vocabulary ? vocabulary->index_select(0, place) : place);
+    }
+    return {at::stack(tokens, 1), at::cat(hidden, 1), noise ? std::optional(at::stack(q, 1)) : std::nullopt};
+  }
+
+ private:
+  // As `exponential_race_scores` of sampling.py.
+  static at::Tensor race(const at::Tensor& probs, const at::Tensor& noise) {
+    const at::Tensor uniform = noise.to(at::kFloat).add_(.5).mul_(std::ldexp(1., -31)).clamp_max_(1 - std::ldexp(1., -24));
+    return probs.div(uniform.neg_().log1p_().neg_());
+  }
+
+  c10::intrusive_ptr<Layers> layers;
+  c10::intrusive_ptr<Head> head;
+  at::Tensor embeddings;
+  double factor;
+  std::optional<at::Tensor> vocabulary;
+};
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
   library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run);
   library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
+  library.class_<Chain>("Chain")
+      .def(torch::init<
+           c10::intrusive_ptr<Layers>, c10::intrusive_ptr<Head>, at::Tensor, double, std::optional<at::Tensor>>())
+      .def("draft", &Chain::draft);
 }
