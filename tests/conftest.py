@@ -124,6 +124,18 @@ def path(tmp_path, checkpoint) -> Path:
 
 
 @pytest.fixture
+def traced(monkeypatch):
+    """Graphs of torch's own operations, made in a second each: test_compile.py tests those of inductor."""
+    compile = torch.compile
+
+    def without_inductor(function, *, options, **arguments):
+        guards = {name: value for name, value in options.items() if name == "guard_filter_fn"}
+        return compile(function, backend="eager", options=guards, **arguments)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+
+
+@pytest.fixture
 def layerskip(monkeypatch, capsys, tmp_path):
     """Runs `layerskip ARGS` in this process, in an empty folder: exit status, stdout, stderr."""
     from layerskip_recipes.cli import commands as cli

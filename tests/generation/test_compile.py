@@ -31,18 +31,6 @@ def small():
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """Graphs of torch's own operations, made in a second each: inductor's kernels are tested with chains."""
-    compile = torch.compile
-
-    def without_inductor(function, *, options, **arguments):
-        guards = {name: value for name, value in options.items() if name == "guard_filter_fn"}
-        return compile(function, backend="eager", options=guards, **arguments)
-
-    monkeypatch.setattr(torch, "compile", without_inductor)
-
-
-@pytest.fixture
 def not_compiled(monkeypatch):
     """Steps are called as they are, and count as compiled all the same."""
     monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)

@@ -65,7 +65,6 @@ ADAPTED = {
     "dora": {"use_dora": True},
     "qlora": {"quantize_base": True, "num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256},
 }
-GRID_MODES = ("speculative", "autoregressive")
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
 SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own
@@ -84,7 +83,7 @@ def sampled(model):
 def other(model, mode):
     arguments = OTHER_MODES[mode]
     rng = {"rng": torch.Generator().manual_seed(1)} if arguments.get("temperature") else {}
-    return run(model, new=14, **arguments, **rng).tokens.tolist()
+    return run(model, new=10, **arguments, **rng).tokens.tolist()
 
 
 @contextmanager
@@ -229,7 +228,8 @@ def grid(folder):
             dist.init_process_group("gloo", rank=number, world_size=4, store=store)
             model = split("qwen2_tied", E, 2, weights)
             full = full_weights(model)
-            result = {mode: run(model, new=4, **MODES[mode]).tokens.tolist() for mode in GRID_MODES}
+            # Few shapes of tensors, for each of which torch takes a while to find how it is split.
+            result = {"tokens": run(model, new=4, exit_layer=E, num_speculations=1).tokens.tolist()}
             result["weights"] = all(torch.equal(full[name], value) for name, value in weights.items())
             result["halved"] = [
                 model.layers[E].mlp.w1.weight.to_local().shape[0],
@@ -413,8 +413,8 @@ def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):
     assert [rank["halved"] for rank in ranks] == [[17, 66], [17, 66], [16, 66], [16, 66]]
     monkeypatch.setitem(SIZE, "intermediate_dim", 66)
     alone = layerskip_decoder(make_tiny("qwen2_tied"))
-    for mode in GRID_MODES:
-        assert all(rank[mode] == run(alone, new=4, **MODES[mode]).tokens.tolist() for rank in ranks)
+    expected = run(alone, new=4).tokens.tolist()
+    assert all(rank["tokens"] == expected for rank in ranks)
 
 
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}

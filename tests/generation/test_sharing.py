@@ -51,7 +51,7 @@ def test_a_finished_generation_is_freed_at_once(speculation):
 
 
 @pytest.mark.slow
-def test_a_model_with_compiled_steps_is_freed_at_once():
+def test_a_model_with_compiled_steps_is_freed_at_once(traced):
     model = layerskip_decoder(two_layers())
     run(model, compile=True, count=2)
     weight, _ = weakref.ref(model.layers[0].attn.q_proj.weight), gc.collect()
@@ -155,7 +155,7 @@ def test_a_quantiser_leaves_the_compilers_settings():
 
 
 @pytest.mark.slow
-def test_a_plain_decoder_keeps_its_graphs():
+def test_a_plain_decoder_keeps_its_graphs(traced):
     base = two_layers()
     first, second = (generate(base, torch.tensor(PROMPT), 6, compile=True) for _ in range(2))
     assert first.stats.compile_s > 0 == second.stats.compile_s and torch.equal(first.tokens, second.tokens)

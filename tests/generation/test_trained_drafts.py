@@ -89,15 +89,15 @@ def test_greedy_text_is_the_models(family, kind, variant):
     model = model_of(family)
     speculation = Speculation(2, **VARIANTS[variant], drafter=draft_of(model, kind).decoder(model))
     choice = AlwaysLookUp() if "look" in variant else None
-    expected = [plain(model, prompt, 15) for prompt in PROMPTS]
-    generation = run(model, PROMPTS, 15, speculation=speculation, choice=choice)
+    expected = [plain(model, prompt, 10) for prompt in PROMPTS]
+    generation = run(model, PROMPTS, 10, speculation=speculation, choice=choice)
     assert generation.generated == expected
     assert generation.stats.drafted > 0
-    assert run(model, PROMPTS, 15, rows=2, speculation=speculation, choice=choice).generated == expected
-    alone = [run(model, [prompt], 15, speculation=speculation, choice=choice) for prompt in PROMPTS]
+    assert run(model, PROMPTS, 10, rows=2, speculation=speculation, choice=choice).generated == expected
+    alone = [run(model, [prompt], 10, speculation=speculation, choice=choice) for prompt in PROMPTS]
     assert [generation.generated for generation in alone] == [[tokens] for tokens in expected]
     # A row that took another prompt drafts, and so accepts, as if that had been its first one.
-    one_row = run(model, PROMPTS, 15, rows=1, speculation=speculation, choice=choice)
+    one_row = run(model, PROMPTS, 10, rows=1, speculation=speculation, choice=choice)
     assert one_row.generated == expected
     assert one_row.acceptance == [generation.acceptance[0] for generation in alone]
 
@@ -184,7 +184,7 @@ COMPILED = {
 @pytest.mark.parametrize(
     ("name", "width"), [*((name, 32) for name in COMPILED), ("adapter", 16)], ids=lambda value: str(value)
 )
-def test_compiled_text_is_the_models(name, width):
+def test_compiled_text_is_the_models(name, width, traced):
     """In C++, and as graphs."""
     shape, settings = COMPILED[name]
     model = make_small(width=width)
