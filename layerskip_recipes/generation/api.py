@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.local_shards import is_split
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.processes import broadcast_from_rank0, from_rank_zero, same_on_all
@@ -97,7 +97,7 @@ def generate(
     if num_speculations is not None and exit_layer is not None:
         drafts = Speculation(exit_layer, num_speculations, **speculation)
     # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
-    shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    shared = is_split(model)
     if shared and not same_on_all(rows):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     if shared and temperature:

@@ -13,7 +13,7 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
-from layerskip_recipes.generation.parallel import check_processes
+from layerskip_recipes.generation.parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -180,8 +180,12 @@ class GenerateConfig(DecodingConfig):
             model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.quantizer, self.device
         )
         check_draft_fits(self.self_speculation, self.quantizer, model, parallel)
+        if self.compile and parallel < num_processes():
+            raise ConfigError(
+                f"compile: True works with one process, and there are {num_processes()}, or where all of them share "
+                f"each matrix. Set compile=false, or tensor_parallel_plan={EXAMPLE_PLAN}"
+            )
         alone = {
-            "compile": self.compile or None,
             "self_speculation.draft": self.self_speculation and self.self_speculation.draft,
             "self_speculation.draft_quantizer": self.self_speculation and self.self_speculation.draft_quantizer,
             "prompt": INTERACTIVE if self.is_conversation else None,

@@ -28,6 +28,7 @@ from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder,
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.local_shards import split_locally
 from layerskip_recipes.model.adapters import adapter_names, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import (
@@ -181,6 +182,8 @@ def shard_decoder(
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
     init_rope(model, device, dtype)
     broadcast_state_dict(model, state, dtype)
+    if plan is not None and shards == 1:
+        split_locally(model, mesh["parallel"], plan)
     late(None)
     for layer in late.layers:
         # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,

@@ -40,6 +40,7 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -65,6 +66,11 @@ ADAPTED = {
     "dora": {"use_dora": True},
     "qlora": {"quantize_base": True, "num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256},
 }
+# Where both ranks share each matrix: a vocabulary of which each has half.
+EVEN = {"vocab_size": 98, "num_layers": 3}
+LOCAL_MODES = MODES | {name: OTHER_MODES[name] for name in ("tree", "look-up", "penalty")}
+# With biases and a tied head eager, with a head of its own compiled.
+LOCAL = {"qwen2_tied": (MODES, False), "llama3": (LOCAL_MODES, True)}
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
 SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own
@@ -158,6 +164,22 @@ def decode_worker(folder):
     return result
 
 
+def local_worker(folder):
+    """Tokens of matrices that both ranks share, as plain tensors; also by graphs, of torch's own operations."""
+    SIZE.update(EVEN)
+    compile, result = torch.compile, {}
+    torch.compile = lambda function, **_: compile(function, backend="eager", fullgraph=True)
+    for family, (modes, compiled) in LOCAL.items():
+        model = split(family, E, 2)
+        result[f"{family}/torch's"] = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+        result[f"{family}/halves"] = [*model.tok_embeddings.weight.shape, *model.layers[1].mlp.w2.weight.shape]
+        for mode in modes:
+            result[f"{family}/{mode}"] = run(model, **LOCAL_MODES[mode], compile=compiled).tokens.tolist()
+        steps = compiled_steps(model)
+        result[f"{family}/graphs"] = [len(steps.graphs), steps.failed, len(steps.refused)]
+    return result
+
+
 def load_worker(folder):
     """load_sharded_decoder, in bf16 from fp32 files, against load_decoder."""
     cfg = GenerateConfig.load(load_config(str(folder / "generate.yaml"), ["dtype=bf16"]))
@@ -209,7 +231,7 @@ def fail_load_worker(folder):
 
 WORKERS = {
     f.__name__.removesuffix("_worker"): f
-    for f in (decode_worker, load_worker, adapted_worker, fail_worker, fail_load_worker)
+    for f in (decode_worker, local_worker, load_worker, adapted_worker, fail_worker, fail_load_worker)
 }
 
 
@@ -277,6 +299,22 @@ def test_the_tokens_of_one_process(decoded, family, how):
         for mode, arguments in MODES.items():
             assert rank[f"{family}/{how}/{mode}"] == run(alone, **arguments).tokens.tolist()
         assert rank[f"{family}/{how}/speculative"] == rank[f"{family}/{how}/autoregressive"]
+
+
+def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
+    """In every way of decoding; nothing of torch's own tensor parallelism is left."""
+    check_success(fork("local", tmp_path))
+    for name, value in EVEN.items():
+        monkeypatch.setitem(SIZE, name, value)
+    for rank in written(tmp_path):
+        for family, (modes, compiled) in LOCAL.items():
+            alone = layerskip_decoder(make_tiny(family))
+            assert rank[f"{family}/torch's"] == []
+            assert rank[f"{family}/halves"] == [49, SIZE["embed_dim"], SIZE["embed_dim"], SIZE["intermediate_dim"] / 2]
+            for mode in modes:
+                assert rank[f"{family}/{mode}"] == run(alone, **LOCAL_MODES[mode]).tokens.tolist()
+            graphs, failed, refused = rank[f"{family}/graphs"]
+            assert (graphs > len(modes)) == compiled and not failed and refused == 0
 
 
 @pytest.mark.parametrize("mode", OTHER_MODES)

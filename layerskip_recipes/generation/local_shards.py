@@ -1,0 +1,111 @@
+"""Tensor parallelism of decoding on plain tensors: each rank multiplies by its own part of a matrix, and what belongs
+together is summed or gathered.
+
+torch's `parallelize_module` makes a DTensor of each weight. The host then takes 60 to 120 us for a linear layer, longer
+than a GPU does for one token, and a length of text that is new takes milliseconds.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torchtune.modules import TiedLinear
+
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+
+WHOLE, LAST = (Replicate(),), (Shard(-1),)  # layouts: each rank has all of it, or a part of the last dimension
+# Functional collectives, which compiled steps may hold; the first one had another name before torch 2.13.
+gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+all_reduce = collectives.all_reduce
+
+
+class SplitLinear(nn.Module):
+    """A linear layer of which this rank has some outputs, or some inputs; then the ranks' products are summed.
+
+    Args:
+        linear: whose weight is a DTensor.
+        mesh: of the ranks that share it.
+        gathers: all ranks get all outputs; else each gets its own, which a layer split by inputs goes on from.
+    """
+
+    def __init__(self, linear: Any, mesh: DeviceMesh, gathers: bool) -> None:
+        super().__init__()
+        self.by_inputs = linear.weight.placements[0] == Shard(1)
+        self.mesh, self.gathers = mesh, gathers
+        self.weight, self.bias = local(linear.weight), None if linear.bias is None else local(linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., inputs of this rank] -> [..., outputs]."""
+        if self.by_inputs:
+            summed = all_reduce(F.linear(x, self.weight), "sum", self.mesh)
+            return summed if self.bias is None else summed + self.bias
+        own = F.linear(x, self.weight, self.bias)
+        return gather(own, -1, self.mesh) if self.gathers else own
+
+
+class SplitEmbedding(nn.Module):
+    """An embedding of which each rank has as many rows.
+
+    Args:
+        embedding: whose weight is a DTensor.
+        mesh: of the ranks that share it.
+    """
+
+    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.mesh, self.weight = mesh, local(embedding.weight)
+        self.first = mesh.get_local_rank() * len(self.weight)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., d]."""
+        row = tokens - self.first
+        here = (row >= 0) & (row < len(self.weight))
+        return all_reduce(F.embedding(row * here, self.weight) * here[..., None], "sum", self.mesh)
+
+
+def local(weight: Any) -> nn.Parameter:
+    """This rank's part of a DTensor."""
+    return nn.Parameter(weight.to_local(), requires_grad=False)
+
+
+def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+    """Put modules with plain tensors in the place of those that `parallelize` made.
+
+    Modules with other layouts than torchtune's plan has stay, and the head of a vocabulary that cannot be shared evenly.
+
+    Args:
+        model: with its weights, split over the ranks of `mesh` by `plan`.
+    """
+    for name, module in [*model.named_modules()]:
+        style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, DTensor):
+            continue
+        evenly = weight.shape[0] % mesh.size() == 0
+        layouts = getattr(style, "input_layouts", None), getattr(style, "output_layouts", None)
+        by_inputs = type(style) is RowwiseParallel and layouts == (LAST, WHOLE)
+        by_outputs = type(style) is ColwiseParallel and layouts in ((WHOLE, LAST), (WHOLE, WHOLE))
+        if type(module) is nn.Linear and (by_inputs or (by_outputs and (evenly or layouts[1] == LAST))):
+            split: nn.Module = SplitLinear(module, mesh, gathers=layouts[1] == WHOLE)
+        elif type(module) is nn.Embedding and type(style) is RowwiseParallel and layouts == (WHOLE, WHOLE) and evenly:
+            split = SplitEmbedding(module, mesh)
+        else:
+            continue
+        model.set_submodule(name, split)
+        if isinstance(split, SplitEmbedding) and isinstance(model.output, TiedLinear):
+            model.output = TiedLinear(split)
+            model.output.linear.register_forward_hook(lambda _, inputs, logits: gather(logits, -1, mesh))
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether several ranks share the weights of a model, by torch or as here."""
+    of_torch = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return of_torch or any(isinstance(module, SplitLinear | SplitEmbedding) for module in model.modules())
