@@ -74,7 +74,7 @@ def end_processes() -> None:
 
     A barrier does not say that: to a rank that has not yet returned from it, gloo reports "Connection closed by peer"
     when another one closes its sockets. So the ranks tell each other through the groups' key-value store. Rank 0 may
-    host the store, and leaves when the others need it no more: nothing is answered to a `set`.
+    host the store, and must not leave before the others' last message, a `set`, to which the store sends no answer.
     """
     global _file_group
     _file_group = None

@@ -119,7 +119,7 @@ class BenchmarkConfig(DecodingConfig):
         "output_file": "it keeps figures, no texts",
         "on_bad_prompt": "it measures all prompts or none",
         "system_prompt": "it has no conversation",
-        "log_level": "it says little",
+        "log_level": "its log has a few lines only",
         "cudnn_deterministic_mode": "it measures the kernels that torch chooses",
         "tensor_parallel_plan": "it measures one device",
         "tensor_parallel_dim": "it measures one device",
@@ -130,7 +130,7 @@ class BenchmarkConfig(DecodingConfig):
     """What is compared with autoregressive decoding: sections like `self_speculation` by names of your own, or
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
-    """Of a generation config: the only variant, where `variants` is not there."""
+    """The only variant if there are no `variants`, so that a generation config can be measured as it is."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model for all methods but the peers, as in `layerskip_generate`. Of the peers only llama_cpp
     runs beside it, by its own file."""
@@ -144,9 +144,9 @@ class BenchmarkConfig(DecodingConfig):
     temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
-    """Of a generation config: the only temperature, where `temperatures` is not there."""
+    """The only temperature if there are no `temperatures`, so that a generation config can be measured as it is."""
     benchmark: Comparison | None = None
-    """Of a generation config: this recipe always compares."""
+    """Ignored: a generation config may have it, and this recipe always compares."""
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3

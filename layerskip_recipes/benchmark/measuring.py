@@ -58,8 +58,8 @@ class Turns:
         compile: whether our steps are compiled.
         reserve: slots of the cache. One size for all methods, since compiled steps are made for a size.
         seed: of the first batch. All methods draw the same numbers, and other ones in each repeat.
-        spare_tokens: a generation ends when as many new tokens as this are missing to the limit: with the longest draft
-            no round is cut short by the limit.
+        spare_tokens: a generation ends so many new tokens before its limit. With the length of the longest draft, the
+            limit cuts no round short.
 
     Attributes:
         choices: by temperature and name, the rates of drafts and look-ups that earlier batches measured.

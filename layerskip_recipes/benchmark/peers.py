@@ -266,7 +266,7 @@ class PeerKind:
 
     Args:
         package: that it needs.
-        decoder: (job, in the second setting) -> how it decodes.
+        decoder: makes the function that decodes, for a job and the first (False) or the second setting (True).
         settings: two, of which a trial finds the faster one. `compiled` is tried where ours are compiled.
     """
 

@@ -208,7 +208,8 @@ class LayerSkipBenchmark:
 
     @property
     def _quantises_late(self) -> bool:
-        """Whether the model is quantised after the drafts are there, some of which are trained for its own weights."""
+        """Whether the model is quantised after its drafts are built: a trained draft is checked against the weights
+        that it was trained for, which are not quantised."""
         drafts = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
         return bool(self.cfg.random_weights) or any(draft.draft is not None for draft in drafts)
 

@@ -183,7 +183,7 @@ class DraftLength:
 
     def __init__(self, limit: int, draft_cost: float) -> None:
         self.limit, self.draft_cost, self.rounds = limit, draft_cost, 0
-        self.accepted, self.tried = 8.0, 10.0  # as if that had been seen before
+        self.accepted, self.tried = 8.0, 10.0  # counts to begin with, before anything is seen
 
     def next(self) -> int:
         self.rounds += 1

@@ -22,7 +22,7 @@ PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 def logs_here(record: logging.LogRecord) -> bool:
-    """Whether this process logs a record: the first one logs all, the others only errors, which they may have alone."""
+    """Whether this process logs a record: rank 0 logs all, the others only errors, which rank 0 may not have."""
     return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
 
 

@@ -133,7 +133,7 @@ def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """An override's value: a list, a mapping or quoted text as in YAML, else one scalar, whatever it looks like."""
+    """An override's value: a list, a mapping or quoted text as in YAML; else one number, truth value or text."""
     if text == "None":
         return None
     if text[:1] in ("[", "{", '"', "'"):
@@ -153,7 +153,7 @@ def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any
     for name in parents:
         if not isinstance(later.get(name), dict):
             if name in later and isinstance(here, dict):
-                here.pop(name, None)  # it was replaced by something else before: the old section does not come back
+                here.pop(name, None)  # an earlier override replaced this section: its old keys do not come back
             later[name] = {}
         later = later[name]
         here = here.get(name) if isinstance(here, dict) else None

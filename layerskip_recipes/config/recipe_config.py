@@ -48,7 +48,7 @@ class RecipeConfig(Section):
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
     dtype: Literal["fp32", "bf16"]
-    """Of weights and computation."""
+    """The type of weights and of computation."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
     """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
     a name on the hub. Other keys read it."""
@@ -57,9 +57,9 @@ class RecipeConfig(Section):
     device: DeviceName | None = None
     """Where to compute; null takes the best device of the machine."""
     seed: Seed | None = None
-    """Of all random numbers; null draws one."""
+    """The seed of all random numbers; null draws one."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of fp32 products; `medium` uses bf16 where the processor has it."""
+    """The precision of fp32 products; `medium` uses bf16 where the processor has it."""
 
     _source: DictConfig = PrivateAttr()
 
@@ -135,7 +135,7 @@ class RecipeConfig(Section):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of `dtype`."""
+        """`dtype` as torch's type."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
     @property

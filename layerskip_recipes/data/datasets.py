@@ -65,7 +65,7 @@ CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[P
 def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: TransformerDecoder) -> None:
     """Let a tokenizer without a limit cut samples at the model's length: a longer one would end the training.
 
-    Packs are of the tokenizer's length, which the user has to say.
+    For packed datasets the user has to give the tokenizer's max_seq_len, as it is the length of a pack.
     """
     limit = getattr(tokenizer, "max_seq_len", 0)
     if limit is None and not any(dataset.get("packed") for dataset in datasets):

@@ -32,8 +32,8 @@ Count = Annotated[int, Field(ge=1, examples=[100])]
 ZeroOrMore = Annotated[int, Field(ge=0)]
 
 CNN_DM, XSUM, HUMAN_EVAL = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "openai/openai_humaneval"
-# Arguments of `load_dataset` for a name on the hub: one of several versions; the hub's Parquet copy of a data set that
-# is published as a script.
+# Arguments of `load_dataset` for a name on the hub: the first data set has several versions; the second is published as
+# a script, which `datasets` no longer runs, and the hub has a copy in Parquet.
 HUB_OPTIONS = {CNN_DM: {"name": "3.0.0"}, XSUM: {"revision": "refs/convert/parquet"}}
 JSON_LINES = (".jsonl", ".jsonl.gz")
 # Arguments of `load_dataset` for other files. Texts stay as they are: "NA" is a word, and a quote in a TSV is a quote.

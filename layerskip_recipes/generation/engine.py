@@ -111,7 +111,7 @@ class Generation:
         self.started = False
 
         compiled = compiled_steps(self.model) if compile else None
-        # The last generated token is never an input; drafts beyond a row's limit have slots of their own.
+        # The last generated token is never an input. A draft may reach beyond a row's limit: there is room for it too.
         needed = max(lengths) + max_generated_tokens + nodes
         size = cache_length if compile else int  # the slots of a cache for so many
         draft_model, draft_head = self.model, None
@@ -346,7 +346,7 @@ class Generation:
         """Statistics of a round: its kind, and the bytes that its steps read."""
         self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.
-        # A trained draft reads with its own layers what it has not read so.
+        # The own layers of a trained draft read the tokens that they did not read while they drafted.
         layers = self.model.num_layers + len(self.context.own_layers)
         self.traffic.count(self.stats, len(draft.slots), layers)
         if draft.hidden is not None:

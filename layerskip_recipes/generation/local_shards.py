@@ -79,7 +79,7 @@ def local(weight: Any) -> nn.Parameter:
 def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Put modules with plain tensors in the place of those that `parallelize` made.
 
-    Modules with other layouts than torchtune's plan has stay, and the head of a vocabulary that cannot be shared evenly.
+    Modules with layouts that torchtune's plan does not have stay, and so does a head that cannot be shared evenly.
 
     Args:
         model: with its weights, split over the ranks of `mesh` by `plan`.

@@ -31,7 +31,8 @@ def read_texts(context: StepContext, texts: Sequence[Sequence[int]], depth: int,
     at_once = reused == 0 and all(is_plain_attention(layer) for layer in context.model.layers)
     rows = torch.arange(len(texts), device=device)
     final: Any = None
-    # 0 where the text begins; also behind reused tokens, whose states are gone: a draft may be worse there.
+    # An adapter reads the state of the token before. At the text's beginning there is none; nor behind reused tokens,
+    # whose states are not kept: its first draft may be worse there.
     x = torch.zeros(len(texts), 1, context.model.tok_embeddings.embedding_dim, dtype=context.dtype, device=device)
     for start in range(reused, width, width if at_once else CHUNK):
         end = width if at_once else min(start + CHUNK, width)

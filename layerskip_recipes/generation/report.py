@@ -28,7 +28,10 @@ class Totals:
     """Statistics of one decoding method over all prompts, and without looping outputs."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
-    compared: GenerationStats = field(default_factory=GenerationStats)  # of batches where nothing loops on either side
+    compared: GenerationStats = field(
+        default_factory=GenerationStats
+        # of batches without a looping output, neither here nor in plain decoding
+    )
     drafted: int = 0  # of outputs without loops
     accepted: int = 0
     looping: int = 0

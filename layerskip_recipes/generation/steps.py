@@ -35,8 +35,8 @@ class StepContext:
         cache: its cache, of b rows.
         sampler: how tokens are chosen.
         compiled: the compiled steps of the model; None: steps run as they are.
-        draft_model: whose early layers and head draft. Unless its early layers are the model's own, verification runs
-            all layers itself.
+        draft_model: whose early layers and head draft. If its early layers are the model's own, verification goes on
+            from their hidden states; else it runs all layers of the model.
         draft_head: the head of drafts; None: that of the draft model.
         broadcast_from_rank0: gives all ranks the tensor of rank 0; None: there is one process.
 

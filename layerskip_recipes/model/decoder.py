@@ -73,7 +73,7 @@ class LayerSkipDecoder(TransformerDecoder):
         # True while a generation engine has its own caches in the attention layers (kv_cache.py).
         self.decoding = False
 
-    own_layers = range(0)  # of a decoder that drafts: its layers that are not the model's and read the text themselves
+    own_layers = range(0)  # the layers of a trained draft in a decoder that drafts (draft.py)
 
     @property
     def num_layers(self) -> int:
@@ -133,8 +133,9 @@ class LayerSkipDecoder(TransformerDecoder):
             h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
             if on_exit is not None:
                 if layer + 1 == exit_layer:
-                    # A tensor of its own: on a layer's output FSDP's hook of this model would follow the layer's hook,
-                    # and precede it where rows were left out, so ranks would gather in different orders and hang.
+                    # FSDP hooks the gradient of the model's output. Were that the same tensor as the layer's output,
+                    # the order of both hooks would depend on whether rows were left out, so ranks could gather in
+                    # different orders and hang.
                     h = h.view_as(h)
                 on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h

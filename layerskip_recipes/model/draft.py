@@ -44,9 +44,9 @@ class Draft(nn.Module):
     """Layers of a model's own kind and a norm, in front of the model's head.
 
     A `copy` begins at the embedding, as the model's first E layers do. An `adapter` goes on from x_E, the hidden state
-    after the model's own first E layers (Kangaroo, arXiv 2404.18911), joined with what the model's head unembedded one
-    position before (EAGLE, arXiv 2401.15077); for the second drafted token and later ones, with what the draft's own
-    did, since the model has not read their predecessors yet.
+    after the model's own first E layers (Kangaroo, arXiv 2404.18911), joined with the model's last state of the token
+    before (EAGLE, arXiv 2401.15077). The model has not yet read drafted tokens: from the second one on, the draft's own
+    last state stands in for it.
 
     Args:
         model: the model, not yet sharded, wrapped or compiled. A copy begins as its first E layers and its norm; an

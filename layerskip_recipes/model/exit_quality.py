@@ -60,7 +60,7 @@ def exit_quality(
         else:
             x, last = draft.taught_by(model, batch.pop("tokens"), **batch)
             measured.measure(model.num_layers, last, normed=True)
-            # What it says of a second token in a row goes into the accepted length only.
+            # The draft's second token in a row counts in the accepted length only.
             for state in reversed(draft.states(x, last, in_a_row=2, **batch)):
                 measured.later = measured.chosen.get(0)
                 measured.measure(0, state, normed=True, vocabulary=draft.vocabulary)
@@ -100,8 +100,8 @@ class _Batch:
     def measure(
         self, exit_layer: int, x: torch.Tensor, normed: bool = False, vocabulary: list[int] | None = None
     ) -> None:
-        """Take the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`. Among the
-        tokens of a vocabulary there is no loss."""
+        """Take the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`. A draft
+        that chooses among a part of the tokens, `vocabulary`, has no loss."""
         if exit_layer not in (*self.exits, self.model.num_layers):
             return
         x = x.flatten(0, 1)

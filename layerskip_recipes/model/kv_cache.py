@@ -49,7 +49,7 @@ class LayerCache:
             shape = (*k.shape[:2], self.cursor.max_len, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
             if k.is_cuda:
-                # CUDA graphs write to fixed addresses. Unguarded, since a graph takes the buffers of its call.
+                # CUDA graphs write to fixed addresses. There is no guard, as graphs here are looked up by their keys.
                 torch._dynamo.mark_static_address(self.k, guard=False)
                 torch._dynamo.mark_static_address(self.v, guard=False)
         self._write(self.k, self.cursor.at, k)

@@ -84,8 +84,8 @@ class FinetuneConfig(RecipeConfig):
     """Samples of a micro-batch in each process."""
     compute_dtype: Literal["bf16"] | None = None
     """With `dtype: fp32`: multiply in bf16, while weights, gradients and the optimizer's state stay in fp32, with AdamW
-    16 bytes per weight. `dtype: bf16` takes 8, but there the neighbours of a weight of 0.02 are 2^-13 away, and steps
-    of 2e-5 do not move it."""
+    16 bytes per weight. `dtype: bf16` takes 8, but rounds steps away: near 0.02 its numbers lie 1.2e-4 apart, so a step
+    of 2e-5 does not move a weight."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of an optimizer step."""
     epochs: PositiveInt = 1
@@ -268,8 +268,8 @@ class FinetuneConfig(RecipeConfig):
             raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
         if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
             raise ConfigError(
-                "enable_activation_offloading: True needs every layer checkpointed: of the others it would copy "
-                "weights away too; for example enable_activation_checkpointing=true ac_mode=null"
+                "enable_activation_offloading: True needs every layer checkpointed, since it would also copy the "
+                "weights of the other layers; for example enable_activation_checkpointing=true ac_mode=null"
             )
 
     def _check_optimizer(self) -> None:

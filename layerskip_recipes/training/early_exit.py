@@ -211,7 +211,8 @@ class EarlyExitLoss:
             # The last exit, still within the model's forward, where a sharded model's own parameters are whole.
             head = Head(model)
             if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters):
-                # FSDP reduces the head's gradients once the model's output gets one, even if no layer is trained.
+                # FSDP reduces the gradients of the head when the model's output gets its gradient, so the output needs
+                # one also where no layer is trained.
                 x.requires_grad_()
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]

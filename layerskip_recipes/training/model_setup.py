@@ -164,7 +164,7 @@ def checkpoint_contents(
         training.ADAPTER_CONFIG: described,
         BIASES: scaled_biases(state, described) if biases else {},
     }
-    # Weights that came from a GPU are a copy already.
+    # `state` of a GPU's model is a copy on the CPU, into which adapters may be merged; a CPU's is the model itself.
     plain = (
         {} if adapters_only else {training.MODEL_KEY: merge_adapters(state, described, in_place=device.type != "cpu")}
     )

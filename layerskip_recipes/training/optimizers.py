@@ -92,8 +92,8 @@ class Optimizers:
         Args:
             state: whole tensors on rank 0, or this rank's shards.
             whole: whether they are whole tensors.
-            never_stepped: of shards, the parameters that had no state when they were written, as those of layers that
-                were dropped in each step so far; they get none. Whole tensors show it themselves.
+            never_stepped: for shards, the parameters without a state, since their layers were dropped in each step so
+                far. In whole tensors such parameters are missing.
         """
         learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
         if not learned:  # SGD without momentum has no state, and torch does not load an empty one

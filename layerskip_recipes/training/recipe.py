@@ -226,8 +226,9 @@ class LayerSkipFinetune:
                 number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
                 batch = self.own_text.batch(number, self.model) or batch
             count, loss, exits = self._forward(batch)
-            # Micro-batches weigh by their tokens. An optimizer in backward has a single one, whose loss is a mean
-            # already: over the ranks, which FSDP averages, it weighs by its part of all tokens.
+            # Each micro-batch weighs by its tokens, and the sum is divided by all tokens before the optimizer's step.
+            # An optimizer in backward steps at once: its only micro-batch weighs by this rank's part of all tokens,
+            # since FSDP averages the gradients of the ranks.
             weight: Any = count
             if in_backward:
                 of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)

@@ -22,7 +22,8 @@ log = utils.get_logger("INFO")
 
 
 class PadToRanks(Dataset):
-    """The samples, then the first ones without labels, until each of `ranks` has as many and runs as many batches."""
+    """A dataset that `ranks` processes can share evenly, so that all of them run the same number of batches: behind its
+    samples the first ones come again, without labels, which do not count."""
 
     def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset

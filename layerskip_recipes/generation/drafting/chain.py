@@ -137,7 +137,8 @@ def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise
 
 
 def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, before):
-    """The full model on all drafted tokens in one pass; the draft's own layers read what they have not read so.
+    """The full model on all drafted tokens in one pass. A trained draft's own layers first read the tokens that they
+    did not read while they drafted: the last one, or all looked up ones.
 
     tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None: all layers run; start [b];
     before [b, 1, d] or None -> [b, n + 1, v], and for an adapter the model's normed states [b, n + 1, d].

@@ -89,14 +89,14 @@ class Drafter(ABC):
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: how many drafted tokens stand, the full model's next token, the drafted tokens."""
 
-    def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - not every drafter goes on from it
+    def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """The text is in the cache; final [b, d] is x_L of each row's last token there."""
 
-    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - nor keeps any of it
+    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """A row goes on from another text, which is in the cache; final [d] is x_L of its last token."""
 
-    def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - not every drafter learns
+    def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - only some drafters need it
         """A round that no limit cut gave each running row so many tokens, on the mean."""
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 - nor reads the text
+    def extend(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 - only some drafters need it
         """The text of each row goes on by these tokens, [b][any number]."""

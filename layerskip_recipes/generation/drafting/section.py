@@ -26,8 +26,8 @@ class SelfSpeculation(Section):
     """How drafts are made. The output stays that of the whole model."""
 
     exit_layer: Annotated[int, Field(examples=[8])] | None = None
-    """E: the number of layers that run for a draft, 1 to L; null is that of `draft`, and without one, as where no exit
-    is trained, drafts nothing."""
+    """E: the number of layers that run for a draft, 1 to L. With `draft`, null is the exit of that draft; without it,
+    null decodes without drafts."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""

@@ -141,7 +141,7 @@ def tree_logits(
     levels,
     before,
 ):
-    """The full model on all nodes of a tree, after the leaves caught up with the early layers.
+    """The full model on all nodes of a tree. First the early layers run over the leaves, which were not expanded.
 
     tokens, parents [b, k], hidden [b, expanded, d], ancestors [b, k, k], start [b], before [b, 1, d] or None ->
     [b, k, v], and for an adapter the model's normed states [b, k, d]. order [k]: the place of each node among the

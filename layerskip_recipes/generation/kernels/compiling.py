@@ -69,8 +69,10 @@ class CompiledSteps:
     def __init__(self, device: torch.device, weights: Hashable = None) -> None:
         self.device, self.weights = device, weights
         self.graphs: dict[Hashable, Callable] = {}
-        self.path: tuple[Hashable, ...] = ()  # the steps of this round so far; a CUDA graph belongs to those before it
-        self.warming = False  # one of them was new: the rest of the path is captured in the next round
+        # torch keeps a CUDA graph for each sequence of graphs that ran before it. So a graph is captured once for each
+        # path, the steps of the round up to it; not in a round with a new step, which runs its first time uncaptured.
+        self.path: tuple[Hashable, ...] = ()
+        self.warming = False
         self.captured: set[tuple[Hashable, ...]] = set()
         self.failed = False  # nothing can be compiled here
         self.prepared = False  # the C++ of steps on a CPU is loaded

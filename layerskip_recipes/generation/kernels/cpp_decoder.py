@@ -74,7 +74,7 @@ def load_library() -> None:
         cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
         cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}  # type: ignore[misc]
 
-    # Take torch's word for the vectors of this processor: inductor would compile and run a program for each kind.
+    # torch knows which vectors this processor has; inductor would find out by compiling and running a program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # it is looked for once in a process

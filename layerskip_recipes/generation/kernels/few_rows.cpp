@@ -22,12 +22,12 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
-constexpr int WIDE = 8192;  // so many numbers in rows of x stay in that cache beside weights (32 kB)
+constexpr int WIDE = 8192;  // numbers of x at a time, 32 kB: they stay in the processor's second cache while weights pass
 constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
-constexpr double SLOWEST = 4e9;  // bytes that the memory gives, and products that the threads make, in a second at least
+constexpr double SLOWEST = 4e9;  // bytes read from memory, and products, in a second by the slowest machine
 constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // calls on one thread after one that was late
-constexpr int AHEAD = 8192;  // so many bytes ahead weights are on their way from memory while others are multiplied
+constexpr int AHEAD = 8192;  // bytes of weights that are fetched ahead of those that are multiplied
 
 // v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {

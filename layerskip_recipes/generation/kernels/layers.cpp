@@ -33,7 +33,7 @@ const float* floats(const at::Tensor& tensor) { return tensor.const_data_ptr<flo
 // Room for n numbers.
 at::Tensor room(int64_t n) { return at::empty({n}, at::kFloat); }
 
-// RMSNorm with the weights `scale`, without them only the division. A module that has no such norm has no epsilon.
+// RMSNorm, with weights or without. A norm whose epsilon is not given is none: the module does without.
 struct Norm {
   at::Tensor scale;
   float epsilon;

@@ -41,8 +41,8 @@ class TextStream:
         prompt: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
-        # A few tokens of the prompt are enough, but none before the end of an earlier text, where some tokenizers stop
-        # decoding.
+        # A few tokens of the prompt are enough. Those up to a stop token, which ended an earlier reply, are left out:
+        # some tokenizers decode nothing behind one.
         tail = list(prompt[-8:])
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
         self.before = tail[begin:]

@@ -14,8 +14,8 @@ from layerskip_recipes.errors import ConfigError
 class KeptStates:
     """The states that a draft learns from, in bf16. The file is deleted with the process, however that ends.
 
-    States that were just computed are rounded too: a resumed run, which computes them again, then goes on alike, up to
-    the last bits of products of other batches.
+    States are rounded to bf16 also in the epoch that computes them. A resumed run computes them again, and so learns
+    from the same numbers as the run that was not stopped, up to rounding of products of other batches.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class KeptStates:
             tokens: [b, s].
             counted: [b, s], which labels count.
             compute: the states of the rows with these numbers.
-            inputs: of the model; input_pos where several texts are packed into a row, which tells their mask too.
+            inputs: of the model. Where several texts are packed into a row there is input_pos, which tells the mask.
 
         Raises:
             ConfigError: if the disk is full, or the mask is not that of the texts.

@@ -18,7 +18,8 @@ from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
 
-# Drafted tokens that an adapter's training plays through: later ones have inputs like the second's.
+# An adapter learns to draft two tokens in a row: the first from the model's state of the token before, the second from
+# its own, as all later ones.
 IN_A_ROW = 2
 
 
@@ -81,7 +82,7 @@ class DraftLoss:
 
     Args:
         draft: as it is trained, which may be sharded.
-            If it chooses among some tokens only, p is normed over these too, and other labels have no loss.
+            If it chooses among a part of the tokens, p is renormalised over this part, and labels outside have no loss.
         ignore_index: the label of tokens without a loss.
         kept: holds the model's states for further epochs.
     """
