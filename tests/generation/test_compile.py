@@ -244,7 +244,7 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
             raise RuntimeError("no kernel")
 
         compiled.append(function.__name__)
-        return failing if function.__name__ == "draft_chain" else function
+        return failing if function.__name__ == "draft_token" else function
 
     monkeypatch.setattr(compiling, "_compiled", made)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
@@ -254,9 +254,9 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
         generation = run(model, SHORT, 9, speculation=Speculation(**arguments) if arguments else None)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
-    assert not steps.failed and set(steps.refused.values()) == {"draft_chain"}
-    assert compiled.count("draft_chain") == 1 and {*compiled} == {"draft_chain", "next_logits", "verify_greedily"}
-    assert warnings == ["compile: not possible for draft_chain, going on without (no kernel)"]
+    assert not steps.failed and set(steps.refused.values()) == {"draft_token"}
+    assert compiled.count("draft_token") == 1 and {*compiled} == {"draft_token", "next_logits", "verify_greedily"}
+    assert warnings == ["compile: not possible for draft_token, going on without (no kernel)"]
 
 
 @pytest.mark.parametrize("way", ["plain", "chain", "tree"])

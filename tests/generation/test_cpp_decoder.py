@@ -201,7 +201,7 @@ def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch
     model, found = make(family), []
     for compile in (False, True):
         if compile:
-            monkeypatch.setattr(chain, "_next_draft", None)
+            monkeypatch.setattr(chain, "draft_token", None)
         drafts, sampler = [], Sampler(temperature, rng=torch.Generator().manual_seed(1))
         arguments = {"speculation": speculation_of(variant, model), "sampler": sampler, "on_draft": drafts.append}
         found.append((drafts, run(model, PROMPTS, 16, compile=compile, **arguments).generated))

@@ -38,23 +38,25 @@ class ChainDrafter(Drafter):
             self.before[row] = self.context.model.norm(final)
 
     def propose(self, now: RoundStart) -> Draft:
-        depth = now.depth(self.context, self.longest)
-        slots = self.context.slots(now.last_slot + depth + 1)
+        context, depth = self.context, now.depth(self.context, self.longest)
+        slots = context.slots(now.last_slot + depth + 1)
         if depth == 0:
             return Draft(self.strategy, slots, now.last[:, None])
-        if self.threshold is not None:
-            return self._until_unsure(now, depth, slots, self.threshold)
-        step = Step(self.context, draft_chain, self.exit_layer, depth)
-        noise = self.context.noise(depth, draft=True)
-        return Draft(self.strategy, slots, *step(slots, now.last, now.start, noise, now.seen, self.before))
+        noise = context.noise(depth, draft=True)
+        plain = self.threshold is None and self.before is None and context.sampler.only_temperature
+        if plain and context.cpp is not None:
+            arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
+            return Draft(self.strategy, slots, *context.cpp.chain.draft(*arguments))
+        return self._token_by_token(now, depth, slots, noise)
 
-    def _until_unsure(self, now: RoundStart, depth: int, slots: torch.Tensor, threshold: float) -> Draft:
-        """Draft step by step; where the draft may stop, the host waits for the confidence."""
+    def _token_by_token(self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None) -> Draft:
+        """A chain by `depth` calls of one step; with a threshold it may end sooner."""
         context, seen, before = self.context, now.seen, self.before
         tokens, hidden, q = [now.last], [], []
-        step = Step(context, draft_token, self.exit_layer)
+        step = Step(context, draft_token, self.exit_layer, self.threshold is not None)
         for i in range(depth):
-            results = step(slots, tokens[-1], now.start + i, context.noise(draft=True), seen, before)
+            noise_i = None if noise is None else noise[:, i].contiguous()
+            results = step(slots, tokens[-1], now.start + i, noise_i, seen, before)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next step runs the same CUDA graph, which overwrites its results.
                 results = [None if result is None else result.clone() for result in results]
@@ -62,13 +64,18 @@ class ChainDrafter(Drafter):
             tokens.append(token)
             hidden.append(x)
             q.append(q_token)
-            # Each length that is verified needs a compiled graph of its own: 1, 2, 4, 8, ... are enough.
-            if i + 1 < depth and (context.graphs is None or (i + 1) & i == 0):
-                confidences = context.broadcast(confidence).tolist()
-                if all(c < threshold for c, done in zip(confidences, now.finished, strict=True) if not done):
-                    break
-        all_q = None if q[0] is None else torch.stack(q, 1)
+            if self.threshold is not None and i + 1 < depth and self._ends(i + 1, confidence, now.finished):
+                break
+        all_q = None if noise is None else torch.stack(q, 1)
         return Draft(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+
+    def _ends(self, length: int, confidence: torch.Tensor, finished: Sequence[bool]) -> bool:
+        """Whether all rows that still run are unsure; the host waits for the confidence [b]."""
+        # Each length that is verified needs a compiled graph of its own: 1, 2, 4, 8, ... are enough.
+        if self.context.graphs is not None and length & (length - 1):
+            return False
+        confidences = self.context.broadcast(confidence).tolist()
+        return all(c < self.threshold for c, done in zip(confidences, finished, strict=True) if not done)
 
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         context = self.context
@@ -91,46 +98,26 @@ class ChainDrafter(Drafter):
 # ---- steps of drafts ----
 
 
-def draft_chain(context: StepContext, exit_layer: int, depth: int, slots, last, start, noise, seen, before):
-    """`depth` tokens one after the other.
+def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, noise, seen, before):
+    """One token of each row: last, start [b]; noise [b, v'] or None; seen [b, v] or None; before [b, 1, d] or None.
 
-    last, start [b]; noise [b, n, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> tokens [b, n + 1],
-    x_E [b, n, d], q [b, n, v'].
+    Returns:
+        the token [b], its x_E [b, 1, d], the distribution q [b, v'] that it was drawn from or None, its probability
+        [b] if `confident`, and what the next token goes on from: `seen` with the token, and for an adapter the state
+        that the draft's head unembedded.
     """
-    if context.cpp is not None and before is None and context.sampler.only_temperature:
-        temperature = context.settings.temperature
-        return context.cpp.chain.draft(last, start, depth, slots.shape[0], exit_layer, noise, temperature)
-    tokens, hidden, q = [last], [], []
-    for i in range(depth):
-        noise_i = None if noise is None else noise[:, i]
-        token, x, scores, _, seen, before = _next_draft(
-            context, exit_layer, slots, tokens[-1], start + i, noise_i, seen, before
-        )
-        tokens.append(token)
-        hidden.append(x)
-        q.append(scores)
-    return torch.stack(tokens, 1), torch.cat(hidden, 1), None if noise is None else torch.stack(q, 1)
-
-
-def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
-    """One token [b], its x_E [b, 1, d], q [b, v'] or None, the confidence q(token) [b], and `seen` and `before` of the
-    next token."""
-    token, x, scores, place, seen, before = _next_draft(context, exit_layer, slots, last, start, noise, seen, before)
-    probs = scores.softmax(-1) if noise is None else scores
-    return token, x, None if noise is None else scores, probs.gather(-1, place[:, None])[:, 0], seen, before
-
-
-def _next_draft(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
-    """A token, its x_E, the scores that it was chosen by, its place among them, and what the next one goes on from:
-    `seen` with the token, and for an adapter the state that the draft's head unembedded."""
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     h = context.read_by_draft(x, before, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
     place = context.sampler.choose(scores, noise)
     token = context.in_full_vocabulary(place)
+    confidence = None
+    if confident:
+        probs = scores.softmax(-1) if noise is None else scores
+        confidence = probs.gather(-1, place[:, None])[:, 0]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
-    return token, x, scores, place, seen, None if before is None else model.norm(h)
+    return token, x, None if noise is None else scores, confidence, seen, None if before is None else model.norm(h)
 
 
 # ---- steps of verification ----
