@@ -133,7 +133,7 @@ class Generation:
             self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
         self.choose_token = Step(self.context, choose_token, layers=False)
-        self.phases = PhaseTimer(self.context)
+        self.phases = PhaseTimer(self.context.device)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -145,6 +145,7 @@ class Generation:
             )
         self.started = True
         timed, untimed_s = 0, 0.0  # rounds without compilation; seconds of the others beside compilation
+        phases = 0  # of the timed rounds
         try:
             with self._models_in_use():
                 started = time.perf_counter()
@@ -156,7 +157,7 @@ class Generation:
                     if (free := self.rows.free) is not None:
                         yield self.rows.by_prompt(self._take_next(free))
                         continue
-                    started, compiled, phases = time.perf_counter(), self.compile_s, self.phases.mark()
+                    started, compiled = time.perf_counter(), self.compile_s
                     try:
                         with decoding_kernels(self.context.device):
                             new = self._plain_round() if self.drafter is None else self._draft_round()
@@ -169,14 +170,15 @@ class Generation:
                     seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
                     if compile_s == 0:
                         self.stats.decode_s += seconds
-                        timed += 1
+                        timed, phases = timed + 1, len(self.phases.phases)
                     else:
                         untimed_s += seconds - compile_s
                         self.stats.compile_s += compile_s
                         self.phases.forget(phases)
                     yield self.rows.by_prompt(new)
         finally:
-            self.phases.read(self.stats)
+            self.phases.forget(phases)  # those of a round that was interrupted
+            self.stats.draft_s, self.stats.verify_s = self.phases.seconds().values()
             if timed:
                 self.stats.scale_times(self.stats.rounds / timed)
             else:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,52 +126,41 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
 class PhaseTimer:
     """Times drafts and verifications; on a GPU by events, which are read at the end without delaying a phase.
 
-    Args:
-        context: of the steps; its device, and its seconds of compilation, which count in no phase.
+    Attributes:
+        phases: name, begin and end of each phase so far, as seconds or as events.
     """
 
-    def __init__(self, context: StepContext) -> None:
-        self.context = context
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
-        if context.device.type == "cuda":
-            self.events = []
-        self.seconds = {"draft": 0.0, "verify": 0.0}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phases: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block as part of the phase "draft" or "verify"."""
-        compiled = self.context.compile_s
-        if self.events is None:
-            started = time.perf_counter()
-            yield
-            self.seconds[name] += time.perf_counter() - started - (self.context.compile_s - compiled)
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(self.context.device)
-        begin.record(stream)
+        begin = self._now()
         yield
-        end.record(stream)
-        if self.context.compile_s == compiled:
-            self.events.append((name, begin, end))
+        self.phases.append((name, begin, self._now()))
 
-    def mark(self) -> tuple[dict[str, float], int]:
-        """The state by now, for `forget`."""
-        return dict(self.seconds), len(self.events or ())
+    def forget(self, first: int) -> None:
+        """Drop all phases from this number on, such as those of a round that compiled."""
+        del self.phases[first:]
 
-    def forget(self, mark: tuple[dict[str, float], int]) -> None:
-        """Drop all phases since `mark`, such as those of a round that compiled."""
-        self.seconds, events = dict(mark[0]), mark[1]
-        if self.events:
-            del self.events[events:]
+    def seconds(self) -> dict[str, float]:
+        """The time of all phases by name; waits for a GPU."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        total = {"draft": 0.0, "verify": 0.0}
+        for name, begin, end in self.phases:
+            total[name] += begin.elapsed_time(end) / 1000 if cuda else end - begin
+        return total
 
-    def read(self, stats: GenerationStats) -> None:
-        """Write the times of all phases into the statistics."""
-        if self.events:
-            torch.cuda.synchronize(self.context.device)
-            for name, begin, end in self.events:
-                self.seconds[name] += begin.elapsed_time(end) / 1000
-            self.events.clear()
-        stats.draft_s, stats.verify_s = self.seconds["draft"], self.seconds["verify"]
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 class RoundTimer:

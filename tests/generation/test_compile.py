@@ -296,7 +296,7 @@ def test_rounds_that_compile_count_as_the_others_on_the_mean(not_compiled):
     generation = Generation(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2), compile=True)
     phases, after = generation.phases, []
     for _ in generation:
-        after.append((generation.stats.decode_s, generation.stats.compile_s, sum(phases.seconds.values())))
+        after.append((generation.stats.decode_s, generation.stats.compile_s, sum(phases.seconds().values())))
     rounds = len(after) - 1  # the first is the prefill
     timed = sum(one[1] == before[1] for before, one in pairwise(after))
     assert timed == rounds - 1 > 0 and after[1][0] == after[1][2] == 0 < after[1][1]

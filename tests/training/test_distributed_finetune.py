@@ -53,11 +53,11 @@ CASES = {
     "embedding apart, fused, checkpointed": (
         "tied", 2, ["custom_sharded_layers=[tok_embeddings]", "optimizer.fused=true", "ac_mode=full", *FEW],
     ),
-    "gathered weights kept, accumulation": (
-        "tied", 2, ["fsdp_reshard_after_forward=false", "batch_size=1", "gradient_accumulation_steps=2", *FEW],
-    ),
-    "every second layer checkpointed, part of one apart": (
-        "tied", 2, ["ac_mode=selective", "ac_option=2", "custom_sharded_layers=[layers.1.mlp]", *FEW],
+    "gathered weights kept, accumulation, every second layer checkpointed, part of one apart": (
+        "tied", 2, [
+            "fsdp_reshard_after_forward=false", "batch_size=1", "gradient_accumulation_steps=2", "ac_mode=selective",
+            "ac_option=2", "custom_sharded_layers=[layers.1.mlp]", *FEW,
+        ],
     ),
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
@@ -73,7 +73,6 @@ CASES = {
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
     "compiled": ("tied", 2, ["compile=true", *FEW]),
-    "validated": ("validated", 2, FEW),
     "validated, gathered weights kept": ("validated", 2, ["fsdp_reshard_after_forward=false", *FEW]),
     "validated, TP": ("validated", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
 }  # fmt: skip

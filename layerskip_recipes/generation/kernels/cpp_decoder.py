@@ -1,4 +1,5 @@
-"""Decoding steps on a CPU in C++ (few_rows.cpp, layers.cpp): all layers of a step are one call, the head is another.
+"""Decoding steps on a CPU in C++ (few_rows.cpp, layers.cpp): all layers of a step are one call, the head is another. A
+whole chain of drafts is one call where only the temperature decides.
 
 What torch does around a product takes as long as the product itself in a small model; a step here does little beside
 reading each weight once, for one token as for seven.
