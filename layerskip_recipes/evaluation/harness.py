@@ -9,6 +9,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -25,9 +26,12 @@ from tqdm import tqdm
 
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.evaluation.answers import Answers, speed
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.text.text_stream import TextStream, follow
+from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.limits import most_positions
 
 log = logging.getLogger(__name__)
@@ -189,8 +193,10 @@ def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, c
         print(make_table(results, "groups"))
     report = {name: _metrics(values) for name, values in results["results"].items()}
     for name, stats in lm.stats.items():
-        report[name] |= speed(stats)
-        print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in speed(stats).items() if value is not None)}")
+        speed = {"tokens": stats.tokens, "tokens_per_second": stats.tokens_per_second}
+        speed |= {"acceptance_rate": stats.acceptance_rate} if stats.drafted else {}
+        report[name] |= speed
+        print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in speed.items() if value is not None)}")
     return report
 
 
@@ -208,19 +214,34 @@ class LayerSkipLM(TemplateLM):
     """A layer-skip decoder for lm-eval.
 
     Args:
-        answers: the model, its tokenizer, the batch size, and how to generate. Log-likelihoods come from its
-            exit_layer too; with self-speculation from the last layer, as the generated text does.
+        model: in eval mode.
+        tokenizer: decodes, and has the stop tokens.
+        batch_size: texts that are scored or decoded together.
+        exit_layer: log-likelihoods and generated text come from that exit; None: from the last layer.
+        self_speculation: how drafts are made; None decodes autoregressively.
+        seed: of each task's samples.
         max_new_tokens: the longest answer of a task that does not name its limit.
 
     Attributes:
         stats: statistics of generation by task.
     """
 
-    def __init__(self, answers: Answers, max_new_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        model: LayerSkipDecoder,
+        tokenizer: Any,
+        *,
+        batch_size: int = 1,
+        exit_layer: int | None = None,
+        self_speculation: SelfSpeculation | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 256,
+    ) -> None:
         super().__init__()
-        self.answers, self.max_new_tokens = answers, max_new_tokens
-        self.model, self.tokenizer, self._device = answers.model, answers.tokenizer, answers.device
-        self.max_length = self.model.max_seq_len
+        self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
+        self.rows, self.exit_layer, self.self_speculation = batch_size, exit_layer, self_speculation
+        self.seed, self.max_new_tokens = seed, max_new_tokens
+        self.max_length = model.max_seq_len
         self.stats: dict[str, GenerationStats] = defaultdict(GenerationStats)
 
     # ---- text and tokens ----
@@ -281,10 +302,9 @@ class LayerSkipLM(TemplateLM):
             requests_of[tuple((context + answer)[:-1][-self.max_length :])].append(i)
         # Longest first, so that a lack of memory shows at once.
         rows = sorted(requests_of, key=len, reverse=True)
-        size = self.answers.batch_size
         found: dict[int, tuple[float, bool]] = {}
-        for start in tqdm(range(0, len(rows), size), desc="loglikelihood", disable=disable_tqdm):
-            batch = [(row, i) for row in rows[start : start + size] for i in requests_of[row]]
+        for start in tqdm(range(0, len(rows), self.rows), desc="loglikelihood", disable=disable_tqdm):
+            batch = [(row, i) for row in rows[start : start + self.rows] for i in requests_of[row]]
             scores = self._score([(row, requests[i][2]) for row, i in batch])
             found |= zip((i for _, i in batch), scores, strict=True)
         return [found[i] for i in range(len(requests))]
@@ -300,7 +320,7 @@ class LayerSkipLM(TemplateLM):
         width = max(map(len, rows))
         # Padded on the right, where causal attention never looks.
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
-        hidden = dict(zip(rows, self.model(tokens, exit_layer=self.answers.exit_layer, unembed=False), strict=True))
+        hidden = dict(zip(rows, self.model(tokens, exit_layer=self.exit_layer, unembed=False), strict=True))
         states = torch.cat([hidden[row][len(row) - len(answer) : len(row)] for row, answer in pairs])
         targets = torch.tensor([token for _, answer in pairs for token in answer], device=self._device)
         log_probs, greedy = [], []
@@ -336,14 +356,41 @@ class LayerSkipLM(TemplateLM):
         found: dict[int, str] = {}
         for (task, _), group in groups.items():
             limit, stops, sampler = generation_settings(task, requests[group[0]].args[1], self.max_new_tokens)
-            section = self.answers.self_speculation
+            section = self.self_speculation
             room = most_positions(self.model, section.spare_slots(sampler.greedy) if section else 0)[0] - limit
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
             self._warn_of_cuts(map(len, prompts), room)
-            texts, stats = self.answers([prompt[-room:] for prompt in prompts], limit, stops, sampler, name=task)
-            found |= zip(group, texts, strict=True)
-            self.stats[task] += stats
+            found |= zip(
+                group, self._answers(task, [prompt[-room:] for prompt in prompts], limit, stops, sampler), strict=True
+            )
         return [found[i] for i in range(len(requests))]
+
+    def _answers(
+        self, task: str, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[str], sampler: Sampler
+    ) -> list[str]:
+        """The text after each prompt, up to a stop token or string, `limit` tokens at most."""
+        speculation = None
+        if self.self_speculation is not None:
+            section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
+            speculation = section.build(self.model, rows=self.rows)
+        # Prompts of similar length beside each other: attention sees as many slots as the longest text needs.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        generation = Generation(
+            self.model,
+            [prompts[i] for i in order],
+            limit,
+            exit_layer=self.exit_layer,
+            speculation=speculation,
+            sampler=replace(sampler, rng=torch.Generator(device=self._device).manual_seed(self.seed)),
+            stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
+            rows=self.rows,
+        )
+        streams = [TextStream(self.tokenizer, sorted(generation.rows.stop_tokens), stops, prompts[i]) for i in order]
+        with tqdm(total=len(order), desc=task) as progress:
+            follow(generation, streams, on_end=lambda prompt: progress.update())
+        self.stats[task] += generation.stats
+        texts = zip(order, streams, generation.generated, strict=True)
+        return [text for _, text in sorted((i, stream.text(tokens)) for i, stream, tokens in texts)]
 
     def _warn_of_cuts(self, lengths: Iterable[int], room: int) -> None:
         """Contexts that are too long lose their beginning, as with lm-eval's other models; this tells the reader."""

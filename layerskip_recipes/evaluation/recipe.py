@@ -20,7 +20,6 @@ from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.picture import plot_exits
 from layerskip_recipes.generation.report import report_path
@@ -116,15 +115,15 @@ class LayerSkipEval:
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
         if self.tasks is not None:
-            answers = Answers(
+            lm = self.harness.LayerSkipLM(
                 self.model,
                 self.tokenizer,
                 batch_size=cfg.batch_size,
                 exit_layer=cfg.exit_layer,
                 self_speculation=cfg.self_speculation,
                 seed=self.seed,
+                max_new_tokens=self.max_new_tokens,
             )
-            lm = self.harness.LayerSkipLM(answers, self.max_new_tokens)
             measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, bool(cfg.apply_chat_template))
 
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:

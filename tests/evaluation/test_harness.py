@@ -6,13 +6,13 @@ from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_sc
 from helpers.tiny import make_tiny
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.evaluation.answers import Answers
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from layerskip_recipes.evaluation import harness
+from layerskip_recipes.generation.sampling import Sampler
 
 
 def request(kind: str, *args) -> Instance:
@@ -24,7 +24,7 @@ def request(kind: str, *args) -> Instance:
 def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
     """Batches of different lengths; one continuation is what the model itself would say."""
     model, tokenizer = make_tiny(), Letters()
-    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, batch_size=batch_size, exit_layer=exit_layer))
+    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=batch_size, exit_layer=exit_layer)
     context, own = tokenizer.encode("AB", add_eos=False), []
     for _ in range(3):
         own.append(int(plain_logits(model, context + own, exit_layer)[-1].argmax()))
@@ -43,7 +43,7 @@ def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
 def test_choices_of_one_token_share_a_forward(monkeypatch):
     """As in MMLU; the head takes two positions at a time, so that an answer lies in two pieces."""
     model, tokenizer, rows = make_tiny(), Letters(), []
-    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, batch_size=2))
+    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2)
     model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
     monkeypatch.setattr(harness, "HEAD_TOKENS", 2)
     pairs = [("Which?", letter) for letter in "ABCD"] + [("Which", "?D"), ("Which", "?DE"), ("What", "A"), ("W", "h")]
@@ -58,7 +58,7 @@ def test_choices_of_one_token_share_a_forward(monkeypatch):
 def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
     """128 positions: the last 128 of the tokens that predict something."""
     model, tokenizer = make_tiny(), Letters()
-    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer))
+    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer)
     context, answer = "ABCDE" * 40, "FGH"
     ((score, _),) = lm.loglikelihood([request("loglikelihood", context, answer)], disable_tqdm=True)
     tokens = tokenizer.encode(context + answer, add_eos=False)[:-1][-128:]
@@ -72,7 +72,7 @@ def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
 def test_a_whole_text_in_windows(exit_layer):
     """300 tokens, 128 positions: bos and 127, the next 128, then the last 44 after as many as the window holds."""
     model, tokenizer = make_tiny(), Letters()
-    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, batch_size=2, exit_layer=exit_layer))
+    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2, exit_layer=exit_layer)
     text = "".join(chr(1 + (7 * i * i + i) % 90) for i in range(300))
     tokens = [0, *tokenizer.encode(text, False, False)]
     expected = 0.0
@@ -92,7 +92,7 @@ def test_a_whole_text_in_windows(exit_layer):
 def test_answers_are_those_of_plain_greedy_decoding(method):
     """Up to a stop string, for two kinds of gen_kwargs in one call, in batches."""
     model, tokenizer, exit_layer = make_tiny(), Letters(), method.get("exit_layer")
-    lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, batch_size=2, **method), max_new_tokens=9)
+    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2, **method, max_new_tokens=9)
     contexts = ["A", "ABC", "hello", "X+Y"]
     whole = [plain_answer(model, tokenizer.encode(c, add_eos=False), 9, [], exit_layer) for c in contexts]
     stop = whole[0][3:5]
@@ -109,12 +109,10 @@ def test_answers_are_those_of_plain_greedy_decoding(method):
 
 def test_a_context_longer_than_the_sliding_window_loses_its_beginning():
     """For Gemma 2, whose cached attention is right up to its window of 64 tokens; the model itself takes 128."""
-    answers = Answers(layerskip_decoder(make_tiny("gemma2")), Letters())
-    lm = harness.LayerSkipLM(answers, max_new_tokens=9)
+    lm = harness.LayerSkipLM(layerskip_decoder(make_tiny("gemma2")), Letters(), max_new_tokens=9)
     text = "ABCDEFGHIJ" * 10
     found = lm.generate_until([request("generate_until", text, {"until": []})], disable_tqdm=True)
-    (expected,), _ = answers([Letters().encode(text, add_eos=False)[-(64 - 9) :]], 9, [])
-    assert found == [expected]
+    assert found == lm._answers("task", [Letters().encode(text, add_eos=False)[-(64 - 9) :]], 9, [], Sampler())
 
 
 def test_sampling_as_a_task_asks_for_it():
@@ -122,7 +120,7 @@ def test_sampling_as_a_task_asks_for_it():
     model, tokenizer = make_tiny(), Letters()
 
     def sample(seed, **kwargs):
-        lm = harness.LayerSkipLM(Answers(layerskip_decoder(model), tokenizer, seed=seed), max_new_tokens=12)
+        lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, seed=seed, max_new_tokens=12)
         return lm.generate_until([request("generate_until", "AB", {"until": [], **kwargs})], disable_tqdm=True)[0]
 
     greedy = plain_answer(model, tokenizer.encode("AB", add_eos=False), 12, [])
