@@ -125,7 +125,7 @@ def path(tmp_path, checkpoint) -> Path:
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs of torch's own operations, made in a second each: test_compile.py tests those of inductor."""
+    """Graphs of torch's own operations, made in a second each. test_compile.py has inductor's of greedy chains."""
     compile = torch.compile
 
     def without_inductor(function, *, options, **arguments):

@@ -155,8 +155,8 @@ def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
     if missing:
         there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         raise ConfigError(
-            f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: safetensors "
-            f"files; there: {', '.join(there) or 'no weights'}"
+            f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: model.safetensors, or "
+            f"{INDEX} and all files that it names; there: {', '.join(there) or 'no weights'}"
         )
     for file in files:
         try:

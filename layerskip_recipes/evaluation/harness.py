@@ -48,7 +48,7 @@ def load_tasks(
     task_path: Sequence[str],
     num_fewshot: int | None,
     max_new_tokens: int,
-    max_seq_len: int,
+    positions: int,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Tasks with their data, ready to run, after all checks that need no weights.
@@ -58,7 +58,7 @@ def load_tasks(
         task_path: folders with the user's own task files, which win over lm-eval's tasks of the same name.
         num_fewshot: examples before each question; None: the task's own number, or none.
         max_new_tokens: the longest answer of a task that does not name its limit.
-        max_seq_len: of the model.
+        positions: that the model has for a prompt, its answer and drafts.
         confirm_run_unsafe_code: allows tasks that run programs which the model writes.
 
     Returns:
@@ -85,7 +85,7 @@ def load_tasks(
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
             raise _unsafe_code(name)
-        _check_task(name, task, max_new_tokens, max_seq_len)
+        _check_task(name, task, max_new_tokens, positions)
         _set_fewshot(name, task, num_fewshot)
     return loaded
 
@@ -110,16 +110,16 @@ def _unsafe_code(name: str) -> ConfigError:
     )
 
 
-def _check_task(name: str, task: Task, max_new_tokens: int, max_seq_len: int) -> None:
+def _check_task(name: str, task: Task, max_new_tokens: int, positions: int) -> None:
     """Raises a ConfigError for a task that this model cannot do."""
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"tasks: {name} has images or audio, and the model reads text only; take another task")
     if task.OUTPUT_TYPE == "generate_until":
         limit, _, _ = generation_settings(name, task.config.generation_kwargs or {}, max_new_tokens)
-        if limit >= max_seq_len:
+        if limit >= positions:
             raise ConfigError(
                 f"tasks: {name} generates up to {limit} tokens, which leaves no room for a prompt in the model's "
-                f"max_seq_len {max_seq_len}. Lower its max_gen_toks, or max_new_tokens where it has none"
+                f"{positions} positions. Lower its max_gen_toks, or max_new_tokens where it has none"
             )
 
 
@@ -396,4 +396,4 @@ class LayerSkipLM(TemplateLM):
         """Contexts that are too long lose their beginning, as with lm-eval's other models; this tells the reader."""
         cut = sum(length > room for length in lengths)
         if cut:
-            log.warning("%d contexts lose their beginning: there is room for %d tokens before the answer", cut, room)
+            log.warning("%d contexts lose their beginning: there is room for %d tokens", cut, room)

@@ -183,7 +183,7 @@ class GenerateConfig(DecodingConfig):
         if self.compile and parallel < num_processes():
             raise ConfigError(
                 f"compile: True works with one process, and there are {num_processes()}, or where all of them share "
-                f"each matrix. Set compile=false, or tensor_parallel_plan={EXAMPLE_PLAN}"
+                f"each matrix. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
         alone = {
             "self_speculation.draft": self.self_speculation and self.self_speculation.draft,

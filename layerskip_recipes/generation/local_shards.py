@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -21,9 +20,25 @@ from torchtune.modules import TiedLinear
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 WHOLE, LAST = (Replicate(),), (Shard(-1),)  # layouts: each rank has all of it, or a part of the last dimension
-# Functional collectives, which compiled steps may hold; the first one had another name before torch 2.13.
-gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-all_reduce = collectives.all_reduce
+
+
+# ---- collectives as operations of torch, which compiled steps may hold ----
+
+
+def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The sum over the ranks."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))
+
+
+def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The parts of all ranks, side by side: [..., n] -> [..., ranks n]."""
+    collectives, ranks = torch.ops._c10d_functional, mesh.size()
+    parts = collectives.all_gather_into_tensor(x.contiguous(), ranks, mesh.get_group().group_name)
+    return torch.cat(collectives.wait_tensor(parts).chunk(ranks), -1)
+
+
+# ---- modules ----
 
 
 class SplitLinear(nn.Module):
@@ -44,10 +59,10 @@ class SplitLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs of this rank] -> [..., outputs]."""
         if self.by_inputs:
-            summed = all_reduce(F.linear(x, self.weight), "sum", self.mesh)
+            summed = all_reduce(F.linear(x, self.weight), self.mesh)
             return summed if self.bias is None else summed + self.bias
         own = F.linear(x, self.weight, self.bias)
-        return gather(own, -1, self.mesh) if self.gathers else own
+        return gather(own, self.mesh) if self.gathers else own
 
 
 class SplitEmbedding(nn.Module):
@@ -68,7 +83,7 @@ class SplitEmbedding(nn.Module):
         """[...] -> [..., d]."""
         row = tokens - self.first
         here = (row >= 0) & (row < len(self.weight))
-        return all_reduce(F.embedding(row * here, self.weight) * here[..., None], "sum", self.mesh)
+        return all_reduce(F.embedding(row * here, self.weight) * here[..., None], self.mesh)
 
 
 def local(weight: Any) -> nn.Parameter:
@@ -79,7 +94,8 @@ def local(weight: Any) -> nn.Parameter:
 def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Put modules with plain tensors in the place of those that `parallelize` made.
 
-    Modules with layouts that torchtune's plan does not have stay, and so does a head that cannot be shared evenly.
+    These stay: modules with layouts that torchtune's plan does not have, Gemma's embeddings, and a head or an embedding
+    of a vocabulary that the ranks cannot share evenly.
 
     Args:
         model: with its weights, split over the ranks of `mesh` by `plan`.
@@ -102,7 +118,7 @@ def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, 
         model.set_submodule(name, split)
         if isinstance(split, SplitEmbedding) and isinstance(model.output, TiedLinear):
             model.output = TiedLinear(split)
-            model.output.linear.register_forward_hook(lambda _, inputs, logits: gather(logits, -1, mesh))
+            model.output.linear.register_forward_hook(lambda _, inputs, logits: gather(logits, mesh))
 
 
 def is_split(model: nn.Module) -> bool:

@@ -148,7 +148,7 @@ class PhaseTimer:
     def seconds(self) -> dict[str, float]:
         """The time of all phases by name; waits for a GPU."""
         cuda = self.device.type == "cuda"
-        if cuda:
+        if cuda and self.phases:
             torch.cuda.synchronize(self.device)
         total = {"draft": 0.0, "verify": 0.0}
         for name, begin, end in self.phases:

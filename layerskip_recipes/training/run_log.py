@@ -31,6 +31,7 @@ SAME_KEYS = {
     "optimizer_in_bwd",
 }
 FREE_SETTINGS = {"early_exit_loss": "chunk_tokens", "draft": "chunk_tokens", "loss": "num_output_chunks"}
+TYPED = ("layer_dropout", "early_exit_loss", "draft")  # sections whose keys have defaults of ours
 STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
 
@@ -123,6 +124,11 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     before = _without_free_settings(before)
     for key, value in now.items():
         noted = before.get(key, value)  # an earlier version did not note all of them
+        # Nor what a config left at its default.
+        if noted is None and key in FinetuneConfig.model_fields:
+            noted = FinetuneConfig.model_fields[key].default
+        elif key in TYPED and isinstance(noted, dict) and isinstance(value, dict):
+            noted = value | noted
         if key == STEPS:
             if noted != value and is_rank_zero():
                 log.warning(

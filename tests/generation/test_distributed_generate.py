@@ -174,7 +174,8 @@ def local_worker(folder):
         result[f"{family}/torch's"] = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
         result[f"{family}/halves"] = [*model.tok_embeddings.weight.shape, *model.layers[1].mlp.w2.weight.shape]
         for mode in modes:
-            result[f"{family}/{mode}"] = run(model, **LOCAL_MODES[mode], compile=compiled).tokens.tolist()
+            out = [run(model, prompts, **LOCAL_MODES[mode], compile=compiled) for prompts in (PROMPTS, PROMPTS[0])]
+            result[f"{family}/{mode}"] = [generation.tokens.tolist() for generation in out]
         steps = compiled_steps(model)
         result[f"{family}/graphs"] = [len(steps.graphs), steps.failed, len(steps.refused)]
     return result
@@ -302,7 +303,7 @@ def test_the_tokens_of_one_process(decoded, family, how):
 
 
 def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
-    """In every way of decoding; nothing of torch's own tensor parallelism is left."""
+    """Two rows and one, by chains, trees and look-ups; nothing of torch's own tensor parallelism is left."""
     check_success(fork("local", tmp_path))
     for name, value in EVEN.items():
         monkeypatch.setitem(SIZE, name, value)
@@ -312,7 +313,10 @@ def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
             assert rank[f"{family}/torch's"] == []
             assert rank[f"{family}/halves"] == [49, SIZE["embed_dim"], SIZE["embed_dim"], SIZE["intermediate_dim"] / 2]
             for mode in modes:
-                assert rank[f"{family}/{mode}"] == run(alone, **LOCAL_MODES[mode]).tokens.tolist()
+                expected = [
+                    run(alone, prompts, **LOCAL_MODES[mode]).tokens.tolist() for prompts in (PROMPTS, PROMPTS[0])
+                ]
+                assert rank[f"{family}/{mode}"] == expected
             graphs, failed, refused = rank[f"{family}/graphs"]
             assert (graphs > len(modes)) == compiled and not failed and refused == 0
 

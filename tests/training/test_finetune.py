@@ -124,16 +124,18 @@ def test_tune_run_from_another_directory(tmp_path, tokenizer_folder):
 
 
 def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, tokenizer_folder):
-    """With the draws of the run's seed."""
+    """With the draws of the run's seed, for the run's batches."""
     runs = {}
     for name, keys in (("top", {"layer_dropout": {"prob": 0.7}}), ("model", {"layer_dropout": None})):
-        path = finetune_config(tmp_path / name, tokenizer_folder, **keys)
+        path = finetune_config(tmp_path / name, tokenizer_folder, seed=7, **keys)
         of_model = {"_component_": "layerskip_recipes.layerskip_decoder", "layer_dropout": {"prob": 0.7}}
         cfg = load_config(str(path))
         if name == "model":
             cfg.model = of_model | {"base": cfg.model}
         recipe = LayerSkipFinetune(cfg)
         recipe.setup()
+        dropout = recipe.model.layer_dropout
+        assert (dropout.generator.initial_seed(), dropout.batch_size) == (7, recipe.cfg.batch_size)
         recipe.train()
         recipe.cleanup()
         runs[name] = losses(tmp_path / name / "out")

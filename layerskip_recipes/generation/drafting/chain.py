@@ -44,7 +44,7 @@ class ChainDrafter(Drafter):
             return Draft(self.strategy, slots, now.last[:, None])
         noise = context.noise(depth, draft=True)
         plain = self.threshold is None and self.before is None and context.sampler.only_temperature
-        if plain and context.cpp is not None:
+        if plain and context.cpp is not None and context.cpp.chain is not None:
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
             return Draft(self.strategy, slots, *context.cpp.chain.draft(*arguments))
         return self._token_by_token(now, depth, slots, noise)

@@ -59,7 +59,7 @@ class UnknownPartError(Exception):
 
 @cache
 def load_library() -> None:
-    """Compile the C++, or find it compiled: `torch.classes.layerskip` has `Layers` and `Head`.
+    """Compile the C++, or find it compiled: `torch.classes.layerskip` has `Layers`, `Head` and `Chain`.
 
     Raises:
         Exception: what inductor raises without a C++ compiler.
@@ -209,7 +209,8 @@ class CppDecoder:
         draft_head: in place of the draft model's head; None: none.
 
     Attributes:
-        chain: `chain.draft` drafts a whole chain of tokens in one call, see `Chain` in layers.cpp.
+        chain: `chain.draft` drafts a whole chain of tokens in one call (`Chain` in layers.cpp); None for an embedding
+            that is not known here.
 
     Raises:
         UnknownPartError: if a part of a model is not known.
@@ -221,9 +222,6 @@ class CppDecoder:
         models = dict.fromkeys([model, draft_model])
         if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache is of this kind
             raise UnknownPartError(str(model.tok_embeddings.weight.dtype))
-        if type(draft_model.tok_embeddings) not in EMBEDDINGS:
-            raise UnknownPartError("tok_embeddings")
-        _no_hooks(draft_model.tok_embeddings)
         self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
         self.heads: dict[nn.Module, Parts] = {
             each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
@@ -246,15 +244,21 @@ class CppDecoder:
                     break
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
                 self.cpp_layers[model].append(*parts.for_cpp())
+        self.chain = self._chain()
+        self.loaded = True
+
+    def _chain(self) -> Any:
         draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
-        self.chain = kernels.Chain(
+        if type(embeddings) not in EMBEDDINGS or embeddings._forward_hooks or embeddings._forward_pre_hooks:
+            return None
+        factor = torch.tensor(EMBEDDINGS[type(embeddings)](embeddings.embedding_dim), dtype=embeddings.weight.dtype)
+        return torch.classes.layerskip.Chain(
             self.cpp_layers[self.draft_model],
             self.cpp_heads[draft_head or self.draft_model],
             embeddings.weight.detach(),
-            EMBEDDINGS[type(embeddings)](embeddings.embedding_dim),
+            factor.item(),
             draft_head and draft_head.vocabulary,
         )
-        self.loaded = True
 
     def run(
         self,

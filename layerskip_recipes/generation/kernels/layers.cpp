@@ -313,8 +313,8 @@ class Chain : public torch::CustomClassHolder {
       : layers(std::move(layers)), head(std::move(head)), embeddings(std::move(embeddings)), factor(factor),
         vocabulary(std::move(vocabulary)) {}
 
-  // `depth` tokens of each row from `exit_layer` layers: last, start [b]; noise [b, depth, v] -> tokens [b, depth + 1],
-  // x_E [b, depth, d] and the distributions [b, depth, v]. Without noise the likeliest tokens, and no distributions.
+  // `depth` tokens of each row from `exit_layer` layers: last, start [b]; noise [b, depth, v'] of the head's v' tokens
+  // -> tokens [b, depth + 1], x_E [b, depth, d] and the distributions [b, depth, v']. Without noise the likeliest tokens, and no distributions.
   std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> draft(
       const at::Tensor& last, const at::Tensor& start, int64_t depth, int64_t end, int64_t exit_layer,
       const std::optional<at::Tensor>& noise, const at::Tensor& temperature) const {
