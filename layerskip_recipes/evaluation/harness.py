@@ -119,7 +119,7 @@ def _check_task(name: str, task: Task, max_new_tokens: int, positions: int) -> N
         if limit >= positions:
             raise ConfigError(
                 f"tasks: {name} generates up to {limit} tokens, which leaves no room for a prompt in the model's "
-                f"{positions} positions. Lower its max_gen_toks, or max_new_tokens where it has none"
+                f"max_seq_len {positions}. Lower its max_gen_toks, or max_new_tokens where it has none"
             )
 
 
