@@ -25,17 +25,22 @@ WHOLE, LAST = (Replicate(),), (Shard(-1),)  # layouts: each rank has all of it, 
 # ---- collectives as operations of torch, which compiled steps may hold ----
 
 
-def all_reduce(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum over the ranks."""
-    collectives = torch.ops._c10d_functional
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))
+class Ranks:
+    """The ranks of a mesh. Their group is looked up once, not at each product."""
 
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.count, self.group = mesh.size(), mesh.get_group().group_name
 
-def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The parts of all ranks, side by side: [..., n] -> [..., ranks n]."""
-    collectives, ranks = torch.ops._c10d_functional, mesh.size()
-    parts = collectives.all_gather_into_tensor(x.contiguous(), ranks, mesh.get_group().group_name)
-    return torch.cat(collectives.wait_tensor(parts).chunk(ranks), -1)
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks."""
+        collectives = torch.ops._c10d_functional
+        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", self.group))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The parts of all ranks, side by side: [..., n] -> [..., ranks n]."""
+        collectives = torch.ops._c10d_functional
+        parts = collectives.all_gather_into_tensor(x.contiguous(), self.count, self.group)
+        return torch.cat(collectives.wait_tensor(parts).chunk(self.count), -1)
 
 
 # ---- modules ----
@@ -46,23 +51,23 @@ class SplitLinear(nn.Module):
 
     Args:
         linear: whose weight is a DTensor.
-        mesh: of the ranks that share it.
+        ranks: that share it.
         gathers: all ranks get all outputs; else each gets its own, which a layer split by inputs goes on from.
     """
 
-    def __init__(self, linear: Any, mesh: DeviceMesh, gathers: bool) -> None:
+    def __init__(self, linear: Any, ranks: Ranks, gathers: bool) -> None:
         super().__init__()
         self.by_inputs = linear.weight.placements[0] == Shard(1)
-        self.mesh, self.gathers = mesh, gathers
+        self.ranks, self.gathers = ranks, gathers
         self.weight, self.bias = local(linear.weight), None if linear.bias is None else local(linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs of this rank] -> [..., outputs]."""
         if self.by_inputs:
-            summed = all_reduce(F.linear(x, self.weight), self.mesh)
+            summed = self.ranks.all_reduce(F.linear(x, self.weight))
             return summed if self.bias is None else summed + self.bias
         own = F.linear(x, self.weight, self.bias)
-        return gather(own, self.mesh) if self.gathers else own
+        return self.ranks.gather(own) if self.gathers else own
 
 
 class SplitEmbedding(nn.Module):
@@ -70,20 +75,21 @@ class SplitEmbedding(nn.Module):
 
     Args:
         embedding: whose weight is a DTensor.
-        mesh: of the ranks that share it.
+        ranks: that share it.
+        rank: this one's number.
     """
 
-    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    def __init__(self, embedding: nn.Embedding, ranks: Ranks, rank: int) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.mesh, self.weight = mesh, local(embedding.weight)
-        self.first = mesh.get_local_rank() * len(self.weight)
+        self.ranks, self.weight = ranks, local(embedding.weight)
+        self.first = rank * len(self.weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., d]."""
         row = tokens - self.first
         here = (row >= 0) & (row < len(self.weight))
-        return all_reduce(F.embedding(row * here, self.weight) * here[..., None], self.mesh)
+        return self.ranks.all_reduce(F.embedding(row * here, self.weight) * here[..., None])
 
 
 def local(weight: Any) -> nn.Parameter:
@@ -100,25 +106,26 @@ def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, 
     Args:
         model: with its weights, split over the ranks of `mesh` by `plan`.
     """
+    ranks = Ranks(mesh)
     for name, module in [*model.named_modules()]:
         style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, DTensor):
             continue
-        evenly = weight.shape[0] % mesh.size() == 0
+        evenly = weight.shape[0] % ranks.count == 0
         layouts = getattr(style, "input_layouts", None), getattr(style, "output_layouts", None)
         by_inputs = type(style) is RowwiseParallel and layouts == (LAST, WHOLE)
         by_outputs = type(style) is ColwiseParallel and layouts in ((WHOLE, LAST), (WHOLE, WHOLE))
         if type(module) is nn.Linear and (by_inputs or (by_outputs and (evenly or layouts[1] == LAST))):
-            split: nn.Module = SplitLinear(module, mesh, gathers=layouts[1] == WHOLE)
+            split: nn.Module = SplitLinear(module, ranks, gathers=layouts[1] == WHOLE)
         elif type(module) is nn.Embedding and type(style) is RowwiseParallel and layouts == (WHOLE, WHOLE) and evenly:
-            split = SplitEmbedding(module, mesh)
+            split = SplitEmbedding(module, ranks, mesh.get_local_rank())
         else:
             continue
         model.set_submodule(name, split)
         if isinstance(split, SplitEmbedding) and isinstance(model.output, TiedLinear):
             model.output = TiedLinear(split)
-            model.output.linear.register_forward_hook(lambda _, inputs, logits: gather(logits, mesh))
+            model.output.linear.register_forward_hook(lambda _, inputs, logits: ranks.gather(logits))
 
 
 def is_split(model: nn.Module) -> bool:

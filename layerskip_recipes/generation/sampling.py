@@ -180,7 +180,8 @@ class Sampler:
     @property
     def only_temperature(self) -> bool:
         """Whether tokens are chosen by logits and temperature alone, or greedily by logits alone."""
-        return not self.penalises and (self.greedy or self.kind[2:] == (None, True, True))
+        filters = self.top_k is not None or self.top_p not in (None, 1) or self.min_p
+        return not self.penalises and (self.greedy or not filters)
 
     def settings(self, device: torch.device) -> SamplerTensors:
         """The numbers on a device."""

@@ -5,8 +5,6 @@ What torch does around a product takes as long as the product itself in a small 
 reading each weight once, for one token as for seven.
 """
 
-import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,11 +41,6 @@ VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp3
 # Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-# What embeddings multiply a row of their table by, which depends on its width.
-EMBEDDINGS: dict[type[nn.Module], Callable[[int], float]] = {
-    nn.Embedding: lambda width: 1.0,
-    GemmaNormEmbeddings: math.sqrt,
-}
 # The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, as they are large
 # for long texts.
 _TABLES = WeakTensorKeyDictionary()
@@ -249,9 +242,12 @@ class CppDecoder:
 
     def _chain(self) -> Any:
         draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
-        if type(embeddings) not in EMBEDDINGS or embeddings._forward_hooks or embeddings._forward_pre_hooks:
+        scales = type(embeddings) is GemmaNormEmbeddings
+        plain = scales or type(embeddings) is nn.Embedding
+        if not plain or embeddings._forward_hooks or embeddings._forward_pre_hooks:
             return None
-        factor = torch.tensor(EMBEDDINGS[type(embeddings)](embeddings.embedding_dim), dtype=embeddings.weight.dtype)
+        # Gemma multiplies by the root of the width, rounded as its weights are.
+        factor = torch.tensor(embeddings.embedding_dim**0.5 if scales else 1, dtype=embeddings.weight.dtype)
         return torch.classes.layerskip.Chain(
             self.cpp_layers[self.draft_model],
             self.cpp_heads[draft_head or self.draft_model],
