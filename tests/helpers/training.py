@@ -1,4 +1,4 @@
-"""Shared by tests: UNTIED, eager, few_texts, losses, read_log, start_section, texts, train, VALIDATION,
+"""Shared by tests: UNTIED, eager, few_texts, losses, paper_weights, read_log, start_section, texts, train, VALIDATION,
 validated, whole_log."""
 
 import json
@@ -105,3 +105,11 @@ def validated(out: Path) -> dict[int, dict[str, float]]:
     """Of each step the validation's numbers, if there are any."""
     lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in whole_log(out).items()}
     return {step: line for step, line in lines.items() if line}
+
+
+def paper_weights(on, scale):
+    """e~ of eq. 6 for the flags `on`, sum by sum as it is printed."""
+    last = len(on) - 1
+    e = [scale * sum(range(layer + 1)) for layer in range(last)] + [last + scale * sum(range(last))]
+    e = [value * flag for value, flag in zip(e, on, strict=True)]
+    return [value / sum(e) for value in e]
