@@ -23,7 +23,6 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.hf_folder import model_folder
-from layerskip_recipes.model.limits import weight_bytes
 
 log = utils.get_logger("INFO")
 CHECKPOINTERS = (
@@ -148,14 +147,16 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
             )
 
 
-def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
+def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
     """Raises a ConfigError naming what `checkpointer.checkpoint_dir` lacks.
 
-    A recipe that `writes` does so to output_dir, which torchtune wants outside of checkpoint_dir.
+    Args:
+        writes: the bytes of weights that the recipe writes to output_dir, which torchtune wants outside of
+            checkpoint_dir; 0: none.
     """
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if writes:
-        _check_space(cfg)
+        _check_space(output_dir, writes)
     folder = weights_folder(section)
     if folder is None:
         return
@@ -191,14 +192,14 @@ def _check_listed_files(section: Component, folder: Path) -> None:
         )
 
 
-def _check_space(cfg: RecipeConfig) -> None:
+def _check_space(output_dir: str, needed: int) -> None:
     """Raises a ConfigError if the disk of output_dir has no room for the weights of one checkpoint."""
-    place = Path(cfg.output_dir or ".").absolute()
+    place = Path(output_dir or ".").absolute()
     existing = next(path for path in (place, *place.parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, weight_bytes(cfg.meta_model, cfg.torch_dtype)
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
+            f"output_dir: {output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
             f"{needed / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
         )
 

@@ -27,6 +27,7 @@ from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.hf_folder import model_folder
 
 # Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
@@ -106,7 +107,7 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         raise ConfigError(
             f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
         )
-    source = Path(base["folder"])
+    source = model_folder(base["folder"], "export")
     config = _read_config(source)
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
         checkpointer = build_checkpointer(Component(base["checkpointer"], "checkpointer"), scratch)

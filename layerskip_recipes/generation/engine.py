@@ -9,7 +9,7 @@ their compiled graphs in kernels/compiling.py.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -148,10 +148,13 @@ class Generation:
         phases = 0  # of the timed rounds
         try:
             with self._models_in_use():
-                started = time.perf_counter()
+                started, compiled = time.perf_counter(), self.compile_s
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
-                self.stats.prefill_s = time.perf_counter() - started
+                self.context.load_cpp()  # here, and not in the first round, whose time counts as decoding
+                self.traffic = MemoryTraffic(self.context)
+                self.stats.compile_s = self.compile_s - compiled
+                self.stats.prefill_s = time.perf_counter() - started - self.stats.compile_s
                 yield self.rows.by_prompt(new)
                 while self.rows.waiting or any(self.rows.room):
                     if (free := self.rows.free) is not None:
@@ -338,11 +341,6 @@ class Generation:
         return kept
 
     # ---- statistics ----
-
-    @cached_property
-    def traffic(self) -> MemoryTraffic:
-        """Made in the first round, when the cache is allocated."""
-        return MemoryTraffic(self.context)
 
     def _count_round(self, draft: Draft) -> None:
         """Statistics of a round: its kind, and the bytes that its steps read."""

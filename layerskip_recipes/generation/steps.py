@@ -41,6 +41,7 @@ class StepContext:
         broadcast_from_rank0: gives all ranks the tensor of rank 0; None: there is one process.
 
     Attributes:
+        cpp: the layers and heads in C++, from `load_cpp` on; None: steps do not run in C++.
         graphs: `compiled`, if steps run as graphs.
     """
 
@@ -66,8 +67,9 @@ class StepContext:
         self.settings = sampler.settings(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
-        self._cpp = self._decoder_in_cpp()
-        self.graphs = None if self._cpp else compiled
+        self._in_cpp = self._decoder_in_cpp()
+        self.cpp: CppDecoder | None = None
+        self.graphs = None if self._in_cpp else compiled
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
@@ -86,15 +88,11 @@ class StepContext:
             log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
 
-    @property
-    def cpp(self) -> CppDecoder | None:
-        """The layers and heads in C++, compiled; None: steps do not run in C++."""
-        if self._cpp is not None and not self._cpp.loaded:
-            if self.compiled.prepare(cpp_decoder.load_library):
-                self._cpp.load()
-            else:
-                self._cpp = None
-        return self._cpp
+    def load_cpp(self) -> None:
+        """Let steps run in C++ from here on, if they can: the text has been read, so that there are caches."""
+        if self._in_cpp is not None and self.compiled.prepare(cpp_decoder.load_library):
+            self._in_cpp.load()
+            self.cpp = self._in_cpp
 
     def begin_round(self) -> None:
         """The results of the last round's graphs are no longer needed."""

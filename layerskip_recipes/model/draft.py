@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -49,8 +50,8 @@ class Draft(nn.Module):
     last state stands in for it.
 
     Args:
-        model: the model, not yet sharded, wrapped or compiled. A copy begins as its first E layers and its norm; an
-            adapter has its shapes.
+        model: the model, not yet sharded, wrapped or compiled. A copy begins as its first E layers, an adapter as the
+            next ones, both with its norm.
         kind: "copy" or "adapter".
         exit_layer: E.
         num_layers: of an adapter.
@@ -66,7 +67,8 @@ class Draft(nn.Module):
         super().__init__()
         self.kind, self.exit_layer = kind, exit_layer
         self.start = 0 if kind == "copy" else exit_layer
-        layers = model.copied_layers(range(exit_layer) if kind == "copy" else range(num_layers))
+        end = exit_layer if kind == "copy" else exit_layer + num_layers
+        layers = model.copied_layers(range(self.start, end))
         if kind == "adapter":
             layers[0] = JoiningLayer(layers[0], model.tok_embeddings.weight)
         self.layers = nn.ModuleList(layers)
@@ -85,9 +87,12 @@ class Draft(nn.Module):
             x: the embedding [b, s, d] for a copy; for an adapter x_E and the state before it, [b, s, 2 d].
             **layer_inputs: mask and input_pos.
         """
-        for layer in self.layers:
-            x = layer(x, **layer_inputs)
-        return self.norm(x)
+        dtype = x.dtype
+        # Beside a model in bf16 a draft that is trained has weights in fp32.
+        with torch.autocast(x.device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
+            for layer in self.layers:
+                x = layer(x, **layer_inputs)
+            return self.norm(x).to(dtype)
 
     def taught_by(
         self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, **inputs: Any

@@ -195,11 +195,13 @@ def decoding_kernels(device: torch.device) -> Iterator[None]:
     text has a new length at every step. Products of bf16 add up in fp32 throughout, so that a verification of several
     tokens rounds like steps of one.
     """
+    if device.type != "cuda":
+        yield
+        return
     products = torch.backends.cuda.matmul
     plans, in_bf16 = torch.backends.cuda.cudnn_sdp_enabled(), products.allow_bf16_reduced_precision_reduction
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        products.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    products.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:

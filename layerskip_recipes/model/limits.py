@@ -119,6 +119,22 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
 
 
+def row_bytes(model: TransformerDecoder, length: int, dtype: torch.dtype, prompt: int, draft_layers: int = 0) -> int:
+    """The bytes that a row of a generation takes: its cache of so many positions, and what its prompt needs.
+
+    Args:
+        prompt: tokens of the prompt, all of which a layer reads at once.
+        draft_layers: a trained draft's own.
+    """
+    attn = model.layers[0].attn
+    heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
+    values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
+    # Of a layer that reads the prompt: three tensors of the feed-forward network's width, and some six of the model's.
+    widths = [max(parameter.shape) for parameter in model.layers[0].parameters() if parameter.dim() == 2]
+    values += prompt * (3 * max(widths) + 6 * model.tok_embeddings.embedding_dim)
+    return values * dtype.itemsize
+
+
 def check_cache_fits(
     model: TransformerDecoder,
     rows: int,
@@ -134,16 +150,11 @@ def check_cache_fits(
     GPU, all of a CPU's. The memory that CUDA graphs take is not known before.
 
     Args:
+        parallel: processes that share each matrix.
         weights: bytes that this process will load there, see `weight_bytes`.
-        prompt: tokens of the longest prompt, all of which a layer reads at once.
+        prompt, draft_layers: as of `row_bytes`.
     """
-    attn = model.layers[0].attn
-    heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
-    values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
-    # Of a layer that reads the prompt: three tensors of the feed-forward network's width, and some six of the model's.
-    widths = [max(parameter.shape) for parameter in model.layers[0].parameters() if parameter.dim() == 2]
-    values += prompt * (3 * max(widths) + 6 * model.tok_embeddings.embedding_dim)
-    row = values * dtype.itemsize // parallel
+    row = row_bytes(model, length, dtype, prompt, draft_layers) // parallel
     free = free_memory(device)
     left = free - weights
     if rows * row <= left:

@@ -162,7 +162,11 @@ class Checkpoints:
         if not weights:
             return {}
         section = {name: value for name, value in self._section.section.items() if name != "output_dir"}
-        return {"folder": self._given_folder, "checkpointer": section, "hash": weights_hash(weights)}
+        for key in ("path", "checkpoint_dir"):  # also found from another working directory
+            if key in section and Path(section[key]).is_dir():
+                section[key] = str(Path(section[key]).absolute())
+        folder = section.get("checkpoint_dir", section.get("path"))
+        return {"folder": folder, "checkpointer": section, "hash": weights_hash(weights)}
 
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]

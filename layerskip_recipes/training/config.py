@@ -17,7 +17,9 @@ from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt,
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
+from layerskip_recipes.model.limits import weight_bytes
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -214,6 +216,14 @@ class FinetuneConfig(RecipeConfig):
         return len(self.meta_model.layers)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """The bytes of a checkpoint's weights."""
+        if self.draft is None:
+            return weight_bytes(self.meta_model, self.torch_dtype)
+        draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
+        return sum(parameter.numel() for parameter in draft.parameters()) * torch.float32.itemsize
+
+    @property
     def checkpoint_every_layers(self) -> int:
         """Every how many layers one's activations are computed again, 0 for none; torchtune has two ways to ask."""
         if self.ac_mode == "selective":
@@ -320,6 +330,10 @@ class FinetuneConfig(RecipeConfig):
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 raise ConfigError(f"{key}: does nothing beside draft, where the model stays as it is. Set {key}=null")
+        if self.model.get("layer_dropout") is not None:
+            raise ConfigError("model.layer_dropout: does nothing beside draft. Set model.layer_dropout=null")
+        if self.exit_loss.label_smoothing:
+            raise ConfigError("loss.label_smoothing: does nothing beside draft. Set loss.label_smoothing=0")
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             raise ConfigError(

@@ -42,7 +42,7 @@ def build_model(
     Args:
         weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
         trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
-        seed: of fresh adapters, and of a fresh draft.
+        seed: of fresh adapters.
 
     Raises:
         ConfigError: on rank 0, if the weights are not this model's.
@@ -50,7 +50,8 @@ def build_model(
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
         model = layerskip_decoder(cfg.model.build())
-        draft = None if cfg.draft is None else cfg.draft.build(model)
+        # In fp32 beside a model in bf16 too, which would round its small steps away.
+        draft = None if cfg.draft is None else cfg.draft.build(model).float()
     freeze_base(model)
     if cfg.draft is not None:
         model.requires_grad_(False)
@@ -68,7 +69,7 @@ def build_model(
         return _place(model, state, cfg, device, mesh, every).train(), None
     of_draft: Weights = {}
     if is_rank_zero():
-        of_draft = fresh_draft(draft, state or {}, cfg.num_layers, seed) if trained is None else trained
+        of_draft = fresh_draft(draft, state or {}) if trained is None else trained
     _place(model, state, cfg, device, mesh, 0)
     return model.eval(), _place(draft, of_draft, cfg, device, mesh, every).train()
 
@@ -81,7 +82,8 @@ def _place(
         training.compile_model(part, verbose=False)
     if mesh.devices is not None:
         shard_model(part, cfg, mesh, checkpoint_every)
-        load_from_rank0(part, state or {}, device, cfg.torch_dtype, offload=bool(cfg.fsdp_cpu_offload))
+        dtype = torch.float32 if isinstance(part, Draft) else cfg.torch_dtype
+        load_from_rank0(part, state or {}, device, dtype, offload=bool(cfg.fsdp_cpu_offload))
         return part
     checkpoint_layers(part, checkpoint_every)
     if isinstance(part, LayerSkipDecoder) and state is None:
@@ -91,23 +93,21 @@ def _place(
     return part
 
 
-def fresh_draft(draft: Draft, base: Weights, num_layers: int, seed: int) -> dict[str, torch.Tensor]:
-    """The first weights of a draft: of a copy the model's, of an adapter random matrices, biases of 0 and the model's
-    last norms.
+def fresh_draft(draft: Draft, base: Weights) -> Weights:
+    """The first weights of a draft: those of the model's layers from `draft.start` on, and of its norm.
+
+    An adapter's first layer begins with the sum of the two states that it joins. Random layers had learned as much
+    after twice as many tokens.
 
     Args:
         base: the model's state_dict.
-        num_layers: L of the model.
     """
-    first = 0 if draft.kind == "copy" else num_layers - draft.num_layers
-    of_layer, rng = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?"), torch.Generator().manual_seed(seed)
+    of_layer = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?")
 
     def fresh(name: str, like: torch.Tensor) -> torch.Tensor:
-        if draft.kind == "adapter" and like.dim() > 1:
-            return torch.normal(0.0, 0.02, like.shape, generator=rng)
-        if draft.kind == "adapter" and name.endswith("bias"):
-            return torch.zeros(like.shape)
-        return base[of_layer.sub(lambda m: f"layers.{int(m[1]) + first}", name)]
+        if name == "layers.0.join.weight":
+            return torch.eye(like.shape[0]).repeat(1, 2)
+        return base[of_layer.sub(lambda m: f"layers.{int(m[1]) + draft.start}", name)]
 
     return {name: fresh(name, like) for name, like in draft.state_dict().items()}
 

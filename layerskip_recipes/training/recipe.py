@@ -75,7 +75,7 @@ class LayerSkipFinetune:
         if is_rank_zero():
             check_folder("output_dir", self.output_dir)
             if not cfg.resume_from_checkpoint:
-                check_checkpoint_files(cfg, writes=True)
+                check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
                 self._check_other_runs()
         if cfg.resume_from_checkpoint:
             find_checkpoint(self.output_dir)
@@ -121,6 +121,9 @@ class LayerSkipFinetune:
         self.step = state["step"] if state else 0
         self.log = RunLog(cfg, self.total_steps)
         self._setup_model()
+        if self.draft is not None:
+            self.fingerprint["weights of the model"] = from_rank_zero(self.base.get("hash"))
+            check_resumable(state["run"] if state else {}, self.fingerprint)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.trained, optimizer, self.total_steps, self.step)
         self._setup_profiler()

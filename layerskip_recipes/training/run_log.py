@@ -30,7 +30,11 @@ SAME_KEYS = {
     "loss",
     "optimizer_in_bwd",
 }
-FREE_SETTINGS = {"early_exit_loss": "chunk_tokens", "draft": "chunk_tokens", "loss": "num_output_chunks"}
+FREE_SETTINGS = {
+    "early_exit_loss": ("chunk_tokens",),
+    "draft": ("chunk_tokens", "keep_states"),
+    "loss": ("num_output_chunks",),
+}
 TYPED = ("layer_dropout", "early_exit_loss", "draft")  # sections whose keys have defaults of ours
 STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
@@ -103,7 +107,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
 
 def _without_free_settings(fingerprint: dict[str, Any]) -> dict[str, Any]:
     kept = {
-        key: {name: value for name, value in section.items() if name != FREE_SETTINGS.get(key)}
+        key: {name: value for name, value in section.items() if name not in FREE_SETTINGS.get(key, ())}
         for key, section in fingerprint.items()
         if isinstance(section, dict)
     }

@@ -87,14 +87,17 @@ class Validation:
             val_agreement_draft, val_accepted_length_draft, the tokens accepted of six, and, if it chooses among all
             tokens, val_loss_draft.
         """
-        trains = model.training
-        model.eval()
+        measured = [model] if draft is None else [model, draft]
+        trained = [part for part in measured if part.training]
+        for part in trained:
+            part.eval()
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
         quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val", draft=draft)
         batches.close()
         reshard(model)
-        model.train(trains)
+        for part in trained:
+            part.train()
         final = quality[self.exits[-1]]["loss"]
         assert final is not None
         first = self.first = final if self.first is None else self.first

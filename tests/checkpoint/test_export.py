@@ -198,16 +198,19 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torchtune", "hf"])
-def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, tokenizer_folder):
-    """It says what the draft says; a base that has changed since is refused."""
+def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, tokenizer_folder, monkeypatch):
+    """It says what the draft says, also where the base was named from another directory; a base that has changed since
+    is refused."""
     section = {"kind": "copy", "exit_layer": 2}
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
     if form == "hf":
-        path = {"path": str(checkpoint)}
+        monkeypatch.chdir(checkpoint.parent)
+        path = {"path": checkpoint.name}
         changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", **path}
         changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", **path}
     recipe = train(finetune_config(tmp_path, tokenizer_folder, draft=section, **changes))
     folder = str(tmp_path / "out" / "epoch_0")
+    monkeypatch.chdir(tmp_path)
     out = export(folder, str(tmp_path / "draft"), draft=0)
     model = load(out)
     assert model.config.num_hidden_layers == 2

@@ -93,6 +93,7 @@ def in_cpp(model, texts, s):
         else:  # caches are allocated by torch
             context.run(model, tokens[:, :1], torch.zeros(1, 1, dtype=torch.long), context.cache.slots[:1])
         in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
+        in_cpp.load_cpp()
         assert in_cpp.cpp is not None
         at = (length + torch.arange(s)).expand(len(texts), -1)
         return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
@@ -217,6 +218,7 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
         before = StepContext(model, cache, Sampler())
         before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
         context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
+        context.load_cpp()
         at = torch.full((2, 1), 8)
         alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
         _, hidden, _ = context.cpp.chain.draft(text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers.resuming import keep_only
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, few_texts, losses, start_section, train, whole_log  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -20,6 +21,8 @@ from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+from layerskip_recipes.training.draft.own_text import OwnText
+from layerskip_recipes.training.model_setup import fresh_draft
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},
@@ -143,6 +146,28 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
     assert log[12]["val_loss_final"] == log[0]["val_loss_final"]
 
 
+def test_a_draft_beside_a_model_in_bf16_is_trained_in_fp32(tmp_path, tokenizer_folder):
+    """Near 1, where an adapter begins, numbers in bf16 lie 78 steps of this learning rate apart."""
+    path = draft_config(tmp_path, tokenizer_folder, "adapter", dtype="bf16", dataset_val=VALIDATION)
+    recipe = train(path, "optimizer.lr=1e-4")
+    assert next(recipe.model.parameters()).dtype is torch.bfloat16
+    state = load_file(tmp_path / "out" / "epoch_0" / "draft.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    diagonal = state["layers.0.join.weight"].diagonal()
+    assert ((diagonal - 1).abs() > 1e-6).float().mean() > 0.9 and (diagonal - 1).abs().max() < 1e-3
+    section = SelfSpeculation(draft=str(tmp_path / "out" / "epoch_0"), num_speculations=3)
+    section = section.with_vocabulary(recipe.model, None, [[1, 2]])
+    generation = run(recipe.model, [[1, 2, 3]], 12, speculation=section.build(recipe.model))
+    assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
+
+
+def test_validation_measures_a_draft_without_its_dropout(tmp_path, tokenizer_folder):
+    path = draft_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION)
+    recipe = train(path, "model.attn_dropout=0.9")
+    one, two = (recipe.validation.measure(recipe.model, recipe.device, 2, recipe.draft) for _ in range(2))
+    assert one == two and recipe.draft.training and not recipe.model.training
+
+
 def test_a_draft_of_frequent_tokens(tmp_path, tokenizer_folder):
     """Those of the data; a generation drafts no others, and says what the model says."""
     section = {"kind": "adapter", "exit_layer": 2, "vocabulary": 40}
@@ -177,6 +202,37 @@ def test_resume_is_the_run_that_never_stopped(shards, tmp_path, tokenizer_folder
         assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
         state = load_file(again / "epoch_1" / "draft.safetensors")
         assert all(torch.equal(end[name], value) for name, value in state.items())
+
+
+def test_resume_goes_on_with_the_same_model(tmp_path, tokenizer_folder):
+    path = draft_config(tmp_path, tokenizer_folder, epochs=2)
+    train(path)
+    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: weights of the model was '.*' and is '.*' now"):
+        train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+
+
+def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monkeypatch):
+    """Texts begin with at most half of a sample, and are written a few at a time where memory is short."""
+    model = make_tiny()
+    texts = [
+        {"tokens": [*range(1, 21)], "labels": [-100] * 16 + [17, 18, 19, 20]},
+        {"tokens": [3] * 8, "labels": [3] * 8},
+    ]
+    data = SimpleNamespace(dataset=texts, num_samples=2, batch_size=2, seed=1)
+    written = []
+    for name, memory in {"much": 2**40, "little": 1}.items():
+        monkeypatch.setattr(
+            "layerskip_recipes.training.draft.own_text.free_memory", lambda device, memory=memory: memory
+        )
+        own = OwnText(1.0, 0.0, data, [], tmp_path / name, resumes=False)
+        own.batch(0, layerskip_decoder(model))
+        written.append(own.texts)
+    assert {(text["prompt"], len(text["tokens"])) for text in own.texts} == {(10, 20), (2, 12)}
+    assert written[0] == written[1]
 
 
 def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
@@ -276,6 +332,10 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
         ),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
         (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),
+        (
+            ["loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}"],
+            "loss.label_smoothing: does nothing beside draft. ",
+        ),
         (["checkpointer.checkpoint_files=[]"], "draft: needs a model that stays as it is, and this one has no weights"),
     ],
 )  # fmt: skip
@@ -292,3 +352,16 @@ def test_a_draft_is_a_part_of_the_model_at_first():
     tokens = torch.randint(VOCAB, (2, 9))
     drafter = Draft(model, "copy", 2).decoder(model)
     assert torch.equal(drafter(tokens), model(tokens, exit_layer=2))
+
+
+def test_an_adapter_is_the_next_layers_at_first():
+    """On the sum of the states that it joins, each divided by its root mean square."""
+    model = layerskip_decoder(make_tiny("qwen2_tied"))
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    draft = Draft(model, "adapter", 1, num_layers=2)
+    draft.load_state_dict(fresh_draft(draft, model.state_dict()))
+    x, y = torch.randn(2, 3, 5, model.norm.scale.shape[0])
+    state = sum(h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() for h in (x, y))
+    expected = model.norm(model.layers[2](model.layers[1](state)))
+    torch.testing.assert_close(draft(torch.cat([x, y], -1)), expected)

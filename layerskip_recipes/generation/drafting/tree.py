@@ -200,7 +200,7 @@ def accept_tree(
     level = context.cache.slots[1 : tree.depth + 1]
     # Slots behind the accepted path are never looked at again, so they may keep what they hold.
     source = torch.where(level <= accepted[:, None], path, level)
-    context.cache.move(start[:, None] + source, start[:, None] + level)
+    (context.cpp or context.cache).move(start[:, None] + source, start[:, None] + level)
     on_path = torch.cat([torch.zeros_like(path[:, :1]), path], 1)  # the root, and a node of each level
     node = on_path.gather(1, accepted[:, None])[:, 0]
     return outcome(accepted, following, tokens.gather(1, path)), state_of(states, node)

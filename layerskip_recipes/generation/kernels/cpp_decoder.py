@@ -221,8 +221,7 @@ class CppDecoder:
         }
         if draft_head is not None:
             self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
-        self.draft_model, self.draft_head = draft_model, draft_head
-        self.loaded = False
+        self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
     def load(self) -> None:
         """Give the weights and caches to C++, which `load_library` compiled."""
@@ -238,7 +237,6 @@ class CppDecoder:
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
                 self.cpp_layers[model].append(*parts.for_cpp())
         self.chain = self._chain()
-        self.loaded = True
 
     def _chain(self) -> Any:
         draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
@@ -278,6 +276,13 @@ class CppDecoder:
         """
         x = model.tok_embeddings(x) if x.dim() == 2 else x
         return self.cpp_layers[model].run(x, at, positions, mask, end, layers.start, layers.stop)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """In all caches, as `DecodingCache.move`."""
+        own = self.draft_model.own_layers
+        self.cpp_layers[self.model].move(source, target, 0)
+        if own:
+            self.cpp_layers[self.draft_model].move(source, target, own.start)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""

@@ -214,9 +214,10 @@ void block_columns(
 // f(first, end) for parts of [0, n), `grain` or more at a time, by all threads. On a core that another program keeps busy a
 // thread may wait for milliseconds, and then all wait for this one: after such a call the next ones run on one thread, and
 // twice as many each time.
+thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
+
 template <typename F>
 void in_parallel(int64_t n, int64_t grain, double bytes, double products, const F& f) {
-  thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
   if (alone > 0 || at::get_num_threads() == 1) {
     alone = std::max<int64_t>(alone - 1, 0);
     return f(0, n);

@@ -130,6 +130,12 @@ class Layer {
     TORCH_CHECK(x.size(2) == d && x.size(0) == keys.size(0) && end <= keys.size(2), "a state or length of another model");
   }
 
+  // Copy the tokens at the slots `source` [b, n] of the cache to the slots `target`, all at once.
+  void move(const at::Tensor& source, const at::Tensor& target) const {
+    move(keys, source, target);
+    move(values, source, target);
+  }
+
   // x [m, d] -> x [m, d], in place; of a joining layer [m, 2 d] -> [m, d].
   at::Tensor operator()(at::Tensor x, const Tokens& tokens) const {
     const int64_t m = tokens.m(), d = before_attention.scale.size(0);
@@ -161,6 +167,19 @@ class Layer {
   }
 
  private:
+  static void move(const at::Tensor& cache, const at::Tensor& source, const at::Tensor& target) {
+    const int64_t n = source.size(1), heads = cache.size(1), token = cache.size(3) * cache.element_size();
+    const int64_t *from = source.const_data_ptr<int64_t>(), *to = target.const_data_ptr<int64_t>();
+    std::vector<char> kept(n * token);
+    for (int64_t row = 0; row < cache.size(0); row++, from += n, to += n)
+      for (int64_t head = 0; head < heads; head++) {
+        char* const slots = static_cast<char*>(cache.mutable_data_ptr()) +
+            (row * cache.stride(0) + head * cache.stride(1)) * cache.element_size();
+        for (int64_t i = 0; i < n; i++) std::copy_n(slots + from[i] * token, token, kept.data() + i * token);
+        for (int64_t i = 0; i < n; i++) std::copy_n(kept.data() + i * token, token, slots + to[i] * token);
+      }
+  }
+
   // state += the update, normed where there is a norm after it.
   static void add(const Norm& norm, int64_t m, int64_t d, float* update, float* state) {
     if (norm) norm(m, d, update, update);
@@ -272,6 +291,13 @@ class Layers : public torch::CustomClassHolder {
     return state.view({b, s, -1});
   }
 
+  // Copy the tokens at the slots `source` [b, n] to the slots `target` [b, n], in the caches of the layers from `first` on.
+  void move(const at::Tensor& source, const at::Tensor& target, int64_t first) const {
+    const at::Tensor from = source.contiguous(), to = target.contiguous();
+    TORCH_CHECK(from.sizes() == to.sizes(), "other slots than tokens");
+    for (int64_t layer = first; layer < static_cast<int64_t>(layers.size()); layer++) layers[layer].move(from, to);
+  }
+
  private:
   std::vector<Layer> layers;
 };
@@ -351,7 +377,8 @@ class Chain : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
-  library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run);
+  library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run)
+      .def("move", &Layers::move);
   library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
   library.class_<Chain>("Chain")
       .def(torch::init<

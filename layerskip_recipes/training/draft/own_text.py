@@ -13,6 +13,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.limits import free_memory, most_positions, row_bytes
 from layerskip_recipes.training.batches import TrainingData
 
 ROWS = 64  # texts that are written together
@@ -71,10 +72,13 @@ class OwnText:
         """Let the model write the next texts, and append them to the file."""
         first = len(self.texts)
         samples = [self.data.dataset[self.order[i % len(self.order)]] for i in range(first, first + ROWS)]
-        prompts = [_beginning(sample) for sample in samples]
-        longest = max(len(sample["tokens"]) for sample in samples)
-        limit = min(longest - min(map(len, prompts)), model.max_seq_len - max(map(len, prompts)))
-        rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(self.data.seed + first)
+        # Each text has room for as much again as its beginning, also in the model with the shortest context.
+        longest = min(max(len(sample["tokens"]) for sample in samples), most_positions(model)[0])
+        prompts = [_beginning(sample)[: longest // 2] for sample in samples]
+        limit = longest - max(map(len, prompts))
+        embeddings = model.tok_embeddings.weight
+        rng = torch.Generator(embeddings.device).manual_seed(self.data.seed + first)
+        row = row_bytes(model, longest, embeddings.dtype, max(map(len, prompts)))
         # Without drafts, which save reading weights: a batch of so many rows reads them once for all of its tokens.
         generation = Generation(
             model,
@@ -82,11 +86,12 @@ class OwnText:
             limit,
             sampler=Sampler(self.temperature, rng=rng),
             stop_tokens=self.stop_tokens,
+            rows=min(max(free_memory(embeddings.device) // 2 // row, 1), ROWS),
         )
         for _ in generation:
             pass
         new = [
-            {"prompt": len(prompt), "tokens": (prompt + written)[:longest]}
+            {"prompt": len(prompt), "tokens": prompt + written}
             for prompt, written in zip(prompts, generation.generated, strict=True)
         ]
         self._keep(new, "a")
