@@ -16,7 +16,6 @@ from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.generation.kernels import cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler
@@ -90,7 +89,7 @@ class StepContext:
 
     def load_cpp(self) -> None:
         """Let steps run in C++ from here on, if they can: the text has been read, so that there are caches."""
-        if self._in_cpp is not None and self.compiled.prepare(cpp_decoder.load_library):
+        if self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
             self._in_cpp.load()
             self.cpp = self._in_cpp
 

@@ -2,7 +2,11 @@
 bits for any number of rows, and the same tokens in every way of decoding."""
 
 import copy
+import platform
+import re
+import sys
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import load_library
+from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.hf_config import parse_hf_config
@@ -236,6 +241,35 @@ def test_no_precision_lets_drafts_change_a_token(precision, variant):
     generation = run(model, PROMPTS, 24, speculation=speculation_of(variant, model))
     assert generation.generated == expected and generation.stats.drafted > 0
     assert [run(model, [prompt], 24).generated[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_huge_pages_hold_the_same_numbers():
+    """The kernel has moved the page, or has refused to: then nothing happens."""
+    tensor = torch.randn(3 * PAGE)  # 24 MB
+    before = tensor.clone()
+    use_huge_pages([tensor, torch.empty(0)])
+    assert torch.equal(tensor, before)
+    use_huge_pages([tensor], most_seconds=0)
+    moved = huge_kilobytes(tensor.data_ptr())
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    refused = not allowed.exists() or "[never]" in allowed.read_text() or kernel_version() < (6, 1)
+    assert refused or moved >= 2048
+
+
+def huge_kilobytes(address):
+    """AnonHugePages of the mapping with an address, by /proc/self/smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            inside = start <= address < end
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1])
+
+
+def kernel_version():
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 
 
 class Doubled(torch.nn.Embedding):

@@ -28,6 +28,7 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.generation.draft_head import DraftHead
+from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
@@ -223,8 +224,14 @@ class CppDecoder:
             self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
+    def compile(self) -> None:
+        """What is done once for a model: compile the C++, and let the weights lie where they are read fastest."""
+        load_library()
+        parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
+        use_huge_pages(tensor for part in parts for tensor in part.tensors.values())
+
     def load(self) -> None:
-        """Give the weights and caches to C++, which `load_library` compiled."""
+        """Give the weights and caches to C++, after `compile`."""
         kernels = torch.classes.layerskip
         self.cpp_heads: dict[nn.Module, Any] = {
             head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
