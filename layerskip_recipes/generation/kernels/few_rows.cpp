@@ -21,7 +21,13 @@ namespace {
 
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
-constexpr int BLOCK = std::min(8, LANES);  // rows of x at a time
+#ifdef CPU_CAPABILITY_AVX2
+constexpr int SUMS = 12, BLOCK = 8;  // sums at a time, in 12 of 16 registers, and the most rows of x
+constexpr int OF_MANY = 6;           // rows of x at a time where there are more than BLOCK
+#else
+constexpr int SUMS = LANES, BLOCK = std::min(8, LANES), OF_MANY = BLOCK;
+#endif
+using Totals = std::array<Vector, SUMS>;
 constexpr int WIDE = 8192;  // numbers of x at a time, 32 kB: they stay in the processor's second cache while weights pass
 constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
@@ -77,6 +83,7 @@ template <typename W>
   __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead);
 }
 
+#ifndef CPU_CAPABILITY_AVX2
 // One level of `sums`: lanes that are `distance` apart, of a in the lanes without that bit and of b in those with it.
 template <int distance>
 [[gnu::always_inline]] inline Vector pairs(const Vector& a, const Vector& b) {
@@ -99,15 +106,30 @@ template <int distance>
 // The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
 // the other would take as long as what is summed, where a row of W is short.
 template <int COUNT>
-[[gnu::always_inline]] inline Vector sums(const std::array<Vector, COUNT>& v) {
+[[gnu::always_inline]] inline Vector halves(const std::array<Vector, COUNT>& v) {
   if constexpr (COUNT == 1) {
     return v[0];
   } else {
     std::array<Vector, COUNT / 2> half;
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT / 2; i++) half[i] = pairs<LANES / COUNT>(v[2 * i], v[2 * i + 1]);
-    return sums<COUNT / 2>(half);
+    return halves<COUNT / 2>(half);
   }
+}
+#endif
+
+// The sums of the first COUNT vectors. Each is added up in the same order whatever their number.
+template <int COUNT>
+[[gnu::always_inline]] inline void sums(const Totals& v, float* out) {
+#ifdef CPU_CAPABILITY_AVX2
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; i += 4) {
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3]));
+    _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+  }
+#else
+  halves<LANES>(v).store(out);
+#endif
 }
 
 // total += the products of `count` elements of M rows of x and N rows of w, in LANES parts of each sum. From one row of x
@@ -115,15 +137,24 @@ template <int COUNT>
 template <int M, int N, typename W>
 [[gnu::always_inline]] inline void add(
     const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead,
-    std::array<Vector, LANES>& total) {
-  static_assert(M * N <= LANES);
+    Totals& total) {
+  static_assert(M * N <= SUMS);
   constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // so many weights are a line of the cache, fetched once
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
-    std::array<Vector, N> weights;
-    for (int n = 0; n < N; n++) weights[n] = in_register(load(w + n * k + i));
-    for (int m = 0; m < M; m++) {
-      const Vector row = in_register(Vector::loadu(x + m * step + i));
-      for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
+    if constexpr (M < N) {  // of the two, those that are fewer stay in registers
+      std::array<Vector, M> rows;
+      for (int m = 0; m < M; m++) rows[m] = in_register(Vector::loadu(x + m * step + i));
+      for (int n = 0; n < N; n++) {
+        const Vector weights = in_register(load(w + n * k + i));
+        for (int m = 0; m < M; m++) total[m * N + n] = at::vec::fmadd(weights, rows[m], total[m * N + n]);
+      }
+    } else {
+      std::array<Vector, N> weights;
+      for (int n = 0; n < N; n++) weights[n] = in_register(load(w + n * k + i));
+      for (int m = 0; m < M; m++) {
+        const Vector row = in_register(Vector::loadu(x + m * step + i));
+        for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
+      }
     }
   };
   int64_t i = 0;
@@ -135,18 +166,18 @@ template <int M, int N, typename W>
   for (; i < count; i += LANES) multiply(i);
 }
 
-[[gnu::always_inline]] inline std::array<Vector, LANES> nothing() {
-  std::array<Vector, LANES> total;
+[[gnu::always_inline]] inline Totals nothing() {
+  Totals total;
 #pragma GCC unroll 16
-  for (int j = 0; j < LANES; j++) total[j] = Vector(0.f);
+  for (int j = 0; j < SUMS; j++) total[j] = Vector(0.f);
   return total;
 }
 
 // The M x N sums, to y, whose rows are `stride` apart.
 template <int M, int N>
-[[gnu::always_inline]] inline void write(const std::array<Vector, LANES>& total, float* y, int64_t stride) {
-  float out[LANES];
-  sums<LANES>(total).store(out);
+[[gnu::always_inline]] inline void write(const Totals& total, float* y, int64_t stride) {
+  float out[SUMS];
+  sums<M * N>(total, out);
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
@@ -155,10 +186,10 @@ template <int M, int N>
 template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
-  std::array<Vector, LANES> total = nothing();
+  Totals total = nothing();
 #pragma GCC unroll 4
   for (int n = 0; n < N; n += AT_ONCE) {
-    std::array<Vector, LANES> part = nothing();
+    Totals part = nothing();
     add<M, AT_ONCE>(x, w + n * k, k, k, step, AHEAD, part);
 #pragma GCC unroll 16
     for (int i = 0; i < M * AT_ONCE; i++) total[n + i] = part[i];
@@ -171,10 +202,10 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t
 template <int M, int N, typename W>
 void wide_tiles(
     int64_t tiles, const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
-  std::vector<std::array<Vector, LANES>> totals(tiles, nothing());
+  std::vector<Totals> totals(tiles, nothing());
   for (int64_t i = 0; i < k; i += PIECE)
     for (int64_t t = 0; t < tiles; t++) {
-      std::array<Vector, LANES> total = totals[t];
+      Totals total = totals[t];
       add<M, N>(
           x + i, w + t * N * k + i, std::min<int64_t>(PIECE, k - i), k, step, N * k * static_cast<int64_t>(sizeof(W)),
           total);
@@ -190,13 +221,15 @@ void block(
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, step, stride);
   }
-  constexpr int N = LANES / M;
+  constexpr int N = SUMS / M;
   int64_t n = 0;
   if (M * k > WIDE) {
     n = columns / N * N;
     wide_tiles<M, N>(columns / N, x, w, y, k, step, stride);
   }
   for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
+  if constexpr (N > 4)
+    for (; n + 4 <= columns; n += 4) tile<M, 4>(x, w + n * k, y + n, k, step, stride);
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
@@ -204,10 +237,11 @@ void block(
 template <typename W>
 void block_columns(
     const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
+  const int64_t blocks = m <= BLOCK ? 1 : (m + OF_MANY - 1) / OF_MANY, size = (m + blocks - 1) / blocks;
   for (int64_t at = first; at < end; at += grain)
-    for (int64_t row = 0; row < m; row += BLOCK)
+    for (int64_t row = 0; row < m; row += size)
       block<BLOCK>(
-          std::min<int64_t>(BLOCK, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
+          std::min(size, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
           std::min(grain, end - at), k, n);
 }
 
@@ -270,7 +304,7 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   const int64_t bytes = k * static_cast<int64_t>(any.element_size());
   // Whole tiles, but one row reads wide weights best as they lie, one column after the other.
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
-  const int64_t grain = m == 1 && fit < LANES ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / LANES, 1) * LANES;
+  const int64_t grain = m == 1 && fit < SUMS ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / SUMS, 1) * SUMS;
   in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
     int64_t before = 0;  // columns of the matrices so far
     for (const Linear* linear : linears) {
