@@ -20,9 +20,10 @@ class GenerationStats:
     """Counts of one `generate` call, over all rows of the batch. Times are seconds of wall clock.
 
     `tokens` are the tokens generated, stop tokens included. `prefill_s` ends with the first token of each row on the
-    host; `decode_s` covers the rest, so `tokens_per_second` leaves the first tokens out of its count. `draft_s` and
-    `verify_s` are parts of `decode_s`; on a GPU they are the device's own times. Compilation counts only in
-    `compile_s`: in the other times, a round that compiled counts as much as the mean of those that did not.
+    host, and with what steps in C++ need; `decode_s` covers the rest, so `tokens_per_second` leaves the first tokens
+    out of its count. `draft_s` and `verify_s` are parts of `decode_s`; on a GPU they are the device's own times.
+    Compilation counts only in `compile_s`: in the other times, a round that compiled counts as much as the mean of
+    those that did not.
     """
 
     tokens: int = 0

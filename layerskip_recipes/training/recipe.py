@@ -122,8 +122,10 @@ class LayerSkipFinetune:
         self.log = RunLog(cfg, self.total_steps)
         self._setup_model()
         if self.draft is not None:
-            self.fingerprint["weights of the model"] = from_rank_zero(self.base.get("hash"))
-            check_resumable(state["run"] if state else {}, self.fingerprint)
+            of_model = {"weights of the model": from_rank_zero(self.base.get("hash"))}
+            self.fingerprint |= of_model
+            if state:
+                check_resumable(state["run"], of_model)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.trained, optimizer, self.total_steps, self.step)
         self._setup_profiler()
