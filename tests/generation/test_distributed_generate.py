@@ -68,7 +68,7 @@ ADAPTED = {
 }
 # Where both ranks share each matrix: a vocabulary of which each has half.
 EVEN = {"vocab_size": 98, "num_layers": 3}
-LOCAL_MODES = MODES | {name: OTHER_MODES[name] for name in ("tree", "look-up", "penalty")}
+LOCAL_MODES = MODES | {name: OTHER_MODES[name] for name in ("tree", "look-up")}
 # With biases and a tied head eager, with a head of its own compiled.
 LOCAL = {"qwen2_tied": (MODES, False), "llama3": (LOCAL_MODES, True)}
 # kept_layers, T

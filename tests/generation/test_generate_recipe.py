@@ -11,6 +11,7 @@ from helpers.commands import run_tune
 from helpers.compiled import compiles
 from helpers.configs import LAYER, MODEL, REST, SLOT
 from helpers.generating import run
+from helpers.ranks import check_success, run_tune_on_ranks
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.generation import generate as torchtune_generate
@@ -313,18 +314,16 @@ def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     overrides = ["benchmark.compare=true", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts"]
     _, alone = run(path, *overrides)
     text = capsys.readouterr().out.split("\n--- ")[1].replace("\r\n", "\n").replace("\r", "\n")  # as from a process
-    done = run_tune(
-        "run", "--nproc_per_node", "2", "layerskip_generate", "--config", str(path), *overrides, cwd=tmp_path,
-        env={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = run_tune_on_ranks("run", "layerskip_generate", "--config", str(path), *overrides, cwd=tmp_path)
+    check_success(ranks)
+    done, silent = ranks
     assert done.stdout.split("\n--- ")[1] == text and done.stdout.count("--- prompt 1 of 1") == 1
-    # Behind it torchtune's launcher may say that it uses torchrun, when its own output is flushed.
-    report = json.loads([line for line in done.stdout.splitlines() if line != "Running with torchrun..."][-1])
+    assert not silent.stdout
+    report = json.loads(done.stdout.splitlines()[-1])
     for key in ("identical", "tokens", "rounds", "accepted", "baseline_tokens"):
         assert report[key] == alone[key]
     assert report["identical"] is True
-    assert done.stderr.count("prompt: takes the place of prompts") == 1
+    assert [rank.stderr.count("prompt: takes the place of prompts") for rank in ranks] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,16 +27,16 @@ def examples() -> dict[str, str]:
     return found
 
 
-def commands() -> dict[str, list[str]]:
-    """The command lines of all pages without repetition: {line: words}, in the order of the pages.
+def commands(pages: Iterable[str] = PAGES) -> dict[str, list[str]]:
+    """The command lines of pages without repetition: {line: words}, in the order of the pages.
 
     Lines that && or a backslash join are taken apart or joined, variables of the shell are put in, and variables of the
     environment that stand before a command are left out. The commands of blocks of measured figures come along.
     """
     found: dict[str, list[str]] = {}
-    for page, path in PAGES.items():
+    for page in pages:
         variables: dict[str, str] = {}
-        measured = re.findall(r"<!-- run \w+: (.+?) -->", path.read_text(encoding="utf-8"))
+        measured = re.findall(r"<!-- run \w+: (.+?) -->", PAGES[page].read_text(encoding="utf-8"))
         for block in [*blocks(page, "bash"), "\n".join(measured)]:
             for line in block.replace("\\\n", " ").splitlines():
                 if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', line):

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ def run_on_ranks(
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "HF_HUB_OFFLINE": "1"}
     ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     return forks.run([script, *map(str, arguments)], cwd, ranks, timeout)
+
+
+def run_tune_on_ranks(*words: str, cwd: Path) -> list[subprocess.CompletedProcess]:
+    """`tune --nproc_per_node 2 WORDS` without torchrun, whose start takes longer than most runs."""
+    return run_on_ranks(str(Path(sys.executable).with_name("tune")), *words, cwd=cwd)
 
 
 def check_success(ranks: list[subprocess.CompletedProcess]) -> None:

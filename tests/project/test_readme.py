@@ -1,14 +1,14 @@
 """Every command of the README, of docs/ and of the config headers.
 
 The quick tier checks them as written, by `layerskip validate`. The slow tier runs them as written, with overrides
-appended that shorten a training, or put a tiny model in the place of one that has to be downloaded.
+appended that shorten a training, or put a tiny model in the place of one that has to be downloaded; not those of
+results, which are records of long runs.
 """
 
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import pytest
 from helpers.commands import run_command
 from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.hf_folders import model_with_tokenizer
-from helpers.pages import ROOT, commands, examples
-from helpers.ranks import run_on_ranks
+from helpers.pages import PAGES, ROOT, commands, examples
+from helpers.ranks import run_tune_on_ranks
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config.loading import load_config
@@ -25,8 +25,12 @@ from layerskip_recipes.config.names import our_configs
 
 # These set up an environment, download from the hub, or run these tests.
 ELSEWHERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "pre-commit", "tune download")
-COMMANDS = {line: words for line, words in commands().items() if not line.startswith(ELSEWHERE)}
-TUNE_RUN = {line: words for line, words in COMMANDS.items() if words[:2] == ["tune", "run"]}
+TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
+TO_BE_RUN = {
+    line: words
+    for line, words in commands(page for page in PAGES if "results" not in page).items()
+    if not line.startswith(ELSEWHERE)
+}
 
 
 def header_commands() -> dict[str, list[str]]:
@@ -39,7 +43,7 @@ def header_commands() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in our_configs().values():
         for line in re.findall(r"^#   ((?:tune run|layerskip) .*)$", path.read_text(encoding="utf-8"), flags=re.M):
-            if here.search(line) and line not in COMMANDS:
+            if here.search(line) and line not in TO_BE_RUN:
                 found[line] = [word.strip("\"'") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', line)]
     return found
 
@@ -141,8 +145,7 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
     words = at_home(words, folder)
     if words[:2] == ["python", "tools/training_cost.py"]:
-        small = {"model": {"num_layers": 4}} if "quickstart/finetune" in words else {"model_dir": str(folder / TINY)}
-        return [*words, *flat(small | {"early_exit_loss": {"layers": ":"}}), *STEPS_OF_COST]
+        return [*words, "model.num_layers=4", "early_exit_loss.layers=:", *STEPS_OF_COST]
     if words[:2] == ["python", "tools/transformers_speed.py"]:
         return [*words, "--new", "4", "--prompts", "1", "--repeats", "1"]
     if words[:2] != ["tune", "run"]:
@@ -157,8 +160,6 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
             changes["compile"] = False
-        if recipe == "layerskip_benchmark" and cfg.get("temperature") is not None:
-            del changes["temperatures"]
         if cfg.get("prompts") is not None:
             changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
     elif "model_dir" in [*cfg]:
@@ -223,21 +224,8 @@ def tiny_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return changes | {"self_speculation": {"exit_layer": 2, "num_speculations": 2}}
 
 
-def on_ranks(words: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    """A `tune run` on several processes, without torchrun, whose start takes longer than they do: other tests have it.
-
-    Returns:
-        The process that failed, or else any.
-    """
-    place = words.index("--nproc_per_node")
-    tune, arguments = Path(sys.executable).with_name("tune"), [*words[1:place], *words[place + 2 :]]
-    return max(
-        run_on_ranks(str(tune), *arguments, cwd=cwd, processes=int(words[place + 1])), key=lambda p: p.returncode != 0
-    )
-
-
 @pytest.fixture(scope="module")
-def run(workplace, tmp_path_factory):
+def run(workplace):
     """Runs a command in its short form. Of commands that mean the same then, the first one's result serves all."""
     finished: dict[str, subprocess.CompletedProcess] = {}
 
@@ -252,15 +240,11 @@ def run(workplace, tmp_path_factory):
             if short[0] == "python":
                 short = [str(workplace / short[1]), *short[2:]]
             if "--nproc_per_node" in short:
-                finished[meaning] = on_ranks(short, workplace)
-            elif short[0].startswith(("/", "tune", "layerskip")):
-                finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
+                place = short.index("--nproc_per_node")
+                ranks = run_tune_on_ranks(*short[1:place], *short[place + 2 :], cwd=workplace)
+                finished[meaning] = max(ranks, key=lambda rank: rank.returncode != 0)  # the one that failed, or any
             else:
-                # What other commands write is larger than what stands in the workplace for it.
-                folder = tmp_path_factory.mktemp("elsewhere")
-                finished[meaning] = subprocess.run(
-                    ["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=900
-                )
+                finished[meaning] = run_command(*short, cwd=workplace, timeout=900)
         return finished[meaning]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -270,10 +254,10 @@ def run(workplace, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", TO_BE_RUN)
 def test_command_runs(line, run):
     """In the order of the pages: the quickstart's checkpoint and the files that are copied serve later commands."""
-    done = run(line, COMMANDS[line])
+    done = run(line, TO_BE_RUN[line])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

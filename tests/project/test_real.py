@@ -189,22 +189,3 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     assert report["identical"] is True
     assert report["tokens"] == report["baseline_tokens"] <= 12
     assert report["acceptance_rate"] == report["accepted"] / report["drafted"]
-
-
-def test_training_and_generation_on_the_real_model(tmp_path):
-    """The first two lines of the README with what shortens them; test_hf_configs.py has the third one, the tuner."""
-    data = "{_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}"
-    training = (f"dataset={data}", "batch_size=2", "gradient_accumulation_steps=1", "log_every_n_steps=1")
-    on_cpu = ("device=cpu", "dtype=fp32")
-    lines = (
-        ("layerskip_finetune", "--config", "hf/full", f"model_dir={smollm2_folder()}", "output_dir=out", *training),
-        ("layerskip_generate", "--config", "hf/generate", "model_dir=out/epoch_0", "max_new_tokens=8",
-         "prompt.user=Why is the sky blue?", "benchmark.compare=true"),
-    )  # fmt: skip
-    done = [run_tune("run", *line, *on_cpu, cwd=tmp_path) for line in lines]
-    assert [run.returncode for run in done] == [0, 0], [run.stderr[-2000:] for run in done]
-    assert "early_exit_loss.interval=8" in done[0].stderr + done[0].stdout
-    assert json.loads((tmp_path / "out/epoch_0/layerskip.json").read_text())["steps"] == 4
-    report = json.loads(done[1].stdout.splitlines()[-1])
-    # After 4 steps of a rotation of 8: exits 2, 3, 4, 9, 10, .. The nearest to a quarter of 30 layers is 9.
-    assert (report["exit_layer"], report["identical"]) == (9, True)

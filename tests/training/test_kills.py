@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -141,8 +140,8 @@ def kill_when(path: Path, overrides: list[str], moment) -> None:
 
 
 @pytest.mark.slow
-def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
-    """Twice: in the middle of a save, then at random; packed data, accumulation, gradual, as a user has it."""
+def test_tune_run_killed_in_the_middle_of_a_save(tmp_path, tokenizer_folder):
+    """Packed data, accumulation, gradual, as a user has it."""
     path = finetune_config(
         tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
         early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=10, max_steps_per_epoch=None,
@@ -152,22 +151,9 @@ def test_tune_run_killed_at_any_moment(tmp_path, tokenizer_folder):
     train(path, length, f"output_dir={tmp_path}/whole")
     whole, out = losses(tmp_path / "whole"), tmp_path / "out"
     out.mkdir()
-    chance = random.Random(0)
-    for kill in range(2):
-        before = checkpoints(out)
-        # Not before this run has written a checkpoint of its own.
-        wait = chance.uniform(0, 0.1)
-
-        def moment(before=before, wait=wait, kill=kill) -> bool:
-            if len({path.name for path in out.glob("*_*[0-9]")} - set(before)) < 1:
-                return False
-            if kill == 0:
-                return (out / ".incomplete").exists()
-            time.sleep(wait)
-            return True
-
-        kill_when(path, [length, f"resume_from_checkpoint={'true' if before else 'false'}"], moment)
-        assert whole_checkpoints(out)
+    # The second save or a later one, so that there is a checkpoint.
+    kill_when(path, [length], lambda: any(out.glob("*_*[0-9]")) and (out / ".incomplete").exists())
+    assert whole_checkpoints(out)
     newest = out / checkpoints(out)[-1]
     done = torch.load(newest / "recipe_state.pt", weights_only=True)["step"]
     command = ["run", "layerskip_finetune", "--config", str(path), length, "resume_from_checkpoint=true"]
