@@ -25,6 +25,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.schema import Fraction, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.model.adapters import freeze_base
@@ -172,36 +173,23 @@ def print_report(name: str, report: Mapping[str, Any]) -> None:
     print(json.dumps(report), flush=True)
 
 
-def positive(text: str) -> int:
-    """An integer of 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed. Allowed: an integer of 1 or more")
-    return number
-
-
-def probability(text: str) -> float:
-    """A number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed. Allowed: a number of 0 to 1")
-    return number
-
-
 def main(arguments: list[str]) -> None:
     """Parse the arguments and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a finetune config's name or path")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--repeats", type=positive, default=3, help="processes for each method (default 3)")
-    parser.add_argument("--steps", type=positive, default=2, help="steps in each process after a first one (default 2)")
-    parser.add_argument("--batch", type=positive, default=2, help="rows (default 2)")
-    parser.add_argument("--seq-len", type=positive, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each method (default 3)")
+    parser.add_argument("--steps", type=int, default=2, help="steps in each process after a first one (default 2)")
+    parser.add_argument("--batch", type=int, default=2, help="rows (default 2)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
     parser.add_argument("--layers", default="0::4", help='layers with a loss beside the last (default "0::4")')
-    parser.add_argument("--prob", type=probability, default=0.5, help="layer dropout in its own method (default 0.5)")
+    parser.add_argument("--prob", type=float, default=0.5, help="layer dropout in its own method (default 0.5)")
     parser.add_argument("--method", choices=METHODS, help="measure one method in this process")
     args = parser.parse_intermixed_args(arguments)
     try:
+        for name in ("repeats", "steps", "batch", "seq_len"):
+            check(f"--{name.replace('_', '-')}", getattr(args, name), PositiveInt)
+        check("--prob", args.prob, Fraction)
         if args.method:
             print(json.dumps(measure(args)))
         else:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.sweep import LENGTHS, Sweep
+from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.loading import load_config
@@ -35,7 +36,11 @@ Variant = SelfSpeculation | EarlyExitVariant
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
     """The sections by name. A null drops a variant that an extended config has."""
-    sections = {name: section for name, section in value.items() if section is not None} if _is_section(value) else None
+    sections = (
+        {name: section for name, section in value.items() if section is not None}
+        if isinstance(value, Mapping)
+        else None
+    )
     if sections is None:
         raise ConfigError(f": {value!r} has nothing to compare. Allowed: sections by names; {EXAMPLE}")
     variants: dict[str, Variant] = {}
@@ -43,17 +48,13 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
         key = f"variants.{name}"
         if name == BASELINE or name in PEERS:
             raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {EXAMPLE}")
-        if not _is_section(section):
+        if not isinstance(section, Mapping):
             raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {EXAMPLE}")
         if "early_exit" in section:
             variants[name] = EarlyExitVariant.parse(section, key)
         else:
             variants[name] = SelfSpeculation.parse(section, key)
     return variants
-
-
-def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 class FastestSetting(Section):
@@ -73,16 +74,11 @@ class LlamaCpp(Section):
         """Raises a ConfigError for a file that is not there."""
         for key in ("gguf", "draft"):
             file = getattr(self, key)
-            if file is not None and not Path(file).expanduser().is_file():
+            if file is not None and not Path(file).is_file():
                 raise ConfigError(
                     f"peers.llama_cpp.{key}: {file!r} is no file. Allowed: a GGUF file of this model; for example "
                     f"peers.llama_cpp.{key}={'model' if key == 'gguf' else 'draft'}.gguf"
                 )
-
-    @property
-    def files(self) -> tuple[str, str | None]:
-        """The model's and the draft's."""
-        return str(Path(self.gguf).expanduser()), self.draft and str(Path(self.draft).expanduser())
 
 
 class Peers(Section):
@@ -151,10 +147,7 @@ class BenchmarkConfig(DecodingConfig):
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3
     """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
-    metrics: (
-        Annotated[list[Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]], Field(examples=["[rougeL]"])]
-        | None
-    ) = None
+    metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
     """How near outputs come to the prompts' references."""
     random_weights: Flag = None
     """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor

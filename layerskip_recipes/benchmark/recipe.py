@@ -100,7 +100,7 @@ class LayerSkipBenchmark:
                 f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
                 "measurement. Allowed: a number that does; for example batch_size=1"
             )
-        nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST if cfg.tune else 1]
+        nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST + 1 if cfg.tune else 1]
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         # The size of quantised weights is known to the quantizer alone.
@@ -200,7 +200,7 @@ class LayerSkipBenchmark:
                 self.limit,
                 self.stop_tokens,
                 cfg.first_draft,
-                cfg.peers.llama_cpp.files if cfg.peers.llama_cpp else None,
+                (cfg.peers.llama_cpp.gguf, cfg.peers.llama_cpp.draft) if cfg.peers.llama_cpp else None,
                 quantised=cfg.quantizer is not None,
             )
             sampler = cfg.sampler(cfg.all_temperatures[0])

@@ -4,51 +4,33 @@ ROUGE is the F-measure of lower-case words without stemming, averaged over the o
 corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics computes both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.prompts import Example
 
-Metric = Callable[[Sequence[str], Sequence[str]], float]
+Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]
 
 
-def _rouge(name: str) -> Metric:
-    def rouge(outputs: Sequence[str], references: Sequence[str]) -> float:
-        from torchmetrics.functional.text import rouge_score  # seconds to import, and only here
+def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
+    from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # seconds to import, and only here
 
+    def metric(name: Metric) -> float:
+        if name == "exact_match":
+            same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
+            return sum(same) / len(same)
+        if name == "bleu":
+            return float(sacre_bleu_score(list(outputs), [[reference] for reference in references]))
         # The key by name: the default ones include one that needs nltk and its data.
         return float(rouge_score(list(outputs), list(references), rouge_keys=name)[f"{name}_fmeasure"])
 
-    return rouge
-
-
-def _bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
-    from torchmetrics.functional.text import sacre_bleu_score  # seconds to import, and only here
-
-    return float(sacre_bleu_score(list(outputs), [[reference] for reference in references]))
-
-
-def _exact_match(outputs: Sequence[str], references: Sequence[str]) -> float:
-    same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
-    return sum(same) / len(same)
-
-
-METRICS: dict[str, Metric] = {
-    "rouge1": _rouge("rouge1"),
-    "rouge2": _rouge("rouge2"),
-    "rougeL": _rouge("rougeL"),
-    "bleu": _bleu,
-    "exact_match": _exact_match,
-}
-
-
-def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
     assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
-    return {name: METRICS[name](outputs, references) for name in names}
+    return {name: metric(name) for name in names}
 
 
-def check_references(names: Sequence[str], examples: Sequence[Example]) -> None:
+def check_references(names: Sequence[Metric], examples: Sequence[Example]) -> None:
     """Raises a ConfigError if there are metrics, and an example has no reference."""
     without = [at for at, example in enumerate(examples, 1) if example.response is None]
     if names and without:

@@ -217,9 +217,9 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     # All keys are written: of those left out the user's own values, which were not measured, would hold.
     content["self_speculation"] = None
     if best is not None:
-        content["self_speculation"] = {name: _plain(value) for name, value in best.arguments().items()}
+        content["self_speculation"] = {name: _plain(value) for name, value in best}
     if best is not None and best.draft is not None:
-        content["self_speculation"]["draft"] = str(Path(best.draft).expanduser().absolute())
+        content["self_speculation"]["draft"] = str(Path(best.draft).absolute())
     content["quantizer"] = _plain(cfg.quantizer)
     content["temperature"] = cfg.all_temperatures[0]
     content |= {key: getattr(cfg, key) for key in MEASURED_WITH}

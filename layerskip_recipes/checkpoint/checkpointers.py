@@ -253,28 +253,21 @@ def reading_checkpointer(cfg: RecipeConfig) -> Any:
         return build_checkpointer(Component(section, "checkpointer"), nowhere)
 
 
+BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for side in ("pre", "post"))
+
+
 def build_checkpointer(section: Component, output_dir: str) -> Any:
     """The checkpointer of a section, its own output_dir replaced."""
-    correct_names()
+    # torchtune 0.6.1 confuses the names of the two norms around each feed-forward layer of GEMMA2.
+    names = _convert_weights._GEMMA2_FROM_HF
+    if names[BEFORE] == "layers.{}.mlp_scale.scale":
+        names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
     checkpointer = section.build(output_dir=output_dir)
     # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.
     described = getattr(checkpointer, "_config", None) or {}
     if "num_attention_heads" in described:
         described.setdefault("num_key_value_heads", described["num_attention_heads"])
     return checkpointer
-
-
-BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for side in ("pre", "post"))
-
-
-def correct_names() -> None:
-    """Correct the names with which torchtune reads and writes the norms of GEMMA2; a second call changes nothing.
-
-    torchtune 0.6.1 confuses the two norms around each feed-forward layer.
-    """
-    names = _convert_weights._GEMMA2_FROM_HF
-    if names[BEFORE] == "layers.{}.mlp_scale.scale":
-        names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
 
 
 def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None:

@@ -27,6 +27,7 @@ from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.hf_config import read_config_json
 from layerskip_recipes.model.hf_folder import model_folder
 
 # Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
@@ -57,8 +58,10 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     source, target = Path(checkpoint), Path(out)
     if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
-    config = _read_config(source)
-    layers = config["num_hidden_layers"]
+    config = read_config_json(source, "export")
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ConfigError(f"export: config.json in {checkpoint!r} has no num_hidden_layers")
     exits = Annotated[int, Field(ge=1, le=layers, examples=[max(layers // 4, 1)])]
     for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
         check(key, value, exits | None)
@@ -108,7 +111,6 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
             f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
         )
     source = model_folder(base["folder"], "export")
-    config = _read_config(source)
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
         checkpointer = build_checkpointer(Component(base["checkpointer"], "checkpointer"), scratch)
         weights = read_weights(checkpointer)
@@ -118,9 +120,7 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         kept |= load_file(Path(folder) / DRAFT_FILE)
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
-        whole = Path(scratch) / "epoch_0"
-        (whole / "config.json").write_text(json.dumps(first_layers(config, layers)))
-        return export(str(whole), out)
+        return export(str(Path(scratch) / "epoch_0"), out, draft=layers)
 
 
 def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:
@@ -144,18 +144,6 @@ def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     cut = {key: value[:draft] for key, value in config.items() if isinstance(value, list) and len(value) == layers > 1}
     return config | cut | {"num_hidden_layers": draft}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        assert isinstance(config["num_hidden_layers"], int)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        raise ConfigError(
-            f"export: {str(folder)!r} is no Hugging Face folder: no config.json with num_hidden_layers. Give one such "
-            "as a finetuned epoch_0"
-        ) from e
-    return config
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from torchtune import training
 from layerskip_recipes.checkpoint.hf_names import from_files, hf_name, place_in_files, to_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES
+from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import model_folder
@@ -56,19 +56,10 @@ class HFCheckpointer:
             tensors |= load_file(file)
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
-        known = {place_in_files(name, self.config)[0] for name in parameters}
-        foreign = [name for name in tensors if name not in known and not name.endswith(NOT_WEIGHTS)]
-        if self.config.tie_word_embeddings and "lm_head.weight" in foreign:
-            foreign.remove("lm_head.weight")
-        missing = sorted(known - tensors.keys())
-        for what, names in (("lack", missing), ("have in addition", sorted(foreign))):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                folder = str(self._checkpoint_dir)
-                raise ConfigError(
-                    f"checkpointer.path: the weights in {folder!r} are not those of its config.json, they {what} "
-                    f"{', '.join(names[:3])}{more}"
-                )
+        unused = (*NOT_WEIGHTS, "lm_head.weight") if self.config.tie_word_embeddings else NOT_WEIGHTS
+        tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
+        where = f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} are not those of its config.json, it"
+        check_tensors(to_files(parameters, self.config), tensors, where)
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:

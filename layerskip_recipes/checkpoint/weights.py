@@ -40,9 +40,10 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
 
 @torch.no_grad()
-def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
+def initialise(model: LayerSkipDecoder, std: float | None = None) -> None:
     """The initialisation from scratch, as in GPT-2: normal(0, std) for every matrix, the two that write into the
-    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them."""
+    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them. None: 0.02."""
+    std = 0.02 if std is None else std
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
@@ -58,7 +59,8 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
     torchtune's `quantize` recipe wrote them.
     """
     checkpointer, dtype = reading_checkpointer(cfg), cfg.torch_dtype
-    adapters = adapter_state(cfg)
+    path = cfg.checkpointer.get("adapter_checkpoint")
+    adapters = read_adapters(path, cfg.meta_model) if path is not None else {}
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
     state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
     with training.set_default_dtype(dtype), device:
@@ -90,12 +92,6 @@ def linear_head(model: LayerSkipDecoder) -> nn.Linear:
     head = nn.Linear(width, rows, bias="bias" in state, device="meta")
     head.load_state_dict(state, assign=True)
     return head
-
-
-def adapter_state(cfg: RecipeConfig) -> dict[str, torch.Tensor]:
-    """The adapters of `checkpointer.adapter_checkpoint`; empty if the config names none."""
-    path = cfg.checkpointer.get("adapter_checkpoint")
-    return read_adapters(path, cfg.meta_model) if path is not None else {}
 
 
 def quantise(module: M, quantizer: Component) -> M:

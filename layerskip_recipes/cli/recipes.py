@@ -1,6 +1,8 @@
 """What `tune run layerskip_finetune`, `_generate`, `_eval` and `_benchmark` start."""
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.cli.run import build_recipe, run_cli
@@ -10,6 +12,12 @@ from layerskip_recipes.processes import end_processes
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
+def run_from_command_line(steps: Callable[[], None]) -> Callable[[], None]:
+    """A decorator: a user's mistake is one line, and processes end together."""
+    return wraps(steps)(lambda: run_cli(steps))
+
+
+@run_from_command_line
 def finetune() -> None:
     """Finetune a torchtune model for early exit and self-speculative decoding (LayerSkip, arXiv 2404.16710).
 
@@ -17,19 +25,16 @@ def finetune() -> None:
     tune run layerskip_finetune --config my.yaml layer_dropout.prob=0.2 early_exit_loss.interval=4
     tune run --nproc_per_node 2 layerskip_finetune --config my.yaml resume_from_checkpoint=true
     """
-
-    def steps() -> None:
-        recipe = build_recipe(LayerSkipFinetune, "layerskip_finetune", finetune.__doc__)
-        recipe.setup()
-        try:
-            recipe.train()
-        finally:
-            recipe.cleanup()
-        end_processes()
-
-    run_cli(steps)
+    recipe = build_recipe(LayerSkipFinetune, "layerskip_finetune", finetune.__doc__)
+    recipe.setup()
+    try:
+        recipe.train()
+    finally:
+        recipe.cleanup()
+    end_processes()
 
 
+@run_from_command_line
 def generate() -> None:
     """Generate text with a torchtune model: autoregressive, early exit, or self-speculative (arXiv 2404.16710).
 
@@ -37,46 +42,36 @@ def generate() -> None:
     tune run layerskip_generate --config my.yaml prompt="def fibonacci(n):" self_speculation.exit_layer=4
     tune run --nproc_per_node 2 layerskip_generate --config my.yaml
     """
-
-    def steps() -> None:
-        recipe = build_recipe(LayerSkipGenerate, "layerskip_generate", generate.__doc__)
-        recipe.setup()
-        recipe.generate()
-        end_processes()
-        if recipe.interrupted:
-            sys.exit(130)  # what a shell expects after Ctrl-C
-
-    run_cli(steps)
+    recipe = build_recipe(LayerSkipGenerate, "layerskip_generate", generate.__doc__)
+    recipe.setup()
+    recipe.generate()
+    end_processes()
+    if recipe.interrupted:
+        sys.exit(130)  # what a shell expects after Ctrl-C
 
 
+@run_from_command_line
 def evaluate() -> None:
     """Measure a model: the loss of every exit and its agreement with the last layer, and lm-eval's tasks.
 
     tune run layerskip_eval --config quickstart/eval
     tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
     """
-
-    def steps() -> None:
-        recipe = build_recipe(LayerSkipEval, "layerskip_eval", evaluate.__doc__)
-        recipe.setup()
-        recipe.evaluate()
-        if recipe.interrupted:
-            sys.exit(130)
-
-    run_cli(steps)
+    recipe = build_recipe(LayerSkipEval, "layerskip_eval", evaluate.__doc__)
+    recipe.setup()
+    recipe.evaluate()
+    if recipe.interrupted:
+        sys.exit(130)
 
 
+@run_from_command_line
 def benchmark() -> None:
     """Compare autoregressive decoding, variants of self-speculation and other libraries on one checkpoint.
 
     tune run layerskip_benchmark --config quickstart/benchmark
     tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled
     """
-
-    def steps() -> None:
-        recipe = build_recipe(LayerSkipBenchmark, "layerskip_benchmark", benchmark.__doc__)
-        recipe.setup()
-        if recipe.benchmark()["interrupted"]:
-            sys.exit(130)  # what a shell expects after Ctrl-C
-
-    run_cli(steps)
+    recipe = build_recipe(LayerSkipBenchmark, "layerskip_benchmark", benchmark.__doc__)
+    recipe.setup()
+    if recipe.benchmark()["interrupted"]:
+        sys.exit(130)  # what a shell expects after Ctrl-C

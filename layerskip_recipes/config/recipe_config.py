@@ -21,7 +21,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def _is_device(name: str) -> str:
-    if name.partition(":")[0] not in DEVICES:
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", name):
         raise ConfigError(f": {name!r} is no device. Allowed: {', '.join(DEVICES)}; for example device=cpu")
     return name
 

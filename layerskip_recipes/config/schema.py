@@ -55,10 +55,6 @@ class Section(BaseModel):
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
 
-    def arguments(self) -> dict[str, Any]:
-        """The fields as keyword arguments."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
-
 
 # ---- what is allowed, in words ----
 

@@ -1,7 +1,6 @@
 """The head of drafts that choose among a part of the tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,18 +59,14 @@ def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[i
 
     A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
     """
-    output: Any = rows_of_head(model)
-    wanted = torch.as_tensor(vocabulary).long().unique().cpu()
-    kept = _DRAFT_HEADS.get(model)
-    if (
-        kept is None
-        or type(output.weight) is not nn.Parameter
-        or (kept.weight.device, kept.weight.dtype) != (output.weight.device, output.weight.dtype)
-        or not torch.equal(kept.vocabulary.cpu(), wanted)
+    new, kept = DraftHead(model, vocabulary), _DRAFT_HEADS.get(model)
+    if kept is None or not (
+        (kept.weight.device, kept.weight.dtype) == (new.weight.device, new.weight.dtype)
+        and torch.equal(kept.vocabulary, new.vocabulary)
     ):
-        kept = _DRAFT_HEADS[model] = DraftHead(model, wanted)
-    else:
-        kept.weight.copy_(output.weight.index_select(0, kept.vocabulary))
-        if kept.bias is not None:
-            kept.bias.copy_(output.bias[kept.vocabulary])
+        _DRAFT_HEADS[model] = new
+        return new
+    kept.weight.copy_(new.weight)
+    if kept.bias is not None:
+        kept.bias.copy_(new.bias)
     return kept

@@ -297,6 +297,7 @@ class Generation:
 
     def _draft_round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
+        started, compiled = time.perf_counter(), self.context.compile_s
         self.context.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
         most_room = max(room)
@@ -324,7 +325,8 @@ class Generation:
         self._count_round(draft)
         # A round that the limit cuts says nothing about the rate of others.
         if most_room > self.speculation.num_speculations:
-            self.drafter.learn(draft, sum(map(len, kept)) / len(running))
+            seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
+            self.drafter.learn(draft, sum(map(len, kept)) / len(running), seconds)
         return kept
 
     def _starts(self) -> tuple[torch.Tensor, int]:

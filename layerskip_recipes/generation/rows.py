@@ -129,7 +129,9 @@ class Rows:
         self._see(self.texts)
 
     def _see(self, tokens: Sequence[Sequence[int]]) -> None:
+        if self.seen is None:
+            return
         pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
-        if self.seen is not None and pairs:
+        if pairs:
             at = on_device(pairs, self.seen.device)
             self.seen[at[:, 0], at[:, 1]] = True

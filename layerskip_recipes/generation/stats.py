@@ -164,26 +164,6 @@ class PhaseTimer:
         return event
 
 
-class RoundTimer:
-    """Times whole rounds, by rank 0's clock on all ranks, so that all of them choose the same draft strategy."""
-
-    def __init__(self, context: StepContext) -> None:
-        self.context = context
-        self.start()
-
-    def start(self) -> None:
-        """A round begins."""
-        self.started, self.compiled = time.perf_counter(), self.context.compile_s
-
-    def seconds(self) -> float:
-        """Seconds since the start; 0 if something was compiled meanwhile, as that does not repeat."""
-        seconds = time.perf_counter() - self.started if self.context.compile_s == self.compiled else 0.0
-        if self.context.broadcast_from_rank0 is None:
-            return seconds
-        on_device = torch.tensor(seconds, device=self.context.device, dtype=torch.float32)
-        return self.context.broadcast_from_rank0(on_device).item()
-
-
 def tensor_bytes(tensor: torch.Tensor) -> int:
     """The memory that a tensor takes here; of a quantised or sharded one the sum of its parts."""
     if hasattr(tensor, "__tensor_flatten__"):

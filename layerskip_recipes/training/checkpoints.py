@@ -9,8 +9,8 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,12 @@ class Checkpoints:
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         self.trained_file = DRAFT_FILE if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
         whole = self.resumed_from if not (self.trained_file or self.sharded) else None
-        section, self._given_folder = cfg.checkpointer, cfg.given_folder
+        section = cfg.checkpointer
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
         self._in_background = not cfg.optimizer.path.startswith("torchao.")
+        self._completing = ThreadPoolExecutor(max_workers=1)
         self._pending: Future | None = None
         self._group = None
         if cfg.enable_async_checkpointing and dist.is_initialized():
@@ -225,22 +226,21 @@ class Checkpoints:
             self._clear()
         wait_for_all()  # no rank may write into a folder that is being cleared
         place = self.staging / name
+        written: Any = None
         if self._in_background:
-            future: Any = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
+            written = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         else:
             dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
-            future = Future()
-            future.set_result(None)
-        if is_rank_zero():
 
-            def complete() -> None:
+        def complete() -> None:
+            if written is not None:
+                written.result()
+            if is_rank_zero():
                 write_description(place, description)
                 torch.save(dict(state), place / RECIPE_STATE)
                 self._place(name)
 
-            self._pending = _after(future, complete)
-        else:
-            self._pending = future
+        self._pending = self._completing.submit(complete)
 
     def load_shards(self, shards: dict[str, Any]) -> list[str]:
         """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them.
@@ -296,21 +296,6 @@ def _snapshot(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _snapshot(part) for key, part in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-
-
-def _after(future: Future, then: Callable[[], Any]) -> Future:
-    """A future that is done when `then` ran after the first one, in its thread; with the error of either."""
-    both: Future = Future()
-
-    def done(first: Future) -> None:
-        try:
-            first.result()
-            both.set_result(then())
-        except BaseException as e:
-            both.set_exception(e)
-
-    future.add_done_callback(done)
-    return both
 
 
 def restore_set_aside(output_dir: Path) -> None:

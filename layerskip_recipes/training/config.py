@@ -205,11 +205,11 @@ class FinetuneConfig(RecipeConfig):
             )
         if self.early_exit_loss is None:
             return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), **given)
-        return EarlyExitLoss(**self.early_exit_loss.arguments(), **given)
+        return EarlyExitLoss(**dict(self.early_exit_loss), **given)
 
     def build_layer_dropout(self) -> LayerDropout | None:
         """The dropout of the `layer_dropout` section, if there is one."""
-        return None if self.layer_dropout is None else LayerDropout(self.num_layers, **self.layer_dropout.arguments())
+        return None if self.layer_dropout is None else LayerDropout(self.num_layers, **dict(self.layer_dropout))
 
     @property
     def num_layers(self) -> int:

@@ -59,7 +59,9 @@ def build_model(
     if is_rank_zero():
         if state is None and several:
             with training.set_default_dtype(cfg.torch_dtype):
-                state = _initialised(layerskip_decoder(cfg.model.build()), cfg).state_dict()
+                fresh = layerskip_decoder(cfg.model.build())
+                initialise(fresh, cfg.init_std)
+                state = fresh.state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
                 state |= fresh_adapters(model, state, seed) if trained is None else trained
@@ -87,7 +89,7 @@ def _place(
         return part
     checkpoint_layers(part, checkpoint_every)
     if isinstance(part, LayerSkipDecoder) and state is None:
-        _initialised(part, cfg)
+        initialise(part, cfg.init_std)
     else:
         part.load_state_dict(state or {})
     return part
@@ -110,12 +112,6 @@ def fresh_draft(draft: Draft, base: Weights) -> Weights:
         return base[of_layer.sub(lambda m: f"layers.{int(m[1]) + draft.start}", name)]
 
     return {name: fresh(name, like) for name, like in draft.state_dict().items()}
-
-
-def _initialised(model: LayerSkipDecoder, cfg: FinetuneConfig) -> LayerSkipDecoder:
-    """The model with weights to start from scratch with."""
-    initialise(model, 0.02 if cfg.init_std is None else cfg.init_std)
-    return model
 
 
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:

@@ -60,13 +60,10 @@ class Optimizers:
         return self.all[0].param_groups[0]["initial_lr"]
 
     def step(self) -> None:
-        """Update the weights; an optimizer in backward has done so already."""
+        """Update the weights, as an optimizer in backward has done already, and the learning rate."""
         if not self.in_backward:
             self.all[0].step()
             self.all[0].zero_grad(set_to_none=True)
-
-    def step_schedule(self) -> None:
-        """Move the learning rate to the next step."""
         for scheduler in self.schedulers:
             scheduler.step()
 

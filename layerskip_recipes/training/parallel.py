@@ -228,14 +228,10 @@ def load_from_rank0(
     """
     init_rope(model, device, dtype)
     wait_for_all()  # rank 0 may have read its files for long
-    if any(is_packed(parameter) for parameter in model.parameters()):
+    # QLoRA's, and this rank's parts of them.
+    if any(isinstance(getattr(p, "_local_tensor", p), NF4Tensor) for p in model.parameters()):
         return _load_packed(model, state, device, dtype, offload)
     broadcast_state_dict(model, state, dtype, offload)
-
-
-def is_packed(parameter: torch.Tensor) -> bool:
-    """Whether a parameter, or this rank's part of it, is NF4, as in QLoRA."""
-    return isinstance(parameter, NF4Tensor) or isinstance(getattr(parameter, "_local_tensor", None), NF4Tensor)
 
 
 def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:

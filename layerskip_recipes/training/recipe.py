@@ -256,9 +256,8 @@ class LayerSkipFinetune:
             norm = clip_gradients(self.trained, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
         self._check_sums(sums[0], sums[1], norm)
-        self.optimizers.step()
         metrics["lr"] = self.optimizers.lr
-        self.optimizers.step_schedule()
+        self.optimizers.step()
         self.step += 1
         self.profiler.step()
         if self.step % self.cfg.log_every_n_steps == 0:
@@ -363,7 +362,7 @@ class LayerSkipFinetune:
             "interval": loss.interval if loss.curriculum == "rotational" else None,
             "scale": loss.scale,
             "scale_fn": loss.scale_fn,
-            "layer_dropout": cfg.layer_dropout.arguments() if cfg.layer_dropout else cfg.model.get("layer_dropout"),
+            "layer_dropout": dict(cfg.layer_dropout) if cfg.layer_dropout else cfg.model.get("layer_dropout"),
             "steps": self.step,
             "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
         }
@@ -382,7 +381,7 @@ class LayerSkipFinetune:
             "run": self.fingerprint,
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: from_every_rank(mine),
-            "validation": self.validation.state_dict(),
+            "validation": {"first": self.validation.first},
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -393,7 +392,7 @@ class LayerSkipFinetune:
             self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
-        self.validation.load_state_dict(state["validation"])
+        self.validation.first = state["validation"]["first"]
         generators = state[training.RNG_KEY]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(generators):  # with more ranks than before, the new ones keep their own seed

@@ -95,7 +95,8 @@ class Validation:
         some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
         quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val", draft=draft)
         batches.close()
-        reshard(model)
+        for part in measured:
+            reshard(part)
         for part in trained:
             part.train()
         final = quality[self.exits[-1]]["loss"]
@@ -118,10 +119,3 @@ class Validation:
             f"val_{what}_exit_{e}": quality[e][what] for e in self.exits for what in ("loss", "perplexity", "agreement")
         }
         return named | {"val_loss_final": final}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The value with which a resumed run compares."""
-        return {"first": self.first}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.first = state["first"]

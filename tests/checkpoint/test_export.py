@@ -149,7 +149,7 @@ def test_lists_by_layer_are_cut():
         ({"exit_layer": 0}, r"--exit-layer: 0 .*1 to 4"),
         ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
         ({"out": "model"}, "'.*model' exists already"),
-        ({"checkpoint": "nowhere"}, "'.*nowhere' is no Hugging Face folder"),
+        ({"checkpoint": "nowhere"}, "'.*nowhere' holds no readable config.json"),
         ({"out": "model/config.json/out"}, "export: .*config.json' is in the way"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, token
     monkeypatch.chdir(tmp_path)
     out = export(folder, str(tmp_path / "draft"), draft=0)
     model = load(out)
-    assert model.config.num_hidden_layers == 2
+    assert model.config.num_hidden_layers == 2 and not (out / "custom_generate").exists()
     with torch.no_grad():
         expected = recipe.draft.decoder(recipe.model)(TOKENS)
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)

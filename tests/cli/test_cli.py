@@ -150,6 +150,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
         (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
         (["validate", "quickstart/generate", "device=gpu"], "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
+        (["validate", "quickstart/generate", "device=cpu:"], "device: 'cpu:' is no device"),
         (
             ["validate", "quickstart/generate", "repetition_penalty=0"],
             "Allowed: a number above 0 (or null); for example",
@@ -166,7 +167,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         ),
         (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
         (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
-        (["export", "nowhere", "out"], "export: 'nowhere' is no Hugging Face folder"),
+        (["export", "nowhere", "out"], "export: 'nowhere' holds no readable config.json"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):

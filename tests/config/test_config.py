@@ -239,10 +239,20 @@ def test_the_home_folder_in_a_path(base, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     old = {"checkpoint_dir": "~/old", "checkpoint_files": ["~/a"]}
     path = extend(base, output_dir="~/runs", compare={"old": old})
-    config = load_config(str(path), ["picture=~/x.png", "prompt=~/ls", "log_dir=${output_dir}/logs", "report=~me/x"])
+    config = load_config(
+        str(path),
+        [
+            "picture=~/x.png",
+            "self_speculation.draft=~/run/epoch_0",
+            "prompt=~/ls",
+            "log_dir=${output_dir}/logs",
+            "report=~me/x",
+        ],
+    )
     assert (config.output_dir, config.log_dir) == ("/home/me/runs", "/home/me/runs/logs")
     assert config.compare.old == {"checkpoint_dir": "/home/me/old", "checkpoint_files": ["/home/me/a"]}
     assert (config.picture, config.prompt, config.report) == ("/home/me/x.png", "~/ls", "~me/x")
+    assert config.self_speculation.draft == "/home/me/run/epoch_0"
 
 
 @pytest.mark.parametrize("override", ["batch_size", "=3", "~nothere", "~optimizer.nothere", "~", ""])

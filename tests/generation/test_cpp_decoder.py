@@ -257,6 +257,17 @@ def test_huge_pages_hold_the_same_numbers():
     assert refused or moved >= 2048
 
 
+def test_weights_that_draft_move_too_after_a_generation_without_them(monkeypatch):
+    moved = []
+    monkeypatch.setattr(cpp_decoder, "use_huge_pages", lambda tensors: moved.append({t.data_ptr() for t in tensors}))
+    model = make.__wrapped__("llama3")
+    speculation = speculation_of("drafter", model)
+    run(model, PROMPTS, 4)
+    run(model, PROMPTS, 4, speculation=speculation)
+    drafts = speculation.drafter.layers[0].mlp.w1.weight.data_ptr()
+    assert drafts not in moved[0] and drafts in moved[-1]
+
+
 def huge_kilobytes(address):
     """AnonHugePages of the mapping with an address, by /proc/self/smaps."""
     inside = False

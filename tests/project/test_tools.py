@@ -75,7 +75,7 @@ def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
         (["quickstart/finetune", "--layers", "99"], "--layers: '99'"),
         (["quickstart/finetune", "epochs=0"], "epochs: 0"),
         (["quickstart/finetune", "--repeats", "0"], "--repeats: 0 is not allowed. Allowed: an integer of 1 or more"),
-        (["quickstart/finetune", "--prob", "2"], "--prob: 2 is not allowed. Allowed: a number of 0 to 1"),
+        (["quickstart/finetune", "--prob", "2"], "--prob: 2.0 is not allowed. Allowed: a number of 0 to 1"),
     ],
 )
 def test_a_mistake_in_training_cost(arguments, message, capsys):

@@ -27,7 +27,8 @@ def same(one, other, steps):
 
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
 def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
-    """The copy by `tune run`, the adapter with its layers checkpointed; from shards one process goes on, and two do."""
+    """The copy by `tune run`, which keeps gathered weights; the adapter with its layers checkpointed; from shards one
+    process goes on, and two do."""
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
     path = finetune_config(
         tmp_path, tokenizer_folder, draft={"kind": kind, "exit_layer": 2}, layer_dropout=None, early_exit_loss=None,
@@ -38,7 +39,7 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     train(path, f"output_dir={one}", "batch_size=4")
     if kind == "copy":
         command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-        done = run_tune(*command, f"output_dir={two}", "batch_size=2", cwd=tmp_path, timeout=400)
+        done = run_tune(*command, f"output_dir={two}", "batch_size=2", "fsdp_reshard_after_forward=false", cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
     else:
         arguments = ("train", tmp_path, "--config", path, f"output_dir={two}", "batch_size=2", "ac_mode=full")

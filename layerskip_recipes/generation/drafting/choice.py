@@ -16,7 +16,6 @@ from layerskip_recipes.generation.drafting.drafter import Draft, Drafter, DraftS
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.drafting.tree import TreeDrafter
-from layerskip_recipes.generation.stats import RoundTimer
 from layerskip_recipes.generation.steps import StepContext
 
 
@@ -91,11 +90,11 @@ class ChoosingDrafter(Drafter):
         drafter: from an exit.
         lookup: from the text.
         choice: learns their rates.
-        timer: of rounds.
+        context: asks rank 0 for its clock's word, so that all ranks choose the same strategy.
     """
 
-    def __init__(self, drafter: Drafter, lookup: LookupDrafter, choice: DiscountedUCB, timer: RoundTimer) -> None:
-        self.drafter, self.lookup, self.choice, self.timer = drafter, lookup, choice, timer
+    def __init__(self, drafter: Drafter, lookup: LookupDrafter, choice: DiscountedUCB, context: StepContext) -> None:
+        self.drafter, self.lookup, self.choice, self.context = drafter, lookup, choice, context
         self.strategy = drafter.strategy
 
     def begin(self, final: torch.Tensor) -> None:
@@ -106,7 +105,6 @@ class ChoosingDrafter(Drafter):
         self.lookup.replace(row, text)
 
     def propose(self, now: RoundStart) -> Draft:
-        self.timer.start()
         found = self.lookup.propose(now)
         offered = [self.drafter.strategy, *([found.strategy] if found.length else [])]
         return found if self.choice.pick(offered) == found.strategy else self.drafter.propose(now)
@@ -114,8 +112,11 @@ class ChoosingDrafter(Drafter):
     def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
         return self.drafter.verify(draft, now)
 
-    def learn(self, draft: Draft, tokens: float) -> None:
-        if seconds := self.timer.seconds():
+    def learn(self, draft: Draft, tokens: float, seconds: float) -> None:
+        if self.context.broadcast_from_rank0 is not None:
+            on_device = torch.tensor(seconds, device=self.context.device, dtype=torch.float32)
+            seconds = self.context.broadcast_from_rank0(on_device).item()
+        if seconds:
             self.choice.learn(draft.strategy, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
@@ -140,4 +141,4 @@ def make_drafter(
     if speculation.prompt_lookup is None:
         return drafter
     lookup = LookupDrafter(context, d, speculation.prompt_lookup, prompts)
-    return ChoosingDrafter(drafter, lookup, choice or DiscountedUCB(), RoundTimer(context))
+    return ChoosingDrafter(drafter, lookup, choice or DiscountedUCB(), context)

@@ -95,8 +95,9 @@ class Drafter(ABC):
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """A row goes on from another text, which is in the cache; final [d] is x_L of its last token."""
 
-    def learn(self, draft: Draft, tokens: float) -> None:  # noqa: B027 - only some drafters need it
-        """A round that no limit cut gave each running row so many tokens, on the mean."""
+    def learn(self, draft: Draft, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
+        """A round that no limit cut gave each running row so many tokens, on the mean, in so many seconds; 0 if
+        something was compiled meanwhile, as that does not repeat."""
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 - only some drafters need it
         """The text of each row goes on by these tokens, [b][any number]."""

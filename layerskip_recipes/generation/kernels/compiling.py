@@ -10,7 +10,7 @@ import itertools
 import time
 import types
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,20 +45,6 @@ class GraphError(RuntimeError):
     """
 
 
-class StepLike(Protocol):
-    """What is compiled: a `Step` of steps.py, which imports this module."""
-
-    context: Any
-    function: Callable
-    settings: tuple[Hashable, ...]
-
-    def key(self, *args: Any) -> Hashable:
-        """What the graph depends on."""
-
-    def run(self, slots: torch.Tensor | None, *args: Any) -> Any:
-        """The function without its graph."""
-
-
 class CompiledSteps:
     """The graphs of one model, by the keys of their steps.
 
@@ -75,7 +61,6 @@ class CompiledSteps:
         self.warming = False
         self.captured: set[tuple[Hashable, ...]] = set()
         self.failed = False  # nothing can be compiled here
-        self.prepared = False  # the C++ of steps on a CPU is loaded
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
         self._caches: dict[tuple[int, int], DecodingCache] = {}
@@ -95,17 +80,16 @@ class CompiledSteps:
         return kept
 
     def prepare(self, load: Callable[[], None]) -> bool:
-        """Call once what compiles, or finds it compiled; False, and a line, if that is not possible."""
-        if not (self.prepared or self.failed):
+        """Call what compiles, or finds it compiled; False, and a line, if that is not possible."""
+        if not self.failed:
             started = time.perf_counter()
             try:
                 load()
-                self.prepared = True
             except Exception as e:
                 self.failed = True
                 _warn("here", e)
             self.seconds += time.perf_counter() - started
-        return self.prepared
+        return not self.failed
 
     def begin_round(self) -> None:
         """CUDA graphs may use the memory of the last round's results again."""
@@ -113,7 +97,7 @@ class CompiledSteps:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
-    def __call__(self, step: StepLike, slots: torch.Tensor | None, *args: Any) -> Any:
+    def __call__(self, step: Any, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
         key = step.key(*args)
@@ -153,7 +137,7 @@ class CompiledSteps:
         self.seconds += time.perf_counter() - started
         return out
 
-    def _is_quantised(self, step: StepLike) -> bool:
+    def _is_quantised(self, step: Any) -> bool:
         """Whether a step reads quantised weights: those of a draft model, or of the whole model."""
         kinds = [kind for _, kind, *_ in self.weights or ()]
         return not step.context.shares_layers or any(kind is not torch.nn.Parameter for kind in kinds)

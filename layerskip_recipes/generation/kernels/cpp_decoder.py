@@ -225,7 +225,7 @@ class CppDecoder:
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
     def compile(self) -> None:
-        """What is done once for a model: compile the C++, and let the weights lie where they are read fastest."""
+        """What takes time once: compile the C++, and let the weights lie where they are read fastest."""
         load_library()
         parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
         use_huge_pages(tensor for part in parts for tensor in part.tensors.values())

@@ -11,12 +11,13 @@ import torch
 
 PAGE = 2 << 20
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # from the kernel's mman.h; the second one since Linux 6.1
+_moved = set[int]()  # by their addresses, over PAGE
 
 
 def use_huge_pages(tensors: Iterable[torch.Tensor], most_seconds: float = 10.0) -> None:
     """Move tensors of the CPU to pages of 2 MB, at the addresses that they have.
 
-    A page takes some 10 ms. Where Linux refuses, or after `most_seconds`, tensors stay in the pages that they have.
+    A page takes some 10 ms, once. Where Linux refuses, or after `most_seconds`, they stay in the pages that they have.
     """
     if sys.platform != "linux":
         return
@@ -27,8 +28,9 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], most_seconds: float = 10.0) 
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     started = time.perf_counter()
-    for page in sorted(pages):
+    for page in sorted(pages - _moved):
         if time.perf_counter() - started > most_seconds:
             return
+        _moved.add(page)
         for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
             madvise(page * PAGE, PAGE, advice)

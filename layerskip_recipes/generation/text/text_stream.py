@@ -138,14 +138,15 @@ def follow(
     try:
         for new in generation:
             started = time.perf_counter()
-            for prompt in running.intersection(generation.in_row):
-                kept = texts[prompt].extend(new[prompt])
-                if kept is not None:
+            here = running.intersection(generation.in_row)
+            for prompt in here:
+                text = texts[prompt]
+                if (text.stop_strings or text is shown) and (kept := text.extend(new[prompt])) is not None:
                     generation.stop(prompt, len(generation.generated[prompt]) - len(new[prompt]) + kept)
             if shown is not None:
                 shown.show(last=generation.finished[0])
             seconds += time.perf_counter() - started
-            for prompt in [prompt for prompt in sorted(running) if generation.finished[prompt]]:
+            for prompt in sorted(prompt for prompt in here if generation.finished[prompt]):
                 running.discard(prompt)
                 on_end(prompt)
     except KeyboardInterrupt:
