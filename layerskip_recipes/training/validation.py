@@ -87,7 +87,7 @@ class Validation:
             val_agreement_draft, val_accepted_length_draft, the tokens accepted of six, and, if it chooses among all
             tokens, val_loss_draft.
         """
-        measured = [model] if draft is None else [model, draft]
+        measured: list[torch.nn.Module] = [model] if draft is None else [model, draft]
         trained = [part for part in measured if part.training]
         for part in trained:
             part.eval()
