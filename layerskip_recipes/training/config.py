@@ -345,6 +345,11 @@ class FinetuneConfig(RecipeConfig):
                 f"tensor_parallel_dim: {self.tensor_parallel_dim} does not go with draft; FSDP shards it: "
                 "tensor_parallel_dim=null"
             )
+        if self.draft.own_text and self.fsdp_cpu_offload:
+            raise ConfigError(
+                f"draft.own_text: {self.draft.own_text} needs the model's weights on the device; draft.own_text=0 or "
+                "fsdp_cpu_offload=false"
+            )
 
     def _check_sharded_layers(self) -> None:
         """FSDP gathers in a forward, which a list of layers lacks. torchtune's configs name a tied head too."""

@@ -116,9 +116,8 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
     """Raises a ConfigError for keys that work in one process only."""
-    for key, off in {"own_text": 0, "keep_states": "false"}.items():
-        if cfg.draft is not None and getattr(cfg.draft, key):
-            raise ConfigError(f"draft.{key}: {getattr(cfg.draft, key)} works with one process. Set draft.{key}={off}")
+    if cfg.draft is not None and cfg.draft.keep_states:
+        raise ConfigError("draft.keep_states: True works with one process. Set draft.keep_states=false")
     if cfg.draft is not None and cfg.draft.kind == "adapter" and cfg.optimizer_in_bwd:
         raise ConfigError(
             "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "

@@ -27,11 +27,12 @@ def same(one, other, steps):
 
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
 def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
-    """The copy by `tune run`, which keeps gathered weights; the adapter with its layers checkpointed; from shards one
-    process goes on, and two do."""
+    """The copy by `tune run`, which keeps gathered weights; the adapter with its layers checkpointed, and half of its
+    batches own text; from shards one process goes on, and two do."""
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
+    section = {"kind": kind, "exit_layer": 2, "own_text": 0.5 if kind == "adapter" else 0}
     path = finetune_config(
-        tmp_path, tokenizer_folder, draft={"kind": kind, "exit_layer": 2}, layer_dropout=None, early_exit_loss=None,
+        tmp_path, tokenizer_folder, draft=section, layer_dropout=None, early_exit_loss=None,
         checkpointer=start_section(base), dataset=texts(tmp_path), dataset_val=texts(tmp_path) | {"split": "train[:5]"},
         epochs=2, max_steps_per_epoch=4, clip_grad_norm=1.0, save_every_n_steps=2, enable_async_checkpointing=True,
     )  # fmt: skip
@@ -44,6 +45,7 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     else:
         arguments = ("train", tmp_path, "--config", path, f"output_dir={two}", "batch_size=2", "ac_mode=full")
         check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+        assert (one / "own_text.jsonl").read_text() == (two / "own_text.jsonl").read_text()
     same(one, two, range(1, 9))
 
     resumed = ["resume_from_checkpoint=true"]
@@ -56,15 +58,12 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     same(one, again, range(5, 9))
 
 
-@pytest.mark.parametrize(("key", "value"), [("own_text", 0.5), ("keep_states", True)])
-def test_own_text_and_kept_states_want_one_process(tmp_path, tokenizer_folder, key, value):
+def test_kept_states_want_one_process(tmp_path, tokenizer_folder):
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
-    section = {"exit_layer": 2, key: value}
     path = finetune_config(
-        tmp_path, tokenizer_folder, draft=section, layer_dropout=None, early_exit_loss=None,
-        checkpointer=start_section(base),
+        tmp_path, tokenizer_folder, draft={"exit_layer": 2, "keep_states": True}, layer_dropout=None,
+        early_exit_loss=None, checkpointer=start_section(base),
     )  # fmt: skip
-    arguments = ("train", tmp_path, "--config", path)
-    for rank in run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path):
+    for rank in run_on_ranks(training_ranks.__file__, "train", tmp_path, "--config", path, cwd=tmp_path):
         assert rank.returncode == 1
-        assert f"draft.{key}: {value} works with one process" in last_line(rank.stderr)
+        assert "draft.keep_states: True works with one process" in last_line(rank.stderr)

@@ -23,6 +23,7 @@ from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.model_setup import fresh_draft
+from layerskip_recipes.training.parallel import Mesh
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},
@@ -222,7 +223,7 @@ def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monk
         {"tokens": [*range(1, 21)], "labels": [-100] * 16 + [17, 18, 19, 20]},
         {"tokens": [3] * 8, "labels": [3] * 8},
     ]
-    data = SimpleNamespace(dataset=texts, num_samples=2, batch_size=2, seed=1)
+    data = SimpleNamespace(dataset=texts, num_samples=2, batch_size=2, seed=1, mesh=Mesh())
     written = []
     for name, memory in {"much": 2**40, "little": 1}.items():
         monkeypatch.setattr(
@@ -332,6 +333,7 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
         ),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
         (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),
+        (["draft.own_text=0.5", "fsdp_cpu_offload=true"], "draft.own_text: 0.5 needs the model's weights "),
         (
             ["loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}"],
             "loss.label_smoothing: does nothing beside draft. ",

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.limits import free_memory, most_positions, row_bytes
+from layerskip_recipes.processes import broadcast_from_rank0, from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
+from layerskip_recipes.training.parallel import reshard
 
 ROWS = 64  # texts that are written together
 
@@ -22,7 +25,8 @@ ROWS = 64  # texts that are written together
 class OwnText:
     """Batches of the model's own text, written when they are needed and kept in a file.
 
-    The texts follow from the seed and their number, so that a resumed run, which reads the file, goes on alike.
+    The texts follow from the seed and their number, so that a resumed run, which reads the file, goes on alike. All
+    ranks write the same ones together, since each has a part of the model, and take their parts of each batch.
 
     Args:
         share: of the micro-batches that are own text.
@@ -39,9 +43,9 @@ class OwnText:
         self.share, self.temperature, self.data, self.stop_tokens = share, temperature, data, stop_tokens
         self.file = file
         # A killed run may have left a part of its last group, and of a line.
-        lines = file.read_text().split("\n")[:-1] if resumes and file.exists() else []
+        lines = file.read_text().split("\n")[:-1] if resumes and is_rank_zero() and file.exists() else []
         lines = lines[: len(lines) // ROWS * ROWS]
-        self.texts = [json.loads(line) for line in lines]
+        self.texts: list[dict[str, Any]] = from_rank_zero([json.loads(line) for line in lines])
         self._keep(self.texts, "w")
         self.order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(data.seed)).tolist()
 
@@ -55,12 +59,13 @@ class OwnText:
         before, after = int(number * self.share), int((number + 1) * self.share)
         if before == after:
             return None
-        size = self.data.batch_size
+        mesh = self.data.mesh
+        size = self.data.batch_size * mesh.data_size
         while len(self.texts) < (before + 1) * size:
             self._write(model)
-        texts = self.texts[before * size : (before + 1) * size]
+        texts = self.texts[before * size : (before + 1) * size][mesh.data_rank :: mesh.data_size]
         width = max(len(text["tokens"]) for text in texts)
-        tokens = torch.zeros(size, width, dtype=torch.long)
+        tokens = torch.zeros(len(texts), width, dtype=torch.long)
         labels = torch.full_like(tokens, CROSS_ENTROPY_IGNORE_IDX)
         for row, text in enumerate(texts):
             written = torch.tensor(text["tokens"])
@@ -79,6 +84,11 @@ class OwnText:
         embeddings = model.tok_embeddings.weight
         rng = torch.Generator(embeddings.device).manual_seed(self.data.seed + first)
         row = row_bytes(model, longest, embeddings.dtype, max(map(len, prompts)))
+        rows = min(max(free_memory(embeddings.device) // 2 // row, 1), ROWS)
+        if dist.is_initialized():
+            # FSDP makes its buffers in the first forward, and training cannot use those of a generation.
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=embeddings.device))
         # Without drafts, which save reading weights: a batch of so many rows reads them once for all of its tokens.
         generation = Generation(
             model,
@@ -86,10 +96,12 @@ class OwnText:
             limit,
             sampler=Sampler(self.temperature, rng=rng),
             stop_tokens=self.stop_tokens,
-            rows=min(max(free_memory(embeddings.device) // 2 // row, 1), ROWS),
+            rows=from_rank_zero(rows),
+            broadcast_from_rank0=broadcast_from_rank0 if dist.is_initialized() else None,
         )
         for _ in generation:
             pass
+        reshard(model)
         new = [
             {"prompt": len(prompt), "tokens": prompt + written}
             for prompt, written in zip(prompts, generation.generated, strict=True)
@@ -99,9 +111,10 @@ class OwnText:
 
     def _keep(self, texts: list[dict[str, Any]], mode: str) -> None:
         """Write texts to the file: "w" in place of what it holds, "a" behind it."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open(mode) as file:
-            file.write("".join(json.dumps(text) + "\n" for text in texts))
+        if is_rank_zero():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open(mode) as file:
+                file.write("".join(json.dumps(text) + "\n" for text in texts))
 
 
 def _beginning(sample: dict[str, Any]) -> list[int]:
