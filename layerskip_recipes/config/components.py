@@ -144,9 +144,9 @@ class Takes:
 
 
 def parameter_names(path: Any) -> set[str] | None:
-    """The parameters of a component; None if it takes any, or cannot be asked (`Component.check` says why)."""
+    """The named parameters of a component; None if it cannot be asked (`Component.check` says why)."""
     try:
         parameters = inspect.signature(_get_component_from_path(path)).parameters.values()
     except (InstantiationError, ValueError, TypeError, AttributeError):
         return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

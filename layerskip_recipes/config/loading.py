@@ -119,7 +119,7 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """`later` over `base`: mappings merge, anything else replaces.
 
-    Where a section's `_component_` changes, inherited arguments that the new one does not take stay behind.
+    Where a section's `_component_` changes, inherited arguments that the new one does not name stay behind.
     """
     merged = dict(base)
     for key, new in later.items():

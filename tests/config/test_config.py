@@ -271,6 +271,14 @@ def test_another_component_on_the_command_line(key, base):
     assert config.optimizer == {"_component_": SGD, "lr": 1e-3, "weight_decay": 0.1, "momentum": 0.9}
 
 
+def test_a_component_that_takes_any_argument_inherits_those_that_it_names():
+    """The others would go to `datasets.load_dataset`, which says nothing that helps."""
+    component = "torchtune.datasets.text_completion_dataset"
+    config = load_config("quickstart/finetune", [f"dataset={{_component_: {component}, source: json, data_files: a}}"])
+    assert load_config("quickstart/finetune").dataset.keys() >= {"seq_len", "split"}
+    assert config.dataset == {"_component_": component, "source": "json", "data_files": "a", "split": "train"}
+
+
 def test_another_component_in_the_extending_file(base):
     config = load_config(str(extend(base, optimizer={"_component_": SGD, "lr": 1.0})))
     assert config.optimizer == {"_component_": SGD, "lr": 1.0, "weight_decay": 0.1}
