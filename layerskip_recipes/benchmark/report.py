@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.benchmark.measuring import Run
-from layerskip_recipes.generation.report import draft_figures, safe_divide
+from layerskip_recipes.generation.report import draft_figures, ratio, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
 
 ACCEPTANCES = (0.5, 0.7, 0.9)  # for which the speed-up of random weights is reported
@@ -33,12 +33,6 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"median": statistics.median(there), "min": min(there), "max": max(there)} if there else None
 
 
-def speedups(ours: Sequence[GenerationStats], baseline: Sequence[GenerationStats]) -> list[float | None]:
-    """Repeat by repeat the tokens per second over the baseline's."""
-    rates = [(a.tokens_per_second, b.tokens_per_second) for a, b in zip(ours, baseline, strict=True)]
-    return [fast / slow if fast and slow else None for fast, slow in rates]
-
-
 def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
     """The figures of a method at a temperature; times in seconds, rates as median, min and max over the repeats.
 
@@ -50,7 +44,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
     """
     stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, without_loops=True)
     rate = spread([s.tokens_per_second for s in repeats])
-    speedup = spread(speedups(repeats, by_repeat(baseline)))
+    speedup = spread([*map(ratio, repeats, by_repeat(baseline))])
     # Prompts on which neither side loops, so that both sides have the same prompts.
     pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
     both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
@@ -59,7 +53,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "tokens_per_second": rate,
         "tokens_per_second_not_looping": spread([s.tokens_per_second for s in straight]),
         "speedup": speedup,
-        "speedup_not_looping": spread(speedups(*both)),
+        "speedup_not_looping": spread([*map(ratio, *both)]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
         "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy and runs else None,
