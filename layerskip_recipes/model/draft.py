@@ -95,13 +95,10 @@ class Draft(nn.Module):
             return self.norm(x).to(dtype)
 
     def taught_by(
-        self, model: LayerSkipDecoder, tokens: torch.Tensor, to_end: bool = True, **inputs: Any
+        self, model: LayerSkipDecoder, tokens: torch.Tensor, **inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the draft learns from, without a gradient: the state that it begins with, which is the embedding or
         x_E, and the last layer's normed state; [b, s, d].
-
-        Args:
-            to_end: False stops the model early where the draft is a copy; the second result is its embedding then.
         """
         kept = dict[int, torch.Tensor]()
 
@@ -115,9 +112,8 @@ class Draft(nn.Module):
                 kept[exit_layer] = model.norm(x)
 
         with torch.no_grad():  # not inference mode, whose tensors autograd cannot use
-            depth = model.num_layers if to_end or self.start else 1
-            model(tokens, on_exit=on_exit, exit_layer=depth, unembed=False, **inputs)
-        return kept[self.start], kept.get(model.num_layers, kept[self.start])
+            model(tokens, on_exit=on_exit, unembed=False, **inputs)
+        return kept[self.start], kept[model.num_layers]
 
     def states(self, x: torch.Tensor, last: torch.Tensor, in_a_row: int = 1, **inputs: Any) -> list[torch.Tensor]:
         """The normed states that the head unembeds, [b, s, d]; of an adapter those for the first, second, .. token

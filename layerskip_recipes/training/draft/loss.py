@@ -37,8 +37,8 @@ class DraftSection(Section):
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """How many tokens the draft chooses among, at most: the most frequent ones of the data; null: all. Fewer train and
     draft faster where the head is a large part of the model."""
-    target: Literal["distribution", "argmax", "labels"] = "distribution"
-    """What the draft learns: the last layer's distribution, its most likely tokens, or the labels of the data."""
+    target: Literal["distribution", "argmax"] = "distribution"
+    """What the draft learns: the last layer's distribution, or its most likely tokens."""
     own_text: Fraction = 0.0
     """The part of the micro-batches that are continuations by the model itself. They are written in batches of 64 when
     they are needed, kept in own_text.jsonl in `output_dir`, and come again in each epoch."""
@@ -81,8 +81,8 @@ class DraftLoss:
     It takes the place of `EarlyExitLoss`. Only the logits of one chunk of tokens exist at a time.
 
     Args:
-        draft: as it is trained, which may be sharded.
-            If it chooses among a part of the tokens, p is renormalised over this part, and labels outside have no loss.
+        draft: as it is trained, which may be sharded. If it chooses among a part of the tokens, p is renormalised over
+            this part.
         ignore_index: the label of tokens without a loss.
         kept: holds the model's states for further epochs.
     """
@@ -106,52 +106,44 @@ class DraftLoss:
         counted: torch.Tensor,
         **inputs: Any,
     ) -> torch.Tensor:
-        """The loss of one batch, summed over the labels that have one, divided by the number of those that count.
+        """The mean loss over the tokens whose labels count.
 
         Args:
             model: the frozen decoder, in eval mode.
             tokens: [b, s].
-            labels: [b, s], already shifted.
-            counted: [n], the indices in labels.flatten() of the labels with a loss.
+            labels: [b, s], already shifted; which of them count matters, and not what they are.
+            counted: [n], the indices in labels.flatten() of those that count.
             **inputs: mask, input_pos, ... of the decoder.
         """
-        target = self.section.target
 
         def taught_by(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             some = on_device(rows, tokens.device)
             of_rows = take_rows(inputs, some, len(tokens))
-            return self.draft.taught_by(model, tokens[some], to_end=target != "labels", **of_rows)
+            return self.draft.taught_by(model, tokens[some], **of_rows)
 
         if self.kept is None:
-            x, last = self.draft.taught_by(model, tokens, to_end=target != "labels", **inputs)
+            x, last = self.draft.taught_by(model, tokens, **inputs)
         else:
             x, last = self.kept.states(tokens, labels != self.ignore_index, taught_by, inputs)
         states = self.draft.states(x, last, in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
-        labels, all_counted = labels.reshape(-1), len(counted)
         if self.draft.vocabulary is not None:
-            ids = on_device(self.draft.vocabulary, labels.device)
-            head = head.cut(ids)
-            if target == "labels":  # by their places, as far as they have one
-                places = labels.new_full((model.tok_embeddings.num_embeddings,), self.ignore_index)
-                places[ids] = torch.arange(len(ids), device=labels.device)
-                labels = labels.index_copy(0, counted, places[labels[counted]])
-                counted = counted[labels[counted] != self.ignore_index]
+            head = head.cut(on_device(self.draft.vocabulary, labels.device))
 
         def teacher(rows: Any) -> torch.Tensor:
             logits = head.unembed(final[rows])
-            return logits if target == "distribution" else logits.argmax(-1)
+            return logits if self.section.target == "distribution" else logits.argmax(-1)
 
         total, _ = exit_losses(
             head,
             states,
             [1 / len(states)] * len(states),
-            labels,
+            labels.reshape(-1),
             counted,
             self.chunk_loss,
             self.section.chunk_tokens,
-            teacher=None if target == "labels" else teacher,
+            teacher=teacher,
             taught=len(states),
         )
-        return total * (len(counted) / max(all_counted, 1))
+        return total
