@@ -160,6 +160,8 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
             changes["self_speculation.num_speculations"] = 2
         if recipe == "layerskip_generate" and line != COMPILED:
             changes["compile"] = False
+        if recipe == "layerskip_benchmark" and cfg.get("temperature") is not None:
+            del changes["temperatures"]
         if cfg.get("prompts") is not None:
             changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
     elif "model_dir" in [*cfg]:

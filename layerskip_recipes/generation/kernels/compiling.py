@@ -79,16 +79,16 @@ class CompiledSteps:
         kept.tokens = [[] for _ in range(rows)]
         return kept
 
-    def prepare(self, load: Callable[[], None]) -> bool:
-        """Call what compiles, or finds it compiled; False, and a line, if that is not possible."""
+    def prepare(self, load: Callable[[], bool]) -> bool:
+        """Call what compiles, and says whether it had to; False, and a line, if that is not possible."""
         if not self.failed:
             started = time.perf_counter()
             try:
-                load()
+                worked = load()
             except Exception as e:
-                self.failed = True
+                worked = self.failed = True
                 _warn("here", e)
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.perf_counter() - started if worked else 0.0
         return not self.failed
 
     def begin_round(self) -> None:

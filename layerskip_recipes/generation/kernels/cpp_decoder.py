@@ -224,11 +224,11 @@ class CppDecoder:
             self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
-    def compile(self) -> None:
-        """What takes time once: compile the C++, and let the weights lie where they are read fastest."""
+    def compile(self) -> bool:
+        """Compile the C++, and let the weights lie where they are read fastest; False if all of that had been done."""
         load_library()
         parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        use_huge_pages(tensor for part in parts for tensor in part.tensors.values())
+        return use_huge_pages(tensor for part in parts for tensor in part.tensors.values())
 
     def load(self) -> None:
         """Give the weights and caches to C++, after `compile`."""
