@@ -183,7 +183,8 @@ class DraftLength:
 
     def __init__(self, limit: int, draft_cost: float) -> None:
         self.limit, self.draft_cost, self.rounds = limit, draft_cost, 0
-        self.accepted, self.tried = 8.0, 10.0  # counts to begin with, before anything is seen
+        # Counts to begin with: a few rounds of bad drafts outweigh them, as short answers end soon.
+        self.accepted, self.tried = 1.6, 2.0
 
     def next(self) -> int:
         self.rounds += 1
