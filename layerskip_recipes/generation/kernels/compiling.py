@@ -60,6 +60,7 @@ class CompiledSteps:
         self.path: tuple[Hashable, ...] = ()
         self.warming = False
         self.captured: set[tuple[Hashable, ...]] = set()
+        self.prepared = False  # `prepare` went well
         self.failed = False  # nothing can be compiled here
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
         self.seconds = 0.0
@@ -84,7 +85,8 @@ class CompiledSteps:
         if not self.failed:
             started = time.perf_counter()
             try:
-                worked = load()
+                worked = load() or not self.prepared
+                self.prepared = True
             except Exception as e:
                 worked = self.failed = True
                 _warn("here", e)
