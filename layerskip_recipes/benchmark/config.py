@@ -36,15 +36,12 @@ Variant = SelfSpeculation | EarlyExitVariant
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
     """The sections by name. A null drops a variant that an extended config has."""
-    sections = (
-        {name: section for name, section in value.items() if section is not None}
-        if isinstance(value, Mapping)
-        else None
-    )
-    if sections is None:
+    if not isinstance(value, Mapping):
         raise ConfigError(f": {value!r} has nothing to compare. Allowed: sections by names; {EXAMPLE}")
     variants: dict[str, Variant] = {}
-    for name, section in sections.items():
+    for name, section in value.items():
+        if section is None:
+            continue
         key = f"variants.{name}"
         if name == BASELINE or name in PEERS:
             raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {EXAMPLE}")

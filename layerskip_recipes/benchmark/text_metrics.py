@@ -15,12 +15,13 @@ Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]
 
 def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
-    from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # seconds to import, and only here
 
     def metric(name: Metric) -> float:
         if name == "exact_match":
             same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
             return sum(same) / len(same)
+        from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # seconds to import, and only here
+
         if name == "bleu":
             return float(sacre_bleu_score(list(outputs), [[reference] for reference in references]))
         # The key by name: the default ones include one that needs nltk and its data.

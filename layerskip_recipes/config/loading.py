@@ -16,9 +16,8 @@ from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.errors import ConfigError
 
-PATH_KEYS = re.compile(
-    "(dir|path|file|files|checkpoint|report|picture|source|draft|gguf)$"
-)  # keys whose values are paths
+# Keys whose values are paths.
+PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|draft|gguf)$")
 
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is faster, and not always there

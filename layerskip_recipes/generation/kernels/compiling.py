@@ -81,7 +81,7 @@ class CompiledSteps:
         return kept
 
     def prepare(self, load: Callable[[], bool]) -> bool:
-        """Call what compiles, and says whether it had to; False, and a line, if that is not possible."""
+        """Call `load`, which compiles and returns whether it had to; False, and a line, if that is not possible."""
         if not self.failed:
             started = time.perf_counter()
             try:
