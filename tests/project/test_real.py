@@ -139,8 +139,8 @@ def finetuned(tmp_path_factory):
         *("run", "layerskip_finetune", "--config", "smollm2/135M_full_single_device_layerskip"),
         *(f"model_dir={smollm2_folder()}", f"output_dir={out}"),
         *("dataset.seq_len=32", "dataset.split=heldout"),  # to tokenize all of it takes longer than these steps
-        *("epochs=1", "max_steps_per_epoch=9", "lr_scheduler.num_warmup_steps=3", "log_every_n_steps=1"),
-        *("batch_size=2", "optimizer.lr=1.5e-4"),
+        *("epochs=1", "max_steps_per_epoch=6", "lr_scheduler.num_warmup_steps=1", "log_every_n_steps=1"),
+        *("batch_size=2", "optimizer.lr=3.0e-4"),
         cwd=out,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -152,7 +152,7 @@ def finetuned(tmp_path_factory):
 def test_a_few_steps_teach_the_early_exits_and_keep_the_last(finetuned):
     _, log = finetuned
     mean = {
-        key: [sum(line[key] for line in part) / 3 for part in (log[:3], log[-3:])]
+        key: [sum(line[key] for line in part) / 2 for part in (log[:2], log[-2:])]
         for key in ("loss_exit_6", "loss_final")
     }
     # Untrained, exit 6 is at about 19 nats; the config's steps bring it to a third of that. A mean is known to 0.9.

@@ -134,7 +134,7 @@ def kill_when(path: Path, overrides: list[str], moment) -> None:
     deadline = time.monotonic() + 120
     while not moment():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.0005)
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
