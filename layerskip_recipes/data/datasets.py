@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from torch.utils.data import Dataset
 from torchtune.config._utils import _get_component_from_path
-from torchtune.data import padded_collate_packed
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
@@ -89,7 +89,6 @@ def load_data(
     tokenizer: Any,
     model: TransformerDecoder,
     device: torch.device,
-    ignore_index: int = -100,
 ) -> tuple["IndexedErrorDataset", Callable]:
     """The datasets of a config as one, and the function that makes a batch of its samples.
 
@@ -109,7 +108,7 @@ def load_data(
     for section, part in zip(sections, parts, strict=True):
         _check_first_sample(section, part)
     path = collate_fn or PADDED
-    collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=ignore_index)
+    collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
     if len(dataset):
         try:
             batch = collate([dataset[0]])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtune import utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
@@ -15,7 +16,6 @@ from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.model.limits import check_batch
 
-IGNORED = -100  # the label of tokens without a loss
 CHUNK_TOKENS = 512  # the most tokens whose logits exist at a time
 
 
@@ -53,7 +53,7 @@ def exit_quality(
     for batch in batches:
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
-        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
         measured = _Batch(model, labels, exits, num_speculations)
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
@@ -90,7 +90,7 @@ class _Batch:
 
     def __init__(self, model: LayerSkipDecoder, labels: torch.Tensor, exits: list[int], num_speculations: int) -> None:
         self.model, self.exits, self.num_speculations = model, exits, num_speculations
-        self.counts = labels != IGNORED
+        self.counts = labels != CROSS_ENTROPY_IGNORE_IDX
         self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises
         self.labels = labels.flatten()[self.rows]
         self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)

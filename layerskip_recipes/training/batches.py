@@ -32,9 +32,7 @@ class TrainingData:
     """
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
-        self.dataset, self._collate = load_data(
-            cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device, cfg.exit_loss.ignore_index
-        )
+        self.dataset, self._collate = load_data(cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device)
         self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
         self._warned_of_cuts = not is_rank_zero()
         self.num_samples = len(self.dataset)

@@ -21,10 +21,9 @@ def cross_entropy_(
     logits: torch.Tensor,
     labels: torch.Tensor,
     scale: torch.Tensor | float = 1.0,
-    ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy summed over the labels that count, in one buffer, where autograd would hold four of that size.
+    """Cross-entropy summed over labels, in one buffer, where autograd would hold four of that size.
 
     CE = log sum_j exp(z_j) - sum_j t_j z_j and dCE/dz = softmax(z) - t, with the target
     t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better.
@@ -33,13 +32,10 @@ def cross_entropy_(
         logits: z [n, v]; scale * dCE/dz takes their place.
         labels: [n].
         scale: of the gradient; the sum is not scaled.
-        ignore_index: the label of tokens without a loss.
         label_smoothing: the part of the target that is spread evenly.
     """
     z = logits.to(at_least_fp32(logits))
-    counts = (labels != ignore_index)[:, None]
-    label = labels[:, None].where(counts, 0)
-    scale = counts.to(z.dtype) * scale
+    label = labels[:, None]
     z -= z.amax(-1, keepdim=True)
     target_score = (1 - label_smoothing) * z.gather(-1, label)
     if label_smoothing:
@@ -47,11 +43,11 @@ def cross_entropy_(
     total = z.exp_().sum(-1, keepdim=True)
     z *= scale / total
     if label_smoothing:
-        z -= scale * (label_smoothing / z.shape[-1])
-    z.scatter_add_(-1, label, scale * (label_smoothing - 1))
+        z -= scale * label_smoothing / z.shape[-1]
+    z.scatter_add_(-1, label, torch.full_like(total, label_smoothing - 1) * scale)
     if z is not logits:
         logits.copy_(z)
-    return ((total.log() - target_score) * counts).sum()
+    return (total.log() - target_score).sum()
 
 
 def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
@@ -75,12 +71,12 @@ def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Ten
 
 
 def token_loss_(
-    logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0, **of_labels: Any
+    logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` with its settings towards labels [n]."""
+    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` towards labels [n]."""
     if target.dim() == 2:
         return kl_divergence_(logits, target, scale)
-    return cross_entropy_(logits, target, scale, **of_labels)
+    return cross_entropy_(logits, target, scale, label_smoothing)
 
 
 def exit_losses(

@@ -45,7 +45,7 @@ def _is_logged(value: Any) -> Any:
 
 
 LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size"))
-EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("ignore_index", "label_smoothing"))
+EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("label_smoothing",))
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 
@@ -186,11 +186,9 @@ class FinetuneConfig(RecipeConfig):
     def exit_loss(self) -> EarlyExitLoss:
         """The early-exit loss over the `loss` section; without `early_exit_loss` only the last layer has one."""
         base = self.loss.build()
-        given: dict[str, Any] = {"ignore_index": getattr(base, "ignore_index", -100)}
-        if given["ignore_index"] != -100:
-            raise ConfigError(
-                f"loss.ignore_index: {base.ignore_index}, but torchtune's datasets mask labels with -100; -100"
-            )
+        given: dict[str, Any] = {}
+        if (ignored := getattr(base, "ignore_index", -100)) != -100:
+            raise ConfigError(f"loss.ignore_index: {ignored}, but torchtune's datasets mask labels with -100; -100")
         if isinstance(base, torch.nn.CrossEntropyLoss):
             check("loss.label_smoothing", base.label_smoothing, Fraction)
             given["label_smoothing"] = base.label_smoothing

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, checked_arguments
@@ -118,7 +119,6 @@ class EarlyExitLoss:
         interval: R of the rotational curriculum.
         layers: the layers that may have a loss, such as ":", "0::4" or "8,12,16".
         scale_fn: how an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l.
-        ignore_index: the label of tokens without a loss.
         label_smoothing: of the cross-entropy.
         chunk_tokens: the most tokens whose logits exist at a time.
         target: what the early exits learn: the labels, as in the paper, or the last layer's distribution, by
@@ -136,14 +136,13 @@ class EarlyExitLoss:
         interval: Interval = 8,
         layers: Layers = ":",
         scale_fn: ScaleFn = "layerskip",
-        ignore_index: int = -100,
         label_smoothing: Fraction = 0.0,
         chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512,
         target: Target = "labels",
     ) -> None:
         self.scale, self.scale_fn = scale, scale_fn
         self.curriculum, self.interval, self.layers = curriculum, interval, layers
-        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.label_smoothing = label_smoothing
         self.chunk_tokens, self.target = chunk_tokens, target
         self.chunk_loss: ChunkLoss = self._chunk_loss
 
@@ -166,8 +165,7 @@ class EarlyExitLoss:
 
     def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of a chunk, whose gradient takes the place of its logits."""
-        of_labels = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
-        return token_loss_(logits, target, scale, **of_labels)
+        return token_loss_(logits, target, scale, label_smoothing=self.label_smoothing)
 
     def __call__(
         self,
@@ -184,7 +182,7 @@ class EarlyExitLoss:
 
         Args:
             tokens: [b, s].
-            labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; `ignore_index` where there is none.
+            labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; -100 where there is none.
             step, total_steps: t and T, in optimizer steps.
             counted: [n], the indices in labels.flatten() of the labels with a loss; only they get logits. None finds
                 them here, which on a GPU is a device synchronisation.
@@ -199,7 +197,7 @@ class EarlyExitLoss:
         exits = [layer + 1 for layer, on in enumerate(enabled) if on]
         labels = labels.reshape(-1)
         if counted is None:
-            counted = (labels != self.ignore_index).nonzero()[:, 0]
+            counted = (labels != CROSS_ENTROPY_IGNORE_IDX).nonzero()[:, 0]
         hidden: dict[int, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
 

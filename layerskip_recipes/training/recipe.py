@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import config, training, utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import common_utils
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
@@ -159,7 +160,7 @@ class LayerSkipFinetune:
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
             kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
-            self.loss = DraftLoss(cfg.draft, self.draft, self.loss.ignore_index, kept)
+            self.loss = DraftLoss(cfg.draft, self.draft, kept)
             self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
@@ -276,9 +277,9 @@ class LayerSkipFinetune:
         """The loss of a micro-batch: the number of labels that count, J, and the cross-entropy of each exit."""
         check_batch(batch["tokens"], self.model)
         self.data.warn_of_cuts(batch["tokens"])
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=self.loss.ignore_index)
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
         # Looked for on the CPU, to avoid a device synchronisation.
-        counted = (labels != self.loss.ignore_index).flatten().nonzero()[:, 0]
+        counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
         batch |= {"labels": labels, "counted": counted}
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")

@@ -213,7 +213,7 @@ def test_the_settings_stay_as_they_were():
 
 
 def test_the_draft_length_follows_acceptance():
-    length = loop.DraftLength(limit=6, draft_cost=0.2)
+    length = loop.DraftLength(limit=6, draft_cost=0.2, rows_cost=0.5)
     for _ in range(50):
         drafted = length.next()
         length.learn([drafted], drafted)
@@ -222,7 +222,20 @@ def test_the_draft_length_follows_acceptance():
     for _ in range(160):
         lengths.append(length.next())
         length.learn([0], lengths[-1])
-    assert set(lengths[-96:]) == {0, 1} and sum(lengths[-96:]) == 6  # one probe in sixteen rounds
+    *_, last, first, second, third = [number for number, drafted in enumerate(lengths) if drafted]
+    assert lengths[first] == lengths[second] == lengths[third] == 1
+    assert [first - last, second - first, third - second] == [16, 32, 64]
+
+
+@pytest.mark.parametrize("draft_cost", [0.1, 0.2, 0.37])
+def test_few_rounds_of_bad_drafts_end_them(draft_cost):
+    """They cost 5% of a short answer of 48 tokens at most, even if a verification costs half a step more."""
+    length, cost = loop.DraftLength(6, draft_cost, rows_cost=0.5), 0.0
+    for _ in range(48):
+        if drafted := length.next():
+            cost += 0.5 + drafted * draft_cost
+            length.learn([0], drafted)
+    assert 0 < cost <= 0.05 * 48 + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from helpers.generating_ranks import (
     MODES,
     NEW,
     OTHER_MODES,
-    PROMPTS,
     SHARED_MODEL,
     UNEVEN,
     E,

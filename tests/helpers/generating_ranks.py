@@ -1,6 +1,6 @@
 """What each rank of a generation test runs: `generating_ranks.py WHAT FOLDER`, see RANKS at the end.
 
-Shared by tests: ADAPTED, CASES, E, EVEN, L, LOCAL, LOCAL_MODES, MODES, NEW, OTHER_MODES, PROMPTS, SHARED_MODEL, UNEVEN,
+Shared by tests: ADAPTED, CASES, E, EVEN, L, LOCAL, LOCAL_MODES, MODES, NEW, OTHER_MODES, SHARED_MODEL, UNEVEN,
 other, run, sampled, walks.
 """
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section
@@ -83,14 +84,11 @@ class DraftLoss:
     Args:
         draft: as it is trained, which may be sharded. If it chooses among a part of the tokens, p is renormalised over
             this part.
-        ignore_index: the label of tokens without a loss.
         kept: holds the model's states for further epochs.
     """
 
-    def __init__(
-        self, section: DraftSection, draft: Draft, ignore_index: int = -100, kept: KeptStates | None = None
-    ) -> None:
-        self.section, self.draft, self.ignore_index, self.kept = section, draft, ignore_index, kept
+    def __init__(self, section: DraftSection, draft: Draft, kept: KeptStates | None = None) -> None:
+        self.section, self.draft, self.kept = section, draft, kept
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
@@ -124,7 +122,7 @@ class DraftLoss:
         if self.kept is None:
             x, last = self.draft.taught_by(model, tokens, **inputs)
         else:
-            x, last = self.kept.states(tokens, labels != self.ignore_index, taught_by, inputs)
+            x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, taught_by, inputs)
         states = self.draft.states(x, last, in_a_row=IN_A_ROW, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
