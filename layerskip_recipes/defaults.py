@@ -122,22 +122,26 @@ def seq_len(model_dir: str, kind: Kind, device: str | None, dtype: str) -> int:
     return length
 
 
-def recompute(model_dir: str, kind: Kind, device: str | None, dtype: str, length: int) -> bool:
+def recompute(model_dir: str, kind: Kind, device: str | None, dtype: str, length: int | None) -> bool:
     """Whether activations are computed again in the backward pass: where a sample fits into memory only so."""
-    return _recompute(_config(model_dir), kind, device, dtype, length) is not False
+    config = _config(model_dir)
+    return _recompute(config, kind, device, dtype, length or config.longest[0]) is not False
 
 
-def batch_size(model_dir: str, kind: Kind, device: str | None, dtype: str, length: int, recompute: bool | None) -> int:
+def batch_size(
+    model_dir: str, kind: Kind, device: str | None, dtype: str, length: int | None, recompute: bool | None
+) -> int:
     """The samples of the longest length that fit into memory, a power of two of at most 8."""
     config = _config(model_dir)
-    each = token_bytes(config, ITEMSIZE[dtype], bool(recompute)) * length
+    each = token_bytes(config, _itemsize(dtype), bool(recompute)) * (length or config.longest[0])
     fits = _room(config, kind, device, dtype) // each
     return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
 
 
 def accumulation(batch_size: int) -> int:
     """The micro-batches with which all processes make a step of 16 samples."""
-    return max(SAMPLES_PER_STEP // (batch_size * num_processes()), 1)
+    samples = batch_size if isinstance(batch_size, int) and batch_size > 0 else 1  # others are refused later
+    return max(SAMPLES_PER_STEP // (samples * num_processes()), 1)
 
 
 def lr(model_dir: str, kind: Kind) -> float:
@@ -237,6 +241,11 @@ def _config(model_dir: str) -> HFConfig:
     return read_hf_config(model_folder(model_dir, "model_dir"), "model_dir")
 
 
+def _itemsize(dtype: str) -> int:
+    """Of a number. A wrong dtype is for the check of the key, which comes after the resolvers."""
+    return ITEMSIZE.get(dtype, 4)
+
+
 def _trained(model_dir: str) -> list[int] | None:
     return read_trained_exits(model_folder(model_dir, "model_dir"))
 
@@ -244,15 +253,15 @@ def _trained(model_dir: str) -> list[int] | None:
 def _room(config: HFConfig, kind: Kind, device: str | None, dtype: str) -> int:
     """The bytes that are left for activations: of nine tenths of a GPU's memory, or half of the machine's."""
     device = device or best_device()
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(device).total_memory * 9 // 10
     else:
         there = machine_memory() // 2 // num_processes()
-    return there - training_bytes(config, kind, ITEMSIZE[dtype]) // num_processes()
+    return there - training_bytes(config, kind, _itemsize(dtype)) // num_processes()
 
 
 def _recompute(config: HFConfig, kind: Kind, device: str | None, dtype: str, length: int) -> bool | None:
     """Whether a sample needs activation checkpointing; None if it does not fit even so."""
     room = _room(config, kind, device, dtype)
-    fitting = (again for again in (False, True) if token_bytes(config, ITEMSIZE[dtype], again) * length <= room)
+    fitting = (again for again in (False, True) if token_bytes(config, _itemsize(dtype), again) * length <= room)
     return next(fitting, None)

@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if compiled:
         training.compile_model(model, verbose=False)
     if method == "ours, dropout":
-        model.layer_dropout = LayerDropout(depth, args.prob, "uniform", batch_size=args.batch)
+        model.layer_dropout = LayerDropout(depth, args.prob, "uniform")
     if method == "torchtune":
         step = torchtune_loss(base)
     elif method == "torchtune, exits":

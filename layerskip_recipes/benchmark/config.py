@@ -199,6 +199,11 @@ class BenchmarkConfig(DecodingConfig):
         return "sweep" if self.sweep is not None else "tune" if self.tune else None
 
     @property
+    def writes_choice(self) -> bool:
+        """Whether a generation config is written with what was fastest."""
+        return self.tune_extends is not None and self.chooser is not None and not self.random_weights
+
+    @property
     def tuned_path(self) -> Path:
         """Where the config of the fastest pair goes."""
         return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
@@ -277,7 +282,7 @@ class BenchmarkConfig(DecodingConfig):
             )
         if self.tune and num_layers < 4:
             raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if self.tune_extends is None or not self.chooser:
+        if self.tune_extends is None or not self.writes_choice:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
             raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")

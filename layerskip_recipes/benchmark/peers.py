@@ -220,7 +220,7 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
 def early_exit_decoder(job: Job, compiled: bool) -> Decode:
     """`generate(assistant_early_exit=E)` with drafts of a constant length, its fastest schedule."""
     if job.draft is None:
-        raise ValueError("it drafts like the first variant that drafts, and none does")
+        raise ValueError("it drafts like the first variant of the config that has an exit_layer, and none has one")
     exit_layer, length = job.draft
     decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
     schedule = {

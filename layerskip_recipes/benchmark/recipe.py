@@ -74,7 +74,7 @@ class LayerSkipBenchmark:
             check_folder("report_dir", Path(cfg.report_dir))
         if cfg.picture:
             check_file("picture", cfg.picture)
-        if cfg.tune_extends is not None and cfg.chooser:
+        if cfg.writes_choice:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
         model = layerskip_decoder(cfg.meta_model)
@@ -89,7 +89,7 @@ class LayerSkipBenchmark:
         longest = max((draft.num_speculations for draft in drafts), default=0)
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
         self.limit = cfg.max_new_tokens + self.spare_tokens
-        spare_slots = max((draft.spare_slots(g) for draft in drafts for g in greedy), default=0)
+        spare_slots = max((draft.tree(g).spare_slots for draft in drafts for g in greedy), default=0)
         if cfg.random_weights:
             self._draw_prompts(model, spare_slots)
         else:
@@ -233,7 +233,7 @@ class LayerSkipBenchmark:
             report = self._report(interrupted)
             if report["results"]:  # else the last report stays
                 self._write(report)
-        if cfg.tune_extends is not None and cfg.chooser and not interrupted:
+        if cfg.writes_choice and not interrupted:
             # Of a trained draft the section as it was given: its exit and vocabulary are the folder's.
             write_choice(cfg, report, cfg.tuned_drafts or {name: pair.variant for name, pair in self.pairs.items()})
         return report

@@ -27,7 +27,10 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 FIRST_LINE = "# Written by layerskip_benchmark: "  # of a config
 # Settings that decide which pair is fastest, beside the temperature.
-MEASURED_WITH = ("batch_size", "top_k", "top_p", "min_p", "repetition_penalty", "compile")
+MEASURED_WITH = (
+    *("dtype", "float32_matmul_precision", "compile"),
+    *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
+)
 NOTHING_TO_DRAFT = (
     "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
 )

@@ -104,7 +104,7 @@ class PartialModel:
         return (sum(sizes[index] for index in self.below) + head) / (sum(sizes) + head)
 
     def rows_cost(self, batch: int) -> float:
-        """What a step of several tokens costs more than one of one token for each text, relative to that.
+        """The extra cost of a step that runs several tokens of a text, as a share of a step that runs one.
 
         torch's products of two to eight rows take 1.5 to 2 times as long as those of one row on a CPU (measured: AVX2).
         """
@@ -183,8 +183,8 @@ class DraftLength:
     """Chooses how many tokens a round drafts: those that bring most tokens for their cost, if drafts stay as good.
 
     With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + rows_cost + n *
-    draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, one token is drafted after 16
-    rounds to see whether it does again, then after 32 more, 64 and so on.
+    draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the 16th
+    round drafts one token to see whether it does again, then the 32nd after that, the 64th and so on.
     """
 
     PAUSE = 16  # rounds
@@ -351,17 +351,18 @@ def decode(
                 layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
             behind = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
             padding = shift_right(padding, shifts, dim=1) * behind
+        position = position + accepted[:, None] + 1
+        before = rows.lengths[0]
+        rows.append(new.scatter(1, accepted[:, None], pending), [count + 1 for count in counts])
+        if batch == 1:  # a stop among the drafts; the cache lacks the last token, as in plain decoding
+            best = rows.lengths[0] - before - 1
         cache.crop(best - drafted)
         if padding is not None:
             padding = padding[:, : columns + best + 1]
-        position = position + accepted[:, None] + 1
-        rows.append(new.scatter(1, accepted[:, None], pending), [count + 1 for count in counts])
 
     if streamer is not None:
         streamer.end()
     sequences: Any = rows.tokens[:, : max(rows.lengths)]
     if not with_dict:
         return sequences
-    # The cache lacks the last token, as in plain decoding, and not what was accepted behind a stop.
-    cache.crop(min(0, prompt_columns + sequences.shape[1] - prompt_length - 1 - cache.get_seq_length()))
     return GenerateDecoderOnlyOutput(sequences=sequences, cache=cache if batch == 1 else None)

@@ -77,7 +77,7 @@ class LayerSkipEval:
                 "apply_chat_template=false"
             )
         section = cfg.self_speculation
-        spare = max(section.spare_slots(greedy) for greedy in (True, False)) if section else 0
+        spare = max(section.tree(greedy).spare_slots for greedy in (True, False)) if section else 0
         return self.harness.load_tasks(
             list(dict.fromkeys(names)),
             cfg.task_path or [],

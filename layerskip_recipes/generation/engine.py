@@ -47,7 +47,7 @@ class Generation:
         compile: compile the steps; graphs are kept for later generations of the model.
         cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
         broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
-            process.
+            process. Drafts are chosen on each rank, so a sampler needs a generator in the same state on all of them.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
         on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified; for a tree,
             with the first node of each level.
@@ -102,7 +102,7 @@ class Generation:
         if speculation is not None:
             speculation.check(self.model)
             tree = speculation.tree(sampler.greedy)
-            nodes, spare = tree.nodes, 0 if tree.is_chain else tree.nodes
+            nodes, spare = tree.nodes, tree.spare_slots
         lengths = [len(prompt) for prompt in self.rows.prompts]
         check_prompt_tokens(self.model, self.rows.prompts)
         check_prompt_lengths(self.model, lengths, max_generated_tokens, spare=spare)

@@ -61,7 +61,7 @@ class LayerSkipGenerate:
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         greedy = cfg.temperature == 0
-        self.spare = self.draft.spare_slots(greedy) if self.draft is not None else 0
+        self.spare = self.draft.tree(greedy).spare_slots if self.draft is not None else 0
         self.examples: list[Example] = []
         self.prompt_tokens: list[list[int]] = []
         if self.interactive:
@@ -303,6 +303,10 @@ class LayerSkipGenerate:
         for turn, question in enumerate(_questions()):
             try:
                 tokens = self._tokens_of(history, question)
+            except ValueError as e:
+                log.warning("the question is left out: %s", e)
+                continue
+            try:
                 self._check_lengths(self.model, [len(tokens)])
             except ValueError as e:
                 room = self._room_for_question(history)

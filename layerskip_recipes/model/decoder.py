@@ -25,7 +25,7 @@ from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.head import capped, norm_and_cap
-from layerskip_recipes.model.layer_dropout import NO_LOCAL_ROWS, KeptRows, LayerDropout
+from layerskip_recipes.model.layer_dropout import KeptRows, LayerDropout
 
 OnExit = Callable[[int, torch.Tensor], None]
 
@@ -185,7 +185,7 @@ class LayerSkipDecoder(TransformerDecoder):
     def _draw(self, h: torch.Tensor) -> list[torch.Tensor | KeptRows]:
         """The rows that stay in each layer. Lists of some rows become tensors on h's device, in one copy for all."""
         kept: list[Any] = self.layer_dropout.draw(h.shape[0])
-        partly = {layer: rows for layer, rows in enumerate(kept) if isinstance(rows, list) and rows}
+        partly = {layer: rows for layer, rows in enumerate(kept) if rows}
         flat = on_device([row for rows in partly.values() for row in rows], h.device)
         for layer, rows in zip(partly, flat.split([len(rows) for rows in partly.values()]), strict=True):
             kept[layer] = rows
@@ -197,22 +197,16 @@ class LayerSkipDecoder(TransformerDecoder):
         """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
 
         Args:
-            kept: the rows that stay, [k] on h's device; None for all, an empty list for none, or `NO_LOCAL_ROWS`.
+            kept: the rows that stay, [k] on h's device; None for all, an empty list for none.
         """
         if kept is None:
             return layer(h, **layer_inputs)
-        if isinstance(kept, list):  # no rank keeps a row
+        if not isinstance(kept, torch.Tensor):
             return h
-        others_only = kept is NO_LOCAL_ROWS
-        rows = kept if isinstance(kept, torch.Tensor) else torch.zeros(1, dtype=torch.long, device=h.device)
-        inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in layer_inputs.items()}
+        inputs = {name: take_rows(value, kept, h.shape[0]) for name, value in layer_inputs.items()}
         if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
             inputs["mask"] = layer_inputs["mask"]  # [s, s], for all samples
-        x = h.index_select(0, rows)
-        out = layer(x, **inputs)
-        # Without rows of its own this rank still sends a (zero) gradient through the layer, because the other ranks
-        # gather and reduce the layer's parameters in their backward pass.
-        return h.index_copy(0, rows, x + 0 * (out - x) if others_only else out)
+        return h.index_copy(0, kept, layer(h.index_select(0, kept), **inputs))
 
 
 BLOCK_TABLES = [

@@ -34,7 +34,7 @@ def exit_quality(
 
     Args:
         batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
-        exits: the E to measure.
+        exits: the E to measure, the last layer's among them.
         add_up: sums a tensor over the data-parallel processes.
         num_speculations: d of "accepted_length".
         key: of the data in the config, for messages.
@@ -102,10 +102,10 @@ class _Batch:
     ) -> None:
         """Take the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`. A draft
         that chooses among a part of the tokens, `vocabulary`, has no loss."""
-        if exit_layer not in (*self.exits, self.model.num_layers):
+        if exit_layer not in self.exits:
             return
         x = x.flatten(0, 1)
-        sums = self.sums[self.exits.index(exit_layer)] if exit_layer in self.exits else self.sums.new_zeros(6)
+        sums = self.sums[self.exits.index(exit_layer)]
         sums.zero_()
         self.chosen[exit_layer] = torch.empty_like(self.labels)
         head = Head(self.model, norm=nn.Identity() if normed else None)

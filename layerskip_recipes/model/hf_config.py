@@ -212,6 +212,8 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
     content: dict[str, Any] = {**DEFAULTS[architecture], **raw, "architecture": architecture}
     if "hidden_activation" in raw:  # Gemma 2 has the name hidden_activation
         content["hidden_act"] = raw["hidden_activation"] or content["hidden_act"]
+    if architecture == "GemmaForCausalLM" and content["hidden_act"] == "gelu":
+        content["hidden_act"] = "gelu_pytorch_tanh"  # transformers reads the first releases so
     content["rope"] = _rope(content)
     config = HFConfig.parse(content, name)
     _refuse(raw, config, name)

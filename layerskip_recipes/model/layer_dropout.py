@@ -28,10 +28,7 @@ LAYER_SCALES: dict[LayerScale, Callable[[float, int], float]] = {
     "step": lambda u, n: 0.0 if u < 1 else 1.0,
 }
 
-# The rows of a batch that stay in a layer: a list of them, None for all, or NO_LOCAL_ROWS where no row of this rank
-# stays, but other ranks run the layer.
-NO_LOCAL_ROWS: Literal["no local rows"] = "no local rows"
-KeptRows = list[int] | None | Literal["no local rows"]
+KeptRows = list[int] | None  # the rows of a batch that stay in a layer; None for all
 
 
 @checked_arguments("layer_dropout.")
@@ -81,8 +78,8 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
 class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
-    The draw has a generator of its own on the CPU: no other random number changes the draw, all ranks with the same
-    seed draw the same, and a GPU does not wait for it.
+    The draw has a generator of its own on the CPU: no other random number changes the draw, and a GPU does not wait for
+    it. All ranks with the same seed and number of rows draw the same, and so run the same layers.
 
     Args:
         num_layers: L.
@@ -91,8 +88,6 @@ class LayerDropout:
         layers: the layers that may be skipped, such as ":", "0::4" or "8,12,16".
         schedule: S(t), how the probabilities change during the training; `exp` grows from 0 to 1.
         seed: of the generator. The same on every rank.
-        batch_size: the most rows of a batch on any rank. The draw is made for so many, however many rows this rank's
-            batch has: the generators of all ranks stay alike, and each rank knows which layers run anywhere.
 
     Raises:
         ConfigError: if an argument is out of range.
@@ -107,9 +102,7 @@ class LayerDropout:
         layers: Layers = ":",
         schedule: Schedule = "constant",
         seed: int = 0,
-        batch_size: PositiveInt = 1,
     ) -> None:
-        self.batch_size = batch_size
         self.rates = dropout_rates(num_layers, prob, layers_scale, layers)
         self.schedule = schedule
         self.scale = schedule_scale(0, 1, schedule)
@@ -125,17 +118,12 @@ class LayerDropout:
         return self.scale * max(self.rates)
 
     def draw(self, batch_size: int) -> list[KeptRows]:
-        """For each layer the kept rows of this rank's batch in order, None when all stay, or `NO_LOCAL_ROWS`."""
+        """For each layer the kept rows of a batch in order, or None when all stay."""
         if self.max_rate == 0:
             return [None] * len(self.rates)
-        uniform = torch.rand(len(self.rates), max(batch_size, self.batch_size), generator=self.generator)
+        uniform = torch.rand(len(self.rates), batch_size, generator=self.generator)
         keep = (uniform >= self.scale * torch.tensor(self.rates)[:, None]).tolist()
-        kept: list[KeptRows] = []
-        for stays in keep:
-            rows = [row for row in range(batch_size) if stays[row]]
-            runs_elsewhere = not rows and any(stays)
-            kept.append(None if len(rows) == batch_size else NO_LOCAL_ROWS if runs_elsewhere else rows)
-        return kept
+        return [None if all(stays) else [row for row in range(batch_size) if stays[row]] for stays in keep]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same draws."""

@@ -115,8 +115,11 @@ def machine_memory() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that are free on a GPU; of a CPU all of the machine's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory()
+    """The bytes that are free on a GPU, with those that torch keeps for new tensors; of a CPU all of the machine's."""
+    if device.type != "cuda":
+        return machine_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def row_bytes(model: TransformerDecoder, length: int, dtype: torch.dtype, prompt: int, draft_layers: int = 0) -> int:

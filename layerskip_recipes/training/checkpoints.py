@@ -84,11 +84,11 @@ class Checkpoints:
         ConfigError: on resume, if there is nothing to resume.
     """
 
-    def __init__(self, cfg: FinetuneConfig) -> None:
+    def __init__(self, cfg: FinetuneConfig, resumed_from: Path | None) -> None:
         self.output_dir = Path(cfg.output_dir)
         self.staging = self.output_dir / STAGING
         self.keep = cfg.keep_last_n_checkpoints
-        self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
+        self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         self.trained_file = DRAFT_FILE if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
         whole = self.resumed_from if not (self.trained_file or self.sharded) else None
@@ -122,7 +122,7 @@ class Checkpoints:
             raise ConfigError(
                 f"resume_from_checkpoint: {str(self.resumed_from)!r} was not written by this version of "
                 "layerskip_finetune. To begin with its weights set resume_from_checkpoint=false, another output_dir, "
-                f"and checkpointer.checkpoint_dir={self.resumed_from}"
+                f"and the folder of the model (model_dir, or checkpointer.checkpoint_dir) to {self.resumed_from}"
             )
         return state | {training.OPT_KEY: optimizer}
 

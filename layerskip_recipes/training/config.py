@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params
 from torchtune.training import setup_torch_profiler
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
@@ -44,7 +45,7 @@ def _is_logged(value: Any) -> Any:
     return value
 
 
-LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed", "batch_size"))
+LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed"))
 EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("label_smoothing",))
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
@@ -216,6 +217,9 @@ class FinetuneConfig(RecipeConfig):
     @property
     def checkpoint_bytes(self) -> int:
         """The bytes of a checkpoint's weights."""
+        if self.save_adapter_weights_only:
+            adapters = get_adapter_params(self.meta_model).values()
+            return sum(parameter.numel() for parameter in adapters) * self.torch_dtype.itemsize
         if self.draft is None:
             return weight_bytes(self.meta_model, self.torch_dtype)
         draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
@@ -335,8 +339,8 @@ class FinetuneConfig(RecipeConfig):
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             raise ConfigError(
-                f"draft: needs a model that stays as it is, and this one has {what}; for example "
-                "checkpointer.checkpoint_files=[model.safetensors], and a model section without LoRA"
+                f"draft: needs a model that stays as it is, and this one has {what}. Allowed: a model section without "
+                "LoRA, and a checkpointer that reads weights; or draft=null"
             )
         if (self.tensor_parallel_dim or 1) > 1:
             raise ConfigError(

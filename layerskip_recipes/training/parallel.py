@@ -177,8 +177,8 @@ def checkpoint_layers(model: LayerSkipDecoder | Draft, every: int) -> None:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name as checkpoints have it, without the wrappers of checkpointing and compilation."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    """A parameter's name as checkpoints have it, without the wrapper of activation checkpointing."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:

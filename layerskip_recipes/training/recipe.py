@@ -78,8 +78,7 @@ class LayerSkipFinetune:
             if not cfg.resume_from_checkpoint:
                 check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
                 self._check_other_runs()
-        if cfg.resume_from_checkpoint:
-            find_checkpoint(self.output_dir)
+        self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         common_utils._use_low_cpu_ram = bool(cfg.low_cpu_ram)  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # Each rank's generators are seeded differently. Draws that all ranks make alike are seeded by rank 0's seed.
@@ -111,7 +110,7 @@ class LayerSkipFinetune:
             tokenizer = self._setup_data()
         self._warned_of_empty_step = not is_rank_zero()
 
-        self.checkpoints = Checkpoints(cfg)
+        self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
         self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)
         if state is not None:
@@ -168,7 +167,6 @@ class LayerSkipFinetune:
                 self.own_text = OwnText(*how, self.output_dir / "own_text.jsonl", resumes)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:
-            dropout.batch_size = cfg.batch_size
             if "seed" not in (cfg.model.get("layer_dropout") or ()):  # of `layerskip_decoder` in the model section
                 dropout.generator.manual_seed(self.seed)
             # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
@@ -264,7 +262,7 @@ class LayerSkipFinetune:
         if self.step % self.cfg.log_every_n_steps == 0:
             loss, *of_exits = (sums[1:] / of_all).tolist()
             metrics["loss"] = loss
-            if self.draft is None:
+            if per_exit:
                 metrics["loss_final"] = of_exits[-1]
                 metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
                 metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
@@ -274,8 +272,14 @@ class LayerSkipFinetune:
             self._log(metrics)
 
     def _forward(self, batch: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
-        """The loss of a micro-batch: the number of labels that count, J, and the cross-entropy of each exit."""
+        """The loss of a micro-batch: the number of labels that count, J, and the loss of each exit."""
         check_batch(batch["tokens"], self.model)
+        rows, samples = len(batch["tokens"]), self.cfg.batch_size
+        if rows != samples and self.model.layer_dropout is not None and num_processes() > 1:
+            raise ConfigError(  # processes would run other layers, and wait for each other
+                f"collate_fn: makes {rows} rows of {samples} samples, and layer_dropout on several processes needs one "
+                "for each. Allowed: another collate_fn, or layer_dropout=null"
+            )
         self.data.warn_of_cuts(batch["tokens"])
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
         # Looked for on the CPU, to avoid a device synchronisation.
@@ -314,8 +318,8 @@ class LayerSkipFinetune:
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True
             log.warning(
-                f"step {self.step + 1} learns nothing: no label counts in samples {self.data.samples(self.step)} of "
-                f"the dataset. Of a prompt as long as tokenizer.max_seq_len={self.data.cut_at} the answer is cut off"
+                f"step {self.step + 1} learns nothing: no label counts in {self._samples()}. "
+                f"Of a prompt as long as tokenizer.max_seq_len={self.data.cut_at} the answer is cut off"
             )
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
@@ -323,10 +327,14 @@ class LayerSkipFinetune:
             under = f"under {self.cfg.output_dir!r}"
             last = f"The last checkpoint {under} is whole" if there else f"There is no checkpoint {under} yet"
             raise ConfigError(
-                f"{name}: not finite at step {self.step + 1}, with samples {self.data.samples(self.step)} of the "
-                f"dataset. {last}; for example {'resume_from_checkpoint=true ' if there else ''}"
+                f"{name}: not finite at step {self.step + 1}, with {self._samples()}. {last}; "
+                f"for example {'resume_from_checkpoint=true ' if there else ''}"
                 f"optimizer.lr={self.optimizers.base_lr / 2:.2g}"
             )
+
+    def _samples(self) -> str:
+        own = "" if self.own_text is None else ", or in the model's own text that stood in for some of them"
+        return f"samples {self.data.samples(self.step)} of the dataset{own}"
 
     def _validate(self) -> None:
         if self.validation.on:

@@ -21,6 +21,8 @@ log = utils.get_logger("INFO")
 # so may the settings of memory within these sections.
 SAME_KEYS = {
     "model",
+    "dtype",
+    "compute_dtype",
     "dataset",
     "collate_fn",
     "shuffle",

@@ -162,9 +162,10 @@ def test_a_streamer_gets_each_token_once(rows, fixed_length):
 
 
 @pytest.mark.parametrize("end", [None, 14])
-def test_the_cache_in_a_dictionary_goes_on(end, fixed_length):
-    """A conversation goes on from the cache, also after a stop in the middle of a draft."""
-    model, inputs = tiny(), prompts(1)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_the_cache_in_a_dictionary_goes_on(family, end, fixed_length):
+    """A conversation goes on from the cache, also after a stop in the middle of a draft, and behind the window."""
+    model, inputs = tiny(family), prompts(1)
     settings = {"eos_token_id": None if end is None else int(both(model, inputs)[0][0, end])}
     plain, ours = both(model, inputs, return_dict_in_generate=True, **settings)
     assert torch.equal(ours.sequences, plain.sequences)

@@ -1,6 +1,6 @@
 """What each rank of a training test runs: `training_ranks.py WHAT FOLDER ARGUMENTS`, see RANKS at the end.
 
-Shared by tests: COUNTED, DRAWS, PROB, ROWS, exit_sums, lora_model, shifted, some_tokens, tiny_model.
+Shared by tests: COUNTED, DRAWS, DROPPED, PROB, exit_sums, lora_model, shifted, some_tokens, tiny_model.
 """
 
 import json
@@ -28,15 +28,12 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 CPU = torch.device("cpu")
 PROB, DRAWS = 0.6, 4
 LORA = {"lora": True}
-# name: the rows of rank 0 and of rank 1, whether the model has adapters, how it is sharded.
-ROWS = {
-    "1 and 3": ((1, 3), False, {}),
-    "1 and 1 of 3": ((1, 1), False, {}),
-    "3 and 2, checkpointed": ((3, 2), False, {"ac_mode": "full"}),
-    "1 and 3, checkpointed": ((1, 3), False, {"ac_mode": "full"}),
-    "1 and 3, gathered weights kept": ((1, 3), False, {"fsdp_reshard_after_forward": False}),
-    "1 and 3, apart": ((1, 3), False, {"custom_sharded_layers": ["tok_embeddings", "output"]}),
-    "1 and 3, LoRA": ((1, 3), True, {}),
+# name: whether the model has adapters, how it is sharded.
+DROPPED = {
+    "checkpointed": (False, {"ac_mode": "full"}),
+    "gathered weights kept": (False, {"fsdp_reshard_after_forward": False}),
+    "head apart": (False, {"custom_sharded_layers": ["tok_embeddings", "output"]}),
+    "LoRA": (True, {}),
 }
 # name: (model, how it is sharded, what a forward gathers: 6 layers, the rest together, and the modules apart from it).
 # A tied head that is apart is gathered twice: the embedding lets go of its weights until then.
@@ -121,16 +118,16 @@ def first_gradients_rank(folder, path, *overrides):
         torch.save(seen[0], Path(recipe.cfg.output_dir) / "gradients.pt")
 
 
-def rows_rank(folder):
-    """Losses and gradients of every case of ROWS and draw, to rows.pt. In float64, to be compared with a formula."""
+def dropped_rank(folder):
+    """Losses and gradients of every case of DROPPED and draw, to dropped.pt. In float64, to compare with a formula."""
     processes.init_processes("cpu")
     results = {}
-    for name, (rows, lora, keys) in ROWS.items():
+    for name, (lora, keys) in DROPPED.items():
         model = sharded("llama3", keys, lora, torch.float64)
-        tokens = some_tokens()[dist.get_rank()][: rows[dist.get_rank()]]
+        tokens = some_tokens()[dist.get_rank()]
         loss = EarlyExitLoss(scale=0.5, curriculum=None, chunk_tokens=5)
         for seed in range(DRAWS):
-            model.layer_dropout = LayerDropout(model.num_layers, PROB, "uniform", seed=seed, batch_size=3)
+            model.layer_dropout = LayerDropout(model.num_layers, PROB, "uniform", seed=seed)
             model.zero_grad()
             total, _ = loss(model, tokens, shifted(tokens), step=0, total_steps=1)
             total.backward()
@@ -138,7 +135,7 @@ def rows_rank(folder):
             dist.all_reduce(mean)
             results[name, seed] = (mean / 2, gradients(model))
     if dist.get_rank() == 0:
-        torch.save(results, folder / "rows.pt")
+        torch.save(results, folder / "dropped.pt")
 
 
 def counts_rank(folder):
@@ -171,7 +168,7 @@ def counts_rank(folder):
         assert written == {}
 
 
-RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradients_rank, rows_rank, counts_rank)}
+RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradients_rank, dropped_rank, counts_rank)}
 
 
 if __name__ == "__main__":

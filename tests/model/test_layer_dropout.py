@@ -13,7 +13,7 @@ from torchtune.training import set_activation_checkpointing
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.model.decoder import take_rows
-from layerskip_recipes.model.layer_dropout import NO_LOCAL_ROWS, LayerDropout, dropout_rates, schedule_scale
+from layerskip_recipes.model.layer_dropout import LayerDropout, dropout_rates, schedule_scale
 
 L = 6
 # Half of the samples leave each layer: most draws mix kept and dropped samples.
@@ -151,36 +151,6 @@ def test_the_progressive_schedule():
     for t in (0, 7, 100, 999):
         keeps = (1 - theta) * math.exp(-100 / total * t) + theta
         assert (1 - theta) * schedule_scale(t, total, "progressive") == pytest.approx(1 - keeps)
-
-
-def test_ranks_with_fewer_rows_draw_alike():
-    """A rank with one row and one with three agree on which layers run, on their common rows, and on what follows."""
-    few, many = (LayerDropout(6, 0.7, "uniform", seed=3, batch_size=3) for _ in range(2))
-    idle = 0
-    for _ in range(50):
-        for one, three in zip(few.draw(1), many.draw(3), strict=True):
-            rows = [0, 1, 2] if three is None else three
-            assert (one in (None, [0])) == (0 in rows)
-            assert (one == []) == (rows == [])  # a layer that runs on one rank runs on both
-            idle += one == NO_LOCAL_ROWS
-    assert idle > 10
-    assert torch.equal(few.generator.get_state(), many.generator.get_state())
-
-
-def test_an_idle_layer_changes_nothing_and_trains_nothing(tiny):
-    """It runs for the other ranks' sake: the output is that without it, and its gradients are zeros, not None."""
-    model = layerskip_decoder(tiny).train()
-    tokens = torch.arange(8).view(2, 4)
-    model.layer_dropout = LayerDropout(L, 0.5)
-    model.layer_dropout.draw = lambda b: [None, NO_LOCAL_ROWS, None, [], None, None]
-    out = model(tokens)
-    out.sum().backward()
-    h = model.tok_embeddings(tokens)
-    for layer in (0, 2, 4, 5):
-        h = model.layers[layer](h)
-    assert torch.equal(out, model.unembed(h))
-    assert all(p.grad is not None and not p.grad.any() for p in model.layers[1].parameters())
-    assert all(p.grad is None for p in model.layers[3].parameters())
 
 
 def test_the_rates_follow_the_schedule():

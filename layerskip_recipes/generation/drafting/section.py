@@ -97,11 +97,6 @@ class SelfSpeculation(Section):
         """The shape of a round's drafts; a chain is a tree of width 1."""
         return DraftTree(self.num_speculations, self.tree_width, self.tree_children, greedy)
 
-    def spare_slots(self, greedy: bool) -> int:
-        """The cache slots of a draft tree; 0 for a chain, whose drafts stand where text will."""
-        tree = self.tree(greedy)
-        return 0 if tree.is_chain else tree.nodes
-
     def with_vocabulary(
         self,
         model: LayerSkipDecoder,

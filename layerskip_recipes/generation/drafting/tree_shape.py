@@ -37,6 +37,11 @@ class DraftTree:
         """One candidate a level: node i is the i-th drafted token."""
         return self.width == 1 and (self.greedy or self.children == 1)
 
+    @property
+    def spare_slots(self) -> int:
+        """Cache slots beside those of the text; 0 for a chain, whose drafts stand where text will."""
+        return 0 if self.is_chain else self.nodes
+
     def candidates(self, level: int) -> int:
         """Candidates drawn from each node that level-1 expands."""
         return max(self.width, self.children) if level == 1 else self.children

@@ -140,9 +140,9 @@ class CompiledSteps:
         return out
 
     def _is_quantised(self, step: Any) -> bool:
-        """Whether a step reads quantised weights: those of a draft model, or of the whole model."""
-        kinds = [kind for _, kind, *_ in self.weights or ()]
-        return not step.context.shares_layers or any(kind is not torch.nn.Parameter for kind in kinds)
+        """Whether the model or its draft has quantised weights."""
+        models = (step.context.model, step.context.draft_model)
+        return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
 
 
 _COMPILED: WeakKeyDictionary[LayerSkipDecoder, CompiledSteps] = WeakKeyDictionary()

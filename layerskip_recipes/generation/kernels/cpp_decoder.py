@@ -228,7 +228,7 @@ class CppDecoder:
         """Compile the C++, and let the weights lie where they are read fastest; False if all of that had been done."""
         load_library()
         parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        return use_huge_pages(tensor for part in parts for tensor in part.tensors.values())
+        return use_huge_pages(part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
 
     def load(self) -> None:
         """Give the weights and caches to C++, after `compile`."""

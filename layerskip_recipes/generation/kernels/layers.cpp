@@ -82,7 +82,8 @@ struct Rotation {
   }
 };
 
-// One token's keys or values, [heads, dim], into a cache [b, heads, slots, dim] at a slot of a row.
+// One token's keys or values, [heads, dim], into a cache [b, heads * copies, slots, dim] at a slot of a row. torchtune's
+// Gemma 2 repeats the key heads before its cache, so that each is there as often as query heads share it.
 template <typename V>
 void keep(const float* x, V* cache, int64_t heads, int64_t slots, int64_t dim, int64_t copies) {
   for (int64_t head = 0; head < heads; head++)

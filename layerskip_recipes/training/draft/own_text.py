@@ -25,8 +25,9 @@ ROWS = 64  # texts that are written together
 class OwnText:
     """Batches of the model's own text, written when they are needed and kept in a file.
 
-    The texts follow from the seed and their number, so that a resumed run, which reads the file, goes on alike. All
-    ranks write the same ones together, since each has a part of the model, and take their parts of each batch.
+    The texts follow from the seed, their number, and how many are decoded at a time, which memory limits. A resumed run
+    reads the file. All ranks write the same ones together, since each has a part of the model, and take their parts of
+    each batch.
 
     Args:
         share: of the micro-batches that are own text.
