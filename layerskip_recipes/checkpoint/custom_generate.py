@@ -183,8 +183,9 @@ class DraftLength:
     """Chooses how many tokens a round drafts: those that bring most tokens for their cost, if drafts stay as good.
 
     With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + rows_cost + n *
-    draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the 16th
-    round drafts one token to see whether it does again, then the 32nd after that, the 64th and so on.
+    draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the first
+    round drafts one token to see whether it does after all, then the 16th from there, the 32nd and so on; and while
+    what was drafted last is accepted, each round.
     """
 
     PAUSE = 16  # rounds
@@ -192,7 +193,7 @@ class DraftLength:
 
     def __init__(self, limit: int, draft_cost: float, rows_cost: float) -> None:
         self.limit, self.draft_cost, self.rows_cost = limit, draft_cost, rows_cost
-        self.pause, self.waited = self.PAUSE, 0
+        self.pause, self.waited, self.all_accepted = self.PAUSE, 0, True
         # Counts to begin with: one or two rounds of bad drafts outweigh them, as short answers end soon.
         self.accepted, self.tried = 2.8, 4.0
 
@@ -203,16 +204,19 @@ class DraftLength:
             return sum(rate**i for i in range(n + 1)) / (1 + (n > 0) * self.rows_cost + n * self.draft_cost)
 
         best = max(range(self.limit + 1), key=tokens_per_cost)
-        self.waited = 0 if best else self.waited + 1
         if best:
             self.pause = self.PAUSE
-        elif self.waited == self.pause:
-            self.waited, self.pause = 0, 2 * self.pause
-            return 1
-        return best
+        elif not self.all_accepted:
+            self.waited += 1
+            if self.waited < self.pause:
+                return 0
+            self.pause *= 2
+        self.waited = 0
+        return max(best, 1)
 
     def learn(self, accepted: list[int], drafted: int) -> None:
         if drafted:
+            self.all_accepted = min(accepted) == drafted
             self.accepted = self.MEMORY * self.accepted + sum(accepted) / len(accepted)
             self.tried = self.MEMORY * self.tried + sum(min(n + 1, drafted) for n in accepted) / len(accepted)
 

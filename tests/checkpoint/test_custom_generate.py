@@ -228,6 +228,15 @@ def test_the_draft_length_follows_acceptance():
     assert [first - last, second - first, third - second] == [16, 32, 64]
 
 
+def test_a_costly_draft_that_is_always_right_is_used():
+    length = loop.DraftLength(limit=6, draft_cost=0.5, rows_cost=0.5)
+    lengths = []
+    for _ in range(20):
+        lengths.append(length.next())
+        length.learn([lengths[-1]], lengths[-1])
+    assert lengths[0] == 1 and lengths[-1] == 6
+
+
 @pytest.mark.parametrize("draft_cost", [0.1, 0.2, 0.37])
 def test_few_rounds_of_bad_drafts_end_them(draft_cost):
     """They cost 5% of a short answer of 48 tokens at most, even if a verification costs half a step more."""

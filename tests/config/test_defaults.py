@@ -142,6 +142,7 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     needed = 16 * (LAYERS + TABLES) + LOGITS + 512 * 4 * (12 * 64 + TOKEN)
     there = needed * 10 // 9 + (10 if weights_fit else -10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     folder = folder_of(tmp_path)
     assert defaults.dtype("cuda", folder, "full") == expected

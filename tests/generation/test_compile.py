@@ -253,7 +253,9 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
 
     monkeypatch.setattr(compiling, "_compiled", made)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
-    apart = {"drafted apart": WAYS["chain"] | {"drafter": make_small()}}
+    drafter, packed = make_small(), type("Packed", (torch.nn.Parameter,), {})
+    drafter.norm.scale = packed(drafter.norm.scale.data)
+    apart = {"drafted apart": WAYS["chain"] | {"drafter": drafter}}
     for way in ways:
         arguments = (WAYS | apart)[way]
         generation = run(model, SHORT, 9, speculation=Speculation(**arguments) if arguments else None)
@@ -331,7 +333,7 @@ def test_a_path_with_a_new_step_is_captured_in_the_next_round(not_compiled, monk
         monkeypatch.setattr(f"torch.{name}", lambda *_: None)
 
     class Named:
-        context, settings = SimpleNamespace(shares_layers=True), ()
+        context, settings = SimpleNamespace(model=make_small(), draft_model=make_small()), ()
 
         def __init__(self, name):
             self.function, self.key = lambda *_: None, lambda: name

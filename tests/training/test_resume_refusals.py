@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(stopped, tmp_path):
     shutil.copytree(stopped.parent / "out", tmp_path / "out")
     torch.save({"epochs_run": 1, "seed": 0, "optimizer": {}}, next(tmp_path.rglob("recipe_state.pt")))
     cfg = load_config(str(stopped), ["resume_from_checkpoint=true", f"output_dir={tmp_path / 'out'}"])
-    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* not written by .*checkpointer.checkpoint_dir="):
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* not written by .*checkpointer.checkpoint_dir\)"):
         LayerSkipFinetune(cfg).setup()
 
 
