@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from layerskip_recipes.errors import ConfigError
@@ -40,13 +39,16 @@ class DraftHead(nn.Module):
             )
         self.norm, self.cap = model.norm, model.logit_cap
         self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
-        self.weight = output.weight.detach()[vocabulary]
-        bias = getattr(output, "bias", None)
-        self.bias = None if bias is None else bias.detach()[vocabulary]
+        self.output = nn.Linear(1, 1, device="meta")
+        for name in ("weight", "bias"):
+            rows = getattr(output, name, None)
+            rows = None if rows is None else nn.Parameter(rows.detach()[vocabulary], requires_grad=False)
+            self.output.register_parameter(name, rows)
+        self.output.out_features, self.output.in_features = self.output.weight.shape
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""
-        return capped(F.linear(self.norm(hidden), self.weight, self.bias).float(), self.cap)
+        return capped(self.output(self.norm(hidden)).float(), self.cap)
 
 
 _DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary()
@@ -60,13 +62,13 @@ def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[i
     A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
     """
     new, kept = DraftHead(model, vocabulary), _DRAFT_HEADS.get(model)
+    weight = new.output.weight
     if kept is None or not (
-        (kept.weight.device, kept.weight.dtype) == (new.weight.device, new.weight.dtype)
+        (kept.output.weight.device, kept.output.weight.dtype) == (weight.device, weight.dtype)
         and torch.equal(kept.vocabulary, new.vocabulary)
     ):
         _DRAFT_HEADS[model] = new
         return new
-    kept.weight.copy_(new.weight)
-    if kept.bias is not None:
-        kept.bias.copy_(new.bias)
+    for ours, rows in zip(kept.output.parameters(), new.output.parameters(), strict=True):
+        ours.copy_(rows)
     return kept

@@ -124,7 +124,8 @@ class Generation:
             cache = make(self.model, len(self.rows), room, draft_layers=own)
         self.cache = cache
         if speculation is not None and speculation.draft_vocabulary is not None:
-            draft_head = draft_head_of(draft_model if own else self.model, speculation.draft_vocabulary)
+            rows_of = draft_model if own else self.model
+            draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
         self.context = StepContext(
             self.model, cache, sampler, compiled, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
         )

@@ -193,7 +193,7 @@ class MemoryTraffic:
 
     def __init__(self, context: StepContext) -> None:
         model, draft_model, draft_head = context.model, context.draft_model, context.draft_head
-        head_bytes = _weight_bytes(head_of(draft_model)) if draft_head is None else tensor_bytes(draft_head.weight)
+        head_bytes = _weight_bytes(head_of(draft_model) if draft_head is None else draft_head.output)
         self.full = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
         self.draft = (_weight_bytes(draft_model.layers[0]), head_bytes)
         first = context.cache.layers[0]

@@ -235,7 +235,7 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
 
 @pytest.mark.parametrize("vocabulary", [None, 40])
 def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary):
-    """The head too, but where drafts have one of their own; the model and what it shares are as they were."""
+    """Of a draft vocabulary the rows of the head; the model and what it shares are as they were."""
     quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     recipe, _ = run(path, quantizer, *([f"self_speculation.draft_vocabulary={vocabulary}"] if vocabulary else []))
     drafter, model = recipe.speculation.drafter, recipe.model
@@ -246,13 +246,15 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
     assert drafter.norm is model.norm and drafter.tok_embeddings is model.tok_embeddings
     assert (drafter.output is model.output) == (vocabulary is not None)
-    if vocabulary is None:
-        x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
-        expected = torch.nn.Linear(x.shape[-1], model.tok_embeddings.num_embeddings, bias=False)
-        expected.weight.data = getattr(model.output, "tied_module", model.output).weight.data.clone()
-        torchao.quantization.quantize_(expected, torchao.quantization.Int8WeightOnlyConfig())
-        with torch.no_grad():
-            torch.testing.assert_close(drafter.output(x), expected(x))
+    rows, head = slice(None), drafter.output
+    if vocabulary is not None:
+        rows, head = recipe.speculation.draft_head.vocabulary, recipe.speculation.draft_head.output
+    x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
+    expected = torch.nn.Linear(1, 1, bias=False)
+    expected.weight = torch.nn.Parameter(getattr(model.output, "tied_module", model.output).weight.detach()[rows])
+    torchao.quantization.quantize_(expected, torchao.quantization.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        torch.testing.assert_close(head(x), expected(x))
 
 
 def test_a_quantiser_that_does_not_work_here_is_named(path):

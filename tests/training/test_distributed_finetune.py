@@ -87,7 +87,6 @@ RESUMED = {
     "2 to 1, shards": ("tune run", "tied", "step_8", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 1, LoRA": ("LoRA", "lora", "step_8", 1),
-    "2 to 1, Qwen3 by its folder": ("Qwen3 by its folder", "qwen3", "epoch_0", 1),
     "2 to 2, shards": ("tune run", "tied", "step_8", 2),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_8", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }

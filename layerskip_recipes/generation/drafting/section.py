@@ -15,6 +15,7 @@ from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.speculation import NumSpeculations, PromptLookup, Speculation, Threshold
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -48,8 +49,8 @@ class SelfSpeculation(Section):
     prompt_lookup: PromptLookup | None = None
     """Where the last so many tokens of the text occurred before, what followed them is drafted, if that pays."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the layers and the head that draft, of a trained draft its own layers; verification stays in full
-    precision."""
+    """Quantises the layers and the head that draft, of a trained draft its own layers and the head; verification stays
+    in full precision."""
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
         """Raises a ConfigError if the section does not fit a model.
@@ -78,7 +79,9 @@ class SelfSpeculation(Section):
             raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
         self._speculation(vocabulary if isinstance(vocabulary, list) else None).check(model, f"{key}.")
 
-    def _speculation(self, vocabulary: Any, drafter: LayerSkipDecoder | None = None) -> Speculation:
+    def _speculation(
+        self, vocabulary: Any, drafter: LayerSkipDecoder | None = None, draft_head: DraftHead | None = None
+    ) -> Speculation:
         exit_layer = self.exit_layer
         if exit_layer is None:
             exit_layer = 1  # that of `draft` is not read yet, see `with_vocabulary`
@@ -91,6 +94,7 @@ class SelfSpeculation(Section):
             draft_vocabulary=vocabulary,
             prompt_lookup=self.prompt_lookup,
             drafter=drafter,
+            draft_head=draft_head,
         )
 
     def tree(self, greedy: bool) -> DraftTree:
@@ -163,7 +167,7 @@ class SelfSpeculation(Section):
         Raises:
             ConfigError: if the quantizer does not work on this device, or the draft is not this model's.
         """
-        drafter, layers = None, range(self.exit_layer or 0)
+        drafter, head, layers = None, None, range(self.exit_layer or 0)
         if self.draft is not None:
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
@@ -174,8 +178,10 @@ class SelfSpeculation(Section):
                     f"in the model's precision first, and drafts get slower. Faster is batch_size=1 "
                     f"{key}.tree_width=1, or {key}.draft_quantizer=null"
                 )
-            drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, self.draft_vocabulary is None)
-        return self._speculation(self.draft_vocabulary, drafter)
+            if isinstance(self.draft_vocabulary, list):
+                head = quantise(DraftHead(drafter or model, self.draft_vocabulary), self.draft_quantizer)
+            drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
+        return self._speculation(self.draft_vocabulary, drafter, head)
 
 
 def _off_without_exit(value: Any) -> Any:

@@ -10,6 +10,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import check, checked_arguments
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -32,6 +33,7 @@ class Speculation:
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: draft from the text where its last so many tokens occurred before, if that pays; None: never.
         drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
+        draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the drafter's head.
 
     Raises:
         ConfigError: if a value is out of range. `check`, which a Generation calls, refuses values that do not go
@@ -46,6 +48,7 @@ class Speculation:
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: PromptLookup | None = None
     drafter: LayerSkipDecoder | None = None
+    draft_head: DraftHead | None = None
 
     def tree(self, greedy: bool) -> DraftTree:
         """The shape of a round's drafts; of a chain too."""

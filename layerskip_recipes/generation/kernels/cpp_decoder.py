@@ -87,9 +87,8 @@ class Parts:
         self.numbers: dict[str, float] = {}
 
     def linear(self, name: str, linear: Any) -> None:
-        """A matrix in fp32, bf16 or torchao's int8 with a scale for each row: of a linear layer, an embedding, or the
-        head of drafts."""
-        if not isinstance(linear, nn.Embedding | DraftHead) and type(linear) is not nn.Linear:
+        """A matrix in fp32, bf16 or torchao's int8 with a scale for each row: of a linear layer or an embedding."""
+        if not isinstance(linear, nn.Embedding) and type(linear) is not nn.Linear:
             raise UnknownPartError(name)
         weight, scale, zero = linear.weight, None, None
         if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None:  # torchao's version 2
@@ -221,7 +220,7 @@ class CppDecoder:
             each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
         }
         if draft_head is not None:
-            self.heads[draft_head] = head_parts(draft_head.norm, draft_head, draft_head.cap)
+            self.heads[draft_head] = head_parts(draft_head.norm, draft_head.output, draft_head.cap)
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
     def compile(self) -> bool:
