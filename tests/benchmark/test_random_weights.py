@@ -80,6 +80,11 @@ def test_variants_and_pairs():
     assert [row["name"] for row in report["results"]] == ["baseline", "exit1_draft2", "exit2_draft2"]
 
 
+def test_no_config_is_written_of_what_random_weights_accept():
+    run("sweep={exit_layers: [1], num_speculations: [2]}", "repeats=1", "tune_extends=hf/generate", "report_dir=out")
+    assert Path("out/sweep.json").exists() and not Path("out/tuned.yaml").exists()
+
+
 def test_whatever_a_config_says_of_drafts():
     """Batches, trees, sampling, draft vocabulary, int8; a threshold and look-ups only choose between such rounds."""
     tree = ["self_speculation.tree_width=2", "self_speculation.tree_children=2", "self_speculation.draft_vocabulary=64"]

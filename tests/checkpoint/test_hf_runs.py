@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 LORA = {"rank": 3, "alpha": 6.0, "attn_modules": ["q_proj", "output_proj"]}
@@ -76,6 +77,17 @@ def test_generation_adds_adapters_to_their_base(base, tmp_path, tokenizer_folder
         for name, changes in runs.items()
     }
     assert tokens["adapters"] == tokens["merged"] != tokens["base"]
+
+
+def test_room_on_the_disk_is_asked_for_what_is_written(base, tmp_path, tokenizer_folder):
+    """In fp32 the adapters, where they alone are."""
+    path = finetune_config(tmp_path, tokenizer_folder, **sections(base, lora=LORA))
+    whole, adapters = (
+        FinetuneConfig.load(load_config(str(path), [f"save_adapter_weights_only={value}"]))
+        for value in ("false", "true")
+    )
+    count = sum(value.numel() for name, value in whole.meta_model.named_parameters() if "lora" in name)
+    assert adapters.checkpoint_bytes == 4 * count < whole.checkpoint_bytes
 
 
 def _disk_is_full(monkeypatch):

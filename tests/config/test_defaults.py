@@ -208,6 +208,23 @@ def test_each_needs_the_model_only(name, tmp_path, layerskip):
     assert err.splitlines()[-1].startswith("ValueError: model_dir: missing. ")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dtype=fp16", "dtype: 'fp16' is not allowed"),
+        ("batch_size=0", "batch_size: 0 is not allowed"),
+        ("batch_size=x", "batch_size: 'x' is not allowed"),
+        ("tokenizer.max_seq_len=null", None),
+        ("device=cuda", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_what_follows_from_a_wrong_value_does_not_hide_it(name, override, message, tmp_path, layerskip):
+    status, _, err = layerskip("validate", f"hf/{name}", f"model_dir={folder_of(tmp_path)}", override)
+    assert (status, message is None) in ((0, True), (1, False)), err
+    assert message is None or err.splitlines()[-1].startswith(f"ValueError: {message}")
+
+
 def adapters_only(folder):
     (folder / "epoch_0").mkdir()
     (folder / "epoch_0" / "recipe_state.pt").touch()

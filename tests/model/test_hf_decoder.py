@@ -42,6 +42,19 @@ def test_logits_are_those_of_transformers(pair):
         assert close(pair.ours(TOKENS), pair.theirs(TOKENS).logits)
 
 
+def test_the_first_releases_of_gemma_mean_gelu_by_tanh(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    make_hf_folder("gemma", tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content.pop("hidden_activation", None)
+    (tmp_path / "config.json").write_text(json.dumps(content | {"hidden_act": "gelu"}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = layerskip_decoder(hf_decoder(str(tmp_path))).eval()
+    ours.load_state_dict(hf_checkpointer(str(tmp_path), str(tmp_path / "out")).load_checkpoint()[MODEL_KEY])
+    with torch.no_grad():
+        assert close(ours(TOKENS), theirs(TOKENS).logits)
+
+
 def test_loss_and_gradients_are_those_of_transformers(pair):
     pair.ours.zero_grad()
     pair.theirs.zero_grad()
