@@ -182,10 +182,10 @@ class Rows:
 class DraftLength:
     """Chooses how many tokens a round drafts: those that bring most tokens for their cost, if drafts stay as good.
 
-    With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + rows_cost + n *
-    draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the first
-    round drafts one token to see whether it does after all, then the 16th from there, the 32nd and so on; and while
-    what was drafted last is accepted, each round.
+    With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + rows_cost +
+    n * draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the first round drafts one
+    token to see whether it does after all, then the 16th from there, the 32nd and so on; and each round as long as the
+    last draft was accepted.
     """
 
     PAUSE = 16  # rounds
