@@ -8,7 +8,7 @@ from torch import nn
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.head import capped, head_of
+from layerskip_recipes.model.head import capped, head_of, linear_of_rows
 
 
 def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
@@ -39,12 +39,7 @@ class DraftHead(nn.Module):
             )
         self.norm, self.cap = model.norm, model.logit_cap
         self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
-        self.output = nn.Linear(1, 1, device="meta")
-        for name in ("weight", "bias"):
-            rows = getattr(output, name, None)
-            rows = None if rows is None else nn.Parameter(rows.detach()[vocabulary], requires_grad=False)
-            self.output.register_parameter(name, rows)
-        self.output.out_features, self.output.in_features = self.output.weight.shape
+        self.output = linear_of_rows(dict(output.named_parameters(recurse=False)), self.vocabulary)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""

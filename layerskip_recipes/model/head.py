@@ -6,7 +6,7 @@ torchtune 0.6.1 caps the final hidden state where Gemma 2 caps the logits: `norm
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from types import SimpleNamespace
@@ -52,11 +52,8 @@ class Head:
 
     def cut(self, vocabulary: torch.Tensor) -> "Head":
         """A frozen copy of the head's rows for some tokens, `vocabulary` [v']."""
-        output = nn.Linear(1, 1, bias=False, device="meta")
-        for (module, name), parameter in zip(self._places, self.parameters, strict=True):
-            if module is self.output:
-                rows = nn.Parameter(parameter.detach()[vocabulary], requires_grad=False)
-                output.register_parameter(name, rows)
+        places = zip(self._places, self.parameters, strict=True)
+        output = linear_of_rows({name: value for (module, name), value in places if module is self.output}, vocabulary)
         return Head(SimpleNamespace(output=output, norm=self.norm, logit_cap=self.cap))
 
     @contextmanager
@@ -95,6 +92,15 @@ class Head:
             return torch.mm(h, self.output.weight.T, out=out)
         product = F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
         return capped(product, self.cap)
+
+
+def linear_of_rows(parameters: Mapping[str, torch.Tensor], rows: torch.Tensor) -> nn.Linear:
+    """A frozen linear layer with copies of some rows of another one's weight, and of its bias if there is one."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    for name, value in parameters.items():
+        linear.register_parameter(name, nn.Parameter(value.detach()[rows], requires_grad=False))
+    linear.out_features, linear.in_features = linear.weight.shape
+    return linear
 
 
 def head_of(model: Any) -> Any:
