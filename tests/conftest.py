@@ -47,12 +47,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(8, (os.cpu_count() or 1) + 1)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: a garbage collection that looks through it takes half a second."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, each as it is."""
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
@@ -83,6 +77,14 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """What was imported and what other files left stays. Torchtune often collects garbage, and would look through a
+    million objects for half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

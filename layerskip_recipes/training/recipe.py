@@ -127,7 +127,7 @@ class LayerSkipFinetune:
             if state:
                 check_resumable(state["run"], of_model)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
-        self.optimizers = Optimizers(cfg, self.trained, optimizer, self.total_steps, self.step)
+        self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
         self._setup_profiler()
         if state:
             self._restore(state)
@@ -154,7 +154,7 @@ class LayerSkipFinetune:
             log.info("No weights to begin with: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
-        self.trained: nn.Module = self.model if self.draft is None else self.draft
+        self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
@@ -250,9 +250,9 @@ class LayerSkipFinetune:
         metrics: dict[str, Any] = {}
         norm = torch.zeros((), device=self.device)
         if not in_backward:
-            training.scale_grads(self.trained, self.mesh.data_size / of_all)
+            training.scale_grads(self.learner, self.mesh.data_size / of_all)
             clip = self.cfg.clip_grad_norm
-            norm = clip_gradients(self.trained, math.inf if clip is None else float(clip))
+            norm = clip_gradients(self.learner, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
         self._check_sums(sums[0], sums[1], norm)
         metrics["lr"] = self.optimizers.lr
@@ -348,11 +348,11 @@ class LayerSkipFinetune:
         state, description = self._state(), self._description()
         if shards:
             self.checkpoints.save_shards(
-                name, {"model": self._trained(), training.OPT_KEY: optimizer}, state, description
+                name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, state, description
             )
         else:
             adapters_only = bool(self.cfg.save_adapter_weights_only)
-            contents = checkpoint_contents(self.trained, self.cfg.meta_model, self.device, adapters_only)
+            contents = checkpoint_contents(self.learner, self.cfg.meta_model, self.device, adapters_only)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
@@ -376,9 +376,9 @@ class LayerSkipFinetune:
             "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
         }
 
-    def _trained(self) -> dict[str, torch.Tensor]:
+    def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights that are trained, to be written or filled in place."""
-        return adapter_parameters(self.model, self.cfg.meta_model) or self.trained.state_dict()
+        return adapter_parameters(self.model, self.cfg.meta_model) or self.learner.state_dict()
 
     def _state(self) -> dict[str, Any]:
         """The state of a run beside weights and optimizer; data and curriculum follow from seed and step."""
@@ -396,7 +396,7 @@ class LayerSkipFinetune:
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from the state of the stopped run."""
         if self.checkpoints.sharded:
-            shards = {"model": self._trained(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
+            shards = {"model": self._learned_weights(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
             never_stepped = self.checkpoints.load_shards(shards)
             self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
         if self.model.layer_dropout and state["layer_dropout"]:

@@ -25,6 +25,8 @@ from pathlib import Path
 # What the commands import. Their entry modules are run, so they are not here; nor is inductor, which starts threads.
 MODULES = (
     "numpy",
+    "scipy.io",  # by datasets, when it reads a file
+    "matplotlib.figure",
     "pytest",
     "torchtune._cli.tune",
     "layerskip_recipes.cli.commands",

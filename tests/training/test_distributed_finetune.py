@@ -62,7 +62,7 @@ CASES = {
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
     "capped head": ("gemma2", 2, FEW),
-    "Qwen3 by its folder": ("qwen3", 2, []),
+    "Qwen3 by its folder": ("qwen3", 2, FEW),
     "LoRA": ("lora", 2, []),
     "DoRA": ("dora", 2, FEW),
     "QLoRA": ("qlora", 2, FEW),

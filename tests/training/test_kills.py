@@ -1,5 +1,6 @@
 """Checkpoints are whole after a kill at any moment, and the run goes on as if it had never stopped."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ def run_and_die(path: str, overrides: list[str], texts: dict[str, str], call: in
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # torchtune collects garbage with each checkpoint
     quickstart.stdlib_texts = lambda split: texts
     calls = itertools.count(1)
 
@@ -144,7 +146,7 @@ def test_tune_run_killed_in_the_middle_of_a_save(tmp_path, tokenizer_folder):
     """Packed data, accumulation, gradual, as a user has it."""
     path = finetune_config(
         tmp_path, tokenizer_folder, dataset=packed(tmp_path), gradient_accumulation_steps=2,
-        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=10, max_steps_per_epoch=None,
+        early_exit_loss={"scale": 0.5, "curriculum": "gradual"}, epochs=4, max_steps_per_epoch=None,
         save_every_n_steps=2, **MOVING,
     )  # fmt: skip
     length = "tokenizer.max_seq_len=48"
@@ -164,4 +166,4 @@ def test_tune_run_killed_in_the_middle_of_a_save(tmp_path, tokenizer_folder):
     assert {step for step, _ in lines} == set(whole)
     for step, line in lines:
         assert line == whole[step]
-    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_9"
+    assert not (out / ".incomplete").exists() and whole_checkpoints(out)[-1] == "epoch_3"
