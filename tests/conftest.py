@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from helpers import forks
 from helpers.configs import generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
-
-from layerskip_recipes.generation.stats import memory_bandwidth
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +30,7 @@ if "LAYERSKIP_TEST_RUN" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
 SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
+forks.measure_little_memory()
 
 # With --dist loadfile --no-loadscope-reorder the files start in this order: what takes longest must not come last, and
 # two files of several processes each shall not run beside each other.
@@ -92,15 +92,6 @@ def no_settings_of_other_files():
     """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
     torch.set_float32_matmul_precision("highest")
     torch.set_deterministic_debug_mode("default")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_megabytes():
-    """Measuring the memory's speed takes a second for each report, but for those of `tune run`."""
-    with pytest.MonkeyPatch.context() as patch:
-        plain = memory_bandwidth.__wrapped__  # without the decorator
-        patch.setattr(plain, "__defaults__", (8, *plain.__defaults__[1:]))
-        yield
 
 
 @pytest.fixture(scope="session")

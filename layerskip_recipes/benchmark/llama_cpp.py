@@ -76,7 +76,7 @@ class LlamaCppServer:
         times = found["timings"]
         stats = GenerationStats(
             tokens=len(found["tokens"]),
-            rows=1,
+            first_tokens=1,
             prefill_s=times["prompt_ms"] / 1000,
             decode_s=times["predicted_ms"] / 1000,
         )

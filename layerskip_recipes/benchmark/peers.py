@@ -107,12 +107,12 @@ class PeerTimer:
             self.count, self.first_at = count, self._now()
 
     def stats(self, outputs: list[list[int]]) -> GenerationStats:
-        """End the call. `rows` are here the tokens that came first, which `tokens_per_second` leaves out."""
+        """End the call."""
         ended = self._now()
         self.first(len(outputs))
         return GenerationStats(
             tokens=sum(map(len, outputs)),
-            rows=self.count or 0,
+            first_tokens=self.count or 0,
             prefill_s=self.first_at - self.started,
             decode_s=ended - self.first_at,
         )

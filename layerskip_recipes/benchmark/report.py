@@ -69,9 +69,9 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "prefill_s": safe_divide(stats.prefill_s, len(runs)),
         "per_repeat": [
             {
-                "decoded_tokens": every.tokens - every.rows,
+                "decoded_tokens": every.tokens - every.first_tokens,
                 "decode_s": every.decode_s,
-                "decoded_tokens_not_looping": some.tokens - some.rows,
+                "decoded_tokens_not_looping": some.tokens - some.first_tokens,
                 "decode_s_not_looping": some.decode_s,
             }
             for every, some in zip(repeats, straight, strict=True)

@@ -107,7 +107,7 @@ class Generation:
         check_prompt_tokens(self.model, self.rows.prompts)
         check_prompt_lengths(self.model, lengths, max_generated_tokens, spare=spare)
         self.on_draft = on_draft
-        self.stats = GenerationStats(rows=len(self.rows))
+        self.stats = GenerationStats(first_tokens=len(self.rows))
         self.started = False
 
         compiled = compiled_steps(self.model) if compile else None
@@ -260,7 +260,7 @@ class Generation:
             self.last[here] = self._first_tokens(final, noise, seen)
             if self.drafter is not None:
                 self.drafter.replace(row, text, final[0])
-        self.stats.rows += 1
+        self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text)
         new = self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
         self.stats.prefill_s += time.perf_counter() - started
@@ -288,7 +288,7 @@ class Generation:
         slots = context.slots(last_slot + 1)
         noise = context.noise()
         logits = self.next_logits(slots, self.last, start)
-        if context.sampler.greedy:
+        if context.sampler.greedy:  # one operation, which a graph would only copy to and from
             chosen = self.choose_token.run(None, logits, noise, self.rows.seen)
         else:
             chosen = self.choose_token(None, logits, noise, self.rows.seen).clone()

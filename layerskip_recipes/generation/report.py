@@ -134,7 +134,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     if d and steps is not None and plain_s and stats.acceptance_rate is not None:
         ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d)
     return {
-        "tokens_per_round": safe_divide(stats.tokens - stats.rows, rounds) if stats.rounds else None,
+        "tokens_per_round": safe_divide(stats.tokens - stats.first_tokens, rounds) if stats.rounds else None,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
@@ -149,7 +149,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
 
 def row_rounds(stats: GenerationStats) -> int:
     """Rounds summed over the rows, each until it finishes. Without drafts every round gives a row one token."""
-    return sum(stats.rounds_accepting.values()) or stats.tokens - stats.rows
+    return sum(stats.rounds_accepting.values()) or stats.tokens - stats.first_tokens
 
 
 def safe_divide(a: float, b: float) -> float | None:

@@ -27,7 +27,7 @@ class GenerationStats:
     """
 
     tokens: int = 0
-    rows: int = 0
+    first_tokens: int = 0  # of each text the one that ends its prefill
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -64,7 +64,8 @@ class GenerationStats:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens after each row's first, per second of decoding; None if there were none."""
-        return (self.tokens - self.rows) / self.decode_s if self.decode_s > 0 and self.tokens > self.rows else None
+        count = self.tokens - self.first_tokens
+        return count / self.decode_s if self.decode_s > 0 and count > 0 else None
 
     @property
     def accept_s(self) -> float:
@@ -74,7 +75,7 @@ class GenerationStats:
     @property
     def bytes_per_token(self) -> float | None:
         """Bytes of weights and cache that the steps read per token."""
-        count = self.tokens - self.rows
+        count = self.tokens - self.first_tokens
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
     def count_round(self, drafted: int, accepted: int) -> None:

@@ -256,7 +256,7 @@ def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):
 
 
 def stats(tokens: int, seconds: float, **more) -> GenerationStats:
-    return GenerationStats(tokens=tokens + 1, rows=1, decode_s=seconds, **more)
+    return GenerationStats(tokens=tokens + 1, first_tokens=1, decode_s=seconds, **more)
 
 
 def test_looping_outputs_count_apart():

@@ -58,7 +58,7 @@ def replace_torchtune(monkeypatch, fails) -> list[float]:
         calls.append(sampler.temperature)
         if fails(len(calls), sampler.temperature):
             raise MemoryError("no more\nmemory")
-        return [[1, 2] for _ in prompts], GenerationStats(tokens=2, rows=1, decode_s=1.0)
+        return [[1, 2] for _ in prompts], GenerationStats(tokens=2, first_tokens=1, decode_s=1.0)
 
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", lambda job, compiled: decode))
     return calls
@@ -94,7 +94,7 @@ def test_the_fastest_setting_of_a_peer_wins(fastest):
             calls.append(compiled)
             quick = ("compiled" if compiled else "eager") == fastest
             seconds = 100.0 if calls.count(compiled) == 1 else 1.0 if quick else 2.0
-            return [[1, 2]], GenerationStats(tokens=11, rows=1, decode_s=seconds)
+            return [[1, 2]], GenerationStats(tokens=11, first_tokens=1, decode_s=seconds)
 
         return decode
 
@@ -108,7 +108,7 @@ def test_a_setting_that_fails_is_noted():
         def decode(prompts, sampler, seed):
             if compiled:
                 raise RuntimeError("no compiler")
-            return [[1, 2]], GenerationStats(tokens=11, rows=1, decode_s=1.0)
+            return [[1, 2]], GenerationStats(tokens=11, first_tokens=1, decode_s=1.0)
 
         return decode
 

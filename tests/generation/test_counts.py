@@ -38,7 +38,7 @@ def test_acceptance_by_position(exit_layer, d):
         sum(accepted == k for _, _, accepted in rounds) for k in range(1 + max(r[2] for r in rounds))
     ]
     assert total.rounds_by_kind == {"chain": len(rounds)}
-    assert (total.prefill_tokens, total.reused_tokens, total.rows) == (sum(map(len, PROMPTS)), 0, len(PROMPTS))
+    assert (total.prefill_tokens, total.reused_tokens, total.first_tokens) == (sum(map(len, PROMPTS)), 0, len(PROMPTS))
     assert total.acceptance_rate == sum(r[2] for r in rounds) / sum(r[1] for r in rounds)
 
 
@@ -97,15 +97,15 @@ def test_bytes_of_a_tree():
 
 
 def test_statistics_add_up():
-    a = GenerationStats(tokens=5, rows=1, rounds=3, weight_bytes=7, reused_tokens=2, compile_s=1.5, draft_steps=4)
-    b = GenerationStats(tokens=3, rows=2, rounds=1, weight_bytes=1, cache_bytes=9, prefill_tokens=6, compile_s=0.5)
+    a = GenerationStats(5, first_tokens=1, rounds=3, weight_bytes=7, reused_tokens=2, compile_s=1.5, draft_steps=4)
+    b = GenerationStats(3, first_tokens=2, rounds=1, weight_bytes=1, cache_bytes=9, prefill_tokens=6, compile_s=0.5)
     a.count_round(3, 1)
     a.count_round(2, 2)
     b.count_round(4, 0)
     a.rounds_by_kind.update(["chain", "lookup"])
     b.rounds_by_kind.update(["lookup"])
     both = a + b
-    assert (both.tokens, both.rows, both.rounds, both.weight_bytes, both.cache_bytes) == (8, 3, 4, 8, 9)
+    assert (both.tokens, both.first_tokens, both.rounds, both.weight_bytes, both.cache_bytes) == (8, 3, 4, 8, 9)
     assert (both.reused_tokens, both.prefill_tokens, both.compile_s, both.draft_steps) == (2, 6, 2.0, 4)
     assert (both.drafted, both.accepted, both.rounds_by_kind) == (9, 3, {"chain": 1, "lookup": 2})
     assert both.accepted_histogram == [1, 1, 1]

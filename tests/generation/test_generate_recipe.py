@@ -431,7 +431,7 @@ def test_what_does_not_loop_is_compared_on_the_same_prompts():
     totals, seconds = (Totals(), Totals()), ((1.0, 3.0), (5.0, 1.0), (1.0, 2.0))
     for i, both in outputs.items():
         for of_way, mine, other, took in zip(totals, both, both[::-1], seconds[i], strict=True):
-            of_way.add({i: mine}, GenerationStats(tokens=41, rows=1, decode_s=took), [(10 + i, i)], beside=[other])
+            of_way.add({i: mine}, GenerationStats(41, first_tokens=1, decode_s=took), [(10 + i, i)], beside=[other])
     assert [of_way.compared.decode_s for of_way in totals] == [1.0, 2.0]
     assert [(of_way.drafted, of_way.accepted) for of_way in totals] == [(11 + 12, 1 + 2), (10 + 12, 0 + 2)]
     assert [of_way.looping for of_way in totals] == [1, 1]

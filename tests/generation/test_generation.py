@@ -123,7 +123,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(family, arguments):
         [96] * (9 - len(prompt)) + list(prompt) + tokens + [96] * (longest - len(tokens))
         for prompt, tokens in zip(prompts, expected, strict=True)
     ]
-    assert out.stats.tokens == sum(map(len, expected)) and out.stats.rows == 4
+    assert out.stats.tokens == sum(map(len, expected)) and out.stats.first_tokens == 4
 
 
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 4, "num_speculations": 3}], ids=str)

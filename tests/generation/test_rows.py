@@ -34,7 +34,7 @@ def test_outputs_are_those_of_each_prompt_alone(variant, rows):
     generation = run(model, PROMPTS, 18, rows=rows, speculation=speculation, **arguments)
     assert generation.generated == expected and all(generation.finished)
     stats = generation.stats
-    assert (stats.rows, stats.tokens) == (len(PROMPTS), sum(map(len, expected)))
+    assert (stats.first_tokens, stats.tokens) == (len(PROMPTS), sum(map(len, expected)))
     assert stats.prefill_tokens == sum(map(len, PROMPTS))
     assert tuple(map(sum, zip(*generation.acceptance, strict=True))) == (stats.drafted, stats.accepted)
     assert generation.cache.rows == rows
@@ -81,7 +81,7 @@ def test_a_prompt_that_still_waits_can_be_stopped():
     generation.stop(1, 0)
     assert len(list(steps)) == 4 + 5
     assert generation.generated == [plain(model, PROMPTS[0], 5), [], plain(model, PROMPTS[2], 5)]
-    assert generation.stats.rows == 2 and all(generation.finished)
+    assert generation.stats.first_tokens == 2 and all(generation.finished)
     with pytest.raises(ValueError, match=r"^rows: 0 is not allowed\. Allowed: 1 or more; for example rows=8$"):
         Generation(model, PROMPTS, 5, rows=0)
 

@@ -101,7 +101,7 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     alone = [generate(model_of("llama3_2"), prompt, **arguments).stats for prompt in prompts]
     assert len({stats.rounds for stats in alone}) > 1
     total = sum(alone[1:], alone[0])
-    for name in ("tokens", "rows", "drafted", "accepted", "accepted_histogram"):
+    for name in ("tokens", "first_tokens", "drafted", "accepted", "accepted_histogram"):
         assert getattr(together, name) == getattr(total, name)
     assert together.rounds == max(stats.rounds for stats in alone)
 
@@ -111,7 +111,7 @@ def test_statistics_of_two_runs_add_up():
         generate(model_of("llama3_2"), torch.tensor(PROMPT), n, exit_layer=2, num_speculations=n).stats for n in (3, 20)
     ]
     for both in (runs[0] + runs[1], runs[1] + runs[0]):
-        for name in ("tokens", "rows", "rounds", "drafted", "accepted", "prefill_s", "decode_s"):
+        for name in ("tokens", "first_tokens", "rounds", "drafted", "accepted", "prefill_s", "decode_s"):
             assert getattr(both, name) == getattr(runs[0], name) + getattr(runs[1], name)
         assert sum(both.accepted_histogram) == both.rounds
         assert sum(k * n for k, n in enumerate(both.accepted_histogram)) == both.accepted

@@ -87,6 +87,7 @@ def serve(connection: Connection) -> list[str]:
     """Fork for each job and send the exit codes. Returns in the forks: the command to run."""
     for module in MODULES:
         importlib.import_module(module)
+    measure_little_memory()
     gc.freeze()  # a fork that ends looks through what it has made itself
     while True:
         try:
@@ -101,6 +102,12 @@ def serve(connection: Connection) -> list[str]:
                 begin(job)
                 return job["command"]
         connection.send([os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks])
+
+
+def measure_little_memory() -> None:
+    """The memory's speed, which each report has, by 8 MB instead of 256, which take a quarter of a second."""
+    plain = sys.modules["layerskip_recipes.generation.stats"].memory_bandwidth.__wrapped__  # without the decorator
+    plain.__defaults__ = (8, *plain.__defaults__[1:])
 
 
 def begin(job: Mapping) -> None:

@@ -55,11 +55,11 @@ ADAPTED = {
 }
 # Where both ranks share each matrix: a vocabulary of which each has half.
 EVEN = {"vocab_size": 98, "num_layers": 3}
-LOCAL_MODES = MODES | {name: OTHER_MODES[name] for name in ("tree", "look-up")}
+LOCAL_MODES = {"speculative": MODES["speculative"], **{name: OTHER_MODES[name] for name in ("tree", "look-up")}}
 # 33 on each of two tensor-parallel ranks, which cannot be halved again.
 UNEVEN = {"intermediate_dim": 66, "num_layers": 3}
 # With biases and a tied head two rows, eager; with a head of its own one, compiled.
-LOCAL = {"qwen2_tied": (PROMPTS, MODES, False), "llama3": (PROMPTS[0], LOCAL_MODES, True)}
+LOCAL = {"qwen2_tied": (PROMPTS, ["speculative"], False), "llama3": (PROMPTS[0], LOCAL_MODES, True)}
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
 SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own

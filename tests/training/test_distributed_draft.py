@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import training_ranks
-from helpers.commands import last_line, run_tune
+from helpers.commands import last_line
 from helpers.configs import finetune_config, make_checkpoint
 from helpers.ranks import check_success, run_on_ranks
 from helpers.resuming import keep_only
@@ -27,8 +27,8 @@ def same(one, other, steps):
 
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
 def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
-    """The copy by `tune run`, which keeps gathered weights; the adapter with its layers checkpointed, and half of its
-    batches own text; from shards one process goes on, and two do."""
+    """The copy keeps gathered weights; the adapter has its layers checkpointed, and half of its batches are own text;
+    from shards one process goes on, and two do."""
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
     section = {"kind": kind, "exit_layer": 2, "own_text": 0.5 if kind == "adapter" else 0}
     path = finetune_config(
@@ -38,13 +38,10 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     train(path, f"output_dir={one}", "batch_size=4")
-    if kind == "copy":
-        command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-        done = run_tune(*command, f"output_dir={two}", "batch_size=2", "fsdp_reshard_after_forward=false", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-4000:]
-    else:
-        arguments = ("train", tmp_path, "--config", path, f"output_dir={two}", "batch_size=2", "ac_mode=full")
-        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    how = "fsdp_reshard_after_forward=false" if kind == "copy" else "ac_mode=full"
+    arguments = ("train", tmp_path, "--config", path, f"output_dir={two}", "batch_size=2", how)
+    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    if kind == "adapter":
         assert (one / "own_text.jsonl").read_text() == (two / "own_text.jsonl").read_text()
     same(one, two, range(1, 9))
 
