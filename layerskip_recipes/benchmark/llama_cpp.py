@@ -10,10 +10,13 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
+
+SERVER = Path(__file__).with_name("llama_cpp_server.py")
 
 
 class LlamaCppServer:
@@ -32,7 +35,7 @@ class LlamaCppServer:
 
     def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
         self.room = room
-        command = [sys.executable, "-m", __name__, json.dumps([gguf, room, threads, draft, num_speculations])]
+        command = [sys.executable, str(SERVER), json.dumps([gguf, room, threads, draft, num_speculations])]
         with tempfile.TemporaryFile("w+") as said:
             # Its stdin ends with this process, and it with its stdin.
             self.process = subprocess.Popen(
@@ -81,24 +84,3 @@ class LlamaCppServer:
             decode_s=times["predicted_ms"] / 1000,
         )
         return found["tokens"], stats
-
-
-def serve(gguf: str, room: int, threads: int, draft: str | None, num_speculations: int) -> None:
-    """Print the address of a server on stdout, and let it run until stdin ends."""
-    import xllamacpp  # an optional dependency
-
-    params: Any = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # any free port
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    if draft is not None:
-        kinds, drafting = xllamacpp.common_speculative_type, params.speculative.draft
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        drafting.mparams.path, drafting.n_max = draft, num_speculations
-        drafting.cpuparams.n_threads = drafting.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
-    sys.stdin.read()
-
-
-if __name__ == "__main__":
-    serve(*json.loads(sys.argv[1]))

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
-from helpers.commands import run_tune
 from helpers.hf_folders import model_with_tokenizer
 from helpers.training import few_texts, train  # noqa: F401
 
@@ -40,29 +38,6 @@ def trained(tmp_path_factory, models) -> Path:
 
 def noted(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "layerskip.json").read_text())
-
-
-@pytest.mark.slow
-def test_the_three_lines_of_the_readme(models, tmp_path):
-    """As a user types them, in an empty folder, on a Qwen3: nothing but the data and what shortens it is added."""
-    lines = (
-        ("layerskip_finetune", "--config", "hf/full", f"model_dir={models['qwen3']}", "output_dir=out", *TRAINING),
-        ("layerskip_generate", "--config", "hf/generate", "model_dir=out/epoch_0", "prompt.user=Why is the sky blue?"),
-        ("layerskip_benchmark", "--config", "hf/benchmark", "model_dir=out/epoch_0", "tune=true", "repeats=1",
-         "max_new_tokens=6"),
-        ("layerskip_generate", "--config", "benchmark/tuned.yaml", "max_new_tokens=6"),
-    )  # fmt: skip
-    said = []
-    for line in lines:
-        done = run_tune("run", *line, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        said.append(done.stdout + done.stderr)
-    assert "Chosen for this model and machine: " in said[0]
-    assert "early_exit_loss.interval=4" in said[0]
-    assert "layerskip.json in out/epoch_0 names the trained exits 2-8: exit 2 of 8 drafts" in said[1]
-    assert '{"exit_layer": 2, ' in said[1]
-    assert "written to benchmark/tuned.yaml" in said[2]
-    assert yaml.safe_load((tmp_path / "benchmark/tuned.yaml").read_text())["model_dir"] == f"{tmp_path}/out/epoch_0"
 
 
 def test_what_a_checkpoint_notes(trained, models):

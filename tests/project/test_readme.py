@@ -268,3 +268,20 @@ def test_command_runs(line, run):
 def test_config_header_command_runs(line, run):
     done = run(line, header_commands()[line])
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_what_the_lines_on_a_model_of_ones_own_say(run, workplace):
+    """Training, generation, benchmark, and generation as the benchmark found it best."""
+    training, generation, benchmark = [line for line in TO_BE_RUN if " hf/" in line][:3]
+    tuned = "tune run layerskip_generate --config benchmark/tuned.yaml"
+    lines = {line: TO_BE_RUN.get(line, line.split()) for line in (training, generation, benchmark, tuned)}
+    done = [run(line, words) for line, words in lines.items()]
+    assert [command.returncode for command in done] == [0, 0, 0, 0]
+    said = [command.stdout + command.stderr for command in done]
+    assert "Chosen for this model and machine: " in said[0] and "early_exit_loss.interval=4" in said[0]
+    assert "layerskip.json in out/epoch_0 names the trained exits " in said[1] and ": exit 2 of 8 drafts" in said[1]
+    assert '{"exit_layer": 2, ' in said[1]
+    assert "written to benchmark/tuned.yaml" in said[2]
+    best = OmegaConf.load(workplace / "benchmark" / "tuned.yaml")
+    assert best.model_dir == f"{workplace}/out/epoch_0"
