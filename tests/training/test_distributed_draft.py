@@ -3,12 +3,15 @@
 import pytest
 import torch
 from helpers import training_ranks
-from helpers.commands import last_line
 from helpers.configs import finetune_config, make_checkpoint
 from helpers.ranks import check_success, run_on_ranks
 from helpers.resuming import keep_only
 from helpers.training import losses, start_section, texts, train
 from safetensors.torch import load_file
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -55,12 +58,12 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tokenizer_folder):
     same(one, again, range(5, 9))
 
 
-def test_kept_states_want_one_process(tmp_path, tokenizer_folder):
+def test_kept_states_want_one_process(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     base = make_checkpoint(tmp_path / "base", tokenizer_folder)
     path = finetune_config(
         tmp_path, tokenizer_folder, draft={"exit_layer": 2, "keep_states": True}, layer_dropout=None,
         early_exit_loss=None, checkpointer=start_section(base),
     )  # fmt: skip
-    for rank in run_on_ranks(training_ranks.__file__, "train", tmp_path, "--config", path, cwd=tmp_path):
-        assert rank.returncode == 1
-        assert "draft.keep_states: True works with one process" in last_line(rank.stderr)
+    with pytest.raises(ConfigError, match=r"^draft\.keep_states: True works with one process\. Set "):
+        LayerSkipFinetune(load_config(str(path)))

@@ -1,10 +1,6 @@
 """Checkpoints are whole after a kill at any moment, and the run goes on as if it had never stopped."""
 
-import gc
-import itertools
-import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,22 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
+from helpers import dying_run, forks
 from helpers.commands import run_tune
 from helpers.configs import finetune_config
 from helpers.resuming import FILES, MOVING, checkpoints, final_weights, packed
-from helpers.training import losses, train
-from torch.distributed.checkpoint import FileSystemWriter
-
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.data import standard_library as quickstart
-from layerskip_recipes.training.recipe import LayerSkipFinetune
-
-# Children that die: forked from a process that has imported everything and has no threads.
-FORKS = multiprocessing.get_context("forkserver")
-
-
-FORKS.set_forkserver_preload(["layerskip_recipes.training.recipe", "pytest"])
+from helpers.training import losses, texts, train
 
 
 def every_line(out: Path) -> list[tuple[int, dict[str, float]]]:
@@ -39,48 +24,6 @@ def every_line(out: Path) -> list[tuple[int, dict[str, float]]]:
         pairs = (pair.rsplit(":", 1) for pair in rest.split())
         lines.append((int(step.split()[1]), {k: float(v) for k, v in pairs if "second" not in k}))
     return lines
-
-
-def run_and_die(path: str, overrides: list[str], texts: dict[str, str], call: int, note: str) -> None:
-    """Train, and die by SIGKILL at the `call`-th step of writing checkpoints; a file that is written is left half.
-
-    The name of what was interrupted goes to the file `note`. Runs in a process of its own.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    torch.set_num_threads(1)
-    gc.freeze()  # torchtune collects garbage with each checkpoint
-    quickstart.stdlib_texts = lambda split: texts
-    calls = itertools.count(1)
-
-    def wrap(owner, name: str) -> None:
-        function = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            within_shards = name == "save" and not isinstance(args[1], str | Path)
-            if within_shards or next(calls) != call:
-                return function(*args, **kwargs)
-            if name in ("save", "save_file"):
-                function(*args, **kwargs)
-                os.truncate(args[1], os.path.getsize(args[1]) // 2)
-            if name == "rmtree" and Path(args[0]).exists():
-                for file in [file for file in Path(args[0]).rglob("*") if file.is_file()][::2]:
-                    file.unlink()
-            if name == "write_data":
-                function(*args, **kwargs).wait()
-            Path(note).write_text(name)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(owner, name, wrapped)
-
-    for owner, name in (
-        (os, "rename"), (shutil, "rmtree"), (torch, "save"), (torchtune_checkpointer, "save_file"),
-        (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"),
-    ):  # fmt: skip
-        wrap(owner, name)
-    recipe = LayerSkipFinetune(load_config(path, overrides))
-    recipe.setup()
-    recipe.train()
 
 
 def whole_checkpoints(out: Path) -> list[str]:
@@ -97,23 +40,20 @@ def whole_checkpoints(out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
-def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder, few_texts):
+def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, tokenizer_folder):
     """Run after run, each killed one call later than the one before; all of them together are the whole run."""
     path = finetune_config(
         tmp_path, tokenizer_folder, epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
-        enable_async_checkpointing=asynchronous, **MOVING,
+        enable_async_checkpointing=asynchronous, dataset=texts(tmp_path), **MOVING,
     )  # fmt: skip
     train(path, f"output_dir={tmp_path}/whole")
     whole, out, interrupted = losses(tmp_path / "whole"), tmp_path / "out", []
     out.mkdir()
     for call in range(1, 11):  # there are six to eight calls for each checkpoint
         resume = f"resume_from_checkpoint={'true' if whole_checkpoints(out) else 'false'}"
-        note = tmp_path / "note"
-        child = FORKS.Process(target=run_and_die, args=(str(path), [resume], few_texts, call, str(note)))
-        child.start()
-        child.join(600)
-        assert child.exitcode == -signal.SIGKILL
-        interrupted.append(note.read_text())
+        (died,) = forks.run([dying_run.__file__, str(call), str(path), resume], tmp_path, [os.environ])
+        assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+        interrupted.append(died.stdout)
         assert len(whole_checkpoints(out)) <= 3  # a third one just before the oldest goes
     assert {"rename", "rmtree", "save"} <= set(interrupted)
     assert ({"write_data", "finish"} if asynchronous else {"save_file"}) <= set(interrupted)

@@ -33,7 +33,8 @@ constexpr int PIECE = 1024;
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 constexpr double SLOWEST = 4e9;  // bytes read from memory, and products, in a second by the slowest machine
 constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // calls on one thread after one that was late
-constexpr int AHEAD = 8192;  // bytes of weights that are fetched ahead of those that are multiplied
+constexpr int AHEAD = 8192;  // bytes of weights that are fetched ahead of those that are multiplied, in each row of W
+constexpr int IN_ORDER = 16384;  // rows of W that take no more bytes together are fetched one after the other, so far ahead
 
 // v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {
@@ -133,10 +134,11 @@ template <int COUNT>
 }
 
 // total += the products of `count` elements of M rows of x and N rows of w, in LANES parts of each sum. From one row of x
-// to the next it is `step`, of w `k`, and it is `ahead` bytes to the weights that come after these.
+// to the next it is `step`, of w `k`, and it is `ahead` bytes to the weights that come after these. Memory streams faster
+// if these are fetched `in_order`, one row after the other, than from N places in turn.
 template <int M, int N, typename W>
 [[gnu::always_inline]] inline void add(
-    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead,
+    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
     Totals& total) {
   static_assert(M * N <= SUMS);
   constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // so many weights are a line of the cache, fetched once
@@ -157,9 +159,10 @@ template <int M, int N, typename W>
       }
     }
   };
+  const int64_t of_line = in_order ? N : 1, of_row = in_order ? LINE : k;
   int64_t i = 0;
   for (; i + LINE <= count; i += LINE) {
-    for (int n = 0; n < N; n++) fetch(w + n * k + i, ahead);
+    for (int n = 0; n < N; n++) fetch(w + of_line * i + of_row * n, ahead);
 #pragma GCC unroll 4
     for (int j = 0; j < LINE; j += LANES) multiply(i + j);
   }
@@ -186,11 +189,12 @@ template <int M, int N>
 template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
+  const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
   Totals total = nothing();
 #pragma GCC unroll 4
   for (int n = 0; n < N; n += AT_ONCE) {
     Totals part = nothing();
-    add<M, AT_ONCE>(x, w + n * k, k, k, step, AHEAD, part);
+    add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
 #pragma GCC unroll 16
     for (int i = 0; i < M * AT_ONCE; i++) total[n + i] = part[i];
   }
@@ -208,7 +212,7 @@ void wide_tiles(
       Totals total = totals[t];
       add<M, N>(
           x + i, w + t * N * k + i, std::min<int64_t>(PIECE, k - i), k, step, N * k * static_cast<int64_t>(sizeof(W)),
-          total);
+          false, total);
       totals[t] = total;
     }
   for (int64_t t = 0; t < tiles; t++) write<M, N>(totals[t], y + t * N, stride);
