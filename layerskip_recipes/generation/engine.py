@@ -288,7 +288,7 @@ class Generation:
         slots = context.slots(last_slot + 1)
         noise = context.noise()
         logits = self.next_logits(slots, self.last, start)
-        if context.sampler.greedy:  # one operation, which a graph would only copy to and from
+        if context.sampler.greedy:
             chosen = self.choose_token.run(None, logits, noise, self.rows.seen)
         else:
             chosen = self.choose_token(None, logits, noise, self.rows.seen).clone()

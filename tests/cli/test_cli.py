@@ -270,6 +270,19 @@ def test_a_users_mistake(args, message, folder):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_users_mistake_under_torchrun(folder):
+    """The same line; torchrun then adds its own report of the failed process, which nobody can keep it from."""
+    args = ["--nnodes", "1", "--nproc_per_node", "1", "layerskip_finetune", "--config", "finetune.yaml", "epochs=0"]
+    done = run_tune("run", *args, cwd=folder)
+    ours, _, torchruns = done.stderr.partition("ChildFailedError")
+    assert done.returncode == 1 and torchruns
+    line = next(line for line in ours.splitlines() if line.startswith("ValueError: epochs: 0 "))
+    assert "Traceback" not in ours[: ours.index(line)]
+    assert not (folder / "out").exists()
+
+
 def test_help(folder):
     """`--help` after a config (torchtune insists on one) shows what the recipe is, and how to start it."""
     done = run_tune("run", "layerskip_generate", "--config", "generate.yaml", "--help", cwd=folder)
