@@ -22,10 +22,9 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 #ifdef CPU_CAPABILITY_AVX2
-constexpr int SUMS = 12, BLOCK = 8;  // sums at a time, in 12 of 16 registers, and the most rows of x
-constexpr int OF_MANY = 6;           // rows of x at a time where there are more than BLOCK
+constexpr int SUMS = 12, BLOCK = 6;  // sums at a time, in 12 of 16 registers, and the most rows of x
 #else
-constexpr int SUMS = LANES, BLOCK = std::min(8, LANES), OF_MANY = BLOCK;
+constexpr int SUMS = LANES, BLOCK = std::min(8, LANES);
 #endif
 using Totals = std::array<Vector, SUMS>;
 constexpr int WIDE = 8192;  // numbers of x at a time, 32 kB: they stay in the processor's second cache while weights pass
@@ -241,7 +240,7 @@ void block(
 template <typename W>
 void block_columns(
     const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
-  const int64_t blocks = m <= BLOCK ? 1 : (m + OF_MANY - 1) / OF_MANY, size = (m + blocks - 1) / blocks;
+  const int64_t blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks - 1) / blocks;
   for (int64_t at = first; at < end; at += grain)
     for (int64_t row = 0; row < m; row += size)
       block<BLOCK>(
