@@ -34,8 +34,14 @@ def cross_entropy_(
         scale: of the gradient; the sum is not scaled.
         label_smoothing: the part of the target that is spread evenly.
     """
-    z = logits.to(at_least_fp32(logits))
     label = labels[:, None]
+    if torch.compiler.is_compiling():  # the formula as it stands becomes one pass over the logits, without a buffer
+        log_q = logits.log_softmax(-1, dtype=at_least_fp32(logits))
+        onehot = (torch.arange(logits.shape[-1], device=logits.device) == label).to(log_q.dtype)
+        target = (1 - label_smoothing) * onehot + label_smoothing / logits.shape[-1]
+        logits.copy_(scale * (log_q.exp() - target))
+        return -(target * log_q).sum()
+    z = logits.to(at_least_fp32(logits))
     z -= z.amax(-1, keepdim=True)
     target_score = (1 - label_smoothing) * z.gather(-1, label)
     if label_smoothing:
@@ -60,14 +66,12 @@ def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Ten
         teacher: [n, v], not changed.
         scale: of the gradient; the sum is not scaled.
     """
-    z, t = logits.to(at_least_fp32(logits)), teacher.to(at_least_fp32(teacher))
-    log_q, log_p = (scores.logsumexp(-1, keepdim=True) for scores in (z, t))
-    p = (t - log_p).exp_()
-    total = torch.linalg.vecdot(p, t) - torch.linalg.vecdot(p, z) + (log_q - log_p)[:, 0]
-    z.sub_(log_q).exp_().sub_(p).mul_(scale)
-    if z is not logits:
-        logits.copy_(z)
-    return total.sum()
+    exact = at_least_fp32(logits)
+    log_p, log_q = (scores.log_softmax(-1, dtype=exact) for scores in (teacher, logits))
+    p = log_p.exp()
+    total = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+    logits.copy_(log_q.exp_().sub_(p).mul_(scale))
+    return total
 
 
 def token_loss_(
