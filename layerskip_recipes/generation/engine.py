@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
@@ -166,6 +167,8 @@ class Generation:
                         with decoding_kernels(self.context.device):
                             new = self._plain_round() if self.drafter is None else self._draft_round()
                     except GraphError:
+                        if self.context.broadcast_from_rank0 is not None:
+                            raise  # the other ranks would wait for what only this one begins again
                         self.phases.forget(phases)
                         self.stats.compile_s += self.compile_s - compiled
                         self._read_again()
@@ -304,6 +307,7 @@ class Generation:
         most_room = max(room)
         start, last_slot = self._starts()
         now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, most_room)
+        self._gather_ahead()
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
@@ -329,6 +333,12 @@ class Generation:
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
             self.drafter.learn(draft, sum(map(len, kept)) / len(running), seconds)
         return kept
+
+    def _gather_ahead(self) -> None:
+        """Where late layers are sharded, the first one is gathered while the draft is made."""
+        layers = self.model.layers[self.speculation.exit_layer :]
+        if layers and isinstance(layers[0], FSDPModule):
+            layers[0].unshard(async_op=True)
 
     def _starts(self) -> tuple[torch.Tensor, int]:
         """The slot of each row's last token [b], and the largest of them."""

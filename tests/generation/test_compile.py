@@ -22,6 +22,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps, rounded_length
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.steps import choose_token
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +289,45 @@ def test_after_a_graph_that_failed_half_way_the_round_begins_again(way, nth, mon
     generation = run(model, SHORT, 12, speculation=speculation)
     assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
     assert max(calls.values()) > nth and generation.stats.tokens == 24
+
+
+@pytest.mark.parametrize("replays", [0, 2])
+def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, monkeypatch):
+    """At its first call or at a later one, as when the memory for another capture is missing."""
+    steps, calls = CompiledSteps(torch.device("cuda")), []
+
+    def graph(*_):
+        calls.append(1)
+        if len(calls) > replays:
+            raise RuntimeError("out of memory")
+        return "by its graph"
+
+    monkeypatch.setattr(compiling, "_compiled", lambda *_: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    models = {"model": torch.nn.Linear(1, 1), "draft_model": torch.nn.Linear(1, 1)}
+    context = SimpleNamespace(**models)
+    step = SimpleNamespace(
+        context=context, settings=(), function=choose_token, key=lambda *_: "key", run=lambda *_: "without"
+    )
+    for _ in range(replays):
+        steps.begin_round()
+        assert steps(step, None) == "by its graph"
+    steps.begin_round()
+    with pytest.raises(compiling.GraphError, match="choose_token.*compile=false"):
+        steps(step, None)
+    assert steps(step, None) == "without" and len(calls) == replays + 1
+
+
+def test_a_failed_graph_ends_a_run_of_several_processes(monkeypatch):
+    """The other ranks have not failed: they wait in a collective, and do not begin the round again."""
+
+    def call(self, step, slots, *args):
+        raise compiling.GraphError("choose_token")
+
+    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
+    with pytest.raises(compiling.GraphError):
+        run(make_small(), SHORT, 12, broadcast_from_rank0=lambda tensor: tensor)
 
 
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):

@@ -130,11 +130,13 @@ def test_each_rank_has_half_of_the_late_layers(decoded, family):
 
 def test_collectives_per_token(decoded):
     """A verification gathers each late layer once, and so does the prompt; a draft gathers nothing. Rank 0 tells the
-    others what came out. Once they compare their prompts: how long what they say is, and it."""
+    others what came out. Once they compare their prompts: how long what they say is, and it. The first late layer is on
+    its way while a draft is made."""
     compared = 2
     for rank in decoded:
-        counts, rounds, tokens = rank["count/speculative"]
-        plain, _, plain_tokens = rank["count/autoregressive"]
+        counts, rounds, tokens, before_drafts = rank["count/speculative"]
+        plain, _, plain_tokens, _ = rank["count/autoregressive"]
+        assert before_drafts == [compared + (1 + i) * (L - E) + 1 for i in range(rounds)]
         assert counts == {"all_gather": (1 + rounds) * (L - E) + compared, "broadcast": 1 + rounds}
         assert plain == {"all_gather": plain_tokens * L + compared, "broadcast": plain_tokens}
         assert tokens == plain_tokens == NEW

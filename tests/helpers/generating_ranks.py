@@ -14,6 +14,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
+from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 CPU = torch.device("cpu")
@@ -133,9 +135,15 @@ def decode_rank(folder):
             result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
     for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
         model = split("llama3", *SPLITS[how])
-        with CountedCollectives() as counted:
+        propose, before_drafts = ChainDrafter.propose, []
+
+        def watched(*args):
+            before_drafts.append(counted.counts["all_gather"])
+            return propose(*args)
+
+        with CountedCollectives() as counted, mock.patch.object(ChainDrafter, "propose", watched):
             out = run(model, PROMPTS[0], **MODES[mode])
-        result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens]
+        result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens, before_drafts]
     # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.
     torch.manual_seed(dist.get_rank())
     for how in SHARED_MODEL:

@@ -39,7 +39,7 @@ def cache_length(needed: int) -> int:
 
 
 class GraphError(RuntimeError):
-    """A graph on a GPU failed at one of its first calls, perhaps when it had moved something in the cache.
+    """A graph on a GPU failed, perhaps when it had moved something in the cache.
 
     The step goes without a graph from now on. The round has to begin again, with a cache that is filled from the text.
     """
@@ -111,11 +111,10 @@ class CompiledSteps:
         graph = self.graphs.get(key)
         # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
         captures = cuda and graph is not None and self.path not in self.captured
-        if graph is not None and not captures:
-            return graph(step.context, *step.settings, slots, *args)
+        first = graph is None
         started = time.perf_counter()
         try:
-            if graph is None:
+            if first:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
@@ -126,6 +125,8 @@ class CompiledSteps:
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
+            if not first and not cuda:  # a graph that worked before: the step itself is wrong
+                raise
             # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
             # quantised step may be the only one without a kernel.
             self.failed = not self.graphs and not self._is_quantised(step)
@@ -133,10 +134,11 @@ class CompiledSteps:
             self.seconds += time.perf_counter() - started
             _warn("here" if self.failed else f"for {name}", e)
             if cuda:
-                raise GraphError(name) from e
+                raise GraphError(f"{name}: its graph failed; compile=false goes without graphs") from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
-        self.graphs[key] = graph
-        self.seconds += time.perf_counter() - started
+        if first or captures:
+            self.graphs[key] = graph
+            self.seconds += time.perf_counter() - started
         return out
 
     def _is_quantised(self, step: Any) -> bool:
