@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model.layers = model.layers[:1]
     depth = model.num_layers
     exits, last = f"{args.layers},{depth - 1}", str(depth - 1)
-    compiled = bool(cfg.compile)
+    compiled = cfg.compile
     chunks: dict[str, Any] = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
     if compiled:
         training.compile_model(model, verbose=False)

@@ -146,7 +146,7 @@ class BenchmarkConfig(DecodingConfig):
     """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
     """How near outputs come to the prompts' references."""
-    random_weights: Flag = None
+    random_weights: Flag = False
     """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor
     tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
     prompt_tokens: PositiveInt = 128
@@ -154,7 +154,7 @@ class BenchmarkConfig(DecodingConfig):
     sweep: Sweep | None = None
     """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md and .csv, and with
     `picture` a heat map."""
-    tune: Flag = None
+    tune: Flag = False
     """Predict the speed of every exit and draft length, and measure the best few in place of the variants; with a
     trained draft, `self_speculation.draft`, measure drafts of 1, 2, 3, 4, 6 and 8 tokens instead. Writes tune.json and
     .md, and with `picture` a bar chart."""

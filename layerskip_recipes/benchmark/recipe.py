@@ -168,7 +168,7 @@ class LayerSkipBenchmark:
             self.limit,
             cfg.sampler,
             self.stop_tokens,
-            bool(cfg.compile),
+            cfg.compile,
             self.reserve,
             self.seed,
             self.spare_tokens,
@@ -204,14 +204,14 @@ class LayerSkipBenchmark:
                 quantised=cfg.quantizer is not None,
             )
             sampler = cfg.sampler(cfg.all_temperatures[0])
-            self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, bool(cfg.compile))
+            self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, cfg.compile)
 
     @property
     def _quantises_late(self) -> bool:
         """Whether the model is quantised after its drafts are built: a trained draft is checked against the weights
         that it was trained for, which are not quantised."""
         drafts = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
-        return bool(self.cfg.random_weights) or any(draft.draft is not None for draft in drafts)
+        return self.cfg.random_weights or any(draft.draft is not None for draft in drafts)
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error with all that is measured by then."""
@@ -293,11 +293,11 @@ class LayerSkipBenchmark:
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "memory_bandwidth": self.bandwidth,
-            "compiled": bool(cfg.compile) and not getattr(steps, "failed", False),
+            "compiled": cfg.compile and not getattr(steps, "failed", False),
             "not_compiled": sorted(set(getattr(steps, "refused", {}).values())),
-            "random_weights": bool(cfg.random_weights),
+            "random_weights": cfg.random_weights,
             "sweep": cfg.sweep is not None,
-            "tune": bool(cfg.tune),
+            "tune": cfg.tune,
             "parameters": sum(parameter.numel() for parameter in cfg.meta_model.parameters()),
             "prompts": len(self.prompts),
             "prompt_tokens": statistics.mean(map(len, self.prompts)),

@@ -66,7 +66,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if key.startswith("~") and not equals:
-            _remove(cfg, key[1:])
+            _remove((later, cfg), key[1:])
         elif equals and key:
             _set(later, cfg, key.split("."), parse_value(text))
         else:
@@ -167,11 +167,16 @@ def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any
         later[leaf] = value
 
 
-def _remove(cfg: dict[str, Any], key: str) -> None:
+def _remove(contents: Sequence[dict[str, Any]], key: str) -> None:
+    """Take a key out of those that have it."""
     *parents, leaf = key.split(".")
-    node: Any = cfg
-    for name in parents:
-        node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or leaf not in node:
+    removed = False
+    for content in contents:
+        node: Any = content
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict) and leaf in node:
+            del node[leaf]
+            removed = True
+    if not removed:
         raise ConfigError(f"override: ~{key} removes nothing, the config has no {key!r}")
-    del node[leaf]

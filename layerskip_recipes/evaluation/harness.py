@@ -27,6 +27,7 @@ from tqdm import tqdm
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -240,6 +241,8 @@ class LayerSkipLM(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
         self.rows, self.exit_layer, self.self_speculation = batch_size, exit_layer, self_speculation
+        self.built_from: SelfSpeculation | None = None
+        self.speculation: Speculation | None = None
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.max_length = model.max_seq_len
         self.stats: dict[str, GenerationStats] = defaultdict(GenerationStats)
@@ -372,7 +375,9 @@ class LayerSkipLM(TemplateLM):
         speculation = None
         if self.self_speculation is not None:
             section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
-            speculation = section.build(self.model, rows=self.rows)
+            if section != self.built_from:  # only a vocabulary that is counted in the prompts is another for each task
+                self.built_from, self.speculation = section, section.build(self.model, rows=self.rows)
+            speculation = self.speculation
         # Prompts of similar length beside each other: attention sees as many slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generation = Generation(

@@ -5,6 +5,7 @@ serves all exits (model/exit_quality.py). Besides, or instead: lm-eval's tasks (
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,7 +85,7 @@ class LayerSkipEval:
             cfg.num_fewshot,
             self.max_new_tokens,
             most_positions(model, spare)[0],
-            bool(cfg.confirm_run_unsafe_code),
+            cfg.confirm_run_unsafe_code,
         )
 
     def evaluate(self) -> dict[str, Any]:
@@ -124,13 +125,13 @@ class LayerSkipEval:
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
             )
-            measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, bool(cfg.apply_chat_template))
+            measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, cfg.apply_chat_template)
 
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit, also printed as a table."""
         cfg, model = self.cfg, self.model
         progress = tqdm(self.batches, total=self.total, desc=name)
-        batches = (batch for batch, _ in zip(progress, range(self.total), strict=False))
+        batches = islice(progress, self.total)
         draft_length = cfg.num_speculations or 6
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
         quality = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)

@@ -52,7 +52,7 @@ class DecodingConfig(RecipeConfig):
     """Ids of tokens that end a text, beside the tokenizer's."""
     stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
     """A text ends before the first of these strings."""
-    compile: Flag = None
+    compile: Flag = False
     """Compile the decoding steps: for a CPU in C++ (needs a C++ compiler), for a GPU as CUDA graphs. The first run
     takes half a minute more, on a GPU some minutes; torch keeps the code for the next."""
     enable_kv_cache: Literal[True] | None = None
@@ -79,7 +79,7 @@ class DecodingConfig(RecipeConfig):
 class Comparison(Section):
     """What a generation is compared with."""
 
-    compare: Literal[True, False] = False
+    compare: bool = False
     """Decode each prompt autoregressively too, in the same process, and report the speed-up."""
 
 

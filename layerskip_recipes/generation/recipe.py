@@ -271,7 +271,7 @@ class LayerSkipGenerate:
             speculation=None if plain else self.speculation,
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
-            compile=bool(self.cfg.compile),
+            compile=self.cfg.compile,
             broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
             choice=self.choice,
             on_draft=shown.show_draft if dim_drafts else None,

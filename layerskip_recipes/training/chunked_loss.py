@@ -5,16 +5,19 @@ hidden state and the gradient of this state, [b, s, d].
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
+from layerskip_recipes.defaults import chunk_tokens as fast_chunk
 from layerskip_recipes.model.head import Head, at_least_fp32
 
 # From logits [n, v], labels [n] or a teacher's logits [n, v], and a scale: the summed loss. The gradient of
 # scale * loss takes the logits' place.
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Teacher = Callable[[Any], torch.Tensor]
+ChunkTokens = Annotated[int, Field(ge=1, examples=[512])] | None
 
 
 def cross_entropy_(
@@ -90,7 +93,7 @@ def exit_losses(
     labels: torch.Tensor,
     counted: torch.Tensor,
     chunk_loss: ChunkLoss,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     teacher: Teacher | None = None,
     taught: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +112,7 @@ def exit_losses(
         counted: [n], the indices of the labels with a loss. Only these rows get logits.
         chunk_loss: from logits [n, v], labels [n] or the teacher's answer, and a scale the sum of the losses, with the
             gradient of scale * sum in place of the logits.
-        chunk_tokens: the most rows whose logits exist at a time.
+        chunk_tokens: the most rows whose logits exist at a time; None: as many as are fast on the device.
         teacher: what some exits learn instead of the labels: of rows of [b * s] the logits [n, v], or tokens [n].
         taught: how many exits have the teacher, the first ones.
 
@@ -148,7 +151,7 @@ class _ExitLosses(torch.autograd.Function):
         leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
         # Gradients add up in fp32: bf16 would lose most of the summands, one for each chunk of each exit.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
-        size = max(min(chunk_tokens, len(labels)), 1)
+        size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)
         # One buffer for the logits of all chunks: allocating one for each chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
         buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute) if plain else None

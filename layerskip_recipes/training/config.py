@@ -130,7 +130,7 @@ class FinetuneConfig(RecipeConfig):
     """Modules that are sharded by themselves; the loss gathers the head once for all exits."""
     fsdp_cpu_offload: Flag = False
     """Keep parameters, gradients and the optimizer's state in the memory of the CPU."""
-    fsdp_reshard_after_forward: Flag = True
+    fsdp_reshard_after_forward: bool | None = True
     """Let go of gathered weights after the forward pass, and gather them again for the backward pass."""
 
     save_adapter_weights_only: Flag = False
@@ -231,7 +231,7 @@ class FinetuneConfig(RecipeConfig):
         if self.ac_mode == "selective":
             assert self.ac_option is not None
             return self.ac_option
-        return int(self.ac_mode == "full" or bool(self.enable_activation_checkpointing))
+        return int(self.ac_mode == "full" or self.enable_activation_checkpointing)
 
     @property
     def validated_exits(self) -> list[int]:
@@ -262,7 +262,7 @@ class FinetuneConfig(RecipeConfig):
         check_adapters(
             self.model,
             self.meta_model,
-            save_adapter_weights_only=bool(self.save_adapter_weights_only),
+            save_adapter_weights_only=self.save_adapter_weights_only,
             safe_serialization=self.checkpointer.get("safe_serialization") is not False,
         )
         check_checkpointer(self, trains=True)

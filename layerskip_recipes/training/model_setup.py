@@ -85,7 +85,7 @@ def _place(
     if mesh.devices is not None:
         shard_model(part, cfg, mesh, checkpoint_every)
         dtype = torch.float32 if isinstance(part, Draft) else cfg.torch_dtype
-        load_from_rank0(part, state or {}, device, dtype, offload=bool(cfg.fsdp_cpu_offload))
+        load_from_rank0(part, state or {}, device, dtype, offload=cfg.fsdp_cpu_offload)
         return part
     checkpoint_layers(part, checkpoint_every)
     if isinstance(part, LayerSkipDecoder) and state is None:

@@ -30,7 +30,7 @@ class Optimizers:
 
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
-        self.in_backward = bool(cfg.optimizer_in_bwd)
+        self.in_backward = cfg.optimizer_in_bwd
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.in_backward:
             each = {p: cfg.optimizer.build([p]) for p in trained}

@@ -67,7 +67,7 @@ class LayerSkipFinetune:
         if cfg.enable_activation_offloading and self.device.type != "cuda":
             raise ConfigError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
         mesh_sizes(cfg)
-        init_processes(self.device.type, with_cpu=bool(cfg.fsdp_cpu_offload))
+        init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
         if cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()  # the optimizer runs on the CPU, where torchrun leaves one thread
         if num_processes() > 1:
@@ -79,7 +79,7 @@ class LayerSkipFinetune:
                 check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
                 self._check_other_runs()
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
-        common_utils._use_low_cpu_ram = bool(cfg.low_cpu_ram)  # for QLoRA's checkpoints
+        common_utils._use_low_cpu_ram = cfg.low_cpu_ram  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # Each rank's generators are seeded differently. Draws that all ranks make alike are seeded by rank 0's seed.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
@@ -175,7 +175,7 @@ class LayerSkipFinetune:
             setattr(dynamo, name, max(getattr(dynamo, name), limit))
         if cfg.compile:
             self.loss.compile()
-        self.offloading = training.get_act_offloading_ctx_manager(self.model, bool(cfg.enable_activation_offloading))
+        self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def _setup_profiler(self) -> None:
         self.profiler: Any = DummyProfiler()
@@ -212,7 +212,7 @@ class LayerSkipFinetune:
                         self._validate()
                     due = cfg.save_every_n_steps and self.step % cfg.save_every_n_steps == 0
                     if due and self.step % per_epoch != 0:
-                        self._save(f"step_{self.step}", shards=bool(cfg.enable_async_checkpointing))
+                        self._save(f"step_{self.step}", shards=cfg.enable_async_checkpointing)
             self._save(f"epoch_{epoch}")
         self.checkpoints.finish()
         self.profiler.stop()
@@ -294,8 +294,9 @@ class LayerSkipFinetune:
         return len(counted), loss, exits
 
     def _computing(self) -> torch.autocast:
-        """Products in `compute_dtype`."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.compute_dtype is not None)
+        """Products in `compute_dtype`. Each weight is used once, so that none is kept in that dtype for another use."""
+        enabled = self.cfg.compute_dtype is not None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         if "grad_norm" in metrics:
@@ -351,7 +352,7 @@ class LayerSkipFinetune:
                 name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, state, description
             )
         else:
-            adapters_only = bool(self.cfg.save_adapter_weights_only)
+            adapters_only = self.cfg.save_adapter_weights_only
             contents = checkpoint_contents(self.learner, self.cfg.meta_model, self.device, adapters_only)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)

@@ -1,5 +1,6 @@
 """Validation of every chosen exit while training: loss, perplexity, agreement with the last layer, and a warning."""
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Validation:
         for part in trained:
             part.eval()
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
-        some = (batch for batch, _ in zip(batches, range(self.count), strict=False))
+        some = islice(batches, self.count)
         quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val", draft=draft)
         batches.close()
         for part in measured:

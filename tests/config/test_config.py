@@ -234,6 +234,15 @@ def test_a_tilde_removes_a_key(base):
     assert "layer_dropout" not in config and "betas" not in config.optimizer and "lr" in config.optimizer
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [(["seed=1", "~seed"], None), (["~seed", "seed=1"], 1), (["new.key=1", "~new.key"], None)],
+)
+def test_overrides_count_in_their_order(overrides, expected, base):
+    key = overrides[0].strip("~").split("=")[0]
+    assert OmegaConf.select(load_config(str(base), overrides), key) == expected
+
+
 def test_the_home_folder_in_a_path(base, monkeypatch):
     """In a file, where no shell expands it; what is no path stays as it is."""
     monkeypatch.setenv("HOME", "/home/me")

@@ -70,7 +70,9 @@ def test_weights_are_those_of_the_decoder():
     ],
 )
 def test_what_a_training_keeps(kind, itemsize, kept):
-    assert defaults.training_bytes(parse_hf_config(SMALL, ""), kind, itemsize) == kept + LOGITS
+    config = parse_hf_config(SMALL, "")
+    assert defaults.training_bytes(config, kind, itemsize) == kept + LOGITS
+    assert defaults.training_bytes(config, kind, itemsize, "cuda") == kept + 4 * LOGITS  # 2048 tokens, not 512
 
 
 def test_what_a_token_keeps():
@@ -139,7 +141,7 @@ def test_batches_are_powers_of_two_and_a_step_has_16_samples(tmp_path, memory, m
 @pytest.mark.parametrize(("weights_fit", "expected"), [(True, "fp32"), (False, "bf16")])
 def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, tmp_path, monkeypatch):
     """Of a GPU nine tenths are taken. Nothing else asks for memory, so that all else is bf16."""
-    needed = 16 * (LAYERS + TABLES) + LOGITS + 512 * 4 * (12 * 64 + TOKEN)
+    needed = 16 * (LAYERS + TABLES) + 4 * LOGITS + 512 * 4 * (12 * 64 + TOKEN)
     there = needed * 10 // 9 + (10 if weights_fit else -10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -187,6 +189,12 @@ def test_that_nothing_drafts_is_said(tmp_path):
     *_, exits = defaults.explain(source)
     assert "has no layerskip.json" in exits and "without drafts" in exits and "self_speculation.exit_layer=3" in exits
     assert defaults.explain(load_config("quickstart/generate")) == []
+
+
+def test_an_exit_of_a_folder_that_no_key_names_is_said(tmp_path):
+    text = f"${{layerskip.draft_exit:{folder_of(tmp_path, exits=[3])}}}"
+    (line,) = defaults.explain(OmegaConf.create({"self_speculation": {"exit_layer": text}}))
+    assert "self_speculation.exit_layer=3." in line
 
 
 def test_a_value_of_the_users_replaces_a_choice(tmp_path):

@@ -314,7 +314,7 @@ def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, monkeypatch):
         steps.begin_round()
         assert steps(step, None) == "by its graph"
     steps.begin_round()
-    with pytest.raises(compiling.GraphError, match="choose_token.*compile=false"):
+    with pytest.raises(compiling.GraphError, match=r"choose_token.*compile=false"):
         steps(step, None)
     assert steps(step, None) == "without" and len(calls) == replays + 1
 

@@ -116,6 +116,19 @@ def walks(model):
     return [result.tolist() for result in results]
 
 
+@contextmanager
+def gathers_before_drafts(counted):
+    """A list of how many gathers had begun before each chain was drafted."""
+    propose, counts = ChainDrafter.propose, []
+
+    def watched(*args):
+        counts.append(counted.counts["all_gather"])
+        return propose(*args)
+
+    with mock.patch.object(ChainDrafter, "propose", watched):
+        yield counts
+
+
 def decode_rank(folder):
     """Tokens, counts and walks of every split."""
     result = {}
@@ -135,13 +148,7 @@ def decode_rank(folder):
             result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
     for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
         model = split("llama3", *SPLITS[how])
-        propose, before_drafts = ChainDrafter.propose, []
-
-        def watched(*args):
-            before_drafts.append(counted.counts["all_gather"])
-            return propose(*args)
-
-        with CountedCollectives() as counted, mock.patch.object(ChainDrafter, "propose", watched):
+        with CountedCollectives() as counted, gathers_before_drafts(counted) as before_drafts:
             out = run(model, PROMPTS[0], **MODES[mode])
         result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens, before_drafts]
     # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.

@@ -117,6 +117,16 @@ def test_bad_validation_data_are_told_by_their_key(batch, message, tmp_path, tok
         recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
 
 
+def test_no_batch_more_than_is_measured_is_made(tmp_path, tokenizer_folder):
+    recipe = LayerSkipFinetune(load_config(str(finetune_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION))))
+    recipe.setup()
+    batch, made = next(iter(recipe.validation.batches)), []
+    recipe.validation.batches = (made.append(1) or dict(batch) for _ in range(9))
+    recipe.validation.count = 2
+    recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
+    assert len(made) == 2
+
+
 def test_validation_changes_no_training(tmp_path, tokenizer_folder):
     """Not a random number is moved: attention dropout, layer dropout, the adapters' dropout and the order go on."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)

@@ -108,24 +108,23 @@ class CompiledSteps:
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
-        graph = self.graphs.get(key)
+        known = self.graphs.get(key)
         # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
-        captures = cuda and graph is not None and self.path not in self.captured
-        first = graph is None
+        captures = cuda and known is not None and self.path not in self.captured
         started = time.perf_counter()
         try:
-            if first:
+            if known is None:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(slots, 0)
-                graph = _compiled(step.function, self.device, self._is_quantised(step))
+            graph = known or _compiled(step.function, self.device, self._is_quantised(step))
             out = graph(step.context, *step.settings, slots, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
-            if not first and not cuda:  # a graph that worked before: the step itself is wrong
+            if known is not None and not cuda:  # a graph that worked before: the step itself is wrong
                 raise
             # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
             # quantised step may be the only one without a kernel.
@@ -136,7 +135,7 @@ class CompiledSteps:
             if cuda:
                 raise GraphError(f"{name}: its graph failed; compile=false goes without graphs") from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
-        if first or captures:
+        if known is None or captures:
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started
         return out

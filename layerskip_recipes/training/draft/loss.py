@@ -16,7 +16,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
 
 # An adapter learns to draft two tokens in a row: the first from the model's state of the token before, the second from
@@ -48,8 +48,8 @@ class DraftSection(Section):
     keep_states: Flag = False
     """Run the model once for each text and keep its states for further epochs, which then train the draft alone: in
     bf16 in a file in `output_dir`, 4 x embed_dim bytes for each token, which goes when the run ends."""
-    chunk_tokens: Annotated[int, Field(ge=1, examples=[512])] = 512
-    """The most tokens whose logits exist at a time."""
+    chunk_tokens: ChunkTokens = None
+    """The most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere."""
 
     def check_against(self, model: TransformerDecoder) -> None:
         """Raises a ConfigError if the draft does not fit a model, on any device."""
