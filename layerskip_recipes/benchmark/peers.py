@@ -144,7 +144,7 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
     next_token = torch.compile(generate_next_token) if compiled else generate_next_token
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
-        filters = not sampler.greedy and (sampler.top_p not in (None, 1) or sampler.min_p)
+        filters = not sampler.greedy and (sampler.top_p or sampler.min_p)
         if filters or sampler.penalises:
             raise ValueError("torchtune has no top_p, min_p or repetition_penalty")
         tokens, pad = left_padded(rows, job.device)

@@ -16,7 +16,7 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import check_tensors, read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.head import head_of
+from layerskip_recipes.model.head import head_of, linear_of_rows
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,12 +86,8 @@ def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkip
 
 def linear_head(model: LayerSkipDecoder) -> nn.Linear:
     """A linear layer with the parameters of the head, which a quantizer can replace; tied, it has the embedding's."""
-    source = head_of(model)
-    state = {name: value for name, value in source.named_parameters() if name in ("weight", "bias")}
-    rows, width = source.weight.shape
-    head = nn.Linear(width, rows, bias="bias" in state, device="meta")
-    head.load_state_dict(state, assign=True)
-    return head
+    parameters = dict(head_of(model).named_parameters(recurse=False))
+    return linear_of_rows({name: parameters[name] for name in ("weight", "bias") if name in parameters})
 
 
 def quantise(module: M, quantizer: Component) -> M:

@@ -65,7 +65,9 @@ class Component:
 
     def replace(self, **arguments: Any) -> "Component":
         """The same callable with other values for these arguments."""
-        return Component(self.section | arguments, self.key)
+        other = Component(self.section | arguments, self.key)
+        other.given, other.positional = self.given, self.positional
+        return other
 
     def check(self) -> None:
         """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included."""

@@ -10,13 +10,11 @@ from layerskip_recipes.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
 # The wheel carries the configs inside of the package, a checkout beside it.
-CONFIG_DIR = next((d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir()), None)
+CONFIG_DIR = next(d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir())
 
 
 def our_configs() -> dict[str, Path]:
     """Our configs by short name, such as "quickstart/finetune"; the ones named _* are only there to be extended."""
-    if CONFIG_DIR is None:
-        return {}
     paths = sorted(path for path in CONFIG_DIR.rglob("*.yaml") if not path.name.startswith("_"))
     return {path.relative_to(CONFIG_DIR).with_suffix("").as_posix(): path for path in paths}
 
@@ -35,7 +33,7 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
     """
     places = [*([relative_to / name] if relative_to else []), Path(name).expanduser()]
     # Also the ones named _*, which our_configs does not show.
-    for path in [*places, *([CONFIG_DIR / f"{name}.yaml"] if CONFIG_DIR else [])]:
+    for path in [*places, CONFIG_DIR / f"{name}.yaml"]:
         try:
             if path.is_file():
                 return path.resolve()

@@ -166,7 +166,7 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
             break
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
-    if own := _own_words(details, key):
+    if own := _validator_error(details, key):
         return own
     if details["type"] == "missing":
         words, example = allowed(annotation, field)
@@ -174,7 +174,7 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
     return refusal(key, content, annotation, field)
 
 
-def _own_words(details: Any, key: str) -> ConfigError | None:
+def _validator_error(details: Any, key: str) -> ConfigError | None:
     """The error of a validator of ours, whose message goes on from the key if it begins with a dot or a colon."""
     cause = details.get("ctx", {}).get("error")
     if not isinstance(cause, ConfigError):
@@ -204,7 +204,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
     try:
         TypeAdapter(annotation, config=_CONFIG).validate_python(value)
     except ValidationError as e:
-        raise _own_words(e.errors()[0], key) or refusal(key, value, annotation) from e
+        raise _validator_error(e.errors()[0], key) or refusal(key, value, annotation) from e
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -230,7 +230,7 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
                         adapters[name].validate_python(value)
                     except ValidationError as e:
                         key = prefix + name
-                        raise _own_words(e.errors()[0], key) or refusal(key, value, hints[name]) from e
+                        raise _validator_error(e.errors()[0], key) or refusal(key, value, hints[name]) from e
             return function(*args, **kwargs)
 
         return checked

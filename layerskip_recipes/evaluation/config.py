@@ -171,6 +171,6 @@ class EvalConfig(RecipeConfig):
             # checkpoint_files may be a list in one section, and a mapping in the other.
             both = isinstance(section.get(name), Mapping) and isinstance(value, Mapping)
             section[name] = {**section[name], **value} if both else value
-        checkpointer = Component(section, key)
-        checkpointer.given = self.checkpointer.given
+        checkpointer = self.checkpointer.replace(**section)
+        checkpointer.key = key
         return self.model_copy(update={"checkpointer": checkpointer})

@@ -13,7 +13,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.local_shards import is_split
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.processes import broadcast_from_rank0, from_rank_zero, same_on_all
+from layerskip_recipes.processes import from_rank_zero, same_on_all
 
 
 @dataclass
@@ -113,7 +113,7 @@ def generate(
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
-        broadcast_from_rank0=broadcast_from_rank0 if shared else None,
+        shared=shared,
     )
     for _ in generation:
         pass

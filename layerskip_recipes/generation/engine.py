@@ -17,14 +17,14 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
-from layerskip_recipes.generation.drafting.drafter import Draft, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import GraphError, cache_length, compiled_steps
 from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
-from layerskip_recipes.generation.steps import Broadcast, Step, StepContext, choose_token, next_logits
+from layerskip_recipes.generation.steps import Step, StepContext, choose_token, next_logits
 from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
@@ -47,8 +47,8 @@ class Generation:
             (continuous batching). None: all of them.
         compile: compile the steps; graphs are kept for later generations of the model.
         cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
-        broadcast_from_rank0: gives all ranks the tensor of rank 0, such as the chosen tokens; None: there is one
-            process. Drafts are chosen on each rank, so a sampler needs a generator in the same state on all of them.
+        shared: all ranks of torchrun decode these prompts, and rank 0 says which tokens come out. Drafts are chosen on
+            each rank, so a sampler needs a generator in the same state on all of them.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
         on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified; for a tree,
             with the first node of each level.
@@ -87,7 +87,7 @@ class Generation:
         rows: int | None = None,
         compile: bool = False,
         cache: DecodingCache | None = None,
-        broadcast_from_rank0: Broadcast | None = None,
+        shared: bool = False,
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
         choice: DiscountedUCB | None = None,
@@ -127,9 +127,7 @@ class Generation:
         if speculation is not None and speculation.draft_vocabulary is not None:
             rows_of = draft_model if own else self.model
             draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
-        self.context = StepContext(
-            self.model, cache, sampler, compiled, draft_model, draft_head, broadcast_from_rank0=broadcast_from_rank0
-        )
+        self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
         self.speculation, self.drafter = speculation, None
         if speculation is not None:
             self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
@@ -167,7 +165,7 @@ class Generation:
                         with decoding_kernels(self.context.device):
                             new = self._plain_round() if self.drafter is None else self._draft_round()
                     except GraphError:
-                        if self.context.broadcast_from_rank0 is not None:
+                        if self.context.shared:
                             raise  # the other ranks would wait for what only this one begins again
                         self.phases.forget(phases)
                         self.stats.compile_s += self.compile_s - compiled
@@ -355,7 +353,7 @@ class Generation:
 
     # ---- statistics ----
 
-    def _count_round(self, draft: Draft) -> None:
+    def _count_round(self, draft: DraftedTokens) -> None:
         """Statistics of a round: its kind, and the bytes that its steps read."""
         self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.

@@ -34,7 +34,7 @@ from layerskip_recipes.model.limits import (
     most_positions,
     weight_bytes,
 )
-from layerskip_recipes.processes import broadcast_from_rank0, init_processes, is_rank_zero, num_processes, same_on_all
+from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
 
@@ -57,11 +57,11 @@ class LayerSkipGenerate:
             log.info("benchmark.compare: no baseline runs beside a conversation")
         self.parallel = check_processes(cfg.meta_model, cfg.tensor_parallel_dim, cfg.tensor_parallel_plan)
         model = layerskip_decoder(cfg.meta_model)
-        self.draft, self.exit_layer = cfg.self_speculation, cfg.exit_layer
+        self.section, self.exit_layer = cfg.self_speculation, cfg.exit_layer
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         greedy = cfg.temperature == 0
-        self.spare = self.draft.tree(greedy).spare_slots if self.draft is not None else 0
+        self.spare = self.section.tree(greedy).spare_slots if self.section is not None else 0
         self.examples: list[Example] = []
         self.prompt_tokens: list[list[int]] = []
         if self.interactive:
@@ -80,19 +80,19 @@ class LayerSkipGenerate:
             refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
         for i in self.bad:
             log.warning("skipped: %s", self.examples[i].error)
-        if self.draft is not None:
+        if self.section is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
-            self.draft = self.draft.with_vocabulary(model, self.tokenizer, tokens)
+            self.section = self.section.with_vocabulary(model, self.tokenizer, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
             if self.device.type == "cuda" and cfg.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            nodes = self.draft.tree(greedy).nodes if self.draft is not None else 1
+            nodes = self.section.tree(greedy).nodes if self.section is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
             self.reserve = room + max(64, nodes) if cfg.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
-        self.kept_layers = (self.exit_layer if self.draft is None else self.draft.exit_layer) or 0
+        self.kept_layers = (self.exit_layer if self.section is None else self.section.exit_layer) or 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
         # Before the seed: processes that draw one share it.
@@ -111,9 +111,9 @@ class LayerSkipGenerate:
                 weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             longest = max(len(self.prompt_tokens[i]) for i in self.good)
             drafts = 0
-            if self.draft is not None:
-                weights += self.draft.own_weights(model, self.dtype)
-                drafts = self.draft.own_layers()
+            if self.section is not None:
+                weights += self.section.own_weights(model, self.dtype)
+                drafts = self.section.own_layers()
             check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts)
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
@@ -137,7 +137,7 @@ class LayerSkipGenerate:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
         # A trained draft is checked against the weights as they were, so they are quantised after it is there.
         now, late = self.cfg.quantizer, None
-        if self.draft is not None and self.draft.draft is not None:
+        if self.section is not None and self.section.draft is not None:
             now, late = None, self.cfg.quantizer
         if num_processes() > 1:
             plan = read_plan(self.cfg.tensor_parallel_plan)
@@ -145,8 +145,8 @@ class LayerSkipGenerate:
         else:
             self.model = load_decoder(self.cfg, self.device, now)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
-        if self.draft is not None:
-            self.speculation = self.draft.build(self.model, rows=self.batch_size)
+        if self.section is not None:
+            self.speculation = self.section.build(self.model, rows=self.batch_size)
         if late is not None:
             self.model = quantise_decoder(self.model, late)
 
@@ -167,8 +167,8 @@ class LayerSkipGenerate:
             what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
             log.warning("interrupted: the report is of %s", "the answers so far" if self.interactive else what)
         report = {
-            "exit_layer": self.exit_layer if self.draft is None else self.draft.exit_layer,
-            "num_speculations": None if self.draft is None else self.draft.num_speculations,
+            "exit_layer": self.exit_layer if self.section is None else self.section.exit_layer,
+            "num_speculations": None if self.section is None else self.section.num_speculations,
             "temperature": self.cfg.temperature,
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
@@ -272,7 +272,7 @@ class LayerSkipGenerate:
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,
-            broadcast_from_rank0=broadcast_from_rank0 if num_processes() > 1 else None,
+            shared=num_processes() > 1,
             choice=self.choice,
             on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,

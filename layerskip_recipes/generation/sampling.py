@@ -171,6 +171,8 @@ class Sampler:
     def __post_init__(self) -> None:
         # Stored: a compiled graph that read the temperature would hold for one temperature only.
         self.greedy = self.temperature == 0
+        self.top_p = None if self.top_p == 1 else self.top_p
+        self.min_p = self.min_p or None
 
     @property
     def penalises(self) -> bool:
@@ -180,8 +182,8 @@ class Sampler:
     @property
     def only_temperature(self) -> bool:
         """Whether tokens are chosen by logits and temperature alone, or greedily by logits alone."""
-        filters = self.top_k is not None or self.top_p not in (None, 1) or self.min_p
-        return not self.penalises and (self.greedy or not filters)
+        unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
+        return not self.penalises and (self.greedy or unfiltered)
 
     def settings(self, device: torch.device) -> SamplerTensors:
         """The numbers on a device."""
@@ -191,8 +193,8 @@ class Sampler:
 
         return SamplerTensors(
             tensor(self.temperature),
-            None if self.top_p is None or self.top_p == 1 else tensor(self.top_p),
-            tensor(self.min_p) if self.min_p else None,
+            None if self.top_p is None else tensor(self.top_p),
+            None if self.min_p is None else tensor(self.min_p),
             tensor(self.repetition_penalty),
         )
 
@@ -201,7 +203,7 @@ class Sampler:
         """All that a graph of `scores` depends on beside the `settings`."""
         if self.greedy:
             return True, self.penalises
-        return False, self.penalises, self.top_k, self.top_p in (None, 1), not self.min_p
+        return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
         """What to choose by: penalised logits when greedy, else the filtered distribution; [..., v] -> [..., v]."""

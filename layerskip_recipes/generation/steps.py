@@ -21,9 +21,9 @@ from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, Unknown
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import DecodingCache, visible
+from layerskip_recipes.processes import broadcast_from_rank0
 
 log = get_logger("INFO")
-Broadcast = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StepContext:
@@ -37,7 +37,7 @@ class StepContext:
         draft_model: whose early layers and head draft. If its early layers are the model's own, verification goes on
             from their hidden states; else it runs all layers of the model.
         draft_head: the head of drafts; None: that of the draft model.
-        broadcast_from_rank0: gives all ranks the tensor of rank 0; None: there is one process.
+        shared: all ranks of torchrun decode the same, and rank 0 says what came out.
 
     Attributes:
         cpp: the layers and heads in C++, from `load_cpp` on; None: steps do not run in C++.
@@ -52,7 +52,7 @@ class StepContext:
         compiled: CompiledSteps | None = None,
         draft_model: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
-        broadcast_from_rank0: Broadcast | None = None,
+        shared: bool = False,
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_model, self.draft_head = draft_model or model, draft_head
@@ -61,7 +61,7 @@ class StepContext:
         self.has_adapter = self.own_layers.start > 0
         # Verification goes on from the draft's hidden states if they are the model's.
         self.shares_layers = self.draft_model is model or self.has_adapter
-        self.broadcast_from_rank0 = broadcast_from_rank0
+        self.shared = shared
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
         self.settings = sampler.settings(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
@@ -117,7 +117,7 @@ class StepContext:
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on all ranks."""
-        return tensor if self.broadcast_from_rank0 is None else self.broadcast_from_rank0(tensor)
+        return broadcast_from_rank0(tensor) if self.shared else tensor
 
     # ---- pieces of steps ----
 

@@ -14,6 +14,10 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 Kind = Literal["copy", "adapter"]
 
+# An adapter learns to draft two tokens in a row: the first from the model's state of the token before, the second from
+# its own, as all later ones.
+IN_A_ROW = 2
+
 
 class JoiningLayer(nn.Module):
     """A layer of the model's kind over two hidden states side by side, [b, s, 2 d] -> [b, s, d].
@@ -94,7 +98,7 @@ class Draft(nn.Module):
                 x = layer(x, **layer_inputs)
             return self.norm(x).to(dtype)
 
-    def taught_by(
+    def teacher_states(
         self, model: LayerSkipDecoder, tokens: torch.Tensor, **inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the draft learns from, without a gradient: the state that it begins with, which is the embedding or
@@ -115,21 +119,22 @@ class Draft(nn.Module):
             model(tokens, on_exit=on_exit, unembed=False, **inputs)
         return kept[self.start], kept[model.num_layers]
 
-    def states(self, x: torch.Tensor, last: torch.Tensor, in_a_row: int = 1, **inputs: Any) -> list[torch.Tensor]:
-        """The normed states that the head unembeds, [b, s, d]; of an adapter those for the first, second, .. token
-        drafted in a row, of a copy one.
+    def states(self, x: torch.Tensor, last: torch.Tensor, **inputs: Any) -> list[torch.Tensor]:
+        """The normed states that the head unembeds, [b, s, d]; of an adapter those for the first and the second token
+        that are drafted in a row, of a copy one.
 
         Args:
-            x, last: of `taught_by`.
-            in_a_row: how many. At the second one an adapter goes on everywhere from its own states of the first.
+            x, last: of `teacher_states`.
             **inputs: mask, input_pos, ... of the model.
         """
         layer_inputs = {name: value for name, value in inputs.items() if name in ("mask", "input_pos")}
         if self.kind == "copy":
             return [self(x, **layer_inputs)]
         states = [last]
-        for _ in range(in_a_row):
-            states.append(self(torch.cat([x, before(states[-1], inputs.get("input_pos"))], -1), **layer_inputs))
+        for _ in range(IN_A_ROW):
+            states.append(
+                self(torch.cat([x, previous_states(states[-1], inputs.get("input_pos"))], -1), **layer_inputs)
+            )
         return states[1:]
 
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
@@ -141,7 +146,7 @@ class Draft(nn.Module):
         return drafter
 
 
-def before(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+def previous_states(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """The state one position before each, 0 where a text begins: [b, s, d] -> [b, s, d].
 
     Where several texts are packed into a row, `positions` [b, s] say where each of them begins.

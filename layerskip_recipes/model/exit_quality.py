@@ -58,10 +58,10 @@ def exit_quality(
         if draft is None:
             model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
         else:
-            x, last = draft.taught_by(model, batch.pop("tokens"), **batch)
+            x, last = draft.teacher_states(model, batch.pop("tokens"), **batch)
             measured.measure(model.num_layers, last, normed=True)
             # The draft's second token in a row counts in the accepted length only.
-            for state in reversed(draft.states(x, last, in_a_row=2, **batch)):
+            for state in reversed(draft.states(x, last, **batch)):
                 measured.later = measured.chosen.get(0)
                 measured.measure(0, state, normed=True, vocabulary=draft.vocabulary)
         sums += measured.compare()

@@ -94,8 +94,11 @@ class Head:
         return capped(product, self.cap)
 
 
-def linear_of_rows(parameters: Mapping[str, torch.Tensor], rows: torch.Tensor) -> nn.Linear:
-    """A frozen linear layer with copies of some rows of another one's weight, and of its bias if there is one."""
+def linear_of_rows(parameters: Mapping[str, torch.Tensor], rows: torch.Tensor | slice = slice(None)) -> nn.Linear:
+    """A frozen linear layer with some rows of another one's weight, and of its bias if there is one.
+
+    Rows by their numbers are copies; all of them, or a slice, are the other one's own.
+    """
     linear = nn.Linear(1, 1, bias=False, device="meta")
     for name, value in parameters.items():
         linear.register_parameter(name, nn.Parameter(value.detach()[rows], requires_grad=False))

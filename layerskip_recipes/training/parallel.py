@@ -193,18 +193,18 @@ def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh
         parallelize(model, mesh.devices[TENSOR_PARALLEL], plan)
     checkpoint_layers(model, checkpoint_every)
     if mesh.devices is not None and mesh.data_size > 1:
-        ways: dict[str, Any] = {
+        fsdp_options: dict[str, Any] = {
             "mesh": mesh.devices["replicate", "shard"] if mesh.replicate > 1 else mesh.devices["shard"],
             "reshard_after_forward": cfg.fsdp_reshard_after_forward is not False,
         }
         if cfg.fsdp_cpu_offload:
-            ways["offload_policy"] = CPUOffloadPolicy()
+            fsdp_options["offload_policy"] = CPUOffloadPolicy()
         if cfg.compute_dtype is not None:  # weights are gathered in bf16, gradients summed in fp32
-            ways["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            fsdp_options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for name, module in reversed([*model.named_modules()]):
             if training.get_shard_conditions(clean_name(name), module, names_to_match=cfg.custom_sharded_layers or []):
-                fully_shard(module, **ways)
-        fully_shard(model, **ways)
+                fully_shard(module, **fsdp_options)
+        fully_shard(model, **fsdp_options)
 
 
 def reshard(model: nn.Module) -> None:

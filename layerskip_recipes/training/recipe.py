@@ -391,7 +391,7 @@ class LayerSkipFinetune:
             "run": self.fingerprint,
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: from_every_rank(mine),
-            "validation": {"first": self.validation.first},
+            "validation": {"first": self.validation.loss_at_start},
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -402,12 +402,12 @@ class LayerSkipFinetune:
             self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
-        self.validation.first = state["validation"]["first"]
+        self.validation.loss_at_start = state["validation"]["first"]
         generators = state[training.RNG_KEY]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(generators):  # with more ranks than before, the new ones keep their own seed
             torch.set_rng_state(generators[rank]["cpu"])
-            if generators[rank].get("device_type", self.device.type) == self.device.type:
+            if generators[rank]["device_type"] == self.device.type:
                 self._device_rng().set_rng_state(generators[rank]["device"])
 
     def _device_rng(self) -> Any:

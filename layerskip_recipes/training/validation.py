@@ -53,7 +53,7 @@ class Validation:
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
         self.every, self.margin, self.mesh = cfg.run_val_every_n_steps, cfg.val_loss_margin, mesh
-        self.first: float | None = None  # the last layer's loss at the start
+        self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
         self.exits = [0, cfg.num_layers] if cfg.draft else cfg.validated_exits
@@ -102,7 +102,7 @@ class Validation:
             part.train()
         final = quality[self.exits[-1]]["loss"]
         assert final is not None
-        first = self.first = final if self.first is None else self.first
+        first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
         if not final <= first * (1 + self.margin) and is_rank_zero():  # NaN too
             log.warning(
                 f"val_loss_final: {final:.4f} after step {step} is {final / first - 1:.1%} worse than at the "

@@ -327,7 +327,7 @@ def test_a_failed_graph_ends_a_run_of_several_processes(monkeypatch):
 
     monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
     with pytest.raises(compiling.GraphError):
-        run(make_small(), SHORT, 12, broadcast_from_rank0=lambda tensor: tensor)
+        run(make_small(), SHORT, 12, shared=True)
 
 
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):

@@ -1,5 +1,5 @@
-"""Steps in C++ (few_rows.cpp, layers.cpp): the numbers of torch's own modules for each family and precision, the same
-bits for any number of rows, and the same tokens in every way of decoding."""
+"""Steps in C++ (few_rows.cpp, attention.cpp, layers.cpp): the numbers of torch's own modules for each family and
+precision, the same bits for any number of rows, and the same tokens in every way of decoding."""
 
 import copy
 import platform

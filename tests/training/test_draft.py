@@ -302,8 +302,8 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
     plain = losses(tmp_path / "out")
     kept = tmp_path / "kept"
     rows = []
-    forward = Draft.taught_by
-    monkeypatch.setattr(Draft, "taught_by", lambda *a, **k: rows.append(len(a[2])) or forward(*a, **k))
+    forward = Draft.teacher_states
+    monkeypatch.setattr(Draft, "teacher_states", lambda *a, **k: rows.append(len(a[2])) or forward(*a, **k))
     recipe = train(path, f"output_dir={kept}", "draft.keep_states=true")
     assert sum(rows) == len(recipe.loss.kept.places) <= recipe.data.num_samples + 2
     assert {step: pytest.approx(value, rel=2e-2) for step, value in losses(kept).items()} == plain

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from layerskip_recipes.generation.drafting.drafter import Draft, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
 from layerskip_recipes.generation.steps import Step, StepContext
 
@@ -37,19 +37,21 @@ class ChainDrafter(Drafter):
         if self.before is not None:
             self.before[row] = self.context.model.norm(final)
 
-    def propose(self, now: RoundStart) -> Draft:
+    def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
         slots = context.slots(now.last_slot + depth + 1)
         if depth == 0:
-            return Draft(self.strategy, slots, now.last[:, None])
+            return DraftedTokens(self.strategy, slots, now.last[:, None])
         noise = context.noise(depth, draft=True)
         plain = self.threshold is None and self.before is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.chain is not None:
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            return Draft(self.strategy, slots, *context.cpp.chain.draft(*arguments))
+            return DraftedTokens(self.strategy, slots, *context.cpp.chain.draft(*arguments))
         return self._token_by_token(now, depth, slots, noise)
 
-    def _token_by_token(self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None) -> Draft:
+    def _token_by_token(
+        self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None
+    ) -> DraftedTokens:
         """A chain by `depth` calls of one step; with a threshold it may end sooner."""
         context, seen, before = self.context, now.seen, self.before
         tokens, hidden, q = [now.last], [], []
@@ -67,7 +69,7 @@ class ChainDrafter(Drafter):
             if self.threshold is not None and i + 1 < depth and self._ends(i + 1, confidence, now.finished):
                 break
         all_q = None if noise is None else torch.stack(q, 1)
-        return Draft(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+        return DraftedTokens(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
 
     def _ends(self, length: int, confidence: torch.Tensor, finished: Sequence[bool]) -> bool:
         """Whether all rows that still run are unsure; the host waits for the confidence [b]."""
@@ -77,7 +79,7 @@ class ChainDrafter(Drafter):
         confidences = self.context.broadcast(confidence).tolist()
         return all(c < self.threshold for c, done in zip(confidences, finished, strict=True) if not done)
 
-    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context = self.context
         if context.sampler.greedy and now.seen is None:
             step = Step(context, verify_greedily, self.exit_layer, choice=False)

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import Draft, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.drafting.tree import TreeDrafter
@@ -104,18 +104,18 @@ class ChoosingDrafter(Drafter):
         self.drafter.replace(row, text, final)
         self.lookup.replace(row, text)
 
-    def propose(self, now: RoundStart) -> Draft:
+    def propose(self, now: RoundStart) -> DraftedTokens:
         found = self.lookup.propose(now)
         offered = [self.drafter.strategy, *([found.strategy] if found.length else [])]
         return found if self.choice.pick(offered) == found.strategy else self.drafter.propose(now)
 
-    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         return self.drafter.verify(draft, now)
 
-    def learn(self, draft: Draft, tokens: float, seconds: float) -> None:
-        if self.context.broadcast_from_rank0 is not None:
+    def learn(self, draft: DraftedTokens, tokens: float, seconds: float) -> None:
+        if self.context.shared:  # all ranks learn rank 0's time, so that they choose alike
             on_device = torch.tensor(seconds, device=self.context.device, dtype=torch.float32)
-            seconds = self.context.broadcast_from_rank0(on_device).item()
+            seconds = self.context.broadcast(on_device).item()
         if seconds:
             self.choice.learn(draft.strategy, tokens, seconds)
 

@@ -40,7 +40,7 @@ class DraftStrategy:
 
 
 @dataclass
-class Draft:
+class DraftedTokens:
     """The tokens proposed for one round; without any the round is a step of the full model.
 
     Args:
@@ -82,11 +82,11 @@ class Drafter(ABC):
     strategy: DraftStrategy
 
     @abstractmethod
-    def propose(self, now: RoundStart) -> Draft:
+    def propose(self, now: RoundStart) -> DraftedTokens:
         """The draft of the next round."""
 
     @abstractmethod
-    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: how many drafted tokens stand, the full model's next token, the drafted tokens."""
 
     def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
@@ -95,7 +95,7 @@ class Drafter(ABC):
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """A row goes on from another text, which is in the cache; final [d] is x_L of its last token."""
 
-    def learn(self, draft: Draft, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
+    def learn(self, draft: DraftedTokens, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
         """A round that no limit cut gave each running row so many tokens, on the mean, in so many seconds; 0 if
         something was compiled meanwhile, as that does not repeat."""
 

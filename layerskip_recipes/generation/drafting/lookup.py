@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerskip_recipes.generation.drafting.drafter import Draft, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, DraftStrategy, RoundStart
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
 
@@ -66,7 +66,7 @@ class LookupDrafter:
         self.texts = [TextIndex(ngram) for _ in prompts]
         self.extend(prompts)
 
-    def propose(self, now: RoundStart) -> Draft:
+    def propose(self, now: RoundStart) -> DraftedTokens:
         """See `Drafter.propose`; drafters of an exit verify such drafts."""
         depth, match, tokens = now.depth(self.context, self.longest), 0, now.last[:, None]
         rows = zip(self.texts, now.finished, strict=True)
@@ -75,7 +75,7 @@ class LookupDrafter:
             tokens = torch.cat([tokens, on_device([row for row, _ in found], self.context.device)], 1)
             match = min(match for _, match in found)
         slots = self.context.slots(now.last_slot + tokens.shape[1])
-        return Draft(DraftStrategy("lookup", match), slots, tokens)
+        return DraftedTokens(DraftStrategy("lookup", match), slots, tokens)
 
     def replace(self, row: int, text: Sequence[int]) -> None:
         """A row goes on from another text."""

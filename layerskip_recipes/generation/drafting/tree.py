@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.generation.drafting.chain import ChainDrafter, outcome, state_of
-from layerskip_recipes.generation.drafting.drafter import Draft, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.tree_shape import DraftTree, accept_greedy_tree, accept_sampled_tree
 from layerskip_recipes.generation.sampling import exponential_race_scores
 from layerskip_recipes.generation.steps import Step, StepContext
@@ -29,18 +29,18 @@ class TreeDrafter(ChainDrafter):
         self.trees: dict[int, DraftTree] = {}  # by their depth
         self.tables: dict[DraftTree, tuple[torch.Tensor, ...]] = {}
 
-    def propose(self, now: RoundStart) -> Draft:
+    def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
         if depth == 0:
-            return Draft(self.strategy, context.slots(now.last_slot + 1), now.last[:, None])
+            return DraftedTokens(self.strategy, context.slots(now.last_slot + 1), now.last[:, None])
         tree = self.trees.setdefault(depth, replace(self.tree, depth=depth))
         slots = context.slots(now.last_slot + tree.nodes)
         noise = context.noise(len(tree.expanded), draft=True)
         step = Step(context, draft_tree, self.exit_layer, tree)
         tokens, hidden, q, *nodes = step(slots, now.last, now.start, noise, now.seen, self.before)
-        return Draft(self.strategy, slots, tokens, hidden, q, tree, *nodes)
+        return DraftedTokens(self.strategy, slots, tokens, hidden, q, tree, *nodes)
 
-    def verify(self, draft: Draft, now: RoundStart) -> torch.Tensor:
+    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context, tree = self.context, draft.tree
         if tree is None:
             return super().verify(draft, now)
@@ -65,7 +65,7 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
     """`tree.depth` levels of candidates.
 
     last, start [b]; noise [b, expanded nodes, v'] or None; seen [b, v] or None; before [b, 1, d] or None -> the tensors
-    of a `Draft`: tokens, hidden, q, parents, ranks, ancestors.
+    of a `DraftedTokens`: tokens, hidden, q, parents, ranks, ancestors.
     """
     count, b = context.cache.slots, last.shape[0]
     eye = torch.eye(tree.nodes, dtype=torch.bool, device=last.device)
@@ -187,7 +187,7 @@ def accept_tree(
     """The result of `Drafter.verify` and `before` of the next round; the accepted path also moves to its place in the
     cache, behind the text.
 
-    Shapes as in `accept_sampled_tree` and `Draft`.
+    Shapes as in `accept_sampled_tree` and `DraftedTokens`.
     """
     scores = context.scores(logits, None if seen is None else context.seen_at(seen, tokens, ancestors))
     if context.sampler.greedy:

@@ -1,5 +1,5 @@
-"""Decoding steps on a CPU in C++ (few_rows.cpp, layers.cpp): all layers of a step are one call, the head is another. A
-whole chain of drafts is one call where only the temperature decides.
+"""Decoding steps on a CPU in C++ (few_rows.cpp, attention.cpp, layers.cpp): all layers of a step are one call, the head
+is another. A whole chain of drafts is one call where only the temperature decides.
 
 What torch does around a product takes as long as the product itself in a small model; a step here does little beside
 reading each weight once, for one token as for seven.
@@ -35,7 +35,7 @@ from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.model.kv_cache import DecodingCache
 
-SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "layers.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "attention.cpp", "layers.cpp")]
 VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
 
 

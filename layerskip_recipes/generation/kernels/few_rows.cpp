@@ -1,9 +1,8 @@
-// y = x W^T for few rows of x, and attention of few queries: sums in fp32; W may be bf16 or int8, keys and values bf16.
+// y = x W^T for few rows of x: sums in fp32; W may be bf16 or int8.
 //
 // A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
-// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x; so are the keys and
-// values of attention. An element of y is summed in one order whatever the number of rows: verification computes what
-// plain steps compute, to the last bit.
+// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x. An element of y is
+// summed in one order whatever the number of rows: verification computes what plain steps compute, to the last bit.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -14,7 +13,6 @@
 #include <array>
 #include <chrono>
 #include <initializer_list>
-#include <limits>
 #include <vector>
 
 namespace {
@@ -29,7 +27,6 @@ constexpr int SUMS = LANES, BLOCK = std::min(8, LANES);
 using Totals = std::array<Vector, SUMS>;
 constexpr int WIDE = 8192;  // numbers of x at a time, 32 kB: they stay in the processor's second cache while weights pass
 constexpr int PIECE = 1024;
-constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 constexpr double SLOWEST = 4e9;  // bytes read from memory, and products, in a second by the slowest machine
 constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // calls on one thread after one that was late
 constexpr int AHEAD = 8192;  // bytes of weights that are fetched ahead of those that are multiplied, in each row of W
@@ -168,7 +165,7 @@ template <int M, int N, typename W>
   for (; i < count; i += LANES) multiply(i);
 }
 
-[[gnu::always_inline]] inline Totals nothing() {
+[[gnu::always_inline]] inline Totals zeros() {
   Totals total;
 #pragma GCC unroll 16
   for (int j = 0; j < SUMS; j++) total[j] = Vector(0.f);
@@ -189,10 +186,10 @@ template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
   const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
-  Totals total = nothing();
+  Totals total = zeros();
 #pragma GCC unroll 4
   for (int n = 0; n < N; n += AT_ONCE) {
-    Totals part = nothing();
+    Totals part = zeros();
     add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
 #pragma GCC unroll 16
     for (int i = 0; i < M * AT_ONCE; i++) total[n + i] = part[i];
@@ -205,7 +202,7 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t
 template <int M, int N, typename W>
 void wide_tiles(
     int64_t tiles, const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
-  std::vector<Totals> totals(tiles, nothing());
+  std::vector<Totals> totals(tiles, zeros());
   for (int64_t i = 0; i < k; i += PIECE)
     for (int64_t t = 0; t < tiles; t++) {
       Totals total = totals[t];
@@ -316,125 +313,6 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
       before += linear->columns();
     }
   });
-}
-
-// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s + mask, in place; returns the sum. Where
-// there is a cap, the scores before the mask are cap tanh(factor s / cap).
-float exponents(float* s, const float* mask, const Vector& factor, float cap, int64_t slots) {
-  const Vector none(-std::numeric_limits<float>::infinity());
-  Vector most = none, sum(0.f);
-  for (int64_t i = 0; i < slots; i += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, slots - i);
-    Vector scaled = Vector::loadu(s + i) * factor;
-    if (cap > 0) scaled = Vector(cap) * (scaled / Vector(cap)).tanh();
-    const Vector masked = scaled + Vector::loadu(mask + i, count);
-    const Vector score = Vector::set(none, masked, count);
-    score.store(s + i);
-    most = at::vec::maximum(most, score);
-  }
-  most = Vector(at::vec::vec_reduce_all<float>([](Vector& x, Vector& y) { return at::vec::maximum(x, y); }, most));
-  for (int64_t i = 0; i < slots; i += LANES) {
-    const Vector p = (Vector::loadu(s + i) - most).exp_u20();
-    p.store(s + i);
-    sum = sum + p;
-  }
-  return at::vec::vec_reduce_all<float>([](Vector& x, Vector& y) { return x + y; }, sum);
-}
-
-// out = p v, and what is in out if there is `more` than this: M rows of p by C vectors of each row of v [slots, dim];
-// from one row of p to the next it is `length`, of out `stride`.
-template <int M, int C, typename V>
-void mix(
-    const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
-  std::array<Vector, M * C> total;
-  for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++)
-      total[m * C + c] = more ? Vector::loadu(out + m * stride + c * LANES) : Vector(0.f);
-  for (int64_t slot = 0; slot < slots; slot++) {
-    std::array<Vector, C> values;
-    for (int c = 0; c < C; c++) {
-      fetch(v + slot * dim + c * LANES);
-      values[c] = in_register(load(v + slot * dim + c * LANES));
-    }
-    for (int m = 0; m < M; m++) {
-      const Vector weight = in_register(Vector(p[m * length + slot]));
-      for (int c = 0; c < C; c++) total[m * C + c] = at::vec::fmadd(weight, values[c], total[m * C + c]);
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) total[m * C + c].store(out + m * stride + c * LANES);
-}
-
-// `rows` <= M rows of p by all of v.
-template <int M, typename V>
-void mixture(
-    int64_t rows, const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length,
-    int64_t stride, bool more) {
-  if constexpr (M > 1) {
-    if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim, length, stride, more);
-  }
-  constexpr int C = std::min(LANES / M, 4);
-  int64_t at = 0;
-  for (; at + C * LANES <= dim; at += C * LANES) mix<M, C>(p, v + at, out + at, slots, dim, length, stride, more);
-  for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
-}
-
-// Attention of the `rows` queries [rows, d] of one head from number `first` on, `size` at a time; number r has row r modulo
-// `s` of the mask [s, slots].
-// Keys and values are read from memory once: all queries see as many of them as stay in a cache, then the next ones.
-template <typename V>
-void attend(
-    int64_t first, int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const float* mask, float* y,
-    int64_t d, int64_t s, int64_t slots, const Vector& factor, float cap) {
-  const int64_t length = (slots + LANES - 1) / LANES * LANES;
-  std::vector<float> scores(rows * length), sum(rows);
-  for (int64_t slot = 0; slot < slots; slot += SLOTS)
-    for (int64_t row = 0; row < rows; row += size)
-      block<BLOCK>(
-          std::min(size, rows - row), q + row * d, keys + slot * d, scores.data() + row * length + slot, d,
-          std::min<int64_t>(SLOTS, slots - slot), d, length);
-  for (int64_t row = 0; row < rows; row++)
-    sum[row] = exponents(scores.data() + row * length, mask + (first + row) % s * slots, factor, cap, slots);
-  for (int64_t slot = 0; slot < slots; slot += SLOTS)
-    for (int64_t row = 0; row < rows; row += size)
-      mixture<BLOCK>(
-          std::min(size, rows - row), scores.data() + row * length + slot, values + slot * d, y + row * d,
-          std::min<int64_t>(SLOTS, slots - slot), d, length, d, slot > 0);
-  for (int64_t row = 0; row < rows; row++)
-    at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * d, y + row * d, d);
-}
-
-// softmax(scale q k^T + mask) v of queries [b, heads, s, d] over the slots of a cache [b, h, .., d] in fp32 or bf16 that
-// the mask [b or 1, s, slots] covers, `of_mask` from one row's to the next, 0 if all rows share one; heads is a multiple
-// of h, d of LANES -> y [b, heads, s, d].
-template <typename V>
-void attention_over(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
-  const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
-  const V *ks = keys.const_data_ptr<V>(), *vs = values.const_data_ptr<V>();
-  // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
-  const int64_t blocks = (queries + BLOCK - 1) / BLOCK, size = (queries + blocks - 1) / blocks;
-  const double numbers = static_cast<double>(2 * b * h * slots * d);
-  in_parallel(b * h * blocks, 1, numbers * sizeof(V), numbers * static_cast<double>(queries), [&](int64_t first, int64_t end) {
-    while (first < end) {
-      const int64_t row = first / blocks / h, head = first / blocks % h, query = first % blocks * size;
-      const int64_t count = std::min(end - first, blocks - first % blocks);
-      const int64_t at = (row * heads * s + head * queries + query) * d;
-      attend(
-          query, std::min(count * size, queries - query), size, q + at,
-          ks + row * keys.stride(0) + head * keys.stride(1), vs + row * values.stride(0) + head * values.stride(1),
-          mask + row * of_mask, y + at, d, s, slots, Vector(scale), cap);
-      first += count;
-    }
-  });
-}
-
-void attention(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
-  const auto over = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-  over(q, keys, values, mask, y, b, heads, s, slots, of_mask, scale, cap);
 }
 
 }  // namespace

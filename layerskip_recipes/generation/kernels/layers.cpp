@@ -1,5 +1,5 @@
 // The layers of a decoder over a few tokens of each row, in one call, and the head. All computations are in fp32; weights
-// may be bf16 or int8, caches bf16. Compiled after few_rows.cpp, in one file with it.
+// may be bf16 or int8, caches bf16. Compiled after few_rows.cpp and attention.cpp, in one file.
 //
 // Shapes: b rows, s tokens of each, m = b s, d width. Hidden states are [m, d], one token after the other.
 

@@ -19,10 +19,6 @@ from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
 
-# An adapter learns to draft two tokens in a row: the first from the model's state of the token before, the second from
-# its own, as all later ones.
-IN_A_ROW = 2
-
 
 class DraftSection(Section):
     """A draft for a model that stays as it is, in place of `layer_dropout` and `early_exit_loss`."""
@@ -114,16 +110,16 @@ class DraftLoss:
             **inputs: mask, input_pos, ... of the decoder.
         """
 
-        def taught_by(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        def states_of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             some = on_device(rows, tokens.device)
             of_rows = take_rows(inputs, some, len(tokens))
-            return self.draft.taught_by(model, tokens[some], **of_rows)
+            return self.draft.teacher_states(model, tokens[some], **of_rows)
 
         if self.kept is None:
-            x, last = self.draft.taught_by(model, tokens, **inputs)
+            x, last = self.draft.teacher_states(model, tokens, **inputs)
         else:
-            x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, taught_by, inputs)
-        states = self.draft.states(x, last, in_a_row=IN_A_ROW, **inputs)
+            x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, states_of, inputs)
+        states = self.draft.states(x, last, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # both states are normed already
         if self.draft.vocabulary is not None:

@@ -15,7 +15,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.limits import free_memory, most_positions, row_bytes
-from layerskip_recipes.processes import broadcast_from_rank0, from_rank_zero, is_rank_zero
+from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.parallel import reshard
 
@@ -98,7 +98,7 @@ class OwnText:
             sampler=Sampler(self.temperature, rng=rng),
             stop_tokens=self.stop_tokens,
             rows=from_rank_zero(rows),
-            broadcast_from_rank0=broadcast_from_rank0 if dist.is_initialized() else None,
+            shared=dist.is_initialized(),
         )
         for _ in generation:
             pass
