@@ -87,9 +87,21 @@ class StepContext:
             log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
 
-    def load_cpp(self) -> None:
-        """Let steps run in C++ from here on, if they can: the text has been read, so that there are caches."""
-        if self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
+    @property
+    def has_cpp(self) -> bool:
+        """Whether there is C++ for the models, see `load_cpp`."""
+        return self._in_cpp is not None
+
+    def load_cpp(self, depth: int | None = None) -> None:
+        """Let steps run in C++ from here on, if they can.
+
+        Args:
+            depth: how many layers are going to read the text; None: it has been read, and they have their caches.
+        """
+        if self.cpp is None and self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
+            if depth is not None:
+                self.cache.allocate(self.model, depth)
+                self.cache.allocate(self.draft_model, self.own_layers.stop)
             self._in_cpp.load()
             self.cpp = self._in_cpp
 

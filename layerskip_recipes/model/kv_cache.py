@@ -45,16 +45,19 @@ class LayerCache:
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return the filled part."""
         if self.k is None:
-            # Allocated at the first call: the number of heads depends on the attention class and on sharding.
-            shape = (*k.shape[:2], self.cursor.max_len, k.shape[3])
-            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
-            if k.is_cuda:
-                # CUDA graphs write to fixed addresses. There is no guard, as graphs here are looked up by their keys.
-                torch._dynamo.mark_static_address(self.k, guard=False)
-                torch._dynamo.mark_static_address(self.v, guard=False)
+            # At the first call: the number of heads depends on the attention class and on sharding.
+            self.allocate(k.shape[0], k.shape[1], k.shape[3], k)
         self._write(self.k, self.cursor.at, k)
         self._write(self.v, self.cursor.at, v)
         return self.k[:, :, : self.cursor.end], self.v[:, :, : self.cursor.end]
+
+    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+        """Make the buffers, in the dtype and on the device of a tensor."""
+        self.k, self.v = (like.new_zeros(rows, heads, self.cursor.max_len, head_dim) for _ in range(2))
+        if like.is_cuda:
+            # CUDA graphs write to fixed addresses. There is no guard, as graphs here are looked up by their keys.
+            torch._dynamo.mark_static_address(self.k, guard=False)
+            torch._dynamo.mark_static_address(self.v, guard=False)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy the slots `source` [b, n] to the slots `target` [b, n]."""
@@ -111,6 +114,14 @@ class DecodingCache:
         own = decoder.own_layers
         shared = own.start if own else len(decoder.layers)
         return [*self.layers[:shared], *self.layers[len(self.layers) - len(own) :]]
+
+    def allocate(self, decoder: LayerSkipDecoder, depth: int) -> None:
+        """Make the buffers of a decoder's first layers, of one process, which their first calls would make."""
+        for layer, cache in zip(decoder.layers[:depth], self.of(decoder), strict=False):
+            attn = layer.attn
+            heads = attn.k_proj.out_features // attn.head_dim if is_plain_attention(layer) else attn.num_heads
+            if cache.k is None:
+                cache.allocate(self.rows, heads, attn.head_dim, decoder.tok_embeddings.weight)
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """The next tokens go to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
