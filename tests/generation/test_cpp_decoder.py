@@ -7,6 +7,7 @@ import re
 import sys
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,17 @@ from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder, huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
+from layerskip_recipes.generation.prefill import can_read_in_cpp, read_texts
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import StepContext
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
@@ -121,6 +126,58 @@ def test_the_numbers_of_torchs_modules(family, precision):
         torch.testing.assert_close(
             in_cpp(model, texts, s).double(), expected.double(), rtol=0, atol=near * expected.abs().max().item()
         )
+
+
+@pytest.mark.parametrize("draft", [None, "copy", "adapter"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatch):
+    """What the caches hold and the last token's state, of two texts; at once, and in bf16 in parts behind three tokens
+    that are there already."""
+    model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
+    drafter = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
+    parts = {} if precision == "fp32" else {"reused": 3}
+    monkeypatch.setattr(prefill, "SHORT", 2 * 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    read = []
+    for compiled in (None, CompiledSteps(CPU)):
+        cache = DecodingCache(model, 2, 64, CPU, 0 if drafter is None else len(drafter.own_layers))
+        context = StepContext(model, cache, Sampler(), compiled, drafter)
+        with torch.inference_mode(), cache.used_by(*{model, context.draft_model}), monkeypatch.context() as patched:
+            if parts:
+                read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts], L)
+            if compiled is not None:
+                assert can_read_in_cpp(context, texts, **parts)
+                context.load_cpp(L)
+                patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
+            final = read_texts(context, texts, L, **parts)
+        kept = [buffer[row, :, : len(text)] for layer in cache.layers for buffer in (layer.k, layer.v)
+                for row, text in enumerate(texts)]  # fmt: skip
+        read.append([final, *kept])
+    near = 3e-2 if precision == "bf16" else 1e-5
+    for by_torch, by_cpp in zip(*read, strict=True):
+        atol = near * by_torch.abs().max().item()
+        torch.testing.assert_close(by_cpp.float(), by_torch.float(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vectors", "lengths", "rows", "expected"),
+    [
+        (torch.float32, "AVX2", [128], 1, True),
+        (torch.float32, "AVX2", [129], 1, False),
+        (torch.float32, "AVX512", [60, 65], 2, False),  # 2 x 65 tokens
+        (torch.bfloat16, "AVX512", [129], 1, False),
+        (torch.bfloat16, "AVX2", [4000], 1, True),
+        (torch.bfloat16, "AVX2", [40], 2, False),  # one row of two, whose cache is a part of what C++ knows
+    ],
+)
+def test_which_texts_are_read_in_cpp(dtype, vectors, lengths, rows, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    context = SimpleNamespace(dtype=dtype, has_cpp=True, cache=SimpleNamespace(rows=rows))
+    texts = [[1] * length for length in lengths]
+    assert can_read_in_cpp(context, texts) is expected
+    context.has_cpp = False
+    assert not can_read_in_cpp(context, texts)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
