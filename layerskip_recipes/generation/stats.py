@@ -173,9 +173,9 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights after they are gathered from other ranks."""
-    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters())
+def _weight_bytes(module: object) -> int:
+    """Bytes of a module's weights after they are gathered from other ranks; 0 for a plain function."""
+    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
 
 
 def _num_shards(weight: torch.Tensor) -> int:
