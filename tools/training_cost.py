@@ -23,6 +23,7 @@ from torchtune import training
 from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
+from layerskip_recipes.checkpoint.weights import initialise
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import Fraction, PositiveInt, check
@@ -77,6 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         base = cfg.model.builder.build()
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (args.batch, args.seq_len + 1))
     model = layerskip_decoder(base)
+    initialise(model, cfg.init_std)
     freeze_base(model)
     checkpoint_layers(model, cfg.checkpoint_every_layers)
     if method == "ours, one layer":
