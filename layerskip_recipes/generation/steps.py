@@ -186,7 +186,9 @@ class StepContext:
 
     def unembed(self, x: torch.Tensor) -> Any:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
-        return self.model.unembed(x) if self.cpp is None else self.cpp.logits(self.model, x)
+        if self.cpp is not None:
+            return self.cpp.logits(self.model, x)
+        return self.model(hidden=x, start_layer=self.model.num_layers)  # a call, by which a sharded model is gathered
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """What the draft chooses by: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
