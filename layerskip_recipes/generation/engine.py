@@ -20,7 +20,7 @@ from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_dra
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import GraphError, cache_length, compiled_steps
-from layerskip_recipes.generation.prefill import can_read_in_cpp, read_texts
+from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
@@ -151,7 +151,7 @@ class Generation:
                 started, compiled = time.perf_counter(), self.compile_s
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
-                self.context.load_cpp()  # if not before; not in the first round, whose time counts as decoding
+                self.context.load_cpp()  # if no text was read by it; in the first round it would count as decoding
                 self.traffic = MemoryTraffic(self.context)
                 self.stats.compile_s = self.compile_s - compiled
                 self.stats.prefill_s = time.perf_counter() - started - self.stats.compile_s
@@ -242,8 +242,6 @@ class Generation:
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self._depth
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
-        if can_read_in_cpp(self.context, prompts, reused):
-            self.context.load_cpp(self._depth)
         final = read_texts(self.context, prompts, self._depth, reused)
         if self.drafter is not None:
             self.drafter.begin(final)

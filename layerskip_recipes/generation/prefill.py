@@ -40,7 +40,7 @@ def read_texts(context: StepContext, texts: Sequence[Sequence[int]], depth: int,
     # Padded on the right: slots behind a row's text are overwritten before any of its queries sees them.
     tokens = on_device([[*text, *[0] * (width - len(text))] for text in texts], device)
     last = on_device([len(text) - 1 for text in texts], device)
-    in_cpp = context.cpp is not None and can_read_in_cpp(context, texts, reused)
+    in_cpp = can_read_in_cpp(context, texts, reused) and context.load_cpp(depth)
     at_once = not in_cpp and reused == 0 and all(is_plain_attention(layer) for layer in context.model.layers)
     size = width if at_once else SHORT if in_cpp else CHUNK
     rows = torch.arange(len(texts), device=device)

@@ -92,11 +92,14 @@ class StepContext:
         """Whether there is C++ for the models, see `load_cpp`."""
         return self._in_cpp is not None
 
-    def load_cpp(self, depth: int | None = None) -> None:
+    def load_cpp(self, depth: int | None = None) -> bool:
         """Let steps run in C++ from here on, if they can.
 
         Args:
             depth: how many layers are going to read the text; None: it has been read, and they have their caches.
+
+        Returns:
+            Whether they do.
         """
         if self.cpp is None and self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
             if depth is not None:
@@ -104,6 +107,7 @@ class StepContext:
                 self.cache.allocate(self.draft_model, self.own_layers.stop)
             self._in_cpp.load()
             self.cpp = self._in_cpp
+        return self.cpp is not None
 
     def begin_round(self) -> None:
         """The results of the last round's graphs are no longer needed."""
