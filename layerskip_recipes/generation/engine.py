@@ -9,7 +9,6 @@ their compiled graphs in kernels/compiling.py.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -120,9 +119,8 @@ class Generation:
             draft_model = as_layerskip_decoder(speculation.drafter)
         own = len(draft_model.own_layers)
         if cache is None or (cache.rows, cache.draft_layers) != (len(self.rows), own) or cache.max_len < size(needed):
-            room, device = size(max(needed, reserve or 0)), self.model.tok_embeddings.weight.device
-            make = compiled.cache if compiled else partial(DecodingCache, device=device)
-            cache = make(self.model, len(self.rows), room, draft_layers=own)
+            make = compiled.cache if compiled else DecodingCache
+            cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
         if speculation is not None and speculation.draft_vocabulary is not None:
             rows_of = draft_model if own else self.model

@@ -55,7 +55,7 @@ def read_texts(context: StepContext, texts: Sequence[Sequence[int]], depth: int,
             run = partial(context.run, at=at, slots=slots, unembed=False)
         else:
             context.cache.seek(at, end)
-            mask = None if at_once else visible(slots, at, context.dtype)
+            mask = None if at_once else visible(at).mask(slots, context.dtype)
             run = partial(LayerSkipDecoder.__call__, input_pos=at, mask=mask, unembed=False)
         x = _read(context, tokens[:, start:end], x[:, -1:], depth, run)
         here = x[rows, (last - start).clamp(0, end - start - 1)]

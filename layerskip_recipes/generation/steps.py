@@ -16,11 +16,11 @@ from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.generation.kernels.compiling import CompiledSteps, rounded_length
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.kv_cache import DecodingCache, visible
+from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
+from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache, Visible, VisibleBlocks, visible
 from layerskip_recipes.processes import broadcast_from_rank0
 
 log = get_logger("INFO")
@@ -69,6 +69,10 @@ class StepContext:
         self._in_cpp = self._decoder_in_cpp()
         self.cpp: CppDecoder | None = None
         self.graphs = None if self._in_cpp else compiled
+        layers = [*model.layers, *self.draft_model.layers]
+        # The smallest product of its kernel is over 16 numbers.
+        plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
+        self._fits_flex = plain and cache.max_len % BLOCK == 0
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
@@ -115,10 +119,19 @@ class StepContext:
             self.graphs.begin_round()
 
     def slots(self, end: int) -> torch.Tensor:
-        """The slots that attention sees, 0 .. end-1 or, for compiled steps, a few more."""
-        if self.graphs is not None:
-            end = min(rounded_length(end, self.device), self.cache.max_len)
+        """The slots that attention sees, 0 .. end-1."""
         return self.cache.slots[:end]
+
+    @property
+    def uses_flex(self) -> bool:
+        """Whether graphs see what they need of the whole cache, see `VisibleBlocks`."""
+        return self._fits_flex and self.graphs is not None and self.graphs.flex
+
+    def mask(self, seen: Visible, slots: torch.Tensor) -> Any:
+        """What attention is given of `seen`."""
+        if self.uses_flex and torch.compiler.is_compiling():
+            return VisibleBlocks(seen, len(slots))
+        return seen.mask(slots, self.dtype)
 
     def noise(self, *nodes: int, draft: bool = False) -> torch.Tensor | None:
         """Noise of one choice for each row, [b, v], or at each of so many nodes, [b, nodes, v]; None when greedy.
@@ -149,7 +162,7 @@ class StepContext:
         exit_layer: int | None = None,
         unembed: bool = True,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Any = None,
     ) -> torch.Tensor:
         """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s]."""
         if self.cpp is not None:
@@ -161,10 +174,10 @@ class StepContext:
         positions = at if positions is None else positions
         # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
         inputs = {"input_pos": positions.clamp(max=self.last_position)}
-        inputs["mask"] = visible(slots, at, self.dtype) if mask is None else mask
+        inputs["mask"] = self.mask(visible(at), slots) if mask is None else mask
         part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
         out = model(tokens, hidden=hidden, **part, **inputs)
-        self.cache.cursor.at = None
+        self.cache.cursor[0] = None  # the tensor is no result of a graph
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:

@@ -10,35 +10,31 @@ only. Draft and verification share the cache: each layer is written by whichever
 a draft tree have slots of their own behind the text; `move` copies an accepted path to the slots of the text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
-
-@dataclass(eq=False)
-class CacheCursor:
-    """The slots of the next tokens, which all layers' caches share.
-
-    A layer's cache refers to the cursor, not to its `DecodingCache`: without a cycle the buffers are freed at once.
-    """
-
-    max_len: int  # slots per row
-    at: Any = None  # [b or 1, s], the slots of the next tokens
-    end: int = 0  # attention sees the slots below it
+BLOCK = 128  # slots that FlexAttention reads or leaves out together
 
 
 class LayerCache:
-    """Keys and values of one layer; takes the place of `attn.kv_cache` in torchtune's attention."""
+    """Keys and values of one layer; takes the place of `attn.kv_cache` in torchtune's attention.
 
-    def __init__(self, cursor: CacheCursor) -> None:
-        self.cursor = cursor
+    Args:
+        max_len: slots of each row.
+        cursor: [at, end], see `DecodingCache.seek`; a list that all layers share. Without a reference to its
+            `DecodingCache`, thus without a cycle, a layer's buffers are freed at once.
+    """
+
+    def __init__(self, max_len: int, cursor: list[Any]) -> None:
+        self.max_len, self.cursor = max_len, cursor
         self.k: Any = None  # [b, heads, slots, head_dim] once there are keys, and as many values
         self.v: Any = None
 
@@ -47,13 +43,14 @@ class LayerCache:
         if self.k is None:
             # At the first call: the number of heads depends on the attention class and on sharding.
             self.allocate(k.shape[0], k.shape[1], k.shape[3], k)
-        self._write(self.k, self.cursor.at, k)
-        self._write(self.v, self.cursor.at, v)
-        return self.k[:, :, : self.cursor.end], self.v[:, :, : self.cursor.end]
+        at, end = self.cursor
+        self._write(self.k, at, k)
+        self._write(self.v, at, v)
+        return self.k[:, :, :end], self.v[:, :, :end]
 
     def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
         """Make the buffers, in the dtype and on the device of a tensor."""
-        self.k, self.v = (like.new_zeros(rows, heads, self.cursor.max_len, head_dim) for _ in range(2))
+        self.k, self.v = (like.new_zeros(rows, heads, self.max_len, head_dim) for _ in range(2))
         if like.is_cuda:
             # CUDA graphs write to fixed addresses. There is no guard, as graphs here are looked up by their keys.
             torch._dynamo.mark_static_address(self.k, guard=False)
@@ -83,15 +80,14 @@ class DecodingCache:
     A draft's layers read the text themselves and have caches of their own.
     """
 
-    def __init__(
-        self, model: LayerSkipDecoder, rows: int, max_len: int, device: torch.device, draft_layers: int = 0
-    ) -> None:
+    def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> None:
         self.rows, self.draft_layers = rows, draft_layers
         self.max_len = max_len
-        self.slots = torch.arange(max_len, device=device)
-        self.cursor = CacheCursor(max_len)
+        self.slots = torch.arange(max_len, device=model.tok_embeddings.weight.device)
+        # Not an attribute for each: torch 2.13 forgets attributes that a graph sets behind FlexAttention.
+        self.cursor: list[Any] = [None, 0]
         # The model's, then the draft's.
-        self.layers = [LayerCache(self.cursor) for _ in range(model.num_layers + draft_layers)]
+        self.layers = [LayerCache(max_len, self.cursor) for _ in range(model.num_layers + draft_layers)]
         # The tokens of each row whose keys and values are at slots 0, 1, ... of the first `depth` layers: a later
         # prompt that begins with the same tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -125,7 +121,7 @@ class DecodingCache:
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """The next tokens go to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""
-        self.cursor.at, self.cursor.end = at, end
+        self.cursor[:] = at, end
 
     @contextmanager
     def only(self, row: int) -> Iterator[None]:
@@ -145,32 +141,80 @@ class DecodingCache:
             layer.move(source, target)
 
 
-def visible(slots: torch.Tensor, at: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of text and chains: slot j is visible from slot p if j <= p; slots [end] and at [b, s] -> [b, s, end].
+class Visible:
+    """Which slots of the cache each query sees.
 
-    It is 0 or -inf, to be added to the scores.
+    Args:
+        sees: of a row, the number of one of its queries, and a slot, three integer tensors that broadcast: whether that
+            query sees that slot.
+        last: [b], the last slot of each row that a query sees.
+        queries: s, their number in a row.
     """
-    return torch.where(slots <= at[:, :, None], 0.0, -torch.inf).to(dtype)
+
+    def __init__(self, sees: Callable[..., torch.Tensor], last: torch.Tensor, queries: int) -> None:
+        self.sees, self.last, self.queries = sees, last, queries
+
+    def mask(self, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """0 or -inf for each of the slots [end], to be added to scores: [b, s, end]."""
+        rows, queries = (torch.arange(n, device=slots.device) for n in (len(self.last), self.queries))
+        return torch.where(self.sees(rows[:, None, None], queries[:, None], slots), 0.0, -torch.inf).to(dtype)
 
 
-def visible_tree(slots: torch.Tensor, root: torch.Tensor, ancestors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
+class VisibleBlocks:
+    """What is visible of a whole cache, for FlexAttention in a compiled step.
 
-    `ancestors` [b, s, nodes] says for each query which nodes are on its path, itself included. From slots [end] and
-    root [b] comes a mask [b, s, end] as that of `visible`.
+    Its kernel for fewer than 128 queries splits a row's slots among the processors of a GPU. It reads no block of slots
+    behind the last visible one, which it finds on the device, so that one graph serves all lengths of a text.
+
+    Args:
+        visible: which slots.
+        slots: of the cache, a whole number of blocks.
     """
-    node = slots - root[:, None]
-    last = ancestors.shape[2] - 1
-    on_path = ancestors.gather(2, node.clamp(0, last)[:, None].expand(-1, ancestors.shape[1], -1))
-    seen = (node < 0)[:, None] | (on_path & ((node >= 0) & (node <= last))[:, None])
-    return torch.where(seen, 0.0, -torch.inf).to(dtype)
+
+    def __init__(self, visible: Visible, slots: int) -> None:
+        self.sees, self.queries = visible.sees, visible.queries
+        # Made once for all layers.
+        last, blocks = visible.last, torch.arange(slots // BLOCK, dtype=torch.int32, device=visible.last.device)
+        self.counts = (last // BLOCK + 1).to(torch.int32)[:, None, None]
+        self.blocks = blocks.repeat(len(last), 1, 1, 1)
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [b, key heads, n s, head_dim], the queries of n heads that share a key head behind one another; k, v
+        [b, key heads, slots, head_dim] -> the shape of q."""
+        seen = BlockMask.from_kv_blocks(
+            self.counts,
+            self.blocks,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=lambda row, _, query, slot: self.sees(row, query % self.queries, slot),
+            seq_lengths=(q.shape[2], k.shape[2]),
+        )
+        return flex_attention(q, k, v, block_mask=seen)
+
+
+def visible(at: torch.Tensor) -> Visible:
+    """Of text and chains, whose tokens are at the slots `at` [b or 1, s]: a query sees the slots up to its own."""
+    return Visible(lambda row, query, slot: slot <= at[row, query], at.amax(1), at.shape[1])
+
+
+def visible_tree(root: torch.Tensor, ancestors: torch.Tensor) -> Visible:
+    """Of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
+
+    root is [b]; `ancestors` [b, s, nodes] says for each query which nodes are on its path, itself included.
+    """
+    nodes = ancestors.shape[2]
+
+    def sees(row: torch.Tensor, query: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        node = slot - root[row]
+        return (node < 0) | ((node < nodes) & ancestors[row, query, node.clamp(0, nodes - 1)])
+
+    return Visible(sees, root + nodes - 1, ancestors.shape[1])
 
 
 def cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | VisibleBlocks | None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
@@ -179,7 +223,8 @@ def cached_attention(
     Args:
         q: [b, heads, s, head_dim].
         k, v: [b, key heads, end, head_dim]; heads is a multiple of key heads.
-        mask: [b or 1, s, end], added to the scores; None: causal for several queries, all slots for a single one.
+        mask: [b or 1, s, end], added to the scores, or what is visible of a whole cache; None: causal for
+            several queries, all slots for a single one.
         dropout_p, is_causal: passed by torchtune, and unused: generation has no dropout, and its own masks.
 
     Returns:
@@ -192,9 +237,11 @@ def cached_attention(
             # In these cases the only kernel for grouped queries is the one that holds all scores.
             k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    q = q.reshape(b, k.shape[1], group * s, dim)
+    if isinstance(mask, VisibleBlocks):
+        return mask.attention(q, k, v).reshape(b, heads, s, dim)
     if mask is not None:
         mask = mask[:, None] if group == 1 else mask[:, None].repeat(1, 1, group, 1)
-    q = q.reshape(b, k.shape[1], group * s, dim)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, heads, s, dim)
 
 

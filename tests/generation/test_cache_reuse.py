@@ -193,7 +193,7 @@ def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, vari
 
 def test_the_cache_is_written_where_it_says():
     """Slots of each row of its own, or the same in all rows; slots that are not written stay."""
-    cache = DecodingCache(model_of("llama3_2"), 3, 8, torch.device("cpu"))
+    cache = DecodingCache(model_of("llama3_2"), 3, 8)
     layer, expected = cache.layers[0], torch.zeros(2, 3, 2, 8, 4)
     for at, end in (([[0, 1, 2]], 3), ([[3], [1], [2]], 4), ([[7, 4], [2, 3], [5, 6]], 8)):
         new = torch.randn(2, 3, 2, len(at[0]), 4, generator=rng(71))

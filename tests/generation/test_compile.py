@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps, rounded_length
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.steps import choose_token
 
 
 @pytest.fixture(scope="module")
@@ -267,69 +265,6 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, not_compiled, monk
     assert warnings == ["compile: not possible for draft_token, going on without (no kernel)"]
 
 
-@pytest.mark.parametrize("way", ["plain", "chain", "tree"])
-@pytest.mark.parametrize("nth", [1, 4])
-def test_after_a_graph_that_failed_half_way_the_round_begins_again(way, nth, monkeypatch):
-    """On a GPU the capture of a graph may fail when the step has moved slots. Here each kind of step fails once, after
-    it ran, and what the cache holds is spoilt."""
-    model, calls = make_small(), Counter()
-
-    def call(self, step, slots, *args):
-        result = step.run(slots, *args)
-        name = step.function.__name__
-        calls[name] += 1
-        if calls[name] == nth:
-            for layer in step.context.cache.layers:
-                layer.k.fill_(3.0)
-            raise compiling.GraphError(name)
-        return result
-
-    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
-    speculation = Speculation(**WAYS[way]) if WAYS[way] else None
-    generation = run(model, SHORT, 12, speculation=speculation)
-    assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
-    assert max(calls.values()) > nth and generation.stats.tokens == 24
-
-
-@pytest.mark.parametrize("replays", [0, 2])
-def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, monkeypatch):
-    """At its first call or at a later one, as when the memory for another capture is missing."""
-    steps, calls = CompiledSteps(torch.device("cuda")), []
-
-    def graph(*_):
-        calls.append(1)
-        if len(calls) > replays:
-            raise RuntimeError("out of memory")
-        return "by its graph"
-
-    monkeypatch.setattr(compiling, "_compiled", lambda *_: graph)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-    models = {"model": torch.nn.Linear(1, 1), "draft_model": torch.nn.Linear(1, 1)}
-    context = SimpleNamespace(**models)
-    step = SimpleNamespace(
-        context=context, settings=(), function=choose_token, key=lambda *_: "key", run=lambda *_: "without"
-    )
-    for _ in range(replays):
-        steps.begin_round()
-        assert steps(step, None) == "by its graph"
-    steps.begin_round()
-    with pytest.raises(compiling.GraphError, match=r"choose_token.*compile=false"):
-        steps(step, None)
-    assert steps(step, None) == "without" and len(calls) == replays + 1
-
-
-def test_a_failed_graph_ends_a_run_of_several_processes(monkeypatch):
-    """The other ranks have not failed: they wait in a collective, and do not begin the round again."""
-
-    def call(self, step, slots, *args):
-        raise compiling.GraphError("choose_token")
-
-    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
-    with pytest.raises(compiling.GraphError):
-        run(make_small(), SHORT, 12, shared=True)
-
-
 def test_graphs_of_two_models_have_no_shapes_in_common(monkeypatch):
     """Under one name dynamo takes what differs between them for dynamic."""
     names = []
@@ -365,28 +300,6 @@ def test_where_each_round_compiles_the_rest_of_their_time_counts(not_compiled, m
     assert stats.rounds == 1 and stats.compile_s > 0
     assert 0.05 <= stats.decode_s < time.perf_counter() - started - stats.compile_s
     assert stats.draft_s == stats.verify_s == 0 and stats.tokens_per_second > 0
-
-
-def test_a_path_with_a_new_step_is_captured_in_the_next_round(not_compiled, monkeypatch):
-    """CUDA graphs: where one step of a round runs for the first time, none after it is captured."""
-    for name in ("cuda.synchronize", "compiler.cudagraph_mark_step_begin"):
-        monkeypatch.setattr(f"torch.{name}", lambda *_: None)
-
-    class Named:
-        context, settings = SimpleNamespace(model=make_small(), draft_model=make_small()), ()
-
-        def __init__(self, name):
-            self.function, self.key = lambda *_: None, lambda: name
-
-    graphs, steps = CompiledSteps(torch.device("cuda")), {name: Named(name) for name in ("old", "new")}
-    captured = []
-    for names in (("old",), ("old",), ("new", "old"), ("new", "old"), ("new", "old")):
-        graphs.begin_round()
-        for name in names:
-            graphs(steps[name], None)
-        captured.append(graphs.captured.copy())
-    alone, both = {("old",)}, {("old",), ("new",), ("new", "old")}
-    assert captured == [set(), alone, alone, both, both]
 
 
 def test_a_cache_serves_while_it_is_large_enough():

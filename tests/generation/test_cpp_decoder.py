@@ -95,7 +95,7 @@ def exact(model):
 @torch.no_grad()
 def in_cpp(model, texts, s):
     """Logits [b, s, v] of the last s tokens of texts of one length, the ones before them read by torch."""
-    context = StepContext(model, DecodingCache(model, len(texts), 160, CPU), Sampler())
+    context = StepContext(model, DecodingCache(model, len(texts), 160), Sampler())
     with context.cache.used_by(model):
         tokens, length = torch.tensor(texts), len(texts[0]) - s
         if length:
@@ -141,7 +141,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     read = []
     for compiled in (None, CompiledSteps(CPU)):
-        cache = DecodingCache(model, 2, 64, CPU, 0 if drafter is None else len(drafter.own_layers))
+        cache = DecodingCache(model, 2, 64, 0 if drafter is None else len(drafter.own_layers))
         context = StepContext(model, cache, Sampler(), compiled, drafter)
         with torch.inference_mode(), cache.used_by(*{model, context.draft_model}), monkeypatch.context() as patched:
             if parts:
@@ -275,7 +275,7 @@ def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch
 def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
     """Gemma multiplies embeddings by the root of their width, as bf16 has it."""
     model, text = make(family, "bf16"), torch.tensor(texts_of(2, 9))
-    cache = DecodingCache(model, 2, 160, CPU)
+    cache = DecodingCache(model, 2, 160)
     with torch.no_grad(), cache.used_by(model):
         before = StepContext(model, cache, Sampler())
         before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
@@ -395,7 +395,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("part", UNKNOWN)
 def test_other_parts_are_not_run_in_cpp(part):
     model = UNKNOWN[part]()
-    cache = DecodingCache(model, 1, 160, CPU)
+    cache = DecodingCache(model, 1, 160)
     context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
     assert context.cpp is None and context.graphs is not None
 

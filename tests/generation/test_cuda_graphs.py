@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.compiled import LONG, SHORT, VOCAB, WAYS, make_small, run
+from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, run
 from helpers.speculation import plain
 
 from layerskip_recipes.config.components import Component
@@ -20,40 +20,40 @@ pytestmark = [
 ]
 
 
+WIDTHS = {"masks": 16, "FlexAttention": 32}  # heads of 8 numbers are too small for FlexAttention
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("way", WAYS)
-def test_cuda_graphs(way):
+def test_cuda_graphs(way, width):
     """Greedy in fp32, a batch of two, each call's rounds on the same graphs; the reference runs on the CPU."""
-    model, reference = make_small().cuda(), make_small()
+    model, reference = make_small(width=width).cuda(), make_small(width=width)
     graphs = None
     for prompts, count in ((SHORT, 40), (LONG, 25), (SHORT, 7)):
         speculation = Speculation(**WAYS[way]) if WAYS[way] else None
         generation = run(model, prompts, count, speculation=speculation)
         assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
-        assert not compiled_steps(model).failed
+        assert not compiled_steps(model).failed and compiled_steps(model).flex
+        assert generation.context.uses_flex == (width == 32)
         graphs = graphs or dict(compiled_steps(model).graphs)
         assert compiled_steps(model).graphs == graphs
         assert way == "plain" or generation.stats.draft_s > 0
     assert generation.stats.compile_s == 0
 
 
-OTHER_WAYS = WAYS | {
-    "looked up": {"exit_layer": 1, "num_speculations": 3, "prompt_lookup": 2},
-    "as long as it is sure": {"exit_layer": 1, "num_speculations": 4, "threshold": 0.3},
-    "of some tokens": {"exit_layer": 1, "num_speculations": 2, "draft_vocabulary": tuple(range(0, VOCAB, 2))},
-}
-LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # its text outgrows the first length of the graphs
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("way", OTHER_WAYS)
-def test_cuda_graphs_of_one_row_and_other_lengths(way, dtype):
-    """One row, whose products and writes are other kernels, and a text that needs longer graphs on the way; in fp32
-    the tokens of the CPU."""
-    model, reference = make_small().to("cuda", dtype), make_small()
+def test_cuda_graphs_of_one_row_and_other_lengths(way, width, dtype):
+    """One row, whose products and writes are other kernels, and a text that needs longer graphs with masks on the way;
+    in fp32 the tokens of the CPU."""
+    model, reference = make_small(width=width).to("cuda", dtype), make_small(width=width)
     for prompts, count in ((SHORT[:1], 40), (LONGER, 60), (LONGER, 60)):
         speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
         generation = run(model, prompts, count, speculation=speculation)
-        assert len(generation.generated[0]) == count and not compiled_steps(model).refused
+        assert (
+            len(generation.generated[0]) == count and not compiled_steps(model).refused and compiled_steps(model).flex
+        )
         if dtype == torch.float32:
             assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
 

@@ -220,7 +220,7 @@ def test_equal_distributions_accept_the_first_candidates():
 
 def test_what_text_sees():
     slots, at = torch.arange(7), torch.tensor([[0, 3], [5, 6]])
-    mask = visible(slots, at, torch.float64)
+    mask = visible(at).mask(slots, torch.float64)
     assert mask.dtype == torch.float64
     for row, query in ((row, query) for row in range(2) for query in range(2)):
         assert mask[row, query].tolist() == [0.0 if j <= at[row, query] else -math.inf for j in range(7)]
@@ -242,16 +242,16 @@ def test_what_a_tree_sees():
                 expected[row, node, root + at] = 0
                 at = parents[at]
     root = torch.tensor(roots)
-    assert torch.equal(visible_tree(torch.arange(end), root, ancestors, torch.float32), expected)
+    assert torch.equal(visible_tree(root, ancestors).mask(torch.arange(end), torch.float32), expected)
     some = [1, 3, 4]
-    assert torch.equal(visible_tree(torch.arange(end), root, ancestors[:, some], torch.float32), expected[:, some])
-    assert torch.equal(visible_tree(torch.arange(8), root, ancestors, torch.float32), expected[..., :8])
+    assert torch.equal(visible_tree(root, ancestors[:, some]).mask(torch.arange(end), torch.float32), expected[:, some])
+    assert torch.equal(visible_tree(root, ancestors).mask(torch.arange(8), torch.float32), expected[..., :8])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_moving_in_the_cache(rows):
     """Overlapping sources and targets, as a path's are: all is read before anything is written."""
-    cache = DecodingCache(model_of("llama3_2"), rows, 9, CPU)
+    cache = DecodingCache(model_of("llama3_2"), rows, 9)
     before = []
     for layer in cache.layers:
         layer.k, layer.v = torch.randn(2, rows, 2, 9, 4)

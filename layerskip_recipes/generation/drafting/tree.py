@@ -68,7 +68,8 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
     of a `DraftedTokens`: tokens, hidden, q, parents, ranks, ancestors.
     """
     count, b = context.cache.slots, last.shape[0]
-    eye = torch.eye(tree.nodes, dtype=torch.bool, device=last.device)
+    # torch.eye would be a constant of the graph, which torch 2.13 cannot put into FlexAttention's kernel.
+    eye = count[: tree.nodes] == count[: tree.nodes, None]
     root = torch.zeros_like(last)[:, None]
     tokens, parents, ranks, hidden, q = [last[:, None]], [root - 1], [root], [], []
     ancestors = [eye[None, :1].expand(b, -1, -1)]
@@ -82,7 +83,7 @@ def draft_tree(context: StepContext, exit_layer: int, tree: DraftTree, slots, la
         at = start[:, None] + first + count[:width]
         attention = {
             "positions": (start + level - 1)[:, None].expand(-1, width),
-            "mask": visible_tree(slots, start, on_path, context.dtype),
+            "mask": context.mask(visible_tree(start, on_path), slots),
         }
         x = context.run(context.draft_model, frontier, at, slots, exit_layer=exit_layer, unembed=False, **attention)
         hidden.append(x)
@@ -149,10 +150,10 @@ def tree_logits(
     """
     model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     positions = start[:, None] + levels
-    mask = visible_tree(slots, start, ancestors, context.dtype)
-    attention = {"positions": positions, "mask": mask}
+    attention = {"positions": positions, "mask": context.mask(visible_tree(start, ancestors), slots)}
     if context.shares_layers or context.own_layers:
-        of_leaves = {"positions": positions[:, leaves], "mask": mask[:, leaves]}
+        seen = visible_tree(start, ancestors[:, leaves])
+        of_leaves = {"positions": positions[:, leaves], "mask": context.mask(seen, slots)}
         early: dict[str, Any] = {"exit_layer": exit_layer, "unembed": False, **of_leaves}
         x = context.run(context.draft_model, tokens[:, leaves], at[:, leaves], slots, **early)
     if not context.shares_layers:

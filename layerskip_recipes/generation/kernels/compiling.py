@@ -3,7 +3,8 @@ only steps of models that cpp_decoder.py does not know become graphs.
 
 torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit, tree,
 sampler), so a call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees
-is dynamic, one graph for all of them; on a GPU steps are CUDA graphs, whose lengths are rounded to powers of two.
+is dynamic, one graph for all of them. On a GPU steps are CUDA graphs: with FlexAttention they see the whole cache and
+find the length on the device; without it they have masks, and a graph for each power of two of the length.
 """
 
 import itertools
@@ -17,7 +18,7 @@ import torch
 from torchtune import utils
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.kv_cache import DecodingCache
+from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache
 
 log = utils.get_logger("INFO")
 _numbers = itertools.count()  # dynamo remembers shapes by a function's name, for all models of the process
@@ -33,9 +34,10 @@ def rounded_length(length: int, device: torch.device) -> int:
 def cache_length(needed: int) -> int:
     """The slots of a cache for compiled steps, one of few sizes, as graphs depend on it.
 
-    More than any length that attention sees: torch takes a length that equals the cache's for a constant.
+    More than any length that attention sees, as torch takes one that equals the cache's for a constant; and a whole
+    number of blocks.
     """
-    return max(256, 1 << (needed - 1).bit_length()) + 64
+    return max(256, 1 << (needed - 1).bit_length()) + BLOCK
 
 
 class GraphError(RuntimeError):
@@ -54,6 +56,7 @@ class CompiledSteps:
 
     def __init__(self, device: torch.device, weights: Hashable = None) -> None:
         self.device, self.weights = device, weights
+        self.flex = device.type == "cuda"  # graphs use FlexAttention, until it turns out not to work here
         self.graphs: dict[Hashable, Callable] = {}
         # torch keeps a CUDA graph for each sequence of graphs that ran before it. So a graph is captured once for each
         # path, the steps of the round up to it; not in a round with a new step, which runs its first time uncaptured.
@@ -74,7 +77,7 @@ class CompiledSteps:
         """
         kept = self._caches.pop((rows, draft_layers), None)
         if kept is None or kept.max_len < max_len:
-            kept = DecodingCache(model, rows, max_len, self.device, draft_layers)
+            kept = DecodingCache(model, rows, max_len, draft_layers)
         others = [*self._caches.items()]
         self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {(rows, draft_layers): kept}
         kept.tokens = [[] for _ in range(rows)]
@@ -102,9 +105,12 @@ class CompiledSteps:
     def __call__(self, step: Any, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
-        key = step.key(*args)
-        if cuda and slots is not None:
-            key = (key, len(slots))
+        key, seen, flex = step.key(*args), slots, False
+        if slots is not None:
+            cache, flex = step.context.cache, step.context.uses_flex
+            # A few more than attention sees, or all.
+            seen = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
+            key = (key, len(seen)) if cuda else key
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
@@ -116,9 +122,9 @@ class CompiledSteps:
             if known is None:
                 self.warming = True
                 if not cuda and slots is not None:
-                    torch._dynamo.mark_dynamic(slots, 0)
+                    torch._dynamo.mark_dynamic(seen, 0)
             graph = known or _compiled(step.function, self.device, self._is_quantised(step))
-            out = graph(step.context, *step.settings, slots, *args)
+            out = graph(step.context, *step.settings, seen, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:
@@ -126,12 +132,17 @@ class CompiledSteps:
         except Exception as e:
             if known is not None and not cuda:  # a graph that worked before: the step itself is wrong
                 raise
-            # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
-            # quantised step may be the only one without a kernel.
-            self.failed = not self.graphs and not self._is_quantised(step)
-            self.refused[key] = name = step.function.__name__
+            name = step.function.__name__
             self.seconds += time.perf_counter() - started
-            _warn("here" if self.failed else f"for {name}", e)
+            if flex and known is None:
+                self.flex = False  # the next graphs have masks
+                _warn("with FlexAttention", e)
+            else:
+                # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
+                # quantised step may be the only one without a kernel.
+                self.failed = not self.graphs and not self._is_quantised(step)
+                self.refused[key] = name
+                _warn("here" if self.failed else f"for {name}", e)
             if cuda:
                 raise GraphError(f"{name}: its graph failed; compile=false goes without graphs") from e
             return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
