@@ -9,9 +9,13 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch._dynamo.exc import TorchDynamoException
+from torchtune.utils import get_logger
 
 from layerskip_recipes.defaults import chunk_tokens as fast_chunk
 from layerskip_recipes.model.head import Head, at_least_fp32
+
+log = get_logger("INFO")
 
 # From logits [n, v], labels [n] or a teacher's logits [n, v], and a scale: the summed loss. The gradient of
 # scale * loss takes the logits' place.
@@ -40,10 +44,12 @@ def cross_entropy_(
     label = labels[:, None]
     if torch.compiler.is_compiling():  # the formula as it stands becomes one pass over the logits, without a buffer
         log_q = logits.log_softmax(-1, dtype=at_least_fp32(logits))
+        total = (1 - label_smoothing) * log_q.gather(-1, label).sum()
+        if label_smoothing:
+            total += label_smoothing * log_q.mean(-1).sum()
         onehot = (torch.arange(logits.shape[-1], device=logits.device) == label).to(log_q.dtype)
-        target = (1 - label_smoothing) * onehot + label_smoothing / logits.shape[-1]
-        logits.copy_(scale * (log_q.exp() - target))
-        return -(target * log_q).sum()
+        logits.copy_(scale * (log_q.exp() - (1 - label_smoothing) * onehot - label_smoothing / logits.shape[-1]))
+        return -total
     z = logits.to(at_least_fp32(logits))
     z -= z.amax(-1, keepdim=True)
     target_score = (1 - label_smoothing) * z.gather(-1, label)
@@ -84,6 +90,24 @@ def token_loss_(
     if target.dim() == 2:
         return kl_divergence_(logits, target, scale)
     return cross_entropy_(logits, target, scale, label_smoothing)
+
+
+def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
+    """The loss as one pass over the logits; as it is, and one line in the log, where torch cannot compile it."""
+    as_it_is, one_pass = chunk_loss, torch.compile(chunk_loss, dynamic=True)
+
+    def loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        nonlocal one_pass
+        try:
+            return one_pass(logits, target, scale)
+        except TorchDynamoException as e:  # as without a C compiler; nothing has run yet
+            if one_pass is as_it_is:
+                raise
+            one_pass = as_it_is
+            log.warning("the loss is not compiled, and slower (%s)", str(e).strip().splitlines()[0][:200])
+        return one_pass(logits, target, scale)
+
+    return loss
 
 
 def exit_losses(
@@ -223,13 +247,25 @@ def _loss_and_gradient(
         with torch.no_grad():
             grad_logits = head.unembed(h, out=buffer[: len(h)])
             chunk_sum = chunk_loss(grad_logits, target, scale)
-            if sums[matrix] is not None and sums[matrix].dtype == h.dtype:
-                sums[matrix].addmm_(grad_logits.T, h)
-            elif sums[matrix] is not None:
-                sums[matrix] += grad_logits.T @ h
+            if sums[matrix] is not None:
+                add_product_(sums[matrix], grad_logits.T, h.to(grad_logits.dtype))
             end, grad = h, grad_logits @ leaves[matrix]
     others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
     x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
     for i, leaf_grad in zip(others, grads, strict=True):
         sums[i] += leaf_grad
     return chunk_sum, x_grad
+
+
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total [v, d] += a [v, n] b [n, d], of a and b in one dtype and the total in the same or in fp32.
+
+    A GPU adds up in one pass over the total; where torch cannot (before 2.8, and on a CPU) the product is rounded to
+    the dtype of a and b first.
+    """
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -16,7 +16,7 @@ from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
@@ -161,7 +161,7 @@ class EarlyExitLoss:
 
     def compile(self) -> None:
         """Compile the computation on the logits of a chunk."""
-        self.chunk_loss = torch.compile(self._chunk_loss, dynamic=True)
+        self.chunk_loss = compiled(self._chunk_loss)
 
     def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of a chunk, whose gradient takes the place of its logits."""

@@ -173,7 +173,8 @@ class LayerSkipFinetune:
             limit, dynamo = 2 * cfg.batch_size + 2, torch._dynamo.config
             name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # torch 2.6
             setattr(dynamo, name, max(getattr(dynamo, name), limit))
-        if cfg.compile:
+        # On a GPU in any case: as it is, the loss reads and writes the logits several times more.
+        if cfg.compile or self.device.type == "cuda":
             self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 

@@ -16,7 +16,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
 
 
@@ -89,7 +89,7 @@ class DraftLoss:
 
     def compile(self) -> None:
         """Compile the computation on the logits of a chunk."""
-        self.chunk_loss = torch.compile(token_loss_, dynamic=True)
+        self.chunk_loss = compiled(token_loss_)
 
     def __call__(
         self,
