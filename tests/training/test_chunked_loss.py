@@ -30,6 +30,8 @@ def test_a_gpu_adds_a_product_in_one_pass():
 
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation is torch.ops.prim.device.default:
+                return operation(*args)
             called.append((operation, args[3], kwargs["out"] is args[0]))
             return args[0]
 
