@@ -31,7 +31,7 @@ from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder, quantised_bytes
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -103,13 +103,15 @@ class LayerSkipBenchmark:
         nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST + 1 if cfg.tune else 1]
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        # The size of quantised weights is known to the quantizer alone.
-        weights = weight_bytes(model, cfg.torch_dtype) if cfg.quantizer is None else 0
+        if cfg.quantizer is None:
+            weights = weight_bytes(model, cfg.torch_dtype)
+        else:
+            weights = quantised_bytes(model, cfg.quantizer, cfg.torch_dtype)
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         loaded = drafts[:1] if cfg.tuned_drafts else drafts
         weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in loaded)
         longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
-        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers}
+        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers, "nodes": max(nodes)}
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)

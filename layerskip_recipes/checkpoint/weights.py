@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import check_tensors, read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.head import head_of, linear_of_rows
+from layerskip_recipes.model.limits import tensor_bytes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,6 +84,24 @@ def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkip
     if isinstance(model.output, TiedLinear):
         model.output = linear_head(model)  # quantised; the embedding's rows are looked up in full precision
     return quantise(model, quantizer)
+
+
+def quantised_bytes(model: LayerSkipDecoder, quantizer: Component, dtype: torch.dtype) -> int:
+    """The bytes of a model's weights once they are quantised, found on a copy without memory.
+
+    Args:
+        model: on the meta device.
+        quantizer: as of `quantise`.
+        dtype: of the weights before.
+
+    Returns:
+        The bytes; 0 for a quantizer that needs real weights.
+    """
+    try:
+        model = quantise_decoder(deepcopy(model).to(dtype), quantizer)
+    except ConfigError:
+        return 0
+    return sum(map(tensor_bytes, model.parameters()))
 
 
 def linear_head(model: LayerSkipDecoder) -> nn.Linear:

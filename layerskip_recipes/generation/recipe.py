@@ -15,7 +15,7 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder, quantised_bytes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
@@ -106,15 +106,17 @@ class LayerSkipGenerate:
             )
         if not self.interactive:
             # Memory is looked at only now, as each process has its own GPU.
-            parallel, weights = self.parallel, 0
-            if cfg.quantizer is None:  # the size of quantised weights is known to the quantizer alone
+            parallel = self.parallel
+            if cfg.quantizer is None:
                 weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            else:
+                weights = quantised_bytes(model, cfg.quantizer, self.dtype)
             longest = max(len(self.prompt_tokens[i]) for i in self.good)
             drafts = 0
             if self.section is not None:
                 weights += self.section.own_weights(model, self.dtype)
                 drafts = self.section.own_layers()
-            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts)
+            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts, nodes)
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
         self.interrupted = False

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.head import head_of
+from layerskip_recipes.model.limits import tensor_bytes
 
 
 @dataclass
@@ -163,14 +164,6 @@ class PhaseTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
-
-
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """The memory that a tensor takes here; of a quantised or sharded one the sum of its parts."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        return sum(tensor_bytes(part) for part in parts if isinstance(part, torch.Tensor))
-    return tensor.numel() * tensor.element_size()
 
 
 def _weight_bytes(module: object) -> int:

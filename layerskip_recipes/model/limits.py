@@ -92,6 +92,14 @@ def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[in
             raise ConfigError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")
 
 
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """The memory that a tensor takes here; of a quantised or sharded one the sum of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(tensor_bytes(part) for part in parts if isinstance(part, torch.Tensor))
+    return tensor.numel() * tensor.element_size()
+
+
 def weight_bytes(
     model: TransformerDecoder, dtype: torch.dtype, kept_layers: int = 0, shards: int = 1, parallel: int = 1
 ) -> int:
@@ -122,12 +130,16 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def row_bytes(model: TransformerDecoder, length: int, dtype: torch.dtype, prompt: int, draft_layers: int = 0) -> int:
-    """The bytes that a row of a generation takes: its cache of so many positions, and what its prompt needs.
+def row_bytes(
+    model: TransformerDecoder, length: int, dtype: torch.dtype, prompt: int, draft_layers: int = 0, nodes: int = 1
+) -> int:
+    """The bytes that a row of a generation takes: its cache of so many positions, what its prompt needs, and the
+    results of a step.
 
     Args:
         prompt: tokens of the prompt, all of which a layer reads at once.
         draft_layers: a trained draft's own.
+        nodes: the tokens of a verification.
     """
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
@@ -135,7 +147,8 @@ def row_bytes(model: TransformerDecoder, length: int, dtype: torch.dtype, prompt
     # Of a layer that reads the prompt: three tensors of the feed-forward network's width, and some six of the model's.
     widths = [max(parameter.shape) for parameter in model.layers[0].parameters() if parameter.dim() == 2]
     values += prompt * (3 * max(widths) + 6 * model.tok_embeddings.embedding_dim)
-    return values * dtype.itemsize
+    # Of each token's vocabulary, in fp32: logits, what the sampler makes of them, and noise.
+    return values * dtype.itemsize + nodes * 3 * 4 * model.tok_embeddings.num_embeddings
 
 
 def check_cache_fits(
@@ -148,23 +161,26 @@ def check_cache_fits(
     weights: int = 0,
     prompt: int = 0,
     draft_layers: int = 0,
+    nodes: int = 1,
 ) -> None:
-    """Raises a ConfigError if weights, caches and the prompts' activations are larger than memory: what is free on a
-    GPU, all of a CPU's. The memory that CUDA graphs take is not known before.
+    """Raises a ConfigError if weights, caches, the prompts' activations and the results of a step are larger than
+    memory: what is free on a GPU, all of a CPU's.
 
     Args:
         parallel: processes that share each matrix.
         weights: bytes that this process will load there, see `weight_bytes`.
-        prompt, draft_layers: as of `row_bytes`.
+        prompt, draft_layers, nodes: as of `row_bytes`.
     """
-    row = row_bytes(model, length, dtype, prompt, draft_layers) // parallel
+    row, shorter = (
+        row_bytes(model, size, dtype, prompt, draft_layers, nodes) // parallel for size in (length, length - 1)
+    )
     free = free_memory(device)
     left = free - weights
     if rows * row <= left:
         return
     there = f"there are {free / 2**30:.1f}" + (f", of which weights take {weights / 2**30:.1f}" if weights else "")
     takes = f"take {rows * row / 2**30:.1f} GiB, and {there}"
-    fits, positions = left // row, left * length // row
+    fits, positions = left // row, length + (left - row) // (row - shorter)
     if positions < 1:
         raise ConfigError(
             f"model: its weights take {weights / 2**30:.1f} GiB, and {there}. Allowed here: a model that leaves room "

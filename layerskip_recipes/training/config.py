@@ -107,7 +107,7 @@ class FinetuneConfig(RecipeConfig):
     init_std: Annotated[float, Field(gt=0, examples=[0.02])] | None = None
     """The standard deviation of weights from scratch, 0.02 by default."""
     compile: Flag = False
-    """Compile the layers and the loss."""
+    """Compile the layers and the loss; on a GPU the loss is compiled in any case."""
 
     enable_activation_checkpointing: Flag = False
     """Compute the activations of every layer again in the backward pass."""

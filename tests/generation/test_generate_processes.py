@@ -88,11 +88,12 @@ def test_a_prompt_file_beside_prompt_interactive_is_for_several_processes(path, 
 @pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
 def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compiled, draft):
     """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know. A layer
-    reads the prompt of one token with three states of the feed-forward network's width, 48, and six of the model's."""
+    reads the prompt of one token with three states of the feed-forward network's width, 48, and six of the model's; a
+    step has three results in fp32 for each token of a verification."""
     overrides = ["batch_size=2", "prompt=[a, b]", f"compile={str(compiled).lower()}", *filter(None, [draft])]
     nodes = {"": 4, "self_speculation=null": 1}.get(draft, 6)
-    slots = 256 + 64 if compiled else 1 + 24 + nodes
-    weights, row = 4 * (4 * LAYER + REST), slots * SLOT + 4 * (3 * 48 + 6 * 32)
+    slots = 256 + 128 if compiled else 1 + 24 + nodes
+    weights, row = 4 * (4 * LAYER + REST), slots * SLOT + 4 * (3 * 48 + 6 * 32) + nodes * 3 * 4 * MODEL["vocab_size"]
 
     def with_memory(memory):
         monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
@@ -107,6 +108,23 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compil
         with_memory(weights + row - 1)
     with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
         with_memory(weights)
+
+
+def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
+    """Matrices have a byte for each weight, and for each row a scale in fp32 and torchao's zero point in int64; the
+    embedding, whose copy is the head, and the norms stay in fp32."""
+    matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
+    weights = matrices + (4 + 8) * rows + 4 * (REST + 4 * 64)
+    row = (1 + 24 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
+    overrides = ["quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"]
+    for spare in (0, -1):
+        memory = weights + row + spare
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        if spare < 0:
+            with pytest.raises(ValueError, match=r"^max_new_tokens: .* weights take .* up to 28 positions"):
+                LayerSkipGenerate(load_config(str(path), overrides))
+        else:
+            LayerSkipGenerate(load_config(str(path), overrides))
 
 
 def test_a_gpu_that_would_hold_the_model_needs_no_shards(path, monkeypatch, caplog):
