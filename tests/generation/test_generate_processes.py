@@ -116,7 +116,7 @@ def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
     matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
     weights = matrices + (4 + 8) * rows + 4 * (REST + 4 * 64)
     row = (1 + 24 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
-    overrides = ["quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"]
+    overrides = ["prompt=[a]", "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"]
     for spare in (0, -1):
         memory = weights + row + spare
         monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
