@@ -332,9 +332,9 @@ class Generation:
 
     def _gather_ahead(self) -> None:
         """Where late layers are sharded, the first one is gathered while the draft is made."""
-        layers = self.model.layers[self.speculation.exit_layer :]
-        if layers and isinstance(layers[0], FSDPModule):
-            layers[0].unshard(async_op=True)
+        late = self.speculation.exit_layer
+        if late < self.model.num_layers and isinstance(self.model.layers[late], FSDPModule):
+            self.model.layers[late].unshard(async_op=True)
 
     def _starts(self) -> tuple[torch.Tensor, int]:
         """The slot of each row's last token [b], and the largest of them."""
