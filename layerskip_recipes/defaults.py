@@ -40,9 +40,9 @@ def count_weights(config: HFConfig) -> tuple[int, int]:
 def chunk_tokens(device: str) -> int:
     """For how many tokens a training has logits at a time.
 
-    With each chunk of n tokens a GPU adds a product in bf16 to a sum in fp32: 12 bytes for each weight of the head
-    beside 6 n operations. A GPU that does 200 operations in the time of a byte needs 0.8 of the operations' time for
-    that with 512 tokens, and 0.2 with 2048. A CPU does fewer operations in that time, and adds in place.
+    With each chunk of n tokens a GPU adds a product to a sum in fp32: 8 bytes for each weight of the head (12 with a
+    torch before 2.8) beside 6 n operations. A GPU that does 200 operations in the time of a byte needs half of the
+    operations' time for that with 512 tokens, and an eighth with 2048. A CPU does fewer operations in that time.
     """
     return 2048 if device.startswith("cuda") else 512
 

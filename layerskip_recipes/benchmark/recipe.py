@@ -103,15 +103,13 @@ class LayerSkipBenchmark:
         nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST + 1 if cfg.tune else 1]
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        if cfg.quantizer is None:
-            weights = weight_bytes(model, cfg.torch_dtype)
-        else:
-            weights = quantised_bytes(model, cfg.quantizer, cfg.torch_dtype)
+        whole = weight_bytes(model, cfg.torch_dtype)
+        weights = whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         loaded = drafts[:1] if cfg.tuned_drafts else drafts
         weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in loaded)
         longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
-        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers, "nodes": max(nodes)}
+        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers, "nodes": max(nodes), "loaded": whole}
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)

@@ -86,19 +86,18 @@ def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkip
     return quantise(model, quantizer)
 
 
-def quantised_bytes(model: LayerSkipDecoder, quantizer: Component, dtype: torch.dtype) -> int:
+def quantised_bytes(model: LayerSkipDecoder, quantizer: Component) -> int:
     """The bytes of a model's weights once they are quantised, found on a copy without memory.
 
     Args:
-        model: on the meta device.
+        model: on the meta device, in the dtype that its weights are going to have.
         quantizer: as of `quantise`.
-        dtype: of the weights before.
 
     Returns:
-        The bytes; 0 for a quantizer that needs real weights.
+        The bytes; 0 for a quantizer that needs real weights, or changes none.
     """
     try:
-        model = quantise_decoder(deepcopy(model).to(dtype), quantizer)
+        model = quantise_decoder(without_adapters(deepcopy(model)), quantizer)
     except ConfigError:
         return 0
     return sum(map(tensor_bytes, model.parameters()))

@@ -107,16 +107,16 @@ class LayerSkipGenerate:
         if not self.interactive:
             # Memory is looked at only now, as each process has its own GPU.
             parallel = self.parallel
-            if cfg.quantizer is None:
-                weights = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
-            else:
-                weights = quantised_bytes(model, cfg.quantizer, self.dtype)
+            loaded = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            weights = loaded if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
             longest = max(len(self.prompt_tokens[i]) for i in self.good)
             drafts = 0
             if self.section is not None:
                 weights += self.section.own_weights(model, self.dtype)
                 drafts = self.section.own_layers()
-            check_cache_fits(model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts, nodes)
+            check_cache_fits(
+                model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts, nodes, loaded
+            )
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
         self.interrupted = False

@@ -5,7 +5,8 @@ Here are the context that all steps of a generation share and the steps of plain
 verification are in drafting/chain.py and drafting/tree.py.
 
 Shapes: b rows, n drafted tokens, k nodes of the draft (n + 1 in a chain), v vocabulary, v' draft vocabulary, d width.
-`start` [b] is the slot of each row's last token, the root of the draft; `slots` is 0 .. end-1, what attention sees.
+`start` [b] is the slot of each row's last token, the root of the draft; `slots` is 0 .. end-1, what attention sees, and
+in a graph some more, up to the whole cache.
 """
 
 from collections.abc import Callable, Hashable
@@ -20,7 +21,7 @@ from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
-from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache, Visible, VisibleBlocks, visible
+from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, Visible, visible
 from layerskip_recipes.processes import broadcast_from_rank0
 
 log = get_logger("INFO")
@@ -124,13 +125,13 @@ class StepContext:
 
     @property
     def uses_flex(self) -> bool:
-        """Whether graphs see what they need of the whole cache, see `VisibleBlocks`."""
+        """Whether graphs see what they need of the whole cache, see `BlockAttention`."""
         return self._fits_flex and self.graphs is not None and self.graphs.flex
 
     def mask(self, seen: Visible, slots: torch.Tensor) -> Any:
         """What attention is given of `seen`."""
         if self.uses_flex and torch.compiler.is_compiling():
-            return VisibleBlocks(seen, len(slots))
+            return BlockAttention(seen, len(slots))
         return seen.mask(slots, self.dtype)
 
     def noise(self, *nodes: int, draft: bool = False) -> torch.Tensor | None:

@@ -160,35 +160,38 @@ class Visible:
         return torch.where(self.sees(rows[:, None, None], queries[:, None], slots), 0.0, -torch.inf).to(dtype)
 
 
-class VisibleBlocks:
-    """What is visible of a whole cache, for FlexAttention in a compiled step.
+class BlockAttention:
+    """Attention over a whole cache in a compiled step, by FlexAttention.
 
-    Its kernel for fewer than 128 queries splits a row's slots among the processors of a GPU. It reads no block of slots
-    behind the last visible one, which it finds on the device, so that one graph serves all lengths of a text.
+    Its kernel reads no block of slots behind the last visible one, which it finds on the device, so that one graph
+    serves all lengths of a text. For fewer than 128 queries it splits a row's slots among the processors of a GPU.
 
     Args:
-        visible: which slots.
-        slots: of the cache, a whole number of blocks.
+        seen: which slots each query sees.
+        max_len: slots of the cache, a whole number of blocks.
     """
 
-    def __init__(self, visible: Visible, slots: int) -> None:
-        self.sees, self.queries = visible.sees, visible.queries
+    def __init__(self, seen: Visible, max_len: int) -> None:
+        self.seen, self.max_len = seen, max_len
         # Made once for all layers.
-        last, blocks = visible.last, torch.arange(slots // BLOCK, dtype=torch.int32, device=visible.last.device)
-        self.counts = (last // BLOCK + 1).to(torch.int32)[:, None, None]
-        self.blocks = blocks.repeat(len(last), 1, 1, 1)
+        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=seen.last.device)
+        self.counts = (seen.last[:, None, None] // BLOCK + 1).to(torch.int32)
+        self.blocks = blocks.repeat(len(seen.last), 1, 1, 1)
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [b, key heads, n s, head_dim], the queries of n heads that share a key head behind one another; k, v
-        [b, key heads, slots, head_dim] -> the shape of q."""
-        seen = BlockMask.from_kv_blocks(
+    def block_mask(self, queries: int) -> BlockMask:
+        """What the kernel reads: for all queries of a row, n heads' s behind one another, its first blocks of slots."""
+        return BlockMask.from_kv_blocks(
             self.counts,
             self.blocks,
-            BLOCK_SIZE=BLOCK,
-            mask_mod=lambda row, _, query, slot: self.sees(row, query % self.queries, slot),
-            seq_lengths=(q.shape[2], k.shape[2]),
+            BLOCK_SIZE=(-(-queries // BLOCK) * BLOCK, BLOCK),  # one block of queries: the tables have one row for all
+            mask_mod=lambda row, _, query, slot: self.seen.sees(row, query % self.seen.queries, slot),
+            seq_lengths=(queries, self.max_len),
         )
-        return flex_attention(q, k, v, block_mask=seen)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [b, key heads, n s, head_dim], the queries of n heads that share a key head behind one another; k, v
+        [b, key heads, max_len, head_dim] -> the shape of q."""
+        return flex_attention(q, k, v, block_mask=self.block_mask(q.shape[2]))
 
 
 def visible(at: torch.Tensor) -> Visible:
@@ -214,7 +217,7 @@ def cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | VisibleBlocks | None,
+    mask: torch.Tensor | BlockAttention | None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
@@ -223,7 +226,7 @@ def cached_attention(
     Args:
         q: [b, heads, s, head_dim].
         k, v: [b, key heads, end, head_dim]; heads is a multiple of key heads.
-        mask: [b or 1, s, end], added to the scores, or what is visible of a whole cache; None: causal for
+        mask: [b or 1, s, end], added to the scores, or attention over a whole cache; None: causal for
             several queries, all slots for a single one.
         dropout_p, is_causal: passed by torchtune, and unused: generation has no dropout, and its own masks.
 
@@ -238,8 +241,8 @@ def cached_attention(
             k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     q = q.reshape(b, k.shape[1], group * s, dim)
-    if isinstance(mask, VisibleBlocks):
-        return mask.attention(q, k, v).reshape(b, heads, s, dim)
+    if isinstance(mask, BlockAttention):
+        return mask(q, k, v).reshape(b, heads, s, dim)
     if mask is not None:
         mask = mask[:, None] if group == 1 else mask[:, None].repeat(1, 1, group, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(b, heads, s, dim)

@@ -131,7 +131,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def row_bytes(
-    model: TransformerDecoder, length: int, dtype: torch.dtype, prompt: int, draft_layers: int = 0, nodes: int = 1
+    model: TransformerDecoder,
+    length: int,
+    dtype: torch.dtype,
+    prompt: int,
+    draft_layers: int = 0,
+    nodes: int = 1,
+    parallel: int = 1,
 ) -> int:
     """The bytes that a row of a generation takes: its cache of so many positions, what its prompt needs, and the
     results of a step.
@@ -140,6 +146,7 @@ def row_bytes(
         prompt: tokens of the prompt, all of which a layer reads at once.
         draft_layers: a trained draft's own.
         nodes: the tokens of a verification.
+        parallel: processes that share each matrix; all of them have the whole results.
     """
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
@@ -148,7 +155,7 @@ def row_bytes(
     widths = [max(parameter.shape) for parameter in model.layers[0].parameters() if parameter.dim() == 2]
     values += prompt * (3 * max(widths) + 6 * model.tok_embeddings.embedding_dim)
     # Of each token's vocabulary, in fp32: logits, what the sampler makes of them, and noise.
-    return values * dtype.itemsize + nodes * 3 * 4 * model.tok_embeddings.num_embeddings
+    return values * dtype.itemsize // parallel + nodes * 3 * 4 * model.tok_embeddings.num_embeddings
 
 
 def check_cache_fits(
@@ -162,6 +169,7 @@ def check_cache_fits(
     prompt: int = 0,
     draft_layers: int = 0,
     nodes: int = 1,
+    loaded: int = 0,
 ) -> None:
     """Raises a ConfigError if weights, caches, the prompts' activations and the results of a step are larger than
     memory: what is free on a GPU, all of a CPU's.
@@ -170,16 +178,24 @@ def check_cache_fits(
         parallel: processes that share each matrix.
         weights: bytes that this process will load there, see `weight_bytes`.
         prompt, draft_layers, nodes: as of `row_bytes`.
+        loaded: bytes of the weights before a quantizer makes them smaller.
     """
     row, shorter = (
-        row_bytes(model, size, dtype, prompt, draft_layers, nodes) // parallel for size in (length, length - 1)
+        row_bytes(model, size, dtype, prompt, draft_layers, nodes, parallel) for size in (length, length - 1)
     )
     free = free_memory(device)
     left = free - weights
+    if loaded > max(weights, free):
+        raise ConfigError(
+            f"model: its weights take {loaded / 2**30:.1f} GiB until they are quantised, and there are "
+            f"{free / 2**30:.1f}. Allowed here: a model that fits; for example dtype=bf16, or a smaller one"
+        )
     if rows * row <= left:
         return
     there = f"there are {free / 2**30:.1f}" + (f", of which weights take {weights / 2**30:.1f}" if weights else "")
-    takes = f"take {rows * row / 2**30:.1f} GiB, and {there}"
+    takes = (
+        f"caches, prompts and steps of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, and {there}"
+    )
     fits, positions = left // row, length + (left - row) // (row - shorter)
     if positions < 1:
         raise ConfigError(
@@ -188,11 +204,8 @@ def check_cache_fits(
         )
     if fits < 1:
         raise ConfigError(
-            f"max_new_tokens: caches and prompts of {rows} rows of {length} positions {takes}. Allowed here: up to "
+            f"max_new_tokens: {takes}. Allowed here: up to "
             f"{positions} positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller "
             "max_new_tokens"
         )
-    raise ConfigError(
-        f"batch_size: caches and prompts of {rows} rows of {length} positions {takes}. Allowed here: up to {fits}; for "
-        f"example batch_size={fits}"
-    )
+    raise ConfigError(f"batch_size: {takes}. Allowed here: up to {fits}; for example batch_size={fits}")

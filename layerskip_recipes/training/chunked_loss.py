@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch._dynamo.exc import TorchDynamoException
 from torchtune.utils import get_logger
 
 from layerskip_recipes.defaults import chunk_tokens as fast_chunk
@@ -42,7 +41,7 @@ def cross_entropy_(
         label_smoothing: the part of the target that is spread evenly.
     """
     label = labels[:, None]
-    if torch.compiler.is_compiling():  # the formula as it stands becomes one pass over the logits, without a buffer
+    if torch.compiler.is_compiling():  # the formula as it stands needs two reads and one write of the logits, no buffer
         log_q = logits.log_softmax(-1, dtype=at_least_fp32(logits))
         total = (1 - label_smoothing) * log_q.gather(-1, label).sum()
         if label_smoothing:
@@ -93,19 +92,20 @@ def token_loss_(
 
 
 def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """The loss as one pass over the logits; as it is, and one line in the log, where torch cannot compile it."""
-    as_it_is, one_pass = chunk_loss, torch.compile(chunk_loss, dynamic=True)
+    """The loss with two reads and one write of the logits; as it is, and a line in the log, where that fails."""
+    fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
 
     def loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        nonlocal one_pass
-        try:
-            return one_pass(logits, target, scale)
-        except TorchDynamoException as e:  # as without a C compiler; nothing has run yet
-            if one_pass is as_it_is:
-                raise
-            one_pass = as_it_is
-            log.warning("the loss is not compiled, and slower (%s)", str(e).strip().splitlines()[0][:200])
-        return one_pass(logits, target, scale)
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(logits, target, scale)
+            except (
+                RuntimeError
+            ) as e:  # as without a C compiler; the logits are as they were, since they are written last
+                fast, text = None, str(e).strip() or repr(e)
+                log.warning("the loss is not compiled, and slower (%s)", text.splitlines()[0][:200])
+        return chunk_loss(logits, target, scale)
 
     return loss
 

@@ -14,7 +14,9 @@ from torchtune import config as tune_config
 from torchtune.utils import get_logger
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.checkpoint.weights import quantised_bytes
 from layerskip_recipes.cli.run import logs_here
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -100,7 +102,7 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compil
         return LayerSkipGenerate(load_config(str(path), overrides))
 
     with_memory(weights + 2 * row)
-    message = r"^batch_size: caches and prompts of 2 rows .* weights take .* up to 1; for example batch_size=1$"
+    message = r"^batch_size: caches, prompts and steps of 2 rows .* weights take .* up to 1; for example batch_size=1$"
     with pytest.raises(ValueError, match=message):
         with_memory(weights + 2 * row - 1)
     message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
@@ -115,16 +117,28 @@ def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
     embedding, whose copy is the head, and the norms stay in fp32."""
     matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
     weights = matrices + (4 + 8) * rows + 4 * (REST + 4 * 64)
-    row = (1 + 24 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
-    overrides = ["prompt=[a]", "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"]
-    for spare in (0, -1):
-        memory = weights + row + spare
+    row = (1 + 100 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
+    quantizer = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+
+    def with_memory(memory):
         monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
-        if spare < 0:
-            with pytest.raises(ValueError, match=r"^max_new_tokens: .* weights take .* up to 28 positions"):
-                LayerSkipGenerate(load_config(str(path), overrides))
-        else:
-            LayerSkipGenerate(load_config(str(path), overrides))
+        LayerSkipGenerate(load_config(str(path), ["prompt=[a, b]", "batch_size=2", "max_new_tokens=100", quantizer]))
+
+    with_memory(weights + 2 * row)
+    with pytest.raises(ValueError, match=r"^batch_size: .* weights take .* up to 1; for example batch_size=1$"):
+        with_memory(weights + 2 * row - 1)
+    with pytest.raises(ValueError, match=r"^model: its weights take .* until they are quantised, .* dtype=bf16"):
+        with_memory(4 * (4 * LAYER + REST) - 1)
+
+
+def test_adapters_are_merged_before_weights_are_quantised():
+    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
+    lora = {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
+    builders = "torchtune.models.llama3_2._component_builders."
+    models = [MODEL, MODEL | lora | {"_component_": f"{builders}lora_llama3_2"}]
+    with torch.device("meta"):
+        plain, adapted = (layerskip_decoder(tune_config.instantiate(OmegaConf.create(model))) for model in models)
+    assert quantised_bytes(adapted, quantizer) == quantised_bytes(plain, quantizer) > 0
 
 
 def test_a_gpu_that_would_hold_the_model_needs_no_shards(path, monkeypatch, caplog):

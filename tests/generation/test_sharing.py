@@ -214,9 +214,14 @@ def test_a_full_device_has_no_known_bandwidth(monkeypatch):
 
 
 def test_ranks_that_share_heads_share_their_caches(monkeypatch):
-    """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row."""
-    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 100_000, "SC_PAGE_SIZE": 1}.get)
-    arguments = model_of("llama3_2"), 2, 100, torch.float32, torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^batch_size: caches and prompts of 2 rows .*up to 1;"):
+    """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row. A step's logits, scores
+    and noise are whole on each rank."""
+    model = model_of("llama3_2")
+    memory = 2 * (76_800 // 2 + 3 * 4 * model.tok_embeddings.num_embeddings)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+    arguments = model, 2, 100, torch.float32, torch.device("cpu")
+    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
         check_cache_fits(*arguments)
     check_cache_fits(*arguments, parallel=2)
+    with pytest.raises(ValueError, match=r"^batch_size: .*up to 1;"):
+        check_cache_fits(*arguments, parallel=2, weights=1)

@@ -25,7 +25,7 @@ _numbers = itertools.count()  # dynamo remembers shapes by a function's name, fo
 
 
 def rounded_length(length: int, device: torch.device) -> int:
-    """Round up to a power of two of at least 256 on a GPU, which needs a graph per length; elsewhere to 64s."""
+    """Round up to a power of two of at least 256 on a GPU, where masks need a graph per length; elsewhere to 64s."""
     if device.type == "cuda":
         return max(256, 1 << (length - 1).bit_length())
     return -(-length // 64) * 64
