@@ -106,8 +106,9 @@ class LayerSkipBenchmark:
         whole = weight_bytes(model, cfg.torch_dtype)
         weights = whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
-        loaded = drafts[:1] if cfg.tuned_drafts else drafts
-        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in loaded)
+        built = drafts[:1] if cfg.tuned_drafts else drafts
+        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in built)
+        whole += sum(draft.own_weights(model, cfg.torch_dtype) for draft in built if draft.draft is not None)
         longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
         sizes = {"weights": weights, "prompt": longest, "draft_layers": layers, "nodes": max(nodes), "loaded": whole}
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)

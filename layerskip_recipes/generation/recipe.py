@@ -110,13 +110,13 @@ class LayerSkipGenerate:
             loaded = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             weights = loaded if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
             longest = max(len(self.prompt_tokens[i]) for i in self.good)
-            drafts = 0
+            sizes = {"parallel": parallel, "prompt": longest, "nodes": nodes}
             if self.section is not None:
-                weights += self.section.own_weights(model, self.dtype)
-                drafts = self.section.own_layers()
-            check_cache_fits(
-                model, rows, slots, self.dtype, self.device, parallel, weights, longest, drafts, nodes, loaded
-            )
+                own = self.section.own_weights(model, self.dtype)
+                sizes["draft_layers"] = self.section.own_layers()
+                weights += own
+                loaded += own if self.section.draft is not None else 0  # which is there before weights are quantised
+            check_cache_fits(model, rows, slots, self.dtype, self.device, weights=weights, loaded=loaded, **sizes)
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
         self.interrupted = False

@@ -43,6 +43,7 @@ class StepContext:
     Attributes:
         cpp: the layers and heads in C++, from `load_cpp` on; None: steps do not run in C++.
         graphs: `compiled`, if steps run as graphs.
+        fits_flex: graphs may have FlexAttention over the whole cache in place of masks, see `BlockAttention`.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class StepContext:
         self._in_cpp = self._decoder_in_cpp()
         self.cpp: CppDecoder | None = None
         self.graphs = None if self._in_cpp else compiled
+        # FlexAttention's kernel needs heads of at least 16 numbers, and whole blocks of the cache.
         layers = [*model.layers, *self.draft_model.layers]
-        # The smallest product of its kernel is over 16 numbers.
         plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
-        self._fits_flex = plain and cache.max_len % BLOCK == 0
+        on_gpu = self.graphs is not None and self.graphs.device.type == "cuda"
+        self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
         # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
@@ -123,16 +125,11 @@ class StepContext:
         """The slots that attention sees, 0 .. end-1."""
         return self.cache.slots[:end]
 
-    @property
-    def uses_flex(self) -> bool:
-        """Whether graphs see what they need of the whole cache, see `BlockAttention`."""
-        return self._fits_flex and self.graphs is not None and self.graphs.flex
-
-    def mask(self, seen: Visible, slots: torch.Tensor) -> Any:
-        """What attention is given of `seen`."""
-        if self.uses_flex and torch.compiler.is_compiling():
-            return BlockAttention(seen, len(slots))
-        return seen.mask(slots, self.dtype)
+    def mask(self, view: Visible, slots: torch.Tensor) -> Any:
+        """A mask of the slots; in a graph that is given the whole cache, attention by blocks of it."""
+        if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:
+            return BlockAttention(view, len(slots))
+        return view.mask(slots, self.dtype)
 
     def noise(self, *nodes: int, draft: bool = False) -> torch.Tensor | None:
         """Noise of one choice for each row, [b, v], or at each of so many nodes, [b, nodes, v]; None when greedy.
@@ -178,7 +175,7 @@ class StepContext:
         inputs["mask"] = self.mask(visible(at), slots) if mask is None else mask
         part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
         out = model(tokens, hidden=hidden, **part, **inputs)
-        self.cache.cursor[0] = None  # the tensor is no result of a graph
+        self.cache.cursor[0] = None  # a graph would have to return the tensor
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:

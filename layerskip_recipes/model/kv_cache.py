@@ -5,9 +5,10 @@ torchtune's own attention calls `cached_attention` (`attn._attention_call`) with
 (`attn.num_kv_heads`).
 
 torchtune's own `KVCache` counts forward only and hands the whole allocation to attention. A `LayerCache` goes back by
-writing again: a row's slot p is valid once written, later slots are never read, and attention gets the filled part
-only. Draft and verification share the cache: each layer is written by whichever pass runs that layer. The candidates of
-a draft tree have slots of their own behind the text; `move` copies an accepted path to the slots of the text.
+writing again: a row's slot p is valid once written, and later slots are hidden by masks; attention gets the filled part
+only, in graphs some slots more or all. Draft and verification share the cache: each layer is written by whichever pass
+runs that layer. The candidates of a draft tree have slots of their own behind the text; `move` copies an accepted path
+to the slots of the text.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ class LayerCache:
         self.v: Any = None
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return the filled part."""
+        """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return those below its `end`."""
         if self.k is None:
             # At the first call: the number of heads depends on the attention class and on sharding.
             self.allocate(k.shape[0], k.shape[1], k.shape[3], k)
@@ -145,8 +146,8 @@ class Visible:
     """Which slots of the cache each query sees.
 
     Args:
-        sees: of a row, the number of one of its queries, and a slot, three integer tensors that broadcast: whether that
-            query sees that slot.
+        sees: sees(row, query, slot) says whether the query of this number in a row sees a slot; integer tensors that
+            broadcast.
         last: [b], the last slot of each row that a query sees.
         queries: s, their number in a row.
     """
@@ -167,25 +168,25 @@ class BlockAttention:
     serves all lengths of a text. For fewer than 128 queries it splits a row's slots among the processors of a GPU.
 
     Args:
-        seen: which slots each query sees.
+        view: which slots each query of each row sees.
         max_len: slots of the cache, a whole number of blocks.
     """
 
-    def __init__(self, seen: Visible, max_len: int) -> None:
-        self.seen, self.max_len = seen, max_len
-        # Made once for all layers.
-        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=seen.last.device)
-        self.counts = (seen.last[:, None, None] // BLOCK + 1).to(torch.int32)
-        self.blocks = blocks.repeat(len(seen.last), 1, 1, 1)
+    def __init__(self, view: Visible, max_len: int) -> None:
+        self.view, self.max_len = view, max_len
+        # Made once for all layers. The kernel takes both for contiguous, which a vector with new dimensions is not to it.
+        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=view.last.device)
+        self.counts = (view.last[:, None, None] // BLOCK + 1).to(torch.int32)
+        self.blocks = blocks.repeat(len(view.last), 1, 1, 1)
 
-    def block_mask(self, queries: int) -> BlockMask:
-        """What the kernel reads: for all queries of a row, n heads' s behind one another, its first blocks of slots."""
+    def block_mask(self, grouped: int) -> BlockMask:
+        """What the kernel reads: one block of n s grouped queries for each row, which sees the row's first blocks."""
         return BlockMask.from_kv_blocks(
             self.counts,
             self.blocks,
-            BLOCK_SIZE=(-(-queries // BLOCK) * BLOCK, BLOCK),  # one block of queries: the tables have one row for all
-            mask_mod=lambda row, _, query, slot: self.seen.sees(row, query % self.seen.queries, slot),
-            seq_lengths=(queries, self.max_len),
+            BLOCK_SIZE=(-(-grouped // BLOCK) * BLOCK, BLOCK),
+            mask_mod=lambda row, _, query, slot: self.view.sees(row, query % self.view.queries, slot),
+            seq_lengths=(grouped, self.max_len),
         )
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -195,7 +196,10 @@ class BlockAttention:
 
 
 def visible(at: torch.Tensor) -> Visible:
-    """Of text and chains, whose tokens are at the slots `at` [b or 1, s]: a query sees the slots up to its own."""
+    """Of text and chains: a query sees the slots up to its own.
+
+    `at` [b, s] has the slots of the queries; [1, s] makes a mask for all rows.
+    """
     return Visible(lambda row, query, slot: slot <= at[row, query], at.amax(1), at.shape[1])
 
 
@@ -226,8 +230,8 @@ def cached_attention(
     Args:
         q: [b, heads, s, head_dim].
         k, v: [b, key heads, end, head_dim]; heads is a multiple of key heads.
-        mask: [b or 1, s, end], added to the scores, or attention over a whole cache; None: causal for
-            several queries, all slots for a single one.
+        mask: [b or 1, s, end], added to the scores, or attention over a whole cache; None: causal for several
+            queries, all slots for a single one.
         dropout_p, is_causal: passed by torchtune, and unused: generation has no dropout, and its own masks.
 
     Returns:

@@ -178,7 +178,7 @@ def check_cache_fits(
         parallel: processes that share each matrix.
         weights: bytes that this process will load there, see `weight_bytes`.
         prompt, draft_layers, nodes: as of `row_bytes`.
-        loaded: bytes of the weights before a quantizer makes them smaller.
+        loaded: bytes of the weights until a quantizer makes them smaller.
     """
     row, shorter = (
         row_bytes(model, size, dtype, prompt, draft_layers, nodes, parallel) for size in (length, length - 1)
@@ -199,13 +199,13 @@ def check_cache_fits(
     fits, positions = left // row, length + (left - row) // (row - shorter)
     if positions < 1:
         raise ConfigError(
-            f"model: its weights take {weights / 2**30:.1f} GiB, and {there}. Allowed here: a model that leaves room "
-            "for caches; for example dtype=bf16, a quantizer, or more processes"
+            f"model: its weights take {weights / 2**30:.1f} GiB, and there are {free / 2**30:.1f}. Allowed here: a "
+            "model that leaves room for caches; for example dtype=bf16, a quantizer, or more processes"
         )
     if fits < 1:
         raise ConfigError(
             f"max_new_tokens: {takes}. Allowed here: up to "
             f"{positions} positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller "
-            "max_new_tokens"
+            "max_new_tokens (with compile=true, caches have 128 positions more than 256, 512, 1024, ...)"
         )
     raise ConfigError(f"batch_size: {takes}. Allowed here: up to {fits}; for example batch_size={fits}")

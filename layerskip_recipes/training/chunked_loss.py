@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch._dynamo.exc import TorchDynamoException
 from torchtune.utils import get_logger
 
 from layerskip_recipes.defaults import chunk_tokens as fast_chunk
@@ -92,7 +93,7 @@ def token_loss_(
 
 
 def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """The loss with two reads and one write of the logits; as it is, and a line in the log, where that fails."""
+    """The loss in few passes over the logits; as it is, and a line in the log, where torch cannot compile it."""
     fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
 
     def loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -100,11 +101,9 @@ def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
         if fast is not None:
             try:
                 return fast(logits, target, scale)
-            except (
-                RuntimeError
-            ) as e:  # as without a C compiler; the logits are as they were, since they are written last
-                fast, text = None, str(e).strip() or repr(e)
-                log.warning("the loss is not compiled, and slower (%s)", text.splitlines()[0][:200])
+            except TorchDynamoException as e:  # as without a C compiler; nothing has run
+                fast = None
+                log.warning("the loss is not compiled, and slower (%s)", str(e).strip().splitlines()[0][:200])
         return chunk_loss(logits, target, scale)
 
     return loss

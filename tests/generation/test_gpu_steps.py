@@ -78,7 +78,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
         speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
         generation = run(model, prompts, count, speculation=speculation, reserve=270)
         assert generation.generated == [plain(model, prompt, count) for prompt in prompts]
-        assert generation.context.uses_flex and not gpu_steps.refused
+        assert generation.context.fits_flex and not gpu_steps.masked and not gpu_steps.refused
         if way in WAYS:  # a look-up's length decides what else is compiled
             graphs = graphs or dict(gpu_steps.graphs)
             assert gpu_steps.graphs == graphs
@@ -86,7 +86,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
 
 
 def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monkeypatch):
-    """As where a GPU is too old for it: one line says so, and the round begins again."""
+    """As where a GPU is too old for it: a line for each kind of step says so, and its round begins again."""
     model, warnings = make_small(width=32), []
 
     def attention(*_):
@@ -96,9 +96,9 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
     generation = run(model, LONGER, 24, speculation=Speculation(**WAYS["chain"]), reserve=270)
     assert generation.generated == [plain(model, prompt, 24) for prompt in LONGER]
-    assert not gpu_steps.flex and not gpu_steps.refused and not generation.context.uses_flex
-    (warning,) = warnings
-    assert warning.startswith("compile: not possible with FlexAttention")
+    assert not gpu_steps.refused and len(gpu_steps.masked) == len(warnings) == 2
+    for name, warning in zip(("draft_token", "verify_greedily"), warnings, strict=True):
+        assert warning.startswith(f"compile: not possible for {name} with FlexAttention")
     # A graph for 256 slots, and one for 512.
     lengths = {key[1] for key in gpu_steps.graphs if isinstance(key[1], int)}
     assert lengths == {256, 512}
@@ -106,13 +106,13 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
 
 def test_what_flex_attention_cannot_do(gpu_steps):
     """Its kernel needs heads of 16 numbers; an uncompiled generation may have made a cache of any length."""
-    assert not run(make_small(width=16), SHORT, 3).context.uses_flex
+    assert not run(make_small(width=16), SHORT, 3).context.fits_flex
     gpu_steps._caches.clear()
     model = make_small(width=32)
     before = run(model, SHORT, 3, compile=False, reserve=500)
     generation = run(model, SHORT, 3, cache=before.cache)
-    assert generation.cache.max_len == 500 and not generation.context.uses_flex
-    assert run(model, SHORT, 3).context.uses_flex
+    assert generation.cache.max_len == 500 and not generation.context.fits_flex
+    assert run(model, SHORT, 3).context.fits_flex
 
 
 # ---- graphs that fail, and what is captured ----

@@ -17,7 +17,6 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.stats import memory_bandwidth
-from layerskip_recipes.model.limits import check_cache_fits
 
 CPU = torch.device("cpu")
 TOKENS = greedy("llama3_2", PROMPT, 12)
@@ -211,17 +210,3 @@ def test_a_full_device_has_no_known_bandwidth(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", ones)
     assert memory_bandwidth(torch.device("cpu")) == 0
-
-
-def test_ranks_that_share_heads_share_their_caches(monkeypatch):
-    """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row. A step's logits, scores
-    and noise are whole on each rank."""
-    model = model_of("llama3_2")
-    memory = 2 * (76_800 // 2 + 3 * 4 * model.tok_embeddings.num_embeddings)
-    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
-    arguments = model, 2, 100, torch.float32, torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
-        check_cache_fits(*arguments)
-    check_cache_fits(*arguments, parallel=2)
-    with pytest.raises(ValueError, match=r"^batch_size: .*up to 1;"):
-        check_cache_fits(*arguments, parallel=2, weights=1)

@@ -152,8 +152,8 @@ def tree_logits(
     positions = start[:, None] + levels
     attention = {"positions": positions, "mask": context.mask(visible_tree(start, ancestors), slots)}
     if context.shares_layers or context.own_layers:
-        seen = visible_tree(start, ancestors[:, leaves])
-        of_leaves = {"positions": positions[:, leaves], "mask": context.mask(seen, slots)}
+        view = visible_tree(start, ancestors[:, leaves])
+        of_leaves = {"positions": positions[:, leaves], "mask": context.mask(view, slots)}
         early: dict[str, Any] = {"exit_layer": exit_layer, "unembed": False, **of_leaves}
         x = context.run(context.draft_model, tokens[:, leaves], at[:, leaves], slots, **early)
     if not context.shares_layers:

@@ -43,7 +43,8 @@ def cache_length(needed: int) -> int:
 class GraphError(RuntimeError):
     """A graph on a GPU failed, perhaps when it had moved something in the cache.
 
-    The step goes without a graph from now on. The round has to begin again, with a cache that is filled from the text.
+    The step goes without a graph from now on, or without FlexAttention. The round has to begin again, with a cache that
+    is filled from the text.
     """
 
 
@@ -56,7 +57,6 @@ class CompiledSteps:
 
     def __init__(self, device: torch.device, weights: Hashable = None) -> None:
         self.device, self.weights = device, weights
-        self.flex = device.type == "cuda"  # graphs use FlexAttention, until it turns out not to work here
         self.graphs: dict[Hashable, Callable] = {}
         # torch keeps a CUDA graph for each sequence of graphs that ran before it. So a graph is captured once for each
         # path, the steps of the round up to it; not in a round with a new step, which runs its first time uncaptured.
@@ -66,6 +66,7 @@ class CompiledSteps:
         self.prepared = False  # `prepare` went well
         self.failed = False  # nothing can be compiled here
         self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
+        self.masked = set[Hashable]()  # steps that cannot be compiled with FlexAttention
         self.seconds = 0.0
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
@@ -105,12 +106,12 @@ class CompiledSteps:
     def __call__(self, step: Any, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
         cuda = self.device.type == "cuda"
-        key, seen, flex = step.key(*args), slots, False
+        step_key, given, flex = step.key(*args), slots, False
         if slots is not None:
-            cache, flex = step.context.cache, step.context.uses_flex
-            # A few more than attention sees, or all.
-            seen = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
-            key = (key, len(seen)) if cuda else key
+            cache, flex = step.context.cache, step.context.fits_flex and step_key not in self.masked
+            # All slots for FlexAttention, else a few more than attention sees.
+            given = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
+        key = (step_key, len(given)) if cuda and given is not None else step_key
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
@@ -122,9 +123,9 @@ class CompiledSteps:
             if known is None:
                 self.warming = True
                 if not cuda and slots is not None:
-                    torch._dynamo.mark_dynamic(seen, 0)
+                    torch._dynamo.mark_dynamic(given, 0)
             graph = known or _compiled(step.function, self.device, self._is_quantised(step))
-            out = graph(step.context, *step.settings, seen, *args)
+            out = graph(step.context, *step.settings, given, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:
@@ -135,8 +136,8 @@ class CompiledSteps:
             name = step.function.__name__
             self.seconds += time.perf_counter() - started
             if flex and known is None:
-                self.flex = False  # the next graphs have masks
-                _warn("with FlexAttention", e)
+                self.masked.add(step_key)
+                _warn(f"for {name} with FlexAttention", e)
             else:
                 # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
                 # quantised step may be the only one without a kernel.
