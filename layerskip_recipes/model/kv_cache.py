@@ -174,7 +174,7 @@ class BlockAttention:
 
     def __init__(self, view: Visible, max_len: int) -> None:
         self.view, self.max_len = view, max_len
-        # Made once for all layers. The kernel takes both for contiguous, which a vector with new dimensions is not to it.
+        # Made once for all layers. Both have to be contiguous, which a vector with new dimensions is not in a graph.
         blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=view.last.device)
         self.counts = (view.last[:, None, None] // BLOCK + 1).to(torch.int32)
         self.blocks = blocks.repeat(len(view.last), 1, 1, 1)
