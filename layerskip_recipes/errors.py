@@ -11,3 +11,8 @@ class ConfigError(ValueError):
 
 class UnknownKeyError(ConfigError):
     """A config has a key that its recipe does not know."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; of an error without one, its name."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

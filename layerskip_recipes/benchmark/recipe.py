@@ -31,10 +31,10 @@ from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder, quantised_bytes
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -103,14 +103,12 @@ class LayerSkipBenchmark:
         nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST + 1 if cfg.tune else 1]
         self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        whole = weight_bytes(model, cfg.torch_dtype)
-        weights = whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         built = drafts[:1] if cfg.tuned_drafts else drafts
-        weights += sum(draft.own_weights(model, cfg.torch_dtype) for draft in built)
-        whole += sum(draft.own_weights(model, cfg.torch_dtype) for draft in built if draft.draft is not None)
-        longest, layers = longest_prompt(self.prompts), max((draft.own_layers() for draft in drafts), default=0)
-        sizes = {"weights": weights, "prompt": longest, "draft_layers": layers, "nodes": max(nodes), "loaded": whole}
+        whole = weight_bytes(model, cfg.torch_dtype)
+        sizes = bytes_of_weights(model, whole, cfg.torch_dtype, cfg.quantizer, built)
+        sizes |= {"prompt": longest_prompt(self.prompts), "nodes": max(nodes)}
+        sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)

@@ -14,7 +14,7 @@ from torchtune import utils
 from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.defaults import explain
-from layerskip_recipes.errors import ConfigError, UnknownKeyError
+from layerskip_recipes.errors import ConfigError, UnknownKeyError, first_line
 from layerskip_recipes.processes import exit_at_once, num_processes
 
 # How gloo says that a process for which it waits has ended, or that the network to it is down.
@@ -73,7 +73,7 @@ def _run(main: Callable[[], None]) -> None:
             raise
         # Usually another rank has said why it ended, and torchrun ends this one before it says more.
         time.sleep(2)
-        first = str(e).splitlines()[0]
+        first = first_line(e)
         print(f"RuntimeError: another process ended or cannot be reached: {first}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of a pipe, such as `| head`, has ended

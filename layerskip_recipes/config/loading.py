@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 
 # Keys whose values are paths.
 PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|draft|gguf)$")
@@ -89,7 +89,7 @@ def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
     try:
         return OmegaConf.create(content)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"config: {name}: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"config: {name}: {first_line(e)}") from e
 
 
 def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Section, Text, allowed
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -75,7 +75,7 @@ class RecipeConfig(Section):
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
-            first = str(e).splitlines()[0]
+            first = first_line(e)
             of_resolver = first.rpartition("ConfigError raised while resolving interpolation: ")[2]
             raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)

@@ -284,7 +284,7 @@ class Generation:
         context = self.context
         context.begin_round()
         start, last_slot = self._starts()
-        slots = context.slots(last_slot + 1)
+        slots = context.cache.slots[: last_slot + 1]
         noise = context.noise()
         logits = self.next_logits(slots, self.last, start)
         if context.sampler.greedy:

@@ -50,7 +50,7 @@ def read_texts(context: StepContext, texts: Sequence[Sequence[int]], depth: int,
     x = torch.zeros(len(texts), 1, context.model.tok_embeddings.embedding_dim, dtype=context.dtype, device=device)
     for start in range(reused, width, size):
         end = min(start + size, width)
-        slots, at = context.slots(end), context.cache.slots[None, start:end]
+        slots, at = context.cache.slots[:end], context.cache.slots[None, start:end]
         if in_cpp:
             run = partial(context.run, at=at, slots=slots, unembed=False)
         else:

@@ -15,10 +15,11 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder, quantised_bytes
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.section import bytes_of_weights
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
@@ -107,16 +108,12 @@ class LayerSkipGenerate:
         if not self.interactive:
             # Memory is looked at only now, as each process has its own GPU.
             parallel = self.parallel
-            loaded = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
-            weights = loaded if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer)
-            longest = max(len(self.prompt_tokens[i]) for i in self.good)
-            sizes = {"parallel": parallel, "prompt": longest, "nodes": nodes}
-            if self.section is not None:
-                own = self.section.own_weights(model, self.dtype)
-                sizes["draft_layers"] = self.section.own_layers()
-                weights += own
-                loaded += own if self.section.draft is not None else 0  # which is there before weights are quantised
-            check_cache_fits(model, rows, slots, self.dtype, self.device, weights=weights, loaded=loaded, **sizes)
+            whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            drafts = [] if self.section is None else [self.section]
+            sizes = bytes_of_weights(model, whole, self.dtype, cfg.quantizer, drafts)
+            sizes |= {"parallel": parallel, "prompt": max(len(self.prompt_tokens[i]) for i in self.good)}
+            sizes |= {"nodes": nodes, "draft_layers": sum(draft.own_layers() for draft in drafts)}
+            check_cache_fits(model, rows, slots, self.dtype, self.device, **sizes)
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
         self.interrupted = False

@@ -121,10 +121,6 @@ class StepContext:
         if self.graphs is not None:
             self.graphs.begin_round()
 
-    def slots(self, end: int) -> torch.Tensor:
-        """The slots that attention sees, 0 .. end-1."""
-        return self.cache.slots[:end]
-
     def mask(self, view: Visible, slots: torch.Tensor) -> Any:
         """A mask of the slots; in a graph that is given the whole cache, attention by blocks of it."""
         if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:

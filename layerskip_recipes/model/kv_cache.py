@@ -148,7 +148,7 @@ class Visible:
     Args:
         sees: sees(row, query, slot) says whether the query of this number in a row sees a slot; integer tensors that
             broadcast.
-        last: [b], the last slot of each row that a query sees.
+        last: [b, any number], slots of each row, of which the largest is the last one that a query sees.
         queries: s, their number in a row.
     """
 
@@ -176,7 +176,7 @@ class BlockAttention:
         self.view, self.max_len = view, max_len
         # Made once for all layers. Both have to be contiguous, which a vector with new dimensions is not in a graph.
         blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=view.last.device)
-        self.counts = (view.last[:, None, None] // BLOCK + 1).to(torch.int32)
+        self.counts = (view.last.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
         self.blocks = blocks.repeat(len(view.last), 1, 1, 1)
 
     def block_mask(self, grouped: int) -> BlockMask:
@@ -200,7 +200,7 @@ def visible(at: torch.Tensor) -> Visible:
 
     `at` [b, s] has the slots of the queries; [1, s] makes a mask for all rows.
     """
-    return Visible(lambda row, query, slot: slot <= at[row, query], at.amax(1), at.shape[1])
+    return Visible(lambda row, query, slot: slot <= at[row, query], at, at.shape[1])
 
 
 def visible_tree(root: torch.Tensor, ancestors: torch.Tensor) -> Visible:
@@ -214,7 +214,7 @@ def visible_tree(root: torch.Tensor, ancestors: torch.Tensor) -> Visible:
         node = slot - root[row]
         return (node < 0) | ((node < nodes) & ancestors[row, query, node.clamp(0, nodes - 1)])
 
-    return Visible(sees, root + nodes - 1, ancestors.shape[1])
+    return Visible(sees, root[:, None] + nodes - 1, ancestors.shape[1])
 
 
 def cached_attention(

@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torchtune.utils import get_logger
 
 from layerskip_recipes.defaults import chunk_tokens as fast_chunk
+from layerskip_recipes.errors import first_line
 from layerskip_recipes.model.head import Head, at_least_fp32
 
 log = get_logger("INFO")
@@ -103,7 +104,7 @@ def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
                 return fast(logits, target, scale)
             except TorchDynamoException as e:  # as without a C compiler; nothing has run
                 fast = None
-                log.warning("the loss is not compiled, and slower (%s)", str(e).strip().splitlines()[0][:200])
+                log.warning("the loss is not compiled, and slower (%s)", first_line(e)[:200])
         return chunk_loss(logits, target, scale)
 
     return loss

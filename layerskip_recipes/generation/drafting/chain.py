@@ -39,7 +39,7 @@ class ChainDrafter(Drafter):
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
-        slots = context.slots(now.last_slot + depth + 1)
+        slots = context.cache.slots[: now.last_slot + depth + 1]
         if depth == 0:
             return DraftedTokens(self.strategy, slots, now.last[:, None])
         noise = context.noise(depth, draft=True)

@@ -74,7 +74,7 @@ class LookupDrafter:
         if depth and all(row for row, _ in found):
             tokens = torch.cat([tokens, on_device([row for row, _ in found], self.context.device)], 1)
             match = min(match for _, match in found)
-        slots = self.context.slots(now.last_slot + tokens.shape[1])
+        slots = self.context.cache.slots[: now.last_slot + tokens.shape[1]]
         return DraftedTokens(DraftStrategy("lookup", match), slots, tokens)
 
     def replace(self, row: int, text: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from torchtune import utils
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
-from layerskip_recipes.checkpoint.weights import linear_head, quantise
+from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
@@ -229,6 +229,30 @@ def check_draft_fits(
             f"{key}.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
             "Set one of them null; for example quantizer=null"
         )
+
+
+def bytes_of_weights(
+    model: LayerSkipDecoder,
+    whole: int,
+    dtype: torch.dtype,
+    quantizer: Component | None,
+    drafts: Sequence[SelfSpeculation],
+) -> dict[str, int]:
+    """The arguments `weights` and `loaded` of `check_cache_fits`.
+
+    Args:
+        model: on the meta device.
+        whole: the bytes of its weights as they are loaded.
+        dtype: of the weights.
+        quantizer: of the model.
+        drafts: those that are there at a time.
+    """
+    sizes = {"weights": whole if quantizer is None else quantised_bytes(model, quantizer), "loaded": whole}
+    for draft in drafts:
+        own = draft.own_weights(model, dtype)
+        sizes["weights"] += own
+        sizes["loaded"] += own if draft.draft is not None else 0  # read before the model is quantised
+    return sizes
 
 
 def quantised_drafter(

@@ -32,9 +32,9 @@ class TreeDrafter(ChainDrafter):
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
         if depth == 0:
-            return DraftedTokens(self.strategy, context.slots(now.last_slot + 1), now.last[:, None])
+            return DraftedTokens(self.strategy, context.cache.slots[: now.last_slot + 1], now.last[:, None])
         tree = self.trees.setdefault(depth, replace(self.tree, depth=depth))
-        slots = context.slots(now.last_slot + tree.nodes)
+        slots = context.cache.slots[: now.last_slot + tree.nodes]
         noise = context.noise(len(tree.expanded), draft=True)
         step = Step(context, draft_tree, self.exit_layer, tree)
         tokens, hidden, q, *nodes = step(slots, now.last, now.start, noise, now.seen, self.before)

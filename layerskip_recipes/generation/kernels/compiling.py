@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torchtune import utils
 
+from layerskip_recipes.errors import first_line
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache
 
@@ -177,8 +178,7 @@ def find_compiled_steps(model: LayerSkipDecoder) -> CompiledSteps | None:
 
 
 def _warn(where: str, error: Exception) -> None:
-    text = (str(error).strip() or repr(error)).splitlines()[0][:200]
-    log.warning("compile: not possible %s, going on without (%s)", where, text)
+    log.warning("compile: not possible %s, going on without (%s)", where, first_line(error)[:200])
 
 
 def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
