@@ -258,7 +258,8 @@ def _itemsize(dtype: str) -> int:
 
 
 def _trained(model_dir: str) -> list[int] | None:
-    return read_trained_exits(model_folder(model_dir, "model_dir"))
+    described = read_trained_exits(model_folder(model_dir, "model_dir"))
+    return None if described is None or described.exits is None else sorted(described.exits)
 
 
 def _room(config: HFConfig, kind: Kind, device: str | None, dtype: str) -> int:

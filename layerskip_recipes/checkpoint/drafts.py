@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, write_description
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, weights_hash
@@ -31,8 +31,7 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
     """Write a draft's files into a new folder."""
     folder.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / DRAFT_FILE)
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in description.items()]
-    (folder / DESCRIPTION).write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a long list on one line
+    write_description(folder, description)
 
 
 def read_description(folder: str, key: str) -> dict[str, Any]:

@@ -1,30 +1,92 @@
-"""layerskip.json: what layerskip_finetune notes in each checkpoint about its exits, and which of them should draft."""
+"""layerskip.json: what layerskip_finetune stores with each checkpoint about its exits, for the choice of a draft model.
+
+    {
+      "exits": [6, 12, 30],                             the exits that had a loss; more keys say how they were trained
+      "vocabulary": [198, 11, ...],                     label tokens of the training data, most frequent first
+      "measured": {
+        "on": "dataset_val", "labels": 20480, "num_speculations": 8,
+        "exits": {"6": {"2048": {"matches": [0.66, ...], "overlap": 0.61}, "all": ...}}
+      }
+    }
+
+A trained draft's file (drafts.py) has {"draft": {"matches": ..., "overlap": ...}} in "measured", and no exits.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from layerskip_recipes.errors import ConfigError
+from pydantic import BaseModel, Field, ValidationError
+
+from layerskip_recipes.errors import ConfigError, first_line
 
 DESCRIPTION = "layerskip.json"  # of the trained exits, or of a draft (drafts.py)
+MOST_TOKENS = 16384  # the longest "vocabulary"
+DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
+
+Share = Annotated[float, Field(ge=0, le=1.0001)]  # sums of rounded probabilities may exceed 1
+
+
+class Acceptance(BaseModel):
+    """How often the last layer accepts a draft, teacher-forced."""
+
+    matches: Annotated[list[Share], Field(min_length=1)]
+    """matches[k - 1]: the share of positions at which the first k drafted tokens all agree with the last layer."""
+    overlap: Share
+    """Mean of sum_v min(p_v, q_v): the accept rate of the first drafted token when sampling at temperature 1."""
+
+
+class Measured(BaseModel):
+    """Acceptance as training measured it."""
+
+    on: Literal["dataset_val", "training"]
+    labels: int
+    num_speculations: int
+    exits: dict[int, dict[str, Acceptance]] = {}
+    """For each early exit, by draft vocabulary: "all", or n for the first n tokens of the checkpoint's vocabulary."""
+    draft: Acceptance | None = None
+    """Of a trained draft, with its own vocabulary."""
+
+
+class TrainedExits(BaseModel):
+    """The content of a layerskip.json."""
+
+    exits: list[int] | None = None
+    """The exits that had a loss, in order; None for a trained draft."""
+    vocabulary: list[int] | None = None
+    """Label tokens of the training data, the most frequent first. A trained draft has its own here, in order."""
+    measured: Measured | None = None
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write the file into a checkpoint, over one that was copied from the checkpoint of the start."""
-    (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
+    (folder / DESCRIPTION).write_text(_readable(dict(description)) + "\n", encoding="utf-8")
 
 
-def read_trained_exits(folder: Path) -> list[int] | None:
-    """The exits that had a loss in the training of a folder's weights; None for a model without the file."""
+def _readable(value: Any, indent: str = "") -> str:
+    """JSON with a line for each key, and lists on one line."""
+    if not isinstance(value, dict) or not value or not any(isinstance(part, dict | list) for part in value.values()):
+        return json.dumps(value)
+    inner = indent + "  "
+    lines = [f"{inner}{json.dumps(str(key))}: {_readable(part, inner)}" for key, part in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def read_trained_exits(folder: Path) -> TrainedExits | None:
+    """What a folder's layerskip.json says; None for a model without the file."""
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
     try:
-        exits = json.loads(file.read_text(encoding="utf-8")).get("exits")
-        return None if exits is None else sorted(int(e) for e in exits)
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise ConfigError(f"{str(file)!r} cannot be read ({e}). It lists the trained exits: delete or repair it") from e
+        return TrainedExits.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as e:
+        wrong = e.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        why = f"{place}: {wrong['msg']}" if place else wrong["msg"]
+    except (OSError, UnicodeDecodeError) as e:
+        why = first_line(e)
+    raise ConfigError(f"{str(file)!r} cannot be read ({why}). It describes the trained exits: delete or repair it")
 
 
 def exit_that_drafts(trained: Sequence[int], num_layers: int) -> int | None:

@@ -1,0 +1,59 @@
+"""layerskip.json: written as readable JSON, read as typed values, and refused in one line where it is malformed."""
+
+import json
+
+import pytest
+
+from layerskip_recipes.checkpoint.trained_exits import Acceptance, read_trained_exits, write_description
+from layerskip_recipes.errors import ConfigError
+
+DESCRIPTION = {
+    "exits": [2, 4, 8],
+    "vocabulary": [5, 3, 7],
+    "measured": {
+        "on": "dataset_val",
+        "labels": 99,
+        "num_speculations": 2,
+        "exits": {"2": {"512": {"matches": [0.5, 0.25], "overlap": 0.4}, "all": {"matches": [1, 0.5], "overlap": 1}}},
+    },
+    "curriculum": None,
+    "layer_dropout": {"prob": 0.1},
+}
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_description(tmp_path, DESCRIPTION)
+    text = (tmp_path / "layerskip.json").read_text()
+    assert json.loads(text) == DESCRIPTION
+    assert '\n  "vocabulary": [5, 3, 7],\n' in text and '\n        "512": {' in text
+    found = read_trained_exits(tmp_path)
+    assert found.exits == [2, 4, 8] and found.vocabulary == [5, 3, 7] and found.measured.labels == 99
+    assert found.measured.exits[2]["512"] == Acceptance(matches=[0.5, 0.25], overlap=0.4)
+
+
+def test_a_file_of_earlier_versions_names_the_exits_only(tmp_path):
+    assert read_trained_exits(tmp_path) is None
+    (tmp_path / "layerskip.json").write_text('{"exits": [4, 8], "steps": 3}')
+    found = read_trained_exits(tmp_path)
+    assert (found.exits, found.vocabulary, found.measured) == ([4, 8], None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ('{"exits": ["a"]}', "exits.0: Input should be a valid integer"),
+        ('{"measured": {"on": "elsewhere", "labels": 1, "num_speculations": 8}}', "measured.on: "),
+        (
+            json.dumps(DESCRIPTION | {"measured": DESCRIPTION["measured"] | {"exits": {"2": {"all": {"overlap": 2}}}}}),
+            "measured.exits.2.all.matches: Field required",
+        ),
+    ],
+)
+def test_a_malformed_file_is_one_clear_error(text, reason, tmp_path):
+    (tmp_path / "layerskip.json").write_text(text)
+    with pytest.raises(ConfigError) as e:
+        read_trained_exits(tmp_path)
+    assert "layerskip.json' cannot be read (" in str(e.value) and reason in str(e.value)
+    assert str(e.value).endswith("delete or repair it") and "\n" not in str(e.value)
