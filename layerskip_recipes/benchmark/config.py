@@ -64,8 +64,7 @@ class LlamaCpp(Section):
     gguf: Annotated[Text, Field(examples=["model.gguf"])]
     """The file of the same model, in any precision; docs/serving.md says how it is made."""
     draft: Annotated[Text, Field(examples=["draft.gguf"])] | None = None
-    """The file of a draft, which is tried beside plain decoding, with the draft length of the first variant that drafts
-    from an exit, or else 6."""
+    """The file of a draft, which is tried with 2, 4 and 6 tokens beside plain decoding."""
 
     def check_files(self) -> None:
         """Raises a ConfigError for a file that is not there."""
@@ -86,7 +85,8 @@ class Peers(Section):
     transformers: FastestSetting | None = None
     """`generate`."""
     transformers_early_exit: FastestSetting | None = None
-    """`generate(assistant_early_exit=E)`, with the exit and draft length of the first variant that drafts."""
+    """`generate(assistant_early_exit=E)` with 2, 4 and 6 drafts, from the exit of the first variant that has one and
+    from twice as deep an exit."""
     llama_cpp: LlamaCpp | None = None
     """llama.cpp on a GGUF file."""
 
@@ -209,11 +209,11 @@ class BenchmarkConfig(DecodingConfig):
         return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
 
     @property
-    def first_draft(self) -> tuple[int, int] | None:
-        """Exit layer and draft length of the first variant that drafts."""
+    def first_exit(self) -> int | None:
+        """The exit of the first variant that has one."""
         variants = (self.variants or {}).values() if self.self_speculation is None else [self.self_speculation]
         drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
-        return next(((v.exit_layer, v.num_speculations) for v in drafts if v.exit_layer is not None), None)
+        return next((draft.exit_layer for draft in drafts if draft.exit_layer is not None), None)
 
     def check_together(self) -> None:
         model = layerskip_decoder(self.meta_model)

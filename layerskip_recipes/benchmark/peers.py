@@ -5,8 +5,9 @@ first new tokens are there. torchtune calls `custom_generate_next_token` first f
 calls a stopping criterion after the first tokens, so no second call has to be made and subtracted. Assisted decoding
 drafts before its prefill and gets several tokens from it: neither these tokens nor their time count.
 
-Each peer runs as it is or compiled, and llama.cpp with a draft or without, whichever a short trial finds faster.
-Weights, dtype, device and threads are ours; llama.cpp's weights are those of its GGUF file.
+Short trials find each peer's fastest setting at each temperature: early exit drafts 2, 4 or 6 tokens from two exits,
+llama.cpp drafts as many or none, and the fastest of these also runs compiled. Weights, dtype, device and threads are
+ours; llama.cpp's weights are those of its GGUF file.
 """
 
 import importlib.util
@@ -33,6 +34,7 @@ log = utils.get_logger("INFO")
 Rows = Sequence[Sequence[int]]
 # (prompts, sampler, seed) -> the new tokens of each row, and the counts and times.
 Decode = Callable[[Rows, Sampler, int], tuple[list[list[int]], GenerationStats]]
+LENGTHS = (2, 4, 6)  # drafted tokens that are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Job:
         max_prompt: tokens of the longest of all prompts.
         limit: new tokens, at most.
         stop_tokens: a row ends with the first of them.
-        draft: exit layer and draft length of transformers_early_exit; llama.cpp's drafts have this length.
+        exits: from which transformers_early_exit drafts in its trials.
         gguf: the files of llama.cpp: the model, and a draft if there is one.
         quantised: our model's weights are not those of the checkpoint.
     """
@@ -58,7 +60,7 @@ class Job:
     max_prompt: int
     limit: int
     stop_tokens: Sequence[int]
-    draft: tuple[int, int] | None
+    exits: Sequence[int]
     gguf: tuple[str, str | None] | None = None
     quantised: bool = False
 
@@ -217,11 +219,8 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
     return decode
 
 
-def early_exit_decoder(job: Job, compiled: bool) -> Decode:
+def early_exit_decoder(job: Job, compiled: bool, exit_layer: int, length: int) -> Decode:
     """`generate(assistant_early_exit=E)` with drafts of a constant length, its fastest schedule."""
-    if job.draft is None:
-        raise ValueError("it drafts like the first variant of the config that has an exit_layer, and none has one")
-    exit_layer, length = job.draft
     decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
     schedule = {
         "num_assistant_tokens": length,
@@ -241,16 +240,13 @@ def early_exit_decoder(job: Job, compiled: bool) -> Decode:
     return decode
 
 
-def llama_cpp_decoder(job: Job, drafted: bool) -> Decode:
-    """llama.cpp's server, plainly or with a draft; on the processor, one prompt at a time."""
+def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
+    """llama.cpp's server on the processor, one prompt at a time; with a length it drafts."""
     if job.device.type != "cpu" or len(job.prompts) > 1:
         raise ValueError("it decodes one prompt at a time on a CPU here")
     assert job.gguf is not None  # peers.llama_cpp requires it
     gguf, draft = job.gguf
-    if drafted and draft is None:
-        raise ValueError("peers.llama_cpp.draft is not given")
-    length = job.draft[1] if job.draft else 6
-    drafting = (draft, length) if drafted else ()
+    drafting = (draft, length) if length else ()
     server = LlamaCppServer(gguf, job.max_prompt + job.limit + length + 1, torch.get_num_threads(), *drafting)
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
@@ -260,26 +256,37 @@ def llama_cpp_decoder(job: Job, drafted: bool) -> Decode:
     return decode
 
 
+def _one(job: Job) -> dict[str, dict[str, int]]:
+    return {"eager": {}}
+
+
+def _exits_and_lengths(job: Job) -> dict[str, dict[str, int]]:
+    if not job.exits:
+        raise ValueError("it drafts from the exit_layer of the first variant that has one, and none has one")
+    return {f"exit {e}, {n} drafts": {"exit_layer": e, "length": n} for e in job.exits for n in LENGTHS}
+
+
+def _lengths(job: Job) -> dict[str, dict[str, int]]:
+    drafts = {f"{n} drafts": {"length": n} for n in LENGTHS} if job.gguf and job.gguf[1] else {}
+    return {"plain": {}} | drafts
+
+
 @dataclass(frozen=True)
 class PeerKind:
-    """What a name in `peers` stands for.
-
-    Args:
-        package: that it needs.
-        decoder: makes the function that decodes, for a job and the first (False) or the second setting (True).
-        settings: two, of which a trial finds the faster one. `compiled` is tried where ours are compiled.
-    """
+    """What a name in `peers` stands for: the package that it needs, `decoder(job, compiled, **arguments)`, which makes
+    the function that decodes, and `settings(job)`, the arguments to try by their names."""
 
     package: str
-    decoder: Callable[[Job, bool], Decode]
-    settings: tuple[str, str] = ("eager", "compiled")
+    decoder: Callable[..., Decode]
+    settings: Callable[[Job], dict[str, dict[str, int]]] = _one
+    compiles: bool = True
 
 
 PEERS: dict[str, PeerKind] = {
     "torchtune": PeerKind("torchtune", torchtune_decoder),
     "transformers": PeerKind("transformers", transformers_decoder),
-    "transformers_early_exit": PeerKind("transformers", early_exit_decoder),
-    "llama_cpp": PeerKind("xllamacpp", llama_cpp_decoder, ("plain", "draft")),
+    "transformers_early_exit": PeerKind("transformers", early_exit_decoder, _exits_and_lengths),
+    "llama_cpp": PeerKind("xllamacpp", llama_cpp_decoder, _lengths, compiles=False),
 }
 
 
@@ -324,26 +331,32 @@ def check_same_model(package: str, checkpointer: Component, quantised: bool = Fa
 
 
 def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -> Peer:
-    """The faster of a peer's settings on the first prompts; the first call of each is a warm-up."""
+    """The fastest of a peer's settings on the first prompts, which is then tried compiled; the first call of each is a
+    warm-up."""
     if importlib.util.find_spec(kind.package) is None:
         raise ModuleNotFoundError(f"{kind.package} is not installed")
-    settings: dict[str, Decode] = {}
-    trial: dict[str, float | str] = {}
-    for setting in kind.settings:
-        if setting == "compiled" and not compile:
-            continue
+    settings, found = kind.settings(job), dict[str, Decode]()
+    rates, trial = dict[str, float](), dict[str, float | str]()
+
+    def try_out(setting: str, compiled: bool, arguments: dict[str, int]) -> None:
         try:
-            settings[setting] = kind.decoder(job, setting == kind.settings[1])
+            found[setting] = kind.decoder(job, compiled, **arguments)
             for _ in range(2):
-                _, stats = settings[setting](job.prompts, sampler, 0)
-            trial[setting] = stats.tokens_per_second or 0.0
+                _, stats = found[setting](job.prompts, sampler, 0)
+            trial[setting] = rates[setting] = stats.tokens_per_second or 0.0
         except Exception as e:  # such as a machine without a compiler
             trial[setting] = first_line(e)
-    rates = {setting: rate for setting, rate in trial.items() if isinstance(rate, float)}
+
+    for setting, arguments in settings.items():
+        try_out(setting, False, arguments)
     if not rates:
         raise RuntimeError("; ".join(f"{setting}: {why}" for setting, why in trial.items()))
     fastest = max(rates, key=rates.__getitem__)
-    return Peer(settings[fastest], fastest, trial)
+    if compile and kind.compiles:
+        name = "compiled" if fastest == "eager" else f"{fastest}, compiled"
+        try_out(name, True, settings[fastest])
+        fastest = max(rates, key=rates.__getitem__)
+    return Peer(found[fastest], fastest, trial)
 
 
 def first_line(error: Exception) -> str:

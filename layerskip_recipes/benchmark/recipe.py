@@ -187,7 +187,7 @@ class LayerSkipBenchmark:
             self.methods[name] = replace(built, num_speculations=variant.num_speculations)
         if cfg.quantizer is not None and self._quantises_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
-        self.peers: dict[str, Peer] = {}
+        self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
         self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.sweep is None:
             job = Job(
@@ -198,12 +198,15 @@ class LayerSkipBenchmark:
                 longest_prompt(self.prompts),
                 self.limit,
                 self.stop_tokens,
-                cfg.first_draft,
+                [e for e in (cfg.first_exit, 2 * (cfg.first_exit or 0)) if e and e < self.model.num_layers],
                 (cfg.peers.llama_cpp.gguf, cfg.peers.llama_cpp.draft) if cfg.peers.llama_cpp else None,
                 quantised=cfg.quantizer is not None,
             )
-            sampler = cfg.sampler(cfg.all_temperatures[0])
-            self.peers, self.left_out = find_peers(cfg.peers.names, job, sampler, cfg.compile)
+            for temperature in cfg.all_temperatures:
+                names = [name for name in cfg.peers.names if name not in self.left_out]
+                found, left_out = find_peers(names, job, cfg.sampler(temperature), cfg.compile)
+                self.peers[temperature] = found
+                self.left_out |= {name: f"{why}, at temperature {temperature}" for name, why in left_out.items()}
 
     @property
     def _quantises_late(self) -> bool:
@@ -219,8 +222,9 @@ class LayerSkipBenchmark:
         try:
             with tqdm(total=len(temperatures) * (1 + cfg.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in temperatures:
-                    failed = self.turns.failed
-                    methods = self.methods | {name: peer for name, peer in self.peers.items() if name not in failed}
+                    left_out = self.left_out | self.turns.failed
+                    peers = {name: peer for name, peer in self.peers[temperature].items() if name not in left_out}
+                    methods = self.methods | peers
                     for turn in self.turns.take(methods, temperature, cfg.repeats):
                         for name, run in turn.items():
                             self.runs[temperature, name].append(run)
@@ -246,7 +250,7 @@ class LayerSkipBenchmark:
         for (temperature, name), runs in self.runs.items():
             if name in left_out:  # a peer that ran in part only compares with nothing
                 continue
-            peer = self.peers.get(name)
+            peer = self.peers[temperature].get(name)
             baseline = self.runs[temperature, BASELINE]
             row = {
                 "temperature": temperature,
@@ -281,7 +285,9 @@ class LayerSkipBenchmark:
         """Where and how everything here is measured."""
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        used = {PEERS[name].package for name in self.peers if name not in self.turns.failed}
+        left_out = self.left_out | self.turns.failed
+        names = {name for peers in self.peers.values() for name in peers if name not in left_out}
+        used = {PEERS[name].package for name in names}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
         steps = find_compiled_steps(self.model)
         return {

@@ -1,5 +1,6 @@
 """Other libraries in the benchmark: their fastest setting, those that fail, and checkpoints that they cannot open."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def rows(report: dict, temperature: float) -> list[str]:
     return [row["name"] for row in report["results"] if row["temperature"] == temperature]
 
 
+JOB = peers.Job(*[None] * 7, exits=[3, 6])
+
+
 def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     def broken(job, compiled):
         raise RuntimeError("no such kernel\nmore")
@@ -40,8 +44,8 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", broken))
     report = run(path, "peers=[torchtune,transformers]", "temperatures=[0.0]", "repeats=1")
     assert rows(report, 0.0) == ["baseline", "chain", "tree"] and "transformers" not in report["versions"]
-    left_out = {"torchtune": "RuntimeError: eager: RuntimeError: no such kernel"}
-    left_out["transformers"] = "ModuleNotFoundError: transformers is not installed"
+    left_out = {"torchtune": "RuntimeError: eager: RuntimeError: no such kernel, at temperature 0.0"}
+    left_out["transformers"] = "ModuleNotFoundError: transformers is not installed, at temperature 0.0"
     assert report["peers_left_out"] == left_out
     assert "transformers is left out" in (path.parent / "report/benchmark.md").read_text()
 
@@ -50,7 +54,7 @@ def replace_torchtune(monkeypatch, fails) -> list[float]:
     """Replaces the peer by one that decodes nothing; fails(call, temperature) says whether it raises.
 
     Returns:
-        The temperatures of its calls; the first two are its trial.
+        The temperatures of its calls; the first two of each temperature are its trial.
     """
     calls = []
 
@@ -65,18 +69,20 @@ def replace_torchtune(monkeypatch, fails) -> list[float]:
 
 
 def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypatch):
-    """It fails in the warm-up of the second one; what it made at the first one compares with nothing."""
-    replace_torchtune(monkeypatch, lambda call, temperature: temperature > 0)
+    """It fails in the trial of the second one, so it does not run at the first one either."""
+    calls = replace_torchtune(monkeypatch, lambda call, temperature: temperature > 0)
     report = run(path, "peers=[torchtune]", "repeats=1")
-    assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
+    assert calls == [0.0, 0.0, 0.8]
+    why = "RuntimeError: eager: MemoryError: no more, at temperature 0.8"
+    assert report["peers_left_out"] == {"torchtune": why}
     assert [row["name"] for row in report["results"]] == ["baseline", "chain", "tree"] * 2
 
 
 def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
-    """In its trial (2 calls), in the warm-up and turns of the first temperature (2 + 4) it works; then no more."""
-    calls = replace_torchtune(monkeypatch, lambda call, temperature: call > 2 + 6 + 3)
+    """It works in its trials (2 calls each), and in the warm-up and turns of the first temperature (2 + 4)."""
+    calls = replace_torchtune(monkeypatch, lambda call, temperature: call > 4 + 6 + 3)
     report = run(path, "peers=[torchtune]")
-    assert calls == [0.0, 0.0] + [0.0] * 6 + [0.8] * 4
+    assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
     assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
     assert [(row["name"], row["outputs"]) for row in report["results"]] == [
         *((name, 4) for name in ["baseline", "chain", "tree"] * 2)
@@ -84,37 +90,67 @@ def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
     assert report["interrupted"] is False
 
 
-@pytest.mark.parametrize("fastest", ["eager", "compiled"])
-def test_the_fastest_setting_of_a_peer_wins(fastest):
-    """By the second call of each."""
-    calls = []
+def timed_decoder(rates: dict, calls: list):
+    """A peer that decodes so many tokens per second by (compiled, arguments); a setting that is missing fails."""
 
-    def decoder(job, compiled):
+    def decoder(job, compiled, **arguments):
+        setting = (compiled, *arguments.values())
+
         def decode(prompts, sampler, seed):
-            calls.append(compiled)
-            quick = ("compiled" if compiled else "eager") == fastest
-            seconds = 100.0 if calls.count(compiled) == 1 else 1.0 if quick else 2.0
-            return [[1, 2]], GenerationStats(tokens=11, first_tokens=1, decode_s=seconds)
-
-        return decode
-
-    job = peers.Job(*[None] * 8)
-    peer = peers.fastest_setting(peers.PeerKind("torchtune", decoder), job, None, compile=True)
-    assert peer.setting == fastest and sorted(peer.trial.values()) == [5.0, 10.0]
-
-
-def test_a_setting_that_fails_is_noted():
-    def decoder(job, compiled):
-        def decode(prompts, sampler, seed):
-            if compiled:
+            calls.append(setting)
+            if setting not in rates:
                 raise RuntimeError("no compiler")
-            return [[1, 2]], GenerationStats(tokens=11, first_tokens=1, decode_s=1.0)
+            warm = calls.count(setting) > 1
+            return [[1, 2]], GenerationStats(tokens=11, first_tokens=1, decode_s=10 / rates[setting] if warm else 99.0)
 
         return decode
 
-    job = peers.Job(*[None] * 8)
-    peer = peers.fastest_setting(peers.PeerKind("torchtune", decoder), job, None, compile=True)
-    assert peer.setting == "eager" and peer.trial == {"eager": 10.0, "compiled": "RuntimeError: no compiler"}
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("rates", "setting", "compiled"),
+    [
+        ({(False,): 5.0, (True,): 10.0}, "compiled", 10.0),
+        ({(False,): 10.0, (True,): 5.0}, "eager", 5.0),
+        ({(False,): 10.0}, "eager", "RuntimeError: no compiler"),
+    ],
+)
+def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled):
+    """By the second call of each; a setting that fails is noted."""
+    peer = peers.fastest_setting(peers.PeerKind("torchtune", timed_decoder(rates, [])), JOB, None, compile=True)
+    assert peer.setting == setting and peer.trial == {"eager": rates[False,], "compiled": compiled}
+
+
+def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled():
+    rates = {(False, e, n): 1.0 * e + n for e in (3, 6) for n in (2, 4, 6)} | {(False, 3, 4): 20.0, (True, 3, 4): 30.0}
+    kind = replace(
+        peers.PEERS["transformers_early_exit"], package="torchtune", decoder=timed_decoder(rates, calls := [])
+    )
+    peer = peers.fastest_setting(kind, JOB, None, compile=True)
+    assert peer.setting == "exit 3, 4 drafts, compiled" and len(peer.trial) == 7
+    assert set(calls) == set(rates)
+    assert peers.fastest_setting(kind, JOB, None, compile=False).setting == "exit 3, 4 drafts"
+    job = replace(JOB, gguf=("model.gguf", "draft.gguf"))
+    assert list(peers.PEERS["llama_cpp"].settings(job)) == ["plain", "2 drafts", "4 drafts", "6 drafts"]
+    assert list(peers.PEERS["llama_cpp"].settings(replace(JOB, gguf=("model.gguf", None)))) == ["plain"]
+
+
+def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
+    """Greedily more drafts pay, and when sampling fewer."""
+
+    def decoder(job, compiled, exit_layer, length):
+        def decode(prompts, sampler, seed):
+            seconds = 1 / length if sampler.greedy else float(length)
+            return [[1, 2] for _ in prompts], GenerationStats(tokens=2, first_tokens=1, decode_s=seconds)
+
+        return decode
+
+    kind = replace(peers.PEERS["transformers_early_exit"], decoder=decoder)
+    monkeypatch.setitem(peers.PEERS, "transformers_early_exit", kind)
+    report = run(path, "peers=[transformers_early_exit]", "repeats=1", "max_new_tokens=4")
+    settings = [row["setting"].split(", ")[1] for row in report["results"] if row["kind"] == "peer"]
+    assert settings == ["6 drafts", "2 drafts"]
 
 
 def test_what_a_peer_cannot_do_leaves_it_out(path):
