@@ -277,3 +277,6 @@ def _recompute(config: HFConfig, kind: Kind, device: str | None, dtype: str, len
     room = _room(config, kind, device, dtype)
     fitting = (again for again in (False, True) if token_bytes(config, _itemsize(dtype), again) * length <= room)
     return next(fitting, None)
+
+
+register()

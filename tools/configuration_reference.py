@@ -15,20 +15,19 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from layerskip_recipes.cli.configs import CONFIGS
+from layerskip_recipes.cli.configs import RECIPES, config_class
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Section, allowed, alternatives
 
 MARKER = "<!-- Made by tools/configuration_reference.py from here on; do not edit. -->\n"
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-RECIPES = ("layerskip_finetune", "layerskip_generate", "layerskip_eval", "layerskip_benchmark")
 
 
 def page() -> str:
     """The page as it should be: its own introduction and fresh tables."""
     introduction = PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
-    return f"{introduction}{MARKER}\n{markdown({name: CONFIGS[name] for name in RECIPES})}"
+    return f"{introduction}{MARKER}\n{markdown({name: config_class(name) for name in RECIPES})}"
 
 
 def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:

@@ -3,31 +3,24 @@
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from layerskip_recipes.checkpoint.export import export
-from layerskip_recipes.cli.configs import CONFIGS, validate
+from layerskip_recipes.cli.configs import RECIPES, config_class, validate
 from layerskip_recipes.cli.run import run_cli
-from layerskip_recipes.config.json_schema import json_schema
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.errors import ConfigError
 
 
 def list_configs() -> None:
-    """Print our configs with their recipes, then torchtune's built-ins that a config can extend."""
+    """Print our configs with the recipe that each header names, then torchtune's built-ins that a config can extend."""
     print("layerskip configs")
-    # The first command of a header names the recipe; to merge all configs would take seconds.
-    first_command = re.compile(rf"^# +tune run .*?\b({'|'.join(CONFIGS)})\b", flags=re.M)
-    width = max(map(len, our_configs()), default=0)
-    for name, path in our_configs().items():
-        found = first_command.search(path.read_text(encoding="utf-8"))
-        print(f"  {name:<{width}}  {found[1] if found else ''}".rstrip())
+    ours = our_configs()
+    width = max(map(len, ours), default=0)
+    for name, path in ours.items():
+        recipe = next((word for word in path.read_text(encoding="utf-8").split() if word in RECIPES), "")
+        print(f"  {name:<{width}}  {recipe}".rstrip())
     print("torchtune configs (for extends: and --config)")
     for name in sorted(torchtune_configs()):
         print(f"  {name}")
@@ -67,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("name", help="a config's name or path")
         command.add_argument("overrides", nargs="*", metavar="key=value")
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe's config, for editors")
-    schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(CONFIGS)])
+    schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(RECIPES)])
     out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
     out.add_argument(
         "checkpoint",
@@ -88,16 +81,27 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Do what a command says. Each command imports what it needs: torch alone takes seconds."""
     if args.command == "ls":
         list_configs()
     elif args.command == "cp":
         copy_config(args.name, args.file)
     elif args.command == "cat":
+        from omegaconf import OmegaConf
+
+        from layerskip_recipes.config.loading import load_config
+
         print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
     elif args.command == "schema":
-        print(json.dumps(json_schema(CONFIGS[f"layerskip_{args.recipe}"]), indent=2))
+        from layerskip_recipes.config.json_schema import json_schema
+
+        print(json.dumps(json_schema(config_class(f"layerskip_{args.recipe}")), indent=2))
     elif args.command == "export":
+        from layerskip_recipes.checkpoint.export import export
+
         print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
     else:
+        from layerskip_recipes.config.loading import load_config
+
         recipe = validate(load_config(args.name, args.overrides))
         print(f"{args.name}: fine, for `tune run {recipe}`")

@@ -1,45 +1,41 @@
-"""Which recipe a config is for, by the keys that it has."""
+"""The recipes' config classes, each imported when it is needed, and the recipe that a config is for."""
 
-from omegaconf import DictConfig
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from layerskip_recipes.benchmark.config import BenchmarkConfig
-from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.training.config import FinetuneConfig
+if TYPE_CHECKING:  # both take long to import, and `layerskip ls` needs neither
+    from omegaconf import DictConfig
 
-CONFIGS: dict[str, type[RecipeConfig]] = {
-    "layerskip_finetune": FinetuneConfig,
-    "layerskip_generate": GenerateConfig,
-    "layerskip_benchmark": BenchmarkConfig,
-    "layerskip_eval": EvalConfig,
+    from layerskip_recipes.config.recipe_config import RecipeConfig
+
+RECIPES = {
+    "layerskip_finetune": "training.config.FinetuneConfig",
+    "layerskip_generate": "generation.config.GenerateConfig",
+    "layerskip_eval": "evaluation.config.EvalConfig",
+    "layerskip_benchmark": "benchmark.config.BenchmarkConfig",
+}
+# Keys that no other recipe has; a config without any of them is for layerskip_generate.
+OWN_KEYS = {
+    "layerskip_finetune": ("optimizer", "loss", "metric_logger"),
+    "layerskip_benchmark": ("variants", "report_dir", "temperatures", "random_weights", "tune", "peers"),
+    "layerskip_eval": ("dataset", "tasks"),
 }
 
 
-def recipe_of(source: DictConfig) -> str:
-    """The recipe that a merged config fits best.
-
-    The best one knows the most of its keys; among equals it misses the fewest required ones, then it refuses the fewest
-    (which may be inherited and switched off); then it is the first of CONFIGS.
-    """
-    given = {str(key) for key in source}
-
-    def misfit(recipe: str) -> tuple[int, int, int]:
-        config = CONFIGS[recipe]
-        known, refused = set(config.model_fields), set(config.REFUSED)
-        required = {name for name, field in config.model_fields.items() if field.is_required()}
-        return len(given - known - refused), len(required - given), len(given & refused)
-
-    return min(CONFIGS, key=misfit)
+def config_class(recipe: str) -> "type[RecipeConfig]":
+    """The class of a recipe's config, such as FinetuneConfig."""
+    module, _, name = RECIPES[recipe].rpartition(".")
+    return getattr(import_module(f"layerskip_recipes.{module}"), name)
 
 
-def validate(source: DictConfig) -> str:
-    """Check a config by the recipe that it is for, whose name is returned: sections, keys, arguments of every
-    component.
+def recipe_of(source: "DictConfig") -> str:
+    """The recipe of a merged config: the first one in `OWN_KEYS` of which a key is set, and not to null."""
+    given = {key for key, value in source.items_ex(resolve=False) if value is not None}
+    return next((recipe for recipe, keys in OWN_KEYS.items() if given.intersection(keys)), "layerskip_generate")
 
-    Raises:
-        ConfigError: the first thing that is wrong.
-    """
-    name = recipe_of(source)
-    CONFIGS[name].load(source)
-    return name
+
+def validate(source: "DictConfig") -> str:
+    """Check a merged config without loading weights, and return the recipe that it is for."""
+    recipe = recipe_of(source)
+    config_class(recipe).load(source)
+    return recipe

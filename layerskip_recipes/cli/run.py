@@ -6,16 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from omegaconf import DictConfig
-from torchtune import utils
-
-from layerskip_recipes.cli.configs import recipe_of
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.defaults import explain
 from layerskip_recipes.errors import ConfigError, UnknownKeyError, first_line
-from layerskip_recipes.processes import exit_at_once, num_processes
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # How gloo says that a process for which it waits has ended, or that the network to it is down.
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -26,13 +22,20 @@ def logs_here(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
 
 
-def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: str | None) -> Any:
+def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: str | None) -> Any:
     """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
+    # The command `layerskip` imports this module too, and does without torch.
+    from torchtune.utils import get_logger
+
+    from layerskip_recipes.cli.configs import recipe_of
+    from layerskip_recipes.config.loading import load_config
+    from layerskip_recipes.defaults import explain
+
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")
     args, unknown = parser.parse_known_args()
-    log = utils.get_logger("INFO")
+    log = get_logger("INFO")
     log.addFilter(logs_here)
     if unknown:
         raise ConfigError(f"argument: {unknown[0]!r} is unknown. Allowed: --config NAME and overrides key=value")
@@ -51,15 +54,17 @@ def build_recipe(recipe: Callable[[DictConfig], Any], name: str, description: st
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run the main function of a command. A ConfigError becomes the last line on stderr and exit status 1."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _run(main)
+        return
+    from layerskip_recipes.processes import exit_at_once
+
     status: Any = 0
     try:
         _run(main)
     except SystemExit as e:
-        if num_processes() == 1:
-            raise
         status = e.code or 0
-    if num_processes() > 1:
-        exit_at_once(status)
+    exit_at_once(status)
 
 
 def _run(main: Callable[[], None]) -> None:

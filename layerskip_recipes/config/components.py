@@ -8,9 +8,6 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
-from torchtune import config as tune_config
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
 
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError, UnknownKeyError
@@ -44,11 +41,7 @@ class Component:
     @cached_property
     def target(self) -> Callable:
         """What the path names; a ConfigError if it cannot be imported, or not be called."""
-        try:
-            found = _get_component_from_path(self.path)
-        except (InstantiationError, ValueError) as e:
-            why = str(e).splitlines()[-1]
-            raise ConfigError(f"{self.key}._component_: {self.path!r} cannot be imported ({why})") from e
+        found = find_component(self.path, self.key)
         if not callable(found):
             raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, and no callable")
         return found
@@ -97,8 +90,11 @@ class Component:
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it with the arguments of the config, and with these."""
+        from torchtune.config import instantiate
+        from torchtune.config._errors import InstantiationError
+
         try:
-            return tune_config.instantiate(OmegaConf.create(self.section), *args, **kwargs)
+            return instantiate(OmegaConf.create(self.section), *args, **kwargs)
         except ConfigError as e:
             raise type(e)(str(e) if str(e).startswith(self.key) else f"{self.key}: {e}") from e
         except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
@@ -148,7 +144,19 @@ class Takes:
 def parameter_names(path: Any) -> set[str] | None:
     """The named parameters of a component; None if it cannot be asked (`Component.check` says why)."""
     try:
-        parameters = inspect.signature(_get_component_from_path(path)).parameters.values()
-    except (InstantiationError, ValueError, TypeError, AttributeError):
+        parameters = inspect.signature(find_component(path)).parameters.values()
+    except (ValueError, TypeError):
         return None
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def find_component(path: Any, key: str = "") -> Any:
+    """What a dotted path names; a ConfigError says why it cannot be imported."""
+    # The import of torchtune takes seconds, and `layerskip cat` does without it where no component changes.
+    from torchtune.config._errors import InstantiationError
+    from torchtune.config._utils import _get_component_from_path
+
+    try:
+        return _get_component_from_path(path)
+    except (InstantiationError, ValueError, AttributeError) as e:
+        raise ConfigError(f"{key}._component_: {path!r} cannot be imported ({str(e).splitlines()[-1]})") from e

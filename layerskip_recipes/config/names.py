@@ -1,10 +1,9 @@
 """A config's name to its file: a path, one of our names, or one of torchtune's."""
 
 import difflib
+import runpy
+from importlib.util import find_spec
 from pathlib import Path
-
-import torchtune
-from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.errors import ConfigError
 
@@ -21,8 +20,13 @@ def our_configs() -> dict[str, Path]:
 
 def torchtune_configs() -> dict[str, Path]:
     """torchtune's built-in configs by name, those whose file the wheel really has."""
-    root = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-    paths = {c.name: root / c.file_path for recipe in get_all_recipes() for c in recipe.configs}
+    torchtune = find_spec("torchtune")
+    assert torchtune is not None and torchtune.origin is not None
+    package = Path(torchtune.origin).parent
+    # The registry alone is read in a millisecond; the import of torchtune takes seconds.
+    recipes = runpy.run_path(str(package / "_recipe_registry.py"))["get_all_recipes"]()
+    root = package.parent / "recipes" / "configs"
+    paths = {c.name: root / c.file_path for recipe in recipes for c in recipe.configs}
     return {name: path for name, path in paths.items() if path.is_file()}
 
 

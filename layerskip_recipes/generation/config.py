@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+import layerskip_recipes.defaults  # noqa: F401  # registers the resolvers of the configs hf/*
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file

@@ -106,7 +106,8 @@ def serve(connection: Connection) -> list[str]:
 
 def measure_little_memory() -> None:
     """The memory's speed, which each report has, by 8 MB instead of 256, which take a quarter of a second."""
-    plain = sys.modules["layerskip_recipes.generation.stats"].memory_bandwidth.__wrapped__  # without the decorator
+    stats = importlib.import_module("layerskip_recipes.generation.stats")
+    plain = stats.memory_bandwidth.__wrapped__  # without the decorator
     plain.__defaults__ = (8, *plain.__defaults__[1:])
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
-from layerskip_recipes.cli.configs import CONFIGS
+from layerskip_recipes.cli.configs import RECIPES, config_class
 from layerskip_recipes.config.json_schema import json_schema
 from layerskip_recipes.config.names import our_configs
 from layerskip_recipes.generation import api
@@ -46,10 +46,10 @@ def test_the_reference_of_keys_is_what_the_tool_makes():
     assert PAGES["docs/configuration.md"].read_text(encoding="utf-8") == TOOL["page"]()
 
 
-@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_our_configs_fit_the_json_schema_of_their_recipe(recipe):
     jsonschema = pytest.importorskip("jsonschema")
-    schema = jsonschema.Draft202012Validator(json_schema(CONFIGS[recipe]))
+    schema = jsonschema.Draft202012Validator(json_schema(config_class(recipe)))
     texts = {name: path.read_text(encoding="utf-8") for name, path in our_configs().items()}
     of_recipe = [name for name, text in texts.items() if re.search(rf"^# .*tune run .*\b{recipe}\b", text, flags=re.M)]
     assert of_recipe
