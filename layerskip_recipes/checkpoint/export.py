@@ -33,8 +33,8 @@ from layerskip_recipes.model.hf_folder import model_folder
 # Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
-DECODING_LOOP = Path(__file__).with_name("custom_generate.py")  # not imported: it needs transformers, which is optional
-REQUIREMENTS = "transformers>=5.24\n"  # of the decoding loop; transformers checks it when it loads the loop
+# A decoding loop for transformers and its requirements. Not a part of this package, which never imports it.
+DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
 
 
 def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
@@ -45,7 +45,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             of a trained draft of kind copy.
         out: a folder that does not exist yet.
         exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it,
-            and so does our decoding loop in `custom_generate`. None: what is written names no exit.
+            and so does our decoding loop in `custom_generate`. None writes neither.
         draft: instead of the whole model its first E layers, with the final norm and the head. Of a trained draft 0 or
             its E.
 
@@ -62,9 +62,8 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ConfigError(f"export: config.json in {checkpoint!r} has no num_hidden_layers")
-    exits = Annotated[int, Field(ge=1, le=layers, examples=[max(layers // 4, 1)])]
-    for key, value in (("--exit-layer", exit_layer), ("--draft", draft)):
-        check(key, value, exits | None)
+    for key, value, most in (("--exit-layer", exit_layer, max(layers - 1, 1)), ("--draft", draft, layers)):
+        check(key, value, Annotated[int, Field(ge=1, le=most, examples=[max(layers // 4, 1)])] | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
     try:
@@ -88,10 +87,10 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(_read_layers(weights, draft or layers), folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if draft is None:
+        if exit_layer is not None:  # without an exit the loop refuses to run
             (folder / "custom_generate").mkdir()
-            shutil.copy(DECODING_LOOP, folder / "custom_generate" / "generate.py")
-            (folder / "custom_generate" / "requirements.txt").write_text(REQUIREMENTS)
+            for name in ("generate.py", "requirements.txt"):
+                shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
         folder.rename(target)
     return target
 

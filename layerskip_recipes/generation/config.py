@@ -12,9 +12,9 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
+from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
-from layerskip_recipes.generation.parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -177,9 +177,7 @@ class GenerateConfig(DecodingConfig):
 
     def _check_processes(self, model: LayerSkipDecoder) -> None:
         """Raises a ConfigError for what several processes cannot do."""
-        parallel = check_processes(
-            model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.quantizer, self.device
-        )
+        parallel = check_processes(model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.device)
         check_draft_fits(self.self_speculation, self.quantizer, model, parallel)
         if self.compile and parallel < num_processes():
             raise ConfigError(
@@ -187,6 +185,7 @@ class GenerateConfig(DecodingConfig):
                 f"each matrix. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
         alone = {
+            "quantizer": self.quantizer,
             "self_speculation.draft": self.self_speculation and self.self_speculation.draft,
             "self_speculation.draft_quantizer": self.self_speculation and self.self_speculation.draft_quantizer,
             "prompt": INTERACTIVE if self.is_conversation else None,

@@ -16,13 +16,14 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
+from layerskip_recipes.distributed.tensor_parallel import check_processes, read_plan
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import bytes_of_weights
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
-from layerskip_recipes.generation.parallel import check_processes, load_sharded_decoder, read_plan
+from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torchtune import training
 
 from layerskip_recipes.checkpoint.weights import check_state_dict, initialise
+from layerskip_recipes.distributed.loading import load_from_rank0
 from layerskip_recipes.model.adapters import (
     BIASES,
     adapter_config,
@@ -23,7 +24,7 @@ from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.checkpoints import Weights
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.parallel import Mesh, checkpoint_layers, clean_name, load_from_rank0, shard_model
+from layerskip_recipes.training.parallel import Mesh, checkpoint_layers, clean_name, shard_model
 
 P = TypeVar("P", LayerSkipDecoder, Draft)
 

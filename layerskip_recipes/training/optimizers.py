@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torchtune import training
 
-from layerskip_recipes.generation.parallel import suppress_dcp_warnings
+from layerskip_recipes.distributed.loading import suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import clean_name, group_by_mesh

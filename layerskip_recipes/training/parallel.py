@@ -4,7 +4,7 @@ Every rank runs the same layers in the same order, or a collective would never e
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TiedLinear
 
+from layerskip_recipes.distributed.tensor_parallel import check_processes, parallelize, read_plan
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.parallel import (
-    broadcast_state_dict,
-    check_processes,
-    init_rope,
-    parallelize,
-    read_plan,
-)
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -212,35 +205,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def load_from_rank0(
-    model: LayerSkipDecoder | Draft,
-    state: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    offload: bool,
-) -> None:
-    """Give each rank its part of rank 0's weights, also where they are NF4, and the position tables.
-
-    For the arguments see `broadcast_state_dict`.
-    """
-    init_rope(model, device, dtype)
-    wait_for_all()  # rank 0 may have read its files for long
-    # QLoRA's, and this rank's parts of them.
-    if any(isinstance(getattr(p, "_local_tensor", p), NF4Tensor) for p in model.parameters()):
-        return _load_packed(model, state, device, dtype, offload)
-    broadcast_state_dict(model, state, dtype, offload)
-
-
-def _load_packed(model: nn.Module, state: Mapping[str, torch.Tensor], device, dtype, offload: bool) -> None:
-    """`load_from_rank0` where weights are NF4: every rank packs the whole tensor and keeps its part."""
-    for name, own in model.state_dict().items():
-        value = state[name].to(device=device, dtype=dtype) if is_rank_zero() else None
-        value = torch.empty(own.shape, device=device, dtype=dtype) if value is None else value.contiguous()
-        dist.broadcast(value, src=0)
-        training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
-    training.validate_no_params_on_meta_device(model)
 
 
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -9,7 +9,7 @@ import torch
 from helpers.sampling import filtered, p_value
 
 transformers = pytest.importorskip("transformers")
-loop = pytest.importorskip("layerskip_recipes.checkpoint.custom_generate")
+loop = pytest.importorskip("layerskip_recipes.custom_generate.generate")
 NEW = 20
 FAMILIES = {
     "gemma": {},

@@ -110,8 +110,7 @@ def test_files_that_configs_name_come_along(checkpoint, tmp_path):
     (checkpoint / "original" / "consolidated.00.pth").write_text("weights")
     out = export(str(checkpoint), str(tmp_path / "out"))
     files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
-    ours = {"custom_generate/generate.py", "custom_generate/requirements.txt"}
-    assert files - ours == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
+    assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
 
 
 def test_a_draft_has_no_exit_of_the_whole_model(checkpoint, tmp_path):
@@ -146,7 +145,8 @@ def test_lists_by_layer_are_cut():
     ("options", "message"),
     [
         ({"draft": 5}, r"--draft: 5 .*1 to 4"),
-        ({"exit_layer": 0}, r"--exit-layer: 0 .*1 to 4"),
+        ({"exit_layer": 0}, r"--exit-layer: 0 .*1 to 3"),
+        ({"exit_layer": 4}, r"--exit-layer: 4 .*1 to 3"),
         ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
         ({"out": "model"}, "'.*model' exists already"),
         ({"checkpoint": "nowhere"}, "'.*nowhere' holds no readable config.json"),

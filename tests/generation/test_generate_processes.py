@@ -62,6 +62,7 @@ def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
         ("compile=true", "compile"),
         ("prompt=interactive", "prompt"),
         ("prompt_file=-", "prompt_file"),
+        ("quantizer._component_=torchao.quantization.Int8WeightOnlyConfig", "quantizer"),
         (
             "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
             "self_speculation.draft_quantizer",

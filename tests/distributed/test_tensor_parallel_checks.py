@@ -7,16 +7,16 @@ from helpers.tiny import make_tiny
 
 from layerskip_recipes import processes
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.generation import parallel
+from layerskip_recipes.distributed import tensor_parallel
 
 PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
 
 
 def check_processes(keys, model):
-    """`parallel.check_processes` of the keys of a config."""
+    """`check_processes` of the keys of a config."""
     values = {key: Component(value, key) if isinstance(value, dict) else value for key, value in keys.items()}
-    names = ("tensor_parallel_dim", "tensor_parallel_plan", "quantizer", "device")
-    return parallel.check_processes(model, *(values.get(name) for name in names))
+    names = ("tensor_parallel_dim", "tensor_parallel_plan", "device")
+    return tensor_parallel.check_processes(model, *(values.get(name) for name in names))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,6 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
             "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2;",
         ),
         (2, {"tensor_parallel_plan": {"_component_": "builtins.dict", "a": 1}}, "tensor_parallel_plan: builtins.dict "),
-        (2, {"quantizer": {"_component_": "builtins.dict"}}, "quantizer: {'_component_': 'builtins.dict'} with 2 proc"),
         (2, {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); for exam"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Splitting a decoder over processes, for training and generation: tensor parallelism, and loading from rank 0."""

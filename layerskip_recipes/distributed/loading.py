@@ -1,0 +1,75 @@
+"""Loading a model that is split over processes: rank 0 has the weights, each rank receives its part."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import training
+
+from layerskip_recipes.processes import is_rank_zero, wait_for_all
+
+
+def load_from_rank0(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+) -> None:
+    """Give each rank its part of rank 0's weights, one tensor after the other.
+
+    A tensor is converted to `dtype` only when it is sent, so that no rank ever holds a second copy of the model.
+
+    Args:
+        model: split over the ranks, on the meta device.
+        state: the whole state_dict on rank 0; ignored on other ranks.
+        device, dtype: of the weights.
+        offload: the weights live on the CPU.
+    """
+    _make_position_tables(model, device, dtype)
+    wait_for_all()  # rank 0 may have read its files for longer than a collective may take
+    for name, own in model.state_dict().items():
+        if is_rank_zero():
+            value = state[name].to(device=device, dtype=dtype).contiguous()
+        else:
+            value = torch.empty(own.shape, device=device, dtype=dtype)
+        dist.broadcast(value, src=0)
+        if isinstance(getattr(own, "_local_tensor", own), NF4Tensor):  # every rank packs the whole tensor
+            training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
+            continue
+        part = _part_of(value, own)
+        model.load_state_dict({name: part.cpu() if offload else part}, strict=False, assign=True)
+    training.validate_no_params_on_meta_device(model)
+
+
+def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, laid out as `own`; all of it where `own` is not split."""
+    if not isinstance(own, DTensor):
+        return whole
+    shape, start = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
+    part = whole[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))].clone()
+    return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
+
+
+def _make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Compute the position tables of a model on the meta device: no checkpoint has them."""
+    with training.set_default_dtype(dtype), device:
+        for module in model.modules():
+            rope_init: Any = getattr(module, "rope_init", None)
+            if rope_init is not None:
+                rope_init()
+
+
+@contextmanager
+def suppress_dcp_warnings():
+    """Without the warnings of torch's distributed checkpointing about its own calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
+        yield
