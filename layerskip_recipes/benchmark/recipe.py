@@ -85,38 +85,36 @@ class LayerSkipBenchmark:
             self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
-        greedy = [temperature == 0 for temperature in cfg.all_temperatures]
         longest = max((draft.num_speculations for draft in drafts), default=0)
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
         self.limit = cfg.max_new_tokens + self.spare_tokens
-        spare_slots = max((draft.tree(g).spare_slots for draft in drafts for g in greedy), default=0)
         if cfg.random_weights:
-            self._draw_prompts(model, spare_slots)
+            self._draw_prompts(model)
         else:
-            self._read_prompts(model, spare_slots)
+            self._read_prompts(model)
         rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(
                 f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
                 "measurement. Allowed: a number that does; for example batch_size=1"
             )
-        nodes = [draft.tree(g).nodes for draft in drafts for g in greedy] + [LONGEST + 1 if cfg.tune else 1]
-        self.reserve = longest_prompt(self.prompts) + self.limit + max(nodes)
+        nodes = 1 + max(longest, LONGEST if cfg.tune else 0)
+        self.reserve = longest_prompt(self.prompts) + self.limit + nodes
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         built = drafts[:1] if cfg.tuned_drafts else drafts
         whole = weight_bytes(model, cfg.torch_dtype)
         sizes = bytes_of_weights(model, whole, cfg.torch_dtype, cfg.quantizer, built)
-        sizes |= {"prompt": longest_prompt(self.prompts), "nodes": max(nodes)}
+        sizes |= {"prompt": longest_prompt(self.prompts), "nodes": nodes}
         sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
-    def _read_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
+    def _read_prompts(self, model: LayerSkipDecoder) -> None:
         """The config's prompts, and draft vocabularies that are counted in them."""
         cfg = self.cfg
-        check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens", spare=spare)
+        check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens")
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
@@ -133,10 +131,10 @@ class LayerSkipBenchmark:
             for name, variant in self.variants.items()
         }
 
-    def _draw_prompts(self, model: LayerSkipDecoder, spare: int) -> None:
+    def _draw_prompts(self, model: LayerSkipDecoder) -> None:
         """Random prompts, and of each variant the rounds that always draft its whole length."""
         cfg, tokens = self.cfg, model.tok_embeddings.num_embeddings
-        positions, why = most_positions(model, spare)
+        positions, why = most_positions(model)
         if cfg.prompt_tokens + self.limit > positions:
             raise ConfigError(
                 f"prompt_tokens: {cfg.prompt_tokens} and {self.limit} new tokens are more than the model's {positions} "
@@ -146,7 +144,7 @@ class LayerSkipBenchmark:
         self.prompts = torch.randint(tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
-                changes: dict[str, Any] = {"threshold": None, "prompt_lookup": None}
+                changes: dict[str, Any] = {"prompt_lookup": None}
                 if isinstance(variant.draft_vocabulary, int):  # which tokens these are does not change the time
                     changes["draft_vocabulary"] = list(range(min(variant.draft_vocabulary, tokens)))
                 self.variants = self.variants | {name: variant.model_copy(update=changes)}

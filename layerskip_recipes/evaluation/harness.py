@@ -359,8 +359,7 @@ class LayerSkipLM(TemplateLM):
         found: dict[int, str] = {}
         for (task, _), group in groups.items():
             limit, stops, sampler = generation_settings(task, requests[group[0]].args[1], self.max_new_tokens)
-            section = self.self_speculation
-            room = most_positions(self.model, section.tree(sampler.greedy).spare_slots if section else 0)[0] - limit
+            room = most_positions(self.model)[0] - limit
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
             self._warn_of_cuts(map(len, prompts), room)
             found |= zip(

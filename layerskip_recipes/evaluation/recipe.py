@@ -77,14 +77,12 @@ class LayerSkipEval:
                 "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, the folder of a chat model, or "
                 "apply_chat_template=false"
             )
-        section = cfg.self_speculation
-        spare = max(section.tree(greedy).spare_slots for greedy in (True, False)) if section else 0
         return self.harness.load_tasks(
             list(dict.fromkeys(names)),
             cfg.task_path or [],
             cfg.num_fewshot,
             self.max_new_tokens,
-            most_positions(model, spare)[0],
+            most_positions(model)[0],
             cfg.confirm_run_unsafe_code,
         )
 

@@ -61,8 +61,7 @@ def generate(
             same distribution.
         compile: compile the steps. On a GPU graphs are kept with the model for later calls; sampling takes other ones
             than greedy decoding, and so does each other set of filters and each other top_k.
-        **speculation: tree_width, tree_children, threshold, draft_vocabulary, prompt_lookup, drafter, as in
-            `Speculation`.
+        **speculation: draft_vocabulary, prompt_lookup, drafter, as in `Speculation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.

@@ -18,7 +18,7 @@ from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, RoundStart
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.kernels.compiling import GraphError, cache_length, compiled_steps
+from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
@@ -49,8 +49,7 @@ class Generation:
         shared: all ranks of torchrun decode these prompts, and rank 0 says which tokens come out. Drafts are chosen on
             each rank, so a sampler needs a generator in the same state on all of them.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified; for a tree,
-            with the first node of each level.
+        on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified.
         choice: rates of drafts and look-ups that earlier generations measured, which this one goes on from; None:
             measure them anew. Only `prompt_lookup` needs it.
 
@@ -98,21 +97,20 @@ class Generation:
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row, self.acceptance = self.rows.in_row, self.rows.acceptance
         sampler = sampler or Sampler()
-        nodes, spare = 1, 0
+        drafted = 0
         if speculation is not None:
             speculation.check(self.model)
-            tree = speculation.tree(sampler.greedy)
-            nodes, spare = tree.nodes, tree.spare_slots
+            drafted = speculation.num_speculations
         lengths = [len(prompt) for prompt in self.rows.prompts]
         check_prompt_tokens(self.model, self.rows.prompts)
-        check_prompt_lengths(self.model, lengths, max_generated_tokens, spare=spare)
+        check_prompt_lengths(self.model, lengths, max_generated_tokens)
         self.on_draft = on_draft
         self.stats = GenerationStats(first_tokens=len(self.rows))
         self.started = False
 
         compiled = compiled_steps(self.model) if compile else None
         # The last generated token is never an input. A draft may reach beyond a row's limit: there is room for it too.
-        needed = max(lengths) + max_generated_tokens + nodes
+        needed = max(lengths) + max_generated_tokens + drafted + 1
         size = cache_length if compile else int  # the slots of a cache for so many
         draft_model, draft_head = self.model, None
         if speculation is not None and speculation.drafter is not None:
@@ -159,16 +157,8 @@ class Generation:
                         yield self.rows.by_prompt(self._take_next(free))
                         continue
                     started, compiled = time.perf_counter(), self.compile_s
-                    try:
-                        with decoding_kernels(self.context.device):
-                            new = self._plain_round() if self.drafter is None else self._draft_round()
-                    except GraphError:
-                        if self.context.shared:
-                            raise  # the other ranks would wait for what only this one begins again
-                        self.phases.forget(phases)
-                        self.stats.compile_s += self.compile_s - compiled
-                        self._read_again()
-                        continue
+                    with decoding_kernels(self.context.device):
+                        new = self._plain_round() if self.drafter is None else self._draft_round()
                     self.stats.rounds += 1
                     seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
                     if compile_s == 0:
@@ -270,13 +260,6 @@ class Generation:
         logits = self.context.unembed(final[:, None])[:, -1]
         return self.context.broadcast(self.choose_token.run(None, logits, noise, seen))
 
-    def _read_again(self) -> None:
-        """Fill the cache from the texts, since a step that failed half-way may have moved what it held."""
-        with decoding_kernels(self.context.device):
-            final = read_texts(self.context, [text[:-1] for text in self.rows.texts], self._depth)
-        if self.drafter is not None:
-            self.drafter.begin(final)
-
     # ---- rounds ----
 
     def _plain_round(self) -> list[list[int]]:
@@ -307,7 +290,7 @@ class Generation:
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
-            self.on_draft(draft.chains())
+            self.on_draft(draft.tokens[:, 1:].tolist())
         with self.phases.phase("verify"):
             outcome = self.context.broadcast(self.drafter.verify(draft, now))
         self.last = outcome[:, 1].clone()

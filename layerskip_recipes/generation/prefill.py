@@ -8,7 +8,7 @@ import torch
 
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention, on_device
-from layerskip_recipes.model.kv_cache import visible
+from layerskip_recipes.model.kv_cache import causal_mask
 
 CHUNK = 512  # positions whose mask is held at a time, when a text goes on from a cache
 SHORT = 128  # tokens that C++ reads faster than torch does, and as many as it reads at a time
@@ -55,7 +55,7 @@ def read_texts(context: StepContext, texts: Sequence[Sequence[int]], depth: int,
             run = partial(context.run, at=at, slots=slots, unembed=False)
         else:
             context.cache.seek(at, end)
-            mask = None if at_once else visible(at).mask(slots, context.dtype)
+            mask = None if at_once else causal_mask(at, slots, context.dtype)
             run = partial(LayerSkipDecoder.__call__, input_pos=at, mask=mask, unembed=False)
         x = _read(context, tokens[:, start:end], x[:, -1:], depth, run)
         here = x[rows, (last - start).clamp(0, end - start - 1)]

@@ -62,8 +62,6 @@ class LayerSkipGenerate:
         self.section, self.exit_layer = cfg.self_speculation, cfg.exit_layer
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        greedy = cfg.temperature == 0
-        self.spare = self.section.tree(greedy).spare_slots if self.section is not None else 0
         self.examples: list[Example] = []
         self.prompt_tokens: list[list[int]] = []
         if self.interactive:
@@ -89,7 +87,7 @@ class LayerSkipGenerate:
             rows = min(self.batch_size, len(self.good))
             if self.device.type == "cuda" and cfg.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            nodes = self.section.tree(greedy).nodes if self.section is not None else 1
+            nodes = self.section.num_speculations + 1 if self.section is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
             self.reserve = room + max(64, nodes) if cfg.compile else None
@@ -319,7 +317,7 @@ class LayerSkipGenerate:
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
             reserve = max(1024, 2 * (len(tokens) + self.max_new_tokens))
-            reserve = min(reserve, most_positions(self.model, self.spare)[0] + self.spare)
+            reserve = min(reserve, most_positions(self.model)[0])
             generation = self._generation(
                 [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
             )
@@ -337,7 +335,7 @@ class LayerSkipGenerate:
 
     def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
         """Raises a ConfigError unless prompts of these lengths fit the model."""
-        check_prompt_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens", spare=self.spare)
+        check_prompt_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """A conversation so far, after the system prompt, with a question; raises a ConfigError if it is refused."""
@@ -351,7 +349,7 @@ class LayerSkipGenerate:
             shortest = len(self._tokens_of(history, "?"))
         except ValueError:
             return 0
-        return most_positions(self.model, self.spare)[0] - self.max_new_tokens - shortest + 1
+        return most_positions(self.model)[0] - self.max_new_tokens - shortest + 1
 
 
 def _outputs(batch: Sequence[int], generation: Generation) -> dict[int, list[int]]:

@@ -1,8 +1,7 @@
-"""From logits to tokens: the filters, and the acceptance of a chain of drafted tokens, greedy and speculative.
+"""From logits to tokens: the filters, and the acceptance of drafted tokens, greedy and speculative.
 
 p is the full model's distribution, q the draft's; both after the same penalty, temperature, top-k, top-p and min-p.
-Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible. Trees of drafts are accepted in
-drafting/tree_shape.py.
+Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible.
 """
 
 from dataclasses import dataclass, field
@@ -71,11 +70,9 @@ def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generat
 
 
 def exponential_race_scores(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """probs / Exp(1): the largest score is a draw from probs, the k largest are k draws without replacement.
+    """probs / Exp(1), [..., v]: the token with the largest score is a draw from probs.
 
-    Args:
-        probs: [..., v].
-        noise: [..., v] `random_bits`. They give u in (0, 1) and -log(1 - u), which is finest near 0, where draws win.
+    Noise is `random_bits`. They give u in (0, 1) and -log(1 - u), which is finest near 0, where draws win.
     """
     uniform = ((noise.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
     return probs / -torch.log1p(-uniform)

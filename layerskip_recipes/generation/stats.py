@@ -32,7 +32,7 @@ class GenerationStats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
-    draft_steps: int = 0  # sequential ones; a tree's level is one
+    draft_steps: int = 0
     prefill_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, found in the cache
     prefill_s: float = 0.0
@@ -49,7 +49,7 @@ class GenerationStats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """accepted / drafted, None if nothing was drafted. Of a tree, a level counts as one draft."""
+        """accepted / drafted, None if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property

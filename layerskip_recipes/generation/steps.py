@@ -2,9 +2,9 @@
 
 A compiled step is one graph (kernels/compiling.py); on a CPU its layers and heads run in C++ (kernels/cpp_decoder.py).
 Here are the context that all steps of a generation share and the steps of plain decoding; those of drafts and of their
-verification are in drafting/chain.py and drafting/tree.py.
+verification are in drafting/chain.py.
 
-Shapes: b rows, n drafted tokens, k nodes of the draft (n + 1 in a chain), v vocabulary, v' draft vocabulary, d width.
+Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width.
 `start` [b] is the slot of each row's last token, the root of the draft; `slots` is 0 .. end-1, what attention sees, and
 in a graph some more, up to the whole cache.
 """
@@ -21,7 +21,7 @@ from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, Visible, visible
+from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
 from layerskip_recipes.processes import broadcast_from_rank0
 
 log = get_logger("INFO")
@@ -121,22 +121,14 @@ class StepContext:
         if self.graphs is not None:
             self.graphs.begin_round()
 
-    def mask(self, view: Visible, slots: torch.Tensor) -> Any:
-        """A mask of the slots; in a graph that is given the whole cache, attention by blocks of it."""
-        if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:
-            return BlockAttention(view, len(slots))
-        return view.mask(slots, self.dtype)
+    def noise(self) -> torch.Tensor | None:
+        """Noise of the model's choice in each row, [b, v]; None when greedy."""
+        return self.sampler.noise((self.cache.rows, self.vocabulary_size), self.device)
 
-    def noise(self, *nodes: int, draft: bool = False) -> torch.Tensor | None:
-        """Noise of one choice for each row, [b, v], or at each of so many nodes, [b, nodes, v]; None when greedy.
-
-        Args:
-            nodes: none, or how many.
-            draft: whether the draft's head chooses, over its own vocabulary.
-        """
-        cut = draft and self.draft_head is not None
-        size = len(self.draft_head.vocabulary) if cut else self.vocabulary_size
-        return self.sampler.noise((self.cache.rows, *nodes, size), self.device)
+    def draft_noise(self, depth: int) -> torch.Tensor | None:
+        """Noise of `depth` choices of the draft, [b, depth, v']; None when greedy."""
+        size = self.vocabulary_size if self.draft_head is None else len(self.draft_head.vocabulary)
+        return self.sampler.noise((self.cache.rows, depth, size), self.device)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on all ranks."""
@@ -155,22 +147,23 @@ class StepContext:
         start_layer: int = 0,
         exit_layer: int | None = None,
         unembed: bool = True,
-        positions: torch.Tensor | None = None,
-        mask: Any = None,
     ) -> torch.Tensor:
         """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s]."""
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             x: Any = tokens if hidden is None else hidden
-            x = self.cpp.run(model, x, at, slots.shape[0], layers, positions, mask)
+            x = self.cpp.run(model, x, at, slots.shape[0], layers)
             return self.cpp.logits(model, x) if unembed else x
         self.cache.seek(at, slots.shape[0])
-        positions = at if positions is None else positions
+        mask: Any
+        if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:
+            mask = BlockAttention(at, len(slots))
+        else:
+            mask = causal_mask(at, slots, self.dtype)
         # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
-        inputs = {"input_pos": positions.clamp(max=self.last_position)}
-        inputs["mask"] = self.mask(visible(at), slots) if mask is None else mask
+        at = at.clamp(max=self.last_position)
         part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
-        out = model(tokens, hidden=hidden, **part, **inputs)
+        out = model(tokens, hidden=hidden, input_pos=at, mask=mask, **part)
         self.cache.cursor[0] = None  # a graph would have to return the tensor
         return out
 
@@ -179,7 +172,7 @@ class StepContext:
         return self.sampler.scores(logits, seen, self.settings)
 
     def read_by_draft(
-        self, x: torch.Tensor, before: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor, **attention: Any
+        self, x: torch.Tensor, before: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """What the draft's head unembeds of x_E, before the draft's norm: x_E itself unless an adapter drafts.
 
@@ -187,13 +180,12 @@ class StepContext:
             x: x_E, [b, s, d].
             before: for an adapter, the normed state of the token before each, [b, s, d]; None without one.
             at, slots: as of `run`.
-            **attention: positions and mask.
         """
         if before is None:
             return x
         own = self.own_layers
         part: Any = {"hidden": torch.cat([x, before], -1), "start_layer": own.start, "exit_layer": own.stop}
-        return self.run(self.draft_model, None, at, slots, unembed=False, **part, **attention)
+        return self.run(self.draft_model, None, at, slots, unembed=False, **part)
 
     def unembed(self, x: torch.Tensor) -> Any:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
@@ -224,21 +216,10 @@ class StepContext:
         return scores.new_zeros(*q.shape[:2], scores.shape[-1]).index_copy(2, self.draft_head.vocabulary, q)
 
     @staticmethod
-    def seen_at(seen: torch.Tensor, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        """The tokens seen before each node's next one: those of the text and on the node's path.
-
-        Args:
-            seen: [b, v], of the text.
-            tokens: [b, k], of the nodes.
-            ancestors: [b or 1, k, k], for each node those on its path, itself included.
-
-        Returns:
-            [b, k, v].
-        """
-        b, k = tokens.shape
-        counts = torch.zeros(b, k, seen.shape[-1], device=seen.device)
-        counts.scatter_add_(2, tokens[:, None].expand(-1, k, -1), ancestors.expand(b, -1, -1).float())
-        return seen[:, None] | (counts > 0)
+    def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens seen up to each of `tokens` [b, k], those of the text, `seen` [b, v], included -> [b, k, v]."""
+        counts = torch.zeros(*tokens.shape, seen.shape[-1], device=seen.device)
+        return seen[:, None] | (counts.scatter_(2, tokens[..., None], 1).cumsum(1) > 0)
 
 
 class Step:

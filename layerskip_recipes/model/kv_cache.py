@@ -7,11 +7,10 @@ torchtune's own attention calls `cached_attention` (`attn._attention_call`) with
 torchtune's own `KVCache` counts forward only and hands the whole allocation to attention. A `LayerCache` goes back by
 writing again: a row's slot p is valid once written, and later slots are hidden by masks; attention gets the filled part
 only, in graphs some slots more or all. Draft and verification share the cache: each layer is written by whichever pass
-runs that layer. The candidates of a draft tree have slots of their own behind the text; `move` copies an accepted path
-to the slots of the text.
+runs that layer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,12 +55,6 @@ class LayerCache:
             # CUDA graphs write to fixed addresses. There is no guard, as graphs here are looked up by their keys.
             torch._dynamo.mark_static_address(self.k, guard=False)
             torch._dynamo.mark_static_address(self.v, guard=False)
-
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy the slots `source` [b, n] to the slots `target` [b, n]."""
-        for buffer in (self.k, self.v):
-            index = source[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            self._write(buffer, target, buffer.gather(2, index))
 
     @staticmethod
     def _write(buffer: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
@@ -136,29 +129,10 @@ class DecodingCache:
             for layer, k, v in used:
                 layer.k, layer.v = k, v
 
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """In all layers, see `LayerCache.move`."""
-        for layer in self.layers:
-            layer.move(source, target)
 
-
-class Visible:
-    """Which slots of the cache each query sees.
-
-    Args:
-        sees: sees(row, query, slot) says whether the query of this number in a row sees a slot; integer tensors that
-            broadcast.
-        last: [b, any number], slots of each row, of which the largest is the last one that a query sees.
-        queries: s, their number in a row.
-    """
-
-    def __init__(self, sees: Callable[..., torch.Tensor], last: torch.Tensor, queries: int) -> None:
-        self.sees, self.last, self.queries = sees, last, queries
-
-    def mask(self, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """0 or -inf for each of the slots [end], to be added to scores: [b, s, end]."""
-        rows, queries = (torch.arange(n, device=slots.device) for n in (len(self.last), self.queries))
-        return torch.where(self.sees(rows[:, None, None], queries[:, None], slots), 0.0, -torch.inf).to(dtype)
+def causal_mask(at: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a query, at the slots `at` [b or 1, s], sees a slot, those up to its own, else -inf; [b or 1, s, end]."""
+    return torch.where(slots <= at[..., None], 0.0, -torch.inf).to(dtype)
 
 
 class BlockAttention:
@@ -168,16 +142,16 @@ class BlockAttention:
     serves all lengths of a text. For fewer than 128 queries it splits a row's slots among the processors of a GPU.
 
     Args:
-        view: which slots each query of each row sees.
+        at: [b, s], the slots of the queries, each of which sees the slots up to its own.
         max_len: slots of the cache, a whole number of blocks.
     """
 
-    def __init__(self, view: Visible, max_len: int) -> None:
-        self.view, self.max_len = view, max_len
+    def __init__(self, at: torch.Tensor, max_len: int) -> None:
+        self.at, self.max_len = at, max_len
         # Made once for all layers. Both have to be contiguous, which a vector with new dimensions is not in a graph.
-        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=view.last.device)
-        self.counts = (view.last.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
-        self.blocks = blocks.repeat(len(view.last), 1, 1, 1)
+        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=at.device)
+        self.counts = (at.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
+        self.blocks = blocks.repeat(len(at), 1, 1, 1)
 
     def block_mask(self, grouped: int) -> BlockMask:
         """What the kernel reads: one block of n s grouped queries for each row, which sees the row's first blocks."""
@@ -185,7 +159,7 @@ class BlockAttention:
             self.counts,
             self.blocks,
             BLOCK_SIZE=(-(-grouped // BLOCK) * BLOCK, BLOCK),
-            mask_mod=lambda row, _, query, slot: self.view.sees(row, query % self.view.queries, slot),
+            mask_mod=lambda row, _, query, slot: slot <= self.at[row, query % self.at.shape[1]],
             seq_lengths=(grouped, self.max_len),
         )
 
@@ -193,28 +167,6 @@ class BlockAttention:
         """q [b, key heads, n s, head_dim], the queries of n heads that share a key head behind one another; k, v
         [b, key heads, max_len, head_dim] -> the shape of q."""
         return flex_attention(q, k, v, block_mask=self.block_mask(q.shape[2]))
-
-
-def visible(at: torch.Tensor) -> Visible:
-    """Of text and chains: a query sees the slots up to its own.
-
-    `at` [b, s] has the slots of the queries; [1, s] makes a mask for all rows.
-    """
-    return Visible(lambda row, query, slot: slot <= at[row, query], at, at.shape[1])
-
-
-def visible_tree(root: torch.Tensor, ancestors: torch.Tensor) -> Visible:
-    """Of a draft tree, whose node k is at slot root + k: all slots before the root, and a node's ancestors.
-
-    root is [b]; `ancestors` [b, s, nodes] says for each query which nodes are on its path, itself included.
-    """
-    nodes = ancestors.shape[2]
-
-    def sees(row: torch.Tensor, query: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        node = slot - root[row]
-        return (node < 0) | ((node < nodes) & ancestors[row, query, node.clamp(0, nodes - 1)])
-
-    return Visible(sees, root[:, None] + nodes - 1, ancestors.shape[1])
 
 
 def cached_attention(

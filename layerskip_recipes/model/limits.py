@@ -47,15 +47,12 @@ def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -
         )
 
 
-def most_positions(model: TransformerDecoder, spare: int = 0) -> tuple[int, str]:
-    """How many positions of text and new tokens a model decodes with a cache, and what limits them.
-
-    Where attention has a sliding window, the `spare` slots of a draft tree count too.
-    """
+def most_positions(model: TransformerDecoder) -> tuple[int, str]:
+    """How many positions of text and new tokens a model decodes with a cache, and what limits them."""
     # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
     # the window's size nothing is cut, so there it does no harm.
     windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    limits = [(w - spare, "the attention's sliding window") for w in windows if w]
+    limits = [(w, "the attention's sliding window") for w in windows if w]
     return min([*limits, (model.max_seq_len, "max_seq_len")])
 
 
@@ -64,7 +61,6 @@ def check_prompt_lengths(
     prompt_lengths: Sequence[int],
     max_generated_tokens: int,
     key: str = "max_generated_tokens",
-    spare: int = 0,
 ) -> None:
     """Raises a ConfigError unless each prompt has a token and fits the model together with the new tokens."""
     check(key, max_generated_tokens, Annotated[int, Field(ge=1, examples=[128])])
@@ -72,7 +68,7 @@ def check_prompt_lengths(
         raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
     if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
         raise ConfigError("model: generation supports decoders of self-attention layers only, no fusion layers")
-    limit, what = most_positions(model, spare)
+    limit, what = most_positions(model)
     longest = max(prompt_lengths)
     if longest + 1 > limit:
         raise ConfigError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")

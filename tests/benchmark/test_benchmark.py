@@ -19,8 +19,6 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures
 from layerskip_recipes.cli import recipes as cli
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.tree import TreeDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
@@ -29,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 PEERS = ["torchtune", *(["transformers", "transformers_early_exit"] if HAS_TRANSFORMERS else [])]
-METHODS = ["baseline", "chain", "tree", *PEERS]
+METHODS = ["baseline", "chain", "short", *PEERS]
 
 
 @pytest.fixture
@@ -104,11 +102,11 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
         if not row["looping_outputs"]:
             assert row["tokens_per_second_not_looping"] == row["tokens_per_second"]
         assert row["prefill_s"] > 0
-    for name in ("chain", "tree"):
+    for name in ("chain", "short"):
         row = table[name]
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["drafted_per_round"] == row["drafted"] / row["rounds"]
-        assert row["rounds_by_kind"] == {name: row["rounds"]}
+        assert row["rounds_by_kind"] == {"chain": row["rounds"]}
         assert row["tokens_per_round"] == pytest.approx(row["accepted"] / row["rounds"] + 1)
         cost = row["draft_s_per_round"] / row["draft_steps_per_round"] / base["round_s"]
         assert row["draft_cost"] == pytest.approx(cost)
@@ -138,7 +136,7 @@ def test_outputs_are_compared_with_references(path, capsys):
     ask = ["metrics=[exact_match,rouge1]", "temperatures=[0.0]", "repeats=2", f"prompt_file={prompts}"]
     recipe, report = run(path, *ask, "variants.shallow.early_exit=1")
     table = rows(report, 0.0)
-    for name in ("baseline", "chain", "tree"):
+    for name in ("baseline", "chain", "short"):
         assert table[name]["metrics"]["exact_match"] == 0.5
         assert table[name]["metrics"]["rouge1"] == pytest.approx(0.5, abs=0.02)
     assert table["shallow"]["metrics"]["exact_match"] == 0
@@ -150,18 +148,18 @@ def test_outputs_are_compared_with_references(path, capsys):
 
 
 def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
-    """Baseline, chain, tree; then again for the next prompt: after a warm-up of two lengths."""
+    """Baseline, chain, short; then again for the next prompt: after a warm-up of two lengths."""
     seen = []
     whole = Generation.__init__
 
     def noted(self, model, prompts, *args, **kwargs):
         whole(self, model, prompts, *args, **kwargs)
-        kind = {TreeDrafter: "tree", ChainDrafter: "chain"}.get(type(self.drafter), "baseline")
+        kind = {3: "chain", 2: "short"}[self.speculation.num_speculations] if self.speculation else "baseline"
         seen.append((kind, prompts[0], self.context.sampler.rng.initial_seed(), self.context.sampler.temperature))
 
     monkeypatch.setattr(Generation, "__init__", noted)
     recipe, _ = run(path, "prompt=[def main(argument, import os]")
-    methods, (one, two) = ["baseline", "chain", "tree"], recipe.prompts
+    methods, (one, two) = ["baseline", "chain", "short"], recipe.prompts
     assert [kind for kind, *_ in seen] == methods * 2 * (2 + 4)
     assert [prompt for _, prompt, *_ in seen[:18:3]] == [two, one, one, two, one, two]
     assert [seed for *_, seed, _ in seen[6:18]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
@@ -171,7 +169,7 @@ def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
 
 
 def test_a_batch_of_two_lengths_and_an_exit_without_verification(path):
-    changes = ["batch_size=2", "peers=[torchtune,transformers]", "variants.tree=null", "variants.shallow.early_exit=1"]
+    changes = ["batch_size=2", "peers=[torchtune,transformers]", "variants.short=null", "variants.shallow.early_exit=1"]
     _, report = run(path, *changes, "temperatures=[0.0]", "repeats=1", "top_k=5")
     table = rows(report, 0.0)
     assert list(table) == ["baseline", "chain", "shallow", "torchtune", *(["transformers"] if HAS_TRANSFORMERS else [])]

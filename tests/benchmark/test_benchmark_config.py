@@ -55,17 +55,11 @@ WRONG = [
     ("variant=3", "variant", "unknown key", "Nearest: variants"),
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
     ("variants=chain", "variants", "'chain'", "variants.chain.exit_layer=3"),
-    ("variants.chain=null; variants.tree=null", "variants", "None", "variants.chain.exit_layer=3"),
+    ("variants.chain=null; variants.short=null", "variants", "None", "variants.chain.exit_layer=3"),
     ("~variants; peers={torchtune: null}", "variants", "None", "or peers"),
     ("variants.chain=3", "variants.chain", "3", "self_speculation"),
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
-    (
-        "variants.chain.threshold=0.5; variants.chain.tree_width=2",
-        "variants.chain.threshold",
-        "0.5",
-        "variants.chain.threshold=null, or variants.chain.tree_width=1 variants.chain.tree_children=1",
-    ),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
     ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "1 or more"),
     ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
@@ -108,7 +102,7 @@ def test_odd_values_are_taken_or_refused_by_key(path):
         "variants.chain",
         "variants.x",
     }
-    keys |= {f"variants.chain.{key}" for key in ("exit_layer", "num_speculations", "threshold", "early_exit")}
+    keys |= {f"variants.chain.{key}" for key in ("exit_layer", "num_speculations", "early_exit")}
     overrides = [f"{key}={value}" for key in sorted(keys) for value in ODD]
     # All keys are resolved together, before any is looked at.
     overrides += ["report_dir=${nowhere}", "variants.chain.exit_layer=${nowhere}"]

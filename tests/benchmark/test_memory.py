@@ -8,9 +8,12 @@ from layerskip_recipes.config.loading import load_config
 
 
 def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):
-    """The deepest draft of its variants counts: a sampled tree with its root and 2 x (1 + 2) nodes. A layer reads the
-    prompt of one token with three states of the width 48 and six of the width 32; a step has three results in fp32."""
-    variants = {"tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2}}
+    """The longest draft of its variants counts, and the token before it.
+
+    A layer reads the prompt of one token with three states of the width 48 and six of the width 32; a step has three
+    results in fp32.
+    """
+    variants = {"long": {"exit_layer": 2, "num_speculations": 6}, "short": {"exit_layer": 2, "num_speculations": 2}}
     path = benchmark_config(tmp_path, checkpoint, prompt=["a", "b"], batch_size=2, variants=variants)
     need = 4 * (4 * LAYER + REST) + 2 * ((1 + 16 + 7) * SLOT + 4 * (3 * 48 + 6 * 32) + 7 * 3 * 4 * MODEL["vocab_size"])
 

@@ -43,7 +43,7 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "transformers" else True)
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", broken))
     report = run(path, "peers=[torchtune,transformers]", "temperatures=[0.0]", "repeats=1")
-    assert rows(report, 0.0) == ["baseline", "chain", "tree"] and "transformers" not in report["versions"]
+    assert rows(report, 0.0) == ["baseline", "chain", "short"] and "transformers" not in report["versions"]
     left_out = {"torchtune": "RuntimeError: eager: RuntimeError: no such kernel, at temperature 0.0"}
     left_out["transformers"] = "ModuleNotFoundError: transformers is not installed, at temperature 0.0"
     assert report["peers_left_out"] == left_out
@@ -75,7 +75,7 @@ def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypa
     assert calls == [0.0, 0.0, 0.8]
     why = "RuntimeError: eager: MemoryError: no more, at temperature 0.8"
     assert report["peers_left_out"] == {"torchtune": why}
-    assert [row["name"] for row in report["results"]] == ["baseline", "chain", "tree"] * 2
+    assert [row["name"] for row in report["results"]] == ["baseline", "chain", "short"] * 2
 
 
 def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
     assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
     assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
     assert [(row["name"], row["outputs"]) for row in report["results"]] == [
-        *((name, 4) for name in ["baseline", "chain", "tree"] * 2)
+        *((name, 4) for name in ["baseline", "chain", "short"] * 2)
     ]
     assert report["interrupted"] is False
 
@@ -155,7 +155,7 @@ def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
 
 def test_what_a_peer_cannot_do_leaves_it_out(path):
     """Filters that torchtune lacks, and a draft that no variant has; ours are measured."""
-    alone = ["variants.chain=null", "variants.tree=null", "variants.x.early_exit=2", "max_new_tokens=4", "repeats=1"]
+    alone = ["variants.chain=null", "variants.short=null", "variants.x.early_exit=2", "max_new_tokens=4", "repeats=1"]
     report = run(path, *alone, "peers=[torchtune,transformers_early_exit]", "temperatures=[0.8]", "top_p=0.9")
     assert [row["name"] for row in report["results"]] == ["baseline", "x"]
     why = report["peers_left_out"]
@@ -176,7 +176,7 @@ def test_peers_alone(path):
 def test_a_quantised_model_is_llama_cpps_only(path):
     """llama.cpp reads a GGUF file of its own."""
     int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
-    settings = ["variants.tree=null", "max_new_tokens=6", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
+    settings = ["variants.short=null", "max_new_tokens=6", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
     report = run(path, int8, *settings)
     assert {row["name"]: row["identical"] for row in report["results"]} == {"baseline": True, "chain": True}
     assert "it would run the weights without quantizer" in report["peers_left_out"]["torchtune"]

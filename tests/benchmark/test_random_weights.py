@@ -86,14 +86,18 @@ def test_no_config_is_written_of_what_random_weights_accept():
 
 
 def test_whatever_a_config_says_of_drafts():
-    """Batches, trees, sampling, draft vocabulary, int8; a threshold and look-ups only choose between such rounds."""
-    tree = ["self_speculation.tree_width=2", "self_speculation.tree_children=2", "self_speculation.draft_vocabulary=64"]
+    """Batches, sampling, draft vocabulary, int8; look-ups only choose between such rounds."""
     quantizer = "self_speculation.draft_quantizer={_component_: torchao.quantization.Int8WeightOnlyConfig}"
     report = run(
-        *tree, quantizer, "batch_size=3", "temperature=0.8", "self_speculation.num_speculations=2", "repeats=1"
+        "self_speculation.draft_vocabulary=64",
+        quantizer,
+        "batch_size=3",
+        "temperature=0.8",
+        "self_speculation.num_speculations=2",
+        "repeats=1",
     )
     assert report["batch_size"] == 3 and {row["temperature"] for row in report["results"]} == {0.8}
-    report = run("self_speculation.threshold=0.5", "self_speculation.prompt_lookup=2", "repeats=1")
+    report = run("self_speculation.prompt_lookup=2", "repeats=1")
     assert (
         report["results"][1]["drafted_per_round"]
         == load_config("quickstart/generate").self_speculation.num_speculations
@@ -110,7 +114,6 @@ def test_whatever_a_config_says_of_drafts():
             ["prompt_tokens=1020"],
             "^prompt_tokens: 1020 and .* the model's 1024 .* prompt_tokens=256 max_new_tokens=256",
         ),
-        (["self_speculation.tree_width=99999"], r"^self_speculation\.tree_width: 99999"),
         (["peers=[torchtune]"], "^peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
         (["metrics=[bleu]"], "^metrics: .* needs a checkpoint"),
         (["tune=true"], "^tune: True needs a checkpoint"),

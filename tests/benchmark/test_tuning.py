@@ -149,7 +149,7 @@ def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypa
     """It loads, validates, keeps the user's keys, and sets the choice and what it was measured with; null where nothing
     pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    others = {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2, "prompt_lookup": 3}
+    others = {"exit_layer": 2, "num_speculations": 2, "prompt_lookup": 3}
     theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5, "quantizer": INT8}
     generate_config(tmp_path, checkpoint, **theirs, self_speculation=others)
     monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder

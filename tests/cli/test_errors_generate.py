@@ -61,16 +61,6 @@ GENERATE = [
     ("repetition_penalty=0", "repetition_penalty", "0", "above 0"),
     ("compile=maybe", "compile", "'maybe'", "true, false"),
     ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
-    ("self_speculation.tree_width=0", "self_speculation.tree_width", "0", "1 or more"),
-    ("self_speculation.tree_children=x", "self_speculation.tree_children", "'x'", "1 or more"),
-    ("self_speculation.threshold=1.5", "self_speculation.threshold", "1.5", "0 to 1"),
-    ("self_speculation.threshold=high", "self_speculation.threshold", "'high'", "self_speculation.threshold=0.4"),
-    (
-        "self_speculation.threshold=0.5; self_speculation.tree_width=2",
-        "self_speculation.threshold",
-        "0.5",
-        "self_speculation.threshold=null",
-    ),
     ("self_speculation.prompt_lookup=0", "self_speculation.prompt_lookup", "0", "1 or more"),
     (
         "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig; "
@@ -80,15 +70,9 @@ GENERATE = [
         "quantizer=null",
     ),
     ("self_speculation.draft_vocabulary=0", "self_speculation.draft_vocabulary", "0", "1 or more"),
-    ("self_speculation.draft_vocabulary=[]", "self_speculation.draft_vocabulary", "0 ids", "at least 1"),
+    ("self_speculation.draft_vocabulary=[]", "self_speculation.draft_vocabulary", "no list", "0..299"),
     ("self_speculation.draft_vocabulary=[1,300]", "self_speculation.draft_vocabulary", "300", "0..299"),
     ("self_speculation.draft_vocabulary=[-1]", "self_speculation.draft_vocabulary", "-1", "0..299"),
-    (
-        "self_speculation.draft_vocabulary=[5]; self_speculation.tree_width=2",
-        "self_speculation.draft_vocabulary",
-        "1 ids",
-        "at least 2",
-    ),
     (
         "self_speculation.draft_vocabulary_file=a.txt",
         "self_speculation.draft_vocabulary_file",
@@ -123,12 +107,6 @@ GENERATE = [
         "self_speculation.draft_vocabulary_file=corpus.txt",
     ),
     ("output_file=generate.yaml/a.jsonl", "output_file", "'generate.yaml'", "in the way"),
-    (
-        "self_speculation.draft_vocabulary=1; self_speculation.tree_width=2",
-        "self_speculation.draft_vocabulary",
-        "1 ids",
-        "at least 2",
-    ),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=3", "prompt", "3", "prompt.user="),
     ('prompt=""', "prompt", "''", "prompt.user="),

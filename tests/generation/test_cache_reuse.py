@@ -27,7 +27,7 @@ def count_positions(model):
 
 
 @pytest.mark.parametrize("chunk", [512, 3, 2])
-@pytest.mark.parametrize("variant", [None, "chain", "tree", "drafter", "look-up"])
+@pytest.mark.parametrize("variant", [None, "chain", "drafter", "look-up"])
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
@@ -67,7 +67,7 @@ def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypat
 )
 def test_a_prompt_that_diverges_reuses_the_common_part(prompt, reused):
     model = model_of("llama3_2")
-    first = run(model, [PROMPT], 9, speculation=Speculation(2, 3, 2, 2), reserve=40)
+    first = run(model, [PROMPT], 9, speculation=Speculation(2, 3), reserve=40)
     again = run(model, [prompt], 9, speculation=Speculation(2, 3), cache=first.cache)
     assert again.stats.reused_tokens == reused and again.cache is first.cache
     assert again.generated == [greedy("llama3_2", prompt, 9)]
@@ -80,7 +80,7 @@ def test_rows_reuse_what_all_of_them_have():
     )
     prompts = [(*prompt, *tokens, 1, 2) for prompt, tokens in zip(first.rows.prompts, first.generated, strict=True)]
     assert len(first.generated[0]) == 3
-    again = run(model, prompts, 6, cache=first.cache, reserve=30, speculation=Speculation(3, 2, 2))
+    again = run(model, prompts, 6, cache=first.cache, reserve=30, speculation=Speculation(3, 2))
     assert again.cache is not first.cache and again.stats.reused_tokens == 0  # too small
     assert again.generated == [greedy("llama3_2", prompt, 6) for prompt in prompts]
     prompts = [(*prompts[0], 5), (*prompts[1], 5), (*prompts[2][:6], 5)]
@@ -116,7 +116,7 @@ def test_after_an_interruption_the_cache_holds_what_ran(when):
     model = make_model()
     first = run(model, [PROMPT], 6, reserve=60)
     prompt = (*PROMPT, *first.generated[0], 9, 60, 2)
-    generation, steps = Generation(model, [prompt], 12, cache=first.cache, speculation=Speculation(2, 3, 2, 2)), 0
+    generation, steps = Generation(model, [prompt], 12, cache=first.cache, speculation=Speculation(2, 3)), 0
     fails = 2 if when == "rounds" else 0
     hook = model.layers[4].register_forward_pre_hook(lambda *_: 1 / 0 if steps == fails else None)
     with pytest.raises(ZeroDivisionError):
@@ -155,7 +155,7 @@ def test_cached_attention_is_that_of_expanded_heads(heads, s, end):
         torch.testing.assert_close(cached_attention(q, k, v, mask), expected)
 
 
-@pytest.mark.parametrize("variant", [None, "chain", "tree", "drafter"])
+@pytest.mark.parametrize("variant", [None, "chain", "drafter"])
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2", "phi3"])
 def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, variant, monkeypatch):
     """The keys of every call are a view of the cache, of its own heads, up to the last slot that is in use."""
@@ -169,7 +169,7 @@ def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, vari
     monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
     speculation = speculation_of(variant, model) if variant else None
     generation = Generation(model, [PROMPT, PROMPT[:2]], 14, speculation=speculation, reserve=reserve)
-    nodes = speculation.tree(greedy=True).nodes if variant else 1
+    verified = speculation.num_speculations + 1 if variant else 1
     longest, rounds = 0, 0
     for _ in generation:
         cache = generation.cache
@@ -184,7 +184,7 @@ def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, vari
             assert len(ends) == 1
             ((b, heads, end, width),) = ends
             assert (b, heads, width) == (rows, 2, 8)
-            assert longest < end <= longest + nodes
+            assert longest < end <= longest + verified
         longest = max(len(p) + len(g) for p, g in zip(generation.rows.prompts, generation.generated, strict=True)) - 1
         rounds += 1
         calls.clear()

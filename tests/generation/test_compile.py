@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,14 +36,12 @@ def not_compiled(monkeypatch):
 
 @compiles
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
+def test_the_same_tokens_and_nothing_compiled_twice(way, small):
     """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
 
     Also where the first text begins at the end of its cache: that length is not taken for the only one. And up to the
     model's last position, which a compiled draft passes, as it is whole.
     """
-    if way == "tree":
-        request.getfixturevalue("traced")
     graphs, seconds, accepted = None, compiled_steps(small).seconds, 0
     to_the_end = [([row[cut:] for row in END], MAX_LEN - len(END[0]) + cut) for cut in range(3)]
     for prompts, count in (*to_the_end, (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
@@ -141,25 +138,6 @@ def test_a_quantised_draft_has_no_tables_of_its_own(small):
 
 
 @compiles
-def test_a_draft_that_stops_early_is_compiled_step_by_step(small, traced):
-    """Each length that is verified has a graph of its own."""
-    lengths = Counter()
-    generation = Generation(
-        small,
-        [LONG[0]],
-        30,
-        compile=True,
-        speculation=Speculation(1, 2, threshold=0.45),
-        on_draft=lambda tokens: lengths.update([len(tokens[0])]),
-    )
-    for _ in generation:
-        pass
-    assert generation.generated == [plain(small, LONG[0], 30)]
-    assert set(lengths) == {1, 2} and min(lengths.values()) > 2
-    assert 0 < generation.stats.acceptance_rate < 1 and not compiled_steps(small).failed
-
-
-@compiles
 def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
     """The cache of one call is that of the next one; a call in between that takes it over is noticed."""
     speculation = Speculation(**WAYS["chain"])
@@ -227,7 +205,7 @@ def test_where_nothing_can_be_compiled_eager_steps_run(error, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
-    for way in ("chain", "tree", "plain"):
+    for way in ("chain", "plain"):
         out = generate(model, [torch.tensor(prompt) for prompt in SHORT], 9, compile=True, **WAYS[way])
         expected = [plain(model, prompt, 9) for prompt in SHORT]
         assert [row[-9:] for row in out.tokens.tolist()] == expected

@@ -6,7 +6,6 @@ from helpers.speculation import PROMPTS, perturbed, run
 from helpers.tiny import VOCAB
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats
 
 # ---- what a generation counts ----
@@ -72,28 +71,6 @@ def test_bytes_of_drafts(exit_layer, d, drafter):
         weights += layers * LAYER + (n + 1) * HEAD
         cache += layers * SLOT * (root + n + 1)
     assert (stats.weight_bytes, stats.cache_bytes) == (weights, cache)
-
-
-def test_bytes_of_a_tree():
-    """A level is one early pass of its nodes; attention of every pass looks at the slots of all nodes."""
-    depth, width, exit_layer = 3, 2, 2
-    model, roots = model_of("llama3_2"), []
-    generation = Generation(
-        model,
-        [PROMPT],
-        18,
-        speculation=Speculation(exit_layer, depth, width, 2),
-        on_draft=lambda tokens: roots.append((len(PROMPT) + len(generation.generated[0]) - 1, len(tokens[0]))),
-    )
-    for _ in generation:
-        pass
-    weights = cache = 0
-    for root, n in roots:
-        nodes = n * width
-        weights += (L + n * exit_layer) * LAYER + (n + 1) * HEAD
-        cache += (L + n * exit_layer) * SLOT * (root + nodes + 1)
-    assert (generation.stats.weight_bytes, generation.stats.cache_bytes) == (weights, cache)
-    assert generation.stats.draft_steps == sum(n for _, n in roots)
 
 
 def test_statistics_add_up():

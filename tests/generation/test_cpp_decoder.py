@@ -288,7 +288,7 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-@pytest.mark.parametrize("variant", ["chain", "tree", "vocabulary", "look-up", "threshold 0.15"])
+@pytest.mark.parametrize("variant", ["chain", "vocabulary", "look-up"])
 def test_no_precision_lets_drafts_change_a_token(precision, variant):
     """A verification of many tokens has the bits of steps of one, so not even ties are decided otherwise."""
     model = talking(precision)
@@ -411,7 +411,7 @@ def test_without_a_compiler_steps_run_as_they_are(error, monkeypatch):
 
     monkeypatch.setattr(cpp_decoder, "load_library", failing)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
-    for variant in ("chain", "one level"):
+    for variant in ("chain", "one token"):
         generation = run(model, PROMPTS, 9, speculation=speculation_of(variant, model))
         assert generation.generated == [plain(model, prompt, 9) for prompt in PROMPTS]
     assert len(tries) == 1

@@ -14,7 +14,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, visible, visible_tree
+from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, causal_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,24 +62,20 @@ def test_cuda_graphs_of_one_row_and_other_lengths(way, width, dtype):
             assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["text", "tree"])
 @pytest.mark.parametrize(("group", "queries"), [(3, 1), (3, 7), (8, 17)])
-def test_attention_by_blocks_is_masked_attention(kind, group, queries):
+def test_attention_by_blocks_is_masked_attention(group, queries):
     """Rows of different lengths; with 128 queries and more for each key head torch has another kernel."""
     torch.manual_seed(82)
     q, (k, v) = torch.randn(2, 2, group * queries, 64), torch.randn(2, 2, 2, 5 * BLOCK, 64)
-    root, ancestors = torch.tensor([3, 2 * BLOCK - 2]), torch.rand(2, queries, 9) < 0.5
-    ancestors[:, :, 0] = True
 
-    def attention(q, k, v, root, ancestors):
+    def attention(q, k, v, root):
         at = root[:, None] + torch.arange(queries, device=root.device)
-        seen = visible(at) if kind == "text" else visible_tree(root, ancestors)
         if q.is_cuda:
-            return BlockAttention(seen, k.shape[2])(q, k, v)
-        mask = seen.mask(torch.arange(k.shape[2]), q.dtype).repeat(1, group, 1)
+            return BlockAttention(at, k.shape[2])(q, k, v)
+        mask = causal_mask(at, torch.arange(k.shape[2]), q.dtype).repeat(1, group, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
 
-    inputs = (q, k, v, root, ancestors)
+    inputs = (q, k, v, torch.tensor([3, 2 * BLOCK - 2]))
     out = torch.compile(attention, fullgraph=True, dynamic=False)(*(tensor.cuda() for tensor in inputs))
     torch.testing.assert_close(out.cpu(), attention(*inputs))
 
@@ -94,12 +90,11 @@ def test_cuda_graphs_of_a_quantised_draft():
         assert not compiled_steps(model).refused
 
 
-@pytest.mark.parametrize("way", ["chain", "tree"])
-def test_cuda_graphs_repeat_by_the_seed(way):
+def test_cuda_graphs_repeat_by_the_seed():
     model, outputs = make_small().cuda(), []
     for seed in (1, 1, 2):
         sampler = Sampler(1.0, top_k=20, rng=torch.Generator("cuda").manual_seed(seed))
-        generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS[way]))
+        generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS["chain"]))
         outputs.append(generation.generated)
     assert outputs[0] == outputs[1] != outputs[2] and not compiled_steps(model).failed
 

@@ -27,8 +27,6 @@ MODES = {
 
 
 VARIANTS = [
-    "tree_width=3; tree_children=2",
-    "threshold=0.2",
     "prompt_lookup=2",
     "draft_vocabulary=40",
     "draft_vocabulary=[5,6,7,8,9,10,11]",

@@ -309,8 +309,8 @@ WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__
 @pytest.mark.parametrize("sampler", [None, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}])
 @pytest.mark.parametrize(
     "speculation",
-    [None, {}, {"tree_width": 2, "tree_children": 2}, {"prompt_lookup": 2}],
-    ids=["plain", "chain", "tree", "lookup"],
+    [None, {}, {"prompt_lookup": 2}],
+    ids=["plain", "chain", "lookup"],
 )
 def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
     """What was accepted is the only thing that it reads from the device, however many tokens are drafted."""

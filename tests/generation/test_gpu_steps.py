@@ -13,7 +13,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.steps import StepContext, choose_token
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, visible, visible_tree
+from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
 
 
 @pytest.fixture
@@ -39,33 +39,24 @@ def gpu_steps(no_cuda, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("kind", ["text", "tree"])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("queries", [1, 4, 50])
-def test_attention_by_blocks(kind, group, queries):
+def test_attention_by_blocks(group, queries):
     """Against a softmax over the visible slots alone, within the first block of a cache, across its end, and behind."""
     torch.manual_seed(81)
     starts, slots, dim = [3, BLOCK - 2, 2 * BLOCK + 9], 3 * BLOCK, 16
     q = torch.randn(3, 2 * group, queries, dim)
     k, v = torch.randn(2, 3, 2, slots, dim)
-    root = torch.tensor(starts)
-    ancestors = torch.rand(3, queries, 5) < 0.4
-    ancestors[:, :, 0] = True
-    at = root[:, None] + torch.arange(queries)
-    seen = visible(at) if kind == "text" else visible_tree(root, ancestors)
-    shape = q.shape
-    attention = BlockAttention(seen, slots)
-    out = attention(q.reshape(3, 2, group * queries, dim), k, v).reshape(shape)
+    at = torch.tensor(starts)[:, None] + torch.arange(queries)
+    attention = BlockAttention(at, slots)
+    out = attention(q.reshape(3, 2, group * queries, dim), k, v).reshape(q.shape)
     # Without a GPU torch looks at no blocks. Those that the kernel reads are one row of a table for all queries.
-    last = at[:, -1] if kind == "text" else root + 4
-    read = torch.arange(3) * BLOCK <= last[:, None]
+    read = torch.arange(3) * BLOCK <= at[:, -1:]
     assert torch.equal(attention.block_mask(group * queries).to_dense().bool(), read[:, None, None])
     for row, start in enumerate(starts):
         for query in range(queries):
-            nodes = [start + node for node in range(5) if ancestors[row, query, node]]
-            those = [*range(start), *nodes] if kind == "tree" else [*range(start + query + 1)]
             for head in range(2 * group):
-                keys, values = k[row, head // group, those], v[row, head // group, those]
+                keys, values = (cached[row, head // group, : start + query + 1] for cached in (k, v))
                 expected = (keys @ q[row, head, query] / dim**0.5).softmax(0) @ values
                 torch.testing.assert_close(out[row, head, query], expected)
 
@@ -86,7 +77,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
 
 
 def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monkeypatch):
-    """As where a GPU is too old for it: a line for each kind of step says so, and its round begins again."""
+    """As where a GPU is too old for it: a line for each kind of step says so."""
     model, warnings = make_small(width=32), []
 
     def attention(*_):
@@ -118,33 +109,35 @@ def test_what_flex_attention_cannot_do(gpu_steps):
 # ---- graphs that fail, and what is captured ----
 
 
-@pytest.mark.parametrize("way", ["plain", "chain", "tree"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("nth", [1, 4])
-def test_after_a_graph_that_failed_half_way_the_round_begins_again(way, nth, monkeypatch):
-    """On a GPU the capture of a graph may fail when the step has moved slots. Here each kind of step fails once, after
-    it ran, and what the cache holds is spoilt."""
+def test_a_graph_that_fails_half_way_changes_no_token(way, nth, gpu_steps, monkeypatch):
+    """Its capture may fail when the step has written into the cache. Here each kind of step fails after it ran."""
     model, calls = make_small(), Counter()
 
-    def call(self, step, slots, *args):
-        result = step.run(slots, *args)
-        name = step.function.__name__
-        calls[name] += 1
-        if calls[name] == nth:
-            for layer in step.context.cache.layers:
-                layer.k.fill_(3.0)
-            raise compiling.GraphError(name)
-        return result
+    def made(function, *_):
+        def graph(*args):
+            out = function(*args)
+            calls[function.__name__] += 1
+            if calls[function.__name__] == nth:
+                raise RuntimeError("out of memory")
+            return out
 
-    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
+        return graph
+
+    monkeypatch.setattr(compiling, "_compiled", made)
     speculation = Speculation(**WAYS[way]) if WAYS[way] else None
     generation = run(model, SHORT, 12, speculation=speculation)
     assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
-    assert max(calls.values()) > nth and generation.stats.tokens == 24
+    assert min(calls.values()) >= nth and len(gpu_steps.refused) == len(calls)
 
 
-@pytest.mark.parametrize("replays", [0, 2])
-def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, no_cuda, monkeypatch):
-    """At its first call or at a later one, as when the memory for another capture is missing."""
+@pytest.mark.parametrize(("replays", "shared"), [(0, False), (2, False), (2, True)])
+def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, shared, no_cuda, monkeypatch):
+    """At its first call or at a later one, as when the memory for another capture is missing.
+
+    A run of several processes ends: the other ranks have not failed, and wait in a collective.
+    """
     steps, calls = CompiledSteps(torch.device("cuda")), []
 
     def graph(*_):
@@ -155,7 +148,7 @@ def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, no_cuda, monkeyp
 
     monkeypatch.setattr(compiling, "_compiled", lambda *_: graph)
     models = {"model": torch.nn.Linear(1, 1), "draft_model": torch.nn.Linear(1, 1)}
-    context = SimpleNamespace(**models)
+    context = SimpleNamespace(**models, shared=shared)
     step = SimpleNamespace(
         context=context, settings=(), function=choose_token, key=lambda *_: "key", run=lambda *_: "without"
     )
@@ -163,20 +156,12 @@ def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, no_cuda, monkeyp
         steps.begin_round()
         assert steps(step, None) == "by its graph"
     steps.begin_round()
-    with pytest.raises(compiling.GraphError, match=r"choose_token.*compile=false"):
-        steps(step, None)
+    if shared:
+        with pytest.raises(RuntimeError, match=r"choose_token.*compile=false"):
+            steps(step, None)
+    else:
+        assert steps(step, None) == "without"
     assert steps(step, None) == "without" and len(calls) == replays + 1
-
-
-def test_a_failed_graph_ends_a_run_of_several_processes(monkeypatch):
-    """The other ranks have not failed: they wait in a collective, and do not begin the round again."""
-
-    def call(self, step, slots, *args):
-        raise compiling.GraphError("choose_token")
-
-    monkeypatch.setattr(compiling.CompiledSteps, "__call__", call)
-    with pytest.raises(compiling.GraphError):
-        run(make_small(), SHORT, 12, shared=True)
 
 
 def test_a_path_with_a_new_step_is_captured_in_the_next_round(no_cuda, monkeypatch):

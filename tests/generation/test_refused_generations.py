@@ -38,7 +38,7 @@ def test_a_row_of_padding_only_is_no_prompt():
         generate(model_of("llama3_2"), torch.tensor([[1, 2], [0, 0]]), 4)
 
 
-@pytest.mark.parametrize("arguments", [{"temp": 0.8}, {"exit_layer": 2, "num_speculations": 2, "tree_widht": 2}])
+@pytest.mark.parametrize("arguments", [{"temp": 0.8}, {"exit_layer": 2, "num_speculations": 2, "prompt_lookpu": 2}])
 def test_an_argument_that_nobody_knows_is_pythons_error(arguments):
     with pytest.raises(TypeError, match=list(arguments)[-1]):
         generate(model_of("llama3_2"), [1, 2], 4, **arguments)

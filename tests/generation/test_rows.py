@@ -21,7 +21,7 @@ from layerskip_recipes.generation.sampling import Sampler
 
 @pytest.mark.parametrize(
     ("variant", "rows"),
-    [*((variant, 2) for variant in VARIANTS), *itertools.product((None, "chain", "tree", "look-up"), (1, 4))],
+    [*((variant, 2) for variant in VARIANTS), *itertools.product((None, "chain", "look-up"), (1, 4))],
 )
 def test_outputs_are_those_of_each_prompt_alone(variant, rows):
     """With a penalty, whose tokens a row must forget, and stop tokens, which end outputs at different times."""
@@ -87,7 +87,7 @@ def test_a_prompt_that_still_waits_can_be_stopped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speculation", [None, Speculation(2, 2, tree_width=2)], ids=["plain", "tree"])
+@pytest.mark.parametrize("speculation", [None, Speculation(2, 2)], ids=["plain", "chain"])
 def test_sampled_first_tokens_of_later_prompts_have_the_models_distribution(speculation):
     """The first and second token of prompts that took the place of others."""
     model, n = model_of("llama3_2"), 600

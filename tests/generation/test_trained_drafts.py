@@ -70,19 +70,16 @@ def said_by_draft(model, draft, tokens, count):
 VARIANTS = {
     "one": {"num_speculations": 1},
     "chain": {"num_speculations": 4},
-    "threshold": {"num_speculations": 4, "threshold": 0.15},
-    "tree": {"num_speculations": 3, "tree_width": 3, "tree_children": 2},
     "vocabulary": {"num_speculations": 3, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
     "look-up": {"num_speculations": 3, "prompt_lookup": 1},
-    "look-up and tree": {"num_speculations": 3, "prompt_lookup": 1, "tree_width": 2, "tree_children": 2},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "variant"), [
     *(("llama3_2", "adapter", variant) for variant in VARIANTS),
-    *(("llama3_2", "copy", variant) for variant in ("chain", "threshold", "look-up and tree")),
-    *(("gemma2", "adapter", variant) for variant in ("chain", "tree", "vocabulary")),
+    *(("llama3_2", "copy", variant) for variant in ("chain", "look-up")),
+    *(("gemma2", "adapter", variant) for variant in ("chain", "vocabulary")),
     ("qwen2", "copy", "chain"),
 ])  # fmt: skip
 def test_greedy_text_is_the_models(family, kind, variant):
@@ -102,7 +99,7 @@ def test_greedy_text_is_the_models(family, kind, variant):
     assert one_row.acceptance == [generation.acceptance[0] for generation in alone]
 
 
-@pytest.mark.parametrize("variant", ["chain", "tree", "look-up", "look-up and tree"])
+@pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_draft_reads_all_of_the_text(kind, variant):
     """Each drafted token is the one that the draft says without a cache, also after drafts of others."""
@@ -154,14 +151,13 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tree", [{}, {"tree_width": 2, "tree_children": 2}])
-def test_samples_have_the_models_distribution(kind, tree):
+def test_samples_have_the_models_distribution(kind):
     model = small_model()
     draft = Draft(model, kind, 1)
     torch.manual_seed(3)
     for parameter in draft.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    speculation = Speculation(1, 2, **tree, drafter=draft.requires_grad_(False).decoder(model))
+    speculation = Speculation(1, 2, drafter=draft.requires_grad_(False).decoder(model))
     sampler = Sampler(temperature=1.0, rng=rng(5))
     rows = torch.tensor(run(model, [START] * 8000, 3, speculation=speculation, sampler=sampler).generated)
     probs, texts = torch.ones(1), torch.tensor([START])
@@ -175,8 +171,6 @@ def test_samples_have_the_models_distribution(kind, tree):
 COMPILED = {
     "copy": (("copy", 1), {}),
     "adapter": (("adapter", 1, 1), {}),
-    "adapter, tree": (("adapter", 1, 1), {"tree_width": 2}),
-    "adapter, threshold": (("adapter", 1, 1), {"threshold": 0.2}),
 }
 
 
@@ -288,18 +282,13 @@ def test_the_memory_that_a_draft_takes(kind, layers, folders, tmp_path):
         assert section.own_weights(model, torch.float32) == expected
 
 
-@pytest.mark.parametrize(("rows", "tree", "device", "warned"), [
-    (1, {}, "cuda", False),
-    (2, {}, "cuda", True),
-    (1, {"tree_width": 2}, "cuda", True),
-    (2, {"tree_width": 2}, "cpu", False),
-])  # fmt: skip
-def test_int8_drafts_of_several_rows_on_a_gpu_warn(rows, tree, device, warned, monkeypatch, caplog):
+@pytest.mark.parametrize(("rows", "device", "warned"), [(1, "cuda", False), (2, "cuda", True), (2, "cpu", False)])
+def test_int8_drafts_of_several_rows_on_a_gpu_warn(rows, device, warned, monkeypatch, caplog):
     monkeypatch.setattr("layerskip_recipes.generation.drafting.section.quantised_drafter", lambda *a: None)
     weight = SimpleNamespace(device=torch.device(device))
     model = SimpleNamespace(tok_embeddings=SimpleNamespace(weight=weight))
     with caplog.at_level("WARNING", logger=get_logger().name):
-        SelfSpeculation(exit_layer=1, num_speculations=2, draft_quantizer=INT8, **tree).build(model, rows=rows)
+        SelfSpeculation(exit_layer=1, num_speculations=2, draft_quantizer=INT8).build(model, rows=rows)
     assert ("self_speculation.draft_quantizer: for several rows" in caplog.text) is warned
 
 

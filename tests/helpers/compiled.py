@@ -49,11 +49,9 @@ def run(model, prompts, count, *, compile=True, **arguments):
 WAYS = {
     "plain": {},
     "chain": {"exit_layer": 1, "num_speculations": 2},
-    "tree": {"exit_layer": 1, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
 }
 OTHER_WAYS = WAYS | {
     "looked up": {"exit_layer": 1, "num_speculations": 3, "prompt_lookup": 2},
-    "as long as it is sure": {"exit_layer": 1, "num_speculations": 4, "threshold": 0.3},
     "of some tokens": {"exit_layer": 1, "num_speculations": 2, "draft_vocabulary": tuple(range(0, VOCAB, 2))},
 }
 LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # outgrows the first length of graphs with masks

@@ -178,7 +178,7 @@ def eval_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
 
 
 def benchmark_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
-    """A benchmark of a chain and a tree on 2 prompts of 16 new tokens, 2 repeats, greedy and sampling, eager."""
+    """A benchmark of two lengths of drafts on 2 prompts of 16 new tokens, 2 repeats, greedy and sampling, eager."""
     config = _trained(checkpoint) | {
         "prompt": ["def main(", "import os"],
         "max_new_tokens": 16,
@@ -187,7 +187,7 @@ def benchmark_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
         "repeats": 2,
         "variants": {
             "chain": {"exit_layer": 2, "num_speculations": 3},
-            "tree": {"exit_layer": 2, "num_speculations": 2, "tree_width": 2, "tree_children": 2},
+            "short": {"exit_layer": 2, "num_speculations": 2},
         },
         "report_dir": str(folder / "report"),
         "picture": str(folder / "report" / "benchmark.png"),

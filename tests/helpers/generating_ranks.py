@@ -41,12 +41,9 @@ MODES = {"speculative": {"exit_layer": E, "num_speculations": 3}, "autoregressiv
 OTHER_MODES = {
     name: {"exit_layer": E, "num_speculations": 3} | arguments
     for name, arguments in {
-        "tree": {"tree_width": 2, "tree_children": 2},
-        "threshold": {"threshold": 0.15},
         "look-up": {"prompt_lookup": 1},
         "vocabulary": {"draft_vocabulary": list(range(0, 90, 2))},
         "penalty": {"repetition_penalty": 1.3},
-        "tree, sampled": {"tree_width": 2, "tree_children": 2, "temperature": 1.0},
         "look-up, sampled": {"prompt_lookup": 1, "temperature": 1.0},
     }.items()
 }
@@ -57,7 +54,7 @@ ADAPTED = {
 }
 # Where both ranks share each matrix: a vocabulary of which each has half.
 EVEN = {"vocab_size": 98, "num_layers": 3}
-LOCAL_MODES = {"speculative": MODES["speculative"], **{name: OTHER_MODES[name] for name in ("tree", "look-up")}}
+LOCAL_MODES = {"speculative": MODES["speculative"], "look-up": OTHER_MODES["look-up"]}
 # 33 on each of two tensor-parallel ranks, which cannot be halved again.
 UNEVEN = {"intermediate_dim": 66, "num_layers": 3}
 # With biases and a tied head two rows, eager; with a head of its own one, compiled.

@@ -40,30 +40,15 @@ def perturbed(model, noise=0.05, layers=None):
 
 VARIANTS = {
     "chain": {"exit_layer": 2, "num_speculations": 4},
-    "tree": {"exit_layer": 2, "num_speculations": 3, "tree_width": 3, "tree_children": 2},
-    "one level": {"exit_layer": 1, "num_speculations": 1, "tree_width": 2},
-    "narrow": {"exit_layer": 1, "num_speculations": 3, "tree_children": 3},
+    "one token": {"exit_layer": 1, "num_speculations": 1},
     "vocabulary": {"exit_layer": 2, "num_speculations": 4, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
     "look-up": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
-    "threshold 0": {"exit_layer": 2, "num_speculations": 4, "threshold": 0.0},
-    "threshold 0.15": {"exit_layer": 2, "num_speculations": 4, "threshold": 0.15},
-    "threshold 1": {"exit_layer": 2, "num_speculations": 4, "threshold": 1.0},
     "drafter": {"exit_layer": 2, "num_speculations": 4, "drafter": perturbed},
-    "all with a chain": {
+    "all": {
         "exit_layer": 1,
         "num_speculations": 5,
-        "threshold": 0.15,
-        "draft_vocabulary": range(0, VOCAB, 2),
-        "prompt_lookup": 1,
-        "drafter": perturbed,
-    },
-    "all with a tree": {
-        "exit_layer": 3,
-        "num_speculations": 3,
-        "tree_width": 2,
-        "tree_children": 2,
         "draft_vocabulary": torch.arange(0, VOCAB, 2),
-        "prompt_lookup": 2,
+        "prompt_lookup": 1,
         "drafter": perturbed,
     },
 }

@@ -72,8 +72,6 @@ def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
 
 
 VARIANTS = {
-    "tree": {"tree_width": 3, "tree_children": 2},
-    "threshold": {"threshold": 0.4},
     "lookup": {"prompt_lookup": 3},
     "vocabulary": {"draft_vocabulary": range(0, 49152, 3)},
     "penalty": {"repetition_penalty": 1.2},

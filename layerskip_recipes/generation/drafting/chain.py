@@ -1,4 +1,4 @@
-"""Chains of drafted tokens: drafts from an early exit, token by token, and their verification in one pass.
+"""Drafts from an early exit, token by token, and their verification in one pass.
 
 A round of n drafted tokens costs n early passes with head, one early pass without (the last token must be verified
 too), and one late pass over n + 1 tokens that starts from the hidden states of the early ones (paper, section 4.3).
@@ -20,14 +20,13 @@ class ChainDrafter(Drafter):
     Args:
         exit_layer: E.
         longest: d, the tokens of a draft.
-        threshold: a draft stops after the first token whose confidence, the draft's probability of it, is below, in
-            all rows that still run; None: never.
     """
 
-    def __init__(self, context: StepContext, exit_layer: int, longest: int, threshold: float | None = None) -> None:
-        self.context, self.exit_layer, self.longest, self.threshold = context, exit_layer, longest, threshold
+    def __init__(self, context: StepContext, exit_layer: int, longest: int) -> None:
+        self.context, self.exit_layer, self.longest = context, exit_layer, longest
         self.strategy = DraftStrategy("chain")
-        self.before: torch.Tensor | None = None  # for an adapter, the model's normed state before the root, [b, 1, d]
+        # For an adapter, the model's normed state of the token before the last one, [b, 1, d].
+        self.before: torch.Tensor | None = None
 
     def begin(self, final: torch.Tensor) -> None:
         if self.context.has_adapter:
@@ -42,8 +41,8 @@ class ChainDrafter(Drafter):
         slots = context.cache.slots[: now.last_slot + depth + 1]
         if depth == 0:
             return DraftedTokens(self.strategy, slots, now.last[:, None])
-        noise = context.noise(depth, draft=True)
-        plain = self.threshold is None and self.before is None and context.sampler.only_temperature
+        noise = context.draft_noise(depth)
+        plain = self.before is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.chain is not None:
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
             return DraftedTokens(self.strategy, slots, *context.cpp.chain.draft(*arguments))
@@ -52,32 +51,22 @@ class ChainDrafter(Drafter):
     def _token_by_token(
         self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None
     ) -> DraftedTokens:
-        """A chain by `depth` calls of one step; with a threshold it may end sooner."""
+        """A draft by `depth` calls of one step."""
         context, seen, before = self.context, now.seen, self.before
         tokens, hidden, q = [now.last], [], []
-        step = Step(context, draft_token, self.exit_layer, self.threshold is not None)
+        step = Step(context, draft_token, self.exit_layer)
         for i in range(depth):
             noise_i = None if noise is None else noise[:, i].contiguous()
             results = step(slots, tokens[-1], now.start + i, noise_i, seen, before)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next step runs the same CUDA graph, which overwrites its results.
                 results = [None if result is None else result.clone() for result in results]
-            token, x, q_token, confidence, seen, before = results
+            token, x, q_token, seen, before = results
             tokens.append(token)
             hidden.append(x)
             q.append(q_token)
-            if self.threshold is not None and i + 1 < depth and self._ends(i + 1, confidence, now.finished):
-                break
         all_q = None if noise is None else torch.stack(q, 1)
         return DraftedTokens(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
-
-    def _ends(self, length: int, confidence: torch.Tensor, finished: Sequence[bool]) -> bool:
-        """Whether all rows that still run are unsure; the host waits for the confidence [b]."""
-        # Each length that is verified needs a compiled graph of its own: 1, 2, 4, 8, ... are enough.
-        if self.context.graphs is not None and length & (length - 1):
-            return False
-        confidences = self.context.broadcast(confidence).tolist()
-        return all(c < self.threshold for c, done in zip(confidences, finished, strict=True) if not done)
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context = self.context
@@ -100,26 +89,20 @@ class ChainDrafter(Drafter):
 # ---- steps of drafts ----
 
 
-def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, noise, seen, before):
+def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
     """One token of each row: last, start [b]; noise [b, v'] or None; seen [b, v] or None; before [b, 1, d] or None.
 
     Returns:
-        the token [b], its x_E [b, 1, d], the distribution q [b, v'] that it was drawn from or None, its probability
-        [b] if `confident`, and what the next token goes on from: `seen` with the token, and for an adapter the state
-        that the draft's head unembedded.
+        the token [b], its x_E [b, 1, d], the distribution q [b, v'] that it was drawn from or None, and what the next
+        token goes on from: `seen` with the token, and for an adapter the state that the draft's head unembedded.
     """
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     h = context.read_by_draft(x, before, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
-    place = context.sampler.choose(scores, noise)
-    token = context.in_full_vocabulary(place)
-    confidence = None
-    if confident:
-        probs = scores.softmax(-1) if noise is None else scores
-        confidence = probs.gather(-1, place[:, None])[:, 0]
+    token = context.in_full_vocabulary(context.sampler.choose(scores, noise))
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
-    return token, x, None if noise is None else scores, confidence, seen, None if before is None else model.norm(h)
+    return token, x, None if noise is None else scores, seen, None if before is None else model.norm(h)
 
 
 # ---- steps of verification ----
@@ -156,9 +139,7 @@ def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise,
     logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n], noise, seen [b, v], states [b, n + 1, d]; the
     last five or None.
     """
-    if seen is not None:
-        count = context.cache.slots[: tokens.shape[1]]
-        seen = context.seen_at(seen, tokens, (count <= count[:, None])[None])
+    seen = None if seen is None else context.seen_at(seen, tokens)
     scores, drafted = context.scores(logits, seen), tokens[:, 1:]
     if context.sampler.greedy:
         accepted, following = accept_greedy(drafted, scores)
@@ -180,6 +161,6 @@ def outcome(accepted: torch.Tensor, following: torch.Tensor, drafted: torch.Tens
     return torch.cat([accepted[:, None], following[:, None], drafted], 1)
 
 
-def state_of(states: torch.Tensor | None, node: torch.Tensor) -> torch.Tensor | None:
-    """The state [b, 1, d] of one node of each row: states [b, k, d] or None, node [b]."""
-    return None if states is None else states.gather(1, node[:, None, None].expand(-1, 1, states.shape[-1]))
+def state_of(states: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor | None:
+    """The state [b, 1, d] of one token of each row: states [b, n + 1, d] or None, place [b]."""
+    return None if states is None else states.gather(1, place[:, None, None].expand(-1, 1, states.shape[-1]))

@@ -15,7 +15,6 @@ from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.drafting.tree import TreeDrafter
 from layerskip_recipes.generation.steps import StepContext
 
 
@@ -135,10 +134,8 @@ def make_drafter(
         speculation: checked for this model.
         choice: with what earlier generations learned; None: nothing is known yet.
     """
-    e, d, tree = speculation.exit_layer, speculation.num_speculations, speculation.tree(context.sampler.greedy)
-    chain = tree.is_chain
-    drafter = ChainDrafter(context, e, d, speculation.threshold) if chain else TreeDrafter(context, e, tree)
+    drafter = ChainDrafter(context, speculation.exit_layer, speculation.num_speculations)
     if speculation.prompt_lookup is None:
         return drafter
-    lookup = LookupDrafter(context, d, speculation.prompt_lookup, prompts)
+    lookup = LookupDrafter(context, speculation.num_speculations, speculation.prompt_lookup, prompts)
     return ChoosingDrafter(drafter, lookup, choice or DiscountedUCB(), context)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.generation.steps import StepContext
 
 
@@ -31,7 +30,7 @@ class DraftStrategy:
     """A kind of draft, the unit between which `DiscountedUCB` chooses.
 
     Args:
-        name: "chain", "tree" or "lookup".
+        name: "chain" or "lookup".
         match: of a look-up how long a text was found again: 0, 1 or 2, see `TextIndex.find`.
     """
 
@@ -46,13 +45,9 @@ class DraftedTokens:
     Args:
         strategy: that proposed them.
         slots: 0 .. end-1, what attention sees in this round.
-        tokens: [b, k], the root, which is the last token of the text, first.
-        hidden: [b, expanded nodes, d], x_E; None: verification starts from the tokens.
-        q: [b, expanded nodes, v'], the distributions that tokens were drawn from; None when greedy or looked up.
-        tree: the shape; None for a chain. Only trees have:
-        parents: [b, k], the node that each one came from; the root's is -1.
-        ranks: [b, k], the place of each node in the order of its parent's draws.
-        ancestors: [b, k, k] bool, for each node those on its path, itself included.
+        tokens: [b, 1 + n], the last token of the text first.
+        hidden: [b, n, d], x_E of all but the last one; None: verification starts from the tokens.
+        q: [b, n, v'], the distributions that tokens were drawn from; None when greedy or looked up.
     """
 
     strategy: DraftStrategy
@@ -60,20 +55,11 @@ class DraftedTokens:
     tokens: torch.Tensor
     hidden: torch.Tensor | None = None
     q: torch.Tensor | None = None
-    tree: DraftTree | None = None
-    parents: torch.Tensor | None = None
-    ranks: torch.Tensor | None = None
-    ancestors: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
-        """n, the most drafted tokens that can be accepted in a row."""
-        return self.tokens.shape[1] - 1 if self.tree is None else self.tree.depth
-
-    def chains(self) -> list[list[int]]:
-        """[b][n], the drafted tokens; for a tree, the first node of each level."""
-        drafted = self.tokens[:, 1:].tolist()
-        return drafted if self.tree is None else [self.tree.chain(row) for row in drafted]
+        """n, the drafted tokens of a row."""
+        return self.tokens.shape[1] - 1
 
 
 class Drafter(ABC):

@@ -16,8 +16,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.generation.drafting.speculation import NumSpeculations, PromptLookup, Speculation, Threshold
-from layerskip_recipes.generation.drafting.tree_shape import DraftTree
+from layerskip_recipes.generation.drafting.speculation import NumSpeculations, PromptLookup, Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
@@ -33,14 +32,7 @@ class SelfSpeculation(Section):
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""
     num_speculations: NumSpeculations
-    """Tokens drafted in a round; of a draft tree its depth."""
-    tree_width: PositiveInt = 1
-    """Nodes that each level of a draft tree expands; 1 is a chain, one token after the other."""
-    tree_children: PositiveInt = 1
-    """Candidates from each expanded node."""
-    threshold: Threshold | None = None
-    """A draft stops after a token to which it gives a probability below this (in a batch, once every row does).
-    As graphs (on a GPU) it can stop after 1, 2, 4, 8, ... tokens only, since each length is a graph of its own."""
+    """Tokens drafted in a round."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
     """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts; null: all, or
     those that `draft` was trained for."""
@@ -88,18 +80,11 @@ class SelfSpeculation(Section):
         return Speculation(
             exit_layer=exit_layer,
             num_speculations=self.num_speculations,
-            tree_width=self.tree_width,
-            tree_children=self.tree_children,
-            threshold=self.threshold,
             draft_vocabulary=vocabulary,
             prompt_lookup=self.prompt_lookup,
             drafter=drafter,
             draft_head=draft_head,
         )
-
-    def tree(self, greedy: bool) -> DraftTree:
-        """The shape of a round's drafts; a chain is a tree of width 1."""
-        return DraftTree(self.num_speculations, self.tree_width, self.tree_children, greedy)
 
     def with_vocabulary(
         self,
@@ -117,7 +102,7 @@ class SelfSpeculation(Section):
             key: of the section, for messages.
 
         Raises:
-            ConfigError: if there are too few for the tree, or the folder of `draft` holds none.
+            ConfigError: if there are none, or the folder of `draft` holds none.
         """
         if self.draft is not None and self.exit_layer is None:
             description = read_description(self.draft, f"{key}.draft")
@@ -172,11 +157,10 @@ class SelfSpeculation(Section):
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
         if self.draft_quantizer is not None:
-            if rows * self.tree_width > 1 and model.tok_embeddings.weight.device.type == "cuda":
+            if rows > 1 and model.tok_embeddings.weight.device.type == "cuda":
                 log.warning(
-                    f"{key}.draft_quantizer: for several rows, as of batches and trees, a GPU writes out each weight "
-                    f"in the model's precision first, and drafts get slower. Faster is batch_size=1 "
-                    f"{key}.tree_width=1, or {key}.draft_quantizer=null"
+                    f"{key}.draft_quantizer: for several rows a GPU writes out each weight in the model's precision "
+                    f"first, and drafts get slower. Faster is batch_size=1, or {key}.draft_quantizer=null"
                 )
             if isinstance(self.draft_vocabulary, list):
                 head = quantise(DraftHead(drafter or model, self.draft_vocabulary), self.draft_quantizer)

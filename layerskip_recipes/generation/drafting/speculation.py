@@ -8,15 +8,13 @@ import torch
 from pydantic import Field
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import check, checked_arguments
+from layerskip_recipes.config.schema import checked_arguments
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.generation.drafting.tree_shape import DraftTree
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 # Types that the `self_speculation` section shares.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
-Threshold = Annotated[float, Field(ge=0, le=1, examples=[0.4])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
 
 
@@ -26,10 +24,7 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts.
-        num_speculations: d, drafted tokens of a round; of a tree its depth.
-        tree_width: nodes that each level of a draft tree expands; 1 is a chain.
-        tree_children: candidates from each of them.
-        threshold: a draft stops below this confidence, in [0, 1]; None never.
+        num_speculations: d, drafted tokens of a round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: draft from the text where its last so many tokens occurred before, if that pays; None: never.
         drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
@@ -42,31 +37,17 @@ class Speculation:
 
     exit_layer: int
     num_speculations: NumSpeculations
-    tree_width: Annotated[int, Field(ge=1, examples=[4])] = 1
-    tree_children: Annotated[int, Field(ge=1, examples=[2])] = 1
-    threshold: Threshold | None = None
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: PromptLookup | None = None
     drafter: LayerSkipDecoder | None = None
     draft_head: DraftHead | None = None
 
-    def tree(self, greedy: bool) -> DraftTree:
-        """The shape of a round's drafts; of a chain too."""
-        return DraftTree(self.num_speculations, self.tree_width, self.tree_children, greedy)
-
     def check(self, model: LayerSkipDecoder, prefix: str = "") -> None:
         """Raises a ConfigError if settings do not go together, or do not fit the model; `prefix` is for messages."""
-        if self.threshold is not None and (self.tree_width, self.tree_children) != (1, 1):
-            raise ConfigError(
-                f"{prefix}threshold: {self.threshold} stops a chain of drafts, and tree_width or tree_children make a "
-                f"tree. Leave out one of them: {prefix}threshold=null, or {prefix}tree_width=1 {prefix}tree_children=1"
-            )
         model.check_exit(self.exit_layer, f"{prefix}exit_layer")
         size = model.tok_embeddings.num_embeddings
-        for key, value in (("tree_width", self.tree_width), ("tree_children", self.tree_children)):
-            check(f"{prefix}{key}", value, Annotated[int, Field(ge=1, le=size, examples=[2])])
         if self.draft_vocabulary is not None:
-            check_draft_vocabulary(self.draft_vocabulary, size, max(self.tree_width, self.tree_children), prefix)
+            check_draft_vocabulary(self.draft_vocabulary, size, prefix)
         if self.drafter is not None:
             check_drafter(self.drafter, model, self.exit_layer, prefix)
 
@@ -99,19 +80,15 @@ def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_lay
             )
 
 
-def check_draft_vocabulary(
-    vocabulary: torch.Tensor | Sequence[int], size: int, needed: int = 1, prefix: str = ""
-) -> None:
-    """Raises a ConfigError unless it holds `needed` different ids of a vocabulary of that size."""
+def check_draft_vocabulary(vocabulary: torch.Tensor | Sequence[int], size: int, prefix: str = "") -> None:
+    """Raises a ConfigError unless it holds ids of a vocabulary of that size."""
     try:
         ids = torch.as_tensor(vocabulary)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
-    allowed = (
-        f"Allowed: at least {needed} different ids of 0..{size - 1}; {prefix}draft_vocabulary=null drafts any token"
-    )
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids.unique()) < needed:
-        raise ConfigError(f"{prefix}draft_vocabulary: {ids.numel()} ids are too few, or no ids. {allowed}")
+    allowed = f"Allowed: ids of 0..{size - 1}; {prefix}draft_vocabulary=null drafts any token"
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
+        raise ConfigError(f"{prefix}draft_vocabulary: no list of token ids. {allowed}")
     if int(ids.min()) < 0 or int(ids.max()) >= size:
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ConfigError(f"{prefix}draft_vocabulary: {bad} is no token of the model. {allowed}")

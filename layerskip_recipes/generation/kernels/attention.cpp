@@ -7,17 +7,16 @@ namespace {
 
 constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
 
-// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s + mask, in place; returns the sum. Where
-// there is a cap, the scores before the mask are cap tanh(factor s / cap).
-float exponents(float* s, const float* mask, const Vector& factor, float cap, int64_t slots) {
+// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s, in place, and 0 from slot `visible` on;
+// returns the sum. Where there is a cap, the scores are cap tanh(factor s / cap).
+float exponents(float* s, int64_t visible, const Vector& factor, float cap, int64_t slots) {
   const Vector none(-std::numeric_limits<float>::infinity());
   Vector most = none, sum(0.f);
   for (int64_t i = 0; i < slots; i += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, slots - i);
+    const int64_t count = std::clamp<int64_t>(visible - i, 0, LANES);
     Vector scaled = Vector::loadu(s + i) * factor;
     if (cap > 0) scaled = Vector(cap) * (scaled / Vector(cap)).tanh();
-    const Vector masked = scaled + Vector::loadu(mask + i, count);
-    const Vector score = Vector::set(none, masked, count);
+    const Vector score = Vector::set(none, scaled, count);
     score.store(s + i);
     most = at::vec::maximum(most, score);
   }
@@ -68,12 +67,12 @@ void mixture(
   for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
 }
 
-// Attention of the `rows` queries [rows, d] of one head from number `first` on, `size` at a time; number r has row r modulo
-// `s` of the mask [s, slots].
+// Attention of the `rows` queries [rows, d] of one head from number `first` on, `size` at a time; number r sees the slots up
+// to its own, at[r modulo s].
 // Keys and values are read from memory once: all queries see as many of them as stay in a cache, then the next ones.
 template <typename V>
 void attend(
-    int64_t first, int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const float* mask, float* y,
+    int64_t first, int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const int64_t* at, float* y,
     int64_t d, int64_t s, int64_t slots, const Vector& factor, float cap) {
   const int64_t length = (slots + LANES - 1) / LANES * LANES;
   std::vector<float> scores(rows * length), sum(rows);
@@ -83,7 +82,7 @@ void attend(
           std::min(size, rows - row), q + row * d, keys + slot * d, scores.data() + row * length + slot, d,
           std::min<int64_t>(SLOTS, slots - slot), d, length);
   for (int64_t row = 0; row < rows; row++)
-    sum[row] = exponents(scores.data() + row * length, mask + (first + row) % s * slots, factor, cap, slots);
+    sum[row] = exponents(scores.data() + row * length, at[(first + row) % s] + 1, factor, cap, slots);
   for (int64_t slot = 0; slot < slots; slot += SLOTS)
     for (int64_t row = 0; row < rows; row += size)
       mixture<BLOCK>(
@@ -93,13 +92,12 @@ void attend(
     at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * d, y + row * d, d);
 }
 
-// softmax(scale q k^T + mask) v of queries [b, heads, s, d] over the slots of a cache [b, h, .., d] in fp32 or bf16 that
-// the mask [b or 1, s, slots] covers, `of_mask` from one row's to the next, 0 if all rows share one; heads is a multiple
-// of h, d of LANES -> y [b, heads, s, d].
+// softmax(scale q k^T) v of queries [b, heads, s, d] over the first slots of a cache [b, h, .., d] in fp32 or bf16; each
+// query sees those up to its own, `at` [b, s]; heads is a multiple of h, d of LANES -> y [b, heads, s, d].
 template <typename V>
 void attention_over(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, float* y, int64_t b,
+    int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
   const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
   const V *ks = keys.const_data_ptr<V>(), *vs = values.const_data_ptr<V>();
   // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
@@ -109,21 +107,21 @@ void attention_over(
     while (first < end) {
       const int64_t row = first / blocks / h, head = first / blocks % h, query = first % blocks * size;
       const int64_t count = std::min(end - first, blocks - first % blocks);
-      const int64_t at = (row * heads * s + head * queries + query) * d;
+      const int64_t from = (row * heads * s + head * queries + query) * d;
       attend(
-          query, std::min(count * size, queries - query), size, q + at,
+          query, std::min(count * size, queries - query), size, q + from,
           ks + row * keys.stride(0) + head * keys.stride(1), vs + row * values.stride(0) + head * values.stride(1),
-          mask + row * of_mask, y + at, d, s, slots, Vector(scale), cap);
+          at + row * s, y + from, d, s, slots, Vector(scale), cap);
       first += count;
     }
   });
 }
 
 void attention(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const float* mask, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, int64_t of_mask, float scale, float cap) {
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, float* y, int64_t b,
+    int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
   const auto over = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-  over(q, keys, values, mask, y, b, heads, s, slots, of_mask, scale, cap);
+  over(q, keys, values, at, y, b, heads, s, slots, scale, cap);
 }
 
 }  // namespace

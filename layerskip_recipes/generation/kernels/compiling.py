@@ -1,7 +1,7 @@
 """Compiled decoding steps: a graph for each kind of step, kept for its model and used by later generations. On a CPU
 only steps of models that cpp_decoder.py does not know become graphs.
 
-torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit, tree,
+torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit,
 sampler), so a call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees
 is dynamic, one graph for all of them. On a GPU steps are CUDA graphs: with FlexAttention they see the whole cache and
 find the length on the device; without it they have masks, and a graph for each power of two of the length.
@@ -39,14 +39,6 @@ def cache_length(needed: int) -> int:
     number of blocks.
     """
     return max(256, 1 << (needed - 1).bit_length()) + BLOCK
-
-
-class GraphError(RuntimeError):
-    """A graph on a GPU failed, perhaps when it had moved something in the cache.
-
-    The step goes without a graph from now on, or without FlexAttention. The round has to begin again, with a cache that
-    is filled from the text.
-    """
 
 
 class CompiledSteps:
@@ -145,9 +137,11 @@ class CompiledSteps:
                 self.failed = not self.graphs and not self._is_quantised(step)
                 self.refused[key] = name
                 _warn("here" if self.failed else f"for {name}", e)
-            if cuda:
-                raise GraphError(f"{name}: its graph failed; compile=false goes without graphs") from e
-            return step.run(slots, *args)  # on a CPU only compilation fails, before anything runs
+            # On a GPU the step may have run half-way. One process can run it again, as it writes behind the text only;
+            # of several, the others may wait in a collective.
+            if cuda and step.context.shared:
+                raise RuntimeError(f"{name}: its graph failed; compile=false goes without graphs") from e
+            return self(step, slots, *args)
         if known is None or captures:
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started

@@ -267,28 +267,17 @@ class CppDecoder:
         at: torch.Tensor,
         end: int,
         layers: range,
-        positions: torch.Tensor | None,
-        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Some layers of a model: x [b, s, d], the state before them -> the state after them, in fp32.
 
         Args:
             model: the model or the draft model.
             x: as above; for layer 0 also token ids [b, s].
-            at: [b, s], the slots of the tokens; attention sees those below `end`.
+            at: [b or 1, s], the slots of the tokens, below `end`; a token sees the slots up to its own.
             layers: which.
-            positions: [b, s], of the tokens in the text; None: their slots.
-            mask: [b or 1, s, end], added to scores; None: a token sees the slots up to its own.
         """
         x = model.tok_embeddings(x) if x.dim() == 2 else x
-        return self.cpp_layers[model].run(x, at, positions, mask, end, layers.start, layers.stop)
-
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """In all caches, as `DecodingCache.move`."""
-        own = self.draft_model.own_layers
-        self.cpp_layers[self.model].move(source, target, 0)
-        if own:
-            self.cpp_layers[self.draft_model].move(source, target, own.start)
+        return self.cpp_layers[model].run(x, at, end, layers.start, layers.stop)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""

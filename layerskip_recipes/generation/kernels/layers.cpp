@@ -103,9 +103,8 @@ void keep(const float* x, const at::Tensor& cache, int64_t row, int64_t slot, in
 // One call: where the tokens stand, and what is written and read on the way.
 struct Tokens {
   int64_t b, s;
-  const int64_t *slots, *positions;  // [b, s]
-  const float* mask;                 // [b or 1, s, end]
-  int64_t of_mask, end;
+  const int64_t* at;  // [b, s], their slots
+  int64_t end;        // of what attention looks at
 
   int64_t m() const { return b * s; }
 };
@@ -129,12 +128,6 @@ class Layer {
   void check(const at::Tensor& x, int64_t end) const {
     const int64_t d = before_attention.scale.size(0) * (join ? 2 : 1);
     TORCH_CHECK(x.size(2) == d && x.size(0) == keys.size(0) && end <= keys.size(2), "a state or length of another model");
-  }
-
-  // Copy the tokens at the slots `source` [b, n] of the cache to the slots `target`, all at once.
-  void move(const at::Tensor& source, const at::Tensor& target) const {
-    move(keys, source, target);
-    move(values, source, target);
   }
 
   // x [m, d] -> x [m, d], in place; of a joining layer [m, 2 d] -> [m, d].
@@ -168,19 +161,6 @@ class Layer {
   }
 
  private:
-  static void move(const at::Tensor& cache, const at::Tensor& source, const at::Tensor& target) {
-    const int64_t n = source.size(1), heads = cache.size(1), token = cache.size(3) * cache.element_size();
-    const int64_t *from = source.const_data_ptr<int64_t>(), *to = target.const_data_ptr<int64_t>();
-    std::vector<char> kept(n * token);
-    for (int64_t row = 0; row < cache.size(0); row++, from += n, to += n)
-      for (int64_t head = 0; head < heads; head++) {
-        char* const slots = static_cast<char*>(cache.mutable_data_ptr()) +
-            (row * cache.stride(0) + head * cache.stride(1)) * cache.element_size();
-        for (int64_t i = 0; i < n; i++) std::copy_n(slots + from[i] * token, token, kept.data() + i * token);
-        for (int64_t i = 0; i < n; i++) std::copy_n(kept.data() + i * token, token, slots + to[i] * token);
-      }
-  }
-
   // state += the update, normed where there is a norm after it.
   static void add(const Norm& norm, int64_t m, int64_t d, float* update, float* state) {
     if (norm) norm(m, d, update, update);
@@ -218,15 +198,15 @@ class Layer {
       for (int64_t i = 0; i < s; i++) {
         float* const token = qkv + (row * s + i) * width;
         float* const key = token + q.columns();
-        const int64_t at = row * s + i;
-        place(token, heads, of_queries, tokens.positions[at]);
-        place(key, h, of_keys, tokens.positions[at]);
-        keep(key, keys, row, tokens.slots[at], h);
-        keep(key + k.columns(), values, row, tokens.slots[at], h);
+        const int64_t at = tokens.at[row * s + i];
+        place(token, heads, of_queries, at);
+        place(key, h, of_keys, at);
+        keep(key, keys, row, at, h);
+        keep(key + k.columns(), values, row, at, h);
         for (int64_t head = 0; head < heads; head++)
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
-    attention(queries, keys, values, tokens.mask, out, b, heads, s, tokens.end, tokens.of_mask, scale, cap);
+    attention(queries, keys, values, tokens.at, out, b, heads, s, tokens.end, scale, cap);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
@@ -256,47 +236,19 @@ class Layers : public torch::CustomClassHolder {
  public:
   void append(const Tensors& tensors, const Numbers& numbers) { layers.emplace_back(tensors, numbers); }
 
-  // x [b, s, d] -> x [b, s, d] after the layers; a first layer that joins takes [b, s, 2 d]. The tokens stand at `slots`
-  // [b or 1, s] of the cache, at `positions` of the text, and see the slots below `end` by a mask [b or 1, s, end], without
-  // one those up to their own.
-  at::Tensor run(
-      const at::Tensor& x, const at::Tensor& slots, const std::optional<at::Tensor>& positions,
-      const std::optional<at::Tensor>& mask, int64_t end, int64_t first, int64_t last) const {
+  // x [b, s, d] -> x [b, s, d] after the layers; a first layer that joins takes [b, s, 2 d]. The tokens stand at the slots
+  // `at` [b or 1, s] of the cache, all below `end`; each sees the slots up to its own.
+  at::Tensor run(const at::Tensor& x, const at::Tensor& at, int64_t end, int64_t first, int64_t last) const {
     const int64_t b = x.size(0), s = x.size(1);
     TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
     if (first < last) layers[first].check(x, end);
-    const at::Tensor here = slots.expand({b, s}).contiguous();
-    const at::Tensor places = positions ? positions->expand({b, s}).contiguous() : here;
-    for (int64_t i = 0; i < b * s; i++) {
-      const int64_t slot = here.const_data_ptr<int64_t>()[i];
-      TORCH_CHECK(0 <= slot && slot < end && places.const_data_ptr<int64_t>()[i] >= 0, "slot ", slot, " of ", end);
-    }
-    at::Tensor seen;
-    if (mask) {
-      TORCH_CHECK(mask->size(1) == s && mask->size(2) == end, "a mask of other tokens");
-      seen = mask->to(at::kFloat).contiguous();
-    } else {
-      seen = at::empty({b, s, end}, at::kFloat);
-      float* const to = seen.mutable_data_ptr<float>();
-      for (int64_t i = 0; i < b * s; i++) {
-        const int64_t visible = here.const_data_ptr<int64_t>()[i] + 1;
-        std::fill(to + i * end, to + i * end + visible, 0.f);
-        std::fill(to + i * end + visible, to + (i + 1) * end, -std::numeric_limits<float>::infinity());
-      }
-    }
-    const Tokens tokens{
-        b, s, here.const_data_ptr<int64_t>(), places.const_data_ptr<int64_t>(), floats(seen),
-        seen.size(0) == 1 ? 0 : s * end, end};
+    const at::Tensor slots = at.expand({b, s}).contiguous();
+    const Tokens tokens{b, s, slots.const_data_ptr<int64_t>(), end};
+    for (int64_t i = 0; i < b * s; i++)
+      TORCH_CHECK(0 <= tokens.at[i] && tokens.at[i] < end, "slot ", tokens.at[i], " of ", end);
     at::Tensor state = x.to(at::kFloat, false, true).contiguous();
     for (int64_t layer = first; layer < last; layer++) state = layers[layer](state, tokens);
     return state.view({b, s, -1});
-  }
-
-  // Copy the tokens at the slots `source` [b, n] to the slots `target` [b, n], in the caches of the layers from `first` on.
-  void move(const at::Tensor& source, const at::Tensor& target, int64_t first) const {
-    const at::Tensor from = source.contiguous(), to = target.contiguous();
-    TORCH_CHECK(from.sizes() == to.sizes(), "other slots than tokens");
-    for (int64_t layer = first; layer < static_cast<int64_t>(layers.size()); layer++) layers[layer].move(from, to);
   }
 
  private:
@@ -349,7 +301,7 @@ class Chain : public torch::CustomClassHolder {
     for (int64_t i = 0; i < depth; i++) {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
-      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), std::nullopt, std::nullopt, end, 0, exit_layer));
+      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), end, 0, exit_layer));
       at::Tensor scores = head->logits(hidden.back()).squeeze(1);
       if (noise) {
         q.push_back(scores.div(temperature).softmax(-1));
@@ -378,8 +330,7 @@ class Chain : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
-  library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run)
-      .def("move", &Layers::move);
+  library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run);
   library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
   library.class_<Chain>("Chain")
       .def(torch::init<
