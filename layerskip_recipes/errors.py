@@ -1,16 +1,29 @@
-"""ConfigError: a user's mistake, said in one line."""
+"""ConfigError: a user's mistakes, each said in one line."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class ConfigError(ValueError):
     """A setting, an argument or a file that cannot be used: the key, what was given, what is allowed, an example.
 
-    The command line prints such an error as `ValueError: ...`, without a traceback, and ends with status 1. Any other
-    exception is a defect and keeps its traceback.
+    Each argument is one mistake. The command line prints each on a line of its own as `ValueError: ...`, without a
+    traceback, and ends with status 1. Any other exception is a defect and keeps its traceback.
     """
 
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
-class UnknownKeyError(ConfigError):
-    """A config has a key that its recipe does not know."""
+
+def mistakes_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[str]:
+    """The mistakes that a check finds: those that it yields, and those that it raises as a ConfigError."""
+    try:
+        result = check(*args, **kwargs)
+        if inspect.isgenerator(result):
+            yield from result
+    except ConfigError as e:
+        yield from map(str, e.args)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from layerskip_recipes.errors import ConfigError, UnknownKeyError, first_line
+from layerskip_recipes.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,11 +42,11 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
     source = load_config(args.config, args.overrides)
     try:
         built = recipe(source)
-    except UnknownKeyError as e:
+    except ConfigError as e:
         fits = recipe_of(source)
         if fits == name:
             raise
-        raise ConfigError(f"{e}. The config looks like one for `tune run {fits}`") from e
+        raise ConfigError(*e.args, f"config: {args.config} looks like one for `tune run {fits}`") from e
     for line in explain(source):
         log.info(line)
     return built
@@ -90,9 +90,10 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def fail(error: ConfigError) -> NoReturn:
-    """Print the error as the last line on stderr and exit with status 1."""
+    """Print each mistake as a line on stderr, the last ones there, and exit with status 1."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         # The first process says what all processes find, and torchrun ends this one meanwhile.
         time.sleep(5)
-    print(f"ValueError: {' '.join(str(error).split())}", file=sys.stderr)
+    for mistake in error.args:
+        print(f"ValueError: {' '.join(str(mistake).split())}", file=sys.stderr)
     sys.exit(1)

@@ -1,7 +1,7 @@
 """Components: sections with a `_component_`, torchtune's way to name what is to be built and its arguments."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from layerskip_recipes.config.schema import nearest
-from layerskip_recipes.errors import ConfigError, UnknownKeyError
+from layerskip_recipes.errors import ConfigError
 
 
 class Component:
@@ -63,30 +63,28 @@ class Component:
         return other
 
     def check(self) -> None:
-        """Check the arguments against the callable's signature, those that the recipe adds (`Takes`) included."""
-        given, positional = self.given, self.positional
+        """Raises a ConfigError with all that is wrong for the callable's signature."""
+        if found := list(self._mistakes()):
+            raise ConfigError(*found)
+
+    def _mistakes(self) -> Iterator[str]:
+        target = self.target
         try:
-            parameters = inspect.signature(self.target).parameters
-        except (TypeError, ValueError) as e:
-            if isinstance(e, ConfigError):
-                raise
+            parameters = inspect.signature(target).parameters
+        except (TypeError, ValueError):  # a callable in C may have none
             return
         names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for name in self.arguments:
-            if name not in names and not open_ended:
-                message = f"{self.key}.{name}: {self.path} takes no such argument. {nearest(str(name), names)}"
-                raise UnknownKeyError(message)
-        for name in given:
-            if name not in names and not open_ended:
-                raise ConfigError(
-                    f"{self.key}._component_: {self.path!r} cannot be used here, it takes no argument {name}"
-                )
-        required = [n for n in names[positional:] if parameters[n].default is inspect.Parameter.empty]
-        missing = [n for n in required if n not in self.arguments and n not in given]
-        if missing:
-            name = missing[0]
-            raise ConfigError(f"{self.key}.{name}: missing; {self.path} needs it, for example {self.key}.{name}=...")
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in self.arguments:
+                if name not in names:
+                    yield f"{self.key}.{name}: {self.path} takes no such argument. {nearest(str(name), names)}"
+            for name in self.given:
+                if name not in names:
+                    yield f"{self.key}._component_: {self.path!r} cannot be used here, it takes no argument {name}"
+        for name in names[self.positional :]:
+            required = parameters[name].default is inspect.Parameter.empty
+            if required and name not in self.arguments and name not in self.given:
+                yield f"{self.key}.{name}: missing; {self.path} needs it"
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it with the arguments of the config, and with these."""
@@ -123,7 +121,7 @@ class Component:
 
 
 class Takes:
-    """Beside `Component` in an annotation: what the recipe adds to its arguments, for `Component.check`.
+    """Beside `Component` in an annotation: check the arguments, with those that the recipe adds.
 
     Args:
         *given: names of keyword arguments.
@@ -136,6 +134,7 @@ class Takes:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Component) -> Component:
             value.given, value.positional = self.given, self.positional
+            value.check()  # the key is not known yet: pydantic's error has it
             return value
 
         return core_schema.no_info_after_validator_function(validate, handler(source))

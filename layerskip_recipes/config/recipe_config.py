@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Section, Text, allowed
-from layerskip_recipes.errors import ConfigError, first_line
+from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -66,12 +66,8 @@ class RecipeConfig(Section):
     @classmethod
     def load(cls, source: DictConfig) -> Self:
         """The typed config of a merged YAML config, checked without loading or writing anything."""
-        for needed in map(str, source):
-            if OmegaConf.is_missing(source, needed) and not OmegaConf.is_interpolation(source, needed):
-                field = cls.model_fields.get(needed)
-                words, example = allowed(field.annotation, field) if field else ("a value", "...")
-                words = words.removesuffix(" (or null)")
-                raise ConfigError(f"{needed}: missing. Allowed: {words}; for example {needed}={example}")
+        if missing := [cls._missing(key) for key in _missing_keys(source)]:
+            raise ConfigError(*missing)
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
@@ -80,36 +76,48 @@ class RecipeConfig(Section):
             raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
-        kept = {}
-        for name, value in content.items():
-            key = str(name)
-            if key in cls.REFUSED and key not in cls.model_fields:
-                if not (_is_off(value) or (key.endswith("_dim") and value == 1)):
-                    why = cls.REFUSED[key]
-                    raise ConfigError(f"{key}: {value!r} is not honoured by this recipe: {why}. Set {key}=null")
-            # A plain value may be the user's own variable, if an interpolation reads it.
-            elif key in cls.model_fields or not re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text):
-                kept[key] = value
-        cfg = cls.parse(kept)
+        refused = {key for key in content if key in cls.REFUSED and key not in cls.model_fields}
+        # A plain value may be the user's own variable, if an interpolation reads it.
+        variables = {key for key in content if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)}
+        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused | variables}
+        mistakes = [
+            f"{key}: {content[key]!r} is not honoured by this recipe: {cls.REFUSED[key]}. Set {key}=null"
+            for key in refused
+            if not (_is_off(content[key]) or (key.endswith("_dim") and content[key] == 1))
+        ]
+        try:
+            cfg = cls.parse(kept)
+        except ConfigError as e:
+            raise ConfigError(*mistakes, *e.args) from e
         cfg._source = source
         for key, component in _components(cfg, ""):
             component.key = key
-            component.check()
-        for needed, keys in cls.REQUIRES.items():
-            for key in keys if getattr(cfg, needed) is None else ():
-                value = getattr(cfg, key)
-                if key in cfg.model_fields_set and value is not None and value is not False:
-                    raise ConfigError(f"{key}: {value!r} needs {needed}. Set that, or {key}=null")
-        cfg.check_together()
+        if mistakes := [*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)]:
+            raise ConfigError(*mistakes)
         return cfg
+
+    @classmethod
+    def _missing(cls, key: str) -> str:
+        field = cls.model_fields.get(key)
+        words, example = allowed(field.annotation, field) if field else ("a value", "...")
+        return f"{key}: missing. Allowed: {words.removesuffix(' (or null)')}; for example {key}={example}"
+
+    def _needs(self) -> Iterator[str]:
+        """Mistakes by `REQUIRES`."""
+        for needed, keys in self.REQUIRES.items():
+            for key in keys if getattr(self, needed) is None else ():
+                value = getattr(self, key)
+                if key in self.model_fields_set and value is not None and value is not False:
+                    yield f"{key}: {value!r} needs {needed}. Set that, or {key}=null"
 
     @property
     def source(self) -> DictConfig:
         """The merged YAML, for logs."""
         return self._source
 
-    def check_together(self) -> None:
-        """Raises a ConfigError for keys that do not go together; each recipe has its own."""
+    def check_together(self) -> Iterator[str]:
+        """The messages for keys that do not go together; each recipe has its own."""
+        yield from ()
 
     @cached_property
     def meta_model(self) -> TransformerDecoder:
@@ -171,6 +179,12 @@ def devices_here() -> list[str]:
 def best_device() -> str:
     """The device that a config without one takes."""
     return devices_here()[-1]
+
+
+def _missing_keys(source: DictConfig) -> list[str]:
+    """The keys of the top level whose value is ???."""
+    keys = map(str, source)
+    return [key for key in keys if OmegaConf.is_missing(source, key) and not OmegaConf.is_interpolation(source, key)]
 
 
 def _is_off(value: Any) -> bool:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from layerskip_recipes.errors import ConfigError, UnknownKeyError
+from layerskip_recipes.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,9 +49,7 @@ class Section(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as e:
-            # A key that is missing is named after all other mistakes.
-            first = min(e.errors(), key=lambda details: details["type"] == "missing")
-            raise _mistake(first, cls, content, key) from e
+            raise ConfigError(*_mistakes(e, cls, content, key)) from e
 
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
@@ -138,17 +136,26 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"Nearest: {near[0]}" if near else f"Allowed: {', '.join(known)}"
 
 
-def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = None) -> ConfigError:
-    """The error for a value that an annotation does not allow."""
+def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = None) -> str:
+    """The message for a value that an annotation does not allow."""
     words, example = allowed(annotation, field)
-    return ConfigError(f"{key}: {value!r} is not allowed. Allowed: {words}; for example {key}={example}")
+    return f"{key}: {value!r} is not allowed. Allowed: {words}; for example {key}={example}"
 
 
 # ---- from pydantic's errors to ours ----
 
 
-def _mistake(details: Any, model: type[Section], content: Any, key: str) -> ConfigError:
-    """One of pydantic's errors: which key, what was given, what is allowed."""
+def _mistakes(error: ValidationError, model: type[Section], content: Any, key: str) -> list[str]:
+    """The messages of one key each, where pydantic has an error for each alternative of a union; missing keys last."""
+    found: dict[str, list[str]] = {}
+    for details in sorted(error.errors(), key=lambda details: details["type"] == "missing"):
+        where, messages = _mistake(details, model, content, key)
+        found.setdefault(where, messages)
+    return [message for messages in found.values() for message in messages]
+
+
+def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tuple[str, list[str]]:
+    """One of pydantic's errors: its key, and in words what was given and what is allowed."""
     annotation: Any = model
     field = None
     for part in details["loc"]:
@@ -161,25 +168,25 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> Conf
         elif part in fields:
             annotation, field = fields[part].annotation, fields[part]
         elif details["type"] == "extra_forbidden":
-            return UnknownKeyError(f"{_dotted(key, part)}: unknown key. {nearest(str(part), fields)}")
+            key = _dotted(key, part)
+            return key, [f"{key}: unknown key. {nearest(str(part), fields)}"]
         else:
             break
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
-    if own := _validator_error(details, key):
-        return own
+    if own := _own_messages(details, key):
+        return key, own
     if details["type"] == "missing":
         words, example = allowed(annotation, field)
-        return ConfigError(f"{key}: missing. Allowed: {words}; for example {key}={example}")
-    return refusal(key, content, annotation, field)
+        return key, [f"{key}: missing. Allowed: {words}; for example {key}={example}"]
+    return key, [refusal(key, content, annotation, field)]
 
 
-def _validator_error(details: Any, key: str) -> ConfigError | None:
-    """The error of a validator of ours, whose message goes on from the key if it begins with a dot or a colon."""
+def _own_messages(details: Any, key: str) -> list[str]:
+    """The messages of a validator of ours, which go on from the key if they begin with a dot or a colon."""
     cause = details.get("ctx", {}).get("error")
-    if not isinstance(cause, ConfigError):
-        return None
-    return ConfigError(f"{key}{cause}" if str(cause)[:1] in (".", ":") else str(cause))
+    messages = cause.args if isinstance(cause, ConfigError) else ()
+    return [f"{key}{message}" if message[:1] in (".", ":") else message for message in messages]
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
@@ -204,7 +211,7 @@ def check(key: str, value: Any, annotation: Any) -> None:
     try:
         TypeAdapter(annotation, config=_CONFIG).validate_python(value)
     except ValidationError as e:
-        raise _validator_error(e.errors()[0], key) or refusal(key, value, annotation) from e
+        raise ConfigError(*(_own_messages(e.errors()[0], key) or [refusal(key, value, annotation)])) from e
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -216,21 +223,13 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         hints = get_type_hints(function, include_extras=True)
-        adapters = {
-            name: TypeAdapter(hints[name], config=_CONFIG)
-            for name in signature.parameters
-            if name in hints and _is_setting(hints[name])
-        }
+        settings = [name for name in signature.parameters if name in hints and _is_setting(hints[name])]
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for name, value in signature.bind(*args, **kwargs).arguments.items():
-                if name in adapters:
-                    try:
-                        adapters[name].validate_python(value)
-                    except ValidationError as e:
-                        key = prefix + name
-                        raise _validator_error(e.errors()[0], key) or refusal(key, value, hints[name]) from e
+                if name in settings:
+                    check(prefix + name, value, hints[name])
             return function(*args, **kwargs)
 
         return checked
