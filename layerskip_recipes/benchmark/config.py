@@ -1,6 +1,6 @@
 """BenchmarkConfig: the keys of `layerskip_benchmark`, and what goes together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -215,34 +215,34 @@ class BenchmarkConfig(DecodingConfig):
         drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
         return next((draft.exit_layer for draft in drafts if draft.exit_layer is not None), None)
 
-    def check_together(self) -> None:
+    def check_together(self) -> Iterator[str]:
+        yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
+        yield from mistakes_of(self._check_what_is_compared)
         model = layerskip_decoder(self.meta_model)
-        check_ending("picture", self.picture, PICTURES)
-        self._check_what_is_compared()
         for name, variant in self.compared.items():
             key = self.key_of(name)
             if isinstance(variant, SelfSpeculation):
-                variant.check_against(model, key)
-                check_draft_fits(variant, self.quantizer, model, key=key)
+                yield from mistakes_of(variant.check_against, model, key)
+                yield from mistakes_of(check_draft_fits, variant, self.quantizer, model, key=key)
             else:
-                model.check_exit(variant.early_exit, f"{key}.early_exit")
+                yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
         if self.sweep is not None:
-            self.sweep.pairs(model)
+            yield from mistakes_of(self.sweep.pairs, model)
         if self.random_weights:
-            self._check_random_weights()
+            yield from mistakes_of(self._check_random_weights)
             return
         if self.report_dir is None:
-            raise ConfigError("report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark")
-        check_checkpointer(self)
-        if self.peers is not None and self.peers.llama_cpp is not None:
-            self.peers.llama_cpp.check_files()
-        self._check_chooser(len(model.layers))
-        self.check_prompts()
+            yield "report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark"
         if self.is_conversation:
-            raise ConfigError(
+            yield (
                 f"prompt: {self.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for "
                 'example prompt=["def main(", "import os"]'
             )
+        yield from mistakes_of(check_checkpointer, self)
+        if self.peers is not None and self.peers.llama_cpp is not None:
+            yield from mistakes_of(self.peers.llama_cpp.check_files)
+        yield from mistakes_of(self._check_chooser, len(model.layers))
+        yield from mistakes_of(self.check_prompts)
 
     def _check_what_is_compared(self) -> None:
         """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""

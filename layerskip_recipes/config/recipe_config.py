@@ -76,10 +76,10 @@ class RecipeConfig(Section):
             raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
-        refused = {key for key in content if key in cls.REFUSED and key not in cls.model_fields}
+        refused = [key for key in map(str, content) if key in cls.REFUSED and key not in cls.model_fields]
         # A plain value may be the user's own variable, if an interpolation reads it.
-        variables = {key for key in content if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)}
-        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused | variables}
+        variables = [key for key in map(str, content) if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)]
+        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + variables}
         mistakes = [
             f"{key}: {content[key]!r} is not honoured by this recipe: {cls.REFUSED[key]}. Set {key}=null"
             for key in refused
@@ -92,7 +92,8 @@ class RecipeConfig(Section):
         cfg._source = source
         for key, component in _components(cfg, ""):
             component.key = key
-        if mistakes := [*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)]:
+        # Checks that need the model all say why it cannot be built.
+        if mistakes := list(dict.fromkeys([*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)])):
             raise ConfigError(*mistakes)
         return cfg
 

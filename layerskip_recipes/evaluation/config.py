@@ -1,6 +1,6 @@
 """EvalConfig: the keys of `layerskip_eval`, and which keys go together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import check_exit_or_drafts
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -119,34 +119,27 @@ class EvalConfig(RecipeConfig):
     enable_kv_cache: Literal[True] | None = None
     """A key of torchtune; the cache is always on."""
 
-    def check_together(self) -> None:
-        self._check_measured()
-        check_ending("report", self.report, [".json"])
-        check_ending("picture", self.picture, PICTURES)
-        model = layerskip_decoder(self.meta_model)
-        check_checkpointer(self)
-        select_exits(self.layers or ":", model.num_layers, key="layers")
-        check_exit_or_drafts(self, model)
-        check_draft_fits(self.self_speculation, self.quantizer, model)
-        if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
-            raise ConfigError(
-                "self_speculation.draft: it is trained for the weights as they are, and layerskip_eval quantises them "
-                "before it reads the draft. Set quantizer=null; draft_quantizer quantises the draft"
-            )
-        for name, other in self.checkpoints().items():
-            other.checkpointer.check()
-            try:
-                check_checkpointer(other)
-            except ConfigError as e:
-                raise ConfigError(f"compare.{name}: {e}") from e
-
-    def _check_measured(self) -> None:
-        """Raises a ConfigError if nothing is to be measured."""
+    def check_together(self) -> Iterator[str]:
         if self.dataset is None and self.tasks is None:
-            raise ConfigError(
+            yield (
                 "dataset: None, and tasks too, so there is nothing to measure. Allowed: one or both; for example "
                 "dataset={_component_: ...} or tasks=[arc_easy]"
             )
+        if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
+            yield (
+                "self_speculation.draft: it is trained for the weights as they are, and layerskip_eval quantises them "
+                "before it reads the draft. Set quantizer=null; draft_quantizer quantises the draft"
+            )
+        yield from mistakes_of(check_ending, "report", self.report, [".json"])
+        yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
+        yield from mistakes_of(check_checkpointer, self)
+        for name, other in self.checkpoints().items():
+            yield from mistakes_of(other.checkpointer.check)
+            yield from (f"compare.{name}: {mistake}" for mistake in mistakes_of(check_checkpointer, other))
+        model = layerskip_decoder(self.meta_model)
+        yield from mistakes_of(select_exits, self.layers or ":", model.num_layers, key="layers")
+        yield from mistakes_of(check_exit_or_drafts, self, model)
+        yield from mistakes_of(check_draft_fits, self.self_speculation, self.quantizer, model)
 
     def checkpoints(self) -> dict[str, Self]:
         """The config once for its own checkpoint, and once for each of `compare`, by name.

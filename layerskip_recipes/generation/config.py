@@ -1,6 +1,7 @@
 """GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
@@ -123,14 +124,14 @@ class GenerateConfig(DecodingConfig):
         """Whether the autoregressive baseline runs too."""
         return self.benchmark is not None and self.benchmark.compare
 
-    def check_together(self) -> None:
+    def check_together(self) -> Iterator[str]:
+        yield from mistakes_of(check_checkpointer, self)
+        yield from mistakes_of(self.check_prompts)
+        yield from mistakes_of(self._check_conversation)
+        yield from mistakes_of(self._check_output_file)
         model = layerskip_decoder(self.meta_model)
-        check_checkpointer(self)
-        check_exit_or_drafts(self, model)
-        self.check_prompts()
-        self._check_conversation()
-        self._check_output_file()
-        self._check_processes(model)
+        yield from mistakes_of(check_exit_or_drafts, self, model)
+        yield from mistakes_of(self._check_processes, model)
 
     def _check_conversation(self) -> None:
         """Raises a ConfigError for what goes only with a conversation, or not with one."""

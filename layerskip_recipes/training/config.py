@@ -1,6 +1,6 @@
 """FinetuneConfig: every key of a finetune config with its default and meaning, and the rules about several keys."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
 from layerskip_recipes.data.datasets import CollateFn, Datasets
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
@@ -172,7 +172,8 @@ class FinetuneConfig(RecipeConfig):
     log_peak_memory_stats: Flag = False
     """Log the GPU's peak memory too."""
     profiler: (
-        Annotated[Component, BeforeValidator(_with_default_component), AfterValidator(_is_torchtunes_profiler)] | None
+        Annotated[Component, BeforeValidator(_with_default_component), AfterValidator(_is_torchtunes_profiler), Takes()]
+        | None
     ) = None
     """torchtune's profiler section; it records with `enabled: true`."""
 
@@ -240,35 +241,34 @@ class FinetuneConfig(RecipeConfig):
 
     # ---- rules about several keys ----
 
-    def check_together(self) -> None:
-        """Check the rules about several keys that hold on any machine: nothing is loaded or written.
-
-        Raises:
-            ConfigError: the first mistake.
-        """
+    def check_together(self) -> Iterator[str]:
         if self.compute_dtype is not None and self.dtype != "fp32":
-            raise ConfigError(
+            yield (
                 f"compute_dtype: {self.compute_dtype} needs weights in fp32, and dtype is {self.dtype}. Set "
                 "dtype=fp32, or compute_dtype=null"
             )
-        self._check_activations()
-        self._check_optimizer()
         if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
-            raise ConfigError(
+            yield (
                 f"checkpointer.output_dir: {self.checkpointer.get('output_dir')!r} is not output_dir. Checkpoints go "
                 "there: checkpointer.output_dir=${output_dir}"
             )
-        check_lora_arguments(self.model)
-        check_adapters(
-            self.model,
-            self.meta_model,
-            save_adapter_weights_only=self.save_adapter_weights_only,
-            safe_serialization=self.checkpointer.get("safe_serialization") is not False,
-        )
-        check_checkpointer(self, trains=True)
-        self._check_start()
-        self._check_sharded_layers()
-        self._check_draft()
+        yield from mistakes_of(self._check_activations)
+        yield from mistakes_of(self._check_optimizer)
+        yield from mistakes_of(check_lora_arguments, self.model)
+        yield from mistakes_of(self._check_adapters)
+        yield from mistakes_of(check_checkpointer, self, trains=True)
+        yield from mistakes_of(self._check_start)
+        yield from mistakes_of(self._check_sharded_layers)
+        yield from mistakes_of(self._check_draft)
+        yield from mistakes_of(self._check_sections)
+
+    def _check_adapters(self) -> None:
+        safe = self.checkpointer.get("safe_serialization") is not False
+        adapters_only = self.save_adapter_weights_only
+        check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
+
+    def _check_sections(self) -> None:
+        """Layers and exits must be the model's."""
         assert self.validated_exits
         if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
             raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")

@@ -139,7 +139,8 @@ def test_validate_knows_the_recipe_of_configs_that_extend_a_generation_config(la
 )
 def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, layerskip):
     write_yaml(Path("mine.yaml"), {"extends": "quickstart/generate", **change})
-    assert re.search(message, mistake(layerskip("validate", "mine.yaml")))
+    status, _, err = layerskip("validate", "mine.yaml")
+    assert status == 1 and re.search(f"^ValueError: {message}", err, flags=re.M)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,35 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
     assert message in mistake(layerskip(*args))
     assert list(Path().iterdir()) == []
+
+
+def test_all_mistakes_are_reported_at_once(layerskip):
+    """Types, unknown keys and components first; what does not go together once these are right."""
+    wrong = {
+        "batch_size=0": "batch_size: 0 is not allowed. Allowed: an integer of 1 or more; for example batch_size=1",
+        "epoch=2": "epoch: unknown key. Nearest: epochs",
+        "optimizer.learning_rate=1": "optimizer.learning_rate: torch.optim.AdamW takes no such argument.",
+        "optimizer.momentum=1": "optimizer.momentum: torch.optim.AdamW takes no such argument.",
+        "tokenizer._component_=nothing.here": "tokenizer._component_: 'nothing.here' cannot be imported",
+        "layer_dropout.prob=2": "layer_dropout.prob: 2 is not allowed.",
+        "fsdp={cpu_offload: true}": "fsdp: {'cpu_offload': True} is not honoured by this recipe",
+    }
+    status, out, err = layerskip("validate", "quickstart/finetune", *wrong)
+    lines = err.splitlines()
+    assert status == 1 and out == "" and len(lines) == len(wrong)
+    for message in wrong.values():
+        assert sum(line.startswith(f"ValueError: {message}") for line in lines) == 1, message
+
+    together = [
+        "dtype=bf16",
+        "compute_dtype=bf16",
+        "ac_mode=selective",
+        "early_exit_loss.layers=99",
+        "max_batches_val=1",
+    ]
+    status, _, err = layerskip("validate", "quickstart/finetune", *together)
+    keys = [line.split(":")[1].strip() for line in err.splitlines()]
+    assert status == 1 and sorted(keys) == ["ac_option", "compute_dtype", "early_exit_loss.layers", "max_batches_val"]
 
 
 @pytest.mark.parametrize("args", [[], ["foo"], ["cp", "quickstart/finetune"], ["validate"], ["ls", "--all"]])
@@ -228,7 +258,8 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="1"):
             start()
         err = capsys.readouterr().err
-        assert ": unknown key. " in err and err.endswith(f". The config looks like one for `tune run {meant}`\n")
+        assert ": unknown key. " in err
+        assert err.endswith(f"\nValueError: config: {config} looks like one for `tune run {meant}`\n")
 
 
 def test_the_public_generate_survives_the_recipe():
