@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le
@@ -209,9 +209,14 @@ _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
 def check(key: str, value: Any, annotation: Any) -> None:
     """Raises a ConfigError unless the annotation allows the value."""
     try:
-        TypeAdapter(annotation, config=_CONFIG).validate_python(value)
+        _adapter(annotation).validate_python(value)
     except ValidationError as e:
         raise ConfigError(*(_own_messages(e.errors()[0], key) or [refusal(key, value, annotation)])) from e
+
+
+@lru_cache
+def _adapter(annotation: Any) -> TypeAdapter:
+    return TypeAdapter(annotation, config=_CONFIG)
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -12,16 +12,14 @@ from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
-from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.sampling import MinP, Penalty, Sampler, Temperature, TopP
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
-
-Temperature = Annotated[float, Field(ge=0, examples=[0.8])]
 
 
 class DecodingConfig(RecipeConfig):
@@ -44,11 +42,11 @@ class DecodingConfig(RecipeConfig):
     `layerskip_generate` without a comparison, a row whose answer has ended takes the next prompt."""
     top_k: PositiveInt | None = None
     """Sample from the so many likeliest tokens."""
-    top_p: Annotated[float, Field(gt=0, le=1, examples=[0.9])] | None = None
+    top_p: TopP | None = None
     """Sample from the likeliest tokens that have this probability together."""
-    min_p: Annotated[Fraction, Field(examples=[0.05])] | None = None
+    min_p: MinP | None = None
     """Leave out tokens with less than this part of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0, examples=[1.1])] | None = None
+    repetition_penalty: Penalty | None = None
     """Above 1 makes tokens of the prompt and of the output less likely."""
     stop_tokens: Annotated[list[int], Field(examples=["[2]"])] | None = None
     """Ids of tokens that end a text, beside the tokenizer's."""

@@ -90,6 +90,7 @@ class Generation:
         on_draft: Callable[[list[list[int]]], None] | None = None,
         choice: DiscountedUCB | None = None,
     ) -> None:
+        started = time.perf_counter()
         self.model = as_layerskip_decoder(model)
         self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
@@ -130,6 +131,7 @@ class Generation:
         self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context.device)
+        self.stats.prefill_s = time.perf_counter() - started  # the time to the first token begins with this call
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -150,7 +152,7 @@ class Generation:
                 self.context.load_cpp()  # if no text was read by it; in the first round it would count as decoding
                 self.traffic = MemoryTraffic(self.context)
                 self.stats.compile_s = self.compile_s - compiled
-                self.stats.prefill_s = time.perf_counter() - started - self.stats.compile_s
+                self.stats.prefill_s += time.perf_counter() - started - self.stats.compile_s
                 yield self.rows.by_prompt(new)
                 while self.rows.waiting or any(self.rows.room):
                     if (free := self.rows.free) is not None:
@@ -244,8 +246,7 @@ class Generation:
         noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.rows.seen))
         self.last = self.last.clone()
         with decoding_kernels(self.context.device):
-            with self.cache.only(row):
-                final = read_texts(self.context, [text], self._depth)
+            final = read_texts(self.context, [text], self._depth, rows=[row])
             self.last[here] = self._first_tokens(final, noise, seen)
             if self.drafter is not None:
                 self.drafter.replace(row, text, final[0])

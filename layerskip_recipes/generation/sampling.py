@@ -10,7 +10,13 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Field
 
-from layerskip_recipes.config.schema import checked_arguments
+from layerskip_recipes.config.schema import Fraction, PositiveInt, check
+
+# Types that configs share.
+Temperature = Annotated[float, Field(ge=0, examples=[0.8])]
+TopP = Annotated[float, Field(gt=0, le=1, examples=[0.9])]
+MinP = Annotated[Fraction, Field(examples=[0.05])]
+Penalty = Annotated[float, Field(gt=0, examples=[1.1])]
 
 
 def next_token_probs(
@@ -157,15 +163,20 @@ class Sampler:
         ConfigError: if a setting is out of range.
     """
 
-    temperature: Annotated[float, Field(ge=0, examples=[0.8])] = 0.0
-    top_k: Annotated[int, Field(ge=1, examples=[50])] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, examples=[0.9])] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, examples=[0.05])] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, examples=[1.1])] = 1.0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     rng: torch.Generator | None = None
     greedy: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check("temperature", self.temperature, Temperature)
+        check("top_k", self.top_k, PositiveInt | None)
+        check("top_p", self.top_p, TopP | None)
+        check("min_p", self.min_p, MinP | None)
+        check("repetition_penalty", self.repetition_penalty, Penalty)
         # Stored: a compiled graph that read the temperature would hold for one temperature only.
         self.greedy = self.temperature == 0
         self.top_p = None if self.top_p == 1 else self.top_p
@@ -221,6 +232,3 @@ class Sampler:
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
         """U(0, 1) draws, None when greedy."""
         return None if self.greedy else torch.rand(shape, device=device, generator=self.rng)
-
-
-Sampler.__init__ = checked_arguments()(Sampler.__init__)  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width.
 in a graph some more, up to the whole cache.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -110,11 +110,15 @@ class StepContext:
         """
         if self.cpp is None and self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
             if depth is not None:
-                self.cache.allocate(self.model, depth)
-                self.cache.allocate(self.draft_model, self.own_layers.stop)
+                self.allocate(depth)
             self._in_cpp.load()
             self.cpp = self._in_cpp
         return self.cpp is not None
+
+    def allocate(self, depth: int) -> None:
+        """Make the caches of the layers that read the text."""
+        self.cache.allocate(self.model, depth)
+        self.cache.allocate(self.draft_model, self.own_layers.stop)
 
     def begin_round(self) -> None:
         """The results of the last round's graphs are no longer needed."""
@@ -147,12 +151,16 @@ class StepContext:
         start_layer: int = 0,
         exit_layer: int | None = None,
         unembed: bool = True,
+        rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s]."""
+        """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s].
+
+        In C++ they may be those of some rows of the cache only.
+        """
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             x: Any = tokens if hidden is None else hidden
-            x = self.cpp.run(model, x, at, slots.shape[0], layers)
+            x = self.cpp.run(model, x, at, slots.shape[0], layers, rows)
             return self.cpp.logits(model, x) if unembed else x
         self.cache.seek(at, slots.shape[0])
         mask: Any

@@ -61,7 +61,6 @@ WRONG = [
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculations=0", "variants.chain.num_speculations", "0", "1 or more"),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
-    ("~variants.chain.num_speculations", "variants.chain.num_speculations", "missing", "1 or more"),
     ("variants.chain.early_exit=2", "variants.chain.exit_layer", "unknown key", "early_exit"),
     ("variants.x.early_exit=5", "variants.x.early_exit", "5", "1..4"),
     ("variants.x.early_exit=null", "variants.x.early_exit", "None", "1 or more"),

@@ -38,7 +38,6 @@ GENERATE = [
         (f"self_speculation.num_speculations={value}", "self_speculation.num_speculations", shown, "=6")
         for value, shown in {"0": "0", "1.5": "1.5", "six": "'six'", "true": "True"}.items()
     ),
-    ("~self_speculation.num_speculations", "self_speculation.num_speculations", "missing", "num_speculations=6"),
     ("self_speculation.num_speculation=3", "self_speculation.num_speculation", "unknown", "Nearest: num_speculations"),
     ("self_speculation=4", "self_speculation", "4", "self_speculation=null"),
     ("self_speculation=[2,3]", "self_speculation", "[2, 3]", "self_speculation=null"),

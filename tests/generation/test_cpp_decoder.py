@@ -4,6 +4,7 @@ precision, the same bits for any number of rows, and the same tokens in every wa
 import copy
 import platform
 import re
+import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from layerskip_recipes.generation.kernels import compiling, cpp_decoder, huge_pa
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
-from layerskip_recipes.generation.prefill import can_read_in_cpp, read_texts
+from layerskip_recipes.generation.prefill import read_texts, reads_in_cpp
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -137,7 +138,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
     drafter = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts = {} if precision == "fp32" else {"reused": 3}
-    monkeypatch.setattr(prefill, "SHORT", 2 * 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(prefill, "SHORT", 30 if precision == "fp32" else 7)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     read = []
     for compiled in (None, CompiledSteps(CPU)):
@@ -147,7 +148,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
             if parts:
                 read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts], L)
             if compiled is not None:
-                assert can_read_in_cpp(context, texts, **parts)
+                assert reads_in_cpp(context, 30)
                 context.load_cpp(L)
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
             final = read_texts(context, texts, L, **parts)
@@ -161,23 +162,61 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("dtype", "vectors", "lengths", "rows", "expected"),
+    ("dtype", "vectors", "tokens", "expected"),
     [
-        (torch.float32, "AVX2", [128], 1, True),
-        (torch.float32, "AVX2", [129], 1, False),
-        (torch.float32, "AVX512", [60, 65], 2, False),  # 2 x 65 tokens
-        (torch.bfloat16, "AVX512", [129], 1, False),
-        (torch.bfloat16, "AVX2", [4000], 1, True),
-        (torch.bfloat16, "AVX2", [40], 2, False),  # one row of two, whose cache is a part of what C++ knows
+        (torch.float32, "AVX2", 128, True),
+        (torch.float32, "AVX2", 129, False),
+        (torch.bfloat16, "AVX512", 129, False),
+        (torch.bfloat16, "AVX2", 4000, True),
     ],
 )
-def test_which_texts_are_read_in_cpp(dtype, vectors, lengths, rows, expected, monkeypatch):
+def test_which_texts_are_read_in_cpp(dtype, vectors, tokens, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    context = SimpleNamespace(dtype=dtype, has_cpp=True, cache=SimpleNamespace(rows=rows))
-    texts = [[1] * length for length in lengths]
-    assert can_read_in_cpp(context, texts) is expected
+    context = SimpleNamespace(dtype=dtype, has_cpp=True)
+    assert reads_in_cpp(context, tokens) is expected
     context.has_cpp = False
-    assert not can_read_in_cpp(context, texts)
+    assert not reads_in_cpp(context, tokens)
+
+
+@pytest.mark.parametrize("variant", [None, "chain"])
+@pytest.mark.parametrize("vectors", ["AVX2", "AVX512"])
+def test_rows_are_read_in_bf16_as_they_are_alone(vectors, variant, monkeypatch):
+    """Texts that C++ reads beside texts that torch may read, all at a time and in two rows one after the other."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(prefill, "SHORT", 8)
+    model, caches = talking("bf16"), {}
+    arguments = {"speculation": variant and speculation_of(variant, model)}
+    prompts = [text[:length] for text, length in zip(texts_of(6, 40), (5, 30, 8, 9, 40, 3), strict=True)]
+
+    def decode(prompts, **more):
+        generation = run(model, prompts, 20, **arguments, **more)
+        in_row = zip(generation.in_row, generation.cache.layers[-1].k, strict=True)
+        caches.update({tuple(prompts[i]): k[:, : len(prompts[i])].clone() for i, k in in_row})
+        return generation.generated
+
+    alone = [decode([prompt])[0] for prompt in prompts]
+    expected = dict(caches)
+    assert decode(prompts) == alone
+    assert all(torch.equal(caches[key], expected[key]) for key in expected)
+    assert decode(prompts, rows=2) == alone
+    assert all(torch.equal(caches[key], expected[key]) for key in expected)
+
+
+def test_compiled_code_is_of_one_torch_and_one_compiler(monkeypatch):
+    """An upgrade of either must not load the library that the other one made."""
+    from torch._inductor.codecache import CppCodeCache
+
+    sources = []
+    monkeypatch.setattr(CppCodeCache, "load", classmethod(lambda cls, source: sources.append(source)))
+    load_library.__wrapped__()
+    for owner, name in ((torch, "__version__"), (torch.version, "git_version")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, "another")
+            load_library.__wrapped__()
+    version = subprocess.CompletedProcess([], 0, "another compiler 1.0\nand more")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: version)
+    load_library.__wrapped__()
+    assert len(set(sources)) == 4 and len({source.partition("\n")[2] for source in sources}) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])

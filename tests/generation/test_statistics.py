@@ -1,11 +1,13 @@
 """What a round of drafts costs, in calls of layers, and the statistics of a generation."""
 
+import time
 from collections import Counter
 
 import pytest
 import torch
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
 
+from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -53,6 +55,16 @@ def test_nothing_is_drafted_beyond_the_limit():
         next(steps)
         assert (calls[0, 1], calls[L - 1, drafts + 1], calls["head", drafts + 1]) == (drafts + 1, 1, 1)
         assert calls["head", 1] == drafts or drafts == 0
+
+
+def test_the_first_token_is_timed_from_the_call_on(monkeypatch):
+    """With what the construction of a `Generation` takes, but not what its caller does before the first step."""
+    monkeypatch.setattr(engine, "check_prompt_tokens", lambda *_: time.sleep(0.2))
+    called = time.perf_counter()
+    generation = Generation(model_of("llama3_2"), [PROMPT], 2)
+    time.sleep(0.2)
+    next(iter(generation))
+    assert 0.2 < generation.stats.prefill_s < time.perf_counter() - called - 0.2
 
 
 @pytest.mark.parametrize("exit_layer", [None, 1, 4])

@@ -16,7 +16,12 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.generation.drafting.speculation import NumSpeculations, PromptLookup, Speculation
+from layerskip_recipes.generation.drafting.speculation import (
+    NumSpeculations,
+    PromptLookup,
+    Speculation,
+    check_draft_vocabulary,
+)
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
@@ -31,7 +36,7 @@ class SelfSpeculation(Section):
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""
-    num_speculations: NumSpeculations
+    num_speculations: NumSpeculations = 6
     """Tokens drafted in a round."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
     """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts; null: all, or
@@ -45,12 +50,7 @@ class SelfSpeculation(Section):
     in full precision."""
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
-        """Raises a ConfigError if the section does not fit a model.
-
-        Args:
-            model: the decoder, on any device.
-            key: of the section, for messages.
-        """
+        """Raises a ConfigError if the section does not fit a model, on any device; `key` is its own, for messages."""
         if self.draft is None and self.exit_layer is None:
             raise ConfigError(
                 f"{key}.exit_layer: missing. Allowed: an integer, the exit that drafts, or {key}.draft, a trained "
@@ -69,22 +69,10 @@ class SelfSpeculation(Section):
             )
         if file is not None and not Path(file).is_file():
             raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
-        self._speculation(vocabulary if isinstance(vocabulary, list) else None).check(model, f"{key}.")
-
-    def _speculation(
-        self, vocabulary: Any, drafter: LayerSkipDecoder | None = None, draft_head: DraftHead | None = None
-    ) -> Speculation:
-        exit_layer = self.exit_layer
-        if exit_layer is None:
-            exit_layer = 1  # that of `draft` is not read yet, see `with_vocabulary`
-        return Speculation(
-            exit_layer=exit_layer,
-            num_speculations=self.num_speculations,
-            draft_vocabulary=vocabulary,
-            prompt_lookup=self.prompt_lookup,
-            drafter=drafter,
-            draft_head=draft_head,
-        )
+        if self.exit_layer is not None:
+            model.check_exit(self.exit_layer, f"{key}.exit_layer")
+        if isinstance(vocabulary, list):
+            check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
 
     def with_vocabulary(
         self,
@@ -93,23 +81,16 @@ class SelfSpeculation(Section):
         prompts: Sequence[Sequence[int]],
         key: str = "self_speculation",
     ) -> "SelfSpeculation":
-        """The section with exit and tokens of `draft`, and with ids of the draft vocabulary in place of their number.
+        """The section with the exit and the tokens of `draft`, and with ids in place of the number of tokens.
 
-        Args:
-            model: the decoder, on any device.
-            tokenizer: for draft_vocabulary_file.
-            prompts: tokens of the prompts, counted if there is no such file.
-            key: of the section, for messages.
-
-        Raises:
-            ConfigError: if there are none, or the folder of `draft` holds none.
+        The most frequent tokens are counted in `prompts`, or by the tokenizer in draft_vocabulary_file.
         """
         if self.draft is not None and self.exit_layer is None:
             description = read_description(self.draft, f"{key}.draft")
             read = {"exit_layer": description["exit_layer"]}
-            if self.draft_vocabulary is None:
+            if self.draft_vocabulary is None and description["vocabulary"] is not None:
+                check_draft_vocabulary(description["vocabulary"], model, f"{key}.draft_vocabulary")
                 read["draft_vocabulary"] = description["vocabulary"]
-                self._speculation(description["vocabulary"]).check(model, f"{key}.")
             return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self
@@ -119,7 +100,7 @@ class SelfSpeculation(Section):
             texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
         counts = Counter(token for tokens in texts for token in tokens)
         vocabulary = [token for token, _ in counts.most_common(self.draft_vocabulary)]
-        self._speculation(vocabulary).check(model, f"{key}.")
+        check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
         return self.model_copy(update={"draft_vocabulary": vocabulary})
 
     def own_layers(self) -> int:
@@ -142,17 +123,9 @@ class SelfSpeculation(Section):
         return count * dtype.itemsize + quantised
 
     def build(self, model: LayerSkipDecoder, key: str = "self_speculation", rows: int = 1) -> Speculation:
-        """The speculation, with quantised layers if the section asks for them.
-
-        Args:
-            model: with its weights; exit and draft vocabulary are known by now, see `with_vocabulary`.
-            key: of the section, for messages.
-            rows: how many prompts are decoded at a time.
-
-        Raises:
-            ConfigError: if the quantizer does not work on this device, or the draft is not this model's.
-        """
-        drafter, head, layers = None, None, range(self.exit_layer or 0)
+        """The speculation of a model with its weights, for `rows` prompts at a time; `with_vocabulary` comes first."""
+        assert self.exit_layer is not None and not isinstance(self.draft_vocabulary, int)
+        drafter, head, layers = None, None, range(self.exit_layer)
         if self.draft is not None:
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
@@ -162,10 +135,12 @@ class SelfSpeculation(Section):
                     f"{key}.draft_quantizer: for several rows a GPU writes out each weight in the model's precision "
                     f"first, and drafts get slower. Faster is batch_size=1, or {key}.draft_quantizer=null"
                 )
-            if isinstance(self.draft_vocabulary, list):
+            if self.draft_vocabulary is not None:
                 head = quantise(DraftHead(drafter or model, self.draft_vocabulary), self.draft_quantizer)
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
-        return self._speculation(self.draft_vocabulary, drafter, head)
+        return Speculation(
+            self.exit_layer, self.num_speculations, self.draft_vocabulary, self.prompt_lookup, drafter, head
+        )
 
 
 def _off_without_exit(value: Any) -> Any:
@@ -183,14 +158,7 @@ def check_draft_fits(
     parallel: int = 1,
     key: str = "self_speculation",
 ) -> None:
-    """Raises a ConfigError for drafts that a quantised or split model does not allow.
-
-    Args:
-        quantizer: of the whole model.
-        model: the decoder, on any device.
-        parallel: the ranks that share each matrix.
-        key: of the section, for messages.
-    """
+    """Raises a ConfigError for drafts that the model does not allow: quantised, or split over `parallel` ranks."""
     if section is None:
         return
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
@@ -242,16 +210,9 @@ def bytes_of_weights(
 def quantised_drafter(
     model: LayerSkipDecoder, layers: range, quantizer: Component, with_head: bool = True
 ) -> LayerSkipDecoder:
-    """A decoder some of whose layers, and whose head, are quantised copies of the model's; all else is the model's own.
+    """The model's first layers and its head, of which `layers` and the head are quantised copies.
 
-    Args:
-        model: the model or a draft's decoder, left as it is.
-        layers: to quantise; those above are left out.
-        quantizer: as for `quantise`.
-        with_head: False leaves the head, as where drafts have one of their own.
-
-    Raises:
-        ConfigError: if the quantizer does not work on this device.
+    `with_head=False` leaves the head, as where drafts have one of their own.
     """
     parts = model.copied_layers(layers)
     if with_head:

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import checked_arguments
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
 
 # Types that the `self_speculation` section shares.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
@@ -24,49 +23,46 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts.
-        num_speculations: d, drafted tokens of a round.
+        num_speculations: d, the tokens drafted in a round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: draft from the text where its last so many tokens occurred before, if that pays; None: never.
         drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
         draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the drafter's head.
 
     Raises:
-        ConfigError: if a value is out of range. `check`, which a Generation calls, refuses values that do not go
-            together or do not fit the model.
+        ConfigError: if a number is out of range. A Generation refuses what does not fit its model.
     """
 
     exit_layer: int
-    num_speculations: NumSpeculations
+    num_speculations: int
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
-    prompt_lookup: PromptLookup | None = None
+    prompt_lookup: int | None = None
     drafter: LayerSkipDecoder | None = None
     draft_head: DraftHead | None = None
 
-    def check(self, model: LayerSkipDecoder, prefix: str = "") -> None:
-        """Raises a ConfigError if settings do not go together, or do not fit the model; `prefix` is for messages."""
-        model.check_exit(self.exit_layer, f"{prefix}exit_layer")
-        size = model.tok_embeddings.num_embeddings
+    def __post_init__(self) -> None:
+        check("num_speculations", self.num_speculations, NumSpeculations)
+        check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
+
+    def check(self, model: LayerSkipDecoder) -> None:
+        """Raises a ConfigError for settings that do not fit the model."""
+        model.check_exit(self.exit_layer)
         if self.draft_vocabulary is not None:
-            check_draft_vocabulary(self.draft_vocabulary, size, prefix)
+            check_draft_vocabulary(self.draft_vocabulary, model)
         if self.drafter is not None:
-            check_drafter(self.drafter, model, self.exit_layer, prefix)
+            check_drafter(self.drafter, model, self.exit_layer)
 
 
-Speculation.__init__ = checked_arguments()(Speculation.__init__)  # type: ignore[method-assign]
-
-
-def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_layer: int, prefix: str = "") -> None:
+def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
     """Raises a ConfigError unless a drafter has the layers to draft, and the caches and tokens of the model."""
-    own = getattr(drafter, "own_layers", range(0))
+    own = as_layerskip_decoder(drafter).own_layers
     if own and exit_layer != (own.start or own.stop):
-        raise ConfigError(f"{prefix}exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
+        raise ConfigError(f"exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
     if len(drafter.layers) < exit_layer:
-        raise ConfigError(f"{prefix}exit_layer: {exit_layer} is more than the drafter's layers")
+        raise ConfigError(f"exit_layer: {exit_layer} is more than the drafter's layers")
     if len(drafter.layers) > model.num_layers:
         layers = f"{len(drafter.layers)} layers, and the model {model.num_layers}"
-        raise ConfigError(
-            f"{prefix}drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy"
-        )
+        raise ConfigError(f"drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy")
     for name, value_of in {
         "num_kv_heads": lambda decoder: decoder.layers[0].attn.num_kv_heads,
         "head_dim": lambda decoder: decoder.layers[0].attn.head_dim,
@@ -75,20 +71,24 @@ def check_drafter(drafter: TransformerDecoder, model: LayerSkipDecoder, exit_lay
     }.items():
         if value_of(drafter) != value_of(model):
             raise ConfigError(
-                f"{prefix}drafter: its {name} is {value_of(drafter)}, and the model's {value_of(model)}. Allowed: "
+                f"drafter: its {name} is {value_of(drafter)}, and the model's {value_of(model)}. Allowed: "
                 "a decoder that shares cache and vocabulary with the model, such as a quantised copy"
             )
 
 
-def check_draft_vocabulary(vocabulary: torch.Tensor | Sequence[int], size: int, prefix: str = "") -> None:
-    """Raises a ConfigError unless it holds ids of a vocabulary of that size."""
+def check_draft_vocabulary(
+    vocabulary: torch.Tensor | Sequence[int], model: LayerSkipDecoder, key: str = "draft_vocabulary"
+) -> None:
+    """Raises a ConfigError unless these are ids of the model's tokens; `key` is for messages."""
+    size = model.tok_embeddings.num_embeddings
     try:
         ids = torch.as_tensor(vocabulary)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
-    allowed = f"Allowed: ids of 0..{size - 1}; {prefix}draft_vocabulary=null drafts any token"
+    wrong = None
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
-        raise ConfigError(f"{prefix}draft_vocabulary: no list of token ids. {allowed}")
-    if int(ids.min()) < 0 or int(ids.max()) >= size:
-        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ConfigError(f"{prefix}draft_vocabulary: {bad} is no token of the model. {allowed}")
+        wrong = "no list of token ids"
+    elif len(unknown := ids[(ids < 0) | (ids >= size)]):
+        wrong = f"{unknown[0]} is no token of the model"
+    if wrong:
+        raise ConfigError(f"{key}: {wrong}. Allowed: ids of 0..{size - 1}; {key}=null drafts any token")

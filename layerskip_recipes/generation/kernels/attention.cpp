@@ -92,12 +92,13 @@ void attend(
     at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * d, y + row * d, d);
 }
 
-// softmax(scale q k^T) v of queries [b, heads, s, d] over the first slots of a cache [b, h, .., d] in fp32 or bf16; each
-// query sees those up to its own, `at` [b, s]; heads is a multiple of h, d of LANES -> y [b, heads, s, d].
+// softmax(scale q k^T) v of queries [b, heads, s, d] over the first slots of a cache [.., h, .., d] in fp32 or bf16 -> y
+// [b, heads, s, d]. Each query sees the slots of its row of the cache, `rows` [b], up to its own, `at` [b, s]; heads is a
+// multiple of h, d of LANES.
 template <typename V>
 void attention_over(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, const int64_t* rows,
+    float* y, int64_t b, int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
   const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
   const V *ks = keys.const_data_ptr<V>(), *vs = values.const_data_ptr<V>();
   // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
@@ -110,7 +111,7 @@ void attention_over(
       const int64_t from = (row * heads * s + head * queries + query) * d;
       attend(
           query, std::min(count * size, queries - query), size, q + from,
-          ks + row * keys.stride(0) + head * keys.stride(1), vs + row * values.stride(0) + head * values.stride(1),
+          ks + rows[row] * keys.stride(0) + head * keys.stride(1), vs + rows[row] * values.stride(0) + head * values.stride(1),
           at + row * s, y + from, d, s, slots, Vector(scale), cap);
       first += count;
     }
@@ -118,10 +119,10 @@ void attention_over(
 }
 
 void attention(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, float* y, int64_t b,
-    int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, const int64_t* rows,
+    float* y, int64_t b, int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
   const auto over = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-  over(q, keys, values, at, y, b, heads, s, slots, scale, cap);
+  over(q, keys, values, at, rows, y, b, heads, s, slots, scale, cap);
 }
 
 }  // namespace

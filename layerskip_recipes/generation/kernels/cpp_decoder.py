@@ -5,6 +5,8 @@ What torch does around a product takes as long as the product itself in a small 
 reading each weight once, for one token as for seven.
 """
 
+import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +75,17 @@ def load_library() -> None:
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # it is looked for once in a process
-    Library.load("".join(source.read_text() for source in SOURCES))
+    Library.load("".join([_versions(), *(source.read_text() for source in SOURCES)]))
+
+
+def _versions() -> str:
+    """A comment for the top of the C++: inductor looks compiled code up by its text, and this code needs the C++
+    interface of one torch and one compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}\n"
 
 
 class Parts:
@@ -267,6 +279,7 @@ class CppDecoder:
         at: torch.Tensor,
         end: int,
         layers: range,
+        rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Some layers of a model: x [b, s, d], the state before them -> the state after them, in fp32.
 
@@ -275,9 +288,11 @@ class CppDecoder:
             x: as above; for layer 0 also token ids [b, s].
             at: [b or 1, s], the slots of the tokens, below `end`; a token sees the slots up to its own.
             layers: which.
+            rows: of the cache, [b]; None: all of them.
         """
         x = model.tok_embeddings(x) if x.dim() == 2 else x
-        return self.cpp_layers[model].run(x, at, end, layers.start, layers.stop)
+        of_cache = [*range(len(x))] if rows is None else [*rows]
+        return self.cpp_layers[model].run(x, at, of_cache, end, layers.start, layers.stop)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""

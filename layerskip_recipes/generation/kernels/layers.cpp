@@ -9,6 +9,8 @@
 #include <ATen/ops/stack.h>
 #include <torch/custom_class.h>
 
+#include <numeric>
+
 namespace {
 
 using Tensors = c10::Dict<std::string, at::Tensor>;
@@ -103,8 +105,9 @@ void keep(const float* x, const at::Tensor& cache, int64_t row, int64_t slot, in
 // One call: where the tokens stand, and what is written and read on the way.
 struct Tokens {
   int64_t b, s;
-  const int64_t* at;  // [b, s], their slots
-  int64_t end;        // of what attention looks at
+  const int64_t* at;    // [b, s], their slots
+  const int64_t* rows;  // [b], their rows of the cache
+  int64_t end;          // of what attention looks at
 
   int64_t m() const { return b * s; }
 };
@@ -125,9 +128,10 @@ class Layer {
         scale(static_cast<float>(number(numbers, "scale"))), cap(static_cast<float>(number(numbers, "cap"))) {}
 
   // What a first layer's inputs have to be.
-  void check(const at::Tensor& x, int64_t end) const {
+  void check(const at::Tensor& x, const std::vector<int64_t>& rows, int64_t end) const {
     const int64_t d = before_attention.scale.size(0) * (join ? 2 : 1);
-    TORCH_CHECK(x.size(2) == d && x.size(0) == keys.size(0) && end <= keys.size(2), "a state or length of another model");
+    TORCH_CHECK(x.size(2) == d && end <= keys.size(2), "a state or length of another model");
+    for (const int64_t row : rows) TORCH_CHECK(0 <= row && row < keys.size(0), "row ", row, " of ", keys.size(0));
   }
 
   // x [m, d] -> x [m, d], in place; of a joining layer [m, 2 d] -> [m, d].
@@ -201,12 +205,12 @@ class Layer {
         const int64_t at = tokens.at[row * s + i];
         place(token, heads, of_queries, at);
         place(key, h, of_keys, at);
-        keep(key, keys, row, at, h);
-        keep(key + k.columns(), values, row, at, h);
+        keep(key, keys, tokens.rows[row], at, h);
+        keep(key + k.columns(), values, tokens.rows[row], at, h);
         for (int64_t head = 0; head < heads; head++)
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
-    attention(queries, keys, values, tokens.at, out, b, heads, s, tokens.end, scale, cap);
+    attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
@@ -237,13 +241,16 @@ class Layers : public torch::CustomClassHolder {
   void append(const Tensors& tensors, const Numbers& numbers) { layers.emplace_back(tensors, numbers); }
 
   // x [b, s, d] -> x [b, s, d] after the layers; a first layer that joins takes [b, s, 2 d]. The tokens stand at the slots
-  // `at` [b or 1, s] of the cache, all below `end`; each sees the slots up to its own.
-  at::Tensor run(const at::Tensor& x, const at::Tensor& at, int64_t end, int64_t first, int64_t last) const {
+  // `at` [b or 1, s] of the cache's `rows` [b], all below `end`; each sees the slots up to its own.
+  at::Tensor run(
+      const at::Tensor& x, const at::Tensor& at, const std::vector<int64_t>& rows, int64_t end, int64_t first,
+      int64_t last) const {
     const int64_t b = x.size(0), s = x.size(1);
     TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
-    if (first < last) layers[first].check(x, end);
+    TORCH_CHECK(static_cast<int64_t>(rows.size()) == b, "rows of other tokens");
+    if (first < last) layers[first].check(x, rows, end);
     const at::Tensor slots = at.expand({b, s}).contiguous();
-    const Tokens tokens{b, s, slots.const_data_ptr<int64_t>(), end};
+    const Tokens tokens{b, s, slots.const_data_ptr<int64_t>(), rows.data(), end};
     for (int64_t i = 0; i < b * s; i++)
       TORCH_CHECK(0 <= tokens.at[i] && tokens.at[i] < end, "slot ", tokens.at[i], " of ", end);
     at::Tensor state = x.to(at::kFloat, false, true).contiguous();
@@ -298,10 +305,12 @@ class Chain : public torch::CustomClassHolder {
       const at::Tensor& last, const at::Tensor& start, int64_t depth, int64_t end, int64_t exit_layer,
       const std::optional<at::Tensor>& noise, const at::Tensor& temperature) const {
     std::vector<at::Tensor> tokens{last}, hidden, q;
+    std::vector<int64_t> rows(last.size(0));
+    std::iota(rows.begin(), rows.end(), 0);
     for (int64_t i = 0; i < depth; i++) {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
-      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), end, 0, exit_layer));
+      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), rows, end, 0, exit_layer));
       at::Tensor scores = head->logits(hidden.back()).squeeze(1);
       if (noise) {
         q.push_back(scores.div(temperature).softmax(-1));
