@@ -1,5 +1,6 @@
-"""Prompts with references by the path that configs name; the code is data/reference_tasks.py."""
+"""Prompts with references, and data sets of them, by the path that configs name; the code is in data/."""
 
+from layerskip_recipes.data.commands import command_dataset, commands
 from layerskip_recipes.data.reference_tasks import (
     cnn_dm_language_modeling,
     cnn_dm_summarization,
@@ -9,4 +10,13 @@ from layerskip_recipes.data.reference_tasks import (
     xsum_summarization,
 )
 
-__all__ = ["cnn_dm_language_modeling", "cnn_dm_summarization", "human_eval", "jsonl", "topv2", "xsum_summarization"]
+__all__ = [
+    "cnn_dm_language_modeling",
+    "cnn_dm_summarization",
+    "command_dataset",
+    "commands",
+    "human_eval",
+    "jsonl",
+    "topv2",
+    "xsum_summarization",
+]

@@ -135,12 +135,14 @@ class LayerSkipEval:
         quality = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)
         progress.close()
         agreeing = f"of {draft_length}"
-        print(f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'agreement':>10} {agreeing:>6}")
+        print(
+            f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'exact':>6} {'agreement':>10} {agreeing:>6}"
+        )
         for e, q in quality.items():
             length = "-" if q["accepted_length"] is None else f"{q['accepted_length']:.2f}"
             print(
-                f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} {q['agreement']:>10.3f} "
-                f"{length:>6}"
+                f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} "
+                f"{q['exact_match']:>6.3f} {q['agreement']:>10.3f} {length:>6}"
             )
         return quality
 

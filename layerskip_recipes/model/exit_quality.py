@@ -44,12 +44,14 @@ def exit_quality(
         For each E a dict of
         - "loss": nats per token, and "perplexity";
         - "accuracy": the share of labels that the exit's most likely token is;
+        - "exact_match": the share of samples (or packs) at whose every label it is: there, greedy decoding from this
+          exit writes the whole reference;
         - "agreement": the share of labels at which exit E and the last layer choose the same token;
         - "accepted_length": of d tokens in a row, how many agree with the last layer before the first that does not;
           the mean over all positions with d labels in a row, None if there is no such position.
     """
     exits = sorted(exits)
-    sums = torch.zeros(len(exits), 6, dtype=_widest_float(device), device=device)
+    sums = torch.zeros(len(exits), 8, dtype=_widest_float(device), device=device)
     for batch in batches:
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
@@ -69,11 +71,12 @@ def exit_quality(
     if not sums[0, 3] > 0:
         raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
     quality = {}
-    for e, (loss, right, agreed, count, accepted, windows) in zip(exits, sums.tolist(), strict=True):
+    for e, (loss, right, agreed, count, accepted, windows, exact, samples) in zip(exits, sums.tolist(), strict=True):
         quality[e] = {
             "loss": loss / count,
             "perplexity": math.exp(min(loss / count, 700)),
             "accuracy": right / count,
+            "exact_match": exact / samples,
             "agreement": agreed / count,
             "accepted_length": accepted / windows if windows else None,
         }
@@ -93,7 +96,7 @@ class _Batch:
         self.counts = labels != CROSS_ENTROPY_IGNORE_IDX
         self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises
         self.labels = labels.flatten()[self.rows]
-        self.sums = torch.zeros(len(exits), 6, dtype=_widest_float(labels.device), device=labels.device)
+        self.sums = torch.zeros(len(exits), 8, dtype=_widest_float(labels.device), device=labels.device)
         self.chosen: dict[int, torch.Tensor] = {}  # for each exit its most likely tokens, [labels that count]
         self.later: torch.Tensor | None = None  # those of a draft for the second token in a row
 
@@ -124,14 +127,17 @@ class _Batch:
                 sums[1] += (top == labels).sum()
 
     def compare(self) -> torch.Tensor:
-        """[exits, 6]: of each exit its loss, right choices, choices of the last layer, number of labels, accepted
-        tokens of drafts, and number of drafts."""
+        """[exits, 8]: of each exit its loss, right choices, choices of the last layer, number of labels, accepted
+        tokens of drafts, number of drafts, exact samples, and number of samples."""
         n, final = self.num_speculations, self.chosen[self.model.num_layers]
         # A draft starts at each position whose next n labels count.
         starts = self.counts.unfold(1, n, 1).all(-1) if self.counts.shape[1] >= n else None
         for e, sums in zip(self.exits, self.sums, strict=True):
             agrees = self.chosen[e] == final
             sums[2], sums[3] = agrees.sum(), len(self.labels)
+            wrong = self._by_position(self.chosen[e] != self.labels).any(-1)
+            has_labels = self.counts.any(-1)
+            sums[6], sums[7] = (has_labels & ~wrong).sum(), has_labels.sum()
             if starts is not None:
                 first = self._windows(agrees)
                 later = first if self.later is None or e != 0 else self._windows(self.later == final)
@@ -140,8 +146,12 @@ class _Batch:
                 sums[5] = starts.sum()
         return self.sums
 
+    def _by_position(self, flags: torch.Tensor) -> torch.Tensor:
+        """[labels that count] -> [b, s], False where no label counts."""
+        positions = torch.zeros_like(self.counts)
+        positions.view(-1)[self.rows] = flags
+        return positions
+
     def _windows(self, agrees: torch.Tensor) -> torch.Tensor:
         """[labels that count] -> [b, s - n + 1, n], for each position whether it and the next ones agree."""
-        by_position = torch.zeros(self.counts.shape, dtype=torch.bool, device=agrees.device)
-        by_position.view(-1)[self.rows] = agrees
-        return by_position.unfold(1, self.num_speculations, 1)
+        return self._by_position(agrees).unfold(1, self.num_speculations, 1)

@@ -13,6 +13,7 @@ from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.model.exit_quality import exit_quality
 
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
@@ -42,6 +43,20 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
         assert quality["accepted_length"] == pytest.approx(sum(runs) / len(runs), abs=1e-3)
     assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
+
+
+def test_exact_match_by_exit(tmp_path, checkpoint):
+    """A sample whose every label is the exit's choice is exact; a label that does not count cannot make it wrong."""
+    recipe = LayerSkipEval(load_config(str(eval_config(tmp_path, checkpoint))))
+    recipe.setup()
+    tokens = torch.stack([torch.tensor(sample["tokens"]) for sample in list(recipe.batches.dataset)[:4]])
+    with torch.no_grad():
+        chosen = recipe.model(tokens, exit_layer=2).argmax(-1)
+    labels = torch.full_like(tokens, -100)
+    labels[:3, 5:8] = chosen[:3, 4:7]
+    labels[0, 6] = (labels[0, 6] + 1) % 100  # one wrong, two exact, and a sample without labels
+    quality = exit_quality(recipe.model, [{"tokens": tokens, "labels": labels}], [2, 4], torch.device("cpu"))
+    assert quality[2]["exact_match"] == pytest.approx(2 / 3)
 
 
 def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):

@@ -1,0 +1,57 @@
+"""The commands: their parses, the split, and what a training and a generation get of them."""
+
+import re
+
+import pytest
+
+from layerskip_recipes.data.commands import PHRASES, TEMPLATES, UNSEEN, VALUES, command_dataset, commands
+from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.errors import ConfigError
+
+
+def slot_values(examples: list[dict]) -> set[str]:
+    return {value for e in examples for value in re.findall(r"\[SL:\w+ ([^\[\]]+?) \]", e["response"])}
+
+
+def test_a_parse_brackets_the_words_of_its_command():
+    for example in commands(300):
+        parse = example["response"]
+        assert re.sub(r"\[(IN|SL):[A-Z_]+ | \]", "", parse) == example["prompt"]["user"]
+        assert parse.count("[") == parse.count("]") >= 2 and not set("{}()|") & set(parse)
+
+
+def test_many_commands_are_distinct_seeded_and_held_out():
+    train, test = commands(40_000, "train"), commands(500, "test")
+    texts = {example["prompt"]["user"] for example in train}
+    assert len(texts) == 40_000
+    assert commands(10, "train") == train[:10] != commands(10, "train", seed=1)
+    # Every test command has a slot value that no training command has.
+    seen = slot_values(train)
+    assert all(slot_values([example]) - seen for example in test)
+    assert len({e["response"].split()[0] for e in test}) >= 20  # intents
+
+
+def test_every_name_in_a_template_has_values():
+    named = set(re.findall(r"\{(\w+)\}", " ".join([*sum(TEMPLATES.values(), ()), *PHRASES.values()])))
+    assert named == {*VALUES, *UNSEEN, *PHRASES}
+    for name, (train, test) in UNSEEN.items():
+        assert not set(train.split("|")) & set(test.split("|")), name
+
+
+def test_the_loss_counts_the_parse(tokenizer_folder):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}"
+    tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=template)
+    dataset = command_dataset(tokenizer, split="test", count=3)
+    assert len(dataset) == 3
+    for sample, example in zip((dataset[i] for i in range(3)), commands(3), strict=True):
+        text = tokenizer.decode(sample["tokens"])
+        learned = tokenizer.decode([label for label in sample["labels"] if label != -100])
+        assert text == f"<user>{example['prompt']['user']}{learned}"
+        assert learned == f"<assistant>{example['response']}"
+
+
+def test_bad_arguments():
+    with pytest.raises(ConfigError, match=r"prompts\.count: 0"):
+        commands(0)
+    with pytest.raises(ConfigError, match=r"prompts\.split: 'dev' .*train, test"):
+        commands(split="dev")
