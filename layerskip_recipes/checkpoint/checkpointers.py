@@ -258,12 +258,16 @@ BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for si
 
 def build_checkpointer(section: Component, output_dir: str) -> Any:
     """The checkpointer of a section, its own output_dir replaced."""
-    # torchtune 0.6.1 confuses the names of the two norms around each feed-forward layer of GEMMA2.
+    return corrected(section.build(output_dir=output_dir))
+
+
+def corrected(checkpointer: Any) -> Any:
+    """The checkpointer, without two faults of torchtune 0.6.1."""
+    # It confuses the names of the two norms around each feed-forward layer of GEMMA2.
     names = _convert_weights._GEMMA2_FROM_HF
     if names[BEFORE] == "layers.{}.mlp_scale.scale":
         names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
-    checkpointer = section.build(output_dir=output_dir)
-    # Llama 1 is older than grouped queries, and its config.json than their key, which torchtune reads.
+    # It reads num_key_value_heads, which config.json of Llama 1 does not have.
     described = getattr(checkpointer, "_config", None) or {}
     if "num_attention_heads" in described:
         described.setdefault("num_key_value_heads", described["num_attention_heads"])

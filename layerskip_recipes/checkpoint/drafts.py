@@ -3,25 +3,85 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.checkpoint.checkpointers import (
+    CHECKPOINTERS,
+    ModelType,
+    checkpoint_files,
+    corrected,
+    reads_hf_folder,
+)
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, write_description
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.draft import Draft, weights_hash
+from layerskip_recipes.model.draft import Draft, Kind, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
-FORMAT = 2  # in 1 an adapter had x_E only
+FORMAT = 3  # in 1 an adapter had x_E only, in 2 the base was a section with a _component_
+BY_NAME: dict[str, Any] = {checkpointer.__name__: checkpointer for checkpointer in CHECKPOINTERS}
+
+
+class Base(Section):
+    """The model that a draft was trained for. The file travels with weights, so nothing in it may name code."""
+
+    folder: Text
+    """Its folder, or its name on the hub."""
+    hash: Text
+    """See `weights_hash`."""
+    checkpointer: Literal[tuple(BY_NAME)] = "HFCheckpointer"  # type: ignore[valid-type]
+    """What reads the folder."""
+    files: list[Text] | None = None
+    """For torchtune's checkpointers, as `model_type`."""
+    model_type: ModelType | None = None  # type: ignore[valid-type]
+
+    def build_checkpointer(self, output_dir: str) -> Any:
+        """The checkpointer that reads the model, and writes to `output_dir`."""
+        of_torchtune: dict[str, Any] = {}
+        if self.checkpointer != "HFCheckpointer":
+            of_torchtune = {"checkpoint_files": self.files, "model_type": self.model_type}
+        try:
+            return corrected(BY_NAME[self.checkpointer](self.folder, output_dir=output_dir, **of_torchtune))
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(f"{DESCRIPTION}: {self.checkpointer} cannot read its base {self.folder!r} ({e})") from e
+
+
+class DraftDescription(Section):
+    """The content of a draft's layerskip.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[FORMAT]  # type: ignore[valid-type]
+    kind: Kind
+    exit_layer: PositiveInt
+    num_layers: PositiveInt
+    """The draft's own layers."""
+    base: Base
+    vocabulary: list[int] | None = None
+    """The tokens that the draft chooses among; None: all."""
+
+
+def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """`Base` of a checkpointer section and the weights that it read."""
+    folder = section.get("path") if reads_hf_folder(section) else section.get("checkpoint_dir")
+    if Path(folder).is_dir():  # found from another working directory too
+        folder = str(Path(folder).absolute())
+    target: Any = section.target
+    base = {"folder": folder, "hash": weights_hash(weights)}
+    base["checkpointer"] = next(name for name, known in BY_NAME.items() if issubclass(target, known))
+    if not reads_hf_folder(section):
+        base |= {"files": checkpoint_files(section), "model_type": section.get("model_type")}
+    return base
 
 
 def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> dict[str, Any]:
-    """The content of layerskip.json, for a draft that learned `target` in so many optimizer steps.
-
-    `base` is the model that it drafts for: its folder, checkpointer section, and a hash of its weights.
-    """
+    """The content of layerskip.json for a draft that learned `target` in `steps` optimizer steps."""
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
     trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
     return {"format": FORMAT} | shape | trained
@@ -34,31 +94,33 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
     write_description(folder, description)
 
 
-def read_description(folder: str, key: str) -> dict[str, Any]:
-    """The content of a draft's layerskip.json; `key` names the folder in messages."""
+def read_description(folder: str, key: str) -> DraftDescription:
+    """A draft's layerskip.json; `key` names the folder in messages."""
     path = Path(folder)
     if not ((path / DESCRIPTION).is_file() and (path / DRAFT_FILE).is_file()):
         raise ConfigError(
             f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a training with "
             "a section draft, such as its epoch_0"
         )
-    description = json.loads((path / DESCRIPTION).read_text())
-    if description.get("format") != FORMAT:
-        raise ConfigError(
-            f"{key}: {folder!r} has format {description.get('format')!r}. Allowed: {FORMAT}; train it anew"
-        )
-    return description
+    try:
+        content = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{key}: {str(path / DESCRIPTION)!r} cannot be read ({e})") from e
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ConfigError(f"{key}: {folder!r} has format {found!r}. Allowed: {FORMAT}; train the draft again")
+    return DraftDescription.parse(content, str(path / DESCRIPTION))
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:
     """A trained draft for this model, which has its weights, in eval mode; `key` names the folder in messages."""
-    description = read_description(folder, key)
-    base = description["base"]
-    if base["hash"] != weights_hash(model.state_dict()):
+    described = read_description(folder, key)
+    if described.base.hash != weights_hash(model.state_dict()):
         raise ConfigError(
-            f"{key}: {folder!r} drafts for {base['folder']!r}, whose weights are not those of this model. "
+            f"{key}: {folder!r} drafts for {described.base.folder!r}, whose weights are not those of this model. "
             "Allowed: a draft of this model, or the model that it was trained for"
         )
-    draft = Draft(model, description["kind"], description["exit_layer"], description["num_layers"])
+    draft = Draft(model, described.kind, described.exit_layer, described.num_layers)
     draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE))
+    draft.vocabulary = described.vocabulary
     return draft.requires_grad_(False).eval()

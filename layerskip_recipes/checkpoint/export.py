@@ -18,17 +18,15 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torchtune import training
 
-from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
 from layerskip_recipes.checkpoint.weights import read_weights
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_config import read_config_json
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import copy_without_code
 
 # Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
@@ -59,6 +57,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
     config = read_config_json(source, "export")
+    config.pop("auto_map", None)
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ConfigError(f"export: config.json in {checkpoint!r} has no num_hidden_layers")
@@ -97,24 +96,23 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
     """`export` of a trained draft that is a copy: a model of its layers."""
-    description = read_description(folder, "export")
-    base, layers = description["base"], description["num_layers"]
-    if description["kind"] != "copy":
+    described = read_description(folder, "export")
+    base, layers = described.base, described.num_layers
+    if described.kind != "copy":
         raise ConfigError(
             f"export: {folder!r} holds an adapter, which goes on from the model's states, as no other program does. "
             "Allowed: a draft trained with draft.kind=copy"
         )
-    if exit_layer is not None or draft not in (0, description["exit_layer"]):
+    if exit_layer is not None or draft not in (0, described.exit_layer):
         key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
         raise ConfigError(
             f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
         )
-    source = model_folder(base["folder"], "export")
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
-        checkpointer = build_checkpointer(Component(base["checkpointer"], "checkpointer"), scratch)
+        checkpointer = base.build_checkpointer(scratch)
         weights = read_weights(checkpointer)
-        if weights_hash(weights) != base["hash"]:
-            raise ConfigError(f"export: {folder!r} drafts for {str(source)!r}, whose weights have changed since")
+        if weights_hash(weights) != base.hash:
+            raise ConfigError(f"export: {folder!r} drafts for {base.folder!r}, whose weights have changed since")
         kept = {name: value for name, value in weights.items() if not LAYER.search(name)}
         kept |= load_file(Path(folder) / DRAFT_FILE)
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
@@ -151,7 +149,7 @@ def _copy_files(source: Path, target: Path) -> None:
         if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
-            shutil.copy(file, place)
+            copy_without_code(file, place)
 
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ transformers opens: weights, config, generation config and tokenizer.
 """
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import copy_without_code, model_folder
 
 INDEX = "model.safetensors.index.json"
 OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, but for the next ones
@@ -71,11 +70,11 @@ class HFCheckpointer:
             save_torch_state_dict(to_files(state, self.config), folder, max_shard_size=self.shard_size)
             config = read_config_json(self._checkpoint_dir)
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-            config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+            config = {key: config[key] for key in config if key not in ("torch_dtype", "auto_map")} | {"dtype": dtype}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in {path for pattern in OTHER_FILES for path in self._checkpoint_dir.glob(pattern)}:
             if file.name not in OWN_FILES:
-                shutil.copy(file, folder)
+                copy_without_code(file, folder / file.name)
         if training.ADAPTER_KEY in contents:
             torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
             self._write_peft(contents, folder)

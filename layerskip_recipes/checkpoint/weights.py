@@ -23,10 +23,10 @@ from layerskip_recipes.model.limits import tensor_bytes
 M = TypeVar("M", bound=nn.Module)
 
 
-def read_weights(checkpointer: Any, **options: Any) -> dict[str, torch.Tensor]:
+def read_weights(checkpointer: Any) -> dict[str, torch.Tensor]:
     """The model's state from a torchtune checkpointer."""
     try:
-        return checkpointer.load_checkpoint(**options)[training.MODEL_KEY]
+        return checkpointer.load_checkpoint()[training.MODEL_KEY]
     except ConfigError:
         raise
     except Exception as e:
@@ -64,7 +64,7 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
     path = cfg.checkpointer.get("adapter_checkpoint")
     adapters = read_adapters(path, cfg.meta_model) if path is not None else {}
     read_quantised = quantizer is not None and isinstance(checkpointer, training.FullModelTorchTuneCheckpointer)
-    state = read_weights(checkpointer, **({"weights_only": False} if read_quantised else {}))
+    state = read_weights(checkpointer)
     with training.set_default_dtype(dtype), device:
         model = layerskip_decoder(cfg.model.build())
     if read_quantised:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def _refuse_adapters(folder: Path, key: str) -> None:
             f"{key}: {str(folder)!r} holds adapters only. Allowed: their base, with the model.lora of the training; "
             f"for example {key}={base} checkpointer.adapter_checkpoint={folder}"
         )
+
+
+def copy_without_code(file: Path, place: Path) -> None:
+    """Copy a file that belongs to weights. A config loses `auto_map`, which names code for transformers to run."""
+    shutil.copy(file, place)
+    if file.name.endswith("config.json"):
+        content = json.loads(place.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "auto_map" in content:
+            del content["auto_map"]
+            place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:

@@ -31,14 +31,13 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description, write_draft
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, describe_base, read_description, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
-from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_folder import RECIPE_STATE, WRITTEN, complete_checkpoints, written_at
 from layerskip_recipes.processes import (
     file_group,
@@ -162,12 +161,7 @@ class Checkpoints:
         """
         if not weights:
             return {}
-        section = {name: value for name, value in self._section.section.items() if name != "output_dir"}
-        for key in ("path", "checkpoint_dir"):  # also found from another working directory
-            if key in section and Path(section[key]).is_dir():
-                section[key] = str(Path(section[key]).absolute())
-        folder = section.get("checkpoint_dir", section.get("path"))
-        return {"folder": folder, "checkpointer": section, "hash": weights_hash(weights)}
+        return describe_base(self._section, weights)
 
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]

@@ -9,6 +9,7 @@ from helpers.configs import finetune_config, make_checkpoint
 from helpers.training import start_section, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, first_layers
 from layerskip_recipes.errors import ConfigError
 
@@ -228,6 +229,8 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, token
 
 def test_an_adapter_is_no_model_of_its_own(tmp_path):
     (tmp_path / "draft.safetensors").touch()
-    (tmp_path / "layerskip.json").write_text(json.dumps({"format": 2, "kind": "adapter", "base": {}, "num_layers": 1}))
+    base = {"folder": "model", "hash": "0"}
+    description = {"format": FORMAT, "kind": "adapter", "exit_layer": 1, "num_layers": 1, "base": base}
+    (tmp_path / "layerskip.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match="holds an adapter"):
         export(str(tmp_path), str(tmp_path / "other"), draft=0)

@@ -369,6 +369,6 @@ def test_a_drafter_has_one_exit(kind):
 
 def test_a_draft_of_another_format(folders, tmp_path):
     described = json.loads((folders / "copy" / "layerskip.json").read_text())
-    write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 3})
-    with pytest.raises(ConfigError, match=r"format 3\. Allowed: 2"):
+    write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
+    with pytest.raises(ConfigError, match=r"format 1\. Allowed: 3"):
         read_draft(str(tmp_path / "new"), None, "draft")

@@ -128,12 +128,12 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
         "draft.safetensors", "layerskip.json", "recipe_state.pt", "written",
     ]  # fmt: skip
     described = json.loads((folder / "layerskip.json").read_text())
-    start = {k: v for k, v in start_section(tmp_path / "base").items() if k != "output_dir"}
+    reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     assert described["base"].pop("hash") == weights_hash(recipe.model.state_dict())
     assert described == {
-        "format": 2, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
+        "format": 3, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
         "target": "distribution", "steps": 12, "vocabulary": None,
-        "base": {"folder": str(tmp_path / "base"), "checkpointer": start},
+        "base": {"folder": str(tmp_path / "base"), **reader},
     }  # fmt: skip
     state = load_file(folder / "draft.safetensors")
     assert all(torch.equal(state[name], value) for name, value in recipe.draft.state_dict().items())

@@ -87,10 +87,10 @@ class SelfSpeculation(Section):
         """
         if self.draft is not None and self.exit_layer is None:
             description = read_description(self.draft, f"{key}.draft")
-            read = {"exit_layer": description["exit_layer"]}
-            if self.draft_vocabulary is None and description["vocabulary"] is not None:
-                check_draft_vocabulary(description["vocabulary"], model, f"{key}.draft_vocabulary")
-                read["draft_vocabulary"] = description["vocabulary"]
+            read: dict[str, Any] = {"exit_layer": description.exit_layer}
+            if self.draft_vocabulary is None and description.vocabulary is not None:
+                check_draft_vocabulary(description.vocabulary, model, f"{key}.draft_vocabulary")
+                read["draft_vocabulary"] = description.vocabulary
             return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
         if not isinstance(self.draft_vocabulary, int):
             return self
@@ -105,7 +105,7 @@ class SelfSpeculation(Section):
 
     def own_layers(self) -> int:
         """The layers of a trained draft, which have caches of their own."""
-        return 0 if self.draft is None else read_description(self.draft, "self_speculation.draft")["num_layers"]
+        return 0 if self.draft is None else read_description(self.draft, "self_speculation.draft").num_layers
 
     def own_weights(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
         """The bytes of weights that drafts have beside the model's; of quantised ones at most, a byte for each.
@@ -164,7 +164,7 @@ def check_draft_fits(
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
     if packed or parallel > 1:
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        trained = None if section.draft is None else read_description(section.draft, f"{key}.draft")["vocabulary"]
+        trained = None if section.draft is None else read_description(section.draft, f"{key}.draft").vocabulary
         other = "tensor_parallel_dim=1" if parallel > 1 else "quantizer=null"
         if section.draft_vocabulary is not None:
             raise ConfigError(
