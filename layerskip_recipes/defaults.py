@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.recipe_config import best_device
+from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.model.limits import machine_memory
@@ -35,16 +36,6 @@ def count_weights(config: HFConfig) -> tuple[int, int]:
     mlp = 3 * config.hidden_size * config.intermediate_size
     tables = 1 if config.tie_word_embeddings else 2
     return config.num_hidden_layers * (attention + mlp), tables * config.vocab_size * config.hidden_size
-
-
-def chunk_tokens(device: str) -> int:
-    """For how many tokens a training has logits at a time.
-
-    With each chunk of n tokens a GPU adds a product to a sum in fp32: 8 bytes for each weight of the head (12 with a
-    torch before 2.8) beside 6 n operations. A GPU that does 200 operations in the time of a byte needs half of the
-    operations' time for that with 512 tokens, and an eighth with 2048. A CPU does fewer operations in that time.
-    """
-    return 2048 if device.startswith("cuda") else 512
 
 
 def training_bytes(config: HFConfig, kind: Kind, itemsize: int, device: str = "cpu") -> int:

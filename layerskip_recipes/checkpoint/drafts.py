@@ -16,7 +16,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     corrected,
     reads_hf_folder,
 )
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, write_description
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, write_description
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
@@ -65,6 +65,7 @@ class DraftDescription(Section):
     base: Base
     vocabulary: list[int] | None = None
     """The tokens that the draft chooses among; None: all."""
+    measured: Measured | None = None
 
 
 def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -80,11 +81,13 @@ def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> di
     return base
 
 
-def describe(draft: Draft, base: Mapping[str, Any], steps: int, target: str) -> dict[str, Any]:
+def describe(
+    draft: Draft, base: Mapping[str, Any], steps: int, target: str, measured: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of layerskip.json for a draft that learned `target` in `steps` optimizer steps."""
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
     trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
-    return {"format": FORMAT} | shape | trained
+    return {"format": FORMAT} | shape | trained | {"measured": measured}
 
 
 def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:

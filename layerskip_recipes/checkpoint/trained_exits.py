@@ -5,7 +5,7 @@
       "vocabulary": [198, 11, ...],                     label tokens of the training data, most frequent first
       "measured": {
         "on": "dataset_val", "labels": 20480, "num_speculations": 8,
-        "exits": {"6": {"2048": {"matches": [0.66, ...], "overlap": 0.61}, "all": ...}}
+        "exits": {"6": {"all": {"matches": [0.69, ...], "overlap": 0.63}, "2048": ...}}
       }
     }
 
@@ -25,7 +25,7 @@ DESCRIPTION = "layerskip.json"  # of the trained exits, or of a draft (drafts.py
 MOST_TOKENS = 16384  # the longest "vocabulary"
 DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
 
-Share = Annotated[float, Field(ge=0, le=1.0001)]  # sums of rounded probabilities may exceed 1
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Acceptance(BaseModel):
@@ -87,6 +87,14 @@ def read_trained_exits(folder: Path) -> TrainedExits | None:
     except (OSError, UnicodeDecodeError) as e:
         why = first_line(e)
     raise ConfigError(f"{str(file)!r} cannot be read ({why}). It describes the trained exits: delete or repair it")
+
+
+def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
+    """The trained early exits, and of more than four those nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
+    early = sorted(e for e in trained if e < num_layers)
+    if len(early) <= 4:
+        return early
+    return sorted({min(early, key=lambda e: abs(e - part * num_layers / 8)) for part in (1, 2, 3, 4)})
 
 
 def exit_that_drafts(trained: Sequence[int], num_layers: int) -> int | None:

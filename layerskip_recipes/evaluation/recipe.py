@@ -132,7 +132,8 @@ class LayerSkipEval:
         batches = islice(progress, self.total)
         draft_length = cfg.num_speculations or 6
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
-        quality = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)
+        measured = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)
+        quality = {e: of_exit.report() for e, of_exit in measured.items()}
         progress.close()
         agreeing = f"of {draft_length}"
         print(

@@ -1,7 +1,8 @@
-"""How good is each exit? Loss, perplexity, accuracy and agreement with the last layer, in one pass over the data."""
+"""How good is each exit, as a predictor of the labels and as a draft for the last layer? One pass over the data."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,145 +14,237 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.head import Head
+from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
 from layerskip_recipes.model.limits import check_batch
 
-CHUNK_TOKENS = 512  # the most tokens whose logits exist at a time
+ALL = "all"  # the draft vocabulary of all tokens
+
+
+@dataclass(frozen=True)
+class ExitQuality:
+    """An exit's quality over the labels that count; p is the last layer's distribution, q the exit's."""
+
+    labels: int
+    loss: float
+    """Nats per token."""
+    accuracy: float
+    """The share of labels that are the exit's most likely token."""
+    exact_match: float
+    """The share of samples (or packs) in which every label is: greedy decoding from this exit writes them whole."""
+    accepted_length: float | None
+    """The mean number of leading matches among d drafted tokens; None if no position has d labels in a row."""
+    acceptance: dict[str, dict[str, Any]] = field(repr=False)
+    """By draft vocabulary: "matches" [d], the share of positions at which the first k drafted tokens all agree with the
+    last layer, and "overlap", the mean of sum_v min(p_v, q_v)."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def agreement(self) -> float:
+        """The share of labels at which the exit and the last layer choose the same token."""
+        return self.acceptance[ALL]["matches"][0]
+
+    @property
+    def overlap(self) -> float:
+        """The accept rate of a sampled token at temperature 1."""
+        return self.acceptance[ALL]["overlap"]
+
+    def report(self) -> dict[str, float | None]:
+        """The figures over all tokens by name."""
+        names = ("loss", "perplexity", "accuracy", "exact_match", "agreement", "overlap", "accepted_length")
+        return {name: getattr(self, name) for name in names}
 
 
 @torch.no_grad()  # not inference mode, whose tensors FSDP could not use again in training
 def exit_quality(
     model: LayerSkipDecoder,
     batches: Iterable[dict[str, Any]],
-    exits: list[int],
+    exits: Sequence[int],
     device: torch.device,
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     num_speculations: int = 6,
     key: str = "dataset",
     draft: Draft | None = None,
-) -> dict[int, dict[str, float | None]]:
+    vocabulary: Sequence[int] = (),
+    sizes: Sequence[int] = (),
+) -> dict[int, ExitQuality]:
     """Quality of each exit over the labels that count.
+
+    The hidden states of the exits are kept until the last layer; logits exist for one chunk of tokens at a time.
 
     Args:
         batches: dicts with tokens [b, s], labels [b, s] (not shifted), and what else the decoder takes.
         exits: the E to measure, the last layer's among them.
         add_up: sums a tensor over the data-parallel processes.
-        num_speculations: d of "accepted_length".
-        key: of the data in the config, for messages.
-        draft: measured as exit 0; of the model's exits only the last can be measured beside it.
-
-    Returns:
-        For each E a dict of
-        - "loss": nats per token, and "perplexity";
-        - "accuracy": the share of labels that the exit's most likely token is;
-        - "exact_match": the share of samples (or packs) at whose every label it is: there, greedy decoding from this
-          exit writes the whole reference;
-        - "agreement": the share of labels at which exit E and the last layer choose the same token;
-        - "accepted_length": of d tokens in a row, how many agree with the last layer before the first that does not;
-          the mean over all positions with d labels in a row, None if there is no such position.
+        num_speculations: d, the drafted tokens in a row.
+        key: the data's key in the config, for messages.
+        draft: measured as exit 0, over its own vocabulary; beside it only the last exit can be measured.
+        vocabulary, sizes: measure each exit also as a draft over the first n tokens of the vocabulary, for each size n.
     """
-    exits = sorted(exits)
-    sums = torch.zeros(len(exits), 8, dtype=_widest_float(device), device=device)
+    exits, last = sorted(exits), model.num_layers
+    if draft is not None:
+        vocabulary = draft.vocabulary or ()
+    ids = on_device(vocabulary, device)
+    drafts = [_Draft(e, ALL, None) for e in exits]
+    drafts += [_Draft(e, str(n), ids[:n]) for e in exits if e != last for n in sizes]
+    if draft is not None:
+        drafts[0] = _Draft(0, ALL, ids if len(ids) else None)
+    sums = _Sums(exits, drafts, num_speculations, device)
     for batch in batches:
         check_batch(batch["tokens"], model, key)
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        measured = _Batch(model, labels, exits, num_speculations)
+        one = _Batch(sums, labels)
         if draft is None:
-            model(batch.pop("tokens"), on_exit=measured.measure, unembed=False, **batch)
+
+            def on_exit(exit_layer: int, x: torch.Tensor, one: _Batch = one) -> None:
+                if exit_layer in exits:
+                    one.keep(exit_layer, [x])
+                if exit_layer == last:  # within the model's forward, where a sharded head is whole
+                    one.compare(Head(model), last)
+
+            model(batch.pop("tokens"), on_exit=on_exit, unembed=False, **batch)
         else:
-            x, last = draft.teacher_states(model, batch.pop("tokens"), **batch)
-            measured.measure(model.num_layers, last, normed=True)
-            # The draft's second token in a row counts in the accepted length only.
-            for state in reversed(draft.states(x, last, **batch)):
-                measured.later = measured.chosen.get(0)
-                measured.measure(0, state, normed=True, vocabulary=draft.vocabulary)
-        sums += measured.compare()
-    sums = add_up(sums)
-    if not sums[0, 3] > 0:
-        raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-    quality = {}
-    for e, (loss, right, agreed, count, accepted, windows, exact, samples) in zip(exits, sums.tolist(), strict=True):
-        quality[e] = {
-            "loss": loss / count,
-            "perplexity": math.exp(min(loss / count, 700)),
-            "accuracy": right / count,
-            "exact_match": exact / samples,
-            "agreement": agreed / count,
-            "accepted_length": accepted / windows if windows else None,
+            x, final = draft.teacher_states(model, batch.pop("tokens"), **batch)
+            one.keep(0, draft.states(x, final, **batch))
+            one.keep(last, [final])
+            one.compare(Head(model, norm=nn.Identity()), last)  # these states are normed already
+    return sums.quality(add_up, last, key)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An exit that drafts over some tokens, or over all of them."""
+
+    exit_layer: int
+    name: str
+    ids: torch.Tensor | None
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The columns [n, v'] of this draft's tokens."""
+        return logits if self.ids is None else logits[:, self.ids]
+
+    def token(self, column: torch.Tensor) -> torch.Tensor:
+        """The tokens of columns."""
+        return column if self.ids is None else self.ids[column]
+
+
+class _Sums:
+    """Sums over all batches.
+
+    `exits` [E, 4] has the loss, right choices, samples without a wrong choice, and samples; `drafts` [D, 1 + 2 d] the
+    overlap, for each k the positions at which k tokens agree, and those at which the k-th still could.
+    """
+
+    def __init__(
+        self, exits: Sequence[int], drafts: Sequence[_Draft], num_speculations: int, device: torch.device
+    ) -> None:
+        self.of_exits, self.of_drafts, self.num_speculations = exits, drafts, num_speculations
+        widest = torch.float32 if device.type == "mps" else torch.float64
+        self.exits = torch.zeros(len(exits), 4, dtype=widest, device=device)
+        self.drafts = torch.zeros(len(drafts), 1 + 2 * num_speculations, dtype=widest, device=device)
+
+    def quality(self, add_up: Callable[[torch.Tensor], torch.Tensor], last: int, key: str) -> dict[int, ExitQuality]:
+        """The quality of each exit, over all processes."""
+        d, width = self.num_speculations, self.drafts.shape[1]
+        all_sums = add_up(torch.cat([self.exits.flatten(), self.drafts.flatten()])).cpu()
+        exits, drafts = all_sums[: self.exits.numel()].view(-1, 4), all_sums[self.exits.numel() :].view(-1, width)
+        # The last layer agrees with itself wherever it could: at each label, and where d of them are in a row.
+        itself = [draft.exit_layer for draft in self.of_drafts].index(last)
+        count, windows = drafts[itself, 1].item(), drafts[itself, d].item()
+        if not count > 0:
+            raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
+        acceptance: dict[int, dict[str, dict[str, Any]]] = {e: {} for e in self.of_exits}
+        for draft, (overlap, *positions) in zip(self.of_drafts, drafts.tolist(), strict=True):
+            # A product of shares, since texts end: not every position has d labels behind it.
+            matches, share = [], 1.0
+            for agree, could in zip(positions[:d], positions[d:], strict=True):
+                share *= agree / could if could else 0.0
+                matches.append(share)
+            acceptance[draft.exit_layer][draft.name] = {"matches": matches, "overlap": min(overlap / count, 1.0)}
+        return {
+            e: ExitQuality(
+                labels=round(count),
+                loss=loss / count,
+                accuracy=right / count,
+                exact_match=exact / samples,
+                accepted_length=sum(acceptance[e][ALL]["matches"]) if windows else None,
+                acceptance=acceptance[e],
+            )
+            for e, (loss, right, exact, samples) in zip(self.of_exits, exits.tolist(), strict=True)
         }
-    return quality
-
-
-def _widest_float(device: torch.device) -> torch.dtype:
-    """The most exact floating-point dtype of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Batch:
-    """The sums of one batch. Each exit is measured within the model's forward, and only its chosen tokens are kept."""
+    """The hidden states of one batch at its labels, and their comparison."""
 
-    def __init__(self, model: LayerSkipDecoder, labels: torch.Tensor, exits: list[int], num_speculations: int) -> None:
-        self.model, self.exits, self.num_speculations = model, exits, num_speculations
+    def __init__(self, sums: _Sums, labels: torch.Tensor) -> None:
+        self.sums = sums
         self.counts = labels != CROSS_ENTROPY_IGNORE_IDX
         self.rows = self.counts.flatten().nonzero()[:, 0]  # once: on a GPU this synchronises
         self.labels = labels.flatten()[self.rows]
-        self.sums = torch.zeros(len(exits), 8, dtype=_widest_float(labels.device), device=labels.device)
-        self.chosen: dict[int, torch.Tensor] = {}  # for each exit its most likely tokens, [labels that count]
-        self.later: torch.Tensor | None = None  # those of a draft for the second token in a row
+        self.states: dict[int, list[torch.Tensor]] = {}
 
-    def measure(
-        self, exit_layer: int, x: torch.Tensor, normed: bool = False, vocabulary: list[int] | None = None
-    ) -> None:
-        """Take the loss and the right choices of x_E [b, s, d], normed or not; the decoder's hook `on_exit`. A draft
-        that chooses among a part of the tokens, `vocabulary`, has no loss."""
-        if exit_layer not in self.exits:
-            return
-        x = x.flatten(0, 1)
-        sums = self.sums[self.exits.index(exit_layer)]
-        sums.zero_()
-        self.chosen[exit_layer] = torch.empty_like(self.labels)
-        head = Head(self.model, norm=nn.Identity() if normed else None)
-        ids = None if vocabulary is None else on_device(vocabulary, x.device)
-        head = head if ids is None else head.cut(ids)
-        with head.using(head.parameters):
-            for start in range(0, len(self.labels), CHUNK_TOKENS):
-                part = slice(start, start + CHUNK_TOKENS)
-                logits, labels = head(x[self.rows[part]]), self.labels[part]
-                top = logits.argmax(-1)
-                if ids is None:
-                    sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-                else:
-                    sums[0], top = torch.nan, ids[top]
-                self.chosen[exit_layer][part] = top
-                sums[1] += (top == labels).sum()
+    def keep(self, exit_layer: int, states: list[torch.Tensor]) -> None:
+        """Keep an exit's states [b, s, d]: those of the first drafted token and, if they differ, of later ones."""
+        self.states[exit_layer] = [x.flatten(0, 1)[self.rows] for x in states]
 
-    def compare(self) -> torch.Tensor:
-        """[exits, 8]: of each exit its loss, right choices, choices of the last layer, number of labels, accepted
-        tokens of drafts, number of drafts, exact samples, and number of samples."""
-        n, final = self.num_speculations, self.chosen[self.model.num_layers]
-        # A draft starts at each position whose next n labels count.
-        starts = self.counts.unfold(1, n, 1).all(-1) if self.counts.shape[1] >= n else None
-        for e, sums in zip(self.exits, self.sums, strict=True):
-            agrees = self.chosen[e] == final
-            sums[2], sums[3] = agrees.sum(), len(self.labels)
-            wrong = self._by_position(self.chosen[e] != self.labels).any(-1)
-            has_labels = self.counts.any(-1)
-            sums[6], sums[7] = (has_labels & ~wrong).sum(), has_labels.sum()
-            if starts is not None:
-                first = self._windows(agrees)
-                later = first if self.later is None or e != 0 else self._windows(self.later == final)
-                in_a_row = torch.cat([first[..., :1], later[..., 1:]], -1).cumprod(-1)
-                sums[4] = (in_a_row.sum(-1) * starts).sum()
-                sums[5] = starts.sum()
-        return self.sums
+    def compare(self, head: Head, last: int) -> None:
+        """Compare the kept exits with the last layer, and add to the sums."""
+        final_states = self.states[last][0]
+        right = torch.empty(len(self.sums.of_exits), len(self.labels), dtype=torch.bool, device=final_states.device)
+        size, computing = chunk_tokens(final_states.device.type), compute_dtype(final_states)
+        agrees = [
+            [torch.empty_like(self.labels, dtype=torch.bool) for _ in self.states[draft.exit_layer]]
+            for draft in self.sums.of_drafts
+        ]
+        by_exit = {e: [(i, d) for i, d in enumerate(self.sums.of_drafts) if d.exit_layer == e] for e in self.states}
+        # Cast the head once: autocast would do so for each chunk of each exit.
+        with head.using([parameter.to(computing) for parameter in head.parameters]):
+            for start in range(0, len(self.labels), size):
+                part = slice(start, start + size)
+                final, labels = head(final_states[part].to(computing)), self.labels[part]
+                p, top = final.softmax(-1), final.argmax(-1)
+                for index, e in enumerate(self.sums.of_exits):
+                    for later, x in enumerate(self.states[e]):
+                        logits = final if e == last else head(x[part].to(computing))
+                        if not later:
+                            self.sums.exits[index, 0] += F.cross_entropy(logits, labels, reduction="sum")
+                            right[index, part] = logits.argmax(-1) == labels
+                        for number, draft in by_exit[e]:
+                            z = draft.choose(logits)
+                            agrees[number][later][part] = draft.token(z.argmax(-1)) == top
+                            if not later:
+                                self.sums.drafts[number, 0] += torch.minimum(draft.choose(p), z.softmax(-1)).sum()
+        self.sums.exits[:, 1] += right.sum(-1)
+        for index, flags in enumerate(right):
+            has_labels, wrong = self.counts.any(-1), self._by_position(~flags).any(-1)
+            self.sums.exits[index, 2] += (has_labels & ~wrong).sum()
+            self.sums.exits[index, 3] += has_labels.sum()
+        for number, flags in enumerate(agrees):
+            self.sums.drafts[number, 1:] += self._positions(flags)
+
+    def _positions(self, agrees: list[torch.Tensor]) -> torch.Tensor:
+        """[2 d]: for each k the number of positions at which the first k tokens agree, and of those at which the k-th
+        could as well: the first k - 1 agree, and there are k labels in a row."""
+        first, later = (self._by_position(flags) for flags in (agrees[0], agrees[-1]))
+        agreed, could, run = [], [], self.counts
+        for k in range(self.sums.num_speculations):
+            run = run & _ahead(self.counts, k)
+            could.append(run.sum())
+            run = run & _ahead(later if k else first, k)
+            agreed.append(run.sum())
+        return torch.stack(agreed + could)
 
     def _by_position(self, flags: torch.Tensor) -> torch.Tensor:
-        """[labels that count] -> [b, s], False where no label counts."""
-        positions = torch.zeros_like(self.counts)
-        positions.view(-1)[self.rows] = flags
-        return positions
+        """[labels] -> [b, s], false where no label counts."""
+        by_position = torch.zeros_like(self.counts)
+        by_position.view(-1)[self.rows] = flags
+        return by_position
 
-    def _windows(self, agrees: torch.Tensor) -> torch.Tensor:
-        """[labels that count] -> [b, s - n + 1, n], for each position whether it and the next ones agree."""
-        return self._by_position(agrees).unfold(1, self.num_speculations, 1)
+
+def _ahead(flags: torch.Tensor, k: int) -> torch.Tensor:
+    """The flags [b, s] of k positions later, false behind the end."""
+    return F.pad(flags[:, k:], (0, min(k, flags.shape[1])))

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch._dynamo.exc import TorchDynamoException
 from torchtune.utils import get_logger
 
-from layerskip_recipes.defaults import chunk_tokens as fast_chunk
 from layerskip_recipes.errors import first_line
-from layerskip_recipes.model.head import Head, at_least_fp32
+from layerskip_recipes.model.head import Head, at_least_fp32, compute_dtype
+from layerskip_recipes.model.head import chunk_tokens as fast_chunk
 
 log = get_logger("INFO")
 
@@ -164,9 +164,7 @@ class _ExitLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk_loss, chunk_tokens, teacher, taught, head, labels, counted, weights, grad_enabled, *tensors):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        kind, compute = hidden[0].device.type, hidden[0].dtype
-        if torch.is_autocast_enabled(kind):
-            compute = torch.get_autocast_dtype(kind)
+        kind, compute = hidden[0].device.type, compute_dtype(hidden[0])
         all_count, labels = len(counted) == len(labels), labels[counted]
         exact = at_least_fp32(hidden[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)

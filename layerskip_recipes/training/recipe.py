@@ -41,6 +41,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft.own_text import OwnText
+from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
@@ -144,6 +145,8 @@ class LayerSkipFinetune:
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
         self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
+        num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
+        self.draft_statistics = DraftStatistics(self.validation, self.mesh, self.device, num_tokens)
         self.total_steps = self.data.total_steps
         return tokenizer
 
@@ -285,6 +288,7 @@ class LayerSkipFinetune:
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
         # Looked for on the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
+        self.draft_statistics.see(batch, labels.flatten()[counted])
         batch |= {"labels": labels, "counted": counted}
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
@@ -363,12 +367,17 @@ class LayerSkipFinetune:
 
     def _description(self) -> dict[str, Any]:
         """The content of layerskip.json: which exits are trained, or which draft, and how."""
-        if isinstance(self.loss, DraftLoss):
-            return describe(self.loss.draft, self.base, self.step, self.loss.section.target)
+        with self._computing():
+            if isinstance(self.loss, DraftLoss):
+                measured = self.draft_statistics.measure(self.model, [], [], self.draft)
+                return describe(self.loss.draft, self.base, self.step, self.loss.section.target, measured)
+            exits = self.loss.trained(self.cfg.num_layers, self.step, self.total_steps)
+            vocabulary = self.draft_statistics.vocabulary()
+            measured = self.draft_statistics.measure(self.model, exits, vocabulary)
         cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
         return {
             "num_layers": cfg.num_layers,
-            "exits": loss.trained(cfg.num_layers, self.step, self.total_steps),
+            "exits": exits,
             "curriculum": loss.curriculum,
             "interval": loss.interval if loss.curriculum == "rotational" else None,
             "scale": loss.scale,
@@ -376,6 +385,8 @@ class LayerSkipFinetune:
             "layer_dropout": dict(cfg.layer_dropout) if cfg.layer_dropout else cfg.model.get("layer_dropout"),
             "steps": self.step,
             "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
+            "vocabulary": vocabulary,
+            "measured": measured,
         }
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
@@ -393,6 +404,7 @@ class LayerSkipFinetune:
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: from_every_rank(mine),
             "validation": {"first": self.validation.loss_at_start},
+            "draft_statistics": self.draft_statistics.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -404,6 +416,8 @@ class LayerSkipFinetune:
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
         self.validation.loss_at_start = state["validation"]["first"]
+        if "draft_statistics" in state:
+            self.draft_statistics.load_state_dict(state["draft_statistics"])
         generators = state[training.RNG_KEY]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(generators):  # with more ranks than before, the new ones keep their own seed

@@ -1,5 +1,6 @@
 """Validation of every chosen exit while training: loss, perplexity, agreement with the last layer, and a warning."""
 
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import exit_quality
+from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
@@ -88,20 +89,11 @@ class Validation:
             val_agreement_draft, val_accepted_length_draft, the tokens accepted of six, and, if it chooses among all
             tokens, val_loss_draft.
         """
-        measured: list[torch.nn.Module] = [model] if draft is None else [model, draft]
-        trained = [part for part in measured if part.training]
-        for part in trained:
-            part.eval()
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
-        quality = exit_quality(model, some, self.exits, device, add_up=self.mesh.sum, key="dataset_val", draft=draft)
+        quality = quality_in_training(model, some, self.exits, device, self.mesh, key="dataset_val", draft=draft)
         batches.close()
-        for part in measured:
-            reshard(part)
-        for part in trained:
-            part.train()
-        final = quality[self.exits[-1]]["loss"]
-        assert final is not None
+        final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
         if not final <= first * (1 + self.margin) and is_rank_zero():  # NaN too
             log.warning(
@@ -109,14 +101,36 @@ class Validation:
                 f"start ({first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
                 "layer_dropout.prob or lr keeps the last layer"
             )
-        if draft is not None:
-            named: dict[str, Any] = {"val_agreement_draft": quality[0]["agreement"]}
-            if draft.vocabulary is None:  # else tokens outside have no probability
-                named["val_loss_draft"] = quality[0]["loss"]
-            if quality[0]["accepted_length"] is not None:
-                named["val_accepted_length_draft"] = quality[0]["accepted_length"]
+        if draft is None:
+            names = ("loss", "perplexity", "agreement", "overlap")
+            named = {f"val_{name}_exit_{e}": getattr(quality[e], name) for e in self.exits for name in names}
             return named | {"val_loss_final": final}
-        named = {
-            f"val_{what}_exit_{e}": quality[e][what] for e in self.exits for what in ("loss", "perplexity", "agreement")
-        }
+        named = {"val_agreement_draft": quality[0].agreement, "val_overlap_draft": quality[0].overlap}
+        if draft.vocabulary is None:  # else tokens outside have no probability
+            named["val_loss_draft"] = quality[0].loss
+        if quality[0].accepted_length is not None:
+            named["val_accepted_length_draft"] = quality[0].accepted_length
         return named | {"val_loss_final": final}
+
+
+def quality_in_training(
+    model: LayerSkipDecoder,
+    batches: Iterable[dict[str, Any]],
+    exits: Sequence[int],
+    device: torch.device,
+    mesh: Mesh,
+    draft: Draft | None = None,
+    **options: Any,
+) -> dict[int, ExitQuality]:
+    """`exit_quality` in eval mode over the batches of all ranks; the training goes on as if it had not been."""
+    measured: list[torch.nn.Module] = [model] if draft is None else [model, draft]
+    trained = [part for part in measured if part.training]
+    for part in trained:
+        part.eval()
+    try:
+        return exit_quality(model, batches, exits, device, add_up=mesh.sum, draft=draft, **options)
+    finally:
+        for part in measured:
+            reshard(part)
+        for part in trained:
+            part.train()

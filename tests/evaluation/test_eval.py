@@ -55,12 +55,12 @@ class Kept(torch.nn.Module):
         return out
 
 
-def test_the_hidden_states_of_all_exits_are_never_there_at_once():
+def test_hidden_states_are_kept_at_the_labels_only():
     model, seen, counts = layerskip_decoder(llama3_2(**SIZE | {"num_layers": 8})).eval(), [], []
     model.layers = torch.nn.ModuleList(Kept(seen, counts) for _ in range(8))
     batch = {"tokens": torch.zeros(2, 16, dtype=torch.long), "labels": torch.zeros(2, 16, dtype=torch.long)}
     quality = exit_quality(model, [batch], [*range(1, 9)], torch.device("cpu"))
-    assert quality[8]["agreement"] == 1
+    assert quality[8].agreement == 1
     assert counts == [0, *[1] * 7]  # the layer's own input
 
 
@@ -72,7 +72,7 @@ def test_an_accepted_length_needs_as_many_labels_in_a_row():
     for drafts, expected in ((6, None), (3, 3.0)):
         batch = {"tokens": torch.ones(2, 16, dtype=torch.long), "labels": labels.clone()}
         quality = exit_quality(model, [batch], [2, 4], torch.device("cpu"), num_speculations=drafts)
-        assert quality[4]["accepted_length"] == expected and quality[4]["agreement"] == 1
+        assert quality[4].accepted_length == expected and quality[4].agreement == 1
 
 
 def json_texts(folder: Path, lengths: list[int]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.acceptance import matches
 from helpers.configs import MODEL, eval_config, make_checkpoint, write_yaml
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
@@ -37,10 +38,10 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
         agree = (logits[e].argmax(-1) == logits[4].argmax(-1)).float().mean().item()
         assert quality["agreement"] == pytest.approx(agree, abs=1e-3)
         assert quality["accuracy"] == pytest.approx((logits[e].argmax(-1) == labels).float().mean().item(), abs=1e-3)
-        # Of 3 tokens drafted from each position of a sample whose next 3 labels are there.
-        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1).tolist()
-        runs = [sum(all(row[i : i + k]) for k in (1, 2, 3)) for row in same for i in range(len(row) - 2)]
-        assert quality["accepted_length"] == pytest.approx(sum(runs) / len(runs), abs=1e-3)
+        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1)
+        assert quality["accepted_length"] == pytest.approx(sum(matches(same, 3)), abs=1e-3)
+        p, q = logits[4].softmax(-1), logits[e].softmax(-1)
+        assert quality["overlap"] == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-4)
     assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
 
@@ -56,7 +57,7 @@ def test_exact_match_by_exit(tmp_path, checkpoint):
     labels[:3, 5:8] = chosen[:3, 4:7]
     labels[0, 6] = (labels[0, 6] + 1) % 100  # one wrong, two exact, and a sample without labels
     quality = exit_quality(recipe.model, [{"tokens": tokens, "labels": labels}], [2, 4], torch.device("cpu"))
-    assert quality[2]["exact_match"] == pytest.approx(2 / 3)
+    assert quality[2].exact_match == pytest.approx(2 / 3)
 
 
 def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):

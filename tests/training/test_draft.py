@@ -14,6 +14,7 @@ from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, few_texts, losses, start_section, train, whole_log  # noqa: F401
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -130,6 +131,10 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
     described = json.loads((folder / "layerskip.json").read_text())
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     assert described["base"].pop("hash") == weights_hash(recipe.model.state_dict())
+    measured = read_trained_exits(folder).measured
+    assert described.pop("measured") and (measured.on, measured.exits, len(measured.draft.matches)) == (
+        "dataset_val", {}, 8,
+    )  # fmt: skip
     assert described == {
         "format": 3, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
         "target": "distribution", "steps": 12, "vocabulary": None,
@@ -140,6 +145,8 @@ def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
     log = whole_log(tmp_path / "out")
     assert log[12]["loss"] < log[1]["loss"]
     assert 0 < log[12]["val_agreement_draft"] < 1 and log[12]["val_loss_draft"] != log[0]["val_loss_draft"]
+    assert measured.draft.matches[0] == pytest.approx(log[12]["val_agreement_draft"], abs=1e-4)
+    assert measured.draft.overlap == pytest.approx(log[12]["val_overlap_draft"], abs=1e-4)
     assert log[12]["val_loss_final"] == log[0]["val_loss_final"]
 
 

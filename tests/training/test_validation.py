@@ -45,7 +45,7 @@ def chats(folder: Path) -> dict:
 def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[int, ...]) -> dict[str, float]:
     """Loss, perplexity and agreement of each exit over the labels of all samples, one sample after the other."""
     plain, count = EveryExit(MODEL), 0
-    loss, agreement = dict.fromkeys(exits, 0.0), dict.fromkeys(exits, 0)
+    loss, agreement, overlap = (dict.fromkeys(exits, 0.0) for _ in range(3))
     for sample in samples:
         labels = torch.tensor(sample["labels"][1:])
         counts = labels != -100
@@ -55,11 +55,13 @@ def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[
         for e in exits:
             loss[e] += F.cross_entropy(by_exit[e - 1], labels[counts], reduction="sum").item()
             agreement[e] += int((by_exit[e - 1].argmax(-1) == by_exit[-1].argmax(-1)).sum())
+            overlap[e] += torch.minimum(by_exit[e - 1].softmax(-1), by_exit[-1].softmax(-1)).sum().item()
     expected = {"val_loss_final": loss[max(exits)] / count}
     for e in exits:
         expected[f"val_loss_exit_{e}"] = loss[e] / count
         expected[f"val_perplexity_exit_{e}"] = math.exp(loss[e] / count)
         expected[f"val_agreement_exit_{e}"] = agreement[e] / count
+        expected[f"val_overlap_exit_{e}"] = overlap[e] / count
     return expected
 
 

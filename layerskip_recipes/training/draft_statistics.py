@@ -1,0 +1,110 @@
+"""What a checkpoint stores for the choice of a draft: the frequent label tokens, and how often drafts are accepted."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, MOST_TOKENS, exits_to_measure
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.processes import from_every_rank
+from layerskip_recipes.training.parallel import Mesh
+from layerskip_recipes.training.validation import Validation, quality_in_training
+
+# The data of a measurement in each process: about as much as two training steps read.
+ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
+NUM_SPECULATIONS = 8
+
+
+class DraftStatistics:
+    """Counts label tokens as batches go by, keeps the last batches, and measures acceptance when a checkpoint is saved.
+
+    Without validation data the kept training batches are measured, so that no sample is held back. Everything stays on
+    the CPU until then.
+    """
+
+    def __init__(self, validation: Validation, mesh: Mesh, device: torch.device, num_tokens: int) -> None:
+        self.validation, self.mesh, self.device = validation, mesh, device
+        self.recent: deque[dict[str, Any]] = deque()
+        self.counts = torch.zeros(num_tokens, dtype=torch.long)  # by this process, since the start or resume
+        self.before = torch.zeros(num_tokens, dtype=torch.long)  # by all processes of the runs that this one resumes
+
+    def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
+        """Take note of a micro-batch, still on the CPU, and of its labels that count, [n]."""
+        self.counts += torch.bincount(label_tokens, minlength=len(self.counts))
+        if not self.validation.on:
+            self.recent.append(dict(batch))
+            while len(self.recent) > 1 and _enough(list(self.recent)[1:]):
+                self.recent.popleft()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The counts of all processes; on all ranks."""
+        exact = torch.float64 if self.device.type != "mps" else torch.float32
+        ours = self.mesh.sum(self.counts.to(self.device, exact)).cpu().round().long()
+        return {"label_counts": self.before + ours}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.before = state["label_counts"]
+
+    def vocabulary(self) -> list[int]:
+        """The label tokens so far, the most frequent first; on all ranks."""
+        counts, tokens = self.state_dict()["label_counts"].sort(descending=True, stable=True)
+        return tokens[counts > 0][:MOST_TOKENS].tolist()
+
+    def measure(
+        self, model: LayerSkipDecoder, exits: Sequence[int], vocabulary: Sequence[int], draft: Draft | None = None
+    ) -> dict[str, Any] | None:
+        """The section "measured" of layerskip.json for the trained exits, or for a draft; None if nothing can be
+        measured. On all ranks."""
+        early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
+        batches = _first(self.validation.batches) if self.validation.on else list(self.recent)
+        count = min(from_every_rank(len(batches)))  # each is a forward of all ranks
+        if not early or not count:
+            return None
+        sizes = [n for n in DRAFT_VOCABULARIES if n < len(self.counts) and n < 2 * len(vocabulary)]
+        options: dict[str, Any] = {} if draft is not None else {"vocabulary": vocabulary, "sizes": sizes}
+        try:
+            quality = quality_in_training(
+                model,
+                map(dict, batches[-count:]),
+                [*early, model.num_layers],
+                self.device,
+                self.mesh,
+                draft=draft,
+                num_speculations=NUM_SPECULATIONS,
+                **options,
+            )
+        except ConfigError:  # no label counts
+            return None
+        measured = {
+            "on": "dataset_val" if self.validation.on else "training",
+            "labels": quality[early[0]].labels,
+            "num_speculations": NUM_SPECULATIONS,
+        }
+        if draft is not None:
+            return measured | {"draft": _rounded(quality[0].acceptance["all"])}
+        by_exit = {e: {name: _rounded(found) for name, found in quality[e].acceptance.items()} for e in early}
+        return measured | {"exits": by_exit}
+
+
+def _rounded(acceptance: dict[str, Any]) -> dict[str, Any]:
+    matches = [round(share, 5) for share in acceptance["matches"]]
+    return {"matches": matches, "overlap": round(acceptance["overlap"], 5)}
+
+
+def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first batches that are enough."""
+    some: list[dict[str, Any]] = []
+    for batch in batches:
+        some.append(batch)
+        if _enough(some):
+            break
+    return some
+
+
+def _enough(batches: Sequence[dict[str, Any]]) -> bool:
+    sizes = [batch["tokens"].shape for batch in batches]
+    return sum(rows for rows, _ in sizes) >= ENOUGH_SAMPLES or sum(map(torch.Size.numel, sizes)) >= ENOUGH_TOKENS

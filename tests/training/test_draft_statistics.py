@@ -1,0 +1,114 @@
+"""What layerskip.json says of the data and of the drafts: counted and measured in training, which changes nothing."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import training_ranks
+from helpers.acceptance import matches
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.ranks import check_success, run_on_ranks
+from helpers.resuming import keep_only
+from helpers.training import VALIDATION, few_texts, losses, start_section, texts, train  # noqa: F401
+
+from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, read_trained_exits
+from layerskip_recipes.training import draft_statistics
+from layerskip_recipes.training.draft_statistics import DraftStatistics
+
+EXITS = {"curriculum": None, "layers": "0,1,2", "scale": 1.0, "scale_fn": "uniform"}
+
+
+def label_counts(recipe, steps) -> Counter:
+    """The label tokens of the first steps."""
+    samples = [recipe.data.dataset[i] for step in range(steps) for i in recipe.data.samples(step)]
+    return Counter(int(t) for sample in samples for t in sample["labels"][1:] if t != -100)
+
+
+def in_order(vocabulary, counts) -> bool:
+    """The tokens of the counts, the most frequent first, and of equal ones the smaller id."""
+    return vocabulary == sorted(counts, key=lambda token: (-counts[token], token))
+
+
+def test_a_run_without_validation_measures_its_last_batches(tmp_path, tokenizer_folder, monkeypatch):
+    """By plain PyTorch on the same samples; the losses are those of a run that measures nothing."""
+    monkeypatch.setattr(draft_statistics, "DRAFT_VOCABULARIES", (4, 64, 512))
+    monkeypatch.setattr(draft_statistics, "ENOUGH_SAMPLES", 4)
+    path = finetune_config(
+        tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=VALIDATION | {"max_samples": 12},
+        max_steps_per_epoch=6, shuffle=True, save_every_n_steps=2,
+    )  # fmt: skip
+    recipe = train(path)
+    found = read_trained_exits(tmp_path / "out" / "epoch_0")
+    assert found.exits == [1, 2, 3, 4] and in_order(found.vocabulary, label_counts(recipe, 6))
+    measured = found.measured
+    assert (measured.on, measured.num_speculations) == ("training", 8)
+    assert set(measured.exits) == {1, 2, 3} and set(measured.exits[2]) == {"all", "4", "64"}
+    early = read_trained_exits(tmp_path / "out" / "step_2")
+    assert in_order(early.vocabulary, label_counts(recipe, 2)) and early.measured != measured
+
+    model = recipe.model.eval()
+    samples = [recipe.data.dataset[i] for step in (4, 5) for i in recipe.data.samples(step)]
+    agrees, counts, shared = torch.zeros(4, 128, dtype=torch.bool), torch.zeros(4, 128, dtype=torch.bool), []
+    ids = found.vocabulary[:64]
+    for row, sample in enumerate(samples):
+        with torch.no_grad():
+            final, hidden = model.hidden_states(torch.tensor([sample["tokens"]]), exits=[2])
+            p, q = (model.output(model.norm(x))[0, :-1].softmax(-1) for x in (final, hidden[2]))
+        agrees[row, : len(p)] = torch.tensor(ids)[q[:, ids].argmax(-1)] == p.argmax(-1)
+        counts[row, : len(p)] = True
+        shared.append(torch.minimum(p[:, ids], q[:, ids] / q[:, ids].sum(-1, keepdim=True)).sum(-1))
+    assert measured.labels == int(counts.sum())
+    assert measured.exits[2]["64"].matches == pytest.approx(matches(agrees, 8, counts), abs=2e-5)
+    assert measured.exits[2]["64"].overlap == pytest.approx(torch.cat(shared).mean().item(), abs=2e-5)
+
+    whole = losses(tmp_path / "out")
+    again = keep_only(tmp_path / "out", "step_4", tmp_path / "again")
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+    assert losses(again) == {step: whole[step] for step in (5, 6)}
+    resumed = read_trained_exits(again / "epoch_0")
+    assert (resumed.vocabulary, resumed.measured) == (found.vocabulary, found.measured)
+    monkeypatch.setattr(DraftStatistics, "measure", lambda *a, **k: None)
+    train(path, f"output_dir={tmp_path}/unmeasured")
+    assert losses(tmp_path / "unmeasured") == whole
+    assert read_trained_exits(tmp_path / "unmeasured" / "epoch_0").measured is None
+
+
+def test_a_run_without_early_exits_measures_nothing(tmp_path, tokenizer_folder):
+    recipe = train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=None))
+    found = read_trained_exits(tmp_path / "out" / "epoch_0")
+    assert found.exits == [4] and found.measured is None and in_order(found.vocabulary, label_counts(recipe, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_count_and_measure_what_one_does(tmp_path, tokenizer_folder):
+    path = finetune_config(
+        tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=texts(tmp_path), max_steps_per_epoch=4,
+        dataset_val=texts(tmp_path) | {"split": "train[:6]"}, layer_dropout=None,
+        checkpointer=start_section(make_checkpoint(tmp_path / "base", tokenizer_folder)),
+    )  # fmt: skip
+    train(path, "batch_size=4", f"output_dir={tmp_path}/one")
+    for name, more in {"two": [], "training": ["dataset_val=null"]}.items():
+        arguments = ("train", tmp_path, "--config", path, "batch_size=2", f"output_dir={tmp_path}/{name}", *more)
+        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    one, two, training = (read_trained_exits(tmp_path / name / "epoch_0") for name in ("one", "two", "training"))
+    assert one.vocabulary == two.vocabulary == training.vocabulary
+    assert (one.measured.on, training.measured.on) == ("dataset_val", "training")
+    assert one.measured.labels == two.measured.labels and one.measured.exits.keys() == two.measured.exits.keys()
+    for e, of_exit in one.measured.exits.items():
+        assert two.measured.exits[e]["all"].matches == pytest.approx(of_exit["all"].matches, abs=1e-3)
+        assert two.measured.exits[e]["all"].overlap == pytest.approx(of_exit["all"].overlap, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ([30], []),
+        ([6, 30], [6]),
+        ([3, 9, 16, 23, 30], [3, 9, 16, 23]),
+        ([*range(1, 31)], [3, 7, 11, 15]),
+        ([25, 26, 27, 28, 29, 30], [25]),
+    ],
+)
+def test_the_exits_that_are_measured(trained, expected):
+    assert exits_to_measure(trained, 30) == expected
