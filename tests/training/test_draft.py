@@ -23,6 +23,7 @@ from layerskip_recipes.model.head import capped
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.draft.own_text import OwnText
+from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.model_setup import fresh_draft
 from layerskip_recipes.training.parallel import Mesh
 
@@ -309,6 +310,7 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
     plain = losses(tmp_path / "out")
     kept = tmp_path / "kept"
     rows = []
+    monkeypatch.setattr(DraftStatistics, "measure", lambda *a, **k: None)  # which runs the model too
     forward = Draft.teacher_states
     monkeypatch.setattr(Draft, "teacher_states", lambda *a, **k: rows.append(len(a[2])) or forward(*a, **k))
     recipe = train(path, f"output_dir={kept}", "draft.keep_states=true")
