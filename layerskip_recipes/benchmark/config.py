@@ -10,7 +10,6 @@ from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.sweep import LENGTHS, Sweep
 from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
-from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.paths import PICTURES, check_ending
@@ -124,9 +123,6 @@ class BenchmarkConfig(DecodingConfig):
     `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
     self_speculation: SelfSpeculation | None = None
     """The only variant if there are no `variants`, so that a generation config can be measured as it is."""
-    quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the whole model for all methods but the peers, as in `layerskip_generate`. Of the peers only llama_cpp
-    runs beside it, by its own file."""
     peers: Annotated[
         Peers | None,
         BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),

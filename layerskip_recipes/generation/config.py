@@ -8,14 +8,16 @@ import torch
 from pydantic import Field
 
 import layerskip_recipes.defaults  # noqa: F401  # registers the resolvers of the configs hf/*
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, weights_folder
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
-from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.recipe_config import RecipeConfig, best_device
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts
+from layerskip_recipes.generation.drafting.plan import estimated_costs
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation, check_draft_fits
 from layerskip_recipes.generation.sampling import MinP, Penalty, Sampler, Temperature, TopP
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -54,7 +56,11 @@ class DecodingConfig(RecipeConfig):
     """A text ends before the first of these strings."""
     compile: Flag = False
     """Compile the decoding steps: for a CPU in C++ (needs a C++ compiler), for a GPU as CUDA graphs. The first run
-    takes half a minute more, on a GPU some minutes; torch keeps the code for the next."""
+    takes half a minute more, on a GPU some minutes; torch keeps the code for the next. Without this key
+    `layerskip_generate` compiles where that should save more time than it takes."""
+    quantizer: Annotated[Component, Takes()] | None = None
+    """Quantises the whole model: one of torchtune's quantizers, or a torchao configuration such as
+    `torchao.quantization.Int8WeightOnlyConfig`."""
     enable_kv_cache: Literal[True] | None = None
     """torchtune's key; the cache is always on."""
 
@@ -62,6 +68,18 @@ class DecodingConfig(RecipeConfig):
         """How tokens are chosen at a temperature."""
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, rng)
+
+    def choose_drafts(
+        self, section: SelfSpeculation | None, temperature: float, compiled: bool, key: str = "self_speculation"
+    ) -> Choice:
+        """The section with what it leaves out, chosen for this model and machine."""
+        gpu = not (self.device or best_device()).startswith("cpu")
+        plain = self.quantizer is None and num_processes() == 1
+        dtype = self.torch_dtype if self.quantizer is None else torch.int8
+        costs = estimated_costs(self.meta_model, dtype, gpu, compiled, self.batch_size)
+        int8 = plain and compiled and not gpu
+        folder = weights_folder(self.checkpointer)
+        return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, key=key)
 
     @property
     def is_conversation(self) -> bool:
@@ -104,9 +122,6 @@ class GenerateConfig(DecodingConfig):
     """`false` prints each text at once; `draft` shows drafted tokens dim until they are accepted."""
     benchmark: Comparison | None = None
     """The comparison with autoregressive decoding."""
-    quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the whole model: one of torchtune's quantizers, or a torchao configuration such as
-    `torchao.quantization.Int8WeightOnlyConfig`."""
     tensor_parallel_dim: PositiveInt | None = None
     """How many processes share each matrix; over the groups of so many the layers are sharded (FSDP). null with a plan:
     all processes."""
@@ -146,12 +161,6 @@ class GenerateConfig(DecodingConfig):
             raise ConfigError(
                 f"output_file: {self.output_file!r} does not go with prompt=interactive; output_file=null, or a "
                 "prompt_file"
-            )
-        draft = self.self_speculation
-        if draft and isinstance(draft.draft_vocabulary, int) and draft.draft_vocabulary_file is None:
-            raise ConfigError(
-                f"self_speculation.draft_vocabulary: {draft.draft_vocabulary} tokens are counted in the prompts, and "
-                "prompt=interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
             )
 
     def _check_output_file(self) -> None:

@@ -20,7 +20,8 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes, read_
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.section import bytes_of_weights
+from layerskip_recipes.generation.drafting.chosen import compiling_pays, has_compiler
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
@@ -39,6 +40,8 @@ from layerskip_recipes.model.limits import (
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
+
+TURNS = 10  # of a conversation, to decide whether compiling pays
 
 
 class LayerSkipGenerate:
@@ -59,7 +62,7 @@ class LayerSkipGenerate:
             log.info("benchmark.compare: no baseline runs beside a conversation")
         self.parallel = check_processes(cfg.meta_model, cfg.tensor_parallel_dim, cfg.tensor_parallel_plan)
         model = layerskip_decoder(cfg.meta_model)
-        self.section, self.exit_layer = cfg.self_speculation, cfg.exit_layer
+        self.exit_layer = cfg.exit_layer
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.examples: list[Example] = []
@@ -80,17 +83,24 @@ class LayerSkipGenerate:
             refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
         for i in self.bad:
             log.warning("skipped: %s", self.examples[i].error)
+        self.compile, self.section = self._choose()
         if self.section is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
+            vocabulary, file = self.section.draft_vocabulary, self.section.draft_vocabulary_file
+            if self.interactive and isinstance(vocabulary, int) and file is None:
+                raise ConfigError(
+                    f"self_speculation.draft_vocabulary: {vocabulary} tokens are counted in the prompts, and prompt="
+                    "interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
+                )
             self.section = self.section.with_vocabulary(model, self.tokenizer, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
-            if self.device.type == "cuda" and cfg.compile and self.compare:
+            if self.device.type == "cuda" and self.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             nodes = self.section.num_speculations + 1 if self.section is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
             # The same for all batches, so that compiled steps know one size.
-            self.reserve = room + max(64, nodes) if cfg.compile else None
+            self.reserve = room + max(64, nodes) if self.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
         self.kept_layers = (self.exit_layer if self.section is None else self.section.exit_layer) or 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
@@ -118,6 +128,19 @@ class LayerSkipGenerate:
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
         self.shows = is_rank_zero()
+
+    def _choose(self) -> tuple[bool, SelfSpeculation | None]:
+        """Whether steps are compiled and how drafts are made, where the config leaves it open."""
+        cfg, compiled = self.cfg, self.cfg.compile
+        choices = {c: cfg.choose_drafts(cfg.self_speculation, cfg.temperature, c) for c in (False, True)}
+        if "compile" not in cfg.model_fields_set and has_compiler(self.device) and num_processes() == 1:
+            batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
+            steps = batches * self.max_new_tokens * (2 if self.compare else 1)
+            compiled, why = compiling_pays(choices[False].token_s, choices[True].token_s, steps, self.device)
+            log.info(why)
+        if choices[compiled].why:
+            log.info(choices[compiled].why)
+        return compiled, choices[compiled].section
 
     def _warn_of_needless_shards(self, model: TransformerDecoder) -> None:
         """Say so if a GPU would hold the whole model with room to spare: gathering shards costs more than reading."""
@@ -269,7 +292,7 @@ class LayerSkipGenerate:
             speculation=None if plain else self.speculation,
             sampler=self.cfg.sampler(self.cfg.temperature, rng),
             stop_tokens=self.stop_tokens,
-            compile=self.cfg.compile,
+            compile=self.compile,
             shared=num_processes() > 1,
             choice=self.choice,
             on_draft=shown.show_draft if dim_drafts else None,

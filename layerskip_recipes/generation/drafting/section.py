@@ -28,19 +28,23 @@ log = utils.get_logger("INFO")
 
 
 class SelfSpeculation(Section):
-    """How drafts are made. The output stays that of the whole model."""
+    """How drafts are made. The output stays that of the whole model.
+
+    Of `exit_layer`, `num_speculations`, `draft_vocabulary` and `draft_quantizer`, `layerskip_generate` chooses those
+    that are missing, by the acceptance that training stored in layerskip.json and the estimated costs on this machine.
+    """
 
     exit_layer: Annotated[int, Field(examples=[8])] | None = None
     """E: the number of layers that run for a draft, 1 to L. With `draft`, null is the exit of that draft; without it,
-    null decodes without drafts."""
+    null decodes without drafts, and a missing key chooses a trained exit."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
     drafts in place of the model's early layers."""
     num_speculations: NumSpeculations = 6
     """Tokens drafted in a round."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
-    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the prompts; null: all, or
-    those that `draft` was trained for."""
+    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the training data, which
+    layerskip.json lists, or else in the prompts; null: all, or those that `draft` was trained for."""
     draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
     """A text in which the most frequent tokens are counted instead of in the prompts."""
     prompt_lookup: PromptLookup | None = None
@@ -51,11 +55,6 @@ class SelfSpeculation(Section):
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
         """Raises a ConfigError if the section does not fit a model, on any device; `key` is its own, for messages."""
-        if self.draft is None and self.exit_layer is None:
-            raise ConfigError(
-                f"{key}.exit_layer: missing. Allowed: an integer, the exit that drafts, or {key}.draft, a trained "
-                f"draft's folder; for example {key}.exit_layer=8"
-            )
         if self.draft is not None and self.exit_layer is not None:
             raise ConfigError(
                 f"{key}.exit_layer: {self.exit_layer} is set beside draft, which has its own. Set "

@@ -1,0 +1,189 @@
+"""What a generation config leaves out: the missing keys of `self_speculation`, chosen by plan.py from what training
+measured, and whether compiling pays."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_recipes.checkpoint.drafts import read_description
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Acceptance, TrainedExits, read_trained_exits
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.generation.drafting.plan import (
+    ASSUMED,
+    LEAST_GAIN,
+    Costs,
+    Prediction,
+    Way,
+    accepted,
+    known_ways,
+    ranked,
+    with_int8,
+)
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How drafts are made, None: not at all; a line that says why, if something was chosen; and what to expect."""
+
+    section: SelfSpeculation | None
+    why: str | None
+    step_s: float  # a step of the whole model
+    speedup: float = 1.0
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per token."""
+        return self.step_s / max(self.speedup, 1.0)
+
+
+CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer")
+INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
+COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # what a first run takes to compile
+
+
+def choose_drafts(
+    section: SelfSpeculation | None,
+    folder: Path | None,
+    costs: Costs,
+    temperature: float,
+    *,
+    plain_head: bool = True,
+    int8: bool = False,
+    key: str = "self_speculation",
+) -> Choice:
+    """The section with its missing keys.
+
+    Args:
+        section: a key that it has stays as it is, null too.
+        folder: of the model, with or without layerskip.json.
+        costs: of the model on this machine.
+        plain_head: the rows of a draft vocabulary can be taken from the model's head.
+        int8: a draft in int8 is faster here.
+        key: of the section, for messages.
+    """
+    if section is None:
+        return Choice(None, None, costs.plain)
+    described = Path(section.draft) if section.draft is not None else folder
+    trained = None if described is None else read_trained_exits(described)
+    section = _with_stored_vocabulary(section, trained)
+    given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
+    if section.draft is not None:
+        ways = {_trained_way(section.draft, f"{key}.draft"): _of_draft(trained)}
+    else:
+        if section.exit_layer is not None and not (trained and trained.measured):
+            return Choice(section, None, costs.plain)  # nothing is known that could choose better than the defaults
+        ways = known_ways(trained, costs.num_layers, section.exit_layer)
+    if not ways:
+        return Choice(None, _untrained(folder, trained, costs.num_layers, key), costs.plain)
+
+    # Of the vocabularies and precisions those that the user left open.
+    if "draft_vocabulary" in given:
+        ways = _of_vocabulary(ways, section.draft_vocabulary)
+    elif not plain_head:
+        ways = {way: likely for way, likely in ways.items() if way.vocabulary is None or way.own_layers is not None}
+    likely = {way: accepted(measured, temperature) for way, measured in ways.items()}
+    precisions = [False, True] if int8 else [False]
+    if "draft_quantizer" in given:
+        precisions = [section.draft_quantizer is not None]
+    lengths = [section.num_speculations] if "num_speculations" in given else None
+    best = ranked(with_int8(likely, precisions), costs, lengths)[0]
+
+    said = _said(best, costs, "assumed" if ASSUMED in ways.values() else "as in training")
+    asked_for = section.draft is not None or section.exit_layer is not None or section.prompt_lookup is not None
+    if best.speedup < LEAST_GAIN and not asked_for:
+        return Choice(None, f"No drafts: none should pay. The best would be {said}", costs.plain)
+    why = None if given.issuperset(CHOSEN) else f"Drafts: {said}"
+    return Choice(with_choice(section, best, trained), why, costs.plain, best.speedup)
+
+
+def _with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
+    """The section with the most frequent tokens of the training data in place of their number."""
+    size, counted = section.draft_vocabulary, section.draft_vocabulary_file is not None or section.draft is not None
+    if not isinstance(size, int) or counted or not (trained and trained.vocabulary):
+        return section
+    return section.model_copy(update={"draft_vocabulary": trained.vocabulary[:size]})
+
+
+def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExits | None) -> SelfSpeculation:
+    """The section with the keys of a prediction, those that were given excepted."""
+    vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
+    chosen: dict[str, Any] = {
+        "exit_layer": best.way.exit_layer,
+        "num_speculations": best.num_speculations,
+        "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
+        "draft_quantizer": INT8 if best.way.int8 else None,
+    }
+    if section.draft is not None:  # its exit and vocabulary are read with it
+        del chosen["exit_layer"], chosen["draft_vocabulary"]
+    given = {name for name in section.model_fields_set if getattr(section, name) is not None or name != "exit_layer"}
+    return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
+
+
+def _trained_way(folder: str, key: str) -> Way:
+    """How a trained draft drafts."""
+    read = read_description(folder, key)
+    below = 0 if read["kind"] == "copy" else read["exit_layer"]
+    return Way(below, read["vocabulary"] and len(read["vocabulary"]), own_layers=read["num_layers"])
+
+
+def _of_draft(trained: TrainedExits | None) -> Acceptance:
+    measured = trained.measured.draft if trained and trained.measured else None
+    return measured or ASSUMED
+
+
+def _of_vocabulary(ways: Mapping[Way, Acceptance], given: int | list[int] | None) -> dict[Way, Acceptance]:
+    """Each exit with the vocabulary that the user gave, and the acceptance of the next smaller one that is known."""
+    if given is None:
+        return {way: likely for way, likely in ways.items() if way.vocabulary is None or way.own_layers is not None}
+    size = given if isinstance(given, int) else len(given)
+    found: dict[Way, Acceptance] = {}
+    by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or 0)
+    for way, likely in by_size:
+        wanted = way._replace(vocabulary=size)
+        if (way.vocabulary or 0) <= size or wanted not in found:
+            found[wanted] = likely
+    return found
+
+
+def _said(best: Prediction, costs: Costs, how: str) -> str:
+    """A prediction in words."""
+    return (
+        f"{best.way}, {best.num_speculations} drafted tokens per round; expected speed-up {best.speedup:.2f}x "
+        f"({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
+        f"acceptance {how}, costs estimated)"
+    )
+
+
+def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: int, key: str) -> str:
+    """Why a model without a trained early exit decodes plainly."""
+    if trained is None:
+        why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
+    else:
+        why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"
+    return f"{why}: decoding goes without drafts. To draft anyway: {key}.exit_layer={max(num_layers // 4, 1)}"
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether decoding steps can be compiled: with a C++ compiler on a CPU, with triton on a GPU."""
+    if device.type == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
+    """Whether compiling saves more than it takes, by the seconds per token of both; and a line that says so."""
+    saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type]
+    faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
+    if saved > needed:
+        return True, f"Compiled: it {faster} here, and saves about {saved:.0f} s. compile=false leaves it out"
+    return False, (
+        f"Not compiled: it would save about {saved:.0f} s on at most {steps} tokens, and take about {needed:.0f} s "
+        f"the first time. compile=true {faster} here"
+    )

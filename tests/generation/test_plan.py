@@ -1,0 +1,219 @@
+"""What `self_speculation: {}` chooses: the fastest way of drafting by stored acceptance and estimated costs."""
+
+import json
+import logging
+from itertools import product
+
+import pytest
+import torch
+from helpers.configs import generate_config, make_checkpoint
+from helpers.smollm2 import MODEL
+from torchtune.models.llama3_2._component_builders import llama3_2
+
+from layerskip_recipes.checkpoint.trained_exits import Acceptance
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.drafting.chosen import INT8, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.plan import Way, accepted, estimated_costs
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+
+LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+VOCABULARY = 49152
+# Shares of drafts of 1, 2, .. 8 tokens that agree, and the overlap, as a finetuned SmolLM2 has them.
+TASK = {
+    "all": ([0.90, 0.80, 0.71, 0.63, 0.56, 0.50, 0.44, 0.39], 0.86),
+    "2048": ([0.88, 0.77, 0.68, 0.60, 0.53, 0.47, 0.41, 0.36], 0.84),
+    "512": ([0.70, 0.50, 0.36, 0.26, 0.19, 0.13, 0.10, 0.07], 0.65),
+}
+
+
+def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
+    with torch.device("meta"):
+        model = llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"})
+    return estimated_costs(model, dtype, gpu, compiled, batch_rows)
+
+
+def described(folder, exits, trained=(6, 30), draft=None):
+    """A folder whose layerskip.json has these measurements: {exit: {vocabulary: (matches, overlap)}}."""
+    folder.mkdir(exist_ok=True)
+    measured = {
+        str(e): {name: {"matches": m, "overlap": w} for name, (m, w) in of_exit.items()} for e, of_exit in exits.items()
+    }
+    content = {"exits": list(trained), "vocabulary": list(range(10, 2058))}
+    if exits or draft:
+        content["measured"] = {"on": "dataset_val", "labels": 999, "num_speculations": 8, "exits": measured}
+    if draft:
+        content["measured"]["draft"] = draft
+    (folder / "layerskip.json").write_text(json.dumps(content))
+    return folder
+
+
+def choose(folder, temperature=0.0, compiled=True, given=None, dtype=torch.float32, int8=None, **settings):
+    costs = smollm2_costs(dtype, compiled=compiled)
+    int8 = compiled if int8 is None else int8
+    return choose_drafts(SelfSpeculation(**(given or {})), folder, costs, temperature, int8=int8, **settings)
+
+
+def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
+    """The best (exit, vocabulary, bytes per weight, length) and its speed-up, from the bytes that steps read."""
+    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
+
+    def speedup(e, name, itemsize, d):
+        matches = exits[e][name][0]
+        rows = VOCABULARY if name == "all" else int(name)
+        draft = (e * LAYER + rows * 576) * itemsize / 2e10 + 2e-5 + e * 5e-6
+        verify = plain * (1 + 0.05 * d * (30 - e) / 30)
+        return (1 + sum(matches[:d])) * plain / (d * draft + verify + 2e-4)
+
+    ways = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
+    best = max(ways, key=lambda way: speedup(*way))
+    return best, speedup(*best)
+
+
+def test_costs_are_those_of_a_real_machine():
+    """Seen on SmolLM2: exit 6 takes .34 of a plain step, .11 to .13 with 2048 tokens, .04 of that in int8; a pass over
+    5 to 9 tokens takes 1.1 to 1.5 steps."""
+    costs = smollm2_costs()
+    assert costs.plain == pytest.approx(1 / 37.9, rel=0.1)
+    assert costs.draft[False].seconds(6, VOCABULARY) / costs.plain == pytest.approx(0.34, abs=0.05)
+    assert costs.draft[False].seconds(6, 2048) / costs.plain == pytest.approx(0.13, abs=0.05)
+    assert costs.draft[True].seconds(6, 2048) / costs.plain == pytest.approx(0.04, abs=0.01)
+    for further in (4, 8):
+        verify = costs.round_s(Way(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
+        assert 1.1 < verify / costs.plain < 1.5
+
+
+@pytest.mark.parametrize("precisions", [(4, 1), (4,)])
+def test_the_choice_is_the_best_of_all(tmp_path, precisions):
+    exits = {6: TASK, 12: {name: ([m**0.5 for m in matches], w**0.5) for name, (matches, w) in TASK.items()}}
+    (e, name, itemsize, d), speedup = expected(exits, precisions=precisions)
+    found = choose(described(tmp_path, exits), int8=1 in precisions)
+    assert (found.section.exit_layer, found.section.num_speculations) == (e, d)
+    assert found.section.draft_vocabulary == (None if name == "all" else list(range(10, 10 + int(name))))
+    assert found.section.draft_quantizer == (INT8 if itemsize == 1 else None)
+    assert found.speedup == pytest.approx(speedup, rel=1e-6) and speedup > 1.8
+    assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{speedup:.2f}x" in found.why
+
+
+def test_acceptance_by_temperature():
+    measured = Acceptance(matches=[0.8, 0.7, 0.6], overlap=0.5)
+    assert accepted(measured, 0.0) == [0.8, 0.7, 0.6]
+    hot = accepted(measured, 1.0)
+    assert hot[0] == pytest.approx(0.5) and 0.5**3 < hot[2] < hot[1] < hot[0]  # better than independent tokens
+    assert accepted(measured, 0.5) == pytest.approx([(a + b) / 2 for a, b in zip([0.8, 0.7, 0.6], hot, strict=True)])
+
+
+def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):
+    """Greedily the small vocabulary says the same; when sampling it lacks most of the tokens."""
+    folder = described(tmp_path, {6: {"all": TASK["all"], "2048": (TASK["all"][0], 0.2)}})
+    assert choose(folder).section.draft_vocabulary == list(range(10, 2058))
+    assert choose(folder, temperature=1.0).section.draft_vocabulary is None
+
+
+def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
+    bad = described(tmp_path / "bad", {6: {"all": ([0.05**k for k in range(1, 9)], 0.1)}})
+    found = choose(bad)
+    assert found.section is None and found.speedup == 1.0
+    assert found.why.startswith("No drafts: none should pay. The best would be exit 6, ") and "0.9" in found.why
+    found = choose(tmp_path / "nowhere")
+    assert found.section is None and "has no layerskip.json" in found.why
+    assert found.why.endswith("To draft anyway: self_speculation.exit_layer=7")
+    assert choose(described(tmp_path / "last", {}, trained=(30,))).section is None
+    # Who asks for drafts gets them.
+    assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
+
+
+def test_a_trained_exit_that_nobody_measured(tmp_path):
+    found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
+    assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
+    section = SelfSpeculation(exit_layer=3, num_speculations=5)
+    assert choose(tmp_path, given={"exit_layer": 3, "num_speculations": 5}).section == section
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"exit_layer": 6},
+        {"num_speculations": 2},
+        {"draft_vocabulary": None},
+        {"draft_vocabulary": 600},
+        {"draft_vocabulary": [5, 6, 7]},
+        {"draft_quantizer": None},
+        {"exit_layer": 12, "num_speculations": 3, "draft_vocabulary": None, "draft_quantizer": None},
+    ],
+)
+def test_keys_that_are_given_stay(tmp_path, given):
+    folder = described(tmp_path, {6: TASK})
+    found = choose(folder, given=given).section
+    assert found.exit_layer == given.get("exit_layer", 6)
+    for key, value in given.items():
+        stored = list(range(10, 610)) if value == 600 else value
+        assert getattr(found, key) == stored
+
+
+def test_a_head_that_cannot_be_cut(tmp_path):
+    found = choose(described(tmp_path, {6: TASK}), plain_head=False, int8=False).section
+    assert found.draft_vocabulary is None and found.draft_quantizer is None
+
+
+@pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
+def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, layers):
+    matches, overlap = TASK["2048"]
+    described(tmp_path, {}, draft={"matches": matches, "overlap": overlap})
+    content = json.loads((tmp_path / "layerskip.json").read_text())
+    content |= {"format": 2, "kind": kind, "exit_layer": exit_layer, "num_layers": layers, "vocabulary": [*range(1024)]}
+    (tmp_path / "layerskip.json").write_text(json.dumps(content))
+    (tmp_path / "draft.safetensors").touch()
+    found = choose(None, given={"draft": str(tmp_path)})
+    own = (layers * LAYER + 1024 * 576) / 2e10 + 2e-5 + layers * 5e-6
+    below = (exit_layer * (LAYER * 4 / 2e10 + 5e-6)) if kind == "adapter" else 0
+    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
+    share = 0.05 * (1 if kind == "copy" else (30 - exit_layer) / 30)
+
+    def speedup(d):
+        return (1 + sum(matches[:d])) * plain / (d * (own + below) + plain * (1 + share * d) + 2e-4)
+
+    best = max(range(1, 9), key=speedup)
+    assert found.section == SelfSpeculation(draft=str(tmp_path), num_speculations=best, draft_quantizer=INT8)
+    assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
+
+
+def test_longer_drafts_than_were_measured_and_more_rows():
+    costs = smollm2_costs()
+    one, eight = smollm2_costs(), smollm2_costs(batch_rows=8)
+    assert one.plain < eight.plain < 2 * one.plain
+    assert costs.round_s(Way(6), 4) / one.plain < eight.round_s(Way(6), 4) / eight.plain
+
+
+def test_compiling_pays_for_long_runs_only():
+    cpu = torch.device("cpu")
+    pays, why = compiling_pays(0.05, 0.01, 10_000, cpu)
+    assert pays and "5.0x faster" in why and "400 s" in why
+    pays, why = compiling_pays(0.05, 0.01, 100, cpu)
+    assert not pays and "save about 4 s" in why and "compile=true makes decoding about 5.0x faster" in why
+
+
+@pytest.mark.slow
+def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
+    """The same tokens as without drafts, from the chosen exit; one line says why."""
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    described(checkpoint, {1: {"all": ([0.99**k for k in range(1, 9)], 0.9)}}, trained=(1, 4))
+    caplog.set_level(logging.INFO)
+    for logger in map(logging.getLogger, ("torchtune.utils._logging", "layerskip_recipes.generation.recipe")):
+        logger.propagate = True
+
+    def run(*overrides):
+        config = generate_config(tmp_path, checkpoint, self_speculation={})
+        recipe = LayerSkipGenerate(load_config(str(config), overrides))
+        recipe.setup()
+        return recipe, recipe.generate()
+
+    recipe, report = run("benchmark.compare=true")
+    assert recipe.section.exit_layer == 1 and recipe.section.num_speculations > 3 and not recipe.compile
+    assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
+    assert recipe.section.draft_quantizer is None  # eager
+    recipe, report = run("self_speculation.num_speculations=2")
+    assert report["num_speculations"] == 2 and report["exit_layer"] == 1
+    (checkpoint / "layerskip.json").unlink()
+    recipe, report = run()
+    assert report["exit_layer"] is None and report["drafted"] == 0
