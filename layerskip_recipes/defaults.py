@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.recipe_config import best_device
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
@@ -155,13 +154,6 @@ def interval(model_dir: str) -> int:
     return rotation(_config(model_dir).num_hidden_layers)
 
 
-def draft_exit(model_dir: str, untrained: Literal["quarter"] | None = None) -> int | None:
-    """The exit that drafts, see `exit_that_drafts`; without a trained one null, or with "quarter" a quarter's."""
-    layers = _config(model_dir).num_hidden_layers
-    found = exit_that_drafts(_trained(model_dir) or (), layers)
-    return max(layers // 4, 1) if found is None and untrained == "quarter" else found
-
-
 def new_tokens(model_dir: str, wanted: int) -> int:
     """So many new tokens, and at most half of the longest text that the model takes."""
     return min(wanted, _config(model_dir).longest[0] // 2)
@@ -174,7 +166,7 @@ def folder(model_dir: str) -> str:
 
 RESOLVERS = (
     *(device, dtype, compute_dtype, seq_len, recompute, batch_size, accumulation),
-    *(lr, interval, draft_exit, new_tokens, folder),
+    *(lr, interval, new_tokens, folder),
 )
 
 
@@ -194,31 +186,7 @@ def explain(source: DictConfig) -> list[str]:
     texts = {key: text for key, text in _leaves(source).items() if "${layerskip." in text and ".folder:" not in text}
     chosen = {key: OmegaConf.select(source, key) for key in texts}
     shown = ", ".join(f"{key}={'null' if value is None else value}" for key, value in chosen.items())
-    lines = [f"Chosen for this model and machine: {shown}. Any key=value of yours replaces its value."] if shown else []
-    asked = [key for key, text in texts.items() if "${layerskip.draft_exit:" in text]
-    drafted = OmegaConf.select(source, "self_speculation.draft") is not None
-    model_dir = OmegaConf.select(source, "model_dir")  # another folder may be named in the resolver's place
-    return [*lines, _explain_exit(model_dir, chosen[asked[0]])] if asked and model_dir and not drafted else lines
-
-
-def _explain_exit(model_dir: str, chosen: int | None) -> str:
-    trained, layers = _trained(model_dir), _config(model_dir).num_hidden_layers
-    if trained is None:
-        why = f"{folder(model_dir)} has no {DESCRIPTION}, so no exit is known to be trained"
-    else:
-        why = f"{DESCRIPTION} in {folder(model_dir)} names the trained exits {_ranges(trained)}"
-    if chosen is None:
-        return (
-            f"{why}: decoding goes without drafts. To draft anyway: self_speculation.exit_layer={max(layers // 4, 1)}"
-        )
-    return f"{why}: exit {chosen} of {layers} drafts"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 8 as "1-3, 8"."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+    return [f"Chosen for this model and machine: {shown}. Any key=value of yours replaces its value."] if shown else []
 
 
 def _leaves(source: DictConfig) -> dict[str, str]:
@@ -246,11 +214,6 @@ def _config(model_dir: str) -> HFConfig:
 def _itemsize(dtype: str) -> int:
     """Of a number. A wrong dtype is for the check of the key, which comes after the resolvers."""
     return ITEMSIZE.get(dtype, 4)
-
-
-def _trained(model_dir: str) -> list[int] | None:
-    described = read_trained_exits(model_folder(model_dir, "model_dir"))
-    return None if described is None or described.exits is None else sorted(described.exits)
 
 
 def _room(config: HFConfig, kind: Kind, device: str | None, dtype: str) -> int:

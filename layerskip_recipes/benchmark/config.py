@@ -204,13 +204,6 @@ class BenchmarkConfig(DecodingConfig):
         """Where the config of the fastest pair goes."""
         return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
 
-    @property
-    def first_exit(self) -> int | None:
-        """The exit of the first variant that has one."""
-        variants = (self.variants or {}).values() if self.self_speculation is None else [self.self_speculation]
-        drafts = (variant for variant in variants if isinstance(variant, SelfSpeculation))
-        return next((draft.exit_layer for draft in drafts if draft.exit_layer is not None), None)
-
     def check_together(self) -> Iterator[str]:
         yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
         yield from mistakes_of(self._check_what_is_compared)

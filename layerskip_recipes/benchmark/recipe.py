@@ -84,6 +84,7 @@ class LayerSkipBenchmark:
         if cfg.sweep is not None:
             self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
             self.variants = {name: pair.variant for name, pair in self.pairs.items()}
+        self.variants = {name: chosen for name in self.variants if (chosen := self._chosen(name)) is not None}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         longest = max((draft.num_speculations for draft in drafts), default=0)
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
@@ -110,6 +111,18 @@ class LayerSkipBenchmark:
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
+
+    def _chosen(self, name: str) -> Variant | None:
+        """A variant, with the keys that its section leaves out where it names no exit; None if nothing can draft."""
+        cfg, variant = self.cfg, self.variants[name]
+        named = not isinstance(variant, SelfSpeculation) or variant.exit_layer is not None or variant.draft is not None
+        if cfg.random_weights or cfg.tuned_drafts or (named and cfg.variants):
+            return variant
+        assert isinstance(variant, SelfSpeculation)
+        choice = cfg.choose_drafts(variant, cfg.all_temperatures[0], cfg.compile, cfg.key_of(name))
+        if choice.why is not None:
+            log.info("%s: %s", name, choice.why)
+        return choice.section
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         """The config's prompts, and draft vocabularies that are counted in them."""
@@ -188,6 +201,8 @@ class LayerSkipBenchmark:
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
         self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.sweep is None:
+            sections = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
+            first = next((section.exit_layer for section in sections if section.exit_layer and not section.draft), 0)
             job = Job(
                 cfg.model,
                 cfg.checkpointer,
@@ -196,7 +211,7 @@ class LayerSkipBenchmark:
                 longest_prompt(self.prompts),
                 self.limit,
                 self.stop_tokens,
-                [e for e in (cfg.first_exit, 2 * (cfg.first_exit or 0)) if e and e < self.model.num_layers],
+                [e for e in (first, 2 * first) if 0 < e < self.model.num_layers],
                 (cfg.peers.llama_cpp.gguf, cfg.peers.llama_cpp.draft) if cfg.peers.llama_cpp else None,
                 quantised=cfg.quantizer is not None,
             )

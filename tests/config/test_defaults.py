@@ -162,39 +162,18 @@ def test_other_choices_of_a_folder(tmp_path):
     assert defaults.lr(folder, "full") == 5e-4
     assert defaults.lr(folder, "lora") == defaults.lr(folder, "qlora") == 3e-4
     assert defaults.interval(folder) == 6
-    assert defaults.draft_exit(folder) == 2
     assert (defaults.new_tokens(folder, 300), defaults.new_tokens(folder, 5000)) == (300, 2048)
     assert defaults.device() == ("cuda" if torch.cuda.is_available() else defaults.best_device())
-
-
-def test_an_untrained_model_drafts_only_where_a_config_wants_it(tmp_path):
-    folder = folder_of(tmp_path)
-    assert defaults.draft_exit(folder) is None
-    assert defaults.draft_exit(folder, "quarter") == 3
 
 
 # ---- in configs ----
 
 
 def test_what_was_chosen_is_said(tmp_path):
-    folder = folder_of(tmp_path, exits=[3, 4, 5, 9, 12])
-    choice, exits = defaults.explain(load_config("hf/generate", [f"model_dir={folder}", "device=cpu"]))
-    assert choice.startswith("Chosen for this model and machine: dtype=fp32, max_new_tokens=300, ")
-    assert "self_speculation.exit_layer=3." in choice and "device" not in choice
-    assert exits == f"layerskip.json in {folder} names the trained exits 3-5, 9, 12: exit 3 of 12 drafts"
-
-
-def test_that_nothing_drafts_is_said(tmp_path):
-    source = load_config("hf/generate", [f"model_dir={folder_of(tmp_path)}"])
-    *_, exits = defaults.explain(source)
-    assert "has no layerskip.json" in exits and "without drafts" in exits and "self_speculation.exit_layer=3" in exits
+    (choice,) = defaults.explain(load_config("hf/generate", [f"model_dir={folder_of(tmp_path)}", "device=cpu"]))
+    assert choice.startswith("Chosen for this model and machine: dtype=fp32, max_new_tokens=300")
+    assert "device" not in choice
     assert defaults.explain(load_config("quickstart/generate")) == []
-
-
-def test_an_exit_of_a_folder_that_no_key_names_is_said(tmp_path):
-    text = f"${{layerskip.draft_exit:{folder_of(tmp_path, exits=[3])}}}"
-    (line,) = defaults.explain(OmegaConf.create({"self_speculation": {"exit_layer": text}}))
-    assert "self_speculation.exit_layer=3." in line
 
 
 def test_a_value_of_the_users_replaces_a_choice(tmp_path):

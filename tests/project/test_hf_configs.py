@@ -103,9 +103,9 @@ def test_the_benchmark_compares_the_trained_exit(trained, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     settings = [f"model_dir={trained}", "max_new_tokens=6", "repeats=1", "device=cpu", "prompt=def main("]
     recipe = LayerSkipBenchmark(load_config("hf/benchmark", settings))
-    assert {name: variant.exit_layer for name, variant in recipe.variants.items()} == {"chain": 2, "lookup": 2}
+    assert {name: variant.exit_layer for name, variant in recipe.variants.items()} == {"chosen": 2, "lookup": 2}
     recipe.setup()
-    assert {row["name"] for row in recipe.benchmark()["results"]} == {"baseline", "chain", "lookup"}
+    assert {row["name"] for row in recipe.benchmark()["results"]} == {"baseline", "chosen", "lookup"}
 
 
 def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
