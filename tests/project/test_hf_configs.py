@@ -120,7 +120,7 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
     with pytest.raises(ValueError, match=f"^model_dir: .*epoch_0' holds adapters only.*model_dir={models['llama']} "):
-        LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", *generation]))
+        LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", "prompt=def main(", "device=cpu"]))
     base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}"]
     lora = "model.lora={rank: 16, alpha: 32, attn_modules: [q_proj, k_proj, v_proj, output_proj]}"
     recipe = LayerSkipGenerate(load_config("hf/generate", [*base, lora, *generation]))
