@@ -161,7 +161,14 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
     matches, overlap = TASK["2048"]
     described(tmp_path, {}, draft={"matches": matches, "overlap": overlap})
     content = json.loads((tmp_path / "layerskip.json").read_text())
-    content |= {"format": 2, "kind": kind, "exit_layer": exit_layer, "num_layers": layers, "vocabulary": [*range(1024)]}
+    content |= {
+        "base": {"folder": "model", "hash": "0"},
+        "format": 3,
+        "kind": kind,
+        "exit_layer": exit_layer,
+        "num_layers": layers,
+        "vocabulary": [*range(1024)],
+    }
     (tmp_path / "layerskip.json").write_text(json.dumps(content))
     (tmp_path / "draft.safetensors").touch()
     found = choose(None, given={"draft": str(tmp_path)})

@@ -70,12 +70,11 @@ def choose_drafts(
     """
     if section is None:
         return Choice(None, None, costs.plain)
-    described = Path(section.draft) if section.draft is not None else folder
-    trained = None if described is None else read_trained_exits(described)
+    trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
     section = _with_stored_vocabulary(section, trained)
     given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
     if section.draft is not None:
-        ways = {_trained_way(section.draft, f"{key}.draft"): _of_draft(trained)}
+        ways = _trained_draft(section.draft, f"{key}.draft")
     else:
         if section.exit_layer is not None and not (trained and trained.measured):
             return Choice(section, None, costs.plain)  # nothing is known that could choose better than the defaults
@@ -105,8 +104,8 @@ def choose_drafts(
 
 def _with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
     """The section with the most frequent tokens of the training data in place of their number."""
-    size, counted = section.draft_vocabulary, section.draft_vocabulary_file is not None or section.draft is not None
-    if not isinstance(size, int) or counted or not (trained and trained.vocabulary):
+    size = section.draft_vocabulary
+    if not isinstance(size, int) or section.draft_vocabulary_file or not (trained and trained.vocabulary):
         return section
     return section.model_copy(update={"draft_vocabulary": trained.vocabulary[:size]})
 
@@ -126,16 +125,11 @@ def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExit
     return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
 
 
-def _trained_way(folder: str, key: str) -> Way:
-    """How a trained draft drafts."""
+def _trained_draft(folder: str, key: str) -> dict[Way, Acceptance]:
+    """How a trained draft drafts, and its acceptance."""
     read = read_description(folder, key)
-    below = 0 if read["kind"] == "copy" else read["exit_layer"]
-    return Way(below, read["vocabulary"] and len(read["vocabulary"]), own_layers=read["num_layers"])
-
-
-def _of_draft(trained: TrainedExits | None) -> Acceptance:
-    measured = trained.measured.draft if trained and trained.measured else None
-    return measured or ASSUMED
+    below, rows = 0 if read.kind == "copy" else read.exit_layer, read.vocabulary and len(read.vocabulary)
+    return {Way(below, rows or None, own_layers=read.num_layers): (read.measured and read.measured.draft) or ASSUMED}
 
 
 def _of_vocabulary(ways: Mapping[Way, Acceptance], given: int | list[int] | None) -> dict[Way, Acceptance]:
