@@ -12,6 +12,8 @@ from pydantic_core import CoreSchema, core_schema
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 
+KNOWN_PACKAGES = ("torch.", "torchtune.", "torchao.", "bitsandbytes.", "layerskip_recipes.")
+
 
 class Component:
     """A callable by its dotted path, and the arguments of a config for it.
@@ -96,6 +98,8 @@ class Component:
         except ConfigError as e:
             raise type(e)(str(e) if str(e).startswith(self.key) else f"{self.key}: {e}") from e
         except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
+            if not self.path.startswith(KNOWN_PACKAGES) and not isinstance(e, InstantiationError):
+                raise  # the traceback shows where in the user's own code
             given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
             raise ConfigError(f"{self.key}: {self.path}({given}) cannot be built: {e!r}") from e
 

@@ -189,6 +189,12 @@ def check_adapters(
 ) -> None:
     """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has."""
     names, builder = adapter_names(meta_model), model.builder
+    if not names and builder.get("lora") is not None:
+        raise ConfigError(
+            f"model.lora: {builder.get('lora')} adapts nothing, so that all weights would be trained. Allowed: modules "
+            "in attn_modules, or apply_lora_to_mlp: true; for example model.lora.apply_lora_to_mlp=true, or "
+            "model.lora=null to train all weights"
+        )
     if not names and builder.takes("lora_attn_modules"):
         raise ConfigError(
             f"model.lora_attn_modules: {builder.path} makes no adapter parameters with these arguments; for example "

@@ -30,6 +30,7 @@ from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, Rope, read_hf_config, rotary_width
 from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.nf4 import scales_per_block
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -163,6 +164,7 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool, lora: Lora | None)
     """A linear layer, with an update if `lora` wants one there; `name` is torchtune's."""
     if lora is None:
         return nn.Linear(inputs, outputs, bias=bias)
+    packing = {"scaler_block_size": scales_per_block(outputs, inputs)} if lora.quantize_base else {}
     if name in lora.attn_modules or (name in ("w1", "w2", "w3") and lora.apply_lora_to_mlp):
         kind = DoRALinear if lora.use_dora else LoRALinear
         return kind(
@@ -173,8 +175,11 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool, lora: Lora | None)
             dropout=lora.dropout,
             use_bias=bias,
             quantize_base=lora.quantize_base,
+            **packing,
         )
-    return FrozenNF4Linear(inputs, outputs, bias=bias) if lora.quantize_base else nn.Linear(inputs, outputs, bias=bias)
+    if lora.quantize_base:
+        return FrozenNF4Linear(inputs, outputs, bias=bias, **packing)
+    return nn.Linear(inputs, outputs, bias=bias)
 
 
 def is_hf_decoder(model: TransformerDecoder) -> bool:

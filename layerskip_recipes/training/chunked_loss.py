@@ -18,10 +18,10 @@ from layerskip_recipes.model.head import chunk_tokens as fast_chunk
 
 log = get_logger("INFO")
 
-# From logits [n, v], labels [n] or a teacher's logits [n, v], and a scale: the summed loss. The gradient of
-# scale * loss takes the logits' place.
-ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Teacher = Callable[[Any], torch.Tensor]
+# From logits [n, v], a target (see `token_loss_`), and a scale: the summed loss. The gradient of scale * loss takes the
+# logits' place.
+ChunkLoss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
+Teacher = Callable[[Any], Any]
 ChunkTokens = Annotated[int, Field(ge=1, examples=[512])] | None
 
 
@@ -84,10 +84,39 @@ def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Ten
     return total
 
 
-def token_loss_(
-    logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
+def overlap_loss_(
+    logits: torch.Tensor,
+    target: tuple[torch.Tensor, torch.Tensor | None],
+    scale: torch.Tensor | float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """`kl_divergence_` towards a teacher's logits [n, v], `cross_entropy_` towards labels [n]."""
+    """1 - sum_j min(p_j, q_j) summed over tokens, the rate at which drafts sampled from q are rejected.
+
+    With m_j = 1 where q_j < p_j and else 0, and S = sum_j m_j q_j, the gradient is q_j (S - m_j).
+
+    Args:
+        logits: z [n, v]; scale times the gradient takes their place.
+        target: a teacher's logits [n, v], and None or what another loss is added for, see `token_loss_`.
+    """
+    teacher, beside = target
+    other = None if beside is None else logits.clone()
+    exact = at_least_fp32(logits)
+    p, q = teacher.softmax(-1, dtype=exact), logits.softmax(-1, dtype=exact)
+    total = (1 - torch.minimum(p, q).sum(-1)).sum()
+    below = (q < p).to(exact)
+    logits.copy_(q * ((q * below).sum(-1, keepdim=True) - below) * scale)
+    if other is not None:
+        total = total + token_loss_(other, beside, scale, label_smoothing)
+        logits += other
+    return total
+
+
+def token_loss_(
+    logits: torch.Tensor, target: Any, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """`cross_entropy_` towards labels [n], `kl_divergence_` towards a teacher's logits [n, v], or `overlap_loss_`."""
+    if isinstance(target, tuple):
+        return overlap_loss_(logits, target, scale, label_smoothing)
     if target.dim() == 2:
         return kl_divergence_(logits, target, scale)
     return cross_entropy_(logits, target, scale, label_smoothing)
@@ -97,7 +126,7 @@ def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
     """The loss in few passes over the logits; as it is, and a line in the log, where torch cannot compile it."""
     fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
 
-    def loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def loss(logits: torch.Tensor, target: Any, scale: torch.Tensor) -> torch.Tensor:
         nonlocal fast
         if fast is not None:
             try:
@@ -224,7 +253,7 @@ def _loss_and_gradient(
     leaves: list[Any],
     sums: list[Any],
     x: torch.Tensor,
-    target: torch.Tensor,
+    target: Any,
     scale: torch.Tensor,
     buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:

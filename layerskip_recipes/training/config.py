@@ -19,8 +19,11 @@ from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.model.limits import weight_bytes
+from layerskip_recipes.model.nf4 import check_nf4, packs_weights
+from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -266,6 +269,8 @@ class FinetuneConfig(RecipeConfig):
         safe = self.checkpointer.get("safe_serialization") is not False
         adapters_only = self.save_adapter_weights_only
         check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
+        if packs_weights(self.model):
+            check_nf4(self.meta_model, num_processes(), any_size=is_hf_decoder(self.meta_model))
 
     def _check_sections(self) -> None:
         """Layers and exits must be the model's."""

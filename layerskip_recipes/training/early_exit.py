@@ -20,7 +20,7 @@ from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, comp
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
-Target = Literal["labels", "last_layer"]
+Target = Literal["labels", "last_layer", "overlap", "overlap+last_layer", "overlap+labels"]
 Scale = Annotated[float, Field(ge=0, examples=[0.2])]
 Interval = Annotated[int, Field(ge=1, examples=[8])]
 
@@ -121,8 +121,9 @@ class EarlyExitLoss:
         scale_fn: how an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l.
         label_smoothing: of the cross-entropy.
         chunk_tokens: the most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere.
-        target: what the early exits learn: the labels, as in the paper, or the last layer's distribution, by
-            KL(p_L || p_E). The last layer learns the labels.
+        target: what the early exits learn: the labels, as in the paper; the last layer's distribution, by
+            KL(p_L || p_E); or the overlap with it, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are
+            rejected, alone or added to one of the others. The last layer learns the labels.
 
     Raises:
         ConfigError: if an argument is out of range (layers: once the depth of the model is known).
@@ -215,7 +216,13 @@ class EarlyExitLoss:
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]
             final = x.detach().flatten(0, 1)
-            teacher = (lambda rows: head(final[rows])) if self.target == "last_layer" else None
+
+            def taught(rows: Any) -> Any:
+                logits = head(final[rows])
+                beside = {"overlap": None, "overlap+last_layer": logits, "overlap+labels": labels[rows]}
+                return (logits, beside[self.target]) if self.target in beside else logits
+
+            teacher = None if self.target == "labels" else taught
             arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1)
             losses.extend(exit_losses(head, states, of_exits, *arguments))
 

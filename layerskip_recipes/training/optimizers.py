@@ -12,11 +12,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 from torchtune import training
+from torchtune.utils import get_logger
 
 from layerskip_recipes.distributed.loading import suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import clean_name, group_by_mesh
+from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
+
+log = get_logger("INFO")
 
 
 class Optimizers:
@@ -39,6 +43,8 @@ class Optimizers:
         else:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
+        if isinstance(self.all[0], StochasticAdamW) and trained[0].dtype is torch.bfloat16 and is_rank_zero():
+            log.info("Weights in bf16 are rounded at random (StochasticAdamW), so that small steps move them.")
         for group in (group for one in self.all for group in one.param_groups):
             # Schedulers with last_epoch >= 0 need initial_lr. A float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])

@@ -25,6 +25,7 @@ from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import TENSOR_PARALLEL
+from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import is_rank_zero, num_processes, wait_for_all
 from layerskip_recipes.training.config import FinetuneConfig
 
@@ -116,9 +117,7 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
             "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
             "step. Set optimizer_in_bwd=false"
         )
-    builder = cfg.model.builder
-    lora = builder.get("lora") or {}
-    if replicate > 1 and (lora.get("quantize_base") or builder.get("quantize_base", "qlora" in builder.path)):
+    if replicate > 1 and packs_weights(cfg.model):
         raise ConfigError(
             f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
             "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"

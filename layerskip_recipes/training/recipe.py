@@ -46,7 +46,7 @@ from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
-from layerskip_recipes.training.run_log import RunLog, check_resumable, run_fingerprint
+from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation
 
 log = utils.get_logger("INFO")
@@ -121,6 +121,7 @@ class LayerSkipFinetune:
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run goes on with its own, {self.seed}")
         self.step = state["step"] if state else 0
         self.log = RunLog(cfg, self.total_steps)
+        self.losses = LossMeans()
         self._setup_model()
         if self.draft is not None:
             of_model = {"weights of the model": from_rank_zero(self.base.get("hash"))}
@@ -263,12 +264,13 @@ class LayerSkipFinetune:
         self.optimizers.step()
         self.step += 1
         self.profiler.step()
+        self.losses.add(["loss", *(f"loss_exit_{e}" for e in per_exit)], sums[1:] / of_all)
         if self.step % self.cfg.log_every_n_steps == 0:
-            loss, *of_exits = (sums[1:] / of_all).tolist()
-            metrics["loss"] = loss
-            if per_exit:
-                metrics["loss_final"] = of_exits[-1]
-                metrics |= {f"loss_exit_{e}": value for e, value in zip(per_exit, of_exits, strict=True)}
+            means = self.losses.take()
+            metrics["loss"] = means.pop("loss")
+            if means:
+                metrics["loss_final"] = means[f"loss_exit_{self.cfg.num_layers}"]
+                metrics |= means
                 metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
             # Tensor-parallel ranks see the same samples: count them once.
             speed = tokens / self.mesh.tensor / (time.perf_counter() - started)
@@ -405,6 +407,7 @@ class LayerSkipFinetune:
             training.RNG_KEY: from_every_rank(mine),
             "validation": {"first": self.validation.loss_at_start},
             "draft_statistics": self.draft_statistics.state_dict(),
+            "losses": self.losses.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -418,6 +421,7 @@ class LayerSkipFinetune:
         self.validation.loss_at_start = state["validation"]["first"]
         if "draft_statistics" in state:
             self.draft_statistics.load_state_dict(state["draft_statistics"])
+            self.losses.load_state_dict(state["losses"], self.device)
         generators = state[training.RNG_KEY]
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank < len(generators):  # with more ranks than before, the new ones keep their own seed

@@ -2,10 +2,12 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torchtune import utils
 
@@ -64,6 +66,38 @@ class RunLog:
         """Flush and close the logger."""
         if self._logger is not None:
             self._logger.close()
+
+
+class LossMeans:
+    """The mean of each loss over the steps since the last line of the log, of an exit over the steps that trained it.
+
+    They stay on the device until a line is written.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps: dict[str, int] = {}
+
+    def add(self, names: Sequence[str], losses: torch.Tensor) -> None:
+        """Take the losses of a step, [names]."""
+        for name, loss in zip(names, losses.unbind(), strict=True):
+            self.sums[name] = self.sums[name] + loss if name in self.sums else loss
+            self.steps[name] = self.steps.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means, exits in order; the next ones begin anew."""
+        names = sorted(self.sums, key=lambda name: (len(name), name))
+        sums = torch.stack([self.sums[name] for name in names]).tolist()
+        means = {name: value / self.steps[name] for name, value in zip(names, sums, strict=True)}
+        self.sums, self.steps = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "steps": dict(self.steps)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.steps = dict(state["steps"])
 
 
 def versions() -> dict[str, str]:

@@ -46,15 +46,25 @@ def test_a_gpu_adds_a_product_in_one_pass():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_gradient_of_a_divergence_takes_the_place_of_the_logits(compiled):
-    """Against autograd."""
+@pytest.mark.parametrize("mixed", [None, "teacher", "labels"])
+@pytest.mark.parametrize("kind", ["divergence", "overlap"])
+def test_the_gradient_of_a_teachers_loss_takes_the_place_of_the_logits(kind, mixed, compiled):
+    """Against autograd, with the teacher's loss alone and added to another."""
+    if kind == "divergence" and mixed:
+        pytest.skip("only the overlap is mixed")
     torch.manual_seed(4)
     logits, teacher = torch.randn(2, 6, 50, dtype=torch.float64)
+    labels = torch.randint(50, (6,))
     exact = logits.clone().requires_grad_()
-    expected = F.kl_div(exact.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+    divergence = F.kl_div(exact.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+    expected, target = divergence, teacher
+    if kind == "overlap":
+        target = (teacher, {"teacher": teacher, "labels": labels, None: None}[mixed])
+        beside = {"teacher": divergence, "labels": F.cross_entropy(exact, labels, reduction="sum"), None: 0}[mixed]
+        expected = (1 - torch.minimum(teacher.softmax(-1), exact.softmax(-1)).sum(-1)).sum() + beside
     (gradient,) = torch.autograd.grad(0.25 * expected, exact)
     loss = torch.compile(token_loss_, backend="aot_eager") if compiled else token_loss_
-    torch.testing.assert_close(loss(logits, teacher, torch.tensor(0.25)), expected.detach())
+    torch.testing.assert_close(loss(logits, target, torch.tensor(0.25)), expected.detach())
     torch.testing.assert_close(logits, gradient)
 
 

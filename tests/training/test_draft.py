@@ -56,7 +56,7 @@ def plain_states(model, draft, tokens):
     return [capped(model.output(h), model.logit_cap) for h in (*map(draft.norm, drafted), last)]
 
 
-@pytest.mark.parametrize("target", ["distribution", "argmax"])
+@pytest.mark.parametrize("target", ["distribution", "argmax", "overlap", "overlap+distribution"])
 @pytest.mark.parametrize("kind", SECTIONS)
 @pytest.mark.parametrize("vocabulary", [None, range(5, 90, 2)], ids=["all", "some"])
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2", "qwen2_tied"])
@@ -83,11 +83,14 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(family, vocabulary, kind,
     last, expected = last.flatten(0, 1)[counted][:, ids], 0
     for logits in drafted:
         ours = logits.flatten(0, 1)[counted][:, ids]
-        if target == "distribution":
-            one = F.kl_div(ours.log_softmax(-1), last.log_softmax(-1), reduction="batchmean", log_target=True)
-        else:
-            one = F.cross_entropy(ours, last.argmax(-1))
-        expected = expected + one / len(drafted)
+        parts = {
+            "distribution": F.kl_div(
+                ours.log_softmax(-1), last.log_softmax(-1), reduction="batchmean", log_target=True
+            ),
+            "argmax": F.cross_entropy(ours, last.argmax(-1)),
+            "overlap": 1 - torch.minimum(ours.softmax(-1), last.softmax(-1)).sum(-1).mean(),
+        }
+        expected = expected + sum(parts[name] for name in target.split("+")) / len(drafted)
     (3 * expected).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for name, parameter in draft.named_parameters():

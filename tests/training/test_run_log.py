@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import pytest
 from helpers.configs import finetune_config
-from helpers.training import VALIDATION, read_log, train, validated
+from helpers.resuming import keep_only
+from helpers.training import VALIDATION, losses, read_log, train, validated
 from omegaconf import OmegaConf
 
 from layerskip_recipes.config.loading import load_config
@@ -102,3 +103,25 @@ def test_the_curriculum_of_a_long_gradual_run_is_logged_to_its_end():
     assert logged == {
         "step 1": [4], "step 100001": [3, 4], "step 200001": [2, 3, 4], "step 300001": [1, 2, 3, 4],
     }  # fmt: skip
+
+
+def test_a_line_has_the_means_since_the_last_one(tmp_path, tokenizer_folder):
+    """Each exit's over the steps that trained it, also in a run that is resumed between two lines."""
+    exits = {"curriculum": "rotational", "interval": 4, "scale": 0.5}
+    path = finetune_config(
+        tmp_path, tokenizer_folder, early_exit_loss=exits, epochs=2, max_steps_per_epoch=4, save_every_n_steps=1
+    )
+    train(path, f"output_dir={tmp_path}/every")
+    every = losses(tmp_path / "every")
+    train(path, "log_every_n_steps=3")
+    found = losses(tmp_path / "out")
+    assert sorted(found) == [3, 6]
+    for end, line in found.items():
+        steps = [every[step] for step in range(end - 2, end + 1)]
+        assert {name for step in steps for name in step} == set(line) and "loss_exit_2" in found[6]
+        for name in (name for name in line if name.startswith("loss")):
+            values = [step[name] for step in steps if name in step]
+            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-6), name
+    again = keep_only(tmp_path / "out", "step_5", tmp_path / "again")
+    train(path, f"output_dir={again}", "log_every_n_steps=3", "resume_from_checkpoint=true")
+    assert losses(again) == {6: found[6]}

@@ -13,6 +13,7 @@ from torchtune.data import padded_collate_packed
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data.datasets import limit_samples, packed_with_dense_mask
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -156,3 +157,18 @@ def test_a_broken_file_is_not_about_columns(tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match=r"^dataset: torchtune.datasets.instruct_dataset cannot read its files: ") as e:
         train(path)
     assert "JSON" in str(e.value) and "column" not in str(e.value)
+
+
+@pytest.mark.parametrize("error", ["ValueError('mine')", "TypeError('mine')", "OSError('mine')"])
+@pytest.mark.parametrize("built", [False, True])
+def test_an_error_in_a_users_own_dataset_keeps_its_traceback(built, error, tmp_path, tokenizer_folder, monkeypatch):
+    """It is no mistake in the config, and the traceback shows the line."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"own_{abs(hash((built, error)))}"
+    code = f"    def __init__(self, tokenizer):\n        {'pass' if built else f'raise {error}'}\n"
+    code += f"    def __len__(self):\n        return 8\n    def __getitem__(self, i):\n        raise {error}\n"
+    (tmp_path / f"{name}.py").write_text(f"class Own:\n{code}")
+    path = finetune_config(tmp_path, tokenizer_folder, dataset={"_component_": f"{name}.Own"})
+    with pytest.raises(Exception, match=r"^mine$") as caught:
+        LayerSkipFinetune(load_config(str(path))).setup()
+    assert not isinstance(caught.value, ConfigError) and caught.traceback[-1].path.name == f"{name}.py"

@@ -34,8 +34,9 @@ class DraftSection(Section):
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """How many tokens the draft chooses among, at most: the most frequent ones of the data; null: all. Fewer train and
     draft faster where the head is a large part of the model."""
-    target: Literal["distribution", "argmax"] = "distribution"
-    """What the draft learns: the last layer's distribution, or its most likely tokens."""
+    target: Literal["distribution", "argmax", "overlap", "overlap+distribution"] = "distribution"
+    """What the draft learns: the last layer's distribution, its most likely tokens, or the overlap with the
+    distribution by 1 - sum(min(p, q)), the rate at which sampled drafts are rejected, alone or added to the first."""
     own_text: Fraction = 0.0
     """The part of the micro-batches that are continuations by the model itself. They are written in batches of 64 when
     they are needed, kept in own_text.jsonl in `output_dir`, and come again in each epoch."""
@@ -125,8 +126,10 @@ class DraftLoss:
         if self.draft.vocabulary is not None:
             head = head.cut(on_device(self.draft.vocabulary, labels.device))
 
-        def teacher(rows: Any) -> torch.Tensor:
+        def teacher(rows: Any) -> Any:
             logits = head.unembed(final[rows])
+            if self.section.target.startswith("overlap"):
+                return logits, None if self.section.target == "overlap" else logits
             return logits if self.section.target == "distribution" else logits.argmax(-1)
 
         total, _ = exit_losses(

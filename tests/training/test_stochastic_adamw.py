@@ -1,0 +1,110 @@
+"""StochasticAdamW: small steps move weights in bf16, and a training in bf16 goes as in fp32."""
+
+import pytest
+import torch
+from helpers import training_ranks
+from helpers.configs import finetune_config, make_checkpoint
+from helpers.ranks import check_success, run_on_ranks
+from helpers.resuming import final_weights, keep_only
+from helpers.training import few_texts, losses, start_section, texts, train  # noqa: F401
+
+from layerskip_recipes.training import stochastic_adamw
+from layerskip_recipes.training.stochastic_adamw import StochasticAdamW, round_into
+
+OURS = {"_component_": "layerskip_recipes.training.stochastic_adamw.StochasticAdamW", "lr": 1e-3}
+
+
+def stepped(optimizer, dtype, steps=20, **settings):
+    """10,000 weights near 0.02 after some steps of 2e-5, most of which go down."""
+    weight = torch.nn.Parameter(torch.full((100, 100), 0.02, dtype=dtype))
+    one = optimizer([weight], lr=2e-5, **settings)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        weight.grad = (0.01 * torch.randn(100, 100, generator=generator) + 0.01).to(dtype)
+        one.step()
+    return weight.detach().float(), one
+
+
+def test_a_small_step_moves_a_weight_of_bf16():
+    """By as much as in fp32 on average; rounding to the nearest undoes it."""
+    start = torch.tensor(0.02).bfloat16().float()
+    expected, _ = stepped(torch.optim.AdamW, torch.float32)
+    rounded, _ = stepped(torch.optim.AdamW, torch.bfloat16)
+    ours, one = stepped(StochasticAdamW, torch.bfloat16)
+    assert torch.equal(rounded, torch.full_like(rounded, start))
+    moved = (expected - 0.02).mean()
+    assert (ours - start).mean() == pytest.approx(moved.item(), rel=0.03) and moved < -2e-4
+    (state,) = one.state.values()
+    assert state["exp_avg"].dtype is state["exp_avg_sq"].dtype is torch.bfloat16
+
+
+def test_weights_of_fp32_get_plain_adamw(monkeypatch):
+    monkeypatch.setattr(stochastic_adamw, "SLICE", 3000)
+    settings = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+    expected, _ = stepped(torch.optim.AdamW, torch.float32, **settings)
+    ours, _ = stepped(StochasticAdamW, torch.float32, **settings)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_rounding_has_no_bias():
+    """Of values of both signs; numbers of bf16 stay as they are."""
+    values = torch.tensor([0.02001, -0.02003, 1.001, -3e-5, 0.0, 1.5]).repeat(40_000, 1)
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    round_into(target, values.clone(), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(target.float().mean(0), values[0], rtol=1e-4, atol=0)
+    assert (target[:, 4] == 0).all() and (target[:, 5] == 1.5).all()
+    assert len(target[:, 0].unique()) == 2
+
+
+def bf16_config(folder, tokenizer, **changes):
+    """A start with weights as a trained model has them; steps move them by less than half of bf16's distance."""
+    start = start_section(make_checkpoint(folder / "base", tokenizer))
+    settings = {"dataset": texts(folder), "epochs": 2, "max_steps_per_epoch": 10, "layer_dropout": None}
+    return finetune_config(folder, tokenizer, checkpointer=start, **settings | changes)
+
+
+@pytest.mark.slow
+def test_losses_in_bf16_are_those_of_fp32_within_a_percent(tmp_path, tokenizer_folder):
+    """Which AdamW in bf16 misses. Gradients are clipped."""
+    settings = {"lr": 5e-4, "_component_": "torch.optim.AdamW"}
+    path = bf16_config(tmp_path, tokenizer_folder, clip_grad_norm=1.0, optimizer=settings, epochs=6)
+    ends = {}
+    for name, overrides in {
+        "fp32": [], "rounded": ["dtype=bf16"], "ours": ["dtype=bf16", f"optimizer._component_={OURS['_component_']}"],
+    }.items():  # fmt: skip
+        train(path, f"output_dir={tmp_path}/{name}", *overrides)
+        logged = losses(tmp_path / name)
+        ends[name] = sum(logged[step]["loss"] for step in range(51, 61)) / 10
+    assert ends["ours"] == pytest.approx(ends["fp32"], rel=0.01)
+    assert ends["rounded"] > 1.02 * ends["fp32"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_rounds_as_the_run_that_never_stopped(tmp_path, tokenizer_folder):
+    path = bf16_config(tmp_path, tokenizer_folder, optimizer=OURS, dtype="bf16", max_steps_per_epoch=3)
+    train(path)
+    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+    whole = losses(tmp_path / "out")
+    assert losses(again) == {step: whole[step] for step in (4, 5, 6)}
+    end = final_weights(tmp_path / "out" / "epoch_1")
+    assert all(torch.equal(end[name], value) for name, value in final_weights(again / "epoch_1").items())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes(tmp_path, tokenizer_folder):
+    """Sharded, clipped and resumed from shards; the noise is another one, and losses differ by less than a percent."""
+    path = bf16_config(
+        tmp_path, tokenizer_folder, optimizer=OURS, dtype="bf16", max_steps_per_epoch=4, clip_grad_norm=1.0,
+        save_every_n_steps=2, enable_async_checkpointing=True,
+    )  # fmt: skip
+    train(path, "batch_size=4", f"output_dir={tmp_path}/one")
+    arguments = ["train", tmp_path, "--config", path, "batch_size=2"]
+    check_success(run_on_ranks(training_ranks.__file__, *arguments, f"output_dir={tmp_path}/two", cwd=tmp_path))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=0.01)
+    again = keep_only(tmp_path / "two", "step_6", tmp_path / "again")
+    arguments += [f"output_dir={again}", "resume_from_checkpoint=true"]
+    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    assert losses(again) == {step: two[step] for step in (7, 8)}
