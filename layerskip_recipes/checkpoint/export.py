@@ -27,6 +27,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_config import read_config_json
 from layerskip_recipes.model.hf_folder import copy_without_code
+from layerskip_recipes.model.run_folder import sync
 
 # Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
@@ -90,6 +91,8 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
+        for file in folder.rglob("*"):
+            sync(file)
         folder.rename(target)
     return target
 

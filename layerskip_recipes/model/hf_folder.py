@@ -9,24 +9,21 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.run_folder import newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
-RECIPE_STATE = "recipe_state.pt"
-WRITTEN = "written"  # holds the time of writing in seconds: the files' own times do not survive a copy
 DOWNLOADED = ["*.json", "model*.safetensors", "*.jinja", "*.model"]
 
 
 def model_folder(path: str, key: str = "path") -> Path:
     """The folder of a model: a path, ~ allowed, or a name on the hub, which is downloaded.
 
-    Of a run of layerskip_finetune the newest checkpoint is taken. `key` is the path's in a config, for messages.
+    Of a run of layerskip_finetune the newest intact checkpoint is taken. `key` is the path's in a config, for messages.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            inside = complete_checkpoints(folder)
-            whole = [path for path in inside if (path / "config.json").is_file()]
-            folder = (whole or inside or [folder])[-1]
+            folder = newest_intact(folder, "config.json") or newest_intact(folder) or folder
         _refuse_adapters(folder, key)
         return folder
     if not HUB_NAME.fullmatch(path) or folder.is_absolute():
@@ -68,15 +65,3 @@ def copy_without_code(file: Path, place: Path) -> None:
         if isinstance(content, dict) and "auto_map" in content:
             del content["auto_map"]
             place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints under output_dir, the oldest first."""
-    states = [*output_dir.glob(f"epoch_*/{RECIPE_STATE}"), *output_dir.glob(f"step_*/{RECIPE_STATE}")]
-    return sorted((path.parent for path in states), key=written_at)
-
-
-def written_at(checkpoint: Path) -> float:
-    """The time at which a checkpoint was written, in seconds."""
-    noted = checkpoint / WRITTEN
-    return float(noted.read_text()) if noted.exists() else (checkpoint / RECIPE_STATE).stat().st_mtime

@@ -38,7 +38,14 @@ from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
-from layerskip_recipes.model.hf_folder import RECIPE_STATE, WRITTEN, complete_checkpoints, written_at
+from layerskip_recipes.model.run_folder import (
+    RECIPE_STATE,
+    complete_checkpoints,
+    mark_complete,
+    newest_intact,
+    sync,
+    written_at,
+)
 from layerskip_recipes.processes import (
     file_group,
     from_every_rank,
@@ -105,25 +112,14 @@ class Checkpoints:
             check_shared(self.output_dir)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0.
-
-        Raises:
-            ConfigError: if another recipe wrote it.
-        """
+        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0."""
         if self.resumed_from is None:
             return None
         state: dict[str, Any] = {}
         if is_rank_zero():
             state = torch.load(self.resumed_from / RECIPE_STATE, map_location="cpu", weights_only=True)
         optimizer = state.pop(training.OPT_KEY, None) or {}
-        state = from_rank_zero(state)
-        if "run" not in state:
-            raise ConfigError(
-                f"resume_from_checkpoint: {str(self.resumed_from)!r} was not written by this version of "
-                "layerskip_finetune. To begin with its weights set resume_from_checkpoint=false, another output_dir, "
-                f"and the folder of the model (model_dir, or checkpointer.checkpoint_dir) to {self.resumed_from}"
-            )
-        return state | {training.OPT_KEY: optimizer}
+        return from_rank_zero(state) | {training.OPT_KEY: optimizer}
 
     def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
         """The weights that the run starts from; other ranks than 0 get empty mappings.
@@ -271,17 +267,17 @@ class Checkpoints:
         """Move a complete checkpoint to its place, and delete the oldest ones."""
         # Keep timestamps monotonic: the clock of another machine may be behind.
         before = [written_at(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
-        (self.staging / name / WRITTEN).write_text(repr(max([time.time(), *before])))
+        mark_complete(self.staging / name, max([time.time(), *before]))
         place = self.output_dir / name
         if place.exists():
             os.rename(place, self.staging / f"{REPLACED}{name}")
         os.rename(self.staging / name, place)
+        sync(self.output_dir)  # nothing is deleted before the new checkpoint is on the disk
         if self.keep:
             source = self._checkpointer._checkpoint_dir  # the next whole checkpoint copies config and tokenizer from it
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
-                if old == source:
-                    continue
-                os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
+                if old != source:
+                    os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
@@ -301,7 +297,7 @@ def restore_set_aside(output_dir: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path) -> Path:
-    """The newest complete checkpoint under output_dir, by its time of writing; rank 0 looks for all.
+    """The newest intact checkpoint under output_dir, by its time of writing; rank 0 looks for all.
 
     Raises:
         ConfigError: if there is none.
@@ -309,13 +305,12 @@ def find_checkpoint(output_dir: Path) -> Path:
     found = None
     if is_rank_zero():
         restore_set_aside(output_dir)
-        complete = complete_checkpoints(output_dir)
-        if not complete:
+        found = newest_intact(output_dir)
+        if found is None:
             raise ConfigError(
-                f"resume_from_checkpoint: no complete checkpoint (epoch_*/{RECIPE_STATE} or step_*/{RECIPE_STATE}) "
-                f"under output_dir {str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
+                f"resume_from_checkpoint: no intact checkpoint (epoch_* or step_*) under output_dir "
+                f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
             )
-        found = complete[-1]
     return from_rank_zero(found)
 
 

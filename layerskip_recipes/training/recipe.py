@@ -27,6 +27,7 @@ from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
+from layerskip_recipes.model.run_folder import complete_checkpoints
 from layerskip_recipes.processes import (
     from_every_rank,
     from_rank_zero,
@@ -36,7 +37,7 @@ from layerskip_recipes.processes import (
     wait_for_all,
 )
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import Checkpoints, complete_checkpoints, find_checkpoint
+from layerskip_recipes.training.checkpoints import Checkpoints, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss

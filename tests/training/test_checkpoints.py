@@ -1,7 +1,9 @@
 """Which checkpoints a run leaves, in which order, and with which files."""
 
 import itertools
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ import torch.distributed.checkpoint as dcp
 from helpers.configs import finetune_config
 from helpers.resuming import FILES, checkpoints
 from helpers.training import train
+from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training import checkpoints as run_checkpoints
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.recipe import LayerSkipFinetune
@@ -47,6 +52,92 @@ def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, tokeni
         assert {".metadata", "recipe_state.pt"} <= files if shards else files >= FILES
         step = torch.load(out / name / "recipe_state.pt", weights_only=True)["step"]
         assert step == {"epoch_0": 5, "epoch_1": 10}.get(name, int(name.split("_")[1]))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_appears_and_before_older_ones_go(
+    tmp_path, tokenizer_folder, monkeypatch
+):
+    """Otherwise a power loss could leave neither."""
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, keep_last_n_checkpoints=1)
+    events: list[tuple[str, Path]] = []
+
+    def noted(owner, name, place):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (events.append((name, place(a))), function(*a, **k))[1])
+
+    noted(os, "fsync", lambda args: Path(os.readlink(f"/proc/self/fd/{args[0]}")))
+    noted(os, "rename", lambda args: Path(args[1]))
+    noted(shutil, "rmtree", lambda args: Path(args[0]))
+    train(path)
+    out = tmp_path / "out"
+    appeared = events.index(("rename", out / "epoch_0"))
+    staging = out / ".incomplete" / "epoch_0"
+    synced = {place for kind, place in events[:appeared] if kind == "fsync"}
+    assert synced >= {staging, *(staging / file.name for file in (out / "epoch_0").iterdir())}
+    gone = next(i for i, (_, place) in enumerate(events) if place.name == "old_step_1")
+    assert appeared < events.index(("fsync", out), appeared) < gone
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _garbage(file):
+    file.write_bytes(b"?" * file.stat().st_size)
+
+
+def _empty(file):
+    file.write_bytes(b"")
+
+
+WEIGHTS = "model-00001-of-00001.safetensors"
+DAMAGES = [
+    *((kind, name) for kind in (_empty, _cut, _garbage) for name in ("recipe_state.pt", "written", WEIGHTS)),
+    (_empty, "config.json"), (Path.unlink, "recipe_state.pt"), (Path.unlink, WEIGHTS), (Path.unlink, "written"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory, tokenizer_folder):
+    """The config of a run with the checkpoints epoch_0 and epoch_1."""
+    path = finetune_config(tmp_path_factory.mktemp("two"), tokenizer_folder, epochs=2)
+    train(path)
+    return path
+
+
+@pytest.mark.parametrize(("damage", "name"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_checkpoint_is_passed_over(damage, name, two_epochs, tmp_path, caplog):
+    """It is named in one line; the one before is taken, by a resumed run and as a model's folder."""
+    out = tmp_path / "out"
+    shutil.copytree(two_epochs.parent / "out", out)
+    damage(out / "epoch_1" / name)
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        assert run_checkpoints.find_checkpoint(out) == model_folder(str(out)) == out / "epoch_0"
+    said = [message for message in caplog.messages if f"{out / 'epoch_1'} is damaged and not used: {name}" in message]
+    assert damage is Path.unlink or (len(said) == 1 and "\n" not in said[0])
+    damage(out / "epoch_0" / name)
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: no intact checkpoint"):
+        run_checkpoints.find_checkpoint(out)
+
+
+@pytest.mark.parametrize("name", ["recipe_state.pt", "written"])
+def test_runs_go_on_beside_a_damaged_checkpoint(name, two_epochs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(two_epochs.parent / "out", out)
+    _empty(out / "epoch_1" / name)
+    assert train(two_epochs, f"output_dir={out}").step == 4
+    _empty(out / "epoch_1" / name)
+    resumed = train(two_epochs, f"output_dir={out}", "resume_from_checkpoint=true")
+    assert resumed.checkpoints.resumed_from.name == "epoch_0" and resumed.step == 4
+    assert run_checkpoints.find_checkpoint(out).name == "epoch_1"
+
+
+def test_damaged_shards_are_passed_over(tmp_path, tokenizer_folder):
+    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
+    train(path, "max_steps_per_epoch=3")
+    shutil.rmtree(tmp_path / "out" / "epoch_0")
+    _cut(tmp_path / "out" / "step_2" / "__0_0.distcp")
+    assert run_checkpoints.find_checkpoint(tmp_path / "out").name == "step_1"
 
 
 def test_a_finished_run_leaves_no_folder_behind(tmp_path, tokenizer_folder):

@@ -17,7 +17,7 @@ from helpers.training import UNTIED, losses, start_section, texts, train
 from safetensors.torch import load_file
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.training.checkpoints import complete_checkpoints
+from layerskip_recipes.model.run_folder import complete_checkpoints
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

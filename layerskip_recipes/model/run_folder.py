@@ -1,0 +1,100 @@
+"""The checkpoints in a run's folder: what makes one complete, which are intact, and which is the newest."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torchtune import utils
+
+log = utils.get_logger("INFO")
+RECIPE_STATE = "recipe_state.pt"
+WRITTEN = "written"  # a checkpoint's time of writing in seconds, which copies of files lose, and the sizes of its files
+SIZED = (".safetensors", ".pt", ".bin", ".distcp")
+
+
+def mark_complete(checkpoint: Path, time: float) -> None:
+    """Note in a checkpoint when it was written, and force all of it to the disk."""
+    files = [file for file in checkpoint.iterdir() if file.suffix in SIZED or file.name == ".metadata"]
+    sizes = {file.name: file.stat().st_size for file in files}
+    (checkpoint / WRITTEN).write_text(json.dumps({"time": time, "sizes": sizes}))
+    for file in checkpoint.rglob("*"):
+        sync(file)
+    sync(checkpoint)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk: otherwise a power loss can empty what was written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints under output_dir, the oldest first."""
+    times = {folder: written_at(folder) for folder in _folders(output_dir)}
+    return sorted((folder for folder in times if times[folder]), key=lambda folder: times[folder])
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    return [file.parent for kind in ("epoch", "step") for file in output_dir.glob(f"{kind}_*/{WRITTEN}")]
+
+
+def written_at(checkpoint: Path) -> float:
+    """The time at which a checkpoint was written, in seconds; 0 if that is unknown, so that it is not complete."""
+    try:
+        return float(json.loads((checkpoint / WRITTEN).read_text())["time"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0.0
+
+
+def newest_intact(output_dir: Path, needs: str = RECIPE_STATE) -> Path | None:
+    """The newest checkpoint that has the file `needs` and no damaged ones; newer ones that are damaged are logged."""
+    complete = complete_checkpoints(output_dir)
+    for checkpoint in [folder for folder in _folders(output_dir) if folder not in complete] + complete[::-1]:
+        if (checkpoint / needs).exists():
+            why = damage(checkpoint)
+            if why is None:
+                return checkpoint
+            _warn(f"{checkpoint} is damaged and not used: {why}")
+    return None
+
+
+@cache
+def _warn(message: str) -> None:
+    log.warning(message)  # once: a config names the same folder several times
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, as a power loss or a broken copy leaves them; None if intact."""
+    try:
+        sizes = json.loads((checkpoint / WRITTEN).read_text())["sizes"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        return f"{WRITTEN} cannot be read ({e!r})"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            _open(file)
+        except Exception as e:  # each library has errors of its own
+            return f"{file.name} cannot be read ({type(e).__name__})"
+    return None
+
+
+def _open(file: Path) -> None:
+    """Read a file's structure, but not its tensors."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass
+    elif file.suffix in (".pt", ".bin"):
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    elif file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
