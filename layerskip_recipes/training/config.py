@@ -10,6 +10,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 from torchtune.training import setup_torch_profiler
 
+import layerskip_recipes.defaults  # noqa: F401  # registers the resolvers of the configs hf/*
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,15 @@ def trained(tmp_path_factory, models) -> Path:
 
 def noted(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "layerskip.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", ["training", "generation", "evaluation", "benchmark"])
+def test_each_recipe_knows_the_resolvers(recipe):
+    """In a process that has imported no other recipe's code."""
+    code = (
+        f"import layerskip_recipes.{recipe}.config, omegaconf; assert omegaconf.OmegaConf.has_resolver('layerskip.lr')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_a_checkpoint_notes(trained, models):
