@@ -43,13 +43,8 @@ from layerskip_recipes.generation.text.prompts import Example, encode, refuse_ba
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.limits import (
-    check_cache_fits,
-    check_prompt_lengths,
-    check_vocabulary,
-    most_positions,
-    weight_bytes,
-)
+from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
+from layerskip_recipes.model.memory import check_cache_fits, weight_bytes
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")

@@ -18,7 +18,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import check_tensors, read_adapters, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.head import head_of, linear_of_rows
-from layerskip_recipes.model.limits import tensor_bytes
+from layerskip_recipes.model.memory import tensor_bytes
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -29,7 +29,6 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
 
     from layerskip_recipes.cli.configs import recipe_of
     from layerskip_recipes.config.loading import load_config
-    from layerskip_recipes.defaults import explain
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
@@ -47,8 +46,9 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
         if fits == name:
             raise
         raise ConfigError(*e.args, f"config: {args.config} looks like one for `tune run {fits}`") from e
-    for line in explain(source):
-        log.info(line)
+    chosen = ", ".join(f"{key}={value}" for key, value in built.cfg.chosen.items())
+    if chosen:
+        log.info(f"Chosen for this model and machine: {chosen}. Any key=value of yours replaces its value.")
     return built
 
 

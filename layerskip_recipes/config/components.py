@@ -1,6 +1,7 @@
 """Components: sections with a `_component_`, torchtune's way to name what is to be built and its arguments."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -96,12 +97,19 @@ class Component:
         try:
             return instantiate(OmegaConf.create(self.section), *args, **kwargs)
         except ConfigError as e:
-            raise type(e)(str(e) if str(e).startswith(self.key) else f"{self.key}: {e}") from e
+            raise type(e)(*map(self._by_key, e.args)) from e
         except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
             if not self.path.startswith(KNOWN_PACKAGES) and not isinstance(e, InstantiationError):
                 raise  # the traceback shows where in the user's own code
             given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
             raise ConfigError(f"{self.key}: {self.path}({given}) cannot be built: {e!r}") from e
+
+    def _by_key(self, message: str) -> str:
+        """A message of the callable, such as "path: 'x' is no folder", by the key in the config."""
+        for name in self.arguments:
+            if message.startswith((f"{name}:", f"{name}.")):
+                return re.sub(rf"(?<![\w.]){name}(?=[:.=])", f"{self.key}.{name}", message)
+        return message if message.startswith(self.key) else f"{self.key}: {message}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -1,5 +1,6 @@
 """RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -13,11 +14,10 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
+from layerskip_recipes.config.choices import DEVICES, Choices, computes_in_bf16, devices_here, with_values
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Section, Text, allowed
+from layerskip_recipes.config.schema import Auto, Section, Text, allowed
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
-
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def _is_device(name: str) -> str:
@@ -47,25 +47,38 @@ class RecipeConfig(Section):
     `layerskip_recipes.checkpoint.scratch_checkpointer`."""
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
-    dtype: Literal["fp32", "bf16"]
-    """The type of weights and of computation."""
+    dtype: Annotated[Literal["fp32", "bf16"], Auto()]
+    """The type of weights and of computation. null: bf16 on a GPU, else fp32; a training of all weights takes fp32 on a
+    GPU too where that fits."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
     """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
     a name on the hub. Other keys read it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """Where a training writes; elsewhere a variable for other keys."""
-    device: DeviceName | None = None
-    """Where to compute; null takes the best device of the machine."""
+    device: Annotated[DeviceName, Auto()] = None  # type: ignore[assignment]
+    """Where to compute; null: the best device of the machine."""
     seed: Seed | None = None
     """The seed of all random numbers; null draws one."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """The precision of fp32 products; `medium` uses bf16 where the processor has it."""
 
     _source: DictConfig = PrivateAttr()
+    _chosen: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, source: DictConfig) -> Self:
-        """The typed config of a merged YAML config, checked without loading or writing anything."""
+        """The typed config of a merged YAML config, checked without loading or writing anything.
+
+        Raises:
+            ConfigError: with all mistakes of the keys; once there are none, with all keys that do not go together.
+        """
+        try:
+            return cls._load(source)
+        except ConfigError as e:  # a model that cannot be built is found by several checks
+            raise ConfigError(*dict.fromkeys(_by_the_users_key(mistake, source) for mistake in e.args)) from e
+
+    @classmethod
+    def _load(cls, source: DictConfig) -> Self:
         if missing := [cls._missing(key) for key in _missing_keys(source)]:
             raise ConfigError(*missing)
         try:
@@ -92,8 +105,11 @@ class RecipeConfig(Section):
         cfg._source = source
         for key, component in _components(cfg, ""):
             component.key = key
-        # Checks that need the model all say why it cannot be built.
-        if mistakes := list(dict.fromkeys([*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)])):
+        try:
+            cfg = cfg._with_choices()
+        except ConfigError as e:
+            raise ConfigError(*mistakes, *e.args) from e
+        if mistakes := [*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)]:
             raise ConfigError(*mistakes)
         return cfg
 
@@ -115,6 +131,27 @@ class RecipeConfig(Section):
     def source(self) -> DictConfig:
         """The merged YAML, for logs."""
         return self._source
+
+    def _with_choices(self) -> Self:
+        """The config with a value for each null that asks for a choice."""
+        choices = Choices(self)
+        self.choose(choices)
+        cfg = with_values(self, choices.chosen)
+        cfg.__dict__.pop("meta_model", None)  # of another dtype
+        cfg._chosen = choices.chosen
+        cfg._source = copy.deepcopy(self._source)
+        for key, value in choices.chosen.items():
+            OmegaConf.update(cfg._source, key, value)
+        return cfg
+
+    def choose(self, choices: Choices) -> None:
+        """Choose values for the keys that are null; each recipe adds its own keys."""
+        choices.pick("dtype", lambda: "bf16" if computes_in_bf16(choices.device) else "fp32")
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The values that the recipe has chosen, by dotted keys."""
+        return self._chosen
 
     def check_together(self) -> Iterator[str]:
         """The messages for keys that do not go together; each recipe has its own."""
@@ -145,7 +182,7 @@ class RecipeConfig(Section):
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch's type."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     @property
     def given_folder(self) -> str | None:
@@ -153,9 +190,9 @@ class RecipeConfig(Section):
         return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
 
     def find_device(self) -> torch.device:
-        """The device of the config (null: the best there is), from here on the current one."""
+        """The device of the config, from here on the current one."""
         there = devices_here()
-        wanted = self.device or best_device()
+        wanted = self.device
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
         if kind not in there or (index and not (index.isdigit() and int(index) < count)):
@@ -171,21 +208,20 @@ class RecipeConfig(Section):
         return device
 
 
-def devices_here() -> list[str]:
-    """The kinds of device that this machine has, the best one last."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ["cpu", found.type] if found is not None and found.type in DEVICES else ["cpu"]
-
-
-def best_device() -> str:
-    """The device that a config without one takes."""
-    return devices_here()[-1]
-
-
 def _missing_keys(source: DictConfig) -> list[str]:
     """The keys of the top level whose value is ???."""
     keys = map(str, source)
     return [key for key in keys if OmegaConf.is_missing(source, key) and not OmegaConf.is_interpolation(source, key)]
+
+
+def _by_the_users_key(mistake: str, source: DictConfig) -> str:
+    """A message about a key that only reads another one, such as `path: ${model_dir}`, as one about that other key."""
+    key = mistake.partition(":")[0]
+    raw: Any = OmegaConf.to_container(source, resolve=False)
+    for name in key.split("."):
+        raw = raw.get(name) if isinstance(raw, dict) else None
+    read = re.fullmatch(r"\$\{(\w+)\}", raw) if isinstance(raw, str) else None
+    return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read else mistake
 
 
 def _is_off(value: Any) -> bool:

@@ -13,8 +13,18 @@ from functools import lru_cache, wraps
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
 from layerskip_recipes.errors import ConfigError
@@ -29,6 +39,13 @@ Text = Annotated[str, Field(min_length=1)]
 # null is false, as in torchtune.
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
+
+
+class Auto:
+    """Beside a type in an annotation: a config may have null, for which the recipe chooses a value (choices.py)."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.nullable_schema(handler(source))
 
 
 class Section(BaseModel):
@@ -68,6 +85,7 @@ def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
         if kind is type(None):
             nullable = True
             continue
+        nullable = nullable or any(isinstance(rule, Auto) for rule in _flat(rules))
         phrase, works = _phrase(kind, rules)
         phrases.append(phrase)
         examples = [rule.examples[0] for rule in rules if isinstance(rule, FieldInfo) and rule.examples]
@@ -119,8 +137,13 @@ def _as_yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _flat(rules: Sequence[Any]) -> list[Any]:
+    """The rules, with those of each `Field(...)` in its place."""
+    return [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
+
+
 def _number_phrase(kind: type, rules: Sequence[Any]) -> tuple[str, Any]:
-    rules = [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
+    rules = _flat(rules)
     low = next((rule.ge for rule in rules if isinstance(rule, Ge)), None)
     above = next((rule.gt for rule in rules if isinstance(rule, Gt)), None)
     high = next((rule.le for rule in rules if isinstance(rule, Le)), None)

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-import layerskip_recipes.defaults  # noqa: F401  # registers the resolvers of the configs hf/*
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, weights_folder
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
-from layerskip_recipes.config.recipe_config import RecipeConfig, best_device
-from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts
@@ -37,8 +37,8 @@ class DecodingConfig(RecipeConfig):
     prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
     """A text file (one prompt), a `.jsonl` file of `{"prompt": ...}` lines, or `-` for standard input; replaces
     `prompt`."""
-    max_new_tokens: Annotated[PositiveInt, Field(examples=[128])] = 128
-    """At most so many new tokens for each prompt."""
+    max_new_tokens: Annotated[PositiveInt, Auto(), Field(examples=[128])] = 128
+    """At most so many new tokens for each prompt; null: 300, and at most half of the model's longest text."""
     batch_size: PositiveInt = 1
     """Prompts decoded together, those of similar length; each row accepts its own number of tokens. In
     `layerskip_generate` without a comparison, a row whose answer has ended takes the next prompt."""
@@ -64,6 +64,10 @@ class DecodingConfig(RecipeConfig):
     enable_kv_cache: Literal[True] | None = None
     """torchtune's key; the cache is always on."""
 
+    def choose(self, choices: Choices) -> None:
+        super().choose(choices)
+        choices.pick("max_new_tokens", lambda: min(300, self.meta_model.max_seq_len // 2))
+
     def sampler(self, temperature: float, rng: torch.Generator | None = None) -> Sampler:
         """How tokens are chosen at a temperature."""
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
@@ -73,7 +77,7 @@ class DecodingConfig(RecipeConfig):
         self, section: SelfSpeculation | None, temperature: float, compiled: bool, key: str = "self_speculation"
     ) -> Choice:
         """The section with what it leaves out, chosen for this model and machine."""
-        gpu = not (self.device or best_device()).startswith("cpu")
+        gpu = not self.device.startswith("cpu")
         plain = self.quantizer is None and num_processes() == 1
         dtype = self.torch_dtype if self.quantizer is None else torch.int8
         costs = estimated_costs(self.meta_model, dtype, gpu, compiled, self.batch_size)

@@ -29,14 +29,8 @@ from layerskip_recipes.generation.report import Totals, make_report, print_repor
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.limits import (
-    check_cache_fits,
-    check_prompt_lengths,
-    check_vocabulary,
-    free_memory,
-    most_positions,
-    weight_bytes,
-)
+from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
+from layerskip_recipes.model.memory import check_cache_fits, free_memory, weight_bytes
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")

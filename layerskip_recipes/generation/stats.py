@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.limits import tensor_bytes
+from layerskip_recipes.model.memory import tensor_bytes
 
 
 @dataclass

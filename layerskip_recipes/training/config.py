@@ -10,23 +10,34 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 from torchtune.training import setup_torch_profiler
 
-import layerskip_recipes.defaults  # noqa: F401  # registers the resolvers of the configs hf/*
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Flag, Fraction, Layers, PositiveInt, Text, check, nearest, section_of
+from layerskip_recipes.config.schema import (
+    Auto,
+    Flag,
+    Fraction,
+    Layers,
+    PositiveInt,
+    Text,
+    check,
+    nearest,
+    section_of,
+)
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout
-from layerskip_recipes.model.limits import weight_bytes
+from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.plan import choose_training
 
 
 def _with_default_component(section: Any) -> Any:
@@ -87,21 +98,22 @@ class FinetuneConfig(RecipeConfig):
     """What pads the samples of a batch, where they are not packed; null is `torchtune.data.padded_collate_sft`."""
     shuffle: bool = True
     """Draw the order of the samples for each epoch."""
-    batch_size: PositiveInt = 1
-    """Samples of a micro-batch in each process."""
-    compute_dtype: Literal["bf16"] | None = None
-    """With `dtype: fp32`: multiply in bf16, while weights, gradients and the optimizer's state stay in fp32, with AdamW
-    16 bytes per weight. `dtype: bf16` takes 8, but rounds steps away: near 0.02 its numbers lie 1.2e-4 apart, so a step
-    of 2e-5 does not move a weight."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches of an optimizer step."""
+    batch_size: Annotated[PositiveInt, Auto()] = 1
+    """Samples of a micro-batch in each process; null: as many as fit into memory, at most 8."""
+    compute_dtype: Annotated[Literal["fp32", "bf16"], Auto()] = "fp32"
+    """With `dtype: fp32`, `bf16` multiplies in bf16 (null: on a GPU), while weights, gradients and the optimizer's
+    state stay in fp32, with AdamW 16 bytes per weight. `dtype: bf16` takes 8, but rounds steps away: near 0.02 its
+    numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
+    gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
+    """Micro-batches of an optimizer step; null: as many as make 16 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None
     """The most optimizer steps of an epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
-    """An optimizer of torch, torchao or bitsandbytes."""
+    """An optimizer of torch, torchao or bitsandbytes. `lr: null` takes 3e-4 for adapters; for all weights 3e-5 at the
+    width of Llama 2 7B, and in inverse proportion to the width."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is there, so that no two gradients exist at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None
@@ -113,8 +125,8 @@ class FinetuneConfig(RecipeConfig):
     compile: Flag = False
     """Compile the layers and the loss; on a GPU the loss is compiled in any case."""
 
-    enable_activation_checkpointing: Flag = False
-    """Compute the activations of every layer again in the backward pass."""
+    enable_activation_checkpointing: Annotated[bool, Auto()] = False
+    """Compute the activations of every layer again in the backward pass; null: where a sample only fits so."""
     ac_mode: Literal["full", "selective"] | None = None
     """`full` checkpoints every layer, `selective` each `ac_option`-th."""
     ac_option: Annotated[int, Field(ge=1, examples=[2])] | None = None
@@ -186,7 +198,15 @@ class FinetuneConfig(RecipeConfig):
     curriculum: Logged = None
     """Part of a logged config: the exits that were on. Not read."""
 
+    def choose(self, choices: Choices) -> None:
+        choose_training(self, choices)
+
     # ---- derived from the keys ----
+
+    @property
+    def multiplies_in_bf16(self) -> bool:
+        """Whether products of weights in fp32 are calculated in bf16."""
+        return self.dtype == "fp32" and self.compute_dtype == "bf16"
 
     @cached_property
     def exit_loss(self) -> EarlyExitLoss:
@@ -246,11 +266,6 @@ class FinetuneConfig(RecipeConfig):
     # ---- rules about several keys ----
 
     def check_together(self) -> Iterator[str]:
-        if self.compute_dtype is not None and self.dtype != "fp32":
-            yield (
-                f"compute_dtype: {self.compute_dtype} needs weights in fp32, and dtype is {self.dtype}. Set "
-                "dtype=fp32, or compute_dtype=null"
-            )
         if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
             yield (
                 f"checkpointer.output_dir: {self.checkpointer.get('output_dir')!r} is not output_dir. Checkpoints go "

@@ -12,7 +12,7 @@ from pydantic import Field
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.config.layer_strings import select_layers
-from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, checked_arguments
+from layerskip_recipes.config.schema import Auto, Fraction, Layers, PositiveInt, checked_arguments
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
@@ -116,7 +116,7 @@ class EarlyExitLoss:
         curriculum: which exits are on at a step. `rotational`: every `interval`-th of the layers, and the set rotates
             by one at each step; `gradual`: from the last layer down, all of them from half of the steps on; null: all
             the layers at each step. The last layer's exit is always on.
-        interval: R of the rotational curriculum.
+        interval: R of the rotational curriculum; null in a config: 8, more for deep models and less for shallow ones.
         layers: the layers that may have a loss, such as ":", "0::4" or "8,12,16".
         scale_fn: how an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l.
         label_smoothing: of the cross-entropy.
@@ -134,7 +134,7 @@ class EarlyExitLoss:
         self,
         scale: Scale = 0.2,
         curriculum: Curriculum = "rotational",
-        interval: Interval = 8,
+        interval: Annotated[Interval, Auto()] = 8,
         layers: Layers = ":",
         scale_fn: ScaleFn = "layerskip",
         label_smoothing: Fraction = 0.0,

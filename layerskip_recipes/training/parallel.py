@@ -191,7 +191,7 @@ def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh
         }
         if cfg.fsdp_cpu_offload:
             fsdp_options["offload_policy"] = CPUOffloadPolicy()
-        if cfg.compute_dtype is not None:  # weights are gathered in bf16, gradients summed in fp32
+        if cfg.multiplies_in_bf16:  # weights are gathered in bf16, gradients summed in fp32
             fsdp_options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for name, module in reversed([*model.named_modules()]):
             if training.get_shard_conditions(clean_name(name), module, names_to_match=cfg.custom_sharded_layers or []):

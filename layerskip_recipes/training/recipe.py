@@ -303,7 +303,7 @@ class LayerSkipFinetune:
 
     def _computing(self) -> torch.autocast:
         """Products in `compute_dtype`. Each weight is used once, so that none is kept in that dtype for another use."""
-        enabled = self.cfg.compute_dtype is not None
+        enabled = self.cfg.multiplies_in_bf16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _log(self, metrics: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_a_row_of_the_page(row, page):
 def test_keys_of_all_recipes_stand_once_unless_a_recipe_changes_them(page):
     common, own = page.split("## layerskip_example\n")
     assert page.count("| `device` |") == 1 and "| `device` |" in common
-    assert "| `dtype` | fp32, bf16 | required |" in common and "| `dtype` | fp32, bf16 | `bf16` |" in own
+    assert "| `dtype` | fp32, bf16 (or null) | required |" in common and "| `dtype` | fp32, bf16 | `bf16` |" in own
 
 
 def test_the_summary_of_a_section_is_its_first_paragraph(page):

@@ -12,7 +12,7 @@ from layerskip_recipes.checkpoint.weights import quantised_bytes
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.limits import check_cache_fits, weight_bytes
+from layerskip_recipes.model.memory import check_cache_fits, weight_bytes
 
 
 @pytest.mark.parametrize("compiled", [False, True])

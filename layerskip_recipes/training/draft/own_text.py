@@ -14,7 +14,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.limits import free_memory, most_positions, row_bytes
+from layerskip_recipes.model.limits import most_positions
+from layerskip_recipes.model.memory import free_memory, row_bytes
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.parallel import reshard

@@ -1,0 +1,117 @@
+"""What a training chooses for keys that are null, by the model and the machine: the configs `hf/*` leave all to it.
+
+A value in the config replaces the choice of its key, and the other choices follow from it.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torchtune.modules.peft import get_adapter_params
+
+from layerskip_recipes.config.choices import Choices, computes_in_bf16
+from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.model.head import chunk_tokens
+from layerskip_recipes.model.memory import machine_memory, token_bytes, training_bytes
+from layerskip_recipes.model.nf4 import packs_weights
+from layerskip_recipes.processes import num_processes
+
+if TYPE_CHECKING:
+    from layerskip_recipes.training.config import FinetuneConfig
+
+SAMPLES_PER_STEP = 16
+LONGEST = {"cpu": 512}  # tokens of a sample, where time is the limit and not memory
+LONGEST_ELSEWHERE = 2048
+SHORTEST = 128
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+
+
+def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
+    """Choose the keys that are null, in this order: each one knows those before it."""
+    device = choices.device
+    memory = TrainingMemory(cfg, device)
+    bf16 = computes_in_bf16(device)
+
+    # bf16 rounds small steps of the weights away, which adapters and a draft in fp32 do not have.
+    dtype = choices.pick(
+        "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
+    )
+    choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
+
+    # Elsewhere null is torchtune's "never truncate".
+    if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:
+        choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
+    length = choices.value("tokenizer.max_seq_len")
+    again = choices.pick(
+        "enable_activation_checkpointing",
+        lambda: cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False,
+    )
+    size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
+    choices.pick("gradient_accumulation_steps", lambda: max(SAMPLES_PER_STEP // (size * num_processes()), 1))
+
+    if "lr" in cfg.optimizer.arguments:
+        width = cfg.meta_model.tok_embeddings.embedding_dim
+        choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
+    if cfg.early_exit_loss is not None:
+        choices.pick("early_exit_loss.interval", lambda: rotation(cfg.num_layers))
+
+
+def rotation(num_layers: int) -> int:
+    """R of the rotational curriculum: the paper's 8 for 16 to 64 layers.
+
+    With fewer layers it is less, so that 2 early exits are on at a step, and with more it is more, for about 8.
+    """
+    return max(-(-num_layers // 8), min(8, num_layers // 2), 1)
+
+
+def full_learning_rate(width: int) -> float:
+    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width, to at most 5e-4.
+
+    For the 13B this gives 2.4e-5, and the paper has 2e-5.
+    """
+    return min(float(f"{3e-5 * 4096 / width:.2g}"), 5e-4)
+
+
+class TrainingMemory:
+    """What fits into nine tenths of a GPU's memory, or half of the machine's."""
+
+    def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
+        self.cfg, self.device = cfg, device
+
+    @property
+    def all_weights(self) -> bool:
+        """Whether all weights are trained, and not only a draft or adapters."""
+        return self.cfg.draft is None and not get_adapter_params(self.cfg.meta_model)
+
+    def room(self, dtype: str) -> int:
+        """The bytes that are left for activations."""
+        if self.device.startswith("cuda") and torch.cuda.is_available():
+            there = torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
+        else:
+            there = machine_memory() // 2 // num_processes()
+        cfg, model = self.cfg, self.cfg.meta_model
+        trained = sum(parameter.numel() for parameter in model.parameters()) if self.all_weights else 0
+        section = cfg.early_exit_loss or cfg.draft
+        chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
+        kept = training_bytes(model, ITEMSIZE[dtype], trained, packs_weights(cfg.model), chunk)
+        return there - kept // num_processes()
+
+    def recompute(self, dtype: str, length: int) -> bool | None:
+        """Whether a sample needs activation checkpointing; None if it does not fit even so."""
+        room, model = self.room(dtype), self.cfg.meta_model
+        return next((a for a in (False, True) if token_bytes(model, ITEMSIZE[dtype], a) * length <= room), None)
+
+    def fits(self, dtype: str) -> bool:
+        """Whether a sample of usual length fits."""
+        return self.recompute(dtype, LONGEST["cpu"]) is not None
+
+    def longest_sample(self, dtype: str) -> int:
+        """512 tokens on a CPU and 2048 elsewhere, halved until a sample fits."""
+        length = min(LONGEST.get(self.device, LONGEST_ELSEWHERE), self.cfg.meta_model.max_seq_len)
+        while length > SHORTEST and self.recompute(dtype, length) is None:
+            length //= 2
+        return length
+
+    def samples(self, dtype: str, length: int, recompute: bool) -> int:
+        """How many samples fit, a power of two of at most 8."""
+        fits = self.room(dtype) // (token_bytes(self.cfg.meta_model, ITEMSIZE[dtype], recompute) * length)
+        return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))

@@ -1,0 +1,252 @@
+"""What hf/* choose for keys that are null: formulas by values calculated by hand, and the lines for wrong or missing
+models."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.model.memory import token_bytes, training_bytes
+from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.plan import full_learning_rate, rotation
+
+SMALL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+}
+# q, k, v and output: 64 x 128, 2 x 64 x 64, 128 x 64; the feed-forward's three: 64 x 100. Two tables of 1000 x 64; the
+# norms of the layers, of q and k, and the last one.
+MATRICES = 12 * (2 * 8192 + 2 * 4096 + 3 * 6400)
+OTHERS = 2 * 64_000 + 12 * (2 * 64 + 2 * 32) + 64
+WEIGHTS = MATRICES + OTHERS
+LOGITS = 512 * 1000 * 8
+TOKEN = 16 * 64 + 4 * 128  # numbers that a layer keeps for a token; its widest matrix has 128 rows
+KEPT, RECOMPUTED = 4 * 12 * TOKEN, 4 * (12 * 64 + TOKEN)  # bytes for a token in fp32
+
+
+def folder_of(tmp_path, exits=None, **changes):
+    """A folder with config.json, which is all that a choice reads, and with layerskip.json if there are exits."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | changes))
+    if exits is not None:
+        (tmp_path / "layerskip.json").write_text(json.dumps({"exits": exits}))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """What a config hf/* chooses, as a function of overrides and of the half of this machine's memory."""
+    monkeypatch.setattr("layerskip_recipes.config.recipe_config.RecipeConfig.check_together", lambda self: None)
+
+    def choose(*overrides: str, name: str = "full", memory: int = 2**40, **changes) -> dict:
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 2}.get)
+        source = load_config(f"hf/{name}", [f"model_dir={folder_of(tmp_path, **changes)}", *overrides])
+        return (GenerateConfig if name == "generate" else FinetuneConfig).load(source).chosen
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "trained", "quantised", "kept"),
+    [
+        (4, WEIGHTS, False, 16 * WEIGHTS),
+        (2, WEIGHTS, False, 8 * WEIGHTS),
+        (2, 0, False, 2 * WEIGHTS),
+        (2, 0, True, 2 * OTHERS + MATRICES * 17 // 32),
+    ],
+)
+def test_what_a_training_keeps(itemsize, trained, quantised, kept, tmp_path):
+    cfg = FinetuneConfig.load(load_config("hf/full", [f"model_dir={folder_of(tmp_path)}", "device=cpu"]))
+    for chunk, logits in ((512, LOGITS), (2048, 4 * LOGITS)):
+        assert training_bytes(cfg.meta_model, itemsize, trained, quantised, chunk) == kept + logits
+    assert (token_bytes(cfg.meta_model, 4, False), token_bytes(cfg.meta_model, 4, True)) == (KEPT, RECOMPUTED)
+
+
+@pytest.mark.parametrize(
+    ("layers", "interval"), [(1, 1), (4, 2), (12, 6), (16, 8), (28, 8), (32, 8), (64, 8), (80, 10)]
+)
+def test_exits_at_a_step(layers, interval):
+    """The paper's 8 from 16 layers on; with the last one, a step has 2 to 9 exits."""
+    assert rotation(layers) == interval
+
+
+@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 5e-4)])
+def test_the_learning_rate_of_all_weights(width, lr):
+    assert full_learning_rate(width) == lr
+
+
+@pytest.mark.parametrize(
+    ("trained", "layers", "exit_layer"),
+    [
+        (range(1, 33), 32, 8),  # the paper's Llama 2 7B
+        (range(2, 31), 30, 7),  # 7 and 8 are as near to 7.5
+        ([6, 30], 30, 6),
+        ([12, 24], 24, 12),
+        ([24], 24, None),
+        ([], 24, None),
+    ],
+)
+def test_the_exit_that_drafts(trained, layers, exit_layer):
+    assert exit_that_drafts(list(trained), layers) == exit_layer
+
+
+@pytest.mark.parametrize(
+    ("room", "length", "again"),
+    [
+        (512 * KEPT, 512, False),
+        (512 * KEPT - 1, 512, True),
+        (512 * RECOMPUTED, 512, True),
+        (512 * RECOMPUTED - 1, 256, True),
+        (0, 128, True),  # the shortest, though it does not fit either
+    ],
+)
+def test_a_sample_fits_into_half_of_the_memory(room, length, again, chosen):
+    """Full length without recomputation, then with it, then a shorter one."""
+    made = chosen("device=cpu", memory=16 * WEIGHTS + LOGITS + room)
+    assert (made["tokenizer.max_seq_len"], made["enable_activation_checkpointing"]) == (length, again)
+
+
+def test_a_sample_is_no_longer_than_the_model_takes(chosen):
+    assert chosen("device=cpu", max_position_embeddings=300)["tokenizer.max_seq_len"] == 300
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "micro_batches"), [(0, 1, 16), (1, 1, 16), (3, 2, 8), (7, 4, 4), (8, 8, 2), (99, 8, 2)]
+)
+def test_batches_are_powers_of_two_and_a_step_has_16_samples(samples, size, micro_batches, chosen, monkeypatch):
+    def batches(memory):
+        made = chosen("device=cpu", "tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", memory=memory)
+        return made["batch_size"], made["gradient_accumulation_steps"]
+
+    memory = 16 * WEIGHTS + LOGITS + samples * KEPT * 512
+    assert batches(memory) == (size, micro_batches)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # they share the memory, and the weights
+    assert batches(4 * memory) == (size, max(micro_batches // 4, 1))
+
+
+@pytest.mark.parametrize(("weights_fit", "expected"), [(True, "fp32"), (False, "bf16")])
+def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, chosen, monkeypatch):
+    """Of a GPU nine tenths are taken. Nothing else asks for memory, so that all else is bf16."""
+    needed = 16 * WEIGHTS + 4 * LOGITS + 512 * RECOMPUTED
+    there = needed * 10 // 9 + (10 if weights_fit else -10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    assert chosen("device=cuda")["dtype"] == expected
+    assert chosen("device=cuda", name="lora")["dtype"] == "bf16"
+    assert chosen("device=cuda", name="draft")["dtype"] == "bf16"
+    assert chosen("device=cuda", name="generate")["dtype"] == "bf16"
+    assert chosen("device=cuda", "dtype=fp32")["compute_dtype"] == "bf16"
+    assert chosen("device=cuda", "dtype=bf16")["compute_dtype"] == "fp32"
+    assert chosen("device=cpu").items() >= {"dtype": "fp32", "compute_dtype": "fp32"}.items()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
+    assert chosen("device=cuda", name="generate")["dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(("name", "lr"), [("full", 5e-4), ("lora", 3e-4), ("qlora", 3e-4)])
+def test_the_learning_rate_and_the_interval(name, lr, chosen):
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 64}
+    assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.interval": 6}.items()
+
+
+def test_a_draft_is_small_beside_its_model(chosen):
+    """Memory is that of frozen weights, also where all other choices are made by the user."""
+    made = chosen("device=cpu", name="draft", memory=4 * WEIGHTS + LOGITS + 2 * 512 * KEPT)
+    assert made["batch_size"] == 2 and "optimizer.lr" not in made and "early_exit_loss.interval" not in made
+    given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
+    assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
+
+
+def test_values_of_the_users_replace_choices(tmp_path):
+    overrides = [f"model_dir={folder_of(tmp_path)}", "device=cpu", "batch_size=2", "optimizer.lr=0.1"]
+    cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.interval=3"]))
+    assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.interval) == (2, 0.1, 3)
+    assert cfg.gradient_accumulation_steps == 8 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
+    assert cfg.source.gradient_accumulation_steps == 8  # a config that is logged has what was chosen
+
+
+def test_a_missing_key_has_torchtunes_default(chosen):
+    """Only null asks for a choice."""
+    made = chosen("device=cpu", "~batch_size", "~tokenizer.max_seq_len", "~optimizer.lr", "~compute_dtype")
+    assert set(made) == {
+        "dtype",
+        "enable_activation_checkpointing",
+        "gradient_accumulation_steps",
+        "early_exit_loss.interval",
+    }
+    assert made["gradient_accumulation_steps"] == 16
+
+
+def test_the_number_of_new_tokens(chosen):
+    assert chosen(name="generate")["max_new_tokens"] == 300
+    assert chosen(name="generate", max_position_embeddings=400)["max_new_tokens"] == 200
+
+
+# ---- in configs ----
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora", "generate", "eval", "benchmark"])
+def test_each_needs_the_model_only(name, tmp_path, layerskip):
+    """The widths are multiples of what NF4 takes as a block."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    status, _, err = layerskip("validate", f"hf/{name}", f"model_dir={folder_of(tmp_path, **sizes)}")
+    assert status == 0, err
+    status, _, err = layerskip("validate", f"hf/{name}")
+    assert status == 1
+    assert err.splitlines()[-1].startswith("ValueError: model_dir: missing. ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dtype=fp16", "dtype: 'fp16' is not allowed"),
+        ("batch_size=0", "batch_size: 0 is not allowed"),
+        ("batch_size=x", "batch_size: 'x' is not allowed"),
+        ("device=cuda", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_wrong_value_is_named(name, override, message, tmp_path, layerskip):
+    status, _, err = layerskip("validate", f"hf/{name}", f"model_dir={folder_of(tmp_path)}", override)
+    assert (status, message is None) in ((0, True), (1, False)), err
+    assert message is None or err.splitlines()[-1].startswith(f"ValueError: {message}")
+
+
+def adapters_only(folder):
+    (folder / "epoch_0").mkdir()
+    torch.save({}, folder / "epoch_0" / "recipe_state.pt")
+    (folder / "epoch_0" / "written").write_text(json.dumps({"time": 1.0, "sizes": {}}))
+    config = {"base_model_name_or_path": "/models/base", "r": 8}
+    (folder / "epoch_0" / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder.rmdir(), "is no folder. Allowed: .*model_dir=~/models/Qwen3-0.6B$"),
+        (lambda folder: None, "holds no readable config.json"),
+        (lambda folder: folder_of(folder, architectures=["Other"]), "architecture Other is not supported"),
+        (adapters_only, "holds adapters only.*model.lora.*=/models/base checkpointer.adapter_checkpoint=.*epoch_0$"),
+    ],
+)
+def test_a_wrong_model_is_one_line(prepare, message, tmp_path, layerskip):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    prepare(folder)
+    status, _, err = layerskip("validate", "hf/full", f"model_dir={folder}")
+    assert status == 1
+    line = err.splitlines()[-1]
+    assert line.startswith("ValueError: model_dir: ") or "Other" in line
+    assert "resolving" not in line
+    assert re.search(message, line), line
