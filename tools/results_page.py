@@ -98,18 +98,12 @@ def _variants(report: Report) -> list[Report]:
     return sorted(variants, key=lambda row: -row["speedup"]["median"])
 
 
-def sweep(report: Report) -> list[str]:
-    """The fastest pair of a sweep; its picture shows the others."""
-    variants = _variants(report)
-    best = variants[0]
-    return [
-        _measured_on(report),
-        f"\nFastest of {len(variants)} pairs: {best['name']}, {best['speedup']['median']:.2f}x.",
-    ]
-
-
 def tuner(report: Report) -> list[str]:
-    """Prediction beside measurement."""
+    """Prediction beside measurement; of a grid the fastest way, as its picture shows the others."""
+    if report["tune"] == "grid":
+        best, *others = _variants(report)
+        fastest = f"\nFastest of {1 + len(others)} ways: {best['name']}, {best['speedup']['median']:.2f}x."
+        return [_measured_on(report), fastest]
     rows = [
         [row["name"], show(row["predicted_speedup"], ".2f"), show(row["speedup"], ".2f")] for row in _variants(report)
     ]
@@ -120,7 +114,6 @@ def tuner(report: Report) -> list[str]:
 FIGURES: dict[str, Callable[[Report], list[str]]] = {
     "ratios": training_cost,
     "exits": quality_by_exit,
-    "sweep": sweep,
     "tune": tuner,
     "results": speed,
 }

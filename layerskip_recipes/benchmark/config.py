@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
-from layerskip_recipes.benchmark.sweep import LENGTHS, Sweep
 from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.loading import load_config
@@ -147,41 +146,35 @@ class BenchmarkConfig(DecodingConfig):
     tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
     prompt_tokens: PositiveInt = 128
     """The length of the random prompt of `random_weights`."""
-    sweep: Sweep | None = None
-    """Compare exits with draft lengths, in place of variants and peers; writes sweep.json, .md and .csv, and with
-    `picture` a heat map."""
-    tune: Flag = False
-    """Predict the speed of every exit and draft length, and measure the best few in place of the variants; with a
-    trained draft, `self_speculation.draft`, measure drafts of 1, 2, 3, 4, 6 and 8 tokens instead. Writes tune.json and
-    .md, and with `picture` a bar chart."""
+    tune: Literal[True, False, "grid"] = False
+    """`true` predicts the speed of every exit, draft length, draft vocabulary and, compiled for a CPU, int8 drafts, and
+    measures the best few in place of the variants; with a trained draft, `self_speculation.draft`, its lengths and
+    precisions. `grid` measures all lengths of every exit. Writes tune.json (grid.json) and .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
-    """With `tune` or `sweep`: the generation config that the config of the fastest pair extends."""
+    """With `tune`: the generation config that the written config extends."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
-    """Where the config of the fastest pair goes; the default is tuned.yaml in `report_dir`."""
+    """Where the config of the fastest way goes; the default is tuned.yaml in `report_dir`."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
     """The folder of benchmark.json, a table in benchmark.md, and tuned.yaml; required but with `random_weights`."""
     picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
-    """A bar chart of tokens per second, or the heat map of a sweep. With `sweep` or `tune` the file is called sweep or
-    tune."""
+    """A bar chart of tokens per second, or the heat map of a grid. With `tune` the file is called tune or grid."""
 
     @property
     def compared(self) -> dict[str, Variant]:
-        """The variants by name; none where `sweep` chooses them, or `tune` when the model is loaded."""
-        if self.chooser:
-            return dict(self.tuned_drafts)
+        """The variants by name; none where `tune` chooses them when the model is loaded."""
+        if self.tune:
+            return {}
         return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
 
     @property
-    def tuned_drafts(self) -> dict[str, SelfSpeculation]:
-        """With `tune` and a trained draft: its sections with other draft lengths, by name."""
+    def tuned_draft(self) -> SelfSpeculation | None:
+        """The section of a trained draft whose length and precision `tune` chooses."""
         given = self.self_speculation
-        if not self.tune or given is None or given.draft is None:
-            return {}
-        return {f"draft{n}": given.model_copy(update={"num_speculations": n}) for n in LENGTHS if n <= 8}
+        return given if self.tune and given is not None and given.draft is not None else None
 
     def key_of(self, variant: str) -> str:
         """The key of a variant, for messages."""
-        return "self_speculation" if self.tuned_drafts or not self.variants else f"variants.{variant}"
+        return f"variants.{variant}" if self.variants else "self_speculation"
 
     @property
     def all_temperatures(self) -> list[float]:
@@ -190,18 +183,13 @@ class BenchmarkConfig(DecodingConfig):
         return list(dict.fromkeys(given))
 
     @property
-    def chooser(self) -> str | None:
-        """The key that chooses the variants, if there is one."""
-        return "sweep" if self.sweep is not None else "tune" if self.tune else None
-
-    @property
     def writes_choice(self) -> bool:
         """Whether a generation config is written with what was fastest."""
-        return self.tune_extends is not None and self.chooser is not None and not self.random_weights
+        return bool(self.tune) and self.tune_extends is not None
 
     @property
     def tuned_path(self) -> Path:
-        """Where the config of the fastest pair goes."""
+        """Where the config of the fastest way goes."""
         return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
 
     def check_together(self) -> Iterator[str]:
@@ -215,8 +203,8 @@ class BenchmarkConfig(DecodingConfig):
                 yield from mistakes_of(check_draft_fits, variant, self.quantizer, model, key=key)
             else:
                 yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
-        if self.sweep is not None:
-            yield from mistakes_of(self.sweep.pairs, model)
+        if self.tuned_draft is not None:
+            yield from mistakes_of(self.tuned_draft.check_against, model)
         if self.random_weights:
             yield from mistakes_of(self._check_random_weights)
             return
@@ -236,12 +224,12 @@ class BenchmarkConfig(DecodingConfig):
     def _check_what_is_compared(self) -> None:
         """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
         peers = self.peers is not None and self.peers.names
-        if not (self.variants or self.self_speculation or self.chooser or peers):
+        if not (self.variants or self.self_speculation or self.tune or peers):
             raise ConfigError(
                 f"variants: {self.variants or None} has nothing to compare. Allowed: sections by names, or peers; "
                 f"{EXAMPLE}"
             )
-        if self.variants and self.self_speculation is not None and not self.tuned_drafts:
+        if self.variants and self.self_speculation is not None and not self.tune:
             raise ConfigError(
                 f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "
                 "compared. Set self_speculation=null"
@@ -262,9 +250,7 @@ class BenchmarkConfig(DecodingConfig):
                 raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
 
     def _check_chooser(self, num_layers: int) -> None:
-        """Raises a ConfigError for settings of `tune` and `sweep` that do not go together."""
-        if self.sweep is not None and self.tune:
-            raise ConfigError("tune: it cannot go with sweep; one after the other. Set tune=false or sweep=null")
+        """Raises a ConfigError for settings of `tune` that do not go together."""
         if self.tune and self.tune_extends is None:
             raise ConfigError(
                 "tune: True needs the generation config that it extends; for example tune_extends=quickstart/generate"

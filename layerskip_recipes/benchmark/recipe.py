@@ -1,7 +1,7 @@
 """`tune run layerskip_benchmark`: autoregressive decoding, variants of self-speculation and other libraries, compared.
 
 One process, one checkpoint, the same prompts. Wiring only: measuring.py decodes, report.py makes figures of the runs,
-tuner.py and sweep.py choose what is compared.
+tuner.py chooses what is compared.
 """
 
 import importlib.metadata
@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,15 @@ from tqdm import tqdm
 from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Variant
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
 from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
-from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
-from layerskip_recipes.benchmark.sweep import LONGEST, Pair, heat_map, write_csv
+from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
-from layerskip_recipes.benchmark.tuner import Prediction, check_config_path, propose, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.benchmark.tuner import LONGEST, Candidate, Tuner, check_config_path, write_choice
+from layerskip_recipes.checkpoint.checkpointers import prepare_device, weights_folder
+from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
-from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -73,12 +71,8 @@ class LayerSkipBenchmark:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
         model = layerskip_decoder(cfg.meta_model)
-        self.predictions: dict[str, Prediction] = {}
-        self.pairs: dict[str, Pair] = {}
+        self.candidates: dict[str, Candidate] = {}
         self.variants: dict[str, Variant] = cfg.compared
-        if cfg.sweep is not None:
-            self.pairs = {pair.name: pair for pair in cfg.sweep.pairs(model)}
-            self.variants = {name: pair.variant for name, pair in self.pairs.items()}
         self.variants = {name: chosen for name in self.variants if (chosen := self._chosen(name)) is not None}
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
         longest = max((draft.num_speculations for draft in drafts), default=0)
@@ -98,9 +92,10 @@ class LayerSkipBenchmark:
         self.reserve = longest_prompt(self.prompts) + self.limit + nodes
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
-        built = drafts[:1] if cfg.tuned_drafts else drafts
+        if cfg.tuned_draft is not None:
+            drafts = [cfg.tuned_draft.with_vocabulary(model, self.tokenizer, self.prompts)]
         whole = weight_bytes(model, cfg.torch_dtype)
-        sizes = bytes_of_weights(model, whole, cfg.torch_dtype, cfg.quantizer, built)
+        sizes = bytes_of_weights(model, whole, cfg.torch_dtype, cfg.quantizer, drafts)
         sizes |= {"prompt": longest_prompt(self.prompts), "nodes": nodes}
         sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
@@ -111,7 +106,7 @@ class LayerSkipBenchmark:
         """A variant, with the keys that its section leaves out where it names no exit; None if nothing can draft."""
         cfg, variant = self.cfg, self.variants[name]
         named = not isinstance(variant, SelfSpeculation) or variant.exit_layer is not None or variant.draft is not None
-        if cfg.random_weights or cfg.tuned_drafts or (named and cfg.variants):
+        if cfg.random_weights or (named and cfg.variants):
             return variant
         assert isinstance(variant, SelfSpeculation)
         choice = cfg.choose_drafts(variant, cfg.all_temperatures[0], cfg.compile, cfg.key_of(name))
@@ -178,24 +173,22 @@ class LayerSkipBenchmark:
             self.seed,
             self.spare_tokens,
         )
-        if cfg.tune and not self.variants:
-            self.predictions = propose(self.turns, cfg.all_temperatures[0])
-            self.pairs = {name: prediction.pair for name, prediction in self.predictions.items()}
-            self.variants = {name: pair.variant for name, pair in self.pairs.items()}
+        if cfg.tune:
+            folder = weights_folder(cfg.checkpointer)
+            trained = None if folder is None else read_trained_exits(folder)
+            self.candidates = Tuner(cfg, self.turns, trained.vocabulary if trained else None).candidates()
+            self.variants = {name: candidate.section for name, candidate in self.candidates.items()}
         self.methods: dict[str, Method] = {BASELINE: None}
-        built: Speculation | None = None
         for name, variant in self.variants.items():
-            if not isinstance(variant, SelfSpeculation):
+            if isinstance(variant, SelfSpeculation):
+                self.methods[name] = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
+            else:
                 self.methods[name] = variant.early_exit
-                continue
-            if built is None or not cfg.tuned_drafts:  # otherwise it is one draft of several lengths
-                built = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
-            self.methods[name] = replace(built, num_speculations=variant.num_speculations)
         if cfg.quantizer is not None and self._quantises_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
         self.left_out: dict[str, str] = {}
-        if cfg.peers and cfg.sweep is None:
+        if cfg.peers and cfg.tune != "grid":
             sections = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
             first = next((section.exit_layer for section in sections if section.exit_layer and not section.draft), 0)
             job = Job(
@@ -245,8 +238,7 @@ class LayerSkipBenchmark:
             if report["results"]:  # else the last report stays
                 self._write(report)
         if cfg.writes_choice and not interrupted:
-            # Of a trained draft the section as it was given: its exit and vocabulary are the folder's.
-            write_choice(cfg, report, cfg.tuned_drafts or {name: pair.variant for name, pair in self.pairs.items()})
+            write_choice(cfg, report, self.candidates)
         return report
 
     def _report(self, interrupted: bool) -> dict[str, Any]:
@@ -269,8 +261,11 @@ class LayerSkipBenchmark:
                 "compile_s": None if peer else self.turns.compile_s[temperature, name],
                 "predicted_speedup": None,
             }
-            if name in self.predictions and temperature == self.cfg.all_temperatures[0]:
-                row["predicted_speedup"] = self.predictions[name].speedup
+            candidate = self.candidates.get(name)
+            if candidate is not None:
+                row |= {"exit_layer": candidate.section.exit_layer, "length": candidate.section.num_speculations}
+                if temperature == self.cfg.all_temperatures[0] and not candidate.section.prompt_lookup:
+                    row["predicted_speedup"] = candidate.prediction.speedup
             row |= figures(runs, baseline, temperature == 0, self.bandwidth)
             results.append(row | self._quality(runs))
             if self.cfg.random_weights:
@@ -309,7 +304,6 @@ class LayerSkipBenchmark:
             "compiled": cfg.compile and not getattr(steps, "failed", False),
             "not_compiled": sorted(set(getattr(steps, "refused", {}).values())),
             "random_weights": cfg.random_weights,
-            "sweep": cfg.sweep is not None,
             "tune": cfg.tune,
             "parameters": sum(parameter.numel() for parameter in cfg.meta_model.parameters()),
             "prompts": len(self.prompts),
@@ -327,22 +321,16 @@ class LayerSkipBenchmark:
         if self.cfg.report_dir is None:
             print(json.dumps(report), flush=True)
             return
-        stem = self.cfg.chooser or "benchmark"
+        stem = {True: "tune", "grid": "grid", False: "benchmark"}[self.cfg.tune]
         document = report_path(Path(self.cfg.report_dir) / f"{stem}.json", "report_dir", report["interrupted"])
         document.parent.mkdir(parents=True, exist_ok=True)
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
         files["markdown"].write_text(markdown(report))
         results = report["results"]
-        if self.cfg.sweep is not None:
-            files["csv"] = document.with_suffix(".csv")
-            write_csv(results, self.pairs, files["csv"])
         if self.cfg.picture:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
             title = str(self.cfg.given_folder)
-            if self.cfg.sweep is not None and not self.cfg.random_weights:
-                heat_map(results, self.pairs, files["picture"], title)
-            else:
-                plot(results, files["picture"], title)
+            (heat_map if self.cfg.tune == "grid" else plot)(results, files["picture"], title)
         print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)

@@ -194,3 +194,35 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def heat_map(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A picture of the speed-up by exit and draft length, with a panel for each temperature."""
+    from matplotlib.figure import Figure  # a second to import, and only here
+
+    rows = [row for row in results if row["kind"] == "variant"]
+    exits, lengths = (sorted({row[key] for row in rows}) for key in ("exit_layer", "length"))
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    size = (1.5 + 0.6 * len(lengths) * len(temperatures), 1.6 + 0.3 * len(exits))
+    figure = Figure(figsize=size, layout="constrained")
+    for panel, temperature in zip(figure.subplots(1, len(temperatures), squeeze=False)[0], temperatures, strict=True):
+        speedups = {
+            (row["exit_layer"], row["length"]): row["speedup"]["median"]
+            for row in rows
+            if row["temperature"] == temperature and row["speedup"]
+        }
+        shown = [[speedups.get((e, d), float("nan")) for d in lengths] for e in exits]
+        panel.set_facecolor("lightgrey")
+        panel.imshow(shown, aspect="auto", cmap="viridis", origin="lower")
+        middle = statistics.median(speedups.values()) if speedups else 0.0
+        for (e, d), speedup in speedups.items():
+            place, colour = (lengths.index(d), exits.index(e)), "black" if speedup > middle else "white"
+            panel.text(*place, f"{speedup:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        panel.set_xticks(range(len(lengths)), lengths)
+        panel.set_yticks(range(len(exits)), exits)
+        panel.set_xlabel("drafted tokens")
+        panel.set_ylabel("exit layer (layers run)")
+        panel.set_title(f"temperature {temperature}")
+    figure.suptitle(f"speed-up, {title}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

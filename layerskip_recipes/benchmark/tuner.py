@@ -1,32 +1,43 @@
-"""`layerskip_benchmark tune=true`: which exit layer and draft length are fastest on this machine?
+"""`layerskip_benchmark tune=true`: which way of drafting is fastest on this machine?
 
-One pass over the baseline's outputs tells how many tokens a round of each exit would give, and a few short probes tell
-what a round costs. Together they predict the speed of every pair. The best few are then measured like any variant.
+Plain decoding gives texts. One teacher-forced pass over them tells how many tokens of each exit and draft vocabulary
+would be accepted, and a few short probes tell what the parts of a round cost. With both, plan.py predicts the speed of
+every exit, draft length, draft vocabulary and draft precision. The best few are then measured like any variant, and so
+is the best one with look-ups. `tune=grid` measures all draft lengths of every exit.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.benchmark.sweep import LONGEST, Pair
+from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
+from layerskip_recipes.generation.drafting.plan import Costs, Prediction, StepCost, Way, ranked, with_int8
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
+LONGEST = 12  # drafted tokens of a round
+GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
+PROBE_TOKENS = 48  # of a text, to time a round
 FIRST_LINE = "# Written by layerskip_benchmark: "  # of a config
-# Settings that decide which pair is fastest, beside the temperature.
+# Settings that decide what is fastest, beside the temperature.
 MEASURED_WITH = (
     *("dtype", "float32_matmul_precision", "compile"),
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -36,161 +47,216 @@ NOTHING_TO_DRAFT = (
 )
 
 
-class Prediction(NamedTuple):
-    """How fast a pair of exit layer and draft length should be."""
+@dataclass(frozen=True)
+class Candidate:
+    """A section to measure. `written` is for a config: it has the number of tokens of a draft vocabulary, not ids."""
 
-    pair: Pair
-    tokens_per_round: float
-    round_s: float
-    speedup: float  # over autoregressive decoding
+    section: SelfSpeculation
+    written: SelfSpeculation
+    prediction: Prediction
+
+    @property
+    def name(self) -> str:
+        """Of the variant that measures it."""
+        way = self.prediction.way
+        parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
+        if way.vocabulary is not None and way.own_layers is None:
+            parts.append(f"vocabulary{way.vocabulary}")
+        return "_".join([*parts, *(["int8"] if way.int8 else []), *(["lookup"] if self.section.prompt_lookup else [])])
 
 
 @torch.no_grad()
-def round_tokens(
+def measured_acceptance(
     model: LayerSkipDecoder,
-    prompts: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[int]],
+    texts: Iterable[tuple[Sequence[int], Sequence[int]]],
+    vocabularies: Mapping[int | None, Sequence[int] | None],
     sampler: Sampler,
     longest: int = LONGEST,
-) -> dict[int, list[float]]:
-    """Tokens of a round by exit and draft length, on outputs of the whole model: one pass for all exits.
+) -> dict[Way, list[float]]:
+    """[a_1, .., a_longest] of every exit and draft vocabulary: the probability that the next k drafted tokens are all
+    accepted, a mean over the positions of outputs by the whole model. One pass for all.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v). Greedily this is 1 or 0, and the rounds are
-    those of decoding.
+    A token drafted from q is accepted with probability sum_v min(p_v, q_v); greedily this is 1 or 0.
 
     Args:
-        model: the decoder, in eval mode.
-        prompts, outputs: tokens of each prompt, and of its continuation by the whole model.
-        sampler: its temperature and filters make p and q.
-        longest: the longest draft.
-
-    Returns:
-        {E: [tokens of a round with 1, 2, .. longest drafts]} for E in 1 .. L-1.
-
-    Raises:
-        ConfigError: if every output ended with its first token.
+        texts: prompts with their outputs.
+        vocabularies: token ids by the number of tokens; None by None for all.
     """
     device = model.tok_embeddings.weight.device
+    ids = {n: None if some is None else torch.tensor(some, device=device) for n, some in vocabularies.items()}
     exits = list(range(1, model.num_layers))
-    rounds, drafted = {e: [0.0] * longest for e in exits}, 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        tokens = torch.tensor([[*prompt, *output]], device=device)
-        final, hidden = model.hidden_states(tokens, exits)
+    sums = {Way(e, n): torch.zeros(longest) for e, n in product(exits, ids)}
+    counts, drafted = torch.zeros(longest), 0
+    for prompt, output in texts:
+        final, hidden = model.hidden_states(torch.tensor([[*prompt, *output]], device=device), exits)
         # Row i gives the (i+1)-th token of the output. The first token comes from the prompt and is not drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
         drafted += len(output) - 1
+        lengths = range(1, min(longest, len(output) - 1) + 1)
+        for k in lengths:
+            counts[k - 1] += len(output) - k
         whole = model.unembed(final[:, rows])[0]
         for e in exits:
-            accepted = _accepted(whole, model.unembed(hidden[e][:, rows])[0], sampler).tolist()
-            for d in range(1, longest + 1):
-                rounds[e][d - 1] += count_rounds(accepted, d)
+            draft = model.unembed(hidden[e][:, rows])[0]
+            for n, some in ids.items():
+                accepted = _accepted(whole, draft, some, sampler).cpu()
+                in_a_row = torch.ones_like(accepted)
+                for k in lengths:  # in_a_row[i]: the k tokens from i on are accepted
+                    in_a_row = in_a_row[: len(accepted) - k + 1] * accepted[k - 1 :]
+                    sums[Way(e, n)][k - 1] += in_a_row.sum()
     if not drafted:
         raise ConfigError(NOTHING_TO_DRAFT)
-    return {e: [drafted / count for count in counts] for e, counts in rounds.items()}
+    return {way: (total / counts.clamp(min=1)).tolist() for way, total in sums.items()}
 
 
-def count_rounds(accepted: Sequence[float], num_speculations: int) -> float:
-    """Rounds in which a text is written, in expectation.
-
-    A round that begins at token i accepts k drafts and rejects the next with a_i .. a_(i+k-1) (1 - a_(i+k)), and the
-    round after it begins at i + k + 1.
-
-    Args:
-        accepted: a, for each token of the text the probability that its draft is accepted.
-        num_speculations: d.
-    """
-    end = len(accepted)
-    begins = [1.0, *[0.0] * end]  # the probability that a round begins at a token
-    for i in range(end):
-        stands = begins[i]
-        for k in range(min(num_speculations, end - i)):
-            begins[i + k + 1] += stands * (1 - accepted[i + k])
-            stands *= accepted[i + k]
-        begins[min(i + num_speculations + 1, end)] += stands
-    return sum(begins[:end])
+def _accepted(whole: torch.Tensor, draft: torch.Tensor, ids: torch.Tensor | None, sampler: Sampler) -> torch.Tensor:
+    """[n], the probability at each position that a draft is accepted; logits [n, v], of drafts for some ids only."""
+    some = draft if ids is None else draft[:, ids]
+    if sampler.greedy:
+        chosen = some.argmax(-1)
+        return (whole.argmax(-1) == (chosen if ids is None else ids[chosen])).float()
+    settings = sampler.settings(whole.device)
+    p, q = (sampler.scores(logits, None, settings) for logits in (whole, some))
+    return torch.minimum(p if ids is None else p[:, ids], q).sum(-1)
 
 
-def _accepted(whole: torch.Tensor, draft: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-    """[n], the probability at each position that a draft is accepted; logits [n, v]."""
-    if sampler.temperature == 0:
-        return (whole.argmax(-1) == draft.argmax(-1)).float()
-    p, q = (sampler.scores(logits, None, sampler.settings(logits.device)) for logits in (whole, draft))
-    return torch.minimum(p, q).sum(-1)
+def fitted_costs(
+    timed: Mapping[tuple[Way, int], GenerationStats], plain_s: float, num_layers: int, vocabulary: int, batch_rows: int
+) -> Costs:
+    """The costs of plan.py, by least squares from the times of probes: ways with drafts of a length."""
+    draft, further = {}, []
+    for int8 in {way.int8 for way, _ in timed}:
+        probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}
+        rows = [vocabulary if way.vocabulary is None else way.vocabulary for way in probes]
+        features = [[1.0, way.own_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
+        seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
+        fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
+        draft[int8] = StepCost(*fit.solution[:, 0].tolist())
+    for (way, d), s in timed.items():
+        verified = d * batch_rows * (1 - way.exit_layer / num_layers)
+        further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
+    rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
+    return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
 
 
-def probes(num_layers: int) -> list[tuple[int, int]]:
-    """The (exit layer, draft length) pairs whose rounds are timed: enough to fit `round_cost`."""
-    early = max(num_layers // 8, 1)
-    late = num_layers - early
-    return [(e, d) for e in (early, late) for d in (2, 8)]
-
-
-def round_cost(timed: dict[tuple[int, int], float]) -> torch.Tensor:
-    """[4] coefficients of a round's seconds, a + b E + c d + e E d: drafting costs d E layers and d heads, verifying
-    (L - E) layers over d + 1 positions, and both are of this form.
-
-    Args:
-        timed: seconds of a round for the pairs of `probes`.
-    """
-    features = torch.tensor([[1, e, d, e * d] for e, d in timed], dtype=torch.float64)
-    return torch.linalg.solve(features, torch.tensor(list(timed.values()), dtype=torch.float64))
-
-
-def predict(tokens: dict[int, list[float]], cost: torch.Tensor, step_s: float) -> list[Prediction]:
-    """All pairs, the fastest first: tokens of a round (`round_tokens`) over its seconds (`round_cost`).
-
-    Args:
-        step_s: seconds of an autoregressive step.
-    """
-    found = []
-    for e, of_exit in tokens.items():
-        for d, count in enumerate(of_exit, start=1):
-            seconds = float(cost @ torch.tensor([1, e, d, e * d], dtype=torch.float64))
-            seconds = max(seconds, step_s)  # every layer runs once at least
-            found.append(Prediction(Pair(e, d), count, seconds, count * step_s / seconds))
-    return sorted(found, key=lambda prediction: -prediction.speedup)
-
-
-def choose(ranked: Sequence[Prediction], count: int = 4) -> list[Prediction]:
-    """The best few to measure, no neighbours: at most two draft lengths of an exit, three tokens or more apart."""
-    chosen: list[Prediction] = []
-    for prediction in ranked:
-        exit_layer, length = prediction.pair
-        same = [other.pair.num_speculations for other in chosen if other.pair.exit_layer == exit_layer]
-        if len(same) < 2 and all(abs(length - other) >= 3 for other in same):
-            chosen.append(prediction)
-        if len(chosen) == count:
+def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
+    """The best few to measure: of each way at most two draft lengths, three tokens or more apart."""
+    picked: list[Prediction] = []
+    for prediction in predictions:
+        same = [other.num_speculations for other in picked if other.way == prediction.way]
+        if len(same) < 2 and all(abs(prediction.num_speculations - other) >= 3 for other in same):
+            picked.append(prediction)
+        if len(picked) == count:
             break
-    return chosen
+    return picked
 
 
-def propose(turns: Turns, temperature: float) -> dict[str, Prediction]:
-    """Decode all prompts autoregressively, time the probes, predict every pair, print the best, and return a few to
-    measure.
+def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Every exit with every length of `GRID_LENGTHS`, each exit in the best vocabulary and precision for it."""
+    best: dict[int, Way] = {}
+    for prediction in predictions:
+        best.setdefault(prediction.way.exit_layer, prediction.way)
+    wanted = {(way, d): None for _, way in sorted(best.items()) for d in GRID_LENGTHS}
+    found = {(p.way, p.num_speculations): p for p in predictions}
+    return [found[key] for key in wanted]
+
+
+class Tuner:
+    """Finds what is worth measuring, in stages.
+
+    Args:
+        cfg: of the benchmark.
+        turns: that decode.
+        stored: the checkpoint's frequent tokens in order; None: those of the prompts are counted.
     """
-    baseline = _decode_all(turns, None, temperature)
-    outputs = [row for rows, _ in baseline for row in rows]
-    plain = sum((stats for _, stats in baseline), GenerationStats())
-    prompts = [prompt for batch in turns.batches for prompt in batch]
-    tokens = round_tokens(turns.model, prompts, outputs, turns.sampler(temperature, None))
-    timed = {}
-    for pair in probes(turns.model.num_layers):
-        runs = _decode_all(turns, Speculation(*pair), temperature)
-        timed[pair] = statistics.median(stats.decode_s / stats.rounds for _, stats in runs if stats.rounds)
-    ranked = predict(tokens, round_cost(timed), plain.decode_s / plain.rounds)
-    print(f"{'predicted':<18}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
-    for pair, count, seconds, speedup in ranked[:10]:
-        print(f"{pair.name:<18}{count:>15.2f}{1000 * seconds:>12.2f}{speedup:>9.2f}x")
-    return {prediction.pair.name: prediction for prediction in choose(ranked)}
+
+    def __init__(self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None) -> None:
+        self.cfg, self.turns, self.model = cfg, turns, turns.model
+        self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
+        counted = Counter(token for batch in turns.batches for prompt in batch for token in prompt)
+        self.frequent = list(stored or [token for token, _ in counted.most_common()])
+        self.device = self.model.tok_embeddings.weight.device
+
+    def candidates(self) -> dict[str, Candidate]:
+        """By name, to be measured."""
+        baseline = self._decode_all(None)
+        plain = sum((stats for _, stats in baseline), GenerationStats())
+        if plain.tokens == plain.first_tokens:
+            raise ConfigError(NOTHING_TO_DRAFT)
+        plain_s = plain.decode_s / plain.rounds
+        precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
+        if self.cfg.self_speculation is not None and self.cfg.self_speculation.draft is not None:
+            ways, timed = self._trained_draft(precisions)
+        else:
+            sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
+            vocabularies = {None: None} | {n: self.frequent[:n] for n in sizes}
+            prompts = [prompt for batch in self.turns.batches for prompt in batch]
+            texts = zip(prompts, [row for rows, _ in baseline for row in rows], strict=True)
+            sampler = self.cfg.sampler(self.temperature)
+            ways = with_int8(measured_acceptance(self.model, texts, vocabularies, sampler), precisions)
+            timed = self._probes(precisions, sizes[0])
+        size = self.model.tok_embeddings.num_embeddings
+        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.rows)
+        predictions = ranked(ways, costs)
+        chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
+        print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
+        found = [self._candidate(prediction) for prediction in chosen]
+        for c in found:
+            p = c.prediction
+            print(f"{c.name:<36}{p.tokens_per_round:>15.2f}{1000 * p.round_s:>12.2f}{p.speedup:>9.2f}x")
+        if self.cfg.tune is True:
+            found.append(self._candidate(chosen[0], prompt_lookup=3))
+        return {candidate.name: candidate for candidate in found}
+
+    def _candidate(self, prediction: Prediction, **others: Any) -> Candidate:
+        way, n = prediction.way, prediction.way.vocabulary
+        keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, **others}
+        keys["draft_quantizer"] = INT8 if way.int8 else None
+        if way.own_layers is not None:
+            assert self.cfg.self_speculation is not None
+            written = self.cfg.self_speculation.model_copy(update=keys)
+            return Candidate(written.with_vocabulary(self.model, None, []), written, prediction)
+        written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=n, **keys)
+        ids = None if n is None else self.frequent[:n]
+        return Candidate(written.model_copy(update={"draft_vocabulary": ids}), written, prediction)
+
+    def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
+        """Timed rounds: two exits with few tokens and one with all, in each precision, so that `fitted_costs` can tell
+        layers from head; with drafts of two lengths."""
+        early = max(self.model.num_layers // 8, 1)
+        late = max(self.model.num_layers // 2, early + 1)
+        kinds = [(Way(early, small), 8), (Way(late, small), 4), (Way(early), 4)]
+        ways = [(way._replace(int8=int8), d) for int8 in precisions for way, d in kinds]
+        return {(way, d): self._probe(way, d) for way, d in ways}
+
+    def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
+        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
+        method = section.build(self.model, rows=self.rows)
+        turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
+        return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
+
+    def _trained_draft(
+        self, precisions: Sequence[bool]
+    ) -> tuple[dict[Way, Sequence[float]], dict[tuple[Way, int], GenerationStats]]:
+        """Acceptance and times of a trained draft, from rounds of long drafts."""
+        ways, timed = dict[Way, Sequence[float]](), {}
+        layers = self.cfg.self_speculation.own_layers() if self.cfg.self_speculation else 0
+        for int8 in precisions:
+            way = Way(0, None, int8, own_layers=layers)
+            stats = timed[way, 8] = self._probe(way, 8)
+            rounds = sum(stats.rounds_accepting.values())
+            at_least = [sum(n for k, n in stats.rounds_accepting.items() if k >= length) for length in range(1, 9)]
+            ways[way] = [n / rounds for n in at_least]
+        return ways, timed
+
+    def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:
+        """Every batch once, after a warm-up."""
+        turns = turns or self.turns
+        batches = [turns.batches[0], *turns.batches]
+        return [turns.decode(method, self.temperature, batch, turns.seed) for batch in batches][1:]
 
 
-def _decode_all(turns: Turns, method: Speculation | None, temperature: float) -> list[tuple[list, GenerationStats]]:
-    """Every batch once, after a warm-up."""
-    batches = [turns.batches[0], *turns.batches]
-    return [turns.decode(method, temperature, batch, turns.seed) for batch in batches][1:]
-
-
-# ---- the config of the fastest pair, of the tuner or of a sweep ----
+# ---- the config of the fastest ----
 
 
 def check_config_path(path: Path) -> None:
@@ -198,34 +264,39 @@ def check_config_path(path: Path) -> None:
     check_file("tune_file", str(path))
     if path.is_file() and not path.read_bytes().startswith(FIRST_LINE.encode()):
         raise ConfigError(
-            f"tune_file: {str(path)!r} is there, and layerskip_benchmark did not write it. Allowed: a new file, or one "
+            f"tune_file: {str(path)!r} exists, and layerskip_benchmark did not write it. Allowed: a new file, or one "
             f"that it wrote; for example tune_file={path.with_stem(path.stem + '_2')}"
         )
 
 
 def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None, why: str) -> None:
-    """A generation config that extends `tune_extends` with the choice, and with the settings that it was measured with.
-
-    Args:
-        best: None where autoregressive decoding is fastest.
-        why: for the first line.
-    """
+    """A generation config that extends `tune_extends` with what differs from it: the choice (None: no drafts), and the
+    settings that it was measured with."""
     # A path of the user's is relative to the folder where the command was given: make it absolute.
     extends = cfg.tune_extends or ""
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
-    content: dict[str, Any] = {"extends": extends if known else str(find_config(extends)), "exit_layer": None}
+    content: dict[str, Any] = {"extends": extends if known else str(find_config(extends))}
     if cfg.model_dir is not None:
         folder = Path(cfg.model_dir)
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
-    # All keys are written: of those left out the user's own values, which were not measured, would hold.
-    content["self_speculation"] = None
-    if best is not None:
-        content["self_speculation"] = {name: _plain(value) for name, value in best}
-    if best is not None and best.draft is not None:
-        content["self_speculation"]["draft"] = str(Path(best.draft).absolute())
-    content["quantizer"] = _plain(cfg.quantizer)
-    content["temperature"] = cfg.all_temperatures[0]
-    content |= {key: getattr(cfg, key) for key in MEASURED_WITH}
+    model = [f"model_dir={content['model_dir']}"] if "model_dir" in content else []
+    base = GenerateConfig.load(load_config(extends, model))
+    wanted = {key: getattr(cfg, key) for key in MEASURED_WITH} | {"temperature": cfg.all_temperatures[0]}
+    wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
+    for key, value in wanted.items():
+        # A missing `compile` would be chosen.
+        if value != getattr(base, key) or (key == "compile" and key not in base.model_fields_set):
+            content[key] = _plain(value)
+    if best is None:
+        content["self_speculation"] = None
+    else:
+        old = base.self_speculation or SelfSpeculation()
+        # Keys that generation would choose are written too, but for the vocabulary of a trained draft.
+        keys = {key for key, value in best if value != getattr(old, key)} | set(CHOSEN)
+        keys -= {"draft_vocabulary"} if best.draft is not None else set()
+        content["self_speculation"] = {key: _plain(value) for key, value in best if key in keys}
+        if best.draft is not None:
+            content["self_speculation"]["draft"] = str(Path(best.draft).absolute())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
@@ -235,20 +306,19 @@ def _plain(value: Any) -> Any:
     return dict(value.section) if isinstance(value, Component) else value
 
 
-def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], variants: Mapping[str, SelfSpeculation]) -> None:
-    """Print what was measured, beside what was predicted if it was, and write the config of the fastest."""
+def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
+    """Print what was measured beside the prediction, and write the config of the fastest."""
     temperature = cfg.all_temperatures[0]
     rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature and row["speedup"]}
-    measured = {name: rows[name]["speedup"]["median"] for name in variants if name in rows}
-    if cfg.tune:
-        print(f"{'variant':<18}{'predicted':>10}{'measured':>10}")
-        for name, speedup in measured.items():
-            predicted = rows[name]["predicted_speedup"]
-            print(f"{name:<18}{'-' if predicted is None else f'{predicted:.2f}x':>10}{speedup:>9.2f}x")
+    measured = {name: rows[name]["speedup"]["median"] for name in candidates if name in rows}
+    print(f"{'variant':<36}{'predicted':>10}{'measured':>10}")
+    for name, speedup in measured.items():
+        predicted = rows[name]["predicted_speedup"]
+        print(f"{name:<36}{'-' if predicted is None else f'{predicted:.2f}x':>10}{speedup:>9.2f}x")
     if not measured:
         raise ConfigError(NOTHING_TO_DRAFT)
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(cfg.tuned_path, cfg, variants[best] if faster else None, why)
+    write_config(cfg.tuned_path, cfg, candidates[best].written if faster else None, why)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")

@@ -1,30 +1,26 @@
 """`layerskip_benchmark tune=true`: what is predicted, what is measured, and the config that comes out."""
 
+import itertools
 import json
-import random
+import math
 
 import pytest
 import torch
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
-from helpers.tiny import make_tiny
+from helpers.tiny import VOCAB, make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.config import BenchmarkConfig
+from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.benchmark.sweep import Pair
-from layerskip_recipes.benchmark.tuner import (
-    choose,
-    count_rounds,
-    predict,
-    probes,
-    round_cost,
-    round_tokens,
-    write_config,
-)
+from layerskip_recipes.benchmark.tuner import fitted_costs, grid, measured_acceptance, pick, write_config
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
+from layerskip_recipes.generation.drafting.plan import Costs, StepCost, Way, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
 
@@ -39,101 +35,74 @@ def small_layers(model):
     return layerskip_decoder(model)
 
 
-def rounds_by_chance(overlap, d, generator):
-    """The rounds of one writing of the text: each draft stands or not by a die."""
-    at, rounds = 0, 0
-    while at < len(overlap):
-        rounds += 1
-        for _ in range(d):
-            at += 1
-            if at > len(overlap) or generator.random() >= overlap[at - 1]:
-                break
-        else:
-            at += 1
-    return rounds
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_tokens_of_a_round(temperature):
-    """By hand: sum min(p, q) at each position, and rounds played by dice (greedy: no chance)."""
-    model = small_layers(make_tiny())
+def test_acceptance_of_exits_and_vocabularies(temperature):
+    """By hand: sum min(p, q) at each position, and products of 1, 2, .. positions in a row."""
+    model, longest = small_layers(make_tiny()), 4
     sampler = Sampler(temperature, top_k=20)
-    prompts, new, longest = [[1, 2, 3], [5, 6, 7, 8]], 12, 4
-    rng = torch.Generator().manual_seed(0)
+    prompts, rng = [[1, 2, 3], [5, 6, 7, 8]], torch.Generator().manual_seed(0)
     outputs = [
-        generate(model, p, new, temperature=temperature, top_k=20, rng=rng).tokens[0, len(p) :].tolist()
-        for p in prompts
+        generate(model, p, 12, temperature=temperature, top_k=20, rng=rng).tokens[0, len(p) :].tolist() for p in prompts
     ]
     outputs[1] = outputs[1][:3]  # a text that ends early
-    found = round_tokens(model, prompts, outputs, sampler, longest)
-    assert list(found) == [1, 2, 3, 4, 5]
-    games = 1 if temperature == 0 else 3000
-    for e, of_exit in found.items():
+    some = list(range(0, VOCAB, 2))
+    texts = list(zip(prompts, outputs, strict=True))
+    found = measured_acceptance(model, texts, {None: None, len(some): some}, sampler, longest)
+    assert set(found) == {Way(e, n) for e in range(1, L) for n in (None, len(some))}
+
+    def distribution(logits, allowed):
+        masked = torch.full_like(logits, -torch.inf)
+        masked[allowed] = logits[allowed]
+        if temperature == 0:
+            return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
+        return masked.where(masked >= masked.topk(20).values[-1], -torch.inf).softmax(-1)
+
+    for way, likely in found.items():
+        allowed = some if way.vocabulary else list(range(VOCAB))
         overlaps = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            tokens = torch.tensor([prompt + output])
+        for prompt, output in texts:
             with torch.no_grad():
-                logits = [model(tokens)[0], model(tokens, exit_layer=e)[0]]
-            overlap = []
-            for row in range(len(prompt), tokens.shape[1] - 1):
-                if temperature == 0:
-                    overlap.append(float(logits[0][row].argmax() == logits[1][row].argmax()))
-                    continue
-                p, q = (
-                    torch.where(x[row] >= x[row].topk(20).values[-1], x[row], -torch.inf).softmax(-1) for x in logits
-                )
-                overlap.append(torch.minimum(p, q).sum().item())
-            overlaps.append(overlap)
-        for d in range(1, longest + 1):
-            generator = random.Random(d)
-            played = [rounds_by_chance(o, d, generator) for _ in range(games) for o in overlaps]
-            expected = games * sum(map(len, overlaps)) / sum(played)
-            assert of_exit[d - 1] == pytest.approx(expected, rel=1e-6 if temperature == 0 else 0.02)
-    assert found[5][0] > found[1][0]  # the later exit knows more
+                tokens = torch.tensor([prompt + output])
+                p, q = model(tokens)[0], model(tokens, exit_layer=way.exit_layer)[0]
+            rows = range(len(prompt), tokens.shape[1] - 1)
+            everything = list(range(VOCAB))
+            overlaps.append(
+                [torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum().item() for r in rows]
+            )
+        for k in range(1, longest + 1):
+            runs = [math.prod(o[i : i + k]) for o in overlaps for i in range(len(o) - k + 1)]
+            assert likely[k - 1] == pytest.approx(sum(runs) / len(runs), abs=1e-5)
+    assert found[Way(5)][0] > found[Way(1)][0]  # the later exit knows more
 
 
-def test_rounds_by_hand():
-    assert count_rounds([1, 1, 1, 1, 1, 1], 2) == 2  # three tokens each
-    assert count_rounds([0, 0, 0], 4) == 3
-    assert count_rounds([1, 1, 0, 1], 4) == 2  # rejected at the third, one more
-    assert count_rounds([0.5, 1], 1) == 1 + 0.5  # half of the time the first one is rejected
-    assert count_rounds([], 3) == 0
+def test_costs_are_found_from_probes():
+    """Times by the formula of plan.py, for layers of 1 ms, heads of 1 us a row, and int8 at a quarter of it."""
+    draft = {False: StepCost(2e-4, 1e-3, 1e-6), True: StepCost(2e-4, 2.5e-4, 2.5e-7)}
+    costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
+
+    def probe(way, d):
+        seconds = draft[way.int8].seconds(way.exit_layer, way.vocabulary or 1000)
+        verify = 0.033 * (1 + 0.04 * d * (1 - way.exit_layer / 32))
+        stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
+        stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
+        return stats
+
+    probes = [(Way(e, n, i), d) for i in (False, True) for e, n, d in ((4, 100, 8), (16, 100, 4), (4, None, 4))]
+    found = fitted_costs({key: probe(*key) for key in probes}, 0.033, 32, 1000, 1)
+    for way, d in ((Way(8), 3), (Way(8, 500, True), 7), (Way(20, 100), 1)):
+        assert found.round_s(way, d) == pytest.approx(costs.round_s(way, d))
 
 
-def test_the_prediction_of_tokens_is_what_decoding_does():
-    """Greedy, the same rounds."""
-    model = small_layers(make_tiny())
-    prompts = [[i, i + 1, i + 2] for i in range(1, 60, 16)]
-    outputs = [generate(model, p, 40).tokens[0, 3:].tolist() for p in prompts]
-    found = round_tokens(model, prompts, outputs, Sampler(0.0))[4]
-    for d in (1, 3, 8):
-        stats = [generate(model, p, 40, exit_layer=4, num_speculations=d).stats for p in prompts]
-        measured = sum(s.tokens - s.first_tokens for s in stats) / sum(s.rounds for s in stats)
-        assert 1.2 < measured < d + 1
-        assert found[d - 1] == pytest.approx(measured)
-
-
-def test_costs_of_the_form_are_found_and_the_best_pair_with_them():
-    """Layers of 1 ms, a head of 2, a verified position of 0.1 of a layer: seconds by the formula."""
-
-    def seconds(e, d):
-        return 1e-3 * (d * (e + 2) + (32 - e) * (1 + 0.1 * d) + 5)
-
-    cost = round_cost({pair: seconds(*pair) for pair in probes(32)})
-    tokens = {e: [sum(min(0.3 + 0.02 * e, 1) ** k for k in range(d + 1)) for d in range(1, 13)] for e in range(1, 32)}
-    ranked = predict(tokens, cost, step_s=0.036)
-    best = max(((e, d) for e in tokens for d in range(1, 13)), key=lambda p: tokens[p[0]][p[1] - 1] / seconds(*p))
-    assert ranked[0].pair == Pair(*best)
-    first = ranked[0]
-    assert first.round_s == pytest.approx(seconds(*best))
-    assert first.speedup == pytest.approx(0.036 * tokens[best[0]][best[1] - 1] / seconds(*best))
-    assert [one.speedup for one in ranked] == sorted((one.speedup for one in ranked), reverse=True)
-    chosen = choose(ranked, 4)
-    assert chosen[0] == first and len(chosen) == 4
-    for a in chosen:
-        for b in chosen:
-            same_exit = a != b and a.pair.exit_layer == b.pair.exit_layer
-            assert not same_exit or abs(a.pair.num_speculations - b.pair.num_speculations) >= 3
+def test_the_best_few_and_the_grid():
+    costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
+    likely = {Way(e, n): [0.9**k for k in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
+    predictions = ranked(likely, costs)
+    picked = pick(predictions)
+    assert picked[0] == predictions[0] and picked[0].way == Way(1, 50) and len(picked) == 4
+    for a, b in itertools.combinations(picked, 2):
+        assert a.way != b.way or abs(a.num_speculations - b.num_speculations) >= 3
+    pairs = [(p.way, p.num_speculations) for p in grid(predictions)]
+    assert pairs == [(Way(e, 50), d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
 
 
 def tuning_config(folder, checkpoint, extends, **changes):
@@ -141,18 +110,22 @@ def tuning_config(folder, checkpoint, extends, **changes):
     return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
 
 
-INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
+CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_quantizer=INT8)
 
 
-@pytest.mark.parametrize("best", [SelfSpeculation(exit_layer=3, num_speculations=5, draft_quantizer=INT8), None])
-def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
-    """It loads, validates, keeps the user's keys, and sets the choice and what it was measured with; null where nothing
-    pays."""
+@pytest.mark.parametrize("best", [CHOICE, SelfSpeculation(exit_layer=1, num_speculations=2), None])
+def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
+    """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    others = {"exit_layer": 2, "num_speculations": 2, "prompt_lookup": 3}
-    theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5, "quantizer": INT8}
-    generate_config(tmp_path, checkpoint, **theirs, self_speculation=others)
-    monkeypatch.chdir(tmp_path)  # a relative path, and read from another folder
+    theirs = {
+        "max_new_tokens": 17,
+        "compile": True,
+        "top_p": 0.5,
+        "repetition_penalty": 1.5,
+        "quantizer": dict(INT8.section),
+    }
+    generate_config(tmp_path, checkpoint, **theirs, self_speculation={"exit_layer": 2, "prompt_lookup": 3})
+    monkeypatch.chdir(tmp_path)  # a relative path
     measured = {"temperatures": [0.8, 0.0], "top_k": 50, "batch_size": 2}
     cfg = tuning_config(tmp_path, checkpoint, "generate.yaml", **measured)
     write_config(tmp_path / "a" / "tuned.yaml", cfg, best, "because")
@@ -163,56 +136,86 @@ def test_the_config_extends_the_users(best, tmp_path, tokenizer_folder, monkeypa
     # Keys that were not measured are off, also where the user has them on.
     assert written.top_p is written.repetition_penalty is written.quantizer is None
     assert written.self_speculation == best
-    assert "because" in (tmp_path / "a" / "tuned.yaml").read_text()
+    text = (tmp_path / "a" / "tuned.yaml").read_text()
+    assert "because" in text and "dtype" not in text and "max_new_tokens" not in text
+    # Nothing is left for generation to choose.
+    assert best is None or written.self_speculation.model_fields_set.issuperset(CHOSEN)
 
 
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
     cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
-    write_config(tmp_path / "tuned.yaml", cfg, Pair(1, 2).variant, "because")
+    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2), "because")
     written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
     assert written.compile is True and written.exit_layer is None
     cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
     write_config(tmp_path / "ours.yaml", cfg, None, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
-    cfg = tuning_config(tmp_path, checkpoint, str(user), tune=False, sweep={}, quantizer=INT8)
-    write_config(tmp_path / "int8.yaml", cfg, None, "because")
-    assert load_config(str(tmp_path / "int8.yaml")).quantizer == INT8
 
 
-def test_the_recipe_measures_the_best_and_writes_the_fastest(tmp_path, tokenizer_folder, capsys):
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, tokenizer_folder, capsys):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    if stored:
+        (checkpoint / "layerskip.json").write_text(json.dumps({"exits": [1, 4], "vocabulary": [*range(40)]}))
     user = generate_config(tmp_path / "user", checkpoint, compile=True)
-    path = benchmark_config(
-        tmp_path, checkpoint, tune=True, tune_extends=str(user), max_new_tokens=24, temperatures=[0.0, 0.8], repeats=1
-    )
+    settings = {"max_new_tokens": 24, "temperatures": [0.0, 0.8], "repeats": 1}
+    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(user), **settings)
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
     report = recipe.benchmark()
     variants = [row for row in report["results"] if row["kind"] == "variant"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
+    assert set(rows) == set(recipe.variants) and sum("lookup" in name for name in rows) == 1
+    assert all(row["identical"] for row in variants if row["temperature"] == 0)
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
-    assert predicted == {(0.0, name) for name in rows}
-    assert set(rows) == set(recipe.variants) == set(recipe.predictions)
+    assert predicted == {(0.0, name) for name in rows if "lookup" not in name}
     fastest = max(rows, key=rows.get)
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
-    assert cfg.self_speculation == (recipe.variants[fastest] if rows[fastest] > 1 else None)
+    assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
+    vocabularies = [c.section.draft_vocabulary for c in recipe.candidates.values() if c.section.draft_vocabulary]
+    assert not stored or all(ids == [*range(40)] for ids in vocabularies)
     out = capsys.readouterr().out
-    assert "predicted" in out and "measured" in out
+    assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"tune.json", "tune.md", "tune.png", "tuned.yaml"}
-    assert json.loads((tmp_path / "report" / "tune.json").read_text())["results"] == json.loads(
-        json.dumps(report["results"])
-    )
+    written = json.loads((tmp_path / "report" / "tune.json").read_text())
+    assert written["results"] == json.loads(json.dumps(report["results"]))
     LayerSkipBenchmark(load_config(str(path)))  # its own config may be written again
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("user", "is a folder"), ("notes.txt", "is there, and layerskip_benchmark")]
-)
+def test_the_grid_measures_every_exit_and_length(tmp_path, tokenizer_folder, monkeypatch):
+    """In place of variants and peers, with a heat map; after Ctrl-C no config is chosen by half of the measurements."""
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user, prompts = generate_config(tmp_path / "user", checkpoint), ["def main(", "class", "import os", "x"]
+    settings = {"tune_extends": str(user), "temperatures": [0.0], "repeats": 1, "peers": ["torchtune"]}
+    settings |= {"prompt": prompts, "batch_size": 2, "max_new_tokens": 16}
+    recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, tune="grid", **settings))))
+    recipe.setup()
+    report = recipe.benchmark()
+    pairs = [(row["exit_layer"], row["length"]) for row in report["results"] if row["kind"] == "variant"]
+    assert pairs == [(e, d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
+    assert all(row["identical"] for row in report["results"]) and len(report["results"]) == 1 + len(pairs)
+    folder = tmp_path / "report"
+    assert {file.name for file in folder.iterdir()} == {"grid.json", "grid.md", "grid.png", "tuned.yaml"}
+    assert (folder / "grid.png").read_bytes()[:4] == b"\x89PNG"
+    (folder / "tuned.yaml").unlink()
+    calls, whole = [], Turns.decode
+
+    def until(self, *args):
+        calls.append(args)
+        if len(calls) > 3 * len(report["results"]) + 2:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(Turns, "decode", until)
+    assert recipe.benchmark()["interrupted"] is True and not (folder / "tuned.yaml").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [("user", "is a folder"), ("notes.txt", "exists, and layerskip_benchmark")])
 def test_a_file_of_somebody_elses_is_not_overwritten(name, what, tmp_path, tokenizer_folder):
     """Said before anything is measured; without tune no config is written."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
@@ -245,4 +248,4 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
 def test_outputs_of_one_token():
     model = small_layers(make_tiny())
     with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
-        round_tokens(model, [[1, 2]], [[3]], Sampler(0.0))
+        measured_acceptance(model, [([1, 2], [3])], {None: None}, Sampler(0.0))

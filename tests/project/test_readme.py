@@ -169,8 +169,6 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
         words = [*words, *stand_in(config, overrides, folder)]
     else:
         changes = tiny_changes(recipe, cfg, folder)
-    if cfg.get("sweep") is not None:
-        changes |= {"sweep.exit_layers": [1, 2], "sweep.num_speculations": [2]}
     return [*words, *flat(changes)]
 
 

@@ -96,7 +96,7 @@ BENCHMARK = {
     **{"device": "a processor", "threads": 2, "memory_bandwidth": 2e10, "versions": {"torch": "2.13"}},
     **{"date": "today", "config": {"dtype": "fp32"}, "prompts": 8, "max_new_tokens": 128, "batch_size": 1},
     **{"repeats": 3, "compiled": True, "peers_left_out": {"transformers": "not installed"}, "results": [ROW]},
-    **{"sweep": False, "tune": False},
+    "tune": False,
 }
 REPORTS = {
     "cost": {
@@ -106,7 +106,7 @@ REPORTS = {
     },
     "quality": {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}},
     "speed": BENCHMARK,
-    "sweep": BENCHMARK | {"sweep": True},
+    "grid": BENCHMARK | {"tune": "grid"},
     "tuner": BENCHMARK | {"tune": True},
 }
 LINES = {
@@ -118,7 +118,7 @@ LINES = {
         "transformers is left out (not installed).",
         "| exit3_draft5 | 2.0 (1.5-2.5) | 2.00 (1.50-2.50) | - | 0 of 8 | 0.75 | 3.50 | - | - | - |",
     ],
-    "sweep": ["Fastest of 1 pairs: exit3_draft5, 2.00x."],
+    "grid": ["Fastest of 1 ways: exit3_draft5, 2.00x."],
     "tuner": ["| exit3_draft5 | 1.90 | 2.00 (1.50-2.50) |"],
 }
 
@@ -134,7 +134,7 @@ def page(tmp_path):
         printed = tmp_path / f"{name}.printed"
         files = {"json": str(document), "picture": str(picture)}
         # An evaluation prints the report, a benchmark where the report is.
-        last = json.dumps(files if name in ("speed", "sweep", "tuner") else report)
+        last = json.dumps(files if name in ("speed", "grid", "tuner") else report)
         printed.write_text(f"a table\n{last}\n")
         command = shlex.join([sys.executable, "-c", f"print(open({str(printed)!r}).read())"])
         blocks.append(f"Before {name}.\n\n<!-- run {name}: {command} -->\n<!-- end -->\n\nAfter {name}.\n")
@@ -151,7 +151,7 @@ def test_the_page_gets_the_figures_of_its_commands(page):
         block = text.partition(f"Before {name}.")[2].partition(f"After {name}.")[0]
         assert all(line in block for line in lines), block
         assert f"\n    {sys.executable} -c " in block and block.rstrip().endswith("<!-- end -->")
-    for name in ("speed", "sweep", "tuner"):
+    for name in ("speed", "grid", "tuner"):
         assert f"![{name}](page_{name}.png)" in text
         assert page.with_name(f"page_{name}.png").read_bytes() == b"a picture"
 
