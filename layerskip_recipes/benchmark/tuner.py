@@ -230,7 +230,7 @@ class Tuner:
         return {(way, d): self._probe(way, d) for way, d in ways}
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
-        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
+        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0), prompt_lookup=None).section
         method = section.build(self.model, rows=self.rows)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
