@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer
+    from layerskip_recipes.checkpoint.load_model import load_model
     from layerskip_recipes.data.tokenizer import hf_tokenizer
     from layerskip_recipes.generation.api import generate
     from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -27,12 +28,14 @@ __all__ = [
     "hf_decoder",
     "hf_tokenizer",
     "layerskip_decoder",
+    "load_model",
     "schedule_scale",
 ]
 
 # The command `layerskip ls` needs no torch, whose import takes seconds: a name's module is imported at its first use.
 _MODULES = {
     "checkpoint.hf_checkpointer": ("hf_checkpointer",),
+    "checkpoint.load_model": ("load_model",),
     "data.tokenizer": ("hf_tokenizer",),
     "generation.api": ("generate",),
     "generation.drafting.speculation": ("Speculation",),

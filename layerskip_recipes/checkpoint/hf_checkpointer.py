@@ -24,7 +24,8 @@ from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_h
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import copy_without_code, model_folder
 
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, but for the next ones
 OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json")
 # Buffers that old checkpoints hold.
@@ -36,17 +37,21 @@ class HFCheckpointer:
 
     Args:
         path: as for `hf_decoder`.
-        output_dir: where checkpoints go.
+        output_dir: where checkpoints go; not needed to read.
         shard_size: of a written file, such as "5GB".
         adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
     """
 
     def __init__(
-        self, path: str, output_dir: str, shard_size: str = "5GB", adapter_checkpoint: str | None = None
+        self,
+        path: str,
+        output_dir: str | None = None,
+        shard_size: str = "5GB",
+        adapter_checkpoint: str | None = None,
     ) -> None:
         self._checkpoint_dir = model_folder(path)  # torchtune's name; config and tokenizer are copied from here
         self.config: HFConfig = read_hf_config(self._checkpoint_dir)
-        self.output_dir, self.shard_size = Path(output_dir), shard_size
+        self.output_dir, self.shard_size = None if output_dir is None else Path(output_dir), shard_size
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights by torchtune's names, in the files' dtype, as views of the mapped files."""
@@ -63,6 +68,8 @@ class HFCheckpointer:
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
         """Write `epoch_N` under output_dir, of the contents of `checkpoint_contents`; with adapter_only no weights."""
+        if self.output_dir is None:
+            raise ConfigError("output_dir: missing, the folder for checkpoints; for example output_dir=out")
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
@@ -98,8 +105,11 @@ class HFCheckpointer:
                 ranks[file_name.rpartition(".")[2]] = len(parts)
             tensors[f"{prefix}.lora_B.weight"] = torch.cat(blocks, dim=1)
             if f"{names[0]}.magnitude" in ours:
-                magnitudes = [ours[f"{name}.magnitude"] for name in names]
-                tensors[f"{prefix}.lora_magnitude_vector"] = torch.cat(magnitudes)
+                # A row without an adapter keeps the norm of its weights, so that DoRA changes nothing there.
+                magnitude = self._row_norms(f"{file_name}.weight").to(ours[f"{names[0]}.magnitude"])
+                for rows, name in parts:
+                    magnitude[rows] = ours[f"{name}.magnitude"]
+                tensors[f"{prefix}.lora_magnitude_vector"] = magnitude
         for name, value in biases.items():
             module = hf_name(name.removesuffix(".bias"), self.config)
             tensors[f"base_model.model.{module}.base_layer.bias"] = value
@@ -118,6 +128,14 @@ class HFCheckpointer:
             config["bias"] = "lora_only"
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def _row_norms(self, file_name: str) -> torch.Tensor:
+        """The norm of each row of a matrix in the folder's files."""
+        for file in weight_files(self._checkpoint_dir):
+            with safe_open(file, "pt") as weights:
+                if file_name in weights.keys():  # noqa: SIM118 (no mapping)
+                    return torch.linalg.norm(weights.get_tensor(file_name).float(), dim=1)
+        raise KeyError(file_name)
+
     def _at_rows(self, block: torch.Tensor, rows: slice, file_name: str) -> torch.Tensor:
         """The B of a part as one of the joined matrix: zeros but for the part's rows."""
         heads, key_heads, width = self.config.heads
@@ -133,19 +151,20 @@ hf_checkpointer = HFCheckpointer  # its name in configs
 def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
     """The files with the weights of a folder, complete ones; errors name `key`."""
     index = folder / INDEX
-    if index.is_file():
+    # As in transformers: the index beside a single file is left from an earlier save.
+    if index.is_file() and not (folder / SINGLE).is_file():
         try:
             names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as e:
             raise ConfigError(f"{key}: {str(index)!r} cannot be read ({e!r})") from e
     else:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     files = [folder / name for name in sorted(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         raise ConfigError(
-            f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: model.safetensors, or "
+            f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: {SINGLE}, or "
             f"{INDEX} and all files that it names; there: {', '.join(there) or 'no weights'}"
         )
     for file in files:

@@ -77,10 +77,18 @@ def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: Transfor
         )
 
 
-def packed_with_dense_mask(batch: list[dict[str, Any]]) -> dict[str, Any]:
-    """`padded_collate_packed` with a mask for any attention: on a GPU torchtune's is for flex attention only."""
-    stacked = {key: torch.stack([sample[key] for sample in batch]) for key in ("tokens", "labels", "input_pos")}
-    return stacked | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in batch])}
+def collate_packed(batch: list[dict[str, Any]], flex: bool) -> dict[str, Any]:
+    """Packed samples as a batch: no text learns to predict the first token of the next one, which it cannot see.
+
+    On a GPU torchtune makes masks for FlexAttention only; without `flex` the mask is one for any attention.
+    """
+    samples = [sample | {"labels": sample["labels"].clone()} for sample in batch]
+    for sample in samples:
+        sample["labels"][sample["seq_lens"].cumsum(0)[:-1]] = CROSS_ENTROPY_IGNORE_IDX
+    if flex:
+        return padded_collate_packed(samples)
+    stacked = {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "input_pos")}
+    return stacked | {"mask": create_block_causal_mask([sample["seq_lens"] for sample in samples])}
 
 
 def load_data(
@@ -104,7 +112,7 @@ def load_data(
     indexed = IndexedErrorDataset(dataset, sections[0].key, packed, all(map(_is_torchtunes, sections)))
     if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
-        return indexed, padded_collate_packed if flex else packed_with_dense_mask
+        return indexed, partial(collate_packed, flex=flex)
     for section, part in zip(sections, parts, strict=True):
         _check_first_sample(section, part)
     path = collate_fn or PADDED

@@ -83,7 +83,13 @@ class HFTokenizer(ModelTokenizer, Transform):
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=skip_special_tokens)
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a user's message up to where the reply begins; without a chat template, of the text alone."""
+        if not self.has_chat_template:
+            return self.encode(text, add_eos=False)
+        return self.tokenize_messages([Message(role="user", content=text)], add_end_tokens=False)[0]
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True

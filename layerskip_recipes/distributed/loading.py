@@ -33,7 +33,7 @@ def load_from_rank0(
         device, dtype: of the weights.
         offload: the weights live on the CPU.
     """
-    _make_position_tables(model, device, dtype)
+    make_position_tables(model, device, dtype)
     wait_for_all()  # rank 0 may have read its files for longer than a collective may take
     for name, own in model.state_dict().items():
         if is_rank_zero():
@@ -58,7 +58,7 @@ def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
 
 
-def _make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Compute the position tables of a model on the meta device: no checkpoint has them."""
     with training.set_default_dtype(dtype), device:
         for module in model.modules():

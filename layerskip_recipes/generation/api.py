@@ -49,7 +49,8 @@ def generate(
         prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers. The
             same on all ranks that share a model (FSDP, tensor parallelism).
         max_generated_tokens: at most so many new tokens a row.
-        exit_layer: E. None decodes with the whole model. With num_speculations it drafts, alone it decodes.
+        exit_layer: E. Alone it decodes; with num_speculations it drafts, where None is the trained exit or the draft of
+            a model from `load_model`. Without both the whole model decodes.
         num_speculations: d, the tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters, see `next_token_probs`; the same for draft and verification.
@@ -85,6 +86,10 @@ def generate(
         one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
+    if num_speculations is not None and exit_layer is None and "drafter" not in speculation:
+        known = getattr(model, "drafting", {})  # what `load_model` found
+        exit_layer, speculation = known.get("exit_layer"), {**known, **speculation}
+        speculation.pop("exit_layer", None)
     if num_speculations is not None and exit_layer is None:
         given = f"num_speculations: {num_speculations} needs exit_layer too"
         raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")

@@ -210,8 +210,8 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
         supported = nearest(architecture, DEFAULTS)
         raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
     content: dict[str, Any] = {**DEFAULTS[architecture], **raw, "architecture": architecture}
-    if "hidden_activation" in raw:  # Gemma 2 has the name hidden_activation
-        content["hidden_act"] = raw["hidden_activation"] or content["hidden_act"]
+    if architecture == "Gemma2ForCausalLM":  # as in transformers, where each Gemma ignores the other one's key
+        content["hidden_act"] = raw.get("hidden_activation") or GEMMA["hidden_act"]
     if architecture == "GemmaForCausalLM" and content["hidden_act"] == "gelu":
         content["hidden_act"] = "gelu_pytorch_tanh"  # transformers reads the first releases so
     content["rope"] = _rope(content)

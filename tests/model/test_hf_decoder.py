@@ -28,7 +28,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     theirs = make_hf_folder(request.param, folder)
     ours = layerskip_decoder(hf_decoder(str(folder))).eval()
-    ours.load_state_dict(hf_checkpointer(str(folder), str(folder / "out")).load_checkpoint()[MODEL_KEY])
+    ours.load_state_dict(hf_checkpointer(str(folder)).load_checkpoint()[MODEL_KEY])
     return SimpleNamespace(kind=request.param, folder=folder, theirs=theirs, ours=ours)
 
 
@@ -42,15 +42,27 @@ def test_logits_are_those_of_transformers(pair):
         assert close(pair.ours(TOKENS), pair.theirs(TOKENS).logits)
 
 
-def test_the_first_releases_of_gemma_mean_gelu_by_tanh(tmp_path):
+@pytest.mark.parametrize(
+    "activation",
+    [
+        {},
+        {"hidden_act": "gelu"},
+        {"hidden_activation": "gelu"},
+        {"hidden_act": "silu", "hidden_activation": "gelu"},
+        {"hidden_act": "gelu", "hidden_activation": "silu"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_which_activation_gemma_means(kind, activation, tmp_path):
+    """Of its two names; the first releases wrote gelu, and meant the one by tanh."""
     transformers = pytest.importorskip("transformers")
-    make_hf_folder("gemma", tmp_path)
+    make_hf_folder(kind, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    content.pop("hidden_activation", None)
-    (tmp_path / "config.json").write_text(json.dumps(content | {"hidden_act": "gelu"}))
+    content = {key: value for key, value in content.items() if key not in ("hidden_act", "hidden_activation")}
+    (tmp_path / "config.json").write_text(json.dumps(content | activation))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours = layerskip_decoder(hf_decoder(str(tmp_path))).eval()
-    ours.load_state_dict(hf_checkpointer(str(tmp_path), str(tmp_path / "out")).load_checkpoint()[MODEL_KEY])
+    ours.load_state_dict(hf_checkpointer(str(tmp_path)).load_checkpoint()[MODEL_KEY])
     with torch.no_grad():
         assert close(ours(TOKENS), theirs(TOKENS).logits)
 
@@ -94,17 +106,37 @@ def test_a_written_folder_is_that_of_transformers_to_the_bit(pair, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in pair.ours.state_dict().items())
 
 
+def test_a_single_file_counts_before_the_index_of_an_earlier_save(tmp_path):
+    """As in transformers."""
+    transformers = pytest.importorskip("transformers")
+    make_hf_folder("llama", tmp_path)
+    later = load_file(tmp_path / "model.safetensors")
+    save_file({name: value + 1 for name, value in later.items()}, tmp_path / "old.safetensors", {"format": "pt"})
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(later, "old.safetensors")}))
+    ours = hf_checkpointer(str(tmp_path)).load_checkpoint()[MODEL_KEY]["norm.scale"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    assert torch.equal(ours, later["model.norm.weight"]) and torch.equal(ours, theirs)
+
+
+def test_without_an_output_dir_nothing_is_written(tmp_path):
+    make_hf_folder("llama", tmp_path)
+    reader = hf_checkpointer(path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^output_dir: missing"):
+        reader.save_checkpoint(reader.load_checkpoint())
+
+
 # ---- adapters ----
 
 
+@pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
-def test_peft_opens_the_adapters(kind, dora, tmp_path, monkeypatch):
+def test_peft_opens_the_adapters(kind, dora, modules, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one
     folder = tmp_path / "base"
     base = make_hf_folder(kind, folder)
-    lora = {"rank": 3, "alpha": 5.0, "attn_modules": ["q_proj", "k_proj", "v_proj"], "use_dora": dora}
+    lora = {"rank": 3, "alpha": 5.0, "attn_modules": modules, "use_dora": dora}
     model = layerskip_decoder(hf_decoder(str(folder), lora=lora)).eval()
     checkpointer = hf_checkpointer(str(folder), str(tmp_path))
     weights = checkpointer.load_checkpoint()[MODEL_KEY]
@@ -185,6 +217,11 @@ def _without(folder, name):
     save_file(state, folder / "model.safetensors")
 
 
+def _only_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(text)
+
+
 def _fewer_layers(folder):
     raw = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
     (folder / "config.json").write_text(json.dumps(raw))
@@ -195,8 +232,8 @@ def _fewer_layers(folder):
     [
         (_cut, r"model\.safetensors' cannot be read, is it complete"),
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors, its weights"),
-        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
-        (lambda folder: (folder / INDEX).write_text("{"), f"{INDEX}' cannot be read"),
+        (lambda folder: _only_index(folder, '{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
+        (lambda folder: _only_index(folder, "{"), f"{INDEX}' cannot be read"),
         (lambda folder: _without(folder, "lm_head.weight"), "it lacks lm_head.weight"),
         (_fewer_layers, r"it has in addition model\.layers\.3\."),
         (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.configs import finetune_config
+from helpers.resuming import packed
 from helpers.training import read_log, train
 from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.data.datasets import limit_samples, packed_with_dense_mask
+from layerskip_recipes.data.datasets import collate_packed, limit_samples, load_data
+from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -91,8 +94,21 @@ def test_packed_batches_are_torchtunes():
         }
         for row, lengths in enumerate([[2, 4], [1, 2, 3]])
     ]
-    ours, theirs = packed_with_dense_mask(samples), padded_collate_packed(samples)
+    for sample in samples:  # a text's first token cannot be predicted: its mask hides the text before
+        sample["labels"][sample["seq_lens"].cumsum(0)[:-1]] = -100
+    ours, theirs = collate_packed(samples, flex=False), padded_collate_packed(samples)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_packed_text_learns_nothing_of_the_next_one(tmp_path, tokenizer_folder):
+    """Of plain text without a bos token: as many labels count as in texts that are not packed."""
+    tokenizer = hf_tokenizer(str(tokenizer_folder), max_seq_len=48)
+    model = FinetuneConfig.load(load_config(str(finetune_config(tmp_path, tokenizer_folder)))).meta_model
+    section = packed(tmp_path) | {"add_eos": False, "split_across_pack": False}
+    lengths = [len(row["tokens"]) for row in Component(section | {"packed": False}, "dataset").build(tokenizer)]
+    dataset, collate = load_data([Component(section, "dataset")], None, tokenizer, model, torch.device("cpu"))
+    labels = collate([dataset[i] for i in range(len(dataset))])["labels"][:, 1:]
+    assert (labels != -100).sum() == sum(lengths) - len(lengths)
 
 
 def pictures(tokenizer):

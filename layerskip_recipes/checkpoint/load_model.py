@@ -1,0 +1,86 @@
+"""load_model: a model with its weights and its tokenizer in one call, for Python."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchtune import training
+
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description, read_draft
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts, read_trained_exits
+from layerskip_recipes.config.recipe_config import DeviceName, best_device
+from layerskip_recipes.config.schema import Text, checked_arguments
+from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
+from layerskip_recipes.distributed.loading import make_position_tables
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.hf_decoder import hf_decoder
+from layerskip_recipes.model.hf_folder import model_folder
+
+
+@checked_arguments()
+def load_model(
+    path: Text,
+    *,
+    draft: Text | None = None,
+    device: DeviceName | None = None,
+    dtype: Literal["fp32", "bf16"] | None = None,
+) -> tuple[LayerSkipDecoder, HFTokenizer]:
+    """A model in eval mode, and its tokenizer.
+
+    `generate` with `num_speculations` drafts with the trained draft, if there is one, or from the trained exit nearest
+    to a quarter of the depth, by layerskip.json.
+
+    Args:
+        path: a run of layerskip_finetune (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on the
+            hub. Of the training of a draft: the model that it drafts for comes with it.
+        draft: a run or a checkpoint with a draft that was trained for this model.
+        device: such as "cpu" or "cuda:1"; None takes the best one here.
+        dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
+
+    Raises:
+        ConfigError: if the folder holds no model that `hf_decoder` supports, or the draft is another model's.
+
+    Example:
+        >>> model, tokenizer = load_model("out")                                             # doctest: +SKIP
+        >>> prompt = tokenizer.prompt("Why is the sky blue?")                                # doctest: +SKIP
+        >>> out = generate(model, prompt, 128, num_speculations=6, stop_tokens=tokenizer.stop_tokens)  # doctest: +SKIP
+        >>> print(tokenizer.decode(out.tokens[0]))                                           # doctest: +SKIP
+    """
+    folder = model_folder(path)
+    if (folder / DRAFT_FILE).is_file():
+        draft, path = str(folder), _base_of(folder)
+        folder = model_folder(path)
+    where = torch.device(device or best_device())
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype or ("fp32" if where.type == "cpu" else "bf16")]
+    with training.set_default_dtype(kind), torch.device("meta"):
+        model = layerskip_decoder(hf_decoder(str(folder)))
+    model.to_empty(device=where)
+    make_position_tables(model, where, kind)
+    model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
+    model.requires_grad_(False).eval()
+    model.drafting = _drafting(model, folder, draft)
+    return model, hf_tokenizer(str(folder))
+
+
+def _base_of(folder: Path) -> str:
+    base = read_description(str(folder), "path").base
+    if base.checkpointer != "HFCheckpointer":
+        raise ConfigError(
+            f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
+            "model of hf_checkpointer. layerskip_generate decodes with this one, by self_speculation.draft"
+        )
+    return base.folder
+
+
+def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[str, Any]:
+    """The arguments with which `generate` drafts; empty without a trained exit or draft."""
+    if draft is not None:
+        trained = read_draft(str(model_folder(draft, "draft")), model, "draft")
+        arguments: dict[str, Any] = {"exit_layer": trained.exit_layer, "draft_vocabulary": trained.vocabulary}
+        return arguments | {"drafter": trained.decoder(model)}
+    described = read_trained_exits(folder)
+    exits = [] if described is None or described.exits is None else described.exits
+    exit_layer = exit_that_drafts(exits, model.num_layers)
+    return {} if exit_layer is None else {"exit_layer": exit_layer}
