@@ -31,12 +31,14 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.parallel import checkpoint_layers
 
 METHODS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer")
+LIGER = "liger"  # its own method, as it needs a GPU and a package that is not ours
 LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, labels) [b, s] -> the loss
 
 
@@ -68,6 +70,19 @@ def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
     return step
 
 
+def liger_loss(model: Any) -> LossOfStep:
+    """Liger's fused head and cross-entropy behind our decoder."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # optional, and only on a GPU
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+
+    def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        states = model.norm(model(tokens, unembed=False)).flatten(0, 1)
+        return loss(head_of(model).weight, states, labels.flatten())
+
+    return step
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One method in this process: seconds of each step after the first, peak memory in GB, and before any step."""
     cfg, method = FinetuneConfig.load(load_config(args.config, args.overrides)), args.method
@@ -95,6 +110,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         step = torchtune_loss(base)
     elif method == "torchtune, exits":
         step = torchtune_early_exit_loss(base, exits)
+    elif method == LIGER:
+        step = liger_loss(model)
     else:
         step = our_loss(model, exits if method == "ours, exits" else last, compiled, chunks)
     for parameter in model.parameters():
@@ -186,7 +203,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
     parser.add_argument("--layers", default="0::4", help='layers with a loss beside the last (default "0::4")')
     parser.add_argument("--prob", type=float, default=0.5, help="layer dropout in its own method (default 0.5)")
-    parser.add_argument("--method", choices=METHODS, help="measure one method in this process")
+    parser.add_argument("--method", choices=(*METHODS, LIGER), help="measure one method in this process")
     args = parser.parse_intermixed_args(arguments)
     try:
         for name in ("repeats", "steps", "batch", "seq_len"):

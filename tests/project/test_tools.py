@@ -1,30 +1,18 @@
 """The scripts in tools/ run: the training cost on a tiny model, the results page on commands of the test's own."""
 
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from helpers import forks
 from helpers.configs import make_checkpoint
+from helpers.tools import load
 
 from layerskip_recipes.checkpoint.export import export
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def load(name: str) -> ModuleType:
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # ---- transformers_speed.py ----
 

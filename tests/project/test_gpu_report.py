@@ -1,0 +1,178 @@
+"""The report of a GPU, on the CPU: each step with tiny shapes; steps that fail, hang or are not reached."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import forks
+from helpers.configs import make_checkpoint
+from helpers.tools import TOOLS, load
+
+STEPS = load("gpu_report").STEPS
+
+# ---- the runner, with a stand-in for the steps ----
+
+STAND_IN = """
+import json, sys, time
+step, rows, *arguments = sys.argv[1:]
+rate = {"median": 2.0, "min": 1.5, "max": 2500.0}
+with open(rows, "a") as file:
+    print(json.dumps({"step": step, "arguments": arguments, "rate": rate}), file=file)
+if step == "tests":
+    raise RuntimeError("a test failed")
+if step == "decode_1b":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """Runs the script with options; returns its exit status and what it printed."""
+    script = load("gpu_report")
+    (tmp_path / "steps.py").write_text(STAND_IN)
+    monkeypatch.setattr(script, "PROGRAM", tmp_path / "steps.py")
+    monkeypatch.chdir(tmp_path)
+
+    def report(*options: str) -> tuple[int, str]:
+        try:
+            script.main(["--out", "out", "--device", "cpu", "--tiny", *options])
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        return status, capsys.readouterr().out
+
+    return report
+
+
+def result(step: str) -> dict:
+    return json.loads(Path(f"out/{step}.json").read_text())
+
+
+def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
+    status, printed = report("--limit", "2", "--only", "environment", "tests", "decode_1b", "decode_8b")
+    assert status == 1 and "decode_1b: timed out after 2 s" in printed
+    outcomes = {step: result(step)["status"] for step in ("environment", "tests", "decode_1b", "decode_8b")}
+    assert outcomes == {"environment": "done", "tests": "failed", "decode_1b": "timed out", "decode_8b": "done"}
+    # What a step measured before its end is kept, and why it ended.
+    assert all(result(step)["rows"][0]["step"] == step for step in outcomes)
+    assert "RuntimeError: a test failed" in result("tests")["error"] and result("decode_8b")["error"] is None
+    work = Path("out/work").resolve()
+    assert result("environment")["rows"][0]["arguments"] == ["--device", "cpu", "--work", str(work), "--tiny"]
+    page = Path("out/report.md").read_text()
+    assert "RuntimeError: a test failed" in page and "| 2 (1.5 to 2500) |" in page
+    assert page.count("Not run yet.") == len(STEPS) - 4 and f"- python: {sys.version.split()[0]}" in page
+
+
+def test_a_second_call_goes_on(report):
+    """It runs what has no result; steps that failed only on demand."""
+    report("--limit", "2", "--only", "environment", "tests")
+    before = Path("out/environment.json").stat().st_mtime_ns
+    status, printed = report("--limit", "2")
+    assert status == 1 and "environment:" not in printed and "tests:" not in printed
+    assert Path("out/environment.json").stat().st_mtime_ns == before
+    assert {path.stem for path in Path("out").glob("*.json")} == set(STEPS)
+    assert "Not run yet." not in Path("out/report.md").read_text()
+    _, printed = report("--list")
+    statuses = {line.split()[0]: line for line in printed.splitlines()}
+    assert [*statuses] == [*STEPS] and " failed " in statuses["tests"] and " done " in statuses["finetune"]
+    assert "tests: failed" in report("--only", "tests")[1]
+
+
+def test_the_budget_ends_a_call(report):
+    """A step that it cut short has its rows, and runs again in the next call; steps that would be cut do not begin."""
+    _, printed = report("--budget", "2", "--limit", "5", "--only", "decode_1b", "decode_8b")
+    assert result("decode_1b")["status"] == "cut short by the budget" and result("decode_1b")["rows"]
+    assert "too few for decode_8b: call again" in printed and not Path("out/decode_8b.json").exists()
+    _, printed = report("--limit", "2")
+    assert "decode_1b: timed out" in printed and result("decode_8b")["status"] == "done"
+
+
+# ---- the steps, tiny ----
+
+EXPECTED = {
+    "environment": ["bf16 TFLOP/s", "GB/s read", "identical output"],
+    "tests": ["outcome", "tests"],
+    "decode_1b": ["text", "method", "ms a round", "ms to read", "ms draft", "ms verify", "ms host", "speed-up at .7"],
+    "batches": ["model", "rows", "ms a round"],
+    "lossless": ["dtype", "outputs", "identical"],
+    "train_1b": ["step without optimizer", "recipe", "tokens/s", "peak GiB", "MFU"],
+    "train_8b": ["recipe", "tokens/s", "peak GiB", "MFU"],
+    "finetune": ["part", "seconds", "tokens/s", "speed-up", "acceptance", "same"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", EXPECTED)
+def test_step(step, tmp_path, tokenizer_folder):
+    """It runs on a CPU, and measures what it should."""
+    rows, options = tmp_path / "rows", ["--device", "cpu", "--tiny", "--work", str(tmp_path / "work")]
+    if step == "finetune":
+        options += ["--model-dir", str(make_checkpoint(tmp_path / "model", tokenizer_folder))]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    (done,) = forks.run([str(TOOLS / "gpu_steps.py"), step, str(rows), *options], tmp_path, [environment])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert not [row for row in found if "failed" in row]
+    assert {*EXPECTED[step]} <= {column for row in found for column in row}
+    check = CHECKS.get(step)
+    assert check is None or check(found), found
+
+
+def decoding(rows: list[dict]) -> bool:
+    """Behind both texts all ways of drafting and transformers; rounds of drafts have phases."""
+    methods = {(row["text"], row["method"]) for row in rows}
+    drafts = [row for row in rows if "drafts" in row["method"] or "the same" in row["method"]]
+    phases = all(row["ms draft"] > 0 and row["ms verify"] > 0 and row["speed-up at .7"] > 0 for row in drafts)
+    return len(methods) == 2 * 6 and len(drafts) == 2 * 4 and phases
+
+
+CHECKS = {
+    "decode_1b": decoding,
+    "lossless": lambda rows: [row["identical"] for row in rows if row["dtype"] == "fp32"] == [2, 2],
+    "train_1b": lambda rows: len(rows) == 1 + 2,
+    "train_8b": lambda rows: [row["recipe"] for row in rows] == ["hf/draft", "hf/lora", "hf/full"],
+    "finetune": lambda rows: all(row["same"] for row in rows if "same" in row),
+}
+
+
+# ---- the wheels ----
+
+
+def test_wheels_are_those_that_the_machine_lacks(tmp_path, monkeypatch, capsys):
+    """pip resolves for the other machine; what it has is neither downloaded nor changed."""
+    script, asked = load("gpu_wheels"), []
+    needed = {"torch": "2.11.0", "torchtune": "0.6.1", "Pydantic_Core": "2.1", "numpy": "2.4"}
+
+    def pip(*arguments: str) -> str:
+        asked.append(arguments)
+        if arguments[0] == "wheel":
+            folder = next(a.split("=")[1] for a in arguments if a.startswith("--wheel-dir"))
+            (Path(folder) / "layerskip_recipes-1-py3-none-any.whl").write_bytes(b"x" * 2**20)
+        packages = [{"metadata": {"name": name, "version": version}} for name, version in needed.items()]
+        return json.dumps({"install": packages})
+
+    monkeypatch.setattr(script, "pip", pip)
+    (tmp_path / "freeze.txt").write_text("torch==2.11.0+cu130\nnumpy==2.4\npydantic-core==1.0\n")
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    script.main([str(folder), "--installed", str(tmp_path / "freeze.txt")])
+    resolve, download, _ = asked
+    assert "torch==2.11.0" in resolve and "numpy==2.4" in resolve and "--python-version=3.12" in resolve
+    assert not any(word.startswith(("wandb", "pydantic-core==")) for word in resolve)
+    assert [word for word in download if "==" in word] == ["torchtune==0.6.1", "pydantic-core==2.1"]
+    assert f"pip install --no-index --no-deps {folder}/*.whl" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # older wheels would be installed too
+        script.main([str(folder)])
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_too_many_wheels(tmp_path, monkeypatch):
+    script = load("gpu_wheels")
+    wheel = tmp_path / "large.whl"
+    wheel.write_bytes(b"x" * 2**20)
+    monkeypatch.setattr(script, "resolve", lambda *_: {})
+    monkeypatch.setattr(script, "collect", lambda *_: [wheel])
+    with pytest.raises(SystemExit, match=r"1\.0 MiB are more than --limit-mib 0\.5"):
+        script.main([str(tmp_path / "new"), "--limit-mib", "0.5"])

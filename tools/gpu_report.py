@@ -1,0 +1,203 @@
+"""Check and measure this package on one GPU: from a bare machine to a page of results in about 25 minutes.
+
+    python tools/gpu_report.py --list
+    python tools/gpu_report.py --out gpu_report                  # all steps
+    python tools/gpu_report.py --out gpu_report --budget 570     # what fits into 570 seconds; again for the rest
+    python tools/gpu_report.py --out gpu_report --only decode_8b
+
+Each step runs in a process of its own (tools/gpu_steps.py) with a time limit, and leaves NAME.json and NAME.log in the
+folder. A step that fails is reported with its traceback, and the next one runs. A second call runs the steps that have
+no result yet; --only runs steps again. The page is report.md in the folder, and is renewed after each step.
+
+Nothing is downloaded. tools/gpu_wheels.py collects the packages that a machine without a network lacks. The models have
+random weights, but for a small one that is trained here and for --model-dir; 20 GB of disk hold them.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = Path(__file__).with_name("gpu_steps.py")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A title for the page, and the seconds after which the step is stopped."""
+
+    title: str
+    limit_s: float
+
+
+STEPS = {
+    "environment": Step("Environment, and a tiny run from training to generation", 240),
+    "tests": Step("Tests marked `gpu`", 420),
+    "decode_1b": Step("Decoding with the shape of Llama 3.2 1B, random weights, bf16, batch 1", 300),
+    "decode_8b": Step("Decoding with the shape of Llama 3 8B, random weights, bf16, batch 1", 420),
+    "batches": Step("Batches of 8 and 32, random weights, bf16", 300),
+    "lossless": Step("Outputs of self-speculation beside plain decoding, small trained model", 240),
+    "train_1b": Step("Training with the shape of Llama 3.2 1B, random weights", 360),
+    "train_8b": Step("Training with the shape of Llama 3 8B, random weights", 360),
+    "finetune": Step("LayerSkip finetuning of the model in --model-dir", 540),
+}
+CUT = "cut short by the budget"  # the next call runs such a step again
+PACKAGES = ("torch", "triton", "torchtune", "torchao", "transformers", "liger-kernel", "layerskip-recipes")
+
+
+def output_of(*command: str) -> str:
+    """The output of a command; "unknown" if it fails or does not exist."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def circumstances() -> dict[str, str]:
+    """Card, driver, versions and commit, without importing anything that could fail."""
+    card = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    found = {"card, memory, driver": card, "processors": f"{os.cpu_count()}", "python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"commit": output_of("git", "rev-parse", "HEAD"), "date": time.strftime("%Y-%m-%d %H:%M %z")}
+
+
+def run_step(name: str, limit_s: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a step in a process of its own. Whatever it does, its rows and its log up to then are kept."""
+    rows, log = args.out / f"{name}.rows", args.out / f"{name}.log"
+    rows.unlink(missing_ok=True)
+    command = [sys.executable, str(PROGRAM), name, str(rows), "--device", args.device]
+    command += ["--work", str(args.out.resolve() / "work")] + (["--tiny"] if args.tiny else [])
+    command += ["--model-dir", str(args.model_dir)] if args.model_dir else []
+    started, status = time.monotonic(), "timed out"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = "failed" if process.wait(limit_s) else "done"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):  # what the step started, too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return {
+        "status": status,
+        "seconds": time.monotonic() - started,
+        "limit_s": limit_s,
+        "command": shlex.join(["python", *sys.argv]),
+        "on": circumstances(),
+        "rows": [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [],
+        "error": None if status == "done" else log.read_text(errors="replace")[-4000:],
+    }
+
+
+# ---- the page ----
+
+
+def shown(value: Any) -> str:
+    """A figure as text; of several measurements the median with the range."""
+    if isinstance(value, Mapping):
+        low, high = shown(value["min"]), shown(value["max"])
+        return shown(value["median"]) + ("" if low == high else f" ({low} to {high})")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as Markdown, with the columns of all of them."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([shown(row.get(column)) for column in columns] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The report in Markdown."""
+    lines = ["# Report of a GPU", ""]
+    if results:
+        last = max(results.values(), key=lambda result: result["on"]["date"])
+        lines += [f"- {name}: {value}" for name, value in last["on"].items()]
+    lines += [f"- command: `{command}`" for command in dict.fromkeys(r["command"] for r in results.values())]
+    lines += ["", "Of several measurements: the median, and the range in brackets."]
+    for name, step in STEPS.items():
+        lines += ["", f"## {step.title}", ""]
+        if name not in results:
+            lines.append("Not run yet.")
+            continue
+        result = results[name]
+        lines.append(f"`{name}` {result['status']} after {result['seconds']:.0f} s.")
+        if result["rows"]:
+            lines += ["", *table(result["rows"])]
+        if result["error"]:
+            lines += ["", "```", result["error"].strip().replace("```", "'''"), "```"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- the steps in their order ----
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """The results of earlier calls, in the order of the steps."""
+    files = {name: out / f"{name}.json" for name in STEPS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def run_steps(args: argparse.Namespace) -> bool:
+    """Run the steps that have no result, or those that were asked for; whether all results are good."""
+    ends = time.monotonic() + args.budget
+    results = read_results(args.out)
+    waiting = [name for name in STEPS if results.get(name, {}).get("status", CUT) == CUT]
+    for name in args.only or waiting:
+        left_s, limit_s = ends - time.monotonic(), args.limit or STEPS[name].limit_s
+        if left_s < limit_s / 3:
+            print(f"{left_s:.0f} s of the budget are left, too few for {name}: call again for the other steps")
+            break
+        print(f"{name}: at most {min(left_s, limit_s):.0f} s", flush=True)
+        result = run_step(name, min(left_s, limit_s), args)
+        if result["status"] == "timed out" and left_s < limit_s:
+            result["status"] = CUT
+        print(f"{name}: {result['status']} after {result['seconds']:.0f} s", flush=True)
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        results = read_results(args.out)
+        (args.out / "report.md").write_text(page(results))
+    print(args.out / "report.md")
+    return all(result["status"] == "done" for result in results.values())
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse the arguments and run the steps; exit status 1 if one is not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder (default gpu_report)")
+    parser.add_argument("--list", action="store_true", help="print the steps, and what earlier calls left of them")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="run these steps, also again")
+    parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="of this call (default 1800)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each step, in place of its own limit")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the steps with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the steps")
+    parser.add_argument("--model-dir", type=Path, help="a folder with an instruct model, to finetune in the last step")
+    args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step's processes end too
+    if args.list:
+        there = read_results(args.out)
+        for name, step in STEPS.items():
+            print(f"{name:<12} {step.limit_s:>4.0f} s  {there.get(name, {}).get('status', '-'):<10} {step.title}")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    sys.exit(0 if run_steps(args) else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,457 @@
+"""The steps of tools/gpu_report.py, which starts each of them in a process of its own:
+
+    python tools/gpu_steps.py decode_1b decode_1b.rows --device cpu --tiny
+
+A step appends its rows to a file as JSON lines, so that neither a crash nor a time limit takes earlier rows away.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from layerskip_recipes.benchmark.measuring import Run
+from layerskip_recipes.benchmark.peers import Job, Peer, transformers_decoder
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
+from layerskip_recipes.checkpoint.hf_names import to_files
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.generation.report import peak_memory_bytes
+from layerskip_recipes.generation.stats import memory_bandwidth
+from layerskip_recipes.model.hf_config import read_hf_config
+from layerskip_recipes.quickstart import heldout_prompts, stdlib_tokenizer
+from layerskip_recipes.training.recipe import LayerSkipFinetune
+
+ROOT = Path(__file__).parents[1]
+COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, **COMMON},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128, **COMMON},
+}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "head_dim": 16}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+TINY_QUICKSTART = ("model.num_layers=4", "model.vocab_size=300")
+TINY_DATA = ("max_steps_per_epoch=2", "dataset.split=heldout", "dataset.seq_len=64", "dataset.max_samples=16")
+
+
+@dataclass
+class Place:
+    """Where a step runs, at which size, and where its rows go."""
+
+    device: torch.device
+    tiny: bool
+    work: Path
+    model_dir: Path | None
+    rows: Path
+
+    @property
+    def cuda(self) -> bool:
+        """Whether steps are compiled into CUDA graphs."""
+        return self.device.type == "cuda"
+
+    def shape(self, name: str) -> dict[str, int]:
+        """Sizes of a model, as in its config.json."""
+        return TINY if self.tiny else SHAPES[name]
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Keep a row."""
+        print(row, flush=True)
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def load(self, name: str, extends: str, **keys: Any) -> DictConfig:
+        """A config that extends one of ours, for this device."""
+        path = self.work / f"{re.sub(r'[^a-z0-9]+', '_', name)}.yaml"
+        OmegaConf.save(OmegaConf.create({"extends": extends, "device": str(self.device), **keys}), path)
+        return load_config(str(path), [])
+
+    def free(self) -> None:
+        """Give a model's memory back before the next one is loaded."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def tune(words: Iterable[str], cwd: Path) -> subprocess.CompletedProcess:
+    """`tune run ...` in a process of its own."""
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def run_recipe(place: Place, recipe: str, config: str, *overrides: str) -> str:
+    """What a recipe prints; an error with all that it said if it fails."""
+    done = tune([recipe, "--config", config, f"device={place.device}", *overrides], place.work)
+    if done.returncode:
+        raise RuntimeError(f"tune run {recipe} --config {config} {' '.join(overrides)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+# ---- environment, tests ----
+
+
+def matmul_flops(place: Place) -> float:
+    """Operations per second of the product of two large bf16 matrices, the best of a few."""
+    size, best = 64 if place.tiny else 8192, float("inf")
+    a, b = torch.randn(2, size, size, device=place.device).bfloat16()
+    for _ in range(8):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def environment(place: Place) -> None:
+    """What the card can do, and a tiny run from training to generation by the commands that a user types."""
+    row: dict[str, Any] = {"check": "card", "bf16 TFLOP/s": matmul_flops(place) / 1e12}
+    row["GB/s read"] = memory_bandwidth(place.device, 8 if place.tiny else 1024) / 1e9
+    if place.cuda:
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        row |= {"free GiB": torch.cuda.mem_get_info()[0] / 2**30, "compute capability": capability}
+    place.record(row)
+    started = time.perf_counter()
+    small = [*TINY_QUICKSTART, f"output_dir={place.work / 'small'}"]
+    data = [*(TINY_DATA if place.tiny else ["max_steps_per_epoch=50"]), "early_exit_loss.layers=0"]
+    run_recipe(place, "layerskip_finetune", "quickstart/finetune", *small, *data)
+    small += ["self_speculation.exit_layer=1", f"compile={str(place.cuda).lower()}"]
+    small += ["max_new_tokens=8", "prompts.count=1"] if place.tiny else []
+    report = json.loads(run_recipe(place, "layerskip_generate", "quickstart/generate", *small).splitlines()[-1])
+    row = {"check": "train and generate", "seconds": time.perf_counter() - started}
+    place.record(row | {"identical output": report["identical"], "speed-up": report["speedup"]})
+
+
+def tests(place: Place) -> None:
+    """The tests marked `gpu`; the tracebacks of failures go to the log."""
+    import pytest  # not on every machine
+
+    counts, missing = Counter[str](), pytest.ExitCode.NO_TESTS_COLLECTED
+
+    class Outcomes:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                counts[report.outcome] += 1
+            if report.failed:
+                place.record({"outcome": "failed", "test": report.nodeid})
+
+    os.chdir(ROOT)
+    where = ["tests/generation/test_cuda_graphs.py"] if place.tiny else ["tests", "-n", "4"]
+    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *where], plugins=[Outcomes()])
+    for outcome, count in counts.items():
+        place.record({"outcome": outcome, "tests": count})
+    if status:
+        raise RuntimeError("no test was found" if status == missing else "tests failed, see above")
+
+
+# ---- decoding with random weights ----
+
+
+def random_model(place: Place, shape: str, weights: bool = False) -> Path:
+    """A Hugging Face folder of a Llama of this shape and the quickstart's tokenizer, perhaps with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import, and only for these models
+
+    folder = place.work / shape
+    sizes = {"max_position_embeddings": 16384, "rope_theta": 5e5, "tie_word_embeddings": shape == "1b"}
+    config = LlamaConfig(**place.shape(shape), **sizes, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    stdlib_tokenizer(path=str(folder), vocab_size=300 if place.tiny else 2048)
+    if weights:
+        with place.device:
+            model = LlamaForCausalLM._from_config(config, dtype=torch.float32 if place.tiny else torch.bfloat16)
+        model.save_pretrained(folder)
+    return folder
+
+
+def make_benchmark(
+    place: Place, shape: str, longest: int, rows: int, variants: Mapping[str, Any]
+) -> LayerSkipBenchmark:
+    """layerskip_benchmark with random weights, set up. Its drafts always have their whole length."""
+    where = {"model_dir": str(random_model(place, shape)), "dtype": "fp32" if place.tiny else "bf16"}
+    sizes = {"prompt_tokens": longest, "batch_size": rows, "max_new_tokens": 8 if place.tiny else 64}
+    how = {"random_weights": True, "temperatures": [0.0], "compile": place.cuda}
+    cfg = place.load(f"benchmark_{shape}_{rows}", "hf/_model", **where, **sizes, **how, variants=dict(variants))
+    recipe = LayerSkipBenchmark(cfg)
+    recipe.setup()
+    return recipe
+
+
+def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
+    """transformers' `generate` on the benchmark's weights, with a static cache and compiled on a GPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this peer
+
+    cfg, model, folder, prompts = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir)), recipe.prompts
+    job = Job(cfg.model, cfg.checkpointer, model, prompts, len(prompts[0]), recipe.limit, stop_tokens=[], exits=[])
+    with recipe.device:
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=cfg.torch_dtype)
+    theirs.load_state_dict(to_files(model.state_dict(), read_hf_config(folder)), strict=False, assign=True)
+    theirs.tie_weights()
+    vars(job)["transformers_model"] = theirs.eval()  # in place of reading a checkpoint
+    compiled = recipe.device.type == "cuda"
+    return Peer(transformers_decoder(job, compiled), "static cache" if compiled else "eager", {})
+
+
+def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], length: int, **of_row: Any) -> None:
+    """Decode behind texts of a length by all methods in turns; record a round's time beside that of its bytes."""
+    turns, runs = recipe.turns, defaultdict[str, list[Run]](list)
+    turns.batches = [[prompt[:length] for prompt in recipe.prompts]]
+    before = len(getattr(find_compiled_steps(turns.model), "graphs", ()))
+    for turn in turns.take(methods, 0.0, 2 if place.tiny else 3):
+        for name, run in turn.items():
+            runs[name].append(run)
+    of_row |= {"text": length}
+    step_s = figures(runs["baseline"], runs["baseline"], False, 0.0)["round_s"]
+    for name, method in methods.items():
+        of_method = runs[name]
+        if isinstance(method, Peer):  # its rounds are steps, each a token of every row
+            rows = len(of_method[0].outputs)
+            rounds = [1000 * rows / (run.stats.tokens_per_second or float("nan")) for run in of_method]
+            place.record(of_row | {"method": name, "ms a round": spread(rounds)})
+            continue
+        row = figures(of_method, runs["baseline"], False, recipe.bandwidth)
+        rounds = [1000 * run.stats.decode_s / run.stats.rounds for run in of_method]
+        read = sum(run.stats.weight_bytes + run.stats.cache_bytes for run in of_method) / row["rounds"]
+        found = {"method": name, "ms a round": spread(rounds), "ms to read": 1000 * read / recipe.bandwidth}
+        for shown, phase in {"draft": "draft", "verify": "verify", "host": "rest"}.items():
+            seconds = row[f"{phase}_s_per_round"]
+            found[f"ms {shown}"] = None if seconds is None else 1000 * seconds
+        place.record(of_row | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
+    for name, why in turns.failed.items():
+        place.record(of_row | {"method": name, "failed": why})
+    if (steps := find_compiled_steps(turns.model)) is not None:
+        counts = {"graphs": len(steps.graphs), "of them new": len(steps.graphs) - before}
+        without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
+        place.record(of_row | {"method": "all", **counts, **without})
+
+
+def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[str, Any]) -> None:
+    """CUDA graphs of a round: there should be one for each draft step, and one for a verification or a plain step."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for name, method in methods.items():
+        with torch.profiler.profile(activities=activities) as profile:
+            _, stats = recipe.turns.decode(method, 0.0, recipe.turns.batches[0], 0)
+        launches = sum(event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch")
+        place.record({"method": name, "CUDA graphs a round": launches / stats.rounds})
+
+
+def decode(place: Place, shape: str) -> None:
+    """One row: plain decoding, drafts from two exits, of some tokens, in int8, and transformers, behind three texts."""
+    depth, some = place.shape(shape)["num_hidden_layers"], 64 if place.tiny else 4096
+    int8 = {"draft_quantizer": {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}}
+    early = {"exit_layer": depth // 8, "num_speculations": 6}
+    variants = {
+        f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
+        f"exit {depth // 8}, 6 drafts": early,
+        f"the same, {some} tokens": early | {"draft_vocabulary": some},
+        f"the same, {some} tokens, int8": early | {"draft_vocabulary": some} | int8,
+    }
+    lengths = (16, 40) if place.tiny else (512, 2048, 8192)
+    recipe = make_benchmark(place, shape, max(lengths), 1, variants)
+    for length in lengths:
+        measure(place, recipe, recipe.methods, length)
+        if place.cuda and length == lengths[0]:
+            count_launches(place, recipe, recipe.methods)
+    peers = {"baseline": None, f"transformers, {max(lengths) + recipe.limit} slots": static_cache_peer(recipe)}
+    for length in lengths:
+        measure(place, recipe, peers, length)
+
+
+def batches(place: Place) -> None:
+    """Several rows: plain decoding, and short drafts from an early exit."""
+    for shape in SHAPES:
+        exit_layer = place.shape(shape)["num_hidden_layers"] // 8
+        variants = {f"exit {exit_layer}, 3 drafts": {"exit_layer": exit_layer, "num_speculations": 3}}
+        for rows in (2,) if place.tiny else (8, 32):
+            length = 16 if place.tiny else 512
+            recipe = make_benchmark(place, shape, length, rows, variants)
+            measure(place, recipe, recipe.methods, length, model=shape, rows=rows)
+            del recipe
+            place.free()
+
+
+# ---- losslessness of a trained model ----
+
+
+def lossless(place: Place) -> None:
+    """Greedy outputs of a model that is trained here: those of plain decoding in fp32, and up to ties in bf16."""
+    overrides = [f"device={place.device}", f"output_dir={place.work / 'quickstart'}"]
+    overrides += TINY_QUICKSTART if place.tiny else []
+    data = TINY_DATA if place.tiny else ["max_steps_per_epoch=600"]
+    recipe = LayerSkipFinetune(load_config("quickstart/finetune", [*overrides, *data]))
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    count, new, some = (2, 8, 64) if place.tiny else (16, 128, 512)
+    for dtype in ("fp32", "bf16"):
+        cfg = GenerateConfig.load(load_config("quickstart/generate", [*overrides, f"dtype={dtype}"]))
+        model, tokenizer = load_decoder(cfg, place.device), cfg.tokenizer.build()
+        prompts = [tokenizer.encode(text, add_bos=False, add_eos=False) for text in heldout_prompts(count)]
+        tokens = partial(generate, model, max_generated_tokens=new, compile=place.cuda)
+        plain = [tokens(prompt).tokens[0].tolist() for prompt in prompts]
+        for vocabulary in (None, range(some)):
+            drafted = partial(tokens, exit_layer=3, num_speculations=6, draft_vocabulary=vocabulary)
+            found = [drafted(prompt).tokens[0].tolist() for prompt in prompts]
+            gaps = [gap_at_difference(model, a, b) for a, b in zip(plain, found, strict=True) if a != b]
+            row: dict[str, Any] = {
+                "dtype": dtype,
+                "drafted of": "all tokens" if vocabulary is None else f"{some} tokens",
+            }
+            row |= {"outputs": count, "identical": count - len(gaps)}
+            place.record(row | {"largest gap of logits where they part": max(gaps, default=None)})
+
+
+@torch.inference_mode()
+def gap_at_difference(model: Any, a: list[int], b: list[int]) -> float:
+    """How far the logits of the two tokens are apart at which two outputs part: next to nothing for a tie."""
+    at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    logits = model(torch.tensor([a[:at]], device=model.tok_embeddings.weight.device))[0, -1].float()
+    return float((logits[a[at]] - logits[b[at]]).abs())
+
+
+# ---- training with random weights ----
+
+
+def measure_step(place: Place, method: str, *overrides: str) -> None:
+    """Forward and backward without an optimizer, by tools/training_cost.py in a process of its own."""
+    config = ["llama3_2/1B_full_single_device_layerskip", "dtype=bf16"]
+    rows, length, steps = (1, 16, 1) if place.tiny else (4, 2048, 5)
+    if place.tiny:
+        config = ["quickstart/finetune", *TINY_QUICKSTART]
+    sizes = [f"--batch={rows}", f"--seq-len={length}", f"--steps={steps}", f"--method={method}"]
+    command = [sys.executable, str(ROOT / "tools/training_cost.py"), *config, f"device={place.device}", *overrides]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {"step without optimizer": " ".join([method, *overrides])}
+    if done.returncode:
+        place.record(row | {"failed": (done.stderr.strip() or "killed").splitlines()[-1][:200]})
+        return
+    cost = json.loads(done.stdout.splitlines()[-1])
+    rates = [rows * length / seconds for seconds in cost["seconds"]]
+    place.record(row | {"tokens/s": spread(rates), "peak GiB": cost["peak_gb"]})
+
+
+def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str, Any], flops: float) -> None:
+    """The whole recipe on code of the standard library: speed after two steps, and peak memory.
+
+    Args:
+        flops: operations of a token, as a share of those that the card does in a second.
+    """
+    steps, length = (3, 32) if place.tiny else (7, 2048)
+    data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "seq_len": length}
+    data["split"] = "heldout" if place.tiny else "train"
+    name = " ".join([config, *(f"{key}={'null' if value is None else value}" for key, value in keys.items())])
+    out = place.work / "training" / re.sub(r"\W+", "_", name)
+    sizes = {"max_steps_per_epoch": steps, "log_every_n_steps": 1, "tokenizer": {"max_seq_len": length}}
+    sizes |= {"batch_size": 1, "gradient_accumulation_steps": 2} if place.tiny else {}
+    where = {"model_dir": str(folder), "output_dir": str(out), "dataset": data}
+    recipe = LayerSkipFinetune(place.load(name, config, **where, **sizes, **keys))
+    vars(recipe)["_save"] = lambda *_, **__: None  # nobody needs a checkpoint of random weights
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    log = next(out.glob("logs/*")).read_text()
+    rates = [float(rate) for rate in re.findall(r"tokens_per_second_per_gpu:([\d.]+)", log)][2:]
+    row = {"recipe": name, "tokens/s": spread(rates), "MFU": statistics.median(rates) * flops}
+    row |= {"peak GiB": peak_memory_bytes(place.device) / 2**30, "dtype": recipe.cfg.dtype}
+    row["layers computed again"] = bool(recipe.cfg.checkpoint_every_layers)
+    place.record(row | {"tokens of a batch": recipe.cfg.batch_size * length})
+
+
+def train(place: Place, shape: str) -> None:
+    """Of the 1B a step beside torchtune's and Liger's, then recipes with all weights; of the 8B docs/gpu_8b.md's."""
+    if shape == "1b":
+        measure_step(place, "ours")
+        if not place.tiny:
+            measure_step(place, "ours", "compile=true")
+            for method in ("ours, exits", "ours, dropout", "torchtune", "torchtune, exits", "liger"):
+                measure_step(place, method)
+    plain = {"early_exit_loss": None, "layer_dropout": None}
+    # Operations of a token for each weight: forward 2, gradients of the states 2, of the weights 2.
+    runs: list[tuple[str, int, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {})]
+    if shape == "8b":
+        runs = [("hf/draft", 2, {}), ("hf/lora", 4, {}), ("hf/full", 6, {})]
+    folder = random_model(place, shape, weights=True)
+    sizes = place.shape(shape)
+    heads = sizes["num_attention_heads"] + sizes["num_key_value_heads"]
+    layer = sizes["hidden_size"] * (2 * heads * sizes["head_dim"] + 3 * sizes["intermediate_size"])
+    weights = sizes["num_hidden_layers"] * layer + sizes["vocab_size"] * sizes["hidden_size"]
+    peak, failed = matmul_flops(place), []
+    for config, per_weight, keys in runs:
+        place.free()
+        try:
+            measure_training(place, folder, config, keys, per_weight * weights / peak)
+        except Exception as error:  # such as too little memory; the others are measured
+            failed.append(traceback.format_exc())
+            place.record({"recipe": config, "failed": f"{type(error).__name__}: {error}"[:200]})
+    shutil.rmtree(folder)
+    if failed:
+        raise RuntimeError("\n".join(failed))
+
+
+def finetune(place: Place) -> None:
+    """A real model on commands and their parses, from one exit at a quarter of its depth; then the fastest drafts."""
+    if place.model_dir is None:
+        place.record({"left out": "no --model-dir was given"})
+        return
+    exit_layer = max(1, read_hf_config(place.model_dir).num_hidden_layers // 4)
+    started, out = time.perf_counter(), f"output_dir={place.work / 'finetuned'}"
+    training = [f"early_exit_loss.layers={exit_layer - 1}", f"layers_val={exit_layer - 1}", "save_every_n_steps=null"]
+    training += ["max_steps_per_epoch=2", "dataset_val.count=2"] if place.tiny else ["max_steps_per_epoch=200"]
+    run_recipe(place, "layerskip_finetune", "task/finetune", f"model_dir={place.model_dir.resolve()}", out, *training)
+    place.record({"part": "training", "seconds": time.perf_counter() - started})
+    decoding = ["repeats=1", "max_new_tokens=8", "prompts.count=1", "compile=false"] if place.tiny else ["compile=true"]
+    run_recipe(place, "layerskip_benchmark", "task/benchmark", out, *decoding)
+    for row in json.loads((place.work / "finetuned/benchmark/tune.json").read_text())["results"]:
+        kept = {name: row[key] for name, key in TUNED.items()} | {"exact match": row["metrics"]["exact_match"]}
+        place.record({"part": row["name"], "temperature": row["temperature"], **kept})
+
+
+TUNED = {"tokens/s": "tokens_per_second", "speed-up": "speedup", "acceptance": "acceptance_rate", "same": "identical"}
+STEPS: dict[str, Callable[[Place], None]] = {
+    "environment": environment,
+    "tests": tests,
+    "decode_1b": partial(decode, shape="1b"),
+    "decode_8b": partial(decode, shape="8b"),
+    "batches": batches,
+    "lossless": lossless,
+    "train_1b": partial(train, shape="1b"),
+    "train_8b": partial(train, shape="8b"),
+    "finetune": finetune,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run one step in this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("rows", type=Path, help="the file that gets the rows")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("gpu_report/work"), help="models and runs go there")
+    parser.add_argument("--model-dir", type=Path)
+    args = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    args.work.mkdir(parents=True, exist_ok=True)
+    place = Place(torch.device(args.device), args.tiny, args.work.resolve(), args.model_dir, args.rows.resolve())
+    STEPS[args.step](place)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
