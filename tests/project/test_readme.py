@@ -24,7 +24,15 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import our_configs
 
 # These set up an environment, download from the hub, or run these tests.
-ELSEWHERE = ("python3 -m venv", ". .venv", "pip install", ".venv/bin/", "pre-commit", "tune download")
+ELSEWHERE = (
+    "python3 -m venv",
+    ". .venv",
+    "pip install",
+    ".venv/bin/",
+    "pre-commit",
+    "tune download",
+    "python tools/gpu_wheels",
+)
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
 TO_BE_RUN = {
     line: words
@@ -49,10 +57,12 @@ def header_commands() -> dict[str, list[str]]:
 
 
 TINY = "models/Qwen3-0.6B"
+MADE = ("out", "out_8b", "out_8b_trial")  # folders of runs that the pages decode with, by commands before
 
 
 def at_home(words: list[str], folder: Path) -> list[str]:
-    """The command with the home folder in the workplace."""
+    """The command with the home folder in the workplace, whose one model stands in for larger ones."""
+    words = [word.replace("~/models/Qwen3-8B", f"~/{TINY}") for word in words]
     return [word.replace("~/models", str(folder / "models")) for word in words]
 
 
@@ -76,9 +86,11 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name, content in examples().items():
         (folder / name).write_text(content.replace("~/models", str(folder / "models")))
-    # What the README downloads, and what its first line makes of it.
-    shutil.copytree(model_with_tokenizer("qwen3", folder / TINY, tokenizer_folder), folder / "out" / "epoch_0")
-    (folder / "out" / "epoch_0" / "recipe_state.pt").touch()
+    # What the README downloads, and what trainings make of it.
+    model = model_with_tokenizer("qwen3", folder / TINY, tokenizer_folder)
+    for name in MADE:
+        shutil.copytree(model, folder / name / "epoch_0")
+        (folder / name / "epoch_0" / "recipe_state.pt").touch()
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
@@ -148,8 +160,10 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
         return [*words, "model.num_layers=4", "early_exit_loss.layers=:", *STEPS_OF_COST]
     if words[:2] == ["python", "tools/transformers_speed.py"]:
         return [*words, "--new", "4", "--prompts", "1", "--repeats", "1"]
+    if words[:2] == ["python", "tools/gpu_report.py"]:
+        return [*words, "--list"]  # test_gpu_report.py runs the steps
     if words[:2] != ["tune", "run"]:
-        return words
+        return ["2" if word == "9" else word for word in words]  # an exit of an 8B model
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
     if config.startswith("quickstart/"):
@@ -195,6 +209,8 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
         if "draft" in cfg:
             changes |= {"draft.exit_layer": 1, "output_dir": str(folder / "trained_draft")}
             changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
+        if OmegaConf.select(cfg, "model.lora.quantize_base"):
+            changes["model.lora.quantize_base"] = False  # the tiny model's matrices are too small for 4 bits
         return changes
     if recipe == "layerskip_generate":
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
@@ -249,7 +265,8 @@ def run(workplace):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        shutil.rmtree(workplace / "out")  # the README's first line makes it
+        for name in MADE:
+            shutil.rmtree(workplace / name)
         yield run
 
 
