@@ -45,10 +45,8 @@ def with_values(section: S, values: Mapping[str, Any]) -> S:
     for key, value in values.items():
         name, _, inner = key.partition(".")
         part = getattr(section, name)
-        if isinstance(part, Component):
-            value = part.replace(**{inner: value})
-        elif inner:
-            value = with_values(part, {inner: value})
+        if inner:
+            value = part.replace(**{inner: value}) if isinstance(part, Component) else with_values(part, {inner: value})
         section = section.model_copy(update={name: value})
     return section
 

@@ -141,7 +141,7 @@ class RecipeConfig(Section):
         cfg._chosen = choices.chosen
         cfg._source = copy.deepcopy(self._source)
         for key, value in choices.chosen.items():
-            OmegaConf.update(cfg._source, key, value)
+            OmegaConf.update(cfg._source, key, value.section if isinstance(value, Component) else value, merge=False)
         return cfg
 
     def choose(self, choices: Choices) -> None:

@@ -113,7 +113,8 @@ class FinetuneConfig(RecipeConfig):
 
     optimizer: Annotated[Component, Takes(positional=1)]
     """An optimizer of torch, torchao or bitsandbytes. `lr: null` takes 3e-4 for adapters; for all weights 3e-5 at the
-    width of Llama 2 7B, and in inverse proportion to the width."""
+    width of Llama 2 7B, and in inverse proportion to the width. Where `dtype: null` becomes bf16 for all weights,
+    `StochasticAdamW` takes the place of AdamW."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is there, so that no two gradients exist at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None

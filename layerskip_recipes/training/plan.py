@@ -9,6 +9,7 @@ import torch
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.config.choices import Choices, computes_in_bf16
+from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import machine_memory, token_bytes, training_bytes
@@ -23,6 +24,7 @@ LONGEST = {"cpu": 512}  # tokens of a sample, where time is the limit and not me
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
 ITEMSIZE = {"fp32": 4, "bf16": 2}
+ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
 
 
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
@@ -35,6 +37,10 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     dtype = choices.pick(
         "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
     )
+    if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and cfg.optimizer.path == ADAMW:
+        names = parameter_names(ROUNDING) or set()
+        taken = {name: value for name, value in cfg.optimizer.arguments.items() if name in names}
+        choices.chosen["optimizer"] = Component({"_component_": ROUNDING, **taken}, "optimizer")
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
 
     # Elsewhere null is torchtune's "never truncate".

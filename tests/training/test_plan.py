@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.model.memory import token_bytes, training_bytes
@@ -143,7 +144,12 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    assert chosen("device=cuda")["dtype"] == expected
+    made = chosen("device=cuda")
+    assert made["dtype"] == expected
+    # bf16 needs stochastic rounding, with what it takes of AdamW's arguments.
+    optimizer = made.get("optimizer", Component({"_component_": "torch.optim.AdamW"}))
+    assert optimizer.path.endswith(".StochasticAdamW") is (expected == "bf16") and "fused" not in optimizer.arguments
+    assert made["optimizer.lr"] == 5e-4 and "optimizer" not in chosen("device=cuda", "dtype=bf16")
     assert chosen("device=cuda", name="lora")["dtype"] == "bf16"
     assert chosen("device=cuda", name="draft")["dtype"] == "bf16"
     assert chosen("device=cuda", name="generate")["dtype"] == "bf16"
