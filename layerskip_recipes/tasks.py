@@ -9,10 +9,13 @@ from layerskip_recipes.data.reference_tasks import (
     topv2,
     xsum_summarization,
 )
+from layerskip_recipes.data.standard_library import code_index, code_index_dataset
 
 __all__ = [
     "cnn_dm_language_modeling",
     "cnn_dm_summarization",
+    "code_index",
+    "code_index_dataset",
     "command_dataset",
     "commands",
     "human_eval",

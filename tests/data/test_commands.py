@@ -1,9 +1,11 @@
-"""The commands: their parses, the split, and what a training and a generation get of them."""
+"""Narrow tasks made without a download: commands with their parses, and functions with their index entries."""
 
+import json
 import re
 
 import pytest
 
+from layerskip_recipes.data import standard_library
 from layerskip_recipes.data.commands import PHRASES, TEMPLATES, UNSEEN, VALUES, command_dataset, commands
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
@@ -48,6 +50,21 @@ def test_the_loss_counts_the_parse(tokenizer_folder):
         learned = tokenizer.decode([label for label in sample["labels"] if label != -100])
         assert text == f"<user>{example['prompt']['user']}{learned}"
         assert learned == f"<assistant>{example['response']}"
+
+
+def test_an_index_entry_says_what_a_function_takes_and_calls(monkeypatch):
+    texts = {
+        "train": "def f(a, *, b=1):\n    g(a)\n    return g(b.c(a))\n",
+        "heldout": "class A:\n    @staticmethod\n    def h():\n        'Doc.'\n\n    def long(self):\n"
+        + "        pass\n" * 40,
+    }
+    monkeypatch.setattr(standard_library, "stdlib_texts", lambda split: {"module.py": texts[split]})
+    (train,), (test,) = (standard_library.code_index(split=split) for split in ("train", "test"))
+    assert train["prompt"]["user"].endswith("\n" + texts["train"].rstrip())
+    entry = {"function": "f", "parameters": ["a", "b"], "returns": True, "calls": ["g", "b.c"]}
+    assert json.loads(train["response"]) == entry
+    assert test["prompt"]["user"].endswith("\ndef h():\n    'Doc.'")
+    assert json.loads(test["response"]) == {"function": "h", "parameters": [], "returns": False, "calls": []}
 
 
 def test_bad_arguments():
