@@ -26,11 +26,8 @@ TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
 class Head:
     """g of a decoder, called past the hooks of its modules.
 
-    Use it within the decoder's forward (`on_exit=`), where the parameters that FSDP keeps with the root are whole.
-
-    Args:
-        model: a decoder with `norm` and `output` (a linear layer, a LoRA layer, or tied to the embedding).
-        norm: in place of the model's.
+    Use it within the decoder's forward (`on_exit=`), where the parameters that FSDP keeps with the root are whole. The
+    output is a linear layer, a LoRA layer, or tied to the embedding; `norm` replaces the model's.
 
     Attributes:
         parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.

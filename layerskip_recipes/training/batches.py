@@ -21,14 +21,8 @@ log = utils.get_logger("INFO")
 class TrainingData:
     """The batches of a run: the samples of a step follow from seed, epoch and position alone.
 
-    They are the same for any number of data-parallel ranks, if batch_size x ranks stays.
-
-    Args:
-        mesh: each data-parallel rank takes every n-th sample.
-        seed: of the order; the same on all ranks.
-
-    Raises:
-        ConfigError: if the samples make no step.
+    Each data-parallel rank takes every n-th sample, so a step has the same samples for any number of ranks, as long as
+    batch_size x ranks stays.
     """
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
@@ -50,28 +44,23 @@ class TrainingData:
         check_length(len(self.dataset[0]["tokens"]), cfg.meta_model)
 
     def warn_of_cuts(self, tokens: torch.Tensor) -> None:
-        """Say once that samples are cut: a tokenizer does so silently, perhaps before the answer begins."""
+        """Warn once that samples are cut: tokenizers do so silently, perhaps before the answer begins."""
         if self._warned_of_cuts or self.cut_at is None or tokens.shape[1] < self.cut_at:
             return
         self._warned_of_cuts = True
         log.warning(
-            f"dataset: there are samples of tokenizer.max_seq_len={self.cut_at} tokens or more; what is beyond is cut "
-            "off and not learned"
+            f"dataset: some samples reach tokenizer.max_seq_len={self.cut_at} tokens; what is beyond is cut off, and "
+            "not learned"
         )
 
     def frequent_tokens(self, count: int, most_samples: int = 2048) -> list[int]:
-        """The most frequent tokens, in ascending order.
-
-        Args:
-            count: how many, fewer if the data has fewer.
-            most_samples: so many samples, evenly spread, are counted.
-        """
+        """The `count` most frequent tokens in at most `most_samples` evenly spread samples, in ascending order."""
         samples = range(0, self.num_samples, -(-self.num_samples // most_samples))
         counts = Counter(token for i in samples for token in torch.as_tensor(self.dataset[i]["tokens"]).tolist())
         return sorted(token for token, _ in counts.most_common(count))
 
     def order(self, epoch: int) -> list[int]:
-        """The numbers of the samples of an epoch, in the order of the training, for all ranks."""
+        """The sample numbers of an epoch, in training order, for all ranks."""
         everyone: DistributedSampler = DistributedSampler(
             self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
         )
@@ -93,6 +82,6 @@ class TrainingData:
         )
 
     def samples(self, step: int) -> list[int]:
-        """The numbers of the samples that optimizer step `step` (from 0) takes on all ranks."""
+        """The sample numbers of optimizer step `step` (from 0), for all ranks."""
         epoch, done = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[done * self.samples_per_step : (done + 1) * self.samples_per_step]

@@ -34,13 +34,8 @@ def cross_entropy_(
     """Cross-entropy summed over labels, in one buffer, where autograd would hold four of that size.
 
     CE = log sum_j exp(z_j) - sum_j t_j z_j and dCE/dz = softmax(z) - t, with the target
-    t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better.
-
-    Args:
-        logits: z [n, v]; scale * dCE/dz takes their place.
-        labels: [n].
-        scale: of the gradient; the sum is not scaled.
-        label_smoothing: the part of the target that is spread evenly.
+    t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better. scale * dCE/dz takes the
+    place of the logits z [n, v]; the sum is not scaled.
     """
     label = labels[:, None]
     if torch.compiler.is_compiling():  # the formula as it stands needs two reads and one write of the logits, no buffer
@@ -69,12 +64,7 @@ def cross_entropy_(
 def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """KL(p || q) summed over tokens, of a teacher's p = softmax(teacher) and of q = softmax(z).
 
-    KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p. Computed in fp32 or better.
-
-    Args:
-        logits: z [n, v]; scale * dKL/dz takes their place.
-        teacher: [n, v], not changed.
-        scale: of the gradient; the sum is not scaled.
+    KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p, which times the scale takes the place of the logits z [n, v].
     """
     exact = at_least_fp32(logits)
     log_p, log_q = (scores.log_softmax(-1, dtype=exact) for scores in (teacher, logits))
@@ -92,11 +82,8 @@ def overlap_loss_(
 ) -> torch.Tensor:
     """1 - sum_j min(p_j, q_j) summed over tokens, the rate at which drafts sampled from q are rejected.
 
-    With m_j = 1 where q_j < p_j and else 0, and S = sum_j m_j q_j, the gradient is q_j (S - m_j).
-
-    Args:
-        logits: z [n, v]; scale times the gradient takes their place.
-        target: a teacher's logits [n, v], and None or what another loss is added for, see `token_loss_`.
+    With m_j = 1 where q_j < p_j and else 0, and S = sum_j m_j q_j, the gradient by z_j is q_j (S - m_j). The target is
+    a teacher's logits [n, v], and None or the target of a loss that is added, see `token_loss_`.
     """
     teacher, beside = target
     other = None if beside is None else logits.clone()
@@ -150,27 +137,18 @@ def exit_losses(
     teacher: Teacher | None = None,
     taught: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the exits' losses, whose gradients are taken chunk by chunk in the forward pass.
+    """The weighted sum of the exits' losses, a scalar, and the mean loss of each exit, detached.
 
-    The head computes in the precision of the hidden states, or that of autocast; gradients add up in fp32.
-
-    The weights are known beforehand, so each chunk's gradient is final as soon as its logits exist: one accumulator
-    serves the head for all exits, and each exit keeps a gradient of its hidden state's size.
+    The gradients are taken chunk by chunk in the forward pass. The weights are known beforehand, so each chunk's
+    gradient is final as soon as its logits exist: one accumulator serves the head for all exits, and each exit keeps a
+    gradient of its hidden state's size. The head computes in the precision of the hidden states, or that of autocast;
+    gradients add up in fp32.
 
     Args:
         head: g, within the forward of its decoder.
         hidden: x_E [b, s, d] of each exit.
-        weights: of each exit.
-        labels: [b * s].
-        counted: [n], the indices of the labels with a loss. Only these rows get logits.
-        chunk_loss: from logits [n, v], labels [n] or the teacher's answer, and a scale the sum of the losses, with the
-            gradient of scale * sum in place of the logits.
-        chunk_tokens: the most rows whose logits exist at a time; None: as many as are fast on the device.
-        teacher: what some exits learn instead of the labels: of rows of [b * s] the logits [n, v], or tokens [n].
-        taught: how many exits have the teacher, the first ones.
-
-    Returns:
-        The weighted sum, a scalar, and the mean loss of each exit, detached.
+        labels: [b * s], and `counted` [n] the indices of those with a loss. Only these rows get logits.
+        teacher: from rows of [b * s] the target of the first `taught` exits, in place of the labels.
     """
     return _ExitLosses.apply(
         chunk_loss,
@@ -257,11 +235,8 @@ def _loss_and_gradient(
     scale: torch.Tensor,
     buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one chunk x [n, d], and the gradient of scale * loss by x.
-
-    The gradient by the head's leaves is added to `sums`, which has None for the frozen ones. `buffer` [n or more, v] is
-    for the logits of a head that is a plain matrix.
-    """
+    """The loss of one chunk x [n, d], and the gradient of scale * loss by x. The gradient by the head's leaves is added
+    to `sums`, None for frozen ones."""
     x = x.detach().requires_grad_()
     h = head.normed(x)
     matrix = head.matrix
@@ -285,10 +260,9 @@ def _loss_and_gradient(
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [v, d] += a [v, n] b [n, d], of a and b in one dtype and the total in the same or in fp32.
+    """total [v, d] += a [v, n] b [n, d], in the dtype of a and b or in fp32.
 
-    A GPU adds up in one pass over the total; where torch cannot (before 2.8, and on a CPU) the product is rounded to
-    the dtype of a and b first.
+    A GPU adds up in one pass; before torch 2.8, and on a CPU, the product is first rounded to the dtype of a and b.
     """
     if total.dtype == b.dtype:
         total.addmm_(a, b)

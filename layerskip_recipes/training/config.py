@@ -131,7 +131,7 @@ class FinetuneConfig(RecipeConfig):
     ac_mode: Literal["full", "selective"] | None = None
     """`full` checkpoints every layer, `selective` each `ac_option`-th."""
     ac_option: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Every how many layers one is checkpointed, with `ac_mode: selective`."""
+    """Every how many layers one is checkpointed, with `ac_mode: selective`; null is 2."""
     enable_activation_offloading: Flag = False
     """Keep the checkpointed layers' inputs in the memory of the CPU; needs a GPU."""
 
@@ -255,8 +255,7 @@ class FinetuneConfig(RecipeConfig):
     def checkpoint_every_layers(self) -> int:
         """Every how many layers one's activations are computed again, 0 for none; torchtune has two ways to ask."""
         if self.ac_mode == "selective":
-            assert self.ac_option is not None
-            return self.ac_option
+            return self.ac_option or 2
         return int(self.ac_mode == "full" or self.enable_activation_checkpointing)
 
     @property
@@ -267,76 +266,47 @@ class FinetuneConfig(RecipeConfig):
     # ---- rules about several keys ----
 
     def check_together(self) -> Iterator[str]:
-        if self.checkpointer.get("output_dir", self.output_dir) != self.output_dir:
+        if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
             yield (
-                f"checkpointer.output_dir: {self.checkpointer.get('output_dir')!r} is not output_dir. Checkpoints go "
-                "there: checkpointer.output_dir=${output_dir}"
+                "enable_activation_offloading: True needs every layer checkpointed, since it would also copy the "
+                "weights of the other layers; for example enable_activation_checkpointing=true ac_mode=null"
             )
-        yield from mistakes_of(self._check_activations)
-        yield from mistakes_of(self._check_optimizer)
-        yield from mistakes_of(check_lora_arguments, self.model)
-        yield from mistakes_of(self._check_adapters)
-        yield from mistakes_of(check_checkpointer, self, trains=True)
-        yield from mistakes_of(self._check_start)
-        yield from mistakes_of(self._check_sharded_layers)
-        yield from mistakes_of(self._check_draft)
-        yield from mistakes_of(self._check_sections)
+        for rule in (
+            self._check_optimizer,
+            self._check_adapters,
+            self._check_checkpointer,
+            self._check_sharded_layers,
+            self._check_draft,
+            self._check_sections,
+        ):
+            yield from mistakes_of(rule)
+
+    def _check_optimizer(self) -> None:
+        """Optimizer and schedule may refuse their arguments, so both are built once for a single number."""
+        beside = {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "clip_grad_norm": self.clip_grad_norm is not None,
+            # Its gradients may still be on their way when the optimizer steps (pytorch 180666).
+            "fsdp_cpu_offload": self.fsdp_cpu_offload,
+        }
+        for key in (key for key, given in beside.items() if given and self.optimizer_in_bwd):
+            off = {"gradient_accumulation_steps": 1, "clip_grad_norm": "null"}.get(key, "false")
+            raise ConfigError(
+                f"{key}: {getattr(self, key)} does not go with optimizer_in_bwd, which steps at each backward. Set "
+                f"{key}={off} or optimizer_in_bwd=false"
+            )
+        optimizer = self.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
 
     def _check_adapters(self) -> None:
+        check_lora_arguments(self.model)
         safe = self.checkpointer.get("safe_serialization") is not False
         adapters_only = self.save_adapter_weights_only
         check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
         if packs_weights(self.model):
             check_nf4(self.meta_model, num_processes(), any_size=is_hf_decoder(self.meta_model))
-
-    def _check_sections(self) -> None:
-        """Layers and exits must be the model's."""
-        assert self.validated_exits
-        if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
-            raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
-        self.build_layer_dropout()
-        self.exit_loss.enabled(self.num_layers, 0, 1)
-
-    def _check_activations(self) -> None:
-        if self.ac_mode == "selective" and self.ac_option is None:
-            raise ConfigError("ac_option: missing with ac_mode=selective; for example ac_option=2 (each second layer)")
-        if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
-            raise ConfigError(
-                "enable_activation_offloading: True needs every layer checkpointed, since it would also copy the "
-                "weights of the other layers; for example enable_activation_checkpointing=true ac_mode=null"
-            )
-
-    def _check_optimizer(self) -> None:
-        """Optimizer and schedule may refuse their arguments, so both are built once for a single number."""
-        if self.optimizer_in_bwd and self.gradient_accumulation_steps > 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not go with optimizer_in_bwd, "
-                "which steps at each backward. Set gradient_accumulation_steps=1 or optimizer_in_bwd=false"
-            )
-        if self.optimizer_in_bwd and self.clip_grad_norm is not None:
-            raise ConfigError(
-                f"clip_grad_norm: {self.clip_grad_norm} does not go with optimizer_in_bwd. Set clip_grad_norm=null"
-            )
-        if self.optimizer_in_bwd and self.fsdp_cpu_offload:
-            raise ConfigError(
-                "optimizer_in_bwd: True does not go with fsdp_cpu_offload, whose gradients may still be on their way "
-                "when it steps (pytorch 180666), and which keeps them off the GPU already. Set optimizer_in_bwd=false"
-            )
-        if "lr" in self.optimizer.arguments:
-            check("optimizer.lr", self.optimizer.get("lr"), Annotated[float, Field(ge=0, examples=["2e-5"])])
-        optimizer = self.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
-
-    def _check_start(self) -> None:
-        """Rules about the weights that a run starts with."""
-        from_scratch = starts_from_scratch(self.checkpointer)
-        if self.init_std is not None and not from_scratch:
-            raise ConfigError(
-                f"init_std: {self.init_std} does nothing where weights are loaded; ~init_std, or train from scratch: "
-                "checkpointer._component_=layerskip_recipes.checkpoint.scratch_checkpointer"
-            )
-        if adapter_names(self.meta_model) and from_scratch:
+        if adapter_names(self.meta_model) and starts_from_scratch(self.checkpointer):
             raise ConfigError(
                 f"checkpointer.checkpoint_files: missing, and the adapters of {self.model.path} need weights; "
                 "for example [model.safetensors]"
@@ -346,18 +316,25 @@ class FinetuneConfig(RecipeConfig):
                 "optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false"
             )
 
+    def _check_checkpointer(self) -> None:
+        check_checkpointer(self, trains=True)
+
+    def _check_sections(self) -> None:
+        """Layers and exits must be the model's."""
+        assert self.validated_exits
+        if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
+            raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
+        self.build_layer_dropout()
+        self.exit_loss.enabled(self.num_layers, 0, 1)
+
     def _check_draft(self) -> None:
-        """Rules about a draft, beside which the model is not trained."""
+        """A draft is trained beside a model that stays as it is."""
         if self.draft is None:
             return
         self.draft.check_against(self.meta_model)
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 raise ConfigError(f"{key}: does nothing beside draft, where the model stays as it is. Set {key}=null")
-        if self.model.get("layer_dropout") is not None:
-            raise ConfigError("model.layer_dropout: does nothing beside draft. Set model.layer_dropout=null")
-        if self.exit_loss.label_smoothing:
-            raise ConfigError("loss.label_smoothing: does nothing beside draft. Set loss.label_smoothing=0")
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             raise ConfigError(
@@ -369,19 +346,13 @@ class FinetuneConfig(RecipeConfig):
                 f"tensor_parallel_dim: {self.tensor_parallel_dim} does not go with draft; FSDP shards it: "
                 "tensor_parallel_dim=null"
             )
-        if self.draft.own_text and self.fsdp_cpu_offload:
-            raise ConfigError(
-                f"draft.own_text: {self.draft.own_text} needs the model's weights on the device; draft.own_text=0 or "
-                "fsdp_cpu_offload=false"
-            )
 
     def _check_sharded_layers(self) -> None:
         """FSDP gathers in a forward, which a list of layers lacks. torchtune's configs name a tied head too."""
         modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
-        for name in self.custom_sharded_layers or ():
-            if name not in modules:
-                raise ConfigError(
-                    f"custom_sharded_layers: {name!r} is no module of the model. "
-                    f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
-                    "custom_sharded_layers=[tok_embeddings,output]"
-                )
+        for name in (name for name in self.custom_sharded_layers or () if name not in modules):
+            raise ConfigError(
+                f"custom_sharded_layers: {name!r} is no module of the model. "
+                f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
+                "custom_sharded_layers=[tok_embeddings,output]"
+            )

@@ -37,16 +37,10 @@ def build_model(
     trained: Weights | None,
     seed: int,
 ) -> tuple[LayerSkipDecoder, Draft | None]:
-    """The model of a config with its weights, compiled, checkpointed and sharded as the config says, ready to train;
-    and the draft that is trained for it, if there is one.
+    """The model of a config, and the draft that is trained for it, if there is one: compiled, checkpointed, sharded.
 
-    Args:
-        weights: on rank 0 the state_dict of the plain model; None on all ranks: from scratch.
-        trained: on rank 0 that of the adapters or of the draft; None: fresh ones.
-        seed: of fresh adapters.
-
-    Raises:
-        ConfigError: on rank 0, if the weights are not this model's.
+    Rank 0 has the state_dict of the plain model (`weights`; None trains from scratch), and of its adapters or its draft
+    (`trained`; None makes fresh ones, adapters by the seed).
     """
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
@@ -99,11 +93,8 @@ def _place(
 def fresh_draft(draft: Draft, base: Weights) -> Weights:
     """The first weights of a draft: those of the model's layers from `draft.start` on, and of its norm.
 
-    An adapter's first layer begins with the sum of the two states that it joins. Random layers had learned as much
-    after twice as many tokens.
-
-    Args:
-        base: the model's state_dict.
+    An adapter's first layer begins with the sum of the two states that it joins. Random layers needed twice as many
+    tokens to learn as much.
     """
     of_layer = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?")
 
@@ -118,10 +109,8 @@ def fresh_draft(draft: Draft, base: Weights) -> Weights:
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of the adapters, by the names of checkpoints; empty for a model without any.
 
-    They are the parameters themselves: a state_dict would unpack NF4 weights, and copy all with low_cpu_ram.
-
-    Args:
-        meta: the same model before it was sharded or wrapped.
+    They are the parameters themselves: a state_dict would unpack NF4 weights, and copy all with low_cpu_ram. `meta` is
+    the model before it was sharded or wrapped.
     """
     names = set(adapter_names(meta))
     return {name: p.detach() for n, p in model.named_parameters() if (name := clean_name(n)) in names}
@@ -130,12 +119,8 @@ def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Ten
 def checkpoint_contents(
     model: nn.Module, meta: nn.Module, device: torch.device, adapters_only: bool = False
 ) -> dict[str, Any]:
-    """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks.
-
-    Args:
-        meta: the same model before it was sharded or wrapped.
-        adapters_only: leave out the merged model.
-    """
+    """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks. `adapters_only` leaves
+    out the merged model."""
     adapters = adapter_names(meta)
     names = set(meta.state_dict())
     biases = any(name.endswith(".magnitude") and name.replace(".magnitude", ".bias") in names for name in adapters)

@@ -24,13 +24,8 @@ log = get_logger("INFO")
 
 
 class Optimizers:
-    """The optimizer of a config or, with `optimizer_in_bwd`, one for each parameter; and the lr schedule.
-
-    Args:
-        state: of `state_dict`, on rank 0; None for a start.
-        steps: optimizer steps in all.
-        done: steps before this run.
-    """
+    """The optimizer of a config or, with `optimizer_in_bwd`, one for each parameter; and the learning rate schedule
+    over `steps` steps, of which `done` lie before this run. `state` is that of `state_dict`, on rank 0."""
 
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
@@ -88,15 +83,11 @@ class Optimizers:
         }
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True, never_stepped: Sequence[str] = ()) -> None:
-        """Take up the state of `state_dict`, from any number of ranks. On all ranks.
+        """Load the state of `state_dict`, from any number of ranks: whole tensors on rank 0, or this rank's shards.
 
-        Learning rate, weight decay and the like stay those of the config.
-
-        Args:
-            state: whole tensors on rank 0, or this rank's shards.
-            whole: whether they are whole tensors.
-            never_stepped: for shards, the parameters without a state, since their layers were dropped in each step so
-                far. In whole tensors such parameters are missing.
+        Learning rate, weight decay and the like stay those of the config. `never_stepped` names the parameters without
+        a state in shards, since layer dropout skipped their layers in each step so far; in whole tensors they are
+        missing.
         """
         learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
         if not learned:  # SGD without momentum has no state, and torch does not load an empty one
@@ -131,10 +122,8 @@ class Optimizers:
                 one.state.pop(trained[name], None)
 
     def _load_in_one_process(self, states: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
-        """`load_state_dict` in one process: each optimizer reads its own state, on any device.
-
-        torch's function wants all of it on one device, and bitsandbytes pages a part of it.
-        """
+        """`load_state_dict` in one process: torch's function wants all of the state on one device, and bitsandbytes
+        pages a part of it."""
         names = {parameter: name for name, parameter in trained.items()}
         for one in self.all:
             own = one.state_dict()["param_groups"]

@@ -54,14 +54,8 @@ log = utils.get_logger("INFO")
 
 
 class LayerSkipFinetune:
-    """Trains the weights of a torchtune model, or its adapters, with layer dropout and early-exit loss.
-
-    Args:
-        source: the merged config, see `FinetuneConfig`; all of it is checked here.
-
-    Raises:
-        ConfigError: for a wrong setting, before anything is loaded or written.
-    """
+    """Trains the weights of a torchtune model, its adapters or a draft. The config is checked before anything is loaded
+    or written."""
 
     def __init__(self, source: DictConfig) -> None:
         self.cfg = cfg = FinetuneConfig.load(source)
@@ -318,11 +312,7 @@ class LayerSkipFinetune:
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Stop before weights become NaN (an optimizer in backward has moved them already), and warn once of a step
-        that learns nothing. This is the only synchronisation of a step.
-
-        Raises:
-            ConfigError: with the step and the samples of its batch.
-        """
+        that learns nothing. This is the only synchronisation of a step."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True

@@ -39,7 +39,6 @@ FREE_SETTINGS = {
     "draft": ("chunk_tokens", "keep_states"),
     "loss": ("num_output_chunks",),
 }
-TYPED = ("layer_dropout", "early_exit_loss", "draft")  # sections whose keys have defaults of ours
 STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
 
@@ -163,12 +162,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ConfigError that names the change, if a resumed run would not be the same run."""
     before = _without_free_settings(before)
     for key, value in now.items():
-        noted = before.get(key, value)  # an earlier version did not note all of them
-        # Nor what a config left at its default.
-        if noted is None and key in FinetuneConfig.model_fields:
-            noted = FinetuneConfig.model_fields[key].default
-        elif key in TYPED and isinstance(noted, dict) and isinstance(value, dict):
-            noted = value | noted
+        noted = before.get(key)
         if key == STEPS:
             if noted != value and is_rank_zero():
                 log.warning(

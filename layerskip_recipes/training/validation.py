@@ -24,8 +24,8 @@ log = utils.get_logger("INFO")
 
 
 class PadToRanks(Dataset):
-    """A dataset that `ranks` processes can share evenly, so that all of them run the same number of batches: behind its
-    samples the first ones come again, without labels, which do not count."""
+    """A dataset padded to a multiple of `ranks`, so that all processes run the same number of batches. The padding
+    repeats the first samples with masked labels, which do not count."""
 
     def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset
@@ -43,13 +43,7 @@ class PadToRanks(Dataset):
 
 
 class Validation:
-    """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start.
-
-    Each data-parallel rank measures a part of the data.
-
-    Raises:
-        ConfigError: if there are fewer samples than data-parallel ranks, or they are longer than the model allows.
-    """
+    """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start."""
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
@@ -82,13 +76,8 @@ class Validation:
     def measure(
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
-        """Quality of each exit, or of the draft; a warning if the last layer became worse by the margin.
-
-        Returns:
-            val_loss_exit_<E>, val_perplexity_exit_<E>, val_agreement_exit_<E>, and val_loss_final. Of a draft
-            val_agreement_draft, val_accepted_length_draft, the tokens accepted of six, and, if it chooses among all
-            tokens, val_loss_draft.
-        """
+        """Quality of each exit, or of the draft, by the names of the log; warns if the last layer got worse by the
+        margin."""
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
         quality = quality_in_training(model, some, self.exits, device, self.mesh, key="dataset_val", draft=draft)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import MODEL, finetune_config, make_checkpoint
+from helpers.configs import finetune_config, make_checkpoint
 from helpers.resuming import keep_only
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
@@ -341,11 +341,6 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
         ),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
         (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),
-        (["draft.own_text=0.5", "fsdp_cpu_offload=true"], "draft.own_text: 0.5 needs the model's weights "),
-        (
-            ["loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}"],
-            "loss.label_smoothing: does nothing beside draft. ",
-        ),
         (["checkpointer.checkpoint_files=[]"], "draft: needs a model that stays as it is, and this one has no weights"),
     ],
 )  # fmt: skip
@@ -355,13 +350,6 @@ def test_mistakes(overrides, message, tmp_path, tokenizer_folder):
         train(path, *overrides)
     assert str(e.value).startswith(message)
     assert "\n" not in str(e.value)
-
-
-def test_dropout_in_the_model_section_is_refused(tmp_path, tokenizer_folder):
-    dropping = {"_component_": "layerskip_recipes.layerskip_decoder", "layer_dropout": {"prob": 0.1}, "base": MODEL}
-    path = draft_config(tmp_path, tokenizer_folder, model=dropping)
-    with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does nothing beside draft"):
-        train(path)
 
 
 def test_a_draft_is_a_part_of_the_model_at_first():

@@ -11,9 +11,7 @@ from helpers.training import losses, train
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
-from layerskip_recipes.training.run_log import check_resumable, run_fingerprint
 
 
 def test_another_end_is_said(tmp_path, tokenizer_folder, caplog):
@@ -75,20 +73,6 @@ def test_what_saves_memory_may_change_and_defaults_be_spelt_out(tmp_path, tokeni
     smaller = ["early_exit_loss.chunk_tokens=16", "loss.num_output_chunks=16"]
     defaults = ["shuffle=true", "layer_dropout.schedule=constant"]
     assert train(path, "resume_from_checkpoint=true", "epochs=2", *smaller, *defaults).step == 4
-
-
-def test_a_state_of_an_earlier_version_is_resumed(stopped):
-    """That noted only what its config named."""
-    cfg = FinetuneConfig.load(load_config(str(stopped)))
-    recipe = LayerSkipFinetune(load_config(str(stopped)))
-    recipe.setup()
-    now = run_fingerprint(cfg, recipe.data, None)
-    named = cfg.model_dump(include=set(now), exclude_unset=True)
-    before = now | {key: named.get(key) for key in ("shuffle", "optimizer_in_bwd", "layer_dropout", "early_exit_loss")}
-    assert before["shuffle"] is None and before["layer_dropout"] != now["layer_dropout"]
-    check_resumable(before, now)
-    with pytest.raises(ValueError, match=r"shuffle was True and is False"):
-        check_resumable(before, now | {"shuffle": False})
 
 
 def test_a_refused_resume_leaves_the_runs_config(stopped):

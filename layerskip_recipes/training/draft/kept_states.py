@@ -33,14 +33,8 @@ class KeptStates:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two states of each token, [b, s, d]; 0 behind the last label of a row that counts.
 
-        Args:
-            tokens: [b, s].
-            counted: [b, s], which labels count.
-            compute: the states of the rows with these numbers.
-            inputs: of the model. Where several texts are packed into a row there is input_pos, which tells the mask.
-
-        Raises:
-            ConfigError: if the disk is full, or the mask is not that of the texts.
+        `compute` computes the states of some rows. `inputs` are the model's: where several texts are packed into a row,
+        input_pos tells the mask.
         """
         positions = inputs.get("input_pos")
         if inputs.get("mask") is not None and positions is None:

@@ -74,14 +74,11 @@ class DraftSection(Section):
 
 
 class DraftLoss:
-    """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q, both of the same head.
+    """The loss of a draft, in place of `EarlyExitLoss`: KL(p || q) of the last layer's distribution p and the draft's
+    q, both of the same head, or another target.
 
-    It takes the place of `EarlyExitLoss`. Only the logits of one chunk of tokens exist at a time.
-
-    Args:
-        draft: as it is trained, which may be sharded. If it chooses among a part of the tokens, p is renormalised over
-            this part.
-        kept: holds the model's states for further epochs.
+    If the draft has a vocabulary of its own, p is renormalised over it. `kept` holds the model's states for later
+    epochs.
     """
 
     def __init__(self, section: DraftSection, draft: Draft, kept: KeptStates | None = None) -> None:
@@ -101,15 +98,8 @@ class DraftLoss:
         counted: torch.Tensor,
         **inputs: Any,
     ) -> torch.Tensor:
-        """The mean loss over the tokens whose labels count.
-
-        Args:
-            model: the frozen decoder, in eval mode.
-            tokens: [b, s].
-            labels: [b, s], already shifted; which of them count matters, and not what they are.
-            counted: [n], the indices in labels.flatten() of those that count.
-            **inputs: mask, input_pos, ... of the decoder.
-        """
+        """The mean loss over the tokens whose labels [b, s], already shifted, count; `counted` [n] has their indices in
+        labels.flatten()."""
 
         def states_of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             some = on_device(rows, tokens.device)

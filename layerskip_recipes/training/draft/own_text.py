@@ -1,6 +1,6 @@
-"""OwnText: continuations that the model itself writes, in place of a part of a draft's training batches.
+"""OwnText: continuations by the model itself, in place of a part of a draft's training batches.
 
-A draft is accepted where it says what the model says, and the model says other things than its data.
+Acceptance is measured on the model's own text, which differs from its data.
 """
 
 import json
@@ -24,19 +24,11 @@ ROWS = 64  # texts that are written together
 
 
 class OwnText:
-    """Batches of the model's own text, written when they are needed and kept in a file.
+    """Batches of the model's own text, written when they are needed and kept in a file, a JSON line for each text.
 
-    The texts follow from the seed, their number, and how many are decoded at a time, which memory limits. A resumed run
-    reads the file. All ranks write the same ones together, since each has a part of the model, and take their parts of
-    each batch.
-
-    Args:
-        share: of the micro-batches that are own text.
-        temperature: of the texts.
-        data: whose samples the texts begin like: with the part without labels, or else with the first quarter.
-        stop_tokens: that end a text.
-        file: where the texts are kept, a JSON line for each.
-        resumes: go on with the texts of the file.
+    The texts follow from the seed, their number, and how many are decoded at a time, which memory limits. They begin
+    like samples of `data`: with the part without labels, or else with the first quarter. All ranks write them together,
+    since each has a part of the model, and take their parts of each batch. A run that `resumes` reads the file.
     """
 
     def __init__(
@@ -52,12 +44,7 @@ class OwnText:
         self.order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(data.seed)).tolist()
 
     def batch(self, number: int, model: LayerSkipDecoder) -> dict[str, torch.Tensor] | None:
-        """The own text in place of a micro-batch of data; None where the data stays.
-
-        Args:
-            number: of the micro-batch, from its epoch's first on.
-            model: writes the texts that are still missing.
-        """
+        """The own text in place of micro-batch `number` of an epoch; None where the data stays."""
         before, after = int(number * self.share), int((number + 1) * self.share)
         if before == after:
             return None
