@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
+from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.checkpointers import (
     build_checkpointer,
@@ -56,6 +57,7 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.config import FinetuneConfig
 
+log = get_logger("INFO")
 STAGING = ".incomplete"
 REPLACED = "replaced_"
 SHARDED = ".metadata"  # a file that only checkpoints of shards have
@@ -312,6 +314,19 @@ def find_checkpoint(output_dir: Path) -> Path:
                 f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
             )
     return from_rank_zero(found)
+
+
+def check_earlier_runs(output_dir: Path, keep: int | None) -> None:
+    """Raises a ConfigError if a run that starts anew and keeps `keep` checkpoints would delete an earlier run's."""
+    there = ", ".join(folder.name for folder in complete_checkpoints(output_dir))
+    if there and keep:
+        raise ConfigError(
+            f"keep_last_n_checkpoints: {keep} would throw away an earlier run's checkpoints under output_dir "
+            f"{str(output_dir)!r}, {there}. Allowed: another output_dir, or to go on with that run: "
+            "resume_from_checkpoint=true"
+        )
+    if there:
+        log.warning(f"{output_dir} has checkpoints of an earlier run, {there}: those of the same name will be replaced")
 
 
 def check_shared(folder: Path) -> None:

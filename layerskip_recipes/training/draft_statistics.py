@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import from_every_rank
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
@@ -53,6 +55,25 @@ class DraftStatistics:
         """The label tokens so far, the most frequent first; on all ranks."""
         counts, tokens = self.state_dict()["label_counts"].sort(descending=True, stable=True)
         return tokens[counts > 0][:MOST_TOKENS].tolist()
+
+    def describe_exits(
+        self, cfg: FinetuneConfig, model: LayerSkipDecoder, exits: Sequence[int], steps: int
+    ) -> dict[str, Any]:
+        """The content of layerskip.json for a model with trained exits; on all ranks."""
+        loss, base, vocabulary = cfg.exit_loss, cfg.given_folder, self.vocabulary()
+        return {
+            "num_layers": cfg.num_layers,
+            "exits": exits,
+            "curriculum": loss.curriculum,
+            "interval": loss.interval if loss.curriculum == "rotational" else None,
+            "scale": loss.scale,
+            "scale_fn": loss.scale_fn,
+            "layer_dropout": dict(cfg.layer_dropout) if cfg.layer_dropout else cfg.model.get("layer_dropout"),
+            "steps": steps,
+            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
+            "vocabulary": vocabulary,
+            "measured": self.measure(model, exits, vocabulary),
+        }
 
     def measure(
         self, model: LayerSkipDecoder, exits: Sequence[int], vocabulary: Sequence[int], draft: Draft | None = None

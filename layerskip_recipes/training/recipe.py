@@ -37,7 +37,7 @@ from layerskip_recipes.processes import (
     wait_for_all,
 )
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import Checkpoints, find_checkpoint
+from layerskip_recipes.training.checkpoints import Checkpoints, check_earlier_runs, find_checkpoint
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
@@ -73,27 +73,12 @@ class LayerSkipFinetune:
             check_folder("output_dir", self.output_dir)
             if not cfg.resume_from_checkpoint:
                 check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
-                self._check_other_runs()
+                check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         common_utils._use_low_cpu_ram = cfg.low_cpu_ram  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # Each rank's generators are seeded differently. Draws that all ranks make alike are seeded by rank 0's seed.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
-
-    def _check_other_runs(self) -> None:
-        """Raises a ConfigError if a run that starts anew would delete an earlier run's checkpoints."""
-        there = ", ".join(folder.name for folder in complete_checkpoints(self.output_dir))
-        if there and self.cfg.keep_last_n_checkpoints:
-            raise ConfigError(
-                f"keep_last_n_checkpoints: {self.cfg.keep_last_n_checkpoints} would throw away an earlier run's "
-                f"checkpoints under output_dir {self.cfg.output_dir!r}, {there}. Allowed: another output_dir, or to go "
-                "on with that run: resume_from_checkpoint=true"
-            )
-        if there:
-            log.warning(
-                f"{self.cfg.output_dir} has checkpoints of an earlier run, {there}: those of the same name will be "
-                "replaced"
-            )
 
     def setup(self) -> None:
         """Everything that training needs: data first, since a mistake there costs no loaded weights."""
@@ -220,36 +205,17 @@ class LayerSkipFinetune:
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step. The exits are chosen once, the dropout is drawn for each micro-batch."""
         started = time.perf_counter()
-        dropout, in_backward = self.model.layer_dropout, self.optimizers.in_backward
+        dropout = self.model.layer_dropout
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
-        tokens, total, per_exit = 0, torch.zeros((), device=self.device), dict[int, Any]()
-        for part in range(self.cfg.gradient_accumulation_steps):
-            batch = next(batches)
-            if self.own_text is not None:
-                number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
-                batch = self.own_text.batch(number, self.model) or batch
-            count, loss, exits = self._forward(batch)
-            # Each micro-batch weighs by its tokens, and the sum is divided by all tokens before the optimizer's step.
-            # An optimizer in backward steps at once: its only micro-batch weighs by this rank's part of all tokens,
-            # since FSDP averages the gradients of the ranks.
-            weight: Any = count
-            if in_backward:
-                of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
-                weight = self.mesh.data_size * count / of_all
-            if loss.requires_grad:
-                (loss * weight).backward()
-            else:  # all layers with adapters are dropped
-                reshard(self.model)
-            tokens += count
-            total = total + loss.detach() * count
-            per_exit = {e: per_exit.get(e, 0.0) + value * count for e, value in exits.items()}
-        summands = [torch.tensor(float(tokens), device=self.device), total, *per_exit.values()]
-        sums = self.mesh.sum(torch.stack(summands))
+        tokens, losses = self._backward(batches)
+        sums = self.mesh.sum(torch.stack([torch.tensor(float(tokens), device=self.device), *losses.values()]))
         of_all = sums[0].clamp(min=1)  # a step without a single label that counts changes nothing
+
+        # The mean over the tokens of all micro-batches and ranks, then clipping. An optimizer in backward has stepped.
         metrics: dict[str, Any] = {}
         norm = torch.zeros((), device=self.device)
-        if not in_backward:
+        if not self.optimizers.in_backward:
             training.scale_grads(self.learner, self.mesh.data_size / of_all)
             clip = self.cfg.clip_grad_norm
             norm = clip_gradients(self.learner, math.inf if clip is None else float(clip))
@@ -259,18 +225,44 @@ class LayerSkipFinetune:
         self.optimizers.step()
         self.step += 1
         self.profiler.step()
-        self.losses.add(["loss", *(f"loss_exit_{e}" for e in per_exit)], sums[1:] / of_all)
+
+        self.losses.add(list(losses), sums[1:] / of_all)
         if self.step % self.cfg.log_every_n_steps == 0:
             means = self.losses.take()
-            metrics["loss"] = means.pop("loss")
-            if means:
+            if len(means) > 1:
                 metrics["loss_final"] = means[f"loss_exit_{self.cfg.num_layers}"]
-                metrics |= means
                 metrics["layer_dropout_rate"] = dropout.max_rate if dropout else 0.0
             # Tensor-parallel ranks see the same samples: count them once.
             speed = tokens / self.mesh.tensor / (time.perf_counter() - started)
-            metrics["tokens_per_second_per_gpu"] = speed
-            self._log(metrics)
+            self._log(metrics | means | {"tokens_per_second_per_gpu": speed})
+
+    def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
+        """The gradients of a step's micro-batches, each weighed by its labels.
+
+        Returns:
+            This rank's number of labels that count, and the sums of its losses by name, "loss" first.
+        """
+        tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
+        for part in range(self.cfg.gradient_accumulation_steps):
+            batch = next(batches)
+            if self.own_text is not None:
+                number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
+                batch = self.own_text.batch(number, self.model) or batch
+            count, loss, exits = self._forward(batch)
+            # An optimizer in backward steps at once: its only micro-batch weighs by this rank's share of tokens:
+            # FSDP averages the ranks' gradients.
+            weight: Any = count
+            if self.optimizers.in_backward:
+                of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
+                weight = self.mesh.data_size * count / of_all
+            if loss.requires_grad:
+                (loss * weight).backward()
+            else:  # all layers with adapters are dropped
+                reshard(self.model)
+            tokens += count
+            for name, value in {"loss": loss.detach(), **{f"loss_exit_{e}": x for e, x in exits.items()}}.items():
+                losses[name] = losses.get(name, 0.0) + value * count
+        return tokens, losses
 
     def _forward(self, batch: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
         """The loss of a micro-batch: the number of labels that count, J, and the loss of each exit."""
@@ -359,28 +351,14 @@ class LayerSkipFinetune:
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
     def _description(self) -> dict[str, Any]:
-        """The content of layerskip.json: which exits are trained, or which draft, and how."""
+        """The content of layerskip.json: which exits are trained, or which draft, and how. On all ranks."""
         with self._computing():
             if isinstance(self.loss, DraftLoss):
                 measured = self.draft_statistics.measure(self.model, [], [], self.draft)
                 return describe(self.loss.draft, self.base, self.step, self.loss.section.target, measured)
-            exits = self.loss.trained(self.cfg.num_layers, self.step, self.total_steps)
-            vocabulary = self.draft_statistics.vocabulary()
-            measured = self.draft_statistics.measure(self.model, exits, vocabulary)
-        cfg, loss, base = self.cfg, self.loss, self.cfg.given_folder
-        return {
-            "num_layers": cfg.num_layers,
-            "exits": exits,
-            "curriculum": loss.curriculum,
-            "interval": loss.interval if loss.curriculum == "rotational" else None,
-            "scale": loss.scale,
-            "scale_fn": loss.scale_fn,
-            "layer_dropout": dict(cfg.layer_dropout) if cfg.layer_dropout else cfg.model.get("layer_dropout"),
-            "steps": self.step,
-            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
-            "vocabulary": vocabulary,
-            "measured": measured,
-        }
+            return self.draft_statistics.describe_exits(
+                self.cfg, self.model, self.loss.trained(self.cfg.num_layers, self.step, self.total_steps), self.step
+            )
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the weights that are trained, to be written or filled in place."""

@@ -195,7 +195,7 @@ def test_all_mistakes_are_reported_at_once(layerskip):
     together = [
         "dtype=bf16",
         "compute_dtype=bf16",
-        "ac_mode=selective",
+        "ac_option=2",
         "early_exit_loss.layers=99",
         "max_batches_val=1",
     ]
