@@ -8,11 +8,12 @@ COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_s
 FINETUNE = [
     *(
         (f"{key}={value}", key, shown, f"of 1 or more; for example {key}=1")
-        for key in ("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps")
+        for key in ("epochs", "log_every_n_steps")
         for value, shown in {"0": "0", "null": "None", "true": "True", "2.5": "2.5"}.items()
     ),
     ("batch_size=[2]", "batch_size", "[2]", "integer"),
-    ("batch_size=", "batch_size", "None", "integer"),
+    ("batch_size=0", "batch_size", "0", "1 or more"),
+    ("gradient_accumulation_steps=2.5", "gradient_accumulation_steps", "2.5", "1 or more"),
     ("max_steps_per_epoch=0", "max_steps_per_epoch", "0", "1 or more (or null)"),
     ("output_dir=null", "output_dir", "None", "output_dir="),
     ("output_dir=3", "output_dir", "3", "output_dir="),
