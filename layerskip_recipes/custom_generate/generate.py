@@ -18,11 +18,20 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.masking_utils import create_masks_for_generate
 
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 MODES = ("greedy_search", "sample")
+# Logits processors that remember their last call. Here they would be called for drafts, and for each again.
+WITH_STATE: dict[type, str] = {
+    SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+}
 
 
 def generate(
@@ -42,7 +51,8 @@ def generate(
         model: a causal language model of one of MODEL_TYPES.
         exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings.
         num_speculations: most tokens that a round drafts; it drafts fewer where few are accepted.
-        **kwargs: further arguments of `model.generate`.
+        **kwargs: further arguments of `model.generate`. A logits processor of your own must be a function of its
+            arguments: it is called for drafts too, and again when they are verified.
 
     Returns:
         What `model.generate` returns; the cache in a dictionary is None where there are several prompts.
@@ -282,6 +292,10 @@ def decode(
     mode, do_sample = generation_config.get_generation_mode(), bool(generation_config.do_sample)
     if mode not in MODES:
         raise ValueError(f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
+    for processor in logits_processor:
+        for stateful, name in WITH_STATE.items():
+            if isinstance(processor, stateful):
+                raise ValueError(f"LayerSkip: {name} is not supported, its processor keeps a state. Leave it out")
     with_dict = generation_config.return_dict_in_generate
     for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if with_dict and getattr(generation_config, output):

@@ -104,29 +104,44 @@ class ChatTemplate:
         found = ((self._content_span(turns, i, text), i) for i in range(len(turns)))
         spans = sorted((span, i) for span, i in found if span is not None)
         ends = []
-        for ((_, end), i), ((start, _), _) in pairwise(spans):
+        for ((_, end), i), ((start, _), other) in pairwise(spans):
+            if start < end:
+                raise self._mixed_up(turns, min(i, other))
             footer = re.match(rf".*?(?:{self._special_pattern})\n*", text[end:start], flags=re.DOTALL)
             ends.append((end + footer.end() if footer else end, i))
         return [*ends, (len(text), spans[-1][1] if spans else 0)]
 
     def _content_span(self, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int] | None:
-        """Where the text shows the content of one message; None if it does not."""
+        """Where the text shows the content of one message; None if it does not.
+
+        It is the part that changes with the content, so that it includes reasoning which the template sets apart.
+        """
         marked = self.render([{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)])
         if marked == text:
             return None
+        if marked.count(MARK) != 1:
+            raise self._mixed_up(turns, index)
         before, _, after = marked.partition(MARK)
-        if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
-            raise ConfigError(
-                f"messages: the chat template changes more than the content of message {index} "
-                f"({turns[index]['role']}), so its tokens cannot be told from the others"
-            )
-        return len(before), len(text) - len(after)
+        start = _shared(before, text)
+        return start, max(start, len(text) - _shared(after[::-1], text[::-1]))
+
+    def _mixed_up(self, turns: Sequence[Turn], index: int) -> ConfigError:
+        return ConfigError(
+            f"messages: the chat template changes more than the content of message {index} "
+            f"({turns[index]['role']}), so its tokens cannot be told from the others"
+        )
 
     @property
     def _special_pattern(self) -> str:
         """A regular expression for any special token, the longest first, since one may be the beginning of another."""
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         return "|".join(map(re.escape, by_length)) or r"(?!)"
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:

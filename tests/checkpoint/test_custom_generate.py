@@ -11,6 +11,7 @@ from helpers.sampling import filtered, p_value
 transformers = pytest.importorskip("transformers")
 loop = pytest.importorskip("layerskip_recipes.custom_generate.generate")
 NEW = 20
+SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=5)
 FAMILIES = {
     "gemma": {},
     "gemma2": {"sliding_window": 8},
@@ -140,6 +141,10 @@ def test_stop_strings(tokenizer_folder, fixed_length):
         {"repetition_penalty": 1.5},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 9, "eos_token_id": list(range(1, 40))},
+        {"watermarking_config": transformers.WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
+        {"exponential_decay_length_penalty": (2, 1.3), "eos_token_id": list(range(1, 20))},
+        {"sequence_bias": [[[5], 3.0], [[6, 7], 9.0]], "bad_words_ids": [[9], [10, 11]]},
+        {"guidance_scale": 1.0, "suppress_tokens": [8, 9, 12]},
         {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))},
     ],
 )
@@ -259,6 +264,8 @@ def test_few_rounds_of_bad_drafts_end_them(draft_cost):
         ({"return_dict_in_generate": True, "output_scores": True}, "output_scores is not supported"),
         ({"cache_implementation": "static"}, "needs a DynamicCache"),
         ({"stop_strings": ["a"]}, "stop_strings: needs"),
+        ({"guidance_scale": 1.5}, "guidance_scale is not supported, its processor keeps a state"),
+        ({"watermarking_config": SYNTH_ID, "do_sample": True}, "a SynthID watermark is not supported"),
     ],
 )
 def test_a_mistake(settings, message):

@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import re
 import string
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.limits import check_vocabulary
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]",
+           "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]  # fmt: skip
 CORPUS = [
     "You are a helpful assistant. What is two plus two? It is four.",
     "system user assistant tool ipython\nuser\nassistant\n\nWhat is it? Be brief, and think first.",
@@ -52,21 +54,106 @@ MOVING = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = 
         {{- '[INST]' + (system if is_last else '') + message.content + '[/INST]' }}
     {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}
 {% endfor %}"""
-# Shows the reasoning of the last reply only, and opens it with an empty thought.
-THINKING = """{% for message in messages %}
-    {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
-    {%- if message.role == 'assistant' and loop.last %}
-        {%- set content = '<think>\n\n</think>\n\n' + content %}
+# Reasoning models, as far as tools do not matter. Qwen3 shows the reasoning after the last question only.
+QWEN3 = r"""{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == "user" %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query_index = index %}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') }}
+            {{- '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
+# The system prompt says whether to reason, and is written into a longer one.
+SMOLLM3 = r"""{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
+{%- set reasoning_mode = "/think" if enable_thinking else "/no_think" -%}
+{%- set custom_instructions = "You are a helpful AI assistant named SmolLM, trained by Hugging Face." -%}
+{%- if messages[0].role == "system" -%}
+    {%- set system_message = messages[0].content -%}
+    {%- if "/no_think" in system_message -%}{%- set reasoning_mode = "/no_think" -%}
+    {%- elif "/think" in system_message -%}{%- set reasoning_mode = "/think" -%}{%- endif -%}
+    {%- set custom_instructions = system_message.replace("/no_think", "").replace("/think", "").rstrip() -%}
+{%- endif -%}
+{{- "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
+{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\nReasoning Mode: " + reasoning_mode + "\n\n" -}}
+{{- "## Custom Instructions\n\n" + custom_instructions + "\n\n<|im_end|>\n" -}}
+{%- for message in messages -%}
+    {%- set content = message.content if message.content is string else "" -%}
+    {%- if message.role == "user" -%}
+        {{ "<|im_start|>" + message.role + "\n" + content + "<|im_end|>\n" }}
+    {%- elif message.role == "assistant" -%}
+        {% generation %}
+        {%- if reasoning_mode == "/think" -%}
+            {{ "<|im_start|>assistant\n" + content.lstrip("\n") + "<|im_end|>\n" }}
+        {%- else -%}
+            {{ "<|im_start|>assistant\n" + "<think>\n\n</think>\n" + content.lstrip("\n") + "<|im_end|>\n" }}
+        {%- endif -%}
+        {% endgeneration %}
+    {%- elif message.role == "tool" -%}
+        {{ "<|im_start|>" + "user\n" + content + "<|im_end|>\n" }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ "<|im_start|>assistant\n" if reasoning_mode == "/think" else "<|im_start|>assistant\n<think>\n\n</think>\n" }}
+{%- endif -%}"""
+# The distillations of DeepSeek-R1 drop all reasoning, and begin a reply with it.
+DEEPSEEK = r"""{%- set ns = namespace(system_prompt='') -%}
+{%- for message in messages %}{%- if message['role'] == 'system' %}
+    {%- set ns.system_prompt = message['content'] %}
+{%- endif %}{%- endfor -%}
+{{- bos_token + ns.system_prompt -}}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] -}}{%- endif %}
+    {%- if message['role'] == 'assistant' and message['content'] is not none %}
+        {%- set content = message['content'] %}
+        {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}
+        {{- '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' -}}
+    {%- endif %}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\n' -}}{%- endif -%}"""
 # The rarer things that transformers offers a template.
 FEATURES = """{% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}
 {% if tools is none and documents is none %}{{ {'r': message.role, 'é': '<&>'} | tojson }}{% endif %}
 {% generation %}{{ message.content }}{% endgeneration %}{{ eos_token }}{{ cls_token }}{{ strftime_now('%Y') }}
 {% endfor %}"""
-TEMPLATES = {"chatml": CHATML, "strict": STRICT, "moving": MOVING, "thinking": THINKING, "features": FEATURES}
+TEMPLATES = {
+    "chatml": CHATML,
+    "strict": STRICT,
+    "moving": MOVING,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "deepseek": DEEPSEEK,
+    "features": FEATURES,
+}
 
 
 def byte_level() -> Tokenizer:
@@ -184,7 +271,7 @@ def test_a_prompt_that_ends_in_bytes_leaves_the_output_whole():
         assert stream.text(tokens[3 * characters :]) == "క్షమించండి"[characters:]
 
 
-@pytest.mark.parametrize("name", ["chatml", "strict", "moving"])
+@pytest.mark.parametrize("name", ["chatml", "strict", "moving", "smollm3", "deepseek"])
 def test_a_begun_reply_is_continued(make_folder, name):
     transformers = pytest.importorskip("transformers")
     folder = make_folder(template=TEMPLATES[name])
@@ -213,13 +300,45 @@ def test_a_begun_reply_is_continued(make_folder, name):
         ("strict", LONG[:3], "system", "<s>system: Be brief</s>"),
         ("moving", LONG, "assistant", " It is four. </s> <think>\nadd\n</think>\n\nfour</s>"),
         ("moving", LONG, "system", "[INST]Be brief"),
-        ("thinking", LONG[:3], "assistant", "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four. <|im_end|>\n"),
+        ("qwen3", LONG[:3], "assistant", "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four. <|im_end|>\n"),
         (
-            "thinking",
+            "qwen3",
+            LONG,
+            "assistant",
+            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
+        ),
+        (
+            "qwen3",
             [*LONG, *LONG[3:]],
             "assistant",
             "<|im_start|>assistant\nIt is four. <|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n"
-            "<|im_start|>assistant\n<think>\n\n</think>\n\nfour<|im_end|>\n",
+            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
+        ),
+        (
+            "qwen3",
+            LONG[1:],
+            "user",
+            "<|im_start|>user\n What is two plus two?\n<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n",
+        ),
+        (
+            "smollm3",
+            LONG,
+            "assistant",
+            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
+        ),
+        (
+            "smollm3",
+            [("system", "Be brief /no_think"), *QUESTION],
+            "assistant",
+            "<|im_start|>assistant\n<think>\n\n</think>\nIt is four. <|im_end|>\n",
+        ),
+        (
+            "deepseek",
+            LONG,
+            "assistant",
+            "<｜Assistant｜>It is four. <｜end▁of▁sentence｜><｜Assistant｜>\n\nfour<｜end▁of▁sentence｜>",
         ),
     ],
 )
@@ -228,7 +347,7 @@ def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, t
     tokens, mask = tokenizer.tokenize_messages(messages_of(*turns, train_on=train_on))
     text = trained_text(tokenizer, tokens, mask)
     if kind == "sentencepiece_like":  # it puts spaces after special tokens
-        text, expected = text.replace(" ", ""), expected.replace(" ", "")
+        text, expected = (re.sub("[ ▁]", "", words) for words in (text, expected))
     assert text == expected
 
 
