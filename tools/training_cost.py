@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if compiled:
         training.compile_model(model, verbose=False)
     if method == "ours, dropout":
-        model.layer_dropout = LayerDropout(depth, args.prob, "uniform")
+        model.layer_dropout = LayerDropout(depth, prob=args.prob, layers_scale="uniform")
     if method == "torchtune":
         step = torchtune_loss(base)
     elif method == "torchtune, exits":

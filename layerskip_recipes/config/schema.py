@@ -21,7 +21,6 @@ from pydantic import (
     GetCoreSchemaHandler,
     TypeAdapter,
     ValidationError,
-    create_model,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
@@ -269,35 +268,3 @@ def _is_setting(annotation: Any) -> bool:
     """Whether a parameter is a plain value, as a config may hold, and not a model or a tensor."""
     plain = (int, float, str, bool, type(None))
     return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in alternatives(annotation))
-
-
-def section_of(function: Callable, name: str, without: Sequence[str] = ()) -> type[Section]:
-    """A section whose keys are the parameters of a function or class: their annotations, defaults and descriptions.
-
-    Parameters named in `without` do not come from a config.
-    """
-    call = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
-    hints = get_type_hints(call, include_extras=True)
-    described = argument_docs(function)
-    fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in without:
-            default = ... if parameter.default is parameter.empty else parameter.default
-            field = Field(default, description=described.get(parameter.name))
-            fields[parameter.name] = (hints[parameter.name], field)
-    summary = (inspect.getdoc(function) or "").partition("\n")[0]
-    return create_model(name, __base__=Section, __doc__=summary, __module__=function.__module__, **fields)
-
-
-def argument_docs(function: Callable) -> dict[str, str]:
-    """The descriptions under `Args:` of a docstring, by parameter."""
-    block = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", inspect.getdoc(function) or "", flags=re.S | re.M)
-    described: dict[str, str] = {}
-    names: list[str] = []
-    for line in block[1].splitlines() if block else ():
-        found = re.match(r"    (\w[\w, ]*): (.*)", line)
-        if found:
-            names = found[1].split(", ")
-        for name in names:
-            described[name] = found[2] if found else f"{described[name]} {line.strip()}".strip()
-    return described

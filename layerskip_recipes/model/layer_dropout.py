@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from layerskip_recipes.config.layer_strings import select_layers
-from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, checked_arguments
+from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, Section, checked_arguments
 
 LayerScale = Literal["exp", "uniform", "linear", "log", "sin", "sigmoid", "step"]
 Schedule = Literal["constant", "exp", "progressive"]
@@ -75,6 +75,19 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
     return math.exp(min(step, total_steps - 1) * math.log(2) / (total_steps - 1)) - 1
 
 
+class LayerDropoutSection(Section):
+    """Layer dropout (paper, eq. 1 to 4)."""
+
+    prob: Probability
+    """p_max, the largest probability that a sample skips a layer."""
+    layers_scale: LayerScale = "exp"
+    """D(l), how the probability grows with the depth; `exp` is the paper's."""
+    layers: Layers = ":"
+    """The layers that may be skipped, such as ":", "0::4" or "8,12,16"."""
+    schedule: Schedule = "constant"
+    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1."""
+
+
 class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
@@ -83,29 +96,18 @@ class LayerDropout:
 
     Args:
         num_layers: L.
-        prob: p_max, the largest probability that a sample skips a layer.
-        layers_scale: D(l), how the probability grows with the depth; `exp` is the paper's.
-        layers: the layers that may be skipped, such as ":", "0::4" or "8,12,16".
-        schedule: S(t), how the probabilities change during the training; `exp` grows from 0 to 1.
         seed: of the generator. The same on every rank.
+        **settings: as in `LayerDropoutSection`: prob, layers_scale, layers, schedule.
 
     Raises:
         ConfigError: if an argument is out of range.
     """
 
-    @checked_arguments("layer_dropout.")
-    def __init__(
-        self,
-        num_layers: PositiveInt,
-        prob: Probability,
-        layers_scale: LayerScale = "exp",
-        layers: Layers = ":",
-        schedule: Schedule = "constant",
-        seed: int = 0,
-    ) -> None:
-        self.rates = dropout_rates(num_layers, prob, layers_scale, layers)
-        self.schedule = schedule
-        self.scale = schedule_scale(0, 1, schedule)
+    def __init__(self, num_layers: int, *, seed: int = 0, **settings: Any) -> None:
+        section = LayerDropoutSection.parse(settings, "layer_dropout")
+        self.rates = dropout_rates(num_layers, section.prob, section.layers_scale, section.layers)
+        self.schedule: Schedule = section.schedule
+        self.scale = schedule_scale(0, 1, self.schedule)
         self.generator = torch.Generator().manual_seed(seed)
 
     def set_step(self, step: int, total_steps: int) -> None:

@@ -24,19 +24,18 @@ from layerskip_recipes.config.schema import (
     Text,
     check,
     nearest,
-    section_of,
 )
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.layer_dropout import LayerDropout
+from layerskip_recipes.model.layer_dropout import LayerDropout, LayerDropoutSection
 from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft.loss import DraftSection
-from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
 from layerskip_recipes.training.plan import choose_training
 
 
@@ -60,8 +59,6 @@ def _is_logged(value: Any) -> Any:
     return value
 
 
-LayerDropoutSection = section_of(LayerDropout, "LayerDropoutSection", without=("num_layers", "seed"))
-EarlyExitLossSection = section_of(EarlyExitLoss, "EarlyExitLossSection", without=("label_smoothing",))
 Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 
@@ -82,9 +79,9 @@ class FinetuneConfig(RecipeConfig):
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
     """Where checkpoints and logs go."""
 
-    layer_dropout: LayerDropoutSection | None = None  # type: ignore[valid-type]
+    layer_dropout: LayerDropoutSection | None = None
     """Layer dropout; null trains every layer with every sample."""
-    early_exit_loss: EarlyExitLossSection | None = None  # type: ignore[valid-type]
+    early_exit_loss: EarlyExitLossSection | None = None
     """The losses of early exits; null trains the last layer's alone."""
     draft: DraftSection | None = None
     """Train a draft for the model, which stays as it is."""

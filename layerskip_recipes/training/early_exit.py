@@ -12,7 +12,7 @@ from pydantic import Field
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.config.layer_strings import select_layers
-from layerskip_recipes.config.schema import Auto, Fraction, Layers, PositiveInt, checked_arguments
+from layerskip_recipes.config.schema import Auto, Layers, PositiveInt, Section, checked_arguments
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
@@ -105,6 +105,29 @@ def enabled_exits(
     return enabled
 
 
+class EarlyExitLossSection(Section):
+    """The losses of early exits (paper, eq. 5)."""
+
+    scale: Scale = 0.2
+    """e_scale, the weight of the early exits against the last one's; 0 leaves the ordinary loss."""
+    curriculum: Curriculum = "rotational"
+    """Which exits are on at a step. `rotational`: every `interval`-th of the layers, and the set rotates by one at each
+    step; `gradual`: from the last layer down, all of them from half of the steps on; null: all the layers at each step.
+    The last layer's exit is always on."""
+    interval: Annotated[Interval, Auto()] = 8
+    """R of the rotational curriculum; null: 8, more for deep models and less for shallow ones."""
+    layers: Layers = ":"
+    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"."""
+    scale_fn: ScaleFn = "layerskip"
+    """How an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l."""
+    chunk_tokens: ChunkTokens = None
+    """The most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere."""
+    target: Target = "labels"
+    """What the early exits learn: the labels, as in the paper; the last layer's distribution, by KL(p_L || p_E); or the
+    overlap with it, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are rejected, alone or added to one of
+    the others. The last layer learns the labels."""
+
+
 class EarlyExitLoss:
     """J = sum_l e~(t, l) CE(g(x_{l+1}), Y) (paper, eq. 5).
 
@@ -112,39 +135,19 @@ class EarlyExitLoss:
     once: only the logits of one chunk exist at a time, whatever the number of exits.
 
     Args:
-        scale: e_scale, the weight of the early exits against the last one's; 0 leaves the ordinary loss.
-        curriculum: which exits are on at a step. `rotational`: every `interval`-th of the layers, and the set rotates
-            by one at each step; `gradual`: from the last layer down, all of them from half of the steps on; null: all
-            the layers at each step. The last layer's exit is always on.
-        interval: R of the rotational curriculum; null in a config: 8, more for deep models and less for shallow ones.
-        layers: the layers that may have a loss, such as ":", "0::4" or "8,12,16".
-        scale_fn: how an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l.
         label_smoothing: of the cross-entropy.
-        chunk_tokens: the most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere.
-        target: what the early exits learn: the labels, as in the paper; the last layer's distribution, by
-            KL(p_L || p_E); or the overlap with it, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are
-            rejected, alone or added to one of the others. The last layer learns the labels.
+        **settings: as in `EarlyExitLossSection`: scale, curriculum, interval, layers, scale_fn, chunk_tokens, target.
 
     Raises:
         ConfigError: if an argument is out of range (layers: once the depth of the model is known).
     """
 
-    @checked_arguments("early_exit_loss.")
-    def __init__(
-        self,
-        scale: Scale = 0.2,
-        curriculum: Curriculum = "rotational",
-        interval: Annotated[Interval, Auto()] = 8,
-        layers: Layers = ":",
-        scale_fn: ScaleFn = "layerskip",
-        label_smoothing: Fraction = 0.0,
-        chunk_tokens: ChunkTokens = None,
-        target: Target = "labels",
-    ) -> None:
-        self.scale, self.scale_fn = scale, scale_fn
-        self.curriculum, self.interval, self.layers = curriculum, interval, layers
+    def __init__(self, *, label_smoothing: float = 0.0, **settings: Any) -> None:
+        section = EarlyExitLossSection.parse(settings, "early_exit_loss")
+        self.scale, self.scale_fn = section.scale, section.scale_fn
+        self.curriculum, self.interval, self.layers = section.curriculum, section.interval, section.layers
+        self.chunk_tokens, self.target = section.chunk_tokens, section.target
         self.label_smoothing = label_smoothing
-        self.chunk_tokens, self.target = chunk_tokens, target
         self.chunk_loss: ChunkLoss = self._chunk_loss
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:

@@ -127,7 +127,7 @@ def dropped_rank(folder):
         tokens = some_tokens()[dist.get_rank()]
         loss = EarlyExitLoss(scale=0.5, curriculum=None, chunk_tokens=5)
         for seed in range(DRAWS):
-            model.layer_dropout = LayerDropout(model.num_layers, PROB, "uniform", seed=seed)
+            model.layer_dropout = LayerDropout(model.num_layers, prob=PROB, layers_scale="uniform", seed=seed)
             model.zero_grad()
             total, _ = loss(model, tokens, shifted(tokens), step=0, total_steps=1)
             total.backward()

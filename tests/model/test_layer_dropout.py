@@ -154,7 +154,7 @@ def test_the_progressive_schedule():
 
 
 def test_the_rates_follow_the_schedule():
-    dropout = LayerDropout(L, 0.4, schedule="exp")
+    dropout = LayerDropout(L, prob=0.4, schedule="exp")
     dropout.set_step(5, 11)
     assert dropout.max_rate == pytest.approx(0.4 * (math.sqrt(2) - 1))
     dropout.set_step(0, 11)
