@@ -11,6 +11,7 @@ from torchtune.modules.peft import get_adapter_params
 from layerskip_recipes.config.choices import Choices, computes_in_bf16
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import machine_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
@@ -82,11 +83,13 @@ class TrainingMemory:
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
-
-    @property
-    def all_weights(self) -> bool:
-        """Whether all weights are trained, and not only a draft or adapters."""
-        return self.cfg.draft is None and not get_adapter_params(self.cfg.meta_model)
+        model, adapters = cfg.meta_model, get_adapter_params(cfg.meta_model)
+        draft = None if cfg.draft is None else cfg.draft.build(layerskip_decoder(model))
+        # Whether all weights are trained, and not only a draft or adapters.
+        self.all_weights = draft is None and not adapters
+        learned = [] if draft is not None else adapters.values() or model.parameters()
+        self.trained = sum(parameter.numel() for parameter in learned)
+        self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
 
     def room(self, dtype: str) -> int:
         """The bytes that are left for activations."""
@@ -95,11 +98,11 @@ class TrainingMemory:
         else:
             there = machine_memory() // 2 // num_processes()
         cfg, model = self.cfg, self.cfg.meta_model
-        trained = sum(parameter.numel() for parameter in model.parameters()) if self.all_weights else 0
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
-        kept = training_bytes(model, ITEMSIZE[dtype], trained, packs_weights(cfg.model), chunk)
-        return there - kept // num_processes()
+        kept = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), chunk)
+        # Beside a model in bf16, too, a draft is in fp32: each weight with its gradient and two averages.
+        return there - (kept + 16 * self.of_draft) // num_processes()
 
     def recompute(self, dtype: str, length: int) -> bool | None:
         """Whether a sample needs activation checkpointing; None if it does not fit even so."""

@@ -167,11 +167,22 @@ def test_the_learning_rate_and_the_interval(name, lr, chosen):
 
 
 def test_a_draft_is_small_beside_its_model(chosen):
-    """Memory is that of frozen weights, also where all other choices are made by the user."""
-    made = chosen("device=cpu", name="draft", memory=4 * WEIGHTS + LOGITS + 2 * 512 * KEPT)
+    """Memory is that of frozen weights and of what is trained, also where all other choices are made by the user."""
+    draft = MATRICES // 12 + 2 * 64 + 2 * 32 + 64 * 128 + 64  # a layer with its norms, what joins two states, a norm
+    needed = 4 * WEIGHTS + 16 * draft + LOGITS + 2 * 512 * KEPT
+    made = chosen("device=cpu", name="draft", memory=needed)
     assert made["batch_size"] == 2 and "optimizer.lr" not in made and "early_exit_loss.interval" not in made
+    assert chosen("device=cpu", name="draft", memory=needed - 2)["batch_size"] == 1
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
     assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
+
+
+def test_adapters_count_with_their_gradients_and_averages(chosen):
+    """Of rank 16: q, k, v, output and the feed-forward's three matrices of each layer."""
+    adapters = 12 * 16 * ((64 + 128) + 2 * (64 + 64) + (128 + 64) + 3 * (64 + 100))
+    needed = 4 * WEIGHTS + 16 * adapters + LOGITS + 2 * 512 * KEPT
+    assert chosen("device=cpu", name="lora", memory=needed)["batch_size"] == 2
+    assert chosen("device=cpu", name="lora", memory=needed - 2)["batch_size"] == 1
 
 
 def test_values_of_the_users_replace_choices(tmp_path):
