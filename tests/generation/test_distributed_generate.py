@@ -84,7 +84,7 @@ def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
             for mode in modes:
                 assert rank[f"{family}/{mode}"] == run(alone, prompts, **LOCAL_MODES[mode]).tokens.tolist()
             graphs, failed, refused = rank[f"{family}/graphs"]
-            assert (graphs > len(modes)) == compiled and not failed and refused == 0
+            assert (graphs > 0) == compiled and not failed and refused == 0
 
 
 @pytest.mark.parametrize("mode", OTHER_MODES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
-from helpers.decoding import SMALL, model_of, small_model
+from helpers.decoding import START, model_of, numbered, probabilities, small_model
 from helpers.sampling import p_value, rng
 from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
 from helpers.tiny import VOCAB
@@ -33,7 +33,6 @@ from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 
 KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2, 2)}
-START = (1, 3, 0, 4, 1, 2)
 
 
 @functools.cache
@@ -159,13 +158,8 @@ def test_samples_have_the_models_distribution(kind):
         parameter.data += 0.1 * torch.randn_like(parameter)
     speculation = Speculation(1, 2, drafter=draft.requires_grad_(False).decoder(model))
     sampler = Sampler(temperature=1.0, rng=rng(5))
-    rows = torch.tensor(run(model, [START] * 8000, 3, speculation=speculation, sampler=sampler).generated)
-    probs, texts = torch.ones(1), torch.tensor([START])
-    for _ in range(3):
-        with torch.no_grad():
-            probs = (probs[:, None] * model(texts)[:, -1].softmax(-1)).flatten()
-        texts = torch.cat([texts.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(texts))[:, None]], 1)
-    assert p_value(rows @ torch.tensor([SMALL**2, SMALL, 1]), probs) > 1e-3
+    rows = run(model, [START] * 8000, 3, speculation=speculation, sampler=sampler).generated
+    assert p_value(numbered(rows, 3), probabilities(3, temperature=1.0)) > 1e-3
 
 
 COMPILED = {

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from helpers.sampling import filtered, penalised
 from helpers.tiny import make_tiny
 from helpers.walks import walk
 from torchtune.models.llama3_2._component_builders import llama3_2
@@ -47,6 +48,7 @@ def until(tokens, stop_tokens):
 
 
 SMALL = 5
+START = (1, 3, 0, 4, 1, 2)
 
 
 @functools.cache
@@ -59,3 +61,25 @@ def small_model():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.4)
     return layerskip_decoder(model).eval()
+
+
+@functools.cache
+@torch.no_grad()
+def probabilities(count, repetition_penalty=1.0, **filters):
+    """The exact probability of each continuation of START by `count` tokens of the small model, see `numbered`."""
+    probs, sequences = torch.ones(1), torch.tensor([START])
+    for _ in range(count):
+        logits = walk(small_model(), sequences, range(3))[:, -1].tolist()
+        following = [
+            filtered(penalised(row, tokens, repetition_penalty), **filters)
+            for row, tokens in zip(logits, sequences.tolist(), strict=True)
+        ]
+        probs = (probs[:, None] * torch.tensor(following)).flatten()
+        more = torch.arange(SMALL).repeat(len(sequences))[:, None]
+        sequences = torch.cat([sequences.repeat_interleave(SMALL, 0), more], 1)
+    return probs
+
+
+def numbered(rows, count):
+    """The first `count` tokens of each row as one number in base SMALL."""
+    return sum(torch.tensor(rows)[:, i] * SMALL ** (count - 1 - i) for i in range(count))
