@@ -16,14 +16,15 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.plain import PlainDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
-from layerskip_recipes.generation.steps import Step, StepContext, choose_token, next_logits
+from layerskip_recipes.generation.steps import Step, StepContext, choose_token
 from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
@@ -50,8 +51,7 @@ class Generation:
             each rank, so a sampler needs a generator in the same state on all of them.
         reserve: slots to make room for in a new cache, at least; None: what this generation needs.
         on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified.
-        choice: rates of drafts and look-ups that earlier generations measured, which this one goes on from; None:
-            measure them anew. Only `prompt_lookup` needs it.
+        choice: whether to draft, and what, by rates that earlier generations measured; None: measure them anew.
 
     Attributes:
         generated: of each prompt the new tokens so far.
@@ -92,7 +92,10 @@ class Generation:
     ) -> None:
         started = time.perf_counter()
         self.model = as_layerskip_decoder(model)
-        self.exit_layer = self.model.check_exit(self.model.num_layers if exit_layer is None else exit_layer)
+        # How many layers say what stands: all of them behind drafts.
+        self.exit_layer = self.model.num_layers
+        if speculation is None and exit_layer is not None:
+            self.exit_layer = self.model.check_exit(exit_layer)
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
         # Lists of the rows, for whoever follows the generation.
         self.generated, self.finished = self.rows.generated, self.rows.finished
@@ -125,13 +128,18 @@ class Generation:
             rows_of = draft_model if own else self.model
             draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
         self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
-        self.speculation, self.drafter = speculation, None
-        if speculation is not None:
-            self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
-        self.next_logits = Step(self.context, next_logits, self.exit_layer, choice=False)
+        self.speculation = speculation
+        self.drafter = self._make_drafter(choice)
+        # Ranks that share the generation learn a round by rank 0's seconds, which come with the next round.
+        self.unlearnt: tuple[DraftStrategy, float, float] | None = None
         self.choose_token = Step(self.context, choose_token, layers=False)
-        self.phases = PhaseTimer(self.context.device)
+        self.phases = PhaseTimer(self.context.device, on=speculation is not None)
         self.stats.prefill_s = time.perf_counter() - started  # the time to the first token begins with this call
+
+    def _make_drafter(self, choice: DiscountedUCB | None) -> Drafter:
+        if self.speculation is None:
+            return PlainDrafter(self.context, self.exit_layer)
+        return make_drafter(self.speculation, self.context, self.rows.texts, choice)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -160,7 +168,7 @@ class Generation:
                         continue
                     started, compiled = time.perf_counter(), self.compile_s
                     with decoding_kernels(self.context.device):
-                        new = self._plain_round() if self.drafter is None else self._draft_round()
+                        new = self._round()
                     self.stats.rounds += 1
                     seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
                     if compile_s == 0:
@@ -180,7 +188,8 @@ class Generation:
                 self.stats.decode_s = untimed_s
             # The cache holds all tokens but the last one, which was never an input.
             if all(self.rows.values_in_rows(self.generated)):
-                self.cache.tokens = [text[:-1] for text in self.rows.texts]
+                # The draft's own layers may not have read the last ones.
+                self.cache.tokens = [text[: -1 - self.drafter.behind] for text in self.rows.texts]
 
     @property
     def compile_s(self) -> float:
@@ -217,24 +226,18 @@ class Generation:
 
     # ---- prefill ----
 
-    @property
-    def _depth(self) -> int:
-        """The layers that run over the text."""
-        return self.exit_layer if self.drafter is None else self.model.num_layers
-
     def _prefill(self) -> list[list[int]]:
         """The prompts through the model, and the first new token of each row."""
         prompts = self.rows.texts  # nothing is generated yet
-        held = self.cache.tokens if self._depth <= self.cache.depth else [[] for _ in prompts]
+        held = self.cache.tokens if self.exit_layer <= self.cache.depth else [[] for _ in prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
-        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self._depth
+        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self.exit_layer
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
-        final = read_texts(self.context, prompts, self._depth, reused)
-        if self.drafter is not None:
-            self.drafter.begin(final)
+        final = read_texts(self.context, prompts, self.exit_layer, reused)
+        self.drafter.begin(final)
         self.last = self._first_tokens(final, self.context.noise(), self.rows.seen)
         return self._keep([[token] for token in self.last.tolist()])
 
@@ -246,10 +249,9 @@ class Generation:
         noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.rows.seen))
         self.last = self.last.clone()
         with decoding_kernels(self.context.device):
-            final = read_texts(self.context, [text], self._depth, rows=[row])
+            final = read_texts(self.context, [text], self.exit_layer, rows=[row])
             self.last[here] = self._first_tokens(final, noise, seen)
-            if self.drafter is not None:
-                self.drafter.replace(row, text, final[0])
+            self.drafter.replace(row, text, final[0])
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text)
         new = self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
@@ -263,44 +265,28 @@ class Generation:
 
     # ---- rounds ----
 
-    def _plain_round(self) -> list[list[int]]:
-        """One token of each row from exit E (E = L: the ordinary model)."""
-        context = self.context
-        context.begin_round()
-        start, last_slot = self._starts()
-        slots = context.cache.slots[: last_slot + 1]
-        noise = context.noise()
-        logits = self.next_logits(slots, self.last, start)
-        if context.sampler.greedy:
-            chosen = self.choose_token.run(None, logits, noise, self.rows.seen)
-        else:
-            chosen = self.choose_token(None, logits, noise, self.rows.seen).clone()
-        self.last = context.broadcast(chosen)
-        self.traffic.count(self.stats, len(slots), self.exit_layer)
-        return self._keep([[token] for token in self.last.tolist()])
-
-    def _draft_round(self) -> list[list[int]]:
+    def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one of the full model."""
         started, compiled = time.perf_counter(), self.context.compile_s
         self.context.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
-        most_room = max(room)
         start, last_slot = self._starts()
-        now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, most_room)
+        now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, max(room))
         self._gather_ahead()
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
         with self.phases.phase("verify"):
-            outcome = self.context.broadcast(self.drafter.verify(draft, now))
+            outcome = self._agreed(self.drafter.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # The only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
+        self._learn_late(outcomes)
 
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         running = [row for row, done in enumerate(finished) if not done]
-        for row in running:
+        for row in running if draft.length else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             accepted = len(kept[row]) - 1
             stopped = accepted < outcomes[row][0]
@@ -309,14 +295,39 @@ class Generation:
             self.rows.count_drafts(row, drafted, accepted)
         self._count_round(draft)
         # A round that the limit cuts says nothing about the rate of others.
-        if most_room > self.speculation.num_speculations:
+        if self.speculation is not None and now.room > self.speculation.num_speculations:
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
-            self.drafter.learn(draft, sum(map(len, kept)) / len(running), seconds)
+            self._learn(draft.strategy, sum(map(len, kept)) / len(running), seconds)
         return kept
+
+    def _learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
+        if self.context.shared:
+            self.unlearnt = strategy, tokens, seconds
+        else:
+            self.drafter.learn(strategy, tokens, seconds)
+
+    def _agreed(self, outcome: torch.Tensor) -> torch.Tensor:
+        """Rank 0's result of a verification, and behind it the nanoseconds of its last round: ranks have to choose
+        alike, and a broadcast of its own would let the host wait once more."""
+        if not self.context.shared:
+            return outcome
+        seconds = 0.0 if self.unlearnt is None else self.unlearnt[2]
+        told = on_device([[round(seconds * 1e9)]] * len(outcome), self.context.device)
+        return self.context.broadcast(torch.cat([outcome, told], 1))
+
+    def _learn_late(self, outcomes: list[list[int]]) -> None:
+        """Take rank 0's nanoseconds from the outcomes, and learn the last round by them."""
+        if not self.context.shared:
+            return
+        nanoseconds, *_ = [row.pop() for row in outcomes]
+        if self.unlearnt is not None:
+            strategy, tokens, _ = self.unlearnt
+            self.drafter.learn(strategy, tokens, nanoseconds / 1e9)
+            self.unlearnt = None
 
     def _gather_ahead(self) -> None:
         """Where late layers are sharded, the first one is gathered while the draft is made."""
-        late = self.speculation.exit_layer
+        late = self.model.num_layers if self.speculation is None else self.speculation.exit_layer
         if late < self.model.num_layers and isinstance(self.model.layers[late], FSDPModule):
             self.model.layers[late].unshard(async_op=True)
 
@@ -329,23 +340,23 @@ class Generation:
         """Append each row's new tokens as far as they count; returns those, none for rows that had finished."""
         kept = self.rows.add(new)
         self.stats.tokens += sum(map(len, kept))
-        if self.drafter is not None:
-            self.drafter.extend(kept)
+        self.drafter.extend(kept)
         return kept
 
     # ---- statistics ----
 
     def _count_round(self, draft: DraftedTokens) -> None:
         """Statistics of a round: its kind, and the bytes that its steps read."""
-        self.stats.rounds_by_kind[draft.strategy.name] += 1
+        slots, own = len(draft.slots), self.context.own_layers
+        if self.speculation is not None:
+            self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.
-        # The own layers of a trained draft read the tokens that they did not read while they drafted.
-        layers = self.model.num_layers + len(self.context.own_layers)
-        self.traffic.count(self.stats, len(draft.slots), layers)
+        # The own layers of a trained draft read what they did not read while they drafted, but for plain rounds later.
+        self.traffic.count(self.stats, slots, self.exit_layer + (len(own) if draft.length else 0))
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
-            e = self.context.own_layers.stop or self.speculation.exit_layer
-            self.traffic.count(self.stats, len(draft.slots), e, times=draft.length, draft=True)
+            e = own.stop or self.speculation.exit_layer
+            self.traffic.count(self.stats, slots, e, times=draft.length, draft=True)
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -8,6 +8,8 @@ distribution of the full model (Leviathan et al., arXiv 2211.17192, algorithm 1)
 Shapes: s tokens of text, D the model's width, v tokens of the vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -44,7 +46,8 @@ def speculative_round(
     tokens, q = list(text), []
     for _ in range(num_speculations):
         x = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)  # x_E [1, s + i, D]
-        q.append(distribution(model.unembed(x)[0, -1], temperature))  # [v]
+        logits: Any = model.unembed(x)  # g(x_E) [1, s + i, v]
+        q.append(distribution(logits[0, -1], temperature))  # [v]
         tokens.append(draw(q[-1], rng))
 
     # 2. Verify. Only the last drafted token has not been through the early layers; the draft left all other x_E.

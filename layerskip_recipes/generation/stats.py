@@ -45,12 +45,18 @@ class GenerationStats:
     rounds_accepting: Counter = field(default_factory=Counter)  # [k]: rounds of a row in which k drafts were accepted
     drafted_at: Counter = field(default_factory=Counter)  # [i]: how often an i-th token was drafted, from 0
     accepted_at: Counter = field(default_factory=Counter)
-    rounds_by_kind: Counter = field(default_factory=Counter)  # by the name of the draft strategy, such as "chain"
+    rounds_by_kind: Counter = field(default_factory=Counter)  # of a speculation: "chain", "lookup", "plain"
 
     @property
     def acceptance_rate(self) -> float | None:
         """accepted / drafted, None if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def plain_share(self) -> float | None:
+        """The share of the rounds that drafted nothing, as that was faster; None without speculation."""
+        kinds = self.rounds_by_kind
+        return kinds["plain"] / kinds.total() if kinds.total() else None
 
     @property
     def accepted_histogram(self) -> list[int]:
@@ -133,13 +139,16 @@ class PhaseTimer:
         phases: name, begin and end of each phase so far, as seconds or as events.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, on: bool = True) -> None:
+        self.device, self.on = device, on
         self.phases: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block as part of the phase "draft" or "verify"."""
+        if not self.on:
+            yield
+            return
         begin = self._now()
         yield
         self.phases.append((name, begin, self._now()))

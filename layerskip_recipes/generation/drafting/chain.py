@@ -5,13 +5,18 @@ too), and one late pass over n + 1 tokens that starts from the hidden states of 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.plain import choose
 from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
-from layerskip_recipes.generation.steps import Step, StepContext
+from layerskip_recipes.generation.steps import Step, StepContext, next_logits
+
+CHAIN = DraftStrategy("chain")
+MOST_BEHIND = 8  # tokens that the draft's own layers read together, after rounds without a draft
 
 
 class ChainDrafter(Drafter):
@@ -24,9 +29,15 @@ class ChainDrafter(Drafter):
 
     def __init__(self, context: StepContext, exit_layer: int, longest: int) -> None:
         self.context, self.exit_layer, self.longest = context, exit_layer, longest
-        self.strategy = DraftStrategy("chain")
         # For an adapter, the model's normed state of the token before the last one, [b, 1, d].
         self.before: torch.Tensor | None = None
+        # What a trained draft's own layers have not read since plain rounds: slots [b, 1], and tokens [b, 1] or, for an
+        # adapter, its inputs [b, 1, 2 d].
+        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def behind(self) -> int:  # type: ignore[override]
+        return len(self.unread)
 
     def begin(self, final: torch.Tensor) -> None:
         if self.context.has_adapter:
@@ -35,17 +46,20 @@ class ChainDrafter(Drafter):
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
         if self.before is not None:
             self.before[row] = self.context.model.norm(final)
+        for at, _ in self.unread:
+            at[row] = -1  # these tokens are gone
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
         slots = context.cache.slots[: now.last_slot + depth + 1]
         if depth == 0:
-            return DraftedTokens(self.strategy, slots, now.last[:, None])
+            return DraftedTokens(CHAIN, slots, now.last[:, None])
+        self._catch_up(now)
         noise = context.draft_noise(depth)
         plain = self.before is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.chain is not None:
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            return DraftedTokens(self.strategy, slots, *context.cpp.chain.draft(*arguments))
+            return DraftedTokens(CHAIN, slots, *context.cpp.chain.draft(*arguments))
         return self._token_by_token(now, depth, slots, noise)
 
     def _token_by_token(
@@ -66,10 +80,13 @@ class ChainDrafter(Drafter):
             hidden.append(x)
             q.append(q_token)
         all_q = None if noise is None else torch.stack(q, 1)
-        return DraftedTokens(self.strategy, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+        return DraftedTokens(CHAIN, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context = self.context
+        if draft.length == 0:
+            return self._step(draft, now)
+        self._catch_up(now)
         if context.sampler.greedy and now.seen is None:
             step = Step(context, verify_greedily, self.exit_layer, choice=False)
             return self.after(*step(draft.slots, draft.tokens, draft.hidden, now.start, self.before))
@@ -79,6 +96,41 @@ class ChainDrafter(Drafter):
         logits, states = step(draft.slots, draft.tokens, draft.hidden, now.start, self.before)
         tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
         return self.after(*Step(context, accept_chain, layers=False)(None, *tensors))
+
+    def _step(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
+        """A round without a draft, which costs what a step of plain decoding costs.
+
+        The draft's own layers catch up later, several tokens at a time.
+        """
+        context, noise = self.context, self.context.noise()
+        if self.before is None:
+            step = Step(context, next_logits, context.model.num_layers, choice=False)
+            logits, unread = step(draft.slots, now.last, now.start), now.last[:, None]
+        else:
+            step = Step(context, step_with_states, self.exit_layer, choice=False)
+            logits, x, state = step(draft.slots, now.last, now.start)
+            unread = torch.cat([x, self.before], -1)
+            self.before = state.clone()
+        if context.own_layers:
+            self.unread.append((now.start[:, None].clone(), unread))
+        outcome = choose(context, logits, noise, now.seen)
+        if len(self.unread) == MOST_BEHIND:
+            self._catch_up(now)
+        return outcome
+
+    def _catch_up(self, now: RoundStart) -> None:
+        """Let the draft's own layers read the tokens that they have not read."""
+        if not self.unread:
+            return
+        # A graph has one shape. What has no token of its own goes to the slot of the last token, which is written anew
+        # before it is read.
+        spare = MOST_BEHIND - len(self.unread) if self.context.graphs is not None else 0
+        unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
+        at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
+        at = torch.where(at < 0, now.start[:, None], at)
+        slots = self.context.cache.slots[: now.last_slot + 1]
+        Step(self.context, read_later, choice=False)(slots, inputs, at)
+        self.unread = []
 
     def after(self, result: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """The result of a verification, whose `before` is kept; the next round's graphs overwrite the given one."""
@@ -103,6 +155,22 @@ def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise
     token = context.in_full_vocabulary(context.sampler.choose(scores, noise))
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
     return token, x, None if noise is None else scores, seen, None if before is None else model.norm(h)
+
+
+def read_later(context: StepContext, slots, inputs, at):
+    """The draft's own layers on tokens [b, s], or on an adapter's inputs [b, s, 2 d], at the slots `at` [b, s]."""
+    own = context.own_layers
+    tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
+    part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
+    return context.run(context.draft_model, tokens, at, slots, unembed=False, **part)
+
+
+def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
+    """A step of the whole model, and what an adapter reads of it: logits [b, v], x_E and the normed x_L, [b, 1, d]."""
+    model, at = context.model, start[:, None]
+    x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
+    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
+    return context.unembed(final)[:, -1], x, model.norm(final)
 
 
 # ---- steps of verification ----

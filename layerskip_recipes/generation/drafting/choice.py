@@ -1,6 +1,6 @@
-"""The choice between drafting from an exit and looking up in the text, by the tokens per second that each one gave.
+"""The choice between drafting from an exit, looking up in the text and not drafting, by measured tokens per second.
 
-The choice is lossless: it decides who drafts, never what is accepted.
+The choice is lossless: it decides who drafts, never what is accepted. It depends on past rounds only.
 """
 
 import math
@@ -11,11 +11,17 @@ from statistics import median
 
 import torch
 
-from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.chain import CHAIN, ChainDrafter
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
+from layerskip_recipes.generation.drafting.plain import no_draft
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
+
+# In steps of plain decoding:
+BUDGET = 3.0  # what drafts may lose before drafting stops, 2.3% of 128 tokens
+MOST_SAVED = 16.0  # what drafts can save up for a text that gets harder
+REPAID = 1 / 48  # what each plain round earns for another try, at first; half as much after each one that fails
 
 
 @dataclass
@@ -27,12 +33,17 @@ class _Record:
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
 
     @property
+    def longest(self) -> float:
+        """The most seconds that a round counts for: outliers are clipped at three times the median."""
+        return 3 * median(seconds for seconds, _ in self.recent)
+
+    @property
     def rate(self) -> float:
-        """Tokens per second of a row, 0 if nothing is known; outliers are clipped at three times the median."""
+        """Tokens per second of a row, 0 if nothing is known."""
         if not self.recent:
             return 0.0
-        most = 3 * median(seconds for seconds, _ in self.recent)
-        return sum(tokens for _, tokens in self.recent) / sum(min(seconds, most) for seconds, _ in self.recent)
+        longest = self.longest
+        return sum(tokens for _, tokens in self.recent) / sum(min(seconds, longest) for seconds, _ in self.recent)
 
 
 class DiscountedUCB:
@@ -40,26 +51,38 @@ class DiscountedUCB:
 
     The bound is the rate and a margin, as the tokens of a round vary as much as their mean: discounted upper confidence
     bounds (Garivier and Moulines, arXiv 0805.3415). The weight of a measurement falls with every round, so a strategy
-    that was unlucky, or a text that changed, gets another try. Pass one object to several generations to keep what was
-    learned.
+    that was unlucky, or a text that changed, gets another try.
+
+    Plain decoding is one of the strategies. Drafts have a budget beside: a round loses what it takes, in plain steps,
+    beyond the tokens that it gives. Once the budget is spent drafting stops, and each plain round earns a part of the
+    next try. So a text whose drafts never stand is hardly slower than without them.
+
+    Pass one object to several generations to keep what was learned.
 
     Args:
-        trial: rounds of each strategy before any choice.
+        trial: rounds of each way of drafting before any choice; plain decoding has one.
         memory: rounds of any strategy after which a round has lost two thirds of its weight.
-        margin: of a rate that one round stands for; for n rounds 1 / sqrt(n) of that.
+        margin: of a rate that one round of drafts stands for; for n rounds 1 / sqrt(n) of that.
+        plain: whether plain decoding is a strategy; without it drafts go on whatever they lose.
     """
 
-    def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7) -> None:
-        self.trial, self.memory, self.margin = trial, memory, margin
+    def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, plain: bool = True) -> None:
+        self.trial, self.memory, self.margin, self.plain = trial, memory, margin, plain
         self.records: dict[DraftStrategy, _Record] = {}
+        self.lost, self.repaid = 0.0, REPAID
+
+    def begin_text(self) -> None:
+        """Drafts may do better on another text: the next try comes as early as at first."""
+        self.repaid = REPAID
 
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
-        """One of the strategies that the next round may use."""
+        """What the next round does: one of these ways to draft, or plain decoding."""
+        if self.plain:
+            # The first round is plain, as it is the unit of what drafts lose.
+            strategies = [PLAIN, *(strategies if self.rate(PLAIN) and self.lost < BUDGET else [])]
         records = {strategy: self.records.setdefault(strategy, _Record()) for strategy in strategies}
-        fewest = min(strategies, key=lambda strategy: records[strategy].rounds)
-        if records[fewest].rounds < self.trial:
-            return fewest
-        return max(strategies, key=self._bound)
+        untried = {s: r.rounds for s, r in records.items() if r.rounds < (1 if s == PLAIN else self.trial)}
+        return min(untried, key=untried.__getitem__) if untried else max(strategies, key=self._bound)
 
     def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         """A round of this strategy gave each row so many tokens in so many seconds."""
@@ -69,6 +92,14 @@ class DiscountedUCB:
         record.rounds += 1
         record.weight += 1
         record.recent.append((seconds, tokens))
+        if strategy == PLAIN:
+            self.lost -= self.repaid if self.lost >= BUDGET else 0.0
+        elif self.rate(PLAIN):
+            within, steps = self.lost < BUDGET, min(seconds, record.longest) * self.rate(PLAIN)
+            self.lost = max(self.lost + steps - tokens, -MOST_SAVED)
+            if within and self.lost >= BUDGET:
+                self.repaid /= 2
+                self.lost = min(self.lost, 2 * BUDGET)  # after one slow round drafts are not gone for long
 
     def rate(self, strategy: DraftStrategy) -> float:
         """Tokens per second that a strategy gives a row, 0 if it never ran."""
@@ -76,66 +107,61 @@ class DiscountedUCB:
 
     def _bound(self, strategy: DraftStrategy) -> float:
         record = self.records[strategy]
-        return record.rate * (1 + self.margin / math.sqrt(record.weight))
+        # A plain round always gives one token: only its time is uncertain.
+        margin = self.margin / 5 if strategy == PLAIN else self.margin
+        return record.rate * (1 + margin / math.sqrt(record.weight))
 
 
 class ChoosingDrafter(Drafter):
-    """Drafts from the exit or, where the text offers a draft and that pays, from the text.
+    """Drafts from the exit, from the text where it offers a draft, or not at all, as pays most.
 
     Look-ups of short and of long matches are strategies of their own: judged together, they were dropped after a few
-    bad ones (docs/results.md).
-
-    Args:
-        drafter: from an exit.
-        lookup: from the text.
-        choice: learns their rates.
-        context: asks rank 0 for its clock's word, so that all ranks choose the same strategy.
+    bad ones.
     """
 
-    def __init__(self, drafter: Drafter, lookup: LookupDrafter, choice: DiscountedUCB, context: StepContext) -> None:
+    def __init__(
+        self, drafter: ChainDrafter, lookup: LookupDrafter | None, choice: DiscountedUCB, context: StepContext
+    ) -> None:
         self.drafter, self.lookup, self.choice, self.context = drafter, lookup, choice, context
-        self.strategy = drafter.strategy
+
+    @property
+    def behind(self) -> int:  # type: ignore[override]
+        return self.drafter.behind
 
     def begin(self, final: torch.Tensor) -> None:
+        self.choice.begin_text()
         self.drafter.begin(final)
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
         self.drafter.replace(row, text, final)
-        self.lookup.replace(row, text)
+        if self.lookup is not None:
+            self.lookup.replace(row, text)
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        found = self.lookup.propose(now)
-        offered = [self.drafter.strategy, *([found.strategy] if found.length else [])]
-        return found if self.choice.pick(offered) == found.strategy else self.drafter.propose(now)
+        found = None if self.lookup is None else self.lookup.propose(now)
+        offered = [CHAIN] if found is None or not found.length else [CHAIN, found.strategy]
+        picked = self.choice.pick(offered)
+        if picked == PLAIN:
+            return no_draft(self.context, now)
+        return found if found is not None and picked == found.strategy else self.drafter.propose(now)
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         return self.drafter.verify(draft, now)
 
-    def learn(self, draft: DraftedTokens, tokens: float, seconds: float) -> None:
-        if self.context.shared:  # all ranks learn rank 0's time, so that they choose alike
-            on_device = torch.tensor(seconds, device=self.context.device, dtype=torch.float32)
-            seconds = self.context.broadcast(on_device).item()
+    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         if seconds:
-            self.choice.learn(draft.strategy, tokens, seconds)
+            self.choice.learn(strategy, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
-        self.lookup.extend(tokens)
+        if self.lookup is not None:
+            self.lookup.extend(tokens)
 
 
 def make_drafter(
-    speculation: Speculation,
-    context: StepContext,
-    prompts: Sequence[Sequence[int]],
-    choice: DiscountedUCB | None = None,
+    speculation: Speculation, context: StepContext, prompts: Sequence[Sequence[int]], choice: DiscountedUCB | None
 ) -> Drafter:
-    """The drafter of a speculation.
-
-    Args:
-        speculation: checked for this model.
-        choice: with what earlier generations learned; None: nothing is known yet.
-    """
-    drafter = ChainDrafter(context, speculation.exit_layer, speculation.num_speculations)
-    if speculation.prompt_lookup is None:
-        return drafter
-    lookup = LookupDrafter(context, speculation.num_speculations, speculation.prompt_lookup, prompts)
+    """The drafter of a speculation that fits the model; `choice` has what earlier generations learned."""
+    d, ngram = speculation.num_speculations, speculation.prompt_lookup
+    drafter = ChainDrafter(context, speculation.exit_layer, d)
+    lookup = None if ngram is None else LookupDrafter(context, d, ngram, prompts)
     return ChoosingDrafter(drafter, lookup, choice or DiscountedUCB(), context)

@@ -30,12 +30,15 @@ class DraftStrategy:
     """A kind of draft, the unit between which `DiscountedUCB` chooses.
 
     Args:
-        name: "chain" or "lookup".
+        name: "plain" (no draft), "chain" or "lookup".
         match: of a look-up how long a text was found again: 0, 1 or 2, see `TextIndex.find`.
     """
 
     name: str
     match: int = 0
+
+
+PLAIN = DraftStrategy("plain")
 
 
 @dataclass
@@ -63,9 +66,13 @@ class DraftedTokens:
 
 
 class Drafter(ABC):
-    """Proposes a draft each round, and verifies it. Whatever it proposes, the output is that of the full model."""
+    """Proposes a draft each round, and verifies it. Whatever it proposes, the output is that of the full model.
 
-    strategy: DraftStrategy
+    Attributes:
+        behind: the last tokens of the cache that the draft's own layers have not read.
+    """
+
+    behind: int = 0
 
     @abstractmethod
     def propose(self, now: RoundStart) -> DraftedTokens:
@@ -81,7 +88,7 @@ class Drafter(ABC):
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """A row goes on from another text, which is in the cache; final [d] is x_L of its last token."""
 
-    def learn(self, draft: DraftedTokens, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
+    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
         """A round that no limit cut gave each running row so many tokens, on the mean, in so many seconds; 0 if
         something was compiled meanwhile, as that does not repeat."""
 
