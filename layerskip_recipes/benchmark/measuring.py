@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
 
+# A fixed way of drafting is measured, also where plain decoding would be faster.
+_always_drafting = partial(DiscountedUCB, plain=False)
 Method = int | Speculation | Peer | None  # an exit without verification, drafts, another library, or the whole model
 
 
@@ -76,7 +79,7 @@ class Turns:
     reserve: int
     seed: int
     spare_tokens: int = 0
-    choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(DiscountedUCB))
+    choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(_always_drafting))
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -97,7 +100,7 @@ class Turns:
             stop_tokens=self.stop_tokens,
             compile=self.compile,
             reserve=self.reserve,
-            choice=choice,
+            choice=choice or _always_drafting(),
         )
         rounds: Any = iter(generation)
         with closing(rounds):

@@ -16,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.plain import PlainDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
@@ -286,7 +286,7 @@ class Generation:
 
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         running = [row for row, done in enumerate(finished) if not done]
-        for row in running if draft.length else ():
+        for row in running if draft.strategy != PLAIN else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             accepted = len(kept[row]) - 1
             stopped = accepted < outcomes[row][0]

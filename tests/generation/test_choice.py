@@ -1,5 +1,6 @@
-"""Look-ups against a search in the text; the choice between drafts and look-ups by made-up rates."""
+"""Look-ups against a search in the text; the choice between drafts, look-ups and plain decoding by made-up rates."""
 
+import itertools
 import random
 import statistics
 from collections import Counter
@@ -8,7 +9,7 @@ import pytest
 from helpers.speculation import search
 
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.drafter import DraftStrategy
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
 from layerskip_recipes.generation.drafting.lookup import TextIndex
 
 # ---- drafts from the text ----
@@ -167,3 +168,79 @@ def test_short_and_long_matches_are_judged_apart():
         choice.learn(strategy, tokens, 1.0)
     assert choice.pick([drafts, short]) == drafts and choice.pick([drafts, long]) == long
     assert choice.pick([drafts]) == drafts
+
+
+# ---- drafts that do not pay ----
+
+COSTS = [
+    (0.04, 8, 1.4),
+    (0.13, 6, 1.3),
+    (0.3, 6, 1.3),
+    (0.34, 4, 1.2),
+    (0.5, 6, 1.3),
+]  # of a draft step, d, verification
+
+
+def decode(choice, cost, accept, tokens, seed=0, slow=()):
+    """A text decoded by a clock whose unit is a plain step, each drafted token accepted with probability `accept`.
+
+    Rounds of the numbers `slow` take ten times as long. Returns the time and what each round did.
+    """
+    (step, d, verify), generator, picked, time, done = cost, random.Random(seed), [], 0.0, 0
+    choice.begin_text()
+    while done < tokens:
+        strategy, new, seconds = choice.pick(STRATEGIES[:1]), 1, 1.0
+        if strategy != PLAIN:
+            seconds = d * step + verify
+            while new <= d and generator.random() < accept:
+                new += 1
+        seconds *= generator.uniform(0.95, 1.05) * (10 if len(picked) in slow else 1)
+        choice.learn(strategy, new, seconds)
+        picked.append(strategy)
+        time, done = time + seconds, done + new
+    return time * tokens / done, picked
+
+
+def always(cost, accept, tokens):
+    """The expected time where each round drafts."""
+    step, d, verify = cost
+    return tokens * (d * step + verify) / sum(accept**k for k in range(d + 1))
+
+
+@pytest.mark.parametrize("accept", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("cost", COSTS)
+def test_bad_drafts_cost_a_twentieth_at_most(cost, accept):
+    """Of 128 tokens; drafting stops after a few rounds, and is tried again more and more seldom."""
+    for seed in range(20):
+        time, _ = decode(DiscountedUCB(plain=True), cost, accept, 128, seed)
+        assert time < 1.05 * 128
+    _, picked = decode(DiscountedUCB(plain=True), cost, 0.0, 3000)
+    drafted = [number for number, strategy in enumerate(picked) if strategy != PLAIN]
+    first = next(i for i, number in enumerate(drafted) if number > i + 1)  # the first round is plain
+    gaps = [later - earlier for earlier, later in itertools.pairwise(drafted[first - 1 :])]
+    assert first <= 8 and 1 <= len(gaps) <= 10
+    assert gaps[0] > 40 and max(gaps) > 400
+
+
+@pytest.mark.parametrize("cost", COSTS[:4])
+def test_good_drafts_are_kept(cost):
+    times = [decode(DiscountedUCB(plain=True), cost, 0.9, 256, seed)[0] for seed in range(40)]
+    assert statistics.mean(times) < 1.05 * always(cost, 0.9, 256)
+    _, picked = decode(DiscountedUCB(plain=True), cost, 0.9, 256, slow=(0, 7, 20))
+    assert picked[-20:].count(PLAIN) <= 2  # a machine that was busy now and then changes nothing
+
+
+def test_drafts_are_tried_again_where_the_text_changes():
+    """Another text gets its try as early as the first one; in the same text it comes, too."""
+    choice, cost = DiscountedUCB(plain=True), COSTS[1]
+    _, picked = decode(choice, cost, 0.0, 600)
+    assert picked[-100:].count(PLAIN) > 98
+    time, picked = decode(choice, cost, 0.9, 600)
+    assert PLAIN in picked[:20] and PLAIN not in picked[-40:-20] and time < 0.7 * 600
+    _, picked = decode(choice, cost, 0.0, 300)
+    assert picked[-100:].count(PLAIN) > 95
+
+
+def test_without_plain_decoding_bad_drafts_go_on():
+    _, picked = decode(DiscountedUCB(plain=False), COSTS[2], 0.0, 50)
+    assert set(picked) == {STRATEGIES[0]}

@@ -11,7 +11,7 @@ from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
 from helpers.decoding import START, model_of, numbered, probabilities, small_model
 from helpers.sampling import p_value, rng
-from helpers.speculation import PROMPTS, AlwaysLookUp, plain, run, search
+from helpers.speculation import PROMPTS, AlwaysLookUp, PlainBetween, plain, run, search
 from helpers.tiny import VOCAB
 from torchtune.modules import TiedLinear
 from torchtune.utils import get_logger
@@ -98,15 +98,16 @@ def test_greedy_text_is_the_models(family, kind, variant):
     assert one_row.acceptance == [generation.acceptance[0] for generation in alone]
 
 
+@pytest.mark.parametrize("choice", [AlwaysLookUp, PlainBetween])
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_draft_reads_all_of_the_text(kind, variant):
-    """Each drafted token is the one that the draft says without a cache, also after drafts of others."""
+def test_the_draft_reads_all_of_the_text(kind, variant, choice):
+    """Each drafted token is the one that the draft says without a cache, also after drafts of others and none."""
     model = model_of("llama3_2")
     draft = draft_of(model, kind)
     drafts = []
     generation = Generation(
-        model, PROMPTS[1:2], 20, choice=AlwaysLookUp(), on_draft=drafts.append,
+        model, PROMPTS[1:2], 40, choice=choice(), on_draft=drafts.append,
         speculation=Speculation(2, **VARIANTS[variant], drafter=draft.decoder(model)),
     )  # fmt: skip
     text, own = list(PROMPTS[1]), 0
@@ -118,6 +119,26 @@ def test_the_draft_reads_all_of_the_text(kind, variant):
                 assert drafted == said_by_draft(model, draft, text, len(drafted))
         text += new
     assert own > (0 if "look" in variant else 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
+    """What its old text left to be read is not read into the new one."""
+    model, drafts, seen = model_of("llama3_2"), [], []
+    draft = draft_of(model, kind)
+    generation = Generation(
+        model, PROMPTS[:4], 9, rows=2, choice=PlainBetween([0, 1, 1, 1, 1]), on_draft=drafts.append,
+        speculation=Speculation(2, 3, drafter=draft.decoder(model)),
+    )  # fmt: skip
+    texts = [list(prompt) for prompt in PROMPTS[:4]]
+    for new in generation:
+        for drafted, prompt in zip(drafts.pop() if drafts else (), generation.in_row, strict=False):
+            seen += [(texts[prompt], drafted)] if drafted and new[prompt] else []
+        texts = [text + tokens for text, tokens in zip(texts, new, strict=True)]
+    assert generation.generated == [plain(model, prompt, 9) for prompt in PROMPTS[:4]]
+    assert len(seen) > 4
+    for text, drafted in seen:
+        assert drafted == said_by_draft(model, draft, text, len(drafted))
 
 
 def test_a_long_text_is_read_in_parts(monkeypatch):

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import FAMILIES, SIZE, CountedCollectives, make_tiny
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import base_llama_tp_plan
@@ -31,6 +32,7 @@ from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 CPU = torch.device("cpu")
@@ -41,9 +43,11 @@ MODES = {"speculative": {"exit_layer": E, "num_speculations": 3}, "autoregressiv
 OTHER_MODES = {
     name: {"exit_layer": E, "num_speculations": 3} | arguments
     for name, arguments in {
+        "chain": {},
         "look-up": {"prompt_lookup": 1},
         "vocabulary": {"draft_vocabulary": list(range(0, 90, 2))},
         "penalty": {"repetition_penalty": 1.3},
+        "chain, sampled": {"temperature": 1.0},
         "look-up, sampled": {"prompt_lookup": 1, "temperature": 1.0},
     }.items()
 }
@@ -82,11 +86,12 @@ def other(model, mode):
 
 @contextmanager
 def confused_clock(clock=time.perf_counter):
-    """Each rank measures times of its own."""
+    """Each rank measures times of its own, by which drafts may give way to plain decoding."""
     draw = random.Random(dist.get_rank())
     time.perf_counter = lambda: clock() + draw.random()
+    always, DiscountedUCB.__init__.__defaults__ = DiscountedUCB.__init__.__defaults__, (*ALWAYS_DRAFTING[:-1], True)
     yield
-    time.perf_counter = clock
+    time.perf_counter, DiscountedUCB.__init__.__defaults__ = clock, always
 
 
 def split(family, kept, dim, weights=None):
@@ -269,6 +274,7 @@ def grid(folder):
 
 
 def work(what, folder):
+    DiscountedUCB.__init__.__defaults__ = ALWAYS_DRAFTING
     faulthandler.dump_traceback_later(300, exit=True)  # a torchrun that is killed leaves those that wait for others
     number = processes.init_processes("cpu")
     result = RANKS[what](folder)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import torch
 from helpers.decoding import PROMPT
@@ -10,6 +11,7 @@ from helpers.tiny import VOCAB
 from helpers.walks import walk
 
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.drafter import PLAIN
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 
@@ -70,11 +72,26 @@ def run(model, prompts, count, **arguments):
     return generation
 
 
+TRIAL, MEMORY, MARGIN, _ = DiscountedUCB.__init__.__defaults__
+ALWAYS_DRAFTING = (TRIAL, MEMORY, MARGIN, False)  # the defaults of a choice without plain decoding
+
+
 class AlwaysLookUp(DiscountedUCB):
     """Looks up wherever the text offers a draft, fast or not."""
 
     def pick(self, strategies):
         return strategies[-1]
+
+
+class PlainBetween(DiscountedUCB):
+    """Rounds without a draft between others, in a fixed order: one or two, then eleven."""
+
+    def __init__(self, ways=(0, 1, 0, 1, 0, 0, 1, *[1] * 10)):
+        super().__init__()
+        self.ways = itertools.cycle(ways)
+
+    def pick(self, strategies):
+        return PLAIN if next(self.ways) else strategies[-1]
 
 
 def search(tokens, ngram, count):

@@ -16,7 +16,7 @@ from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
 CHAIN = DraftStrategy("chain")
-MOST_BEHIND = 8  # tokens that the draft's own layers read together, after rounds without a draft
+MOST_BEHIND = 128  # tokens that the draft's own layers read together, after rounds without a draft
 
 
 class ChainDrafter(Drafter):

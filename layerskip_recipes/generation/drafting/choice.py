@@ -19,9 +19,9 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
 
 # In steps of plain decoding:
-BUDGET = 3.0  # what drafts may lose before drafting stops, 2.3% of 128 tokens
+BUDGET = 4.5  # what drafts may lose before drafting stops, 3.5% of 128 tokens
 MOST_SAVED = 16.0  # what drafts can save up for a text that gets harder
-REPAID = 1 / 48  # what each plain round earns for another try, at first; half as much after each one that fails
+REPAID = 1 / 48  # what a plain round earns for another try; each time that drafting stops, half as much
 
 
 @dataclass
@@ -33,17 +33,17 @@ class _Record:
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
 
     @property
-    def longest(self) -> float:
-        """The most seconds that a round counts for: outliers are clipped at three times the median."""
-        return 3 * median(seconds for seconds, _ in self.recent)
+    def usual(self) -> float:
+        """Seconds of a round; no round counts for more than three times as many."""
+        return median(seconds for seconds, _ in self.recent)
 
     @property
     def rate(self) -> float:
         """Tokens per second of a row, 0 if nothing is known."""
         if not self.recent:
             return 0.0
-        longest = self.longest
-        return sum(tokens for _, tokens in self.recent) / sum(min(seconds, longest) for seconds, _ in self.recent)
+        most = 3 * self.usual
+        return sum(tokens for _, tokens in self.recent) / sum(min(seconds, most) for seconds, _ in self.recent)
 
 
 class DiscountedUCB:
@@ -53,9 +53,10 @@ class DiscountedUCB:
     bounds (Garivier and Moulines, arXiv 0805.3415). The weight of a measurement falls with every round, so a strategy
     that was unlucky, or a text that changed, gets another try.
 
-    Plain decoding is one of the strategies. Drafts have a budget beside: a round loses what it takes, in plain steps,
-    beyond the tokens that it gives. Once the budget is spent drafting stops, and each plain round earns a part of the
-    next try. So a text whose drafts never stand is hardly slower than without them.
+    Plain decoding is one of the strategies, and drafts have a budget beside: a round loses what it takes, in plain
+    steps, beyond the tokens that it gives. A strategy stops where another round without an accepted token would pass
+    the budget; then each plain round earns a part of the next try. So a text whose drafts are never accepted is hardly
+    slower than without them.
 
     Pass one object to several generations to keep what was learned.
 
@@ -69,7 +70,7 @@ class DiscountedUCB:
     def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, plain: bool = True) -> None:
         self.trial, self.memory, self.margin, self.plain = trial, memory, margin, plain
         self.records: dict[DraftStrategy, _Record] = {}
-        self.lost, self.repaid = 0.0, REPAID
+        self.lost, self.repaid, self.stopped = 0.0, REPAID, False
 
     def begin_text(self) -> None:
         """Drafts may do better on another text: the next try comes as early as at first."""
@@ -78,8 +79,12 @@ class DiscountedUCB:
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
         """What the next round does: one of these ways to draft, or plain decoding."""
         if self.plain:
-            # The first round is plain, as it is the unit of what drafts lose.
-            strategies = [PLAIN, *(strategies if self.rate(PLAIN) and self.lost < BUDGET else [])]
+            within = [strategy for strategy in strategies if self.lost + self._most_lost(strategy) < BUDGET]
+            if not within and not self.stopped:
+                self.repaid /= 2
+            self.stopped = not within
+            # The first round is plain: its time is the unit of what drafts lose.
+            strategies = [PLAIN, *(within if self.rate(PLAIN) else [])]
         records = {strategy: self.records.setdefault(strategy, _Record()) for strategy in strategies}
         untried = {s: r.rounds for s, r in records.items() if r.rounds < (1 if s == PLAIN else self.trial)}
         return min(untried, key=untried.__getitem__) if untried else max(strategies, key=self._bound)
@@ -93,17 +98,21 @@ class DiscountedUCB:
         record.weight += 1
         record.recent.append((seconds, tokens))
         if strategy == PLAIN:
-            self.lost -= self.repaid if self.lost >= BUDGET else 0.0
+            self.lost -= self.repaid if self.stopped else 0.0
         elif self.rate(PLAIN):
-            within, steps = self.lost < BUDGET, min(seconds, record.longest) * self.rate(PLAIN)
-            self.lost = max(self.lost + steps - tokens, -MOST_SAVED)
-            if within and self.lost >= BUDGET:
-                self.repaid /= 2
-                self.lost = min(self.lost, 2 * BUDGET)  # after one slow round drafts are not gone for long
+            steps = min(seconds, 3 * record.usual) * self.rate(PLAIN)
+            # After one slow round drafts are not gone for long.
+            self.lost = min(max(self.lost + steps - tokens, -MOST_SAVED), 2 * BUDGET)
+            self.repaid = REPAID if self.lost < 0 else self.repaid
 
     def rate(self, strategy: DraftStrategy) -> float:
         """Tokens per second that a strategy gives a row, 0 if it never ran."""
         return self.records.get(strategy, _Record()).rate
+
+    def _most_lost(self, strategy: DraftStrategy) -> float:
+        """What a round of this strategy loses if no token is accepted; 0 if it never ran."""
+        record = self.records.get(strategy)
+        return record.usual * self.rate(PLAIN) - 1 if record and record.recent else 0.0
 
     def _bound(self, strategy: DraftStrategy) -> float:
         record = self.records[strategy]
