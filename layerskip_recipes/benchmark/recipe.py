@@ -33,6 +33,7 @@ from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -109,7 +110,9 @@ class LayerSkipBenchmark:
         if cfg.random_weights or (named and cfg.variants):
             return variant
         assert isinstance(variant, SelfSpeculation)
-        choice = cfg.choose_drafts(variant, cfg.all_temperatures[0], cfg.compile, cfg.key_of(name))
+        choice = choose_for(
+            cfg, variant, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.quantizer, cfg.key_of(name)
+        )
         if choice.why is not None:
             log.info("%s: %s", name, choice.why)
         return choice.section

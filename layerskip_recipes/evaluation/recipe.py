@@ -23,6 +23,7 @@ from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.picture import plot_exits
+from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -114,12 +115,15 @@ class LayerSkipEval:
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
         if self.tasks is not None:
+            choice = choose_for(cfg, cfg.self_speculation, 0.0, False, cfg.batch_size, cfg.quantizer)
+            if choice.why is not None:
+                log.info(choice.why)
             lm = self.harness.LayerSkipLM(
                 self.model,
                 self.tokenizer,
                 batch_size=cfg.batch_size,
                 exit_layer=cfg.exit_layer,
-                self_speculation=cfg.self_speculation,
+                self_speculation=choice.section,
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
             )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, weights_folder
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
@@ -15,9 +15,7 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts
-from layerskip_recipes.generation.drafting.plan import estimated_costs
-from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
 from layerskip_recipes.generation.sampling import MinP, Penalty, Sampler, Temperature, TopP
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -72,18 +70,6 @@ class DecodingConfig(RecipeConfig):
         """How tokens are chosen at a temperature."""
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, rng)
-
-    def choose_drafts(
-        self, section: SelfSpeculation | None, temperature: float, compiled: bool, key: str = "self_speculation"
-    ) -> Choice:
-        """The section with what it leaves out, chosen for this model and machine."""
-        gpu = not self.device.startswith("cpu")
-        plain = self.quantizer is None and num_processes() == 1
-        dtype = self.torch_dtype if self.quantizer is None else torch.int8
-        costs = estimated_costs(self.meta_model, dtype, gpu, compiled, self.batch_size)
-        int8 = plain and compiled and not gpu
-        folder = weights_folder(self.checkpointer)
-        return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, key=key)
 
     @property
     def is_conversation(self) -> bool:

@@ -20,7 +20,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes, read_
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.chosen import compiling_pays, has_compiler
+from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays, has_compiler
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
@@ -126,7 +126,8 @@ class LayerSkipGenerate:
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:
         """Whether steps are compiled and how drafts are made, where the config leaves it open."""
         cfg, compiled = self.cfg, self.cfg.compile
-        choices = {c: cfg.choose_drafts(cfg.self_speculation, cfg.temperature, c) for c in (False, True)}
+        how = (cfg.batch_size, cfg.quantizer)
+        choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
         if "compile" not in cfg.model_fields_set and has_compiler(self.device) and num_processes() == 1:
             batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)

@@ -113,6 +113,7 @@ def test_evaluation_beside_the_model_before(trained, models, tmp_path, monkeypat
 def test_the_benchmark_compares_the_trained_exit(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = [f"model_dir={trained}", "max_new_tokens=6", "repeats=1", "device=cpu", "prompt=def main("]
+    settings.append("compile=false")
     recipe = LayerSkipBenchmark(load_config("hf/benchmark", settings))
     assert {name: variant.exit_layer for name, variant in recipe.variants.items()} == {"chosen": 2, "lookup": 2}
     recipe.setup()

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Acceptance, TrainedExits, read_trained_exits
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.generation.drafting.plan import (
     ASSUMED,
     LEAST_GAIN,
@@ -21,11 +23,13 @@ from layerskip_recipes.generation.drafting.plan import (
     Prediction,
     Way,
     accepted,
+    estimated_costs,
     known_ways,
     ranked,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.processes import num_processes
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class Choice:
 CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer")
 INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # what a first run takes to compile
+
+
+def choose_for(
+    cfg: RecipeConfig,
+    section: SelfSpeculation | None,
+    temperature: float,
+    compiled: bool,
+    rows: int,
+    quantizer: Component | None,
+    key: str = "self_speculation",
+) -> Choice:
+    """`choose_drafts` for a config's model and machine, and `rows` prompts that are decoded together."""
+    gpu = not cfg.device.startswith("cpu")
+    plain = quantizer is None and num_processes() == 1
+    dtype = cfg.torch_dtype if quantizer is None else torch.int8
+    costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
+    int8, folder = plain and compiled and not gpu, weights_folder(cfg.checkpointer)
+    return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, key=key)
 
 
 def choose_drafts(
