@@ -20,17 +20,9 @@ SERVER = Path(__file__).with_name("llama_cpp_server.py")
 
 
 class LlamaCppServer:
-    """A server with one place for a prompt; it ends with this process.
+    """A server for one prompt at a time, with `room` tokens for it and its answer; it ends with this process.
 
-    Args:
-        gguf: the file of the model.
-        room: tokens of the longest prompt with its answer.
-        threads: that compute.
-        draft: the file of a model that drafts.
-        num_speculations: how many tokens it drafts at a time.
-
-    Raises:
-        RuntimeError: if it does not start, with what it said last.
+    `gguf` and `draft` are files. A server that does not start raises a RuntimeError with its last line.
     """
 
     def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
@@ -50,15 +42,7 @@ class LlamaCppServer:
     def complete(
         self, prompt: Sequence[int], limit: int, sampler: Sampler, seed: int, ignore_end: bool
     ) -> tuple[list[int], GenerationStats]:
-        """The new tokens, and the times that the server reports: of the prompt, and of what came after it.
-
-        Args:
-            prompt: token ids.
-            limit: new tokens, at most.
-            sampler: its temperature, filters and penalty.
-            seed: of the sampling.
-            ignore_end: go on after the file's own end of text.
-        """
+        """At most `limit` new tokens, with the server's times; `ignore_end` goes on after the file's end of text."""
         asked = {
             "prompt": [*prompt],
             "n_predict": limit,

@@ -50,34 +50,17 @@ def longest_prompt(prompts: Rows) -> int:
 
 @dataclass
 class Turns:
-    """Runs the methods on the same batches with the same settings.
+    """Runs the methods on the same batches with the same settings."""
 
-    Args:
-        model: the decoder, in eval mode.
-        batches: prompts that are decoded together, as tokens.
-        limit: new tokens of a prompt, at most.
-        sampler: (temperature, rng) -> how tokens are chosen.
-        stop_tokens: a row ends with the first of them.
-        compile: whether our steps are compiled.
-        reserve: slots of the cache. One size for all methods, since compiled steps are made for a size.
-        seed: of the first batch. All methods draw the same numbers, and other ones in each repeat.
-        spare_tokens: a generation ends so many new tokens before its limit. With the length of the longest draft, the
-            limit cuts no round short.
-
-    Attributes:
-        choices: by temperature and name, the rates of drafts and look-ups that earlier batches measured.
-        compile_s: by temperature and name, seconds.
-        failed: the peers that failed, and why.
-    """
-
-    model: LayerSkipDecoder
-    batches: Sequence[Rows]
-    limit: int
-    sampler: Callable[[float, torch.Generator | None], Sampler]
+    model: LayerSkipDecoder  # in eval mode
+    batches: Sequence[Rows]  # prompts that are decoded together
+    limit: int  # new tokens of a prompt, at most
+    sampler: Callable[[float, torch.Generator | None], Sampler]  # of a temperature
     stop_tokens: Sequence[int]
     compile: bool
-    reserve: int
-    seed: int
+    reserve: int  # slots of the cache: one size for all methods, since compiled steps are made for a size
+    seed: int  # of the first batch; all methods draw the same numbers, and other ones in each repeat
+    # A generation ends so many tokens before its limit. With the longest draft's length the limit cuts no round short.
     spare_tokens: int = 0
     choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(_always_drafting))
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
@@ -110,15 +93,9 @@ class Turns:
         return generation.generated, generation.stats
 
     def take(self, methods: dict[str, Method], temperature: float, repeats: int) -> Iterator[dict[str, Run]]:
-        """A warm-up of each method, then the repeats.
+        """A warm-up of each method, which yields {}, then the runs of each batch by name, in each repeat.
 
-        Args:
-            methods: by name. A peer that fails is taken out, and noted in `failed`.
-            temperature: of all.
-            repeats: how often all batches are decoded.
-
-        Yields:
-            The runs of a batch by name; nothing in the first one, after the warm-up.
+        A peer that fails is taken out of `methods`, and noted in `failed`.
         """
         # Warm up at two lengths: torch compiles again for the second one, and from then on for any.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):

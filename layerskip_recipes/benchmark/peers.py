@@ -39,30 +39,18 @@ LENGTHS = (2, 4, 6)  # drafted tokens that are tried
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What all peers decode.
-
-    Args:
-        model_section, checkpointer: of the config.
-        model: our decoder, whose weights torchtune's decoder shares.
-        prompts: the first batch, for trials.
-        max_prompt: tokens of the longest of all prompts.
-        limit: new tokens, at most.
-        stop_tokens: a row ends with the first of them.
-        exits: from which transformers_early_exit drafts in its trials.
-        gguf: the files of llama.cpp: the model, and a draft if there is one.
-        quantised: our model's weights are not those of the checkpoint.
-    """
+    """What all peers decode."""
 
     model_section: Component
     checkpointer: Component
-    model: LayerSkipDecoder
-    prompts: Rows
-    max_prompt: int
-    limit: int
+    model: LayerSkipDecoder  # ours, whose weights torchtune's decoder shares
+    prompts: Rows  # the first batch, for trials
+    max_prompt: int  # tokens of the longest of all prompts
+    limit: int  # new tokens, at most
     stop_tokens: Sequence[int]
-    exits: Sequence[int]
-    gguf: tuple[str, str | None] | None = None
-    quantised: bool = False
+    exits: Sequence[int]  # from which transformers_early_exit drafts in its trials
+    gguf: tuple[str, str | None] | None = None  # the files of llama.cpp: the model, and a draft if there is one
+    quantised: bool = False  # our model's weights are not those of the checkpoint
 
     @property
     def device(self) -> torch.device:

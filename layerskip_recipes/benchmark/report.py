@@ -34,13 +34,9 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
-    """The figures of a method at a temperature; times in seconds, rates as median, min and max over the repeats.
+    """The figures of a method at a temperature: times in seconds, rates as median, min and max over the repeats.
 
-    Args:
-        runs: of the method.
-        baseline: those of autoregressive decoding, on the same prompts in the same repeats.
-        greedy: whether outputs can be compared; two samplings differ by chance.
-        bandwidth: bytes per second that the device reads.
+    `baseline` has the runs of autoregressive decoding on the same prompts; only greedy outputs are compared with it.
     """
     stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, without_loops=True)
     rate = spread([s.tokens_per_second for s in repeats])

@@ -74,13 +74,10 @@ def measured_acceptance(
     longest: int = LONGEST,
 ) -> dict[Way, list[float]]:
     """[a_1, .., a_longest] of every exit and draft vocabulary: the probability that the next k drafted tokens are all
-    accepted, a mean over the positions of outputs by the whole model. One pass for all.
+    accepted, a mean over the positions of `texts`, prompts with outputs by the whole model. One pass for all.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v); greedily this is 1 or 0.
-
-    Args:
-        texts: prompts with their outputs.
-        vocabularies: token ids by the number of tokens; None by None for all.
+    A token drafted from q is accepted with probability sum_v min(p_v, q_v); greedily this is 1 or 0. `vocabularies` has
+    token ids by their number, and None by None for all tokens.
     """
     device = model.tok_embeddings.weight.device
     ids = {n: None if some is None else torch.tensor(some, device=device) for n, some in vocabularies.items()}
@@ -164,10 +161,7 @@ def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
 class Tuner:
     """Finds what is worth measuring, in stages.
 
-    Args:
-        cfg: of the benchmark.
-        turns: that decode.
-        stored: the checkpoint's frequent tokens in order; None: those of the prompts are counted.
+    `stored` are the checkpoint's frequent tokens in order; None counts those of the prompts.
     """
 
     def __init__(self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None) -> None:

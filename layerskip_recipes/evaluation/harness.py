@@ -52,21 +52,10 @@ def load_tasks(
     positions: int,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """Tasks with their data, ready to run, after all checks that need no weights.
+    """Tasks with their data, as `TaskManager.load` returns them, after all checks that need no weights.
 
-    Args:
-        names: of tasks, groups or tags.
-        task_path: folders with the user's own task files, which win over lm-eval's tasks of the same name.
-        num_fewshot: examples before each question; None: the task's own number, or none.
-        max_new_tokens: the longest answer of a task that does not name its limit.
-        positions: that the model has for a prompt, its answer and drafts.
-        confirm_run_unsafe_code: allows tasks that run programs which the model writes.
-
-    Returns:
-        The result of `TaskManager.load`: "tasks" and "groups" by name.
-
-    Raises:
-        ConfigError: if a task does not exist, cannot be loaded, or asks for something that this adapter lacks.
+    `names` are tasks, groups or tags. The user's own task files in the folders `task_path` win over lm-eval's tasks of
+    the same name. The model has `positions` for a prompt and its answer.
     """
     manager = _task_manager(names, task_path)
     for name in names:

@@ -235,11 +235,7 @@ class LayerSkipGenerate:
         stream: bool = False,
         answers: AnswersInOrder | None = None,
     ) -> Generation:
-        """Decode the prompts of a batch, each up to a stop; streams a single one.
-
-        Args:
-            answers: gets each answer when it has ended, or when Ctrl-C cuts it.
-        """
+        """Decode the prompts of a batch, each up to a stop; `answers` gets each answer, a cut one after Ctrl-C too."""
         rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
         prompts = [self.prompt_tokens[i] for i in batch]
         texts = [self.text_of(i) for i in batch]

@@ -28,10 +28,8 @@ class Totals:
     """Statistics of one decoding method over all prompts, and without looping outputs."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
-    compared: GenerationStats = field(
-        default_factory=GenerationStats
-        # of batches without a looping output, neither here nor in plain decoding
-    )
+    # Of batches without a looping output, neither here nor in plain decoding.
+    compared: GenerationStats = field(default_factory=GenerationStats)
     drafted: int = 0  # of outputs without loops
     accepted: int = 0
     looping: int = 0
@@ -44,13 +42,9 @@ class Totals:
         acceptance: Sequence[tuple[int, int]],
         beside: Iterable[list[int]] = (),
     ) -> None:
-        """The outputs of one batch, by prompt, and what they took.
+        """Add the outputs of a batch by prompt, with drafted and accepted tokens of each.
 
-        Args:
-            outputs: with one that loops, all of the batch is left out of the comparison without loops.
-            stats: of the batch.
-            acceptance: of each output the drafted and the accepted tokens.
-            beside: what the batch is compared with.
+        The comparison without loops leaves out a batch with a looping output, here or in `beside`, its baseline.
         """
         self.outputs |= outputs
         self.stats = self.stats + stats
@@ -64,13 +58,7 @@ class Totals:
 
 
 def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
-    """The figures of a run; times in seconds.
-
-    Args:
-        ours: what the config asked for.
-        baseline: the autoregressive run on the same prompts, if there was one.
-        greedy: whether outputs can be compared.
-    """
+    """The figures of a run, times in seconds; `baseline` is the autoregressive run on the same prompts."""
     stats = ours.stats
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
     bandwidth = memory_bandwidth(device)

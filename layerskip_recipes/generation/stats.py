@@ -104,13 +104,7 @@ class GenerationStats:
 
 
 def ideal_speedup(acceptance_rate: float, num_speculations: float, draft_cost: float) -> float:
-    """(rho d + 1) / (d c + 1): tokens of a round, over its cost in steps of the full model.
-
-    Args:
-        acceptance_rate: rho, accepted / drafted.
-        num_speculations: d, drafted tokens per round.
-        draft_cost: c, the time of a draft step as a part of a full step's.
-    """
+    """(rho d + 1) / (d c + 1): tokens of a round over its cost, and c is a draft step's cost, in plain steps."""
     return (acceptance_rate * num_speculations + 1) / (num_speculations * draft_cost + 1)
 
 

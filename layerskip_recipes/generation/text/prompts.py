@@ -21,34 +21,18 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and what its answer is compared with.
+    """A prompt, and what its answer is compared with."""
 
-    Args:
-        prompt: raw text, or roles for the chat template: {"user": ..., "system": ...}.
-        response: the reference; None if there is none.
-        line: its line in a JSONL file, from 1; None elsewhere.
-        error: why it cannot be answered; None: nothing is wrong so far.
-    """
-
-    prompt: str | dict[str, str]
-    response: str | None = None
-    line: int | None = field(default=None, compare=False)
-    error: str | None = None
+    prompt: str | dict[str, str]  # raw text, or roles for the chat template: {"user": ..., "system": ...}
+    response: str | None = None  # the reference
+    line: int | None = field(default=None, compare=False)  # in a JSONL file, from 1
+    error: str | None = None  # why it cannot be answered
 
 
 def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None) -> list[Example]:
-    """The prompts of a config: plain strings are raw text, mappings of roles are for the chat template.
+    """The prompts of a config: `prompt_file` comes before `prompt`, and `prompt` before the component `prompts`.
 
-    A prompt that is broken is there too, with its error.
-
-    Args:
-        prompt: a string, a mapping with `user` and perhaps `system`, or a list of these; replaces `prompts`.
-        prompts: a component that returns prompts, or mappings as in the JSONL.
-        prompt_file: a text, JSONL with {"prompt": ...} per line and perhaps "response": ..., or "-" for standard input;
-            replaces both.
-
-    Raises:
-        ConfigError: if there are no prompts to read.
+    A broken prompt is there too, with its error.
     """
     if prompt_file is not None:
         return _read_prompt_file(prompt_file)
@@ -63,12 +47,8 @@ def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_fi
 
 
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
-    """Raises a ConfigError if an example has an error: that of the longest prompt, and the lines of the others.
-
-    Args:
-        lengths: tokens of each, if they are known: what is allowed for the longest is enough for all.
-        hint: the end of the message, if other examples are fine.
-    """
+    """Raises a ConfigError if an example has an error: the error of the longest prompt (by `lengths`, in tokens), whose
+    remedy is enough for all, and the lines of the others. `hint` ends the message if other examples are fine."""
     bad = [i for i, example in enumerate(examples) if example.error is not None]
     if not bad:
         return
@@ -81,10 +61,9 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
 def encode(
     examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
 ) -> tuple[list[Example], list[list[int]]]:
-    """The tokens of each prompt, [] of one that is broken; an example that cannot be decoded gets its error.
+    """The tokens of each prompt, [] of a broken one; an example that cannot be decoded gets its error.
 
-    Args:
-        check: raises a ConfigError if prompts of these lengths do not fit the model, or there are none.
+    `check` raises a ConfigError if prompts of some lengths do not fit the model, or if there are none.
     """
     if not examples:
         check([])
@@ -130,10 +109,7 @@ def _read_prompt_file(name: str) -> list[Example]:
 def _example(item: Any, key: str, line: int | None = None) -> Example:
     """The example of a prompt, or of a mapping with prompt and response; or one with the error of the item.
 
-    Args:
-        item: of a config or a component; what stands in a line of JSONL, or its text if that is no object.
-        key: for messages.
-        line: of JSONL, where the mapping has to be.
+    A line of JSONL has to be a mapping; its text comes here if it is none.
     """
     try:
         if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
@@ -190,12 +166,7 @@ def _check_open_turn(tokenizer: Any) -> None:
 def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
     """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
 
-    Args:
-        prompt: text, {"user": ..., "system": ...}, or messages of which the last is the assistant's, empty.
-
-    Raises:
-        ConfigError: if the tokenizer or its template refuses the prompt, such as a system message that it does not
-            know, or if the tokenizer leaves no assistant turn open.
+    Of messages the last is the assistant's, and empty. Raises a ConfigError if the tokenizer or its template refuses.
     """
     if not isinstance(prompt, str):
         _check_open_turn(tokenizer)

@@ -65,11 +65,7 @@ class TextStream:
         return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
 
     def extend(self, new: Sequence[int]) -> int | None:
-        """Read new tokens, up to the first whose text completes a stop string.
-
-        Returns:
-            How many of them belong to the output if a stop string ends it, None if it goes on.
-        """
+        """Read new tokens up to one that completes a stop string: how many belong to the output, None if it goes on."""
         for position, token in enumerate(new, start=1):
             self.read += 1
             if token in self.stop_tokens:
@@ -125,14 +121,10 @@ def follow(
     shown: TextStream | None = None,
     on_end: Callable[[int], None] = lambda prompt: None,
 ) -> None:
-    """Run a generation to its end, ending outputs at stop strings.
+    """Run a generation to its end, ending outputs at stop strings; `shown` prints the first text as it grows.
 
-    The time for texts counts as decoding: the user waits for them.
-
-    Args:
-        texts: one for each prompt.
-        shown: prints the first one as it grows. After Ctrl-C the accepted text stands, without the draft.
-        on_end: called with the number of each prompt whose output has ended; its time counts for nothing.
+    The time for texts counts as decoding, since the user waits for them. `on_end` is called with the number of each
+    prompt whose output has ended, and its time does not count. After Ctrl-C the accepted text stays, without the draft.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:
@@ -161,17 +153,9 @@ def follow(
 class AnswersInOrder:
     """Shows answers in the order of their prompts and writes them to a file, in whatever order they come.
 
-    A context manager that writes the finished answers at its end, also after an interruption. Those of a run that is
-    killed stand in FILE.partial, in the order in which they came. A prompt that is skipped has a line in the file too,
-    with its error.
-
-    Args:
-        path: FILE, of JSON lines; None: there is none.
-        examples: the prompts, those with an error are skipped.
-        show: called with the index and the answer of each prompt when its turn comes.
-
-    Raises:
-        ConfigError: if the file cannot be written.
+    A context manager that writes the finished answers to `path` at its end, also after an interruption. A run that is
+    killed leaves its answers in PATH.partial, in the order in which they came. A prompt with an error is skipped, and
+    its line in the file has the error.
     """
 
     def __init__(self, path: str | None, examples: Sequence[Example], show: Callable[[int, str], None]) -> None:
