@@ -151,7 +151,7 @@ class BenchmarkConfig(DecodingConfig):
     measures the best few in place of the variants; with a trained draft, `self_speculation.draft`, its lengths and
     precisions. `grid` measures all lengths of every exit. Writes tune.json (grid.json) and .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
-    """With `tune`: the generation config that the written config extends."""
+    """With `tune`: the generation config that the written config extends; null writes none."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
     """Where the config of the fastest way goes; the default is tuned.yaml in `report_dir`."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
@@ -251,13 +251,9 @@ class BenchmarkConfig(DecodingConfig):
 
     def _check_chooser(self, num_layers: int) -> None:
         """Raises a ConfigError for settings of `tune` that do not go together."""
-        if self.tune and self.tune_extends is None:
-            raise ConfigError(
-                "tune: True needs the generation config that it extends; for example tune_extends=quickstart/generate"
-            )
         if self.tune and num_layers < 4:
             raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if self.tune_extends is None or not self.writes_choice:
+        if not self.tune or self.tune_extends is None:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
             raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")

@@ -128,17 +128,7 @@ def generation_settings(
 ) -> tuple[int, list[str], Sampler]:
     """How a task wants its answers.
 
-    Args:
-        task: its name, for messages.
-        gen_kwargs: its generation_kwargs. Without do_sample a temperature above 0 samples, as in lm-eval; do_sample
-            without a temperature samples at 1.
-        max_new_tokens: for a task that does not name a limit.
-
-    Returns:
-        The most tokens of an answer, the strings that end an answer, and the sampler.
-
-    Raises:
-        ConfigError: for an argument that the engine does not have, or a value out of range.
+    Without do_sample a temperature above 0 samples, as in lm-eval; do_sample without a temperature samples at 1.
     """
     default = {"temperature": 1.0 if gen_kwargs.get("do_sample") else 0.0}
     given: dict[str, Any] = {**normalize_gen_kwargs(default | dict(gen_kwargs), max_new_tokens)}
@@ -155,17 +145,10 @@ def generation_settings(
 
 
 def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, chat: bool = False) -> dict[str, Any]:
-    """Run tasks and print lm-eval's table.
+    """Run tasks of `load_tasks`, print lm-eval's table, and return the metrics by task or group.
 
-    Args:
-        lm: the model.
-        loaded: of `load_tasks`; can be run again, with another model.
-        limit: documents of each task; None: all.
-        chat: whether questions go through the tokenizer's chat template.
-
-    Returns:
-        {task or group: {metric: value, metric_stderr: value, ...}}, as in lm-eval with ",filter" after the metric of
-        a task that filters its answers; for tasks that generate also tokens, tokens_per_second and acceptance_rate.
+    As in lm-eval, ",filter" follows the metric of a task that filters its answers. Tasks that generate also have
+    tokens, tokens_per_second and acceptance_rate.
     """
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the examples of lm-eval, the same ones for each model
@@ -201,20 +184,8 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LayerSkipLM(TemplateLM):
-    """A layer-skip decoder for lm-eval.
-
-    Args:
-        model: in eval mode.
-        tokenizer: decodes, and has the stop tokens.
-        batch_size: texts that are scored or decoded together.
-        exit_layer: log-likelihoods and generated text come from that exit; None: from the last layer.
-        self_speculation: how drafts are made; None decodes autoregressively.
-        seed: of each task's samples.
-        max_new_tokens: the longest answer of a task that does not name its limit.
-
-    Attributes:
-        stats: statistics of generation by task.
-    """
+    """A layer-skip decoder for lm-eval: log-likelihoods and texts of an exit, or of the last layer with or without
+    drafts. `stats` has the statistics of generation by task."""
 
     def __init__(
         self,
@@ -272,14 +243,8 @@ class LayerSkipLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """log p(continuation | context), and whether the continuation is the greedy one, for each request.
-
-        Args:
-            requests: (texts, context tokens, continuation tokens).
-
-        Raises:
-            ConfigError: if a continuation has no token of its own, or more than the model takes.
-        """
+        """log p(continuation | context), and whether the continuation is the greedy one, for each request of texts,
+        context tokens and continuation tokens."""
         for texts, _, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(
@@ -304,9 +269,8 @@ class LayerSkipLM(TemplateLM):
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
         """(log p, whether greedy) of each answer, by one forward pass for all.
 
-        Args:
-            pairs: the tokens that the model reads, without an answer's last one; and the answer. Pairs with the same
-                tokens share a row of the batch.
+        A pair has the tokens that the model reads, without the answer's last one, and the answer. Pairs with the same
+        tokens share a row of the batch.
         """
         rows = list(dict.fromkeys(row for row, _ in pairs))
         width = max(map(len, rows))

@@ -232,7 +232,6 @@ def test_a_file_of_somebody_elses_is_not_overwritten(name, what, tmp_path, token
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tune_extends": None}, "^tune: True needs .*tune_extends=quickstart/generate"),
         ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
         ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is no generation .*unknown"),
         ({"tune": 3}, "^tune: 3"),
