@@ -146,7 +146,8 @@ class RecipeConfig(Section):
 
     def choose(self, choices: Choices) -> None:
         """Choose values for the keys that are null; each recipe adds its own keys."""
-        choices.pick("dtype", lambda: "bf16" if computes_in_bf16(choices.device) else "fp32")
+        device = choices.device
+        choices.pick("dtype", lambda: "bf16" if computes_in_bf16(device) else "fp32")
 
     @property
     def chosen(self) -> dict[str, Any]:
