@@ -96,7 +96,7 @@ ODD = ["null", "true", "-1", "1.5", "abc", "[1]", "{a: 1}"]
 
 @pytest.mark.slow
 def test_odd_values_are_taken_or_refused_by_key(path):
-    """Whatever stands there, the constructor fails with a ValueError of ours that names the key or what it refers to, or not at all."""
+    """Whatever stands there: a ConfigError that names the key, or what it refers to, or nothing is wrong."""
     keys = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED} - {"model", "checkpointer", "tokenizer"} | {
         "variants.chain",
         "variants.x",
