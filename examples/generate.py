@@ -1,33 +1,29 @@
-"""Generate with self-speculation from Python, with the model of a generation config.
+"""Generate with self-speculation from Python.
 
-    python examples/generate.py CONFIG [key=value ...]
+    python examples/generate.py FOLDER
 
-CONFIG is a name or file for `tune run layerskip_generate`, such as quickstart/generate after the quickstart's training.
-One prompt is decoded three times: autoregressively, with drafts from an early exit, and so again as a stream. The
+FOLDER is a run of `tune run layerskip_finetune`, such as quickstart after the quickstart's training, a Hugging Face
+folder, or a name on the hub. One prompt is decoded three times: autoregressively, with drafts from an early exit, and so again as a stream. The
 tokens are the same.
 """
 
 import argparse
 import time
-from typing import Any
 
 import torch
-from torchtune.config import instantiate
 
-from layerskip_recipes import Generation, LayerSkipDecoder, Speculation, generate, layerskip_decoder
-from layerskip_recipes.config import load_config
+from layerskip_recipes import Generation, Speculation, generate, load_model
 
 PROMPT = "def read_file(path):\n"
 NEW_TOKENS = 48
 
 
 def main() -> None:
-    """Load the model and the tokenizer of the config, and decode a prompt in three ways."""
+    """Load the model and its tokenizer, and decode a prompt in three ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("folder")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.config, args.overrides)
+    model, tokenizer = load_model(args.folder)
     prompt = torch.tensor(tokenizer.encode(PROMPT, add_bos=True, add_eos=False))
     exit_layer = max(1, model.num_layers // 8)
     stop_tokens = tokenizer.stop_tokens
@@ -47,14 +43,6 @@ def main() -> None:
     for new in generation:
         print(tokenizer.decode(new[0]), end="", flush=True)
     print(f"\n{generation.stats.rounds} rounds for {len(generation.generated[0])} tokens")
-
-
-def load_model(name: str, overrides: list[str]) -> tuple[LayerSkipDecoder, Any]:
-    """The decoder with its weights, and the tokenizer, of a config: all three are torchtune components."""
-    cfg = load_config(name, overrides)
-    base = instantiate(cfg.model)
-    base.load_state_dict(instantiate(cfg.checkpointer).load_checkpoint()["model"])
-    return layerskip_decoder(base.eval()), instantiate(cfg.tokenizer)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.configs import generate_config, make_checkpoint
+from helpers.configs import make_checkpoint
 from helpers.pages import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -32,9 +32,8 @@ def start(monkeypatch, tmp_path, capsys) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def tiny_config(tmp_path_factory, tokenizer_folder) -> str:
-    folder = tmp_path_factory.mktemp("examples")
-    return str(generate_config(folder, make_checkpoint(folder / "model", tokenizer_folder)))
+def tiny_model(tmp_path_factory, tokenizer_folder) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("examples") / "model", tokenizer_folder))
 
 
 def test_finetune(start, tmp_path, tokenizer_folder):
@@ -45,13 +44,13 @@ def test_finetune(start, tmp_path, tokenizer_folder):
     assert (tmp_path / "here" / "model.pt").is_file()
 
 
-def test_generate(start, tiny_config):
-    out = start("generate.py", tiny_config, NEW_TOKENS=12)
+def test_generate(start, tiny_model):
+    out = start("generate.py", tiny_model, NEW_TOKENS=12)
     assert "same tokens: True" in out and re.search(r"\d+ rounds for 12 tokens", out)
 
 
-def test_measure_exits(start, tiny_config):
-    rows = start("measure_exits.py", "--samples", "2", tiny_config).splitlines()[-4:]
+def test_measure_exits(start, tiny_model):
+    rows = start("measure_exits.py", "--samples", "2", tiny_model).splitlines()[-4:]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "4"] and rows[-1].endswith("1.00")
 
 
