@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torchtune import training, utils
 from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
@@ -84,8 +85,7 @@ def checkpoint_files(section: Component) -> list[str]:
 def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     """Raises a ConfigError if the checkpointer section is wrong in itself, or does not fit the model.
 
-    Args:
-        trains: the recipe trains; otherwise it reads, and a model with adapters needs `adapter_checkpoint`.
+    A recipe that only reads needs `adapter_checkpoint` for a model with adapters; one that trains takes none.
     """
     section, model = cfg.checkpointer, cfg.meta_model
     for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
@@ -94,9 +94,9 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
                 f"checkpointer.{key}: {section.get(key)!r} is not honoured: resume_from_checkpoint=true finds the "
                 f"newest checkpoint under output_dir by itself. Set checkpointer.{key}=null"
             )
+    for key in ("adapter_checkpoint", "checkpoint_dir", "path"):
+        check(f"checkpointer.{key}", section.get(key), Annotated[Text, Field(examples=["/tmp/my_model"])] | None)
     adapters = section.get("adapter_checkpoint")
-    if adapters is not None:
-        check("checkpointer.adapter_checkpoint", adapters, Text)
     if not trains and bool(adapter_names(model)) != (adapters is not None):
         has = "adapters" if adapters is None else "no adapters"
         raise ConfigError(
@@ -115,10 +115,6 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     if "model_type" in section.arguments:
         check("checkpointer.model_type", section.get("model_type"), ModelType)
     checkpoint_files(section)
-    for key in ("checkpoint_dir", "path"):
-        folder = section.get(key)
-        if folder is not None and not isinstance(folder, str):
-            raise ConfigError(f"checkpointer.{key}: {folder!r} is no path; for example /tmp/Llama-3.2-1B-Instruct")
     if reads_hf_folder(section) != is_hf_decoder(model) and not starts_from_scratch(section):
         raise ConfigError(
             f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}, whose heads have "
@@ -142,18 +138,13 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
     }
     for key, value in built.items():
         if described.get(key) != value:
-            raise ConfigError(
-                f"checkpointer.hf_config.{key}: {described.get(key)!r} does not fit the model, which has {value}"
-            )
+            wrong = f"checkpointer.hf_config.{key}: {described.get(key)!r}"
+            raise ConfigError(f"{wrong} does not fit the model, which has {value}")
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
-    """Raises a ConfigError naming what `checkpointer.checkpoint_dir` lacks.
-
-    Args:
-        writes: the bytes of weights that the recipe writes to output_dir, which torchtune wants outside of
-            checkpoint_dir; 0: none.
-    """
+    """Raises a ConfigError for missing files of `checkpointer`, and for an output_dir without room for `writes` bytes of
+    weights, or within checkpoint_dir."""
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if writes:
         _check_space(output_dir, writes)

@@ -43,8 +43,8 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
 @torch.no_grad()
 def initialise(model: LayerSkipDecoder, std: float | None = None) -> None:
-    """The initialisation from scratch, as in GPT-2: normal(0, std) for every matrix, the two that write into the
-    residual stream of each layer divided by sqrt(2 L); biases 0; norms as torchtune makes them. None: 0.02."""
+    """Initialise as GPT-2 does: matrices by normal(0, std), those that write into the residual stream divided by
+    sqrt(2 L), biases by 0, norms as torchtune makes them."""
     std = 0.02 if std is None else std
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -87,15 +87,7 @@ def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkip
 
 
 def quantised_bytes(model: LayerSkipDecoder, quantizer: Component) -> int:
-    """The bytes of a model's weights once they are quantised, found on a copy without memory.
-
-    Args:
-        model: on the meta device, in the dtype that its weights are going to have.
-        quantizer: as of `quantise`.
-
-    Returns:
-        The bytes; 0 for a quantizer that needs real weights, or changes none.
-    """
+    """The bytes of the weights of a model on the meta device once they are quantised; 0 if that cannot be known."""
     try:
         model = quantise_decoder(without_adapters(deepcopy(model)), quantizer)
     except ConfigError:

@@ -49,10 +49,7 @@ class Ranks:
 class SplitLinear(nn.Module):
     """A linear layer of which this rank has some outputs, or some inputs; then the ranks' products are summed.
 
-    Args:
-        linear: whose weight is a DTensor.
-        ranks: that share it.
-        gathers: all ranks get all outputs; else each gets its own, which a layer split by inputs goes on from.
+    With `gathers` all ranks get all outputs. Otherwise each keeps its own, for a following layer that is split by inputs.
     """
 
     def __init__(self, linear: Any, ranks: Ranks, gathers: bool) -> None:
@@ -71,13 +68,7 @@ class SplitLinear(nn.Module):
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding of which each rank has as many rows.
-
-    Args:
-        embedding: whose weight is a DTensor.
-        ranks: that share it.
-        rank: this one's number.
-    """
+    """An embedding whose rows are shared out evenly."""
 
     def __init__(self, embedding: nn.Embedding, ranks: Ranks, rank: int) -> None:
         super().__init__()
@@ -100,11 +91,8 @@ def local(weight: Any) -> nn.Parameter:
 def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Put modules with plain tensors in the place of those that `parallelize` made.
 
-    These stay: modules with layouts that torchtune's plan does not have, Gemma's embeddings, and a head or an embedding
+    These stay: modules with layouts that torchtune's plans do not have, Gemma's embeddings, and a head or an embedding
     of a vocabulary that the ranks cannot share evenly.
-
-    Args:
-        model: with its weights, split over the ranks of `mesh` by `plan`.
     """
     ranks = Ranks(mesh)
     for name, module in [*model.named_modules()]:

@@ -34,13 +34,7 @@ def load_sharded_decoder(
 ) -> LayerSkipDecoder:
     """`load_decoder` for several processes: rank 0 reads the checkpoint, the others get their parts only.
 
-    Args:
-        cfg: sections model and checkpointer, and the dtype of the weights.
-        kept_layers: the layers below it are whole on every rank: the exit E that drafts, 0 for plain decoding.
-        tensor_parallel_dim, plan: T of `check_processes`, and the plan of `read_plan`.
-
-    Raises:
-        ConfigError: on rank 0, if the checkpoint is not this model's.
+    The layers below `kept_layers` are whole on every rank: those below the exit that drafts, none for plain decoding.
     """
     model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():
@@ -83,18 +77,9 @@ def shard_decoder(
 ) -> LayerSkipDecoder:
     """Split a decoder over a grid of (ranks / T) x T, and give each rank its part of rank 0's weights.
 
-    T ranks share each matrix and compute with their part of it; over ranks / T the layers from `kept_layers` up are
-    sharded, and gathered when they run.
-
-    Args:
-        model: on the meta device, in `dtype`; changed in place.
-        state: the whole state_dict on rank 0; not looked at on other ranks.
-        device, dtype: of the weights.
-        kept_layers: 0 .. L.
-        tensor_parallel_dim, plan: T, and which matrices to split how.
-
-    Returns:
-        The model in eval mode.
+    T = `tensor_parallel_dim` ranks share each matrix by `plan` and compute with their part of it. Over ranks / T the
+    layers from `kept_layers` up are sharded, and gathered when they run. The model comes on the meta device, is changed
+    in place, and leaves in eval mode.
     """
     shards = dist.get_world_size() // tensor_parallel_dim
     mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))

@@ -22,9 +22,7 @@ IN_A_ROW = 2
 class JoiningLayer(nn.Module):
     """A layer of the model's kind over two hidden states side by side, [b, s, 2 d] -> [b, s, d].
 
-    Args:
-        layer: whose input is W [n(x), n(y)] of the states x and y, each divided by its root mean square.
-        like: a tensor of the model, [.., d].
+    Its input is W [n(x), n(y)] of the states x and y, each divided by its root mean square.
     """
 
     EPSILON = 1e-6
@@ -85,12 +83,8 @@ class Draft(nn.Module):
         return len(self.layers)
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        """What the model's head unembeds, after the draft's norm: [b, s, d].
-
-        Args:
-            x: the embedding [b, s, d] for a copy; for an adapter x_E and the state before it, [b, s, 2 d].
-            **layer_inputs: mask and input_pos.
-        """
+        """The normed states for the model's head, [b, s, d], from the embedding [b, s, d], or for an adapter from x_E
+        and the model's last state of the token before, [b, s, 2 d]; `layer_inputs` are mask and input_pos."""
         dtype = x.dtype
         # Beside a model in bf16 a draft that is trained has weights in fp32.
         with torch.autocast(x.device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
@@ -120,13 +114,8 @@ class Draft(nn.Module):
         return kept[self.start], kept[model.num_layers]
 
     def states(self, x: torch.Tensor, last: torch.Tensor, **inputs: Any) -> list[torch.Tensor]:
-        """The normed states that the head unembeds, [b, s, d]; of an adapter those for the first and the second token
-        that are drafted in a row, of a copy one.
-
-        Args:
-            x, last: of `teacher_states`.
-            **inputs: mask, input_pos, ... of the model.
-        """
+        """The normed states for the head, [b, s, d], from `teacher_states`: of a copy one, of an adapter those of the
+        first and the second drafted token."""
         layer_inputs = {name: value for name, value in inputs.items() if name in ("mask", "input_pos")}
         if self.kind == "copy":
             return [self(x, **layer_inputs)]

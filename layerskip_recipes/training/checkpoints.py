@@ -124,13 +124,9 @@ class Checkpoints:
         return from_rank_zero(state) | {training.OPT_KEY: optimizer}
 
     def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
-        """The weights that the run starts from; other ranks than 0 get empty mappings.
+        """The model's weights (None from scratch), and those of its adapters or its draft (None if fresh).
 
-        Args:
-            model: whose weights they are, on any device.
-
-        Returns:
-            The model's weights (None from scratch), and those of its adapters or its draft (None if fresh).
+        Ranks other than 0 get empty mappings.
         """
         weights: Weights | None = None if self.from_scratch else {}
         trained = None
@@ -152,25 +148,16 @@ class Checkpoints:
         return weights, trained
 
     def base(self, weights: Weights | None) -> dict[str, Any]:
-        """The model that a draft belongs to, by its folder and a hash of its weights, for the draft's description.
-
-        Args:
-            weights: of `load_weights`; other ranks than 0 get an empty description.
-        """
-        if not weights:
-            return {}
-        return describe_base(self._section, weights)
+        """For a draft's description the model that it belongs to; empty on ranks other than 0."""
+        return describe_base(self._section, weights) if weights else {}
 
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
-        """Write a whole checkpoint, on rank 0; a run that is killed here leaves the previous ones as they were.
+        """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0.
 
-        Args:
-            name: `epoch_N` or `step_N`, of the folder.
-            contents: of `checkpoint_contents`.
-            state: of the recipe, for a resumed run.
-            description: the content of layerskip.json.
+        `contents` are those of `checkpoint_contents`, `state` is for a resumed run, and `description` is the content of
+        layerskip.json. A run that is killed here leaves the previous checkpoints as they were.
         """
         self.finish()
         self._clear()
@@ -205,14 +192,7 @@ class Checkpoints:
     def save_shards(
         self, name: str, shards: dict[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
-        """Begin to write every rank's shards; on all ranks. The checkpoint appears when the last one is written.
-
-        Args:
-            name: `step_N`.
-            shards: a state_dict of sharded tensors.
-            state: of the recipe on rank 0, for a resumed run.
-            description: the content of layerskip.json.
-        """
+        """Begin to write every rank's shards, on all ranks. The checkpoint appears when the last one is written."""
         self.finish()
         if is_rank_zero():
             self._clear()
@@ -237,8 +217,7 @@ class Checkpoints:
     def load_shards(self, shards: dict[str, Any]) -> list[str]:
         """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them.
 
-        Returns:
-            The parameters whose optimizer had no state yet: their state is not changed.
+        Returns the parameters whose optimizer had no state yet.
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
@@ -299,11 +278,7 @@ def restore_set_aside(output_dir: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path) -> Path:
-    """The newest intact checkpoint under output_dir, by its time of writing; rank 0 looks for all.
-
-    Raises:
-        ConfigError: if there is none.
-    """
+    """The newest intact checkpoint under output_dir, which rank 0 finds for all; a ConfigError if there is none."""
     found = None
     if is_rank_zero():
         restore_set_aside(output_dir)

@@ -65,11 +65,7 @@ class Mesh:
 
 
 def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
-    """The numbers of replicate, shard and tensor ranks for the processes that torchrun started.
-
-    Raises:
-        ConfigError: if they do not fit the number of processes, or a key does not go with it.
-    """
+    """The numbers of replicate, shard and tensor ranks; a ConfigError if they do not fit torchrun's processes."""
     processes = num_processes()
     plan, model = cfg.tensor_parallel_plan, cfg.meta_model
     if processes > 1 and plan is not None and cfg.tensor_parallel_dim is None:
@@ -109,36 +105,25 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 
 def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
-    """Raises a ConfigError for keys that work in one process only."""
-    if cfg.draft is not None and cfg.draft.keep_states:
-        raise ConfigError("draft.keep_states: True works with one process. Set draft.keep_states=false")
-    if cfg.draft is not None and cfg.draft.kind == "adapter" and cfg.optimizer_in_bwd:
-        raise ConfigError(
-            "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
-            "step. Set optimizer_in_bwd=false"
-        )
-    if replicate > 1 and packs_weights(cfg.model):
-        raise ConfigError(
-            f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over "
-            "all ranks. Allowed: 1; for example data_parallel_replicate_dim=1"
-        )
-    if cfg.low_cpu_ram:
-        raise ConfigError(
-            "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
-            "would write it at once. Set low_cpu_ram=false"
-        )
-    if cfg.optimizer.path.startswith("torchao."):
-        raise ConfigError(
-            f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
-            "checkpoint. For example optimizer._component_=torch.optim.AdamW"
-        )
-    apart = "tok_embeddings" in (cfg.custom_sharded_layers or ())
-    if cfg.optimizer_in_bwd and apart and isinstance(cfg.meta_model.output, TiedLinear):
-        raise ConfigError(
-            "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
-            "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
-            "tok_embeddings out"
-        )
+    """Raises a ConfigError for what works in one process only."""
+    draft, in_backward = cfg.draft, cfg.optimizer_in_bwd
+    apart = "tok_embeddings" in (cfg.custom_sharded_layers or ()) and isinstance(cfg.meta_model.output, TiedLinear)
+    mistakes = {
+        "draft.keep_states: True works with one process. Set draft.keep_states=false": draft and draft.keep_states,
+        "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a step. "
+        "Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and in_backward,
+        f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over all "
+        "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
+        "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several would "
+        "write it at once. Set low_cpu_ram=false": cfg.low_cpu_ram,
+        f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
+        "checkpoint. For example optimizer._component_=torch.optim.AdamW": cfg.optimizer.path.startswith("torchao."),
+        "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
+        "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
+        "tok_embeddings out": in_backward and apart,
+    }
+    if found := [mistake for mistake, applies in mistakes.items() if applies]:
+        raise ConfigError(*found)
 
 
 def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
