@@ -3,8 +3,8 @@
     python examples/generate.py FOLDER
 
 FOLDER is a run of `tune run layerskip_finetune`, such as quickstart after the quickstart's training, a Hugging Face
-folder, or a name on the hub. One prompt is decoded three times: autoregressively, with drafts from an early exit, and so
-again as a stream. The tokens are the same.
+folder, or a name on the hub. One prompt is decoded three times: autoregressively, with drafts from an early exit, and
+again with drafts as a stream. The tokens are the same.
 """
 
 import argparse

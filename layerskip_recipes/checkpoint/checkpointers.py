@@ -143,8 +143,8 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
-    """Raises a ConfigError for missing files of `checkpointer`, and for an output_dir without room for `writes` bytes of
-    weights, or within checkpoint_dir."""
+    """Raises a ConfigError for missing files of `checkpointer`, and for an output_dir that has no room for `writes`
+    bytes of weights or lies within checkpoint_dir."""
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
     if writes:
         _check_space(output_dir, writes)

@@ -45,7 +45,7 @@ def hf_name(name: str, config: HFConfig) -> str:
 
 
 def place_in_files(name: str, config: HFConfig) -> tuple[str, slice]:
-    """Where the parameter or module that torchtune calls `name` is in Hugging Face's files: the tensor, and its rows."""
+    """Where torchtune's parameter or module `name` is in Hugging Face's files: the name of the tensor, and its rows."""
     name = hf_name(name, config)
     if config.architecture == "Phi3ForCausalLM":
         heads, key_heads, width = config.heads

@@ -49,7 +49,7 @@ class Ranks:
 class SplitLinear(nn.Module):
     """A linear layer of which this rank has some outputs, or some inputs; then the ranks' products are summed.
 
-    With `gathers` all ranks get all outputs. Otherwise each keeps its own, for a following layer that is split by inputs.
+    With `gathers` all ranks get all outputs. Otherwise each keeps its own, for a next layer that is split by inputs.
     """
 
     def __init__(self, linear: Any, ranks: Ranks, gathers: bool) -> None:

@@ -110,12 +110,12 @@ def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
     apart = "tok_embeddings" in (cfg.custom_sharded_layers or ()) and isinstance(cfg.meta_model.output, TiedLinear)
     mistakes = {
         "draft.keep_states: True works with one process. Set draft.keep_states=false": draft and draft.keep_states,
-        "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a step. "
-        "Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and in_backward,
+        "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
+        "step. Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and in_backward,
         f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over all "
         "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
-        "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several would "
-        "write it at once. Set low_cpu_ram=false": cfg.low_cpu_ram,
+        "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
+        "would write it at once. Set low_cpu_ram=false": cfg.low_cpu_ram,
         f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
         "checkpoint. For example optimizer._component_=torch.optim.AdamW": cfg.optimizer.path.startswith("torchao."),
         "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "

@@ -46,7 +46,7 @@ def sizes_of(tmp_path, tokenizer_folder, monkeypatch):
         (
             {},
             {"optimizer_in_bwd": True, "fsdp_cpu_offload": True},
-            "optimizer_in_bwd: True does not go with fsdp_cpu_offload",
+            "fsdp_cpu_offload: True does not go with optimizer_in_bwd",
         ),
         (
             {},
