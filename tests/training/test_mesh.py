@@ -1,9 +1,8 @@
 """The grid of processes and the settings that do not go with it, in this process with torchrun's WORLD_SIZE."""
 
 import pytest
-from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.configs import HF_CONFIG, MODEL, finetune_config
 from helpers.hf_folders import model_with_tokenizer
-from helpers.training import start_section
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.config import FinetuneConfig
@@ -65,23 +64,6 @@ def test_splits_that_would_go_wrong_or_do_nothing_are_refused(model, keys, messa
     with pytest.raises(ValueError) as error:
         sizes_of(model, keys)
     assert str(error.value).startswith(message)
-
-
-def test_packed_weights_are_not_replicated(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    start = start_section(make_checkpoint(tmp_path / "start", tokenizer_folder))
-    model = {
-        "_component_": "torchtune.models.llama3_2._component_builders.lora_llama3_2",
-        "lora_attn_modules": ["q_proj"],
-        "lora_rank": 4,
-        "lora_alpha": 8,
-        "quantize_base": True,
-        **SIZE,
-    }
-    path = finetune_config(tmp_path, tokenizer_folder, model=model, checkpointer=start)
-    cfg = FinetuneConfig.load(load_config(str(path), ["data_parallel_replicate_dim=2"]))
-    with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 does not go with QLoRA"):
-        mesh_sizes(cfg)
 
 
 def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenizer_folder, monkeypatch):
