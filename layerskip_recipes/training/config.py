@@ -102,7 +102,7 @@ class FinetuneConfig(RecipeConfig):
     state stay in fp32, with AdamW 16 bytes per weight. `dtype: bf16` takes 8, but rounds steps away: near 0.02 its
     numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
-    """Micro-batches of an optimizer step; null: as many as make 16 samples."""
+    """Micro-batches of an optimizer step; null: as many as make 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None

@@ -114,10 +114,11 @@ class EarlyExitLossSection(Section):
     """Which exits are on at a step. `rotational`: every `interval`-th of the layers, and the set rotates by one at each
     step; `gradual`: from the last layer down, all of them from half of the steps on; null: all the layers at each step.
     The last layer's exit is always on."""
-    interval: Annotated[Interval, Auto()] = 8
-    """R of the rotational curriculum; null: 8, more for deep models and less for shallow ones."""
-    layers: Layers = ":"
-    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"."""
+    interval: Interval = 8
+    """R of the rotational curriculum."""
+    layers: Annotated[Layers, Auto()] = ":"
+    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: the exit at a fifth of the depth, and
+    with a curriculum all of them."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l."""
     chunk_tokens: ChunkTokens = None

@@ -20,7 +20,7 @@ from layerskip_recipes.processes import num_processes
 if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
 
-SAMPLES_PER_STEP = 16
+SAMPLES_PER_STEP = 8  # for a given number of tokens, small steps teach most
 LONGEST = {"cpu": 512}  # tokens of a sample, where time is the limit and not memory
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
@@ -59,23 +59,16 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         width = cfg.meta_model.tok_embeddings.embedding_dim
         choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
     if cfg.early_exit_loss is not None:
-        choices.pick("early_exit_loss.interval", lambda: rotation(cfg.num_layers))
-
-
-def rotation(num_layers: int) -> int:
-    """R of the rotational curriculum: the paper's 8 for 16 to 64 layers.
-
-    With fewer layers it is less, so that 2 early exits are on at a step, and with more it is more, for about 8.
-    """
-    return max(-(-num_layers // 8), min(8, num_layers // 2), 1)
+        drafts = max(round(cfg.num_layers / 5), 1)  # layers: enough to agree with the last layer, few enough to be fast
+        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(drafts - 1))
 
 
 def full_learning_rate(width: int) -> float:
-    """3e-5 at the width of Llama 2 7B, as in the paper, and in inverse proportion to the width, to at most 5e-4.
+    """3e-5 at the width of Llama 2 7B, as in the paper, and more for narrow models: (4096 / width)^1.5, at most 1e-3.
 
-    For the 13B this gives 2.4e-5, and the paper has 2e-5.
+    The paper has 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 2.1e-5 and 8.5e-5.
     """
-    return min(float(f"{3e-5 * 4096 / width:.2g}"), 5e-4)
+    return min(float(f"{3e-5 * (4096 / width) ** 1.5:.2g}"), 1e-3)
 
 
 class TrainingMemory:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +33,7 @@ def trained(tmp_path_factory, models) -> Path:
     """The folder of a run of hf/full on the Llama."""
     out = tmp_path_factory.mktemp("trained") / "out"
     train("hf/full", f"model_dir={models['llama']}", f"output_dir={out}", *TRAINING)
+    note_good_drafts(out / "epoch_0")
     return out
 
 
@@ -42,24 +41,29 @@ def noted(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "layerskip.json").read_text())
 
 
-@pytest.mark.parametrize("recipe", ["training", "generation", "evaluation", "benchmark"])
-def test_each_recipe_knows_the_resolvers(recipe):
-    """In a process that has imported no other recipe's code."""
-    code = (
-        f"import layerskip_recipes.{recipe}.config, omegaconf; assert omegaconf.OmegaConf.has_resolver('layerskip.lr')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def note_good_drafts(checkpoint: Path) -> None:
+    """The acceptance that a long training would have measured: generation drafts only where that pays."""
+    description = noted(checkpoint)
+    for by_vocabulary in description["measured"]["exits"].values():
+        by_vocabulary["all"] = {"matches": [0.95] * 8, "overlap": 0.95}
+    (checkpoint / "layerskip.json").write_text(json.dumps(description))
+
+
+def how_trained(checkpoint: Path) -> dict:
+    """What a checkpoint notes, without what it counted and measured."""
+    return {key: value for key, value in noted(checkpoint).items() if key not in ("vocabulary", "measured")}
 
 
 def test_what_a_checkpoint_notes(trained, models):
-    """Exits 1 to 8 had their turn in 4 steps, but exit 1 has the weight 0 in the paper's e(l)."""
-    assert noted(trained / "epoch_0") == {
+    """One exit is trained, at a fifth of the depth."""
+    assert [*noted(trained / "epoch_0")["measured"]["exits"]] == ["2"]
+    assert how_trained(trained / "epoch_0") == {
         "num_layers": 8,
-        "exits": [2, 3, 4, 5, 6, 7, 8],
-        "curriculum": "rotational",
-        "interval": 4,
-        "scale": 0.1,
-        "scale_fn": "layerskip",
+        "exits": [2, 8],
+        "curriculum": None,
+        "interval": None,
+        "scale": 1.0,
+        "scale_fn": "uniform",
         "layer_dropout": {"prob": 0.1, "layers_scale": "exp", "layers": ":", "schedule": "constant"},
         "steps": 4,
         "base": str(models["llama"]),
@@ -123,11 +127,11 @@ def test_the_benchmark_compares_the_trained_exit(trained, tmp_path, monkeypatch)
 def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
     train("hf/lora", *settings)
+    note_good_drafts(tmp_path / "epoch_0")
     generation = ["prompt=def main(", "max_new_tokens=4", "device=cpu"]
     recipe = LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", *generation]))
     recipe.setup()
-    # Two steps of a rotation of 4: exits 1 and 5, then 2 and 6, of which the first has the weight 0.
-    assert noted(tmp_path / "epoch_0")["exits"] == [2, 5, 6, 8]
+    assert noted(tmp_path / "epoch_0")["exits"] == [2, 8]
     assert recipe.generate()["exit_layer"] == 2
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
@@ -142,8 +146,8 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_
 
 def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "save_every_n_steps=1"]
-    train("hf/full", *settings, "early_exit_loss.layers=3,5", "early_exit_loss.interval=2", "epochs=1")
-    assert noted(tmp_path / "step_3") | {"steps": 4} == noted(tmp_path / "epoch_0")
+    train("hf/full", *settings, "early_exit_loss.layers=3,5", "epochs=1")
+    assert how_trained(tmp_path / "step_3") | {"steps": 4} == how_trained(tmp_path / "epoch_0")
     assert noted(tmp_path / "epoch_0")["exits"] == [4, 6, 8]
 
 

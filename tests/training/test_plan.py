@@ -14,7 +14,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.model.memory import token_bytes, training_bytes
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.plan import full_learning_rate, rotation
+from layerskip_recipes.training.plan import full_learning_rate
 
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -75,14 +75,16 @@ def test_what_a_training_keeps(itemsize, trained, quantised, kept, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "interval"), [(1, 1), (4, 2), (12, 6), (16, 8), (28, 8), (32, 8), (64, 8), (80, 10)]
+    ("layers", "trained"), [(1, "0"), (4, "0"), (12, "1"), (16, "2"), (28, "5"), (30, "5"), (80, "15")]
 )
-def test_exits_at_a_step(layers, interval):
-    """The paper's 8 from 16 layers on; with the last one, a step has 2 to 9 exits."""
-    assert rotation(layers) == interval
+def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
+    """Exit E is layer E - 1, here at a fifth of the depth; a curriculum is for all exits."""
+    assert chosen("device=cpu", num_hidden_layers=layers)["early_exit_loss.layers"] == trained
+    gradual = chosen("device=cpu", "early_exit_loss.curriculum=gradual", num_hidden_layers=layers)
+    assert gradual["early_exit_loss.layers"] == ":"
 
 
-@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 5e-4)])
+@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.1e-5), (2048, 8.5e-5), (1024, 2.4e-4), (64, 1e-3)])
 def test_the_learning_rate_of_all_weights(width, lr):
     assert full_learning_rate(width) == lr
 
@@ -123,9 +125,9 @@ def test_a_sample_is_no_longer_than_the_model_takes(chosen):
 
 
 @pytest.mark.parametrize(
-    ("samples", "size", "micro_batches"), [(0, 1, 16), (1, 1, 16), (3, 2, 8), (7, 4, 4), (8, 8, 2), (99, 8, 2)]
+    ("samples", "size", "micro_batches"), [(0, 1, 8), (1, 1, 8), (3, 2, 4), (7, 4, 2), (8, 8, 1), (99, 8, 1)]
 )
-def test_batches_are_powers_of_two_and_a_step_has_16_samples(samples, size, micro_batches, chosen, monkeypatch):
+def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro_batches, chosen, monkeypatch):
     def batches(memory):
         made = chosen("device=cpu", "tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", memory=memory)
         return made["batch_size"], made["gradient_accumulation_steps"]
@@ -149,7 +151,7 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     # bf16 needs stochastic rounding, with what it takes of AdamW's arguments.
     optimizer = made.get("optimizer", Component({"_component_": "torch.optim.AdamW"}))
     assert optimizer.path.endswith(".StochasticAdamW") is (expected == "bf16") and "fused" not in optimizer.arguments
-    assert made["optimizer.lr"] == 5e-4 and "optimizer" not in chosen("device=cuda", "dtype=bf16")
+    assert made["optimizer.lr"] == 1e-3 and "optimizer" not in chosen("device=cuda", "dtype=bf16")
     assert chosen("device=cuda", name="lora")["dtype"] == "bf16"
     assert chosen("device=cuda", name="draft")["dtype"] == "bf16"
     assert chosen("device=cuda", name="generate")["dtype"] == "bf16"
@@ -160,10 +162,10 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     assert chosen("device=cuda", name="generate")["dtype"] == "fp32"
 
 
-@pytest.mark.parametrize(("name", "lr"), [("full", 5e-4), ("lora", 3e-4), ("qlora", 3e-4)])
-def test_the_learning_rate_and_the_interval(name, lr, chosen):
+@pytest.mark.parametrize(("name", "lr"), [("full", 1e-3), ("lora", 3e-4), ("qlora", 3e-4)])
+def test_the_learning_rate_and_the_exit(name, lr, chosen):
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 64}
-    assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.interval": 6}.items()
+    assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.layers": "1"}.items()
 
 
 def test_a_draft_is_small_beside_its_model(chosen):
@@ -171,7 +173,7 @@ def test_a_draft_is_small_beside_its_model(chosen):
     draft = MATRICES // 12 + 2 * 64 + 2 * 32 + 64 * 128 + 64  # a layer with its norms, what joins two states, a norm
     needed = 4 * WEIGHTS + 16 * draft + LOGITS + 2 * 512 * KEPT
     made = chosen("device=cpu", name="draft", memory=needed)
-    assert made["batch_size"] == 2 and "optimizer.lr" not in made and "early_exit_loss.interval" not in made
+    assert made["batch_size"] == 2 and "optimizer.lr" not in made and "early_exit_loss.layers" not in made
     assert chosen("device=cpu", name="draft", memory=needed - 2)["batch_size"] == 1
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
     assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
@@ -187,10 +189,10 @@ def test_adapters_count_with_their_gradients_and_averages(chosen):
 
 def test_values_of_the_users_replace_choices(tmp_path):
     overrides = [f"model_dir={folder_of(tmp_path)}", "device=cpu", "batch_size=2", "optimizer.lr=0.1"]
-    cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.interval=3"]))
-    assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.interval) == (2, 0.1, 3)
-    assert cfg.gradient_accumulation_steps == 8 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
-    assert cfg.source.gradient_accumulation_steps == 8  # a config that is logged has what was chosen
+    cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.layers=3"]))
+    assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.layers) == (2, 0.1, 3)
+    assert cfg.gradient_accumulation_steps == 4 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
+    assert cfg.source.gradient_accumulation_steps == 4  # a config that is logged has what was chosen
 
 
 def test_a_missing_key_has_torchtunes_default(chosen):
@@ -200,9 +202,9 @@ def test_a_missing_key_has_torchtunes_default(chosen):
         "dtype",
         "enable_activation_checkpointing",
         "gradient_accumulation_steps",
-        "early_exit_loss.interval",
+        "early_exit_loss.layers",
     }
-    assert made["gradient_accumulation_steps"] == 16
+    assert made["gradient_accumulation_steps"] == 8
 
 
 def test_the_number_of_new_tokens(chosen):
