@@ -58,8 +58,8 @@ def generate(
         stop_tokens: a row ends with the first of them.
         pad_id: fills the output.
         rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
-            With prompt_lookup the times of rounds choose how to draft, so the same seed may give other tokens, of the
-            same distribution.
+            With num_speculations the times of rounds decide where to draft, so the same seed may give other tokens, of
+            the same distribution.
         compile: compile the steps. On a GPU graphs are kept with the model for later calls; sampling takes other ones
             than greedy decoding, and so does each other set of filters and each other top_k.
         **speculation: draft_vocabulary, prompt_lookup, drafter, as in `Speculation`.

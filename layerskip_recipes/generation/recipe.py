@@ -195,6 +195,12 @@ class LayerSkipGenerate:
         if steps is not None:
             report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
+            undrafted = ours.stats.plain_share or 0.0
+            if undrafted > 0.5:
+                log.info(
+                    "drafting stopped: %.0f%% of the rounds went without drafts, as plain decoding was faster",
+                    100 * undrafted,
+                )
             print_report(report)
             print(json.dumps(report), flush=True)
         return report
