@@ -1,5 +1,6 @@
 """What a checkpoint stores for the choice of a draft: the frequent label tokens, and how often drafts are accepted."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,6 +101,8 @@ class DraftStatistics:
             )
         except ConfigError:  # no label counts
             return None
+        if any(math.isnan(found["overlap"]) for e in early for found in quality[e].acceptance.values()):
+            return None  # the last step ruined the weights
         measured = {
             "on": "dataset_val" if self.validation.on else "training",
             "labels": quality[early[0]].labels,

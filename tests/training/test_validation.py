@@ -14,6 +14,7 @@ from helpers.resuming import final_weights
 from helpers.training import VALIDATION, losses, train, validated, whole_log
 from torchtune.utils import get_logger
 
+from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -215,4 +216,5 @@ def test_the_warning_if_the_last_layer_is_not_finite(good, tmp_path, caplog):
     overrides = ["optimizer.lr=1e18", "max_steps_per_epoch=1", f"output_dir={tmp_path}/out"]
     messages = warnings_of(caplog, good, *overrides)
     assert not math.isfinite(validated(tmp_path / "out")[1]["val_loss_final"])
+    assert read_trained_exits(tmp_path / "out" / "epoch_0").measured is None
     assert messages
