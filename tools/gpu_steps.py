@@ -31,10 +31,9 @@ from layerskip_recipes.benchmark.peers import Job, Peer, transformers_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
 from layerskip_recipes.checkpoint.hf_names import to_files
-from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.checkpoint.load_model import load_model
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -301,9 +300,9 @@ def lossless(place: Place) -> None:
     recipe.cleanup()
     count, new, some = (2, 8, 64) if place.tiny else (16, 128, 512)
     for dtype in ("fp32", "bf16"):
-        cfg = GenerateConfig.load(load_config("quickstart/generate", [*overrides, f"dtype={dtype}"]))
-        model, tokenizer = load_decoder(cfg, place.device), cfg.tokenizer.build()
-        prompts = [tokenizer.encode(text, add_bos=False, add_eos=False) for text in heldout_prompts(count)]
+        model, tokenizer = load_model(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
+        texts = heldout_prompts(count)
+        prompts = [torch.tensor(tokenizer.encode(text, add_bos=False, add_eos=False)) for text in texts]
         tokens = partial(generate, model, max_generated_tokens=new, compile=place.cuda)
         plain = [tokens(prompt).tokens[0].tolist() for prompt in prompts]
         for vocabulary in (None, range(some)):

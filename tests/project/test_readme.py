@@ -207,7 +207,11 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     if recipe == "layerskip_finetune":
         changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
         if "draft" in cfg:
-            changes |= {"draft.exit_layer": 1, "output_dir": str(folder / "trained_draft")}
+            changes |= {
+                "draft.exit_layer": 1,
+                "output_dir": str(folder / "trained_draft"),
+                "keep_last_n_checkpoints": None,
+            }
             changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
         if OmegaConf.select(cfg, "model.lora.quantize_base"):
             changes["model.lora.quantize_base"] = False  # the tiny model's matrices are too small for 4 bits
