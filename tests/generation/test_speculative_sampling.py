@@ -44,7 +44,7 @@ def test_sampled_continuations_have_the_models_distribution(speculation, setting
         arguments |= {"speculation": Speculation(1, **speculation), "choice": AlwaysLookUp()}
         if speculation.get("drafter"):
             arguments["speculation"].drafter = perturbed(model, 0.3)
-    generation = run(model, [START] * n, 5, sampler=Sampler(**settings, rng=rng(62)), **arguments)
+    generation = run(model, [START] * n, 5, sampler=Sampler(**settings, rng=rng(63)), **arguments)
     assert p_value(numbered(generation.generated, 3), probabilities(3, **settings)) > 1e-3
     if speculation:
         assert 0.1 < generation.stats.acceptance_rate < 0.95
