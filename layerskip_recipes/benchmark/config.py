@@ -14,7 +14,7 @@ from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.config import Comparison, DecodingConfig, GenerateConfig, Temperature
+from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
 from layerskip_recipes.model.decoder import layerskip_decoder
 
@@ -104,6 +104,7 @@ def _parse_peers(value: Any) -> Any:
 class BenchmarkConfig(DecodingConfig):
     """A checkpoint, prompts, and the methods of decoding that are compared."""
 
+    IGNORED: ClassVar = {**DecodingConfig.IGNORED, "benchmark": dict}  # this recipe always compares
     REFUSED: ClassVar = {
         "exit_layer": "variants lists what is compared",
         "stream": "it prints figures, no texts",
@@ -111,7 +112,6 @@ class BenchmarkConfig(DecodingConfig):
         "on_bad_prompt": "it measures all prompts or none",
         "system_prompt": "it has no conversation",
         "log_level": "its log has a few lines only",
-        "cudnn_deterministic_mode": "it measures the kernels that torch chooses",
         "tensor_parallel_plan": "it measures one device",
         "tensor_parallel_dim": "it measures one device",
     }
@@ -133,8 +133,6 @@ class BenchmarkConfig(DecodingConfig):
     """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """The only temperature if there are no `temperatures`, so that a generation config can be measured as it is."""
-    benchmark: Comparison | None = None
-    """Ignored: a generation config may have it, and this recipe always compares."""
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
     """At most so many new tokens for each prompt."""
     repeats: PositiveInt = 3

@@ -87,7 +87,8 @@ class Component:
         for name in names[self.positional :]:
             required = parameters[name].default is inspect.Parameter.empty
             if required and name not in self.arguments and name not in self.given:
-                yield f"{self.key}.{name}: missing; {self.path} needs it"
+                example = f"{self.key or '{key}'}.{name}=..."
+                yield f"{self.key}.{name}: missing; {self.path} needs it, for example {example}"
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it with the arguments of the config, and with these."""

@@ -20,6 +20,8 @@ def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
     """
     schema = _relaxed(config.model_json_schema())
     properties = {"extends": EXTENDS} | schema.pop("properties")
+    for key in config.IGNORED:
+        properties.setdefault(key, {"description": "Not read."})
     for key, why in config.REFUSED.items():
         properties.setdefault(key, {"description": f"Not honoured: {why}.", "type": ["null", "boolean", "number"]})
     variables = {"type": ["string", "number", "boolean", "null"]}

@@ -36,6 +36,7 @@ class RecipeConfig(Section):
     `load` makes one from a merged config. The constructor of a recipe does so first, and asks the YAML no more.
     """
 
+    IGNORED: ClassVar[Mapping[str, type]] = {}  # keys of other configs that need no honouring, and what they hold
     REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
     REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
 
@@ -90,9 +91,10 @@ class RecipeConfig(Section):
         assert isinstance(content, dict)
         text = OmegaConf.to_yaml(source)
         refused = [key for key in map(str, content) if key in cls.REFUSED and key not in cls.model_fields]
+        ignored = [key for key, kind in cls.IGNORED.items() if isinstance(content.get(key), kind | None)]
         # A plain value may be the user's own variable, if an interpolation reads it.
         variables = [key for key in map(str, content) if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)]
-        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + variables}
+        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + ignored + variables}
         mistakes = [
             f"{key}: {content[key]!r} is not honoured by this recipe: {cls.REFUSED[key]}. Set {key}=null"
             for key in refused
@@ -222,7 +224,7 @@ def _by_the_users_key(mistake: str, source: DictConfig) -> str:
     for name in key.split("."):
         raw = raw.get(name) if isinstance(raw, dict) else None
     read = re.fullmatch(r"\$\{(\w+)\}", raw) if isinstance(raw, str) else None
-    return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read else mistake
+    return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read and read[1] in source else mistake
 
 
 def _is_off(value: Any) -> bool:

@@ -208,7 +208,7 @@ def _own_messages(details: Any, key: str) -> list[str]:
     """The messages of a validator of ours, which go on from the key if they begin with a dot or a colon."""
     cause = details.get("ctx", {}).get("error")
     messages = cause.args if isinstance(cause, ConfigError) else ()
-    return [f"{key}{message}" if message[:1] in (".", ":") else message for message in messages]
+    return [f"{key}{m.replace('{key}', key)}" if m[:1] in (".", ":") else m for m in messages]
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 from typing_extensions import Self
@@ -40,6 +40,7 @@ def _by_name(value: Any) -> Any:
 class EvalConfig(RecipeConfig):
     """Measures a checkpoint: every exit on a `dataset`, or lm-eval's `tasks`, or both."""
 
+    IGNORED: ClassVar[Mapping[str, type]] = {"enable_kv_cache": bool}  # the cache is always on
     REFUSED: ClassVar[Mapping[str, str]] = {
         "human_eval": "HumanEval is one of lm-eval's tasks: tasks=[humaneval] confirm_run_unsafe_code=true",
         **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset or tasks"),
@@ -54,7 +55,6 @@ class EvalConfig(RecipeConfig):
         "system_prompt": "it has no conversation",
         "compile": "its steps are not compiled",
         "log_level": "it logs little",
-        "cudnn_deterministic_mode": "it trains nothing",
     }
     REQUIRES: ClassVar = {
         "dataset": ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
@@ -116,8 +116,6 @@ class EvalConfig(RecipeConfig):
     """Other checkpoints of the same model, by names of your own: the keys of the checkpointer section that differ."""
     report: Annotated[Text, Field(examples=["exits.json"])] | None = None
     """A JSON file for the report, which is also the last line of the output."""
-    enable_kv_cache: Literal[True] | None = None
-    """A key of torchtune; the cache is always on."""
 
     def check_together(self) -> Iterator[str]:
         if self.dataset is None and self.tasks is None:

@@ -1,8 +1,8 @@
 """GenerateConfig: the keys of `layerskip_generate`, and what goes together."""
 
 import os
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ from layerskip_recipes.processes import num_processes
 
 class DecodingConfig(RecipeConfig):
     """What generation and benchmarks have in common: prompts, lengths, filters."""
+
+    IGNORED: ClassVar[Mapping[str, type]] = {"enable_kv_cache": bool}  # the cache is always on
 
     prompt: Any = None
     """A text; `user:` and `system:` for the tokenizer's chat template (of torchtune's own tokenizers only Llama's leave
@@ -59,8 +61,6 @@ class DecodingConfig(RecipeConfig):
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: one of torchtune's quantizers, or a torchao configuration such as
     `torchao.quantization.Int8WeightOnlyConfig`."""
-    enable_kv_cache: Literal[True] | None = None
-    """torchtune's key; the cache is always on."""
 
     def choose(self, choices: Choices) -> None:
         super().choose(choices)
@@ -117,8 +117,6 @@ class GenerateConfig(DecodingConfig):
     all processes."""
     tensor_parallel_plan: Annotated[Component, Takes()] | None = None
     """torchtune's plan for it, such as `torchtune.models.llama3.base_llama_tp_plan`."""
-    cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
-    """As in torchtune: whether kernels that are not deterministic are allowed."""
     log_level: Literal["INFO", "DEBUG", "WARNING", "ERROR"] = "INFO"
     """What is logged."""
 

@@ -120,7 +120,7 @@ class LayerSkipGenerate:
             if is_rank_zero():
                 self._warn_of_needless_shards(model)
         self.interrupted = False
-        self.seed = training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode)
+        self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
 
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:

@@ -52,20 +52,14 @@ def _is_torchtunes_profiler(profiler: Component) -> Component:
     return profiler
 
 
-def _is_logged(value: Any) -> Any:
-    """The sections that `RunLog` adds to the config that it logs, so that a logged config can be run again."""
-    if not isinstance(value, Mapping) or not {"total_steps", "torch"} & value.keys():
-        raise ConfigError(f": {value!r} is no setting; a curriculum is early_exit_loss.curriculum")
-    return value
-
-
-Logged = Annotated[Any, BeforeValidator(_is_logged)]
 Count = PositiveInt | None
 
 
 class FinetuneConfig(RecipeConfig):
     """The keys of `layerskip_finetune`: torchtune's, and `layer_dropout` and `early_exit_loss`, or `draft`."""
 
+    # `RunLog` adds these to the config that it logs, which can be run again.
+    IGNORED: ClassVar[Mapping[str, type]] = {"versions": dict, "curriculum": dict}
     REFUSED: ClassVar[Mapping[str, str]] = {
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
         "quantizer": "it is for quantisation-aware training",
@@ -190,11 +184,6 @@ class FinetuneConfig(RecipeConfig):
         | None
     ) = None
     """torchtune's profiler section; it records with `enabled: true`."""
-
-    versions: Logged = None
-    """Part of a logged config: what it ran with. Not read."""
-    curriculum: Logged = None
-    """Part of a logged config: the exits that were on. Not read."""
 
     def choose(self, choices: Choices) -> None:
         choose_training(self, choices)

@@ -38,7 +38,7 @@ ANY = [
     ("model=json", "model._component_", "'json'", ""),
     ("model=os.getcwd", "model", "os.getcwd builds a str", "TransformerDecoder"),
     ("model.num_layer=3", "model.num_layer", "no such argument", "Nearest: num_layers"),
-    ("~model.num_layers", "model.num_layers", "missing", "llama3_2 needs it"),
+    ("~model.num_layers", "model.num_layers", "missing", "model.num_layers="),
     ("model.num_heads=3", "model", "(3)", "divisible"),
     ("model.num_layers=two", "model", "llama3_2", "integer"),
     ("model.num_layers=0", "model", "0", "1"),

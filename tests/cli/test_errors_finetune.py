@@ -62,7 +62,7 @@ FINETUNE = [
     ),
     ("dataset={_component_: test_errors_finetune.preferences}", "dataset", "chosen_input_ids", "chat_dataset"),
     ("collate_fn=torchtune.data.padded_collate_dpo", "collate_fn", "'torchtune.data.padded_collate_dpo'", "_sft"),
-    ("curriculum=gradual", "curriculum", "'gradual'", "early_exit_loss.curriculum"),
+    ("curriculum=gradual", "curriculum", "unknown key", "Allowed: "),
     ("dataset.max_samples=-1", "dataset", "-1", "1"),
     ("dataset.seq_len=1000", "dataset", "1000", "128"),
     ("model.vocab_size=200", "tokenizer", "200", "own tokenizer"),

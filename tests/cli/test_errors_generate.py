@@ -18,7 +18,7 @@ GENERATE = [
     ("top_p=true", "top_p", "True", "above 0 to 1"),
     *(
         (f"max_new_tokens={value}", "max_new_tokens", shown, "integer of 1 or more")
-        for value, shown in {"0": "0", "null": "None", "1.5": "1.5", "many": "'many'", "true": "True"}.items()
+        for value, shown in {"0": "0", "1.5": "1.5", "many": "'many'", "true": "True"}.items()
     ),
     ("max_new_tokens=1000", "max_new_tokens", "1000", "up to 12"),
     *(

@@ -1,0 +1,86 @@
+"""The keys of all recipes are frozen here, so that a new key is a decision: the commit that adds one to KEYS says which
+measurement or which user needs it."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from layerskip_recipes.cli.configs import RECIPES, config_class
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import Section, alternatives
+
+KEYS = {
+    "FinetuneConfig": """
+        ac_mode ac_option batch_size batch_size_val checkpointer clip_grad_norm collate_fn compile compute_dtype
+        cudnn_deterministic_mode custom_sharded_layers data_parallel_replicate_dim data_parallel_shard_dim
+        dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
+        enable_activation_offloading enable_async_checkpointing epochs float32_matmul_precision fsdp_cpu_offload
+        fsdp_reshard_after_forward gradient_accumulation_steps init_std keep_last_n_checkpoints layer_dropout
+        layers_val log_every_n_steps log_peak_memory_stats loss low_cpu_ram lr_scheduler max_batches_val
+        max_steps_per_epoch metric_logger model model_dir optimizer optimizer_in_bwd output_dir profiler
+        resume_from_checkpoint run_val_every_n_steps save_adapter_weights_only save_every_n_steps seed shuffle
+        tensor_parallel_dim tensor_parallel_plan tokenizer val_loss_margin
+    """,
+    "LayerDropoutSection": """
+        layers layers_scale prob schedule
+    """,
+    "EarlyExitLossSection": """
+        chunk_tokens curriculum interval layers scale scale_fn target
+    """,
+    "DraftSection": """
+        chunk_tokens exit_layer keep_states kind num_layers own_text own_text_temperature target vocabulary
+    """,
+    "GenerateConfig": """
+        batch_size benchmark checkpointer compile device dtype exit_layer float32_matmul_precision log_level
+        max_new_tokens min_p model model_dir on_bad_prompt output_dir output_file prompt prompt_file prompts
+        quantizer repetition_penalty seed self_speculation stop_strings stop_tokens stream system_prompt
+        temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
+    """,
+    "SelfSpeculation": """
+        draft draft_quantizer draft_vocabulary draft_vocabulary_file exit_layer num_speculations prompt_lookup
+    """,
+    "Comparison": """
+        compare
+    """,
+    "EvalConfig": """
+        apply_chat_template batch_size checkpointer collate_fn compare confirm_run_unsafe_code dataset device
+        dtype exit_layer float32_matmul_precision layers limit max_batches max_new_tokens model model_dir
+        num_fewshot num_speculations output_dir picture quantizer report seed self_speculation task_path tasks
+        tokenizer
+    """,
+    "BenchmarkConfig": """
+        batch_size checkpointer compile device dtype float32_matmul_precision max_new_tokens metrics min_p model
+        model_dir output_dir peers picture prompt prompt_file prompt_tokens prompts quantizer random_weights
+        repeats repetition_penalty report_dir seed self_speculation stop_strings stop_tokens temperature
+        temperatures tokenizer top_k top_p tune tune_extends tune_file variants
+    """,
+    "EarlyExitVariant": """
+        early_exit
+    """,
+    "Peers": """
+        llama_cpp torchtune transformers transformers_early_exit
+    """,
+    "LlamaCpp": """
+        draft gguf
+    """,
+}
+MOST = 160  # the keys of every recipe count once
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The sections of an annotation, and those in them."""
+    for kind, _ in alternatives(annotation):
+        if inspect.isclass(kind) and issubclass(kind, Section):
+            yield kind
+            for field in kind.model_fields.values():
+                yield from sections_in(field.annotation)
+        for item in get_args(kind):
+            yield from sections_in(item)
+
+
+def test_the_keys_are_those_that_were_decided_on():
+    sections = {section.__name__: section for recipe in RECIPES for section in sections_in(config_class(recipe))}
+    found = {name: set(section.model_fields) for name, section in sections.items() if section.model_fields}
+    assert found == {name: set(keys.split()) for name, keys in KEYS.items()}
+    common = len(RecipeConfig.model_fields) * (len(RECIPES) - 1)
+    assert sum(map(len, found.values())) - common <= MOST
