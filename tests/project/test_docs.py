@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 import yaml
+from helpers.configs import make_checkpoint
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
 from layerskip_recipes.cli.configs import RECIPES, config_class
@@ -30,7 +31,9 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_example(page):
+def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
+    monkeypatch.chdir(tmp_path)
     for example in blocks(page, "python"):
         exec(compile(example, page, "exec"), {})
 
@@ -59,7 +62,7 @@ def test_our_configs_fit_the_json_schema_of_their_recipe(recipe):
 
 
 def test_the_readme_is_a_front_door():
-    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 260
+    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_each_room_is_in_the_page_about_development():
@@ -69,7 +72,7 @@ def test_each_room_is_in_the_page_about_development():
     named = set(re.findall(r"^ {2,4}(\w+)/ ", tree, flags=re.M))
     package = ROOT / "layerskip_recipes"
     rooms = {path.parent.name for path in package.glob("*/**/__init__.py")}
-    assert named == rooms
+    assert named == rooms | {"custom_generate"}  # a file that is copied, and no module
 
 
 @pytest.mark.parametrize("file", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(".github/**/*.yml")))
