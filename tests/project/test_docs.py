@@ -1,6 +1,7 @@
 """The pages of the documentation: links, Python examples, the made reference of keys, and the names of files."""
 
 import doctest
+import json
 import re
 import runpy
 
@@ -34,6 +35,8 @@ def test_links_lead_somewhere(page):
 def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
     (folder / "layerskip.json").write_text('{"exits": [2]}')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     monkeypatch.chdir(tmp_path)
     for example in blocks(page, "python"):
         exec(compile(example, page, "exec"), {})
