@@ -24,7 +24,6 @@ ANY = [
     ("device=0", "device", "0", "device=cpu"),
     ("device=cpu:7", "device", "'cpu:7'", "On this machine: cpu"),
     ("dtype=fp16", "dtype", "'fp16'", "fp32, bf16"),
-    ("dtype=null", "dtype", "None", "fp32, bf16"),
     ("dtype=[fp32]", "dtype", "['fp32']", "fp32, bf16"),
     ("seed=-1", "seed", "-1", "0 to 2147483647"),
     ("seed=1.5", "seed", "1.5", "integer"),
