@@ -213,6 +213,8 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
                 "keep_last_n_checkpoints": None,
             }
             changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
+        if OmegaConf.select(cfg, "tokenizer.max_seq_len"):
+            changes["tokenizer.max_seq_len"] = 64
         if OmegaConf.select(cfg, "model.lora.quantize_base"):
             changes["model.lora.quantize_base"] = False  # the tiny model's matrices are too small for 4 bits
         return changes
