@@ -1,6 +1,6 @@
-"""LoRA and DoRA adapters of torchtune's builders: their names, their first values, and merging them into the weights.
+"""LoRA and DoRA adapters of torchtune's builders: initial values, files, checks, and merging into the weights.
 
-A model has adapters if its modules do; a training then changes only the adapters.
+If any module of a model has adapters, training changes only the adapters.
 """
 
 import json
@@ -20,34 +20,33 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 
-BIASES = "scaled biases"  # a key of a checkpoint's contents, beside torchtune's own keys
-ADAPTER_FILE = "adapter_model.pt"  # torchtune's name for adapters in its own format
-PEFT_FOLDER = "adapter"  # holds PEFT's files in a checkpoint that has the merged weights too
+BIASES = "scaled biases"  # a key of a checkpoint's contents, in addition to torchtune's keys
+ADAPTER_FILE = "adapter_model.pt"  # adapters in torchtune's own format
+PEFT_FOLDER = "adapter"  # PEFT's files in a checkpoint that also has the merged weights
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def adapter_modules(model: nn.Module) -> dict[str, Any]:
-    """The LoRA or DoRA layers of a model by name; call it before layers are wrapped for activation checkpointing."""
+    """A model's LoRA or DoRA layers by name. Call it before layers are wrapped for activation checkpointing."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters' parameters; empty for a model without adapters."""
     return list(get_adapter_params(model))
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Freeze all parameters but the adapters, if the model has any."""
+    """Freeze all parameters except the adapters, if the model has any."""
     adapters = get_adapter_params(model)
     if adapters:
         set_trainable_params(model, adapters)
 
 
 def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """The first values of adapters, on the CPU: A as in a linear layer, B = 0, DoRA's magnitude |W|.
+    """Initial values of adapters, on the CPU: A as in a linear layer, B = 0, DoRA's magnitude |W|.
 
-    They change nothing yet. `base` is the state_dict of the model's other weights.
+    They do not change the model's output yet. `base` is the state_dict of the other weights.
     """
     state, generator = {}, torch.Generator().manual_seed(seed)
     for name, module in adapter_modules(model).items():
@@ -57,7 +56,7 @@ def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int
         state[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape, dtype=a.dtype)
         if hasattr(module, "magnitude"):
             weight = base[f"{name}.weight"]
-            if isinstance(module.weight, NF4Tensor):  # the norms of the rounded rows, which the model computes with
+            if isinstance(module.weight, NF4Tensor):  # the model computes with the rounded weights
                 weight = to_nf4(weight.to(a.dtype), module.weight.block_size, module.weight.scaler_block_size)
                 weight = weight.get_original_weight()
             state[f"{name}.magnitude"] = torch.linalg.norm(weight.float(), dim=1).to(a.dtype)
@@ -65,22 +64,22 @@ def fresh_adapters(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """The contents of PEFT's adapter_config.json, with torchtune's module names."""
+    """The content of PEFT's adapter_config.json, with torchtune's module names."""
     modules = adapter_modules(model)
     first = next(iter(modules.values()))
     rank = first.lora_a.weight.shape[0]
-    config = {
+    return {
         "r": rank,
         "lora_alpha": first.alpha if hasattr(first, "alpha") else first.scaling * rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "peft_type": "LORA",
+        **({"use_dora": True} if hasattr(first, "magnitude") else {}),
     }
-    return config | ({"use_dora": True} if hasattr(first, "magnitude") else {})
 
 
 @torch.no_grad()
 def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The biases of DoRA layers times the row's scale, since torchtune's DoRA scales W x + b as a whole."""
+    """The biases of DoRA layers times the scale of their row, because torchtune's DoRA scales all of W x + b."""
     biases = {}
     for name in (name.removesuffix(".magnitude") for name in state if name.endswith(".magnitude")):
         if f"{name}.bias" in state:
@@ -95,21 +94,20 @@ def scaled_biases(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
 def merge_adapters(
     state: Mapping[str, torch.Tensor], config: Mapping[str, Any], in_place: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The state_dict of the plain model: adapters merged into the weights, which are copied unless `in_place`."""
+    """The plain model's state_dict: adapters merged into copies of the weights, or into the weights if `in_place`."""
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
     copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
-    own = dict(state) | copies
-    own |= scaled_biases(state, config)  # torchtune's merge does not scale them
+    own = dict(state) | copies | scaled_biases(state, config)  # torchtune's merge does not scale biases
     return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
 
 
 def without_adapters(model: M) -> M:
-    """Make all layers plain linear ones, in place: adapters are merged into the weights, NF4 weights unpacked."""
-    modules = adapter_modules(model)
-    # On the CPU, where the state_dict hook unpacks NF4 weights to.
-    state = model.state_dict() if modules else {}
-    state = {name: value if value.is_meta else value.cpu() for name, value in state.items()}
-    state = merge_adapters(state, adapter_config(model)) if modules else {}
+    """Replace LoRA and NF4 layers by plain linear layers, in place: merges adapters, unpacks NF4 weights."""
+    modules, state = adapter_modules(model), dict[str, torch.Tensor]()
+    if modules:
+        # Merge on the CPU, where the state_dict hook puts the unpacked NF4 weights.
+        weights = {name: value if value.is_meta else value.cpu() for name, value in model.state_dict().items()}
+        state = merge_adapters(weights, adapter_config(model))
     for name, module in list(model.named_modules()):
         packed = isinstance(getattr(module, "weight", None), NF4Tensor)
         if name not in modules and not packed:
@@ -127,18 +125,19 @@ def without_adapters(model: M) -> M:
 
 
 def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.Tensor]) -> None:
-    """Correct the adapters that torchtune 0.6.1 writes for PEFT: their rows must have the order of the weights' rows.
+    """Correct the adapters that torchtune 0.6.1 writes for PEFT: their rows must be in the order of the weights' rows.
 
-    torchtune reorders the rows of B in q and k for every family, although Qwen2's weights need no other order, and
-    never those of DoRA's magnitudes. PEFT's DoRA scales no biases: scaled biases are written beside the adapters, as
-    PEFT writes biases that it trained itself.
+    torchtune reorders the rows of B in q and k for every family, although Qwen2's weights keep their order. It never
+    reorders DoRA's magnitudes. PEFT's DoRA does not scale biases, so scaled biases are written with the adapters, where
+    PEFT writes biases that it trained.
     """
     file = folder / "adapter_model.safetensors"
     if not (file.exists() and (folder / "config.json").exists()):
         return
     config = json.loads((folder / "config.json").read_text())
+    # Row order of q and k.
     heads = {"q_proj": config["num_attention_heads"]}
-    heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]  # Llama 1 does not say
+    heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]  # Llama 1 has no such key
     state = load_file(file)
     for name, value in state.items():
         count = next((number for module, number in heads.items() if module in name), None)
@@ -148,8 +147,9 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
             state[name] = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape).contiguous()
         elif model_type != "QWEN2" and "magnitude" in name:
             state[name] = value.view(count, -1, 2).transpose(1, 2).reshape(value.shape).contiguous()
+    # Scaled biases: only q, k and v of Qwen2 have biases.
     for name, value in biases.items():
-        module = name.removesuffix(".bias").replace(".attn.", ".self_attn.")  # only q, k and v of Qwen2 have one
+        module = name.removesuffix(".bias").replace(".attn.", ".self_attn.")
         state[f"base_model.model.model.{module}.base_layer.bias"] = value.contiguous()
     save_file(state, file, metadata={"format": "pt"})
     if biases:
@@ -158,27 +158,18 @@ def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.
 
 
 def move_peft_files(folder: Path) -> None:
-    """Move PEFT's files, if there are any, to `adapter` in a checkpoint whose weights have the adapters merged.
-
-    Beside those weights transformers would add the adapters a second time.
-    """
+    """Move PEFT's files to a subfolder: next to merged weights, transformers would add the adapters again."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (folder / name).exists():
             (folder / PEFT_FOLDER).mkdir(exist_ok=True)
             (folder / name).rename(folder / PEFT_FOLDER / name)
 
 
-LORA_ARGUMENTS: dict[str, Any] = {
-    "lora_rank": Annotated[int, Field(ge=1, examples=[8])] | None,
-    "lora_alpha": Annotated[float, Field(gt=0, examples=[16])] | None,
-}
-
-
 def check_lora_arguments(model: Component) -> None:
-    """Check arguments of a LoRA builder that torchtune itself fails on without a message, or ignores."""
+    """Check arguments of a LoRA builder that torchtune ignores, or rejects without a message."""
     builder = model.builder
-    for name, annotation in LORA_ARGUMENTS.items():
-        check(f"model.{name}", builder.get(name), annotation)
+    check("model.lora_rank", builder.get("lora_rank"), Annotated[int, Field(ge=1, examples=[8])] | None)
+    check("model.lora_alpha", builder.get("lora_alpha"), Annotated[float, Field(gt=0, examples=[16])] | None)
     modules = builder.get("lora_attn_modules")
     for name in modules if isinstance(modules, list) else ():
         check("model.lora_attn_modules", name, Literal["q_proj", "k_proj", "v_proj", "output_proj"])
@@ -187,33 +178,33 @@ def check_lora_arguments(model: Component) -> None:
 def check_adapters(
     model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
 ) -> None:
-    """Raises a ConfigError if a config asks for adapters that its model lacks, or cannot write those that it has."""
+    """Check that the model has the adapters that a config asks for, and that they can be written."""
     names, builder = adapter_names(meta_model), model.builder
     if not names and builder.get("lora") is not None:
         raise ConfigError(
-            f"model.lora: {builder.get('lora')} adapts nothing, so that all weights would be trained. Allowed: modules "
-            "in attn_modules, or apply_lora_to_mlp: true; for example model.lora.apply_lora_to_mlp=true, or "
+            f"model.lora: {builder.get('lora')} adapts nothing, so all weights would be trained. Allowed: modules in "
+            "attn_modules, or apply_lora_to_mlp: true; for example model.lora.apply_lora_to_mlp=true, or "
             "model.lora=null to train all weights"
         )
     if not names and builder.takes("lora_attn_modules"):
         raise ConfigError(
-            f"model.lora_attn_modules: {builder.path} makes no adapter parameters with these arguments; for example "
+            f"model.lora_attn_modules: {builder.path} creates no adapters with these arguments; for example "
             'model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
         )
     if save_adapter_weights_only and not names:
         raise ConfigError(
             f"save_adapter_weights_only: True, but {builder.path} has no adapters. Set "
-            "save_adapter_weights_only=false, or a LoRA builder, such as torchtune.models.llama3_2.lora_llama3_2_1b"
+            "save_adapter_weights_only=false, or use a LoRA builder like torchtune.models.llama3_2.lora_llama3_2_1b"
         )
     if names and not safe_serialization:
         raise ConfigError(
-            "checkpointer.safe_serialization: False, but adapters are written for PEFT as safetensors only; set "
+            "checkpointer.safe_serialization: False, but adapters for PEFT are written as safetensors only; set "
             "checkpointer.safe_serialization=true"
         )
 
 
 def adapter_file(path: str) -> Path:
-    """The file that `checkpointer.adapter_checkpoint` names, directly or by its folder; a ConfigError without one."""
+    """The file for `checkpointer.adapter_checkpoint`, which is a path of a file or of its folder."""
     file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError(
@@ -223,24 +214,23 @@ def adapter_file(path: str) -> Path:
 
 
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters in torchtune's format from a checkpoint's folder or its adapter_model.pt, if they fit the model."""
-    file = adapter_file(path)
-    key = "checkpointer.adapter_checkpoint"
+    """The adapters in torchtune's format at `path`, a checkpoint's folder or a file, if they fit the model."""
+    # Read the tensors.
+    file, key = adapter_file(path), "checkpointer.adapter_checkpoint"
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("it holds no tensors")
     except Exception as e:
-        raise ConfigError(
-            f"{key}: {str(file)!r} cannot be read ({e}); it is to be an {ADAPTER_FILE} of torchtune"
-        ) from e
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ConfigError(f"{key}: {str(file)!r} holds no tensors by name; give an {ADAPTER_FILE} of torchtune")
+        raise ConfigError(f"{key}: {str(file)!r} is no {ADAPTER_FILE} of torchtune ({e})") from e
+    # Compare alpha, names and shapes with the model.
     config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
     if not config_file.exists():
         config_file = file.parent / PEFT_FOLDER / "adapter_config.json"
     alpha = json.loads(config_file.read_text()).get("lora_alpha") if config_file.exists() else None
     if alpha is not None and alpha != own["lora_alpha"]:
         raise ConfigError(
-            f"model.lora_alpha: {own['lora_alpha']}, and the adapters of {path!r} were trained with {alpha}; for "
+            f"model.lora_alpha: {own['lora_alpha']}, but the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
     message = f"{key}: {str(file)!r} is not of this model, it"
@@ -251,15 +241,18 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
 def check_tensors(
     expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], message: str, advice: str = ""
 ) -> None:
-    """Raises a ConfigError of message, mistake and advice if tensors are missing, foreign or of another shape."""
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    shapes = [
+    """Raise a ConfigError of message, mistake and advice if tensors are missing, foreign or of another shape."""
+    reshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
-    for what, names in (("lacks", missing), ("has in addition", foreign), ("has other shapes:", shapes)):
+    mistakes = {
+        "lacks": [name for name in expected if name not in state],
+        "has in addition": [name for name in state if name not in expected],
+        "has other shapes:": reshaped,
+    }
+    for what, names in mistakes.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"{message} {what} {', '.join(names[:3])}{more}{advice}")

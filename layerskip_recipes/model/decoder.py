@@ -1,11 +1,11 @@
 """LayerSkipDecoder: the one class that runs the layers of a torchtune decoder.
 
-The decoder leaves layers out for some samples (layer dropout), shows the hidden state between layers (early-exit loss)
-and runs a part of the stack (draft and verification). The parameters keep the base decoder's names, so checkpoints of
-both are the same files.
+The decoder can skip a layer for some samples (layer dropout), expose the hidden states between layers (early-exit loss)
+and run part of the stack (draft and verification). Parameters keep the base decoder's names, so both models have the
+same checkpoints.
 
 Numbering, here and everywhere: layers are 0 .. L-1; x_0 is the embedding, x_{l+1} the output of layer l;
-`exit_layer` E means that E layers ran (1 .. L), so exit E looks at x_E.
+`exit_layer` E means that E layers ran (1 .. L), so exit E reads x_E.
 Shapes: b batch, s sequence, d embedding, v vocabulary.
 """
 
@@ -34,19 +34,19 @@ class LayerSkipDecoder(TransformerDecoder):
     """A torchtune decoder that can skip layers, exit early and run in parts.
 
     Args:
-        base: the decoder to wrap. Its modules are shared, not copied, and not renamed. (Gemma 2 shares the parameters
-            of the final norm only, because torchtune caps the logits in the wrong place; see head.py.)
+        base: the decoder to wrap. Its modules are shared, neither copied nor renamed. (For Gemma 2 the final norm is a
+            new module with the same parameters, because torchtune caps the logits in the wrong place; see head.py.)
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
 
     Raises:
-        ConfigError: if base is not a plain `TransformerDecoder`, such as a `DeepFusionModel` around one.
+        ConfigError: if base is not a plain `TransformerDecoder`, for example a `DeepFusionModel`.
     """
 
     def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
         if type(base) is not TransformerDecoder:
             raise ConfigError(
-                f"model: {type(base).__name__} is not supported. Allowed: a torchtune TransformerDecoder, as the "
-                "builders of llama2/3, mistral, qwen2, gemma, phi3 and phi4 make it"
+                f"model: {type(base).__name__} is not supported. Allowed: a torchtune TransformerDecoder from the "
+                "builders of llama2/3, mistral, qwen2, gemma, phi3 or phi4"
             )
         norm, cap = norm_and_cap(base.norm)
         super().__init__(
@@ -59,25 +59,23 @@ class LayerSkipDecoder(TransformerDecoder):
             output=base.output,
         )
         self.logit_cap = cap
-        self.tied = isinstance(base.output, TiedLinear)  # also where a quantised copy takes the head's place
+        self.tied = isinstance(base.output, TiedLinear)  # stays true when a quantised copy replaces the head
         self.num_output_chunks = base.num_output_chunks
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len
         self.training = base.training
-        # QLoRA builders register the hook that unpacks NF4 weights on the decoder itself, and always unpack to bf16.
+        # QLoRA builders register a hook on the decoder that unpacks NF4 weights, always to bf16. Use the model's dtype.
         self._state_dict_hooks.update(base._state_dict_hooks)
         for hook in self._state_dict_hooks.values():
             if isinstance(hook, partial):
                 hook.keywords["dtype"] = base.tok_embeddings.weight.dtype
         self.layer_dropout = layer_dropout
-        # True while a generation engine has its own caches in the attention layers (kv_cache.py).
-        self.decoding = False
+        self.decoding = False  # True while a generation engine's own KV caches are in the attention layers
 
-    own_layers = range(0)  # the layers of a trained draft in a decoder that drafts (draft.py)
+    own_layers = range(0)  # in a draft model, the layers that belong to a trained draft (draft.py)
 
     @property
     def num_layers(self) -> int:
-        """L."""
         return len(self.layers)
 
     def forward(
@@ -94,36 +92,34 @@ class LayerSkipDecoder(TransformerDecoder):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Run the layers `start_layer` .. `exit_layer` - 1, then apply the head g.
 
-        With the defaults this is the base decoder (but for Gemma 2, see head.py). Every partial run goes through
+        With the defaults this is the base decoder (except for Gemma 2, see head.py). Every partial run goes through
         this method, never through the layers directly, so that a sharded model gathers its parameters.
 
         Args:
-            tokens: [b, s] token ids. Left out when `hidden` is given.
+            tokens: [b, s] token ids; not needed with `hidden`.
             mask, input_pos: as in torchtune's `TransformerDecoder.forward`.
             exit_layer: E, the number of layers after which to stop; None means L.
-            hidden: [b, s, d], x_{start_layer}, to go on from instead of tokens.
-            start_layer: the first layer to run; more than 0 only with `hidden`. `start_layer=L` applies only the head.
+            hidden: x_{start_layer} [b, s, d], to continue from instead of tokens.
+            start_layer: the first layer to run; above 0 only with `hidden`. `start_layer=L` applies only the head.
             unembed: False returns x_E instead of g(x_E).
-            on_exit: called after each layer with E, the number of layers run so far, and x_E [b, s, d], before the
-                norm. The call is made within this method, where a sharded model's own parameters (norm, head) are
-                whole.
+            on_exit: called after each layer with E, the number of layers run so far, and x_E [b, s, d] before the norm.
+                During the call a sharded model's norm and head are gathered.
 
         Returns:
-            [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune); or x_E
-            [b, s, d], before the norm, if `unembed` is False.
+            [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune). If `unembed` is
+            False, x_E [b, s, d] before the norm.
 
         Raises:
-            ConfigError: if exit_layer is outside of the model.
+            ConfigError: if exit_layer is not in 1 .. L.
         """
+        # The first hidden state: the embedding, or the given one.
         exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
         assert 0 <= start_layer <= exit_layer and (hidden is not None or start_layer == 0)
-        if hidden is None:
-            if not self.decoding:
-                self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
-            h = self.tok_embeddings(tokens)
-        else:
-            h = hidden
+        if hidden is None and not self.decoding:
+            self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
+        h = self.tok_embeddings(tokens) if hidden is None else hidden
 
+        # Each layer runs on the samples that it keeps.
         if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
@@ -133,23 +129,23 @@ class LayerSkipDecoder(TransformerDecoder):
             h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
             if on_exit is not None:
                 if layer + 1 == exit_layer:
-                    # FSDP hooks the gradient of the model's output. Were that the same tensor as the layer's output,
-                    # the order of both hooks would depend on whether rows were left out, so ranks could gather in
-                    # different orders and hang.
+                    # FSDP hooks the gradients of the model's output and of the layer's output. If both were the same
+                    # tensor, the order of the hooks would depend on the dropped rows: ranks could gather in different
+                    # orders and hang.
                     h = h.view_as(h)
                 on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h
 
     def with_modules(self, **modules: nn.Module) -> "LayerSkipDecoder":
-        """A decoder with these modules in place of its own. All others are shared."""
+        """A decoder that shares all modules with this one, except for the given ones."""
         other = copy(self)
-        other._modules = dict(self._modules)  # a plain copy would share the registry of modules
+        other._modules = dict(self._modules)  # copy() shares this dict
         for name, module in modules.items():
             setattr(other, name, module)
         return other
 
     def copied_layers(self, layers: Iterable[int]) -> list[nn.Module]:
-        """Copies of layers with one table of positions, which for a long context is as large as a layer in int8."""
+        """Copies of layers that share one RoPE table, which can be as large as an int8 layer."""
         shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in self.layers}
         return [deepcopy(self.layers[layer], dict(shared)) for layer in layers]
 
@@ -163,7 +159,7 @@ class LayerSkipDecoder(TransformerDecoder):
     def hidden_states(
         self, tokens: torch.Tensor, exits: Iterable[int], **kwargs: Any
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """x_L [b, s, d] and {E: x_E} of the chosen exits, before the final norm; kwargs are those of `forward`."""
+        """x_L [b, s, d] and {E: x_E} for the chosen exits, before the final norm; kwargs as in `forward`."""
         wanted = {self.check_exit(e, "exits") for e in exits}
         hidden = {}
 
@@ -174,7 +170,7 @@ class LayerSkipDecoder(TransformerDecoder):
         return self(tokens, on_exit=keep, unembed=False, **kwargs), hidden
 
     def check_exit(self, exit_layer: int, key: str = "exit_layer") -> int:
-        """`exit_layer` itself, if it is an integer in 1 .. L; `key` is its name in the error message."""
+        """Returns `exit_layer` if it is an integer in 1 .. L; `key` is its name in the error message."""
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
             raise ConfigError(
                 f"{key}: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
@@ -183,7 +179,7 @@ class LayerSkipDecoder(TransformerDecoder):
         return exit_layer
 
     def _draw(self, h: torch.Tensor) -> list[torch.Tensor | KeptRows]:
-        """The rows that stay in each layer. Lists of some rows become tensors on h's device, in one copy for all."""
+        """The rows kept in each layer; partial lists are tensors on h's device, copied there all at once."""
         kept: list[Any] = self.layer_dropout.draw(h.shape[0])
         partly = {layer: rows for layer, rows in enumerate(kept) if rows}
         flat = on_device([row for rows in partly.values() for row in rows], h.device)
@@ -194,18 +190,14 @@ class LayerSkipDecoder(TransformerDecoder):
     def _run_layer(
         self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | KeptRows, layer_inputs: dict
     ) -> torch.Tensor:
-        """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1): f_l runs on the kept samples only.
-
-        Args:
-            kept: the rows that stay, [k] on h's device; None for all, an empty list for none.
-        """
+        """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1). `kept`: rows [k] on h's device, None for all, [] for none."""
         if kept is None:
             return layer(h, **layer_inputs)
         if not isinstance(kept, torch.Tensor):
             return h
         inputs = {name: take_rows(value, kept, h.shape[0]) for name, value in layer_inputs.items()}
         if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
-            inputs["mask"] = layer_inputs["mask"]  # [s, s], for all samples
+            inputs["mask"] = layer_inputs["mask"]  # [s, s], shared by all samples
         return h.index_copy(0, kept, layer(h.index_select(0, kept), **inputs))
 
 
@@ -215,21 +207,18 @@ BLOCK_TABLES = [
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
-    """The given rows [k] of an input that has one for each sample.
-
-    An input that all samples share stays as it is: None, a vector, or one whose first dimension is 1.
-    """
+    """Rows [k] of an input with one row per sample. A shared input (None, a vector, or [1, ..]) stays unchanged."""
     if isinstance(value, torch.Tensor):
         return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch_size else value
     if isinstance(value, BlockMask):
         if value.shape[0] == 1 or batch_size == 1:
             return value
-        # `value[rows]` would build the tables anew, in some sixty operations per layer; rows of them are enough.
+        # `value[rows]` would rebuild the block tables with about 60 operations per layer. Select their rows instead.
         taken, mask_of_batch = copy(value), value.mask_mod
         for name in BLOCK_TABLES:
             table = getattr(value, name, None)
             setattr(taken, name, table if table is None or table.shape[0] == 1 else table.index_select(0, rows))
-        # Attention calls mask_mod within partial blocks, with row numbers of the taken rows.
+        # Within partial blocks attention calls mask_mod with row numbers of the selection.
         taken.mask_mod = lambda b, h, q_idx, kv_idx: mask_of_batch(rows[b], h, q_idx, kv_idx)
         return taken
     if isinstance(value, Mapping):
@@ -245,16 +234,16 @@ def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
 
 
 def is_plain_attention(layer: nn.Module) -> bool:
-    """Whether a layer has torchtune's own attention, which needs no mask to be causal."""
+    """Whether a layer has torchtune's own attention, which is causal without a mask."""
     return isinstance(layer.attn, MultiHeadAttention)
 
 
-# For each plain decoder its modules and the `LayerSkipDecoder` around them, so that compiled graphs are kept.
+# For each plain decoder, its modules and its `LayerSkipDecoder`: reusing the latter keeps its compiled graphs.
 _DECODERS: WeakKeyDictionary[TransformerDecoder, tuple[list[nn.Module], LayerSkipDecoder]] = WeakKeyDictionary()
 
 
 def as_layerskip_decoder(model: TransformerDecoder) -> LayerSkipDecoder:
-    """The model itself, or the `LayerSkipDecoder` around a plain one: the same at each call."""
+    """The model itself, or the `LayerSkipDecoder` around a plain decoder, which is the same at each call."""
     if isinstance(model, LayerSkipDecoder):
         return model
     modules = [model.tok_embeddings, model.layers, model.norm, model.output]
@@ -273,14 +262,14 @@ def layerskip_decoder(
 
     Args:
         base: a torchtune `TransformerDecoder`, or how to build one: {"_component_": dotpath, **arguments}.
-        layer_dropout: the arguments of `LayerDropout` but num_layers, for example
+        layer_dropout: the arguments of `LayerDropout` without num_layers, for example
             {"prob": 0.1, "layers_scale": "exp"}.
 
     Returns:
-        The decoder, with the state_dict keys of base.
+        A decoder with the state_dict keys of base.
 
     Raises:
-        ConfigError: if base is no plain decoder, or a dropout argument is out of range.
+        ConfigError: if base is not a plain decoder, or a dropout argument is out of range.
 
     Example:
         >>> with torch.device("meta"):  # without memory for its weights

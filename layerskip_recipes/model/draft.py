@@ -1,4 +1,4 @@
-"""Draft: layers and a norm that draft for a model which stays as it is, between its embedding and its head."""
+"""Draft: trained layers and a norm that draft for a frozen model, and use its embedding and its head."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 Kind = Literal["copy", "adapter"]
 
-# An adapter learns to draft two tokens in a row: the first from the model's state of the token before, the second from
-# its own, as all later ones.
+# Unroll length of an adapter's training. It drafts the first token from the model's last state, and the second from its
+# own last state, as it drafts all later tokens.
 IN_A_ROW = 2
 
 
 class JoiningLayer(nn.Module):
-    """A layer of the model's kind over two hidden states side by side, [b, s, 2 d] -> [b, s, d].
+    """A decoder layer over two concatenated hidden states, [b, s, 2 d] -> [b, s, d].
 
-    Its input is W [n(x), n(y)] of the states x and y, each divided by its root mean square.
+    Its input is W [n(x), n(y)]: n divides the states x and y by their root mean square.
     """
 
     EPSILON = 1e-6
@@ -35,7 +35,7 @@ class JoiningLayer(nn.Module):
 
     @property
     def attn(self) -> nn.Module:
-        """The layer's attention, where a generation puts its cache."""
+        """The layer's attention, where generation puts its KV cache."""
         return self.layer.attn
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
@@ -44,26 +44,19 @@ class JoiningLayer(nn.Module):
 
 
 class Draft(nn.Module):
-    """Layers of a model's own kind and a norm, in front of the model's head.
+    """Layers like the model's own and a norm, followed by the model's head.
 
-    A `copy` begins at the embedding, as the model's first E layers do. An `adapter` goes on from x_E, the hidden state
-    after the model's own first E layers (Kangaroo, arXiv 2404.18911), joined with the model's last state of the token
-    before (EAGLE, arXiv 2401.15077). The model has not yet read drafted tokens: from the second one on, the draft's own
-    last state stands in for it.
+    A `copy` starts from the embedding. It is initialised with the model's first E layers.
 
-    Args:
-        model: the model, not yet sharded, wrapped or compiled. A copy begins as its first E layers, an adapter as the
-            next ones, both with its norm.
-        kind: "copy" or "adapter".
-        exit_layer: E.
-        num_layers: of an adapter.
+    An `adapter` starts from x_E, the hidden state after the model's first E layers (Kangaroo, arXiv 2404.18911), joined
+    with the model's last hidden state of the previous token (EAGLE, arXiv 2401.15077). It is initialised with the
+    model's next `num_layers` layers. The model has not processed drafted tokens yet, so from the second drafted token
+    on, the adapter's own last state replaces the model's.
 
-    Attributes:
-        start: the layer at which the draft begins: 0 for a copy, E for an adapter.
-        vocabulary: the tokens that the draft chooses among; None: all.
+    `model` must not be sharded, wrapped or compiled yet. `start` is the layer where the draft begins: 0 or E.
     """
 
-    vocabulary: list[int] | None = None
+    vocabulary: list[int] | None = None  # the tokens that it can draft; None for all
 
     def __init__(self, model: LayerSkipDecoder, kind: Kind, exit_layer: int, num_layers: int = 1) -> None:
         super().__init__()
@@ -79,14 +72,15 @@ class Draft(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """The draft's own layers."""
         return len(self.layers)
 
     def forward(self, x: torch.Tensor, **layer_inputs: Any) -> torch.Tensor:
-        """The normed states for the model's head, [b, s, d], from the embedding [b, s, d], or for an adapter from x_E
-        and the model's last state of the token before, [b, s, 2 d]; `layer_inputs` are mask and input_pos."""
+        """The normed states [b, s, d] for the model's head.
+
+        x is the embedding [b, s, d]; for an adapter, x_E and the last state of the previous token, [b, s, 2 d].
+        """
         dtype = x.dtype
-        # Beside a model in bf16 a draft that is trained has weights in fp32.
+        # In training the draft has fp32 weights, even if the model is in bf16.
         with torch.autocast(x.device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
             for layer in self.layers:
                 x = layer(x, **layer_inputs)
@@ -95,13 +89,11 @@ class Draft(nn.Module):
     def teacher_states(
         self, model: LayerSkipDecoder, tokens: torch.Tensor, **inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the draft learns from, without a gradient: the state that it begins with, which is the embedding or
-        x_E, and the last layer's normed state; [b, s, d].
-        """
+        """The draft's input (embedding or x_E) and the model's last normed state, [b, s, d], without gradient."""
         kept = dict[int, torch.Tensor]()
 
         def on_exit(exit_layer: int, x: torch.Tensor) -> None:
-            # Within the model's forward, where a sharded model's own parameters are whole.
+            # Within the model's forward, a sharded model's embedding and norm are gathered.
             if exit_layer == 1 and self.start == 0:
                 kept[0] = model.tok_embeddings(tokens)
             if exit_layer == self.start:
@@ -109,26 +101,26 @@ class Draft(nn.Module):
             if exit_layer == model.num_layers:
                 kept[exit_layer] = model.norm(x)
 
-        with torch.no_grad():  # not inference mode, whose tensors autograd cannot use
+        with torch.no_grad():  # not inference mode: autograd cannot use its tensors
             model(tokens, on_exit=on_exit, unembed=False, **inputs)
         return kept[self.start], kept[model.num_layers]
 
     def states(self, x: torch.Tensor, last: torch.Tensor, **inputs: Any) -> list[torch.Tensor]:
-        """The normed states for the head, [b, s, d], from `teacher_states`: of a copy one, of an adapter those of the
-        first and the second drafted token."""
+        """The normed states [b, s, d] for the head, given `teacher_states`.
+
+        A copy has one; an adapter has one for the first drafted token and one for the second.
+        """
         layer_inputs = {name: value for name, value in inputs.items() if name in ("mask", "input_pos")}
         if self.kind == "copy":
             return [self(x, **layer_inputs)]
         states = [last]
         for _ in range(IN_A_ROW):
-            states.append(
-                self(torch.cat([x, previous_states(states[-1], inputs.get("input_pos"))], -1), **layer_inputs)
-            )
+            previous = previous_states(states[-1], inputs.get("input_pos"))
+            states.append(self(torch.cat([x, previous], -1), **layer_inputs))
         return states[1:]
 
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
-        """A decoder that holds what the draft decodes with: the model's layers below `start`, then the draft's, its
-        norm, and the model's head. Its modules are shared."""
+        """The draft model: the model's layers below `start`, the draft's layers and norm, the model's head."""
         layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
         drafter = model.with_modules(layers=layers, norm=self.norm)
         drafter.own_layers = range(self.start, self.start + self.num_layers)
@@ -136,16 +128,13 @@ class Draft(nn.Module):
 
 
 def previous_states(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """The state one position before each, 0 where a text begins: [b, s, d] -> [b, s, d].
-
-    Where several texts are packed into a row, `positions` [b, s] say where each of them begins.
-    """
+    """States [b, s, d] shifted right by one position, with 0 where a packed text begins (`positions` [b, s] is 0)."""
     shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
     return shifted if positions is None else shifted * (positions > 0)[..., None]
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor], most_values: int = 4096) -> str:
-    """A hash that names weights, the same in fp32 and in bf16, of at most so many values of each tensor."""
+    """A hash of at most `most_values` values per tensor. It is the same in fp32 and in bf16."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().flatten()

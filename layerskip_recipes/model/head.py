@@ -1,8 +1,8 @@
 """The head g = final norm + output projection, for callers that unembed many chunks of many exits.
 
-A sharded model gathers its head's weights whenever the head is called. `Head` gathers them once, for all chunks.
+A sharded model gathers its head's weights at every call of the head. `Head` gathers them once for all chunks.
 
-torchtune 0.6.1 caps the final hidden state where Gemma 2 caps the logits: `norm_and_cap` and `capped` correct that.
+Gemma 2 caps the logits, but torchtune 0.6.1 caps the final hidden state: `norm_and_cap` and `capped` correct that.
 """
 
 import math
@@ -20,17 +20,14 @@ from torchao.utils import TorchAOBaseTensor
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import TiedLinear
 
-TENSOR_PARALLEL = "tensor"  # the name of that dimension in our meshes
+TENSOR_PARALLEL = "tensor"  # the name of the tensor-parallel mesh dimension
 
 
 class Head:
-    """g of a decoder, called past the hooks of its modules.
+    """g of a decoder, called without the hooks of its modules; `norm` replaces the model's norm.
 
-    Use it within the decoder's forward (`on_exit=`), where the parameters that FSDP keeps with the root are whole. The
-    output is a linear layer, a LoRA layer, or tied to the embedding; `norm` replaces the model's.
-
-    Attributes:
-        parameters: of norm and output (tied: the embedding's), gathered, differentiable towards the sharded ones.
+    Use it within the decoder's forward (`on_exit=`), where FSDP has gathered the root's parameters. `parameters` are
+    the gathered ones of norm and output (if tied, the embedding's); their gradients reach the sharded ones.
     """
 
     def __init__(self, model: Any, norm: nn.Module | None = None) -> None:
@@ -48,14 +45,14 @@ class Head:
         self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
 
     def cut(self, vocabulary: torch.Tensor) -> "Head":
-        """A frozen copy of the head's rows for some tokens, `vocabulary` [v']."""
+        """A frozen copy of this head with only the rows of the tokens `vocabulary` [v']."""
         places = zip(self._places, self.parameters, strict=True)
         output = linear_of_rows({name: value for (module, name), value in places if module is self.output}, vocabulary)
         return Head(SimpleNamespace(output=output, norm=self.norm, logit_cap=self.cap))
 
     @contextmanager
     def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within this context the head computes with these tensors, given in the order of `self.parameters`."""
+        """A context in which the head uses these tensors, in the order of `self.parameters`."""
         own = [module._parameters[name] for module, name in self._places]
         try:
             for (module, name), value in zip(self._places, parameters, strict=True):
@@ -67,11 +64,11 @@ class Head:
 
     @property
     def matrix(self) -> int | None:
-        """The index in `parameters` of the output's matrix, if the logits are just the product with this matrix."""
-        # By the method, not the class: FSDP changes the class of a module that is sharded on its own.
+        """The index in `parameters` of the output's matrix, if the logits are only a product with this matrix."""
+        # Compare the method, not the class: FSDP changes the class of a module that it shards separately.
         linear = isinstance(self.output, nn.Linear) and type(self.output).forward is nn.Linear.forward
         plain = self.cap is None and (self.tied or (linear and self.output.bias is None))
-        plain = plain and not isinstance(self.output.weight, TorchAOBaseTensor)  # which no `mm` takes
+        plain = plain and not isinstance(self.output.weight, TorchAOBaseTensor)  # `mm` takes no quantised tensor
         return self._places.index((self.output, "weight")) if plain else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,11 +77,10 @@ class Head:
         return logits.to(at_least_fp32(logits))
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
-        """The final norm of x [n, d]."""
-        return self.norm.forward(x.unsqueeze(0)).squeeze(0)  # a batch of one: some heads want [b, s, d]
+        return self.norm.forward(x.unsqueeze(0)).squeeze(0)  # some heads need a batch dimension
 
     def unembed(self, h: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [n, v] of normed states h [n, d]; in `out`, without autograd, if the output has a `matrix`."""
+        """Logits [n, v] of normed states h [n, d]; written to `out`, without autograd, if the head has a `matrix`."""
         if out is not None:
             return torch.mm(h, self.output.weight.T, out=out)
         product = F.linear(h, self.output.weight) if self.tied else self.output.forward(h.unsqueeze(0)).squeeze(0)
@@ -92,10 +88,7 @@ class Head:
 
 
 def linear_of_rows(parameters: Mapping[str, torch.Tensor], rows: torch.Tensor | slice = slice(None)) -> nn.Linear:
-    """A frozen linear layer with some rows of another one's weight, and of its bias if there is one.
-
-    Rows by their numbers are copies; all of them, or a slice, are the other one's own.
-    """
+    """A frozen linear layer of some rows of a weight and its bias, if any; a slice of rows is a view, not a copy."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     for name, value in parameters.items():
         linear.register_parameter(name, nn.Parameter(value.detach()[rows], requires_grad=False))
@@ -104,40 +97,40 @@ def linear_of_rows(parameters: Mapping[str, torch.Tensor], rows: torch.Tensor | 
 
 
 def head_of(model: Any) -> Any:
-    """The module that holds the head's matrix: of a tied head the embedding, unless a quantised copy multiplies."""
+    """The module with the head's matrix: the embedding if tied, unless a quantised copy replaced the head."""
     return model.output.tied_module if isinstance(model.output, TiedLinear) else model.output
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which sums over many tokens are taken: fp32, or fp64 if the tensor is."""
+    """The dtype for sums over many tokens: fp32, or fp64 for an fp64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which products with x are computed: autocast's, or its own."""
+    """The dtype of matrix products with x: autocast's if enabled, or x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def chunk_tokens(device: str) -> int:
-    """For how many tokens logits exist at a time.
+    """The number of tokens whose logits are in memory at a time.
 
-    With each chunk of n tokens a GPU adds a product to a sum in fp32: 8 bytes for each weight of the head (12 with a
-    torch before 2.8) beside 6 n operations. A GPU that does 200 operations in the time of a byte needs half of the
-    operations' time for that with 512 tokens, and an eighth with 2048. A CPU does fewer operations in that time.
+    For each chunk of n tokens, a GPU adds a product to an fp32 sum: 8 bytes of memory traffic per weight of the head
+    (12 before torch 2.8) beside 6 n operations. At 200 operations per byte, this traffic adds half to the time of the
+    operations for n = 512, and an eighth for n = 2048. A CPU does fewer operations per byte.
     """
     return 2048 if device.startswith("cuda") else 512
 
 
 def gather_parameter(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded parameter; its gradient is scattered and averaged over the data-parallel ranks as by FSDP.
+    """Gather a sharded parameter. As in FSDP, its gradient is averaged over data-parallel ranks and scattered.
 
-    Tensor-parallel ranks see the same samples and have the same gradient of the whole parameter.
+    Tensor-parallel ranks see the same samples, so each has the same gradient of the whole parameter.
     """
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    # With fsdp_cpu_offload the parameter lies on the CPU; only FSDP's own hooks bring it to the device.
+    # With fsdp_cpu_offload the parameter is on the CPU, and only FSDP's own hooks would move it to the device.
     parameter = parameter.to(mesh.device_type)
     shared = [name == TENSOR_PARALLEL for name in mesh.mesh_dim_names]
     gathered = parameter.full_tensor(grad_placements=[Replicate() if same else Partial() for same in shared])
@@ -148,17 +141,14 @@ def gather_parameter(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def norm_and_cap(norm: nn.Module) -> tuple[nn.Module, float | None]:
-    """A decoder's final norm without a cap, and the cap of its logits (None for all families but Gemma 2).
-
-    The given norm stays unchanged; the returned one has the same parameters by the same names.
-    """
+    """A decoder's final norm without a cap, with the same parameters, and the logit cap (None except for Gemma 2)."""
     if not isinstance(norm, Gemma2FinalNorm):
         return norm, None
     plain = copy(norm)
-    plain._modules = dict(norm._modules) | {"logit_capping": nn.Identity()}  # copy() shares the dict of submodules
+    plain._modules = dict(norm._modules) | {"logit_capping": nn.Identity()}  # copy() shares this dict
     return plain, norm.capping_value
 
 
 def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap tanh(logits / cap); the logits themselves if there is no cap."""
+    """cap tanh(logits / cap), or the logits without a cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)

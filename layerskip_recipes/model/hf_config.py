@@ -1,6 +1,6 @@
-"""What the config.json of a Hugging Face folder says about a model, with the defaults of each architecture.
+"""Reads the config.json of a Hugging Face folder, with the defaults of each architecture.
 
-A value that would change the result and that `hf_decoder` does not honour is refused here.
+It refuses values that would change the model's output and that `hf_decoder` does not support.
 """
 
 import json
@@ -17,7 +17,7 @@ from layerskip_recipes.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0)]
 
-# What a missing key means: transformers writes a config without some values that equal an architecture's defaults.
+# Values of missing keys: transformers omits some values that equal the architecture's defaults.
 GEMMA = {
     "head_dim": 256,
     "hidden_act": "gelu_pytorch_tanh",
@@ -44,11 +44,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 HAVE_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "GemmaForCausalLM",
                        "Gemma2ForCausalLM")  # fmt: skip
 HAVE_MLP_BIAS = ("LlamaForCausalLM", "SmolLM3ForCausalLM")
-ASK_FOR_WINDOWS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")  # by use_sliding_window
+ASK_FOR_WINDOWS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")  # need use_sliding_window: true
 
 
 class Rope(Section):
-    """The rotary positions of a config.json."""
+    """The rotary position settings of a config.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -63,33 +63,33 @@ class Rope(Section):
     attention_factor: Positive | None = None
 
     def frequencies(self, dim: int) -> torch.Tensor:
-        """The angle by which each pair of channels turns from one position to the next, [dim / 2] in fp32."""
+        """The rotation angle of each channel pair per position, [dim / 2] in fp32."""
         plain = 1.0 / self.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
         if self.rope_type == "linear":
             return plain / self.factor
         if self.rope_type == "longrope":
             return plain / torch.tensor(self.short_factor, device=plain.device)
         if self.rope_type == "llama3":
-            # Waves that the original context holds many times stay, long ones are stretched, and between the two
-            # kinds the stretching grows steadily.
+            # Keep short wavelengths, stretch long ones by `factor`, and interpolate in between. `waves` is the number
+            # of wavelengths that fit into the original context.
             waves = self.original_max_position_embeddings * plain / (2 * math.pi)
             kept = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
             return kept * plain + (1 - kept) * plain / self.factor
         return plain
 
     def scale(self, max_positions: int) -> float:
-        """The factor of the rotated queries and keys: more than 1 for longrope only."""
+        """The factor of the rotated queries and keys; above 1 only for longrope."""
         if self.rope_type != "longrope":
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
         original = self.original_max_position_embeddings
-        longer = self.factor if "factor" in self.model_fields_set else max_positions / original
-        return math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+        stretch = self.factor if "factor" in self.model_fields_set else max_positions / original
+        return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
 class HFConfig(Section):
-    """The values of a config.json that a decoder is built from, by their names there."""
+    """The values of a config.json that define a decoder, by their names there."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -121,7 +121,7 @@ class HFConfig(Section):
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """The number of query heads, of key heads, and the width of a head."""
+        """The number of query heads, the number of key heads, and the head dimension."""
         return (
             self.num_attention_heads,
             self.num_key_value_heads or self.num_attention_heads,
@@ -130,7 +130,7 @@ class HFConfig(Section):
 
     @property
     def norms_queries(self) -> bool:
-        """Whether queries and keys are normalised before they are rotated."""
+        """Whether queries and keys pass a norm before the rotation."""
         return self.architecture == "Qwen3ForCausalLM"
 
     @property
@@ -155,7 +155,7 @@ class HFConfig(Section):
         return (layer + 1) % self.no_rope_layer_interval != 0
 
     def window(self, layer: int) -> int | None:
-        """How many positions, its own included, a position of a layer sees; None for all before it."""
+        """The attention window of a layer in tokens, the current one included; None for full causal attention."""
         if self.architecture in ASK_FOR_WINDOWS and not self.use_sliding_window:
             return None
         if self.layer_types is not None:
@@ -172,13 +172,13 @@ class HFConfig(Section):
 
     @property
     def longest(self) -> tuple[int, str]:
-        """The longest text whose result is that of transformers, in tokens, and the key that limits it.
+        """The longest text, in tokens, with the same output as in transformers, and the key that limits it.
 
-        Attention without a window computes the same up to the window's length, and longrope has other frequencies
-        beyond its original context.
+        Our attention has no window, which matters only for texts longer than the window. longrope changes its
+        frequencies beyond the original context.
         """
         limits = [(self.max_position_embeddings, "max_position_embeddings")]
-        if self.architecture != "Gemma2ForCausalLM":  # torchtune's attention for it has the window
+        if self.architecture != "Gemma2ForCausalLM":  # its attention in torchtune has the window
             windows = (self.window(layer) for layer in range(self.num_hidden_layers))
             limits += [(window, "sliding_window") for window in windows if window]
         if self.rope.rope_type == "longrope":
@@ -187,12 +187,11 @@ class HFConfig(Section):
 
 
 def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
-    """The config of a Hugging Face folder, which stands at `key` of a config."""
+    """The config of a Hugging Face folder; `key` is the folder's config key in messages."""
     return parse_hf_config(read_config_json(folder, key), str(folder / "config.json"))
 
 
 def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
-    """The content of a folder's config.json; a ConfigError if there is none."""
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -204,16 +203,16 @@ def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
 
 
 def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
-    """The config of the content of a config.json; `name` is the file's, for messages."""
+    """The config from the content of a config.json; `name` is the file's in messages."""
     architecture = next(iter(raw.get("architectures") or ["missing"]))
     if architecture not in DEFAULTS:
         supported = nearest(architecture, DEFAULTS)
         raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
     content: dict[str, Any] = {**DEFAULTS[architecture], **raw, "architecture": architecture}
-    if architecture == "Gemma2ForCausalLM":  # as in transformers, where each Gemma ignores the other one's key
+    if architecture == "Gemma2ForCausalLM":  # in transformers, Gemma 1 and 2 read different keys
         content["hidden_act"] = raw.get("hidden_activation") or GEMMA["hidden_act"]
     if architecture == "GemmaForCausalLM" and content["hidden_act"] == "gelu":
-        content["hidden_act"] = "gelu_pytorch_tanh"  # transformers reads the first releases so
+        content["hidden_act"] = "gelu_pytorch_tanh"  # as transformers does for the first releases
     content["rope"] = _rope(content)
     config = HFConfig.parse(content, name)
     _refuse(raw, config, name)
@@ -221,30 +220,32 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
 
 
 def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary positions: one section since transformers 5, and several keys before."""
+    """The rotary position settings: one section since transformers 5, several keys before."""
     own = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     rope = {key: content[key] for key in own if content.get(key) is not None}
     rope |= content.get("rope_scaling") or {}
     rope |= content.get("rope_parameters") or {}
     rope.setdefault("rope_type", rope.get("type", "default"))
     if content["architecture"] == "Phi3ForCausalLM" and rope["rope_type"] in ("su", "yarn"):
-        rope["rope_type"] = "longrope"  # older names, which transformers reads so too
+        rope["rope_type"] = "longrope"  # older names
     return rope
 
 
 def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
-    """Raises a ConfigError for what the builder does not honour."""
+    """Refuse values that the builder does not support."""
+    # Features.
     rope = config.rope
-    wrong: dict[str, Any] = {
+    unsupported: dict[str, Any] = {
         "quantization_config": raw.get("quantization_config"),
         "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
         "resid_pdrop": raw.get("resid_pdrop"),
         "embd_pdrop": raw.get("embd_pdrop"),
         "partial_rotary_factor": rope.partial_rotary_factor < 1 and config.architecture != "Phi3ForCausalLM",
     }
-    for key, value in wrong.items():
+    for key, value in unsupported.items():
         if value:
             raise ConfigError(f"{name}.{key}: {raw.get(key, value)!r} is not supported. Allowed: a model without it")
+    # Values that a rope_type needs.
     needed = {
         "linear": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings"),
@@ -253,6 +254,7 @@ def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
     for key in needed.get(rope.rope_type, ()):
         if key not in rope.model_fields_set:
             raise ConfigError(f"{name}.rope_parameters.{key}: missing; rope_type {rope.rope_type} needs it")
+    # Numbers that must fit each other.
     heads, key_heads, _ = config.heads
     if heads % key_heads:
         raise ConfigError(f"{name}.num_key_value_heads: {key_heads} does not divide num_attention_heads, {heads}")
@@ -265,5 +267,5 @@ def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
 
 
 def rotary_width(config: HFConfig) -> int:
-    """How many channels of each head are rotated."""
+    """The number of rotated channels per head."""
     return int(config.heads[2] * config.rope.partial_rotary_factor)

@@ -1,4 +1,4 @@
-"""Where a model's folder is: a path, a run of layerskip_finetune with its checkpoints, or a name on the hub."""
+"""Finds a model's folder: a path, a run of layerskip_finetune with its checkpoints, or a name on the hub."""
 
 import json
 import re
@@ -16,9 +16,9 @@ DOWNLOADED = ["*.json", "model*.safetensors", "*.jinja", "*.model"]
 
 
 def model_folder(path: str, key: str = "path") -> Path:
-    """The folder of a model: a path, ~ allowed, or a name on the hub, which is downloaded.
+    """The folder of a model: a path, where ~ is allowed, or a name on the hub, which is downloaded.
 
-    Of a run of layerskip_finetune the newest intact checkpoint is taken. `key` is the path's in a config, for messages.
+    For a run of layerskip_finetune it is the newest intact checkpoint. `key` is the path's key in messages.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -38,27 +38,27 @@ def model_folder(path: str, key: str = "path") -> Path:
 def _downloaded(name: str, key: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
-    except (OSError, ValueError) as e:  # the hub's errors are among them
+    except (OSError, ValueError) as e:  # the hub's errors are subclasses
         why = str(e).strip().partition("\n")[0]
         raise ConfigError(
-            f"{key}: {name!r} is no folder here, and the hub does not give it ({why}). Allowed: a folder with "
+            f"{key}: {name!r} is no local folder, and the download from the hub failed ({why}). Allowed: a folder with "
             "config.json; a gated model needs a token, see huggingface-cli login"
         ) from e
 
 
 def _refuse_adapters(folder: Path, key: str) -> None:
-    """Raises a ConfigError for a checkpoint of adapters without a model."""
+    """Refuse a checkpoint of adapters without a model."""
     file = folder / "adapter_config.json"
     if file.is_file() and not (folder / "config.json").is_file():
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ConfigError(
-            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base, with the model.lora of the training; "
-            f"for example {key}={base} checkpointer.adapter_checkpoint={folder}"
+            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base model, with the model.lora settings of "
+            f"the training; for example {key}={base} checkpointer.adapter_checkpoint={folder}"
         )
 
 
 def copy_without_code(file: Path, place: Path) -> None:
-    """Copy a file that belongs to weights. A config loses `auto_map`, which names code for transformers to run."""
+    """Copy a file of a model folder. A config loses `auto_map`, which names code for transformers to run."""
     shutil.copy(file, place)
     if file.name.endswith("config.json"):
         content = json.loads(place.read_text(encoding="utf-8"))

@@ -1,7 +1,4 @@
-"""Layer dropout (paper, eq. 1-4): the rates D(l) and S(t), and the draw of the samples that stay in each layer.
-
-The decoder applies the draw (decoder.py); this file has the arithmetic and the random generator.
-"""
+"""Layer dropout (paper, eq. 1-4): the rates D(l) and S(t), and the random draw, which decoder.py applies."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +25,7 @@ LAYER_SCALES: dict[LayerScale, Callable[[float, int], float]] = {
     "step": lambda u, n: 0.0 if u < 1 else 1.0,
 }
 
-KeptRows = list[int] | None  # the rows of a batch that stay in a layer; None for all
+KeptRows = list[int] | None  # the batch rows that a layer runs on; None for all
 
 
 @checked_arguments("layer_dropout.")
@@ -43,7 +40,7 @@ def dropout_rates(
         num_layers: L.
         prob: p_max, in [0, 1].
         layers_scale: the form of D.
-        layers: the layers that may be skipped, as in `select_layers`; D(l) stays a function of l in the whole model.
+        layers: the layers that may be skipped, as in `select_layers`. D(l) still depends on l in the whole model.
 
     Returns:
         L probabilities.
@@ -53,7 +50,7 @@ def dropout_rates(
     """
     selected = select_layers(layers, num_layers, key="layer_dropout.layers")
     steps = max(num_layers - 1, 1)
-    # A model of one layer has no depth to scale over: its only layer is the last one.
+    # The only layer of a one-layer model counts as the last layer.
     depth = [layer / steps if num_layers > 1 else 1.0 for layer in range(num_layers)]
     return [prob * LAYER_SCALES[layers_scale](depth[layer], steps) * selected[layer] for layer in range(num_layers)]
 
@@ -62,8 +59,8 @@ def dropout_rates(
 def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant") -> float:
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
-    "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369), which soon
-    comes near 1.
+    "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369); it approaches 1
+    quickly.
 
     Raises:
         ConfigError: if the schedule is unknown.
@@ -91,16 +88,9 @@ class LayerDropoutSection(Section):
 class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
-    The draw has a generator of its own on the CPU: no other random number changes the draw, and a GPU does not wait for
-    it. All ranks with the same seed and number of rows draw the same, and so run the same layers.
-
-    Args:
-        num_layers: L.
-        seed: of the generator. The same on every rank.
-        **settings: as in `LayerDropoutSection`: prob, layers_scale, layers, schedule.
-
-    Raises:
-        ConfigError: if an argument is out of range.
+    The draw has its own random generator on the CPU: other random numbers do not affect it, and a GPU need not wait.
+    Ranks with the same seed and batch size draw the same rows, so they run the same layers. `settings` are the keys of
+    `LayerDropoutSection`.
     """
 
     def __init__(self, num_layers: int, *, seed: int = 0, **settings: Any) -> None:
@@ -116,11 +106,11 @@ class LayerDropout:
 
     @property
     def max_rate(self) -> float:
-        """The largest p_{l,t} of any layer now."""
+        """The largest p_{l,t} of any layer at the current step."""
         return self.scale * max(self.rates)
 
     def draw(self, batch_size: int) -> list[KeptRows]:
-        """For each layer the kept rows of a batch in order, or None when all stay."""
+        """For each layer the kept batch rows in order, or None if it keeps all."""
         if self.max_rate == 0:
             return [None] * len(self.rates)
         uniform = torch.rand(len(self.rates), batch_size, generator=self.generator)
@@ -128,7 +118,7 @@ class LayerDropout:
         return [None if all(stays) else [row for row in range(batch_size) if stays[row]] for stays in keep]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same draws."""
+        """The generator's state, so that a resumed run continues with the same draws."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model takes: its vocabulary and its lengths."""
+"""What a model can take: its vocabulary and its context length."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -14,30 +14,30 @@ from layerskip_recipes.errors import ConfigError
 
 
 def check_vocabulary(tokenizer: Any, model: TransformerDecoder) -> None:
-    """Raises a ConfigError if a tokenizer has more tokens than the model's embedding."""
+    """Check that a tokenizer has no more tokens than the model's embedding."""
     vocabulary, tokens = model.tok_embeddings.weight.shape[0], getattr(tokenizer, "vocab_size", 0)
     if getattr(tokenizer, "image_id", None) == tokens - 1:
-        tokens -= 1  # Llama 3's has a last token that only models of images embed
+        tokens -= 1  # the last token of Llama 3's tokenizer is embedded by vision models only
     if tokens > vocabulary:
         raise ConfigError(
-            f"tokenizer: its {tokens} tokens do not fit the model's embedding of {vocabulary}. Take the model's own "
+            f"tokenizer: its {tokens} tokens do not fit the model's embedding of {vocabulary}. Use the model's own "
             "tokenizer"
         )
 
 
 def check_batch(tokens: torch.Tensor, model: TransformerDecoder, key: str = "dataset") -> None:
-    """Raises a ConfigError if tokens [b, s] of a dataset, still on the CPU, are more or others than the model takes."""
+    """Check that the model takes tokens [b, s] of a dataset, which are still on the CPU."""
     check_length(tokens.shape[1], model, key)
     largest, vocabulary = int(tokens.max()), model.tok_embeddings.num_embeddings
     if largest >= vocabulary:
         raise ConfigError(
-            f"{key}: a sample has token {largest}, and the model embeds {vocabulary}, of text only. Take a dataset "
+            f"{key}: a sample has token {largest}, and the model embeds {vocabulary} text tokens. Use a dataset "
             "without images, and the model's own tokenizer"
         )
 
 
 def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -> None:
-    """Raises a ConfigError if a sample of a dataset is longer than the model takes."""
+    """Check that a sample of `length` tokens fits the model's context."""
     if length > model.max_seq_len:
         raise ConfigError(
             f"{key}: a sample has {length} tokens, more than the model's max_seq_len {model.max_seq_len}; for "
@@ -46,9 +46,9 @@ def check_length(length: int, model: TransformerDecoder, key: str = "dataset") -
 
 
 def most_positions(model: TransformerDecoder) -> tuple[int, str]:
-    """How many positions of text and new tokens a model decodes with a cache, and what limits them."""
-    # torchtune's gemma2 attention places its sliding window by the query's row, which is wrong with a cache: up to
-    # the window's size nothing is cut, so there it does no harm.
+    """The longest sequence, prompt included, that the model decodes with a KV cache; and the name of this limit."""
+    # torchtune's Gemma 2 attention places its sliding window by the query's row, which is wrong with a KV cache.
+    # Sequences that fit into the window are not affected.
     windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
     limits = [(w, "the attention's sliding window") for w in windows if w]
     return min([*limits, (model.max_seq_len, "max_seq_len")])
@@ -60,7 +60,7 @@ def check_prompt_lengths(
     max_generated_tokens: int,
     key: str = "max_generated_tokens",
 ) -> None:
-    """Raises a ConfigError unless each prompt has a token and fits the model together with the new tokens."""
+    """Check that no prompt is empty, and that the longest one and the new tokens fit the model's context."""
     check(key, max_generated_tokens, Annotated[int, Field(ge=1, examples=[128])])
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
@@ -79,7 +79,7 @@ def check_prompt_lengths(
 
 
 def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises a ConfigError for a token that the model does not know: on a GPU it would end the process."""
+    """Check that the model embeds each token. On a GPU an unknown token would end the process."""
     known = model.tok_embeddings.num_embeddings
     for token in (token for prompt in prompts for token in prompt):
         if not isinstance(token, Integral) or not 0 <= token < known:

@@ -1,7 +1,7 @@
-"""NF4 for matrices of any model: block sizes, and which matrices cannot be packed or sharded.
+"""NF4 (QLoRA, arXiv 2305.14314): block sizes, and the check that a matrix can be packed and sharded.
 
-NF4 (QLoRA, arXiv 2305.14314) scales each block of 64 weights, and packs the scales in blocks again. FSDP shards a
-packed matrix by rows, so each shard must hold whole blocks of scales.
+NF4 scales each block of 64 weights and packs the scales in blocks again. FSDP shards a packed matrix by rows, so each
+shard must hold whole blocks of scales.
 """
 
 from torch import nn
@@ -10,29 +10,29 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 
 BLOCK, SCALES = 64, 256  # torchao's defaults
-MOST_SHARDS = 8  # the same blocks, and so the same weights, for any number of processes up to this one
+MOST_SHARDS = 8  # up to this many processes, the blocks and so the packed weights are the same
 
 
 def scales_per_block(rows: int, columns: int) -> int:
-    """How many scales are packed together: 256, or less where the matrix, or an eighth of it, has no whole blocks."""
+    """The number of scales packed together: 256, or less if the matrix, or an eighth of it, has no whole blocks."""
     for shards in (MOST_SHARDS, 4, 2, 1):
         if rows % shards == 0 and (blocks := rows * columns // shards) % BLOCK == 0:
             blocks //= BLOCK
-            return min(SCALES, blocks & -blocks)  # its largest power of two
+            return min(SCALES, blocks & -blocks)  # the largest power of two that divides `blocks`
     return SCALES
 
 
 def packs_weights(model: Component) -> bool:
-    """Whether a model's section asks for QLoRA."""
+    """Whether a model section asks for QLoRA."""
     builder = model.builder
     lora = builder.get("lora") or {}
     return bool(lora.get("quantize_base") or builder.get("quantize_base", "qlora" in builder.path))
 
 
 def check_nf4(model: nn.Module, shards: int, any_size: bool) -> None:
-    """Raises a ConfigError if a layer's matrix cannot be packed, or not be sharded over so many processes.
+    """Check that each matrix of the unpacked `model` can be packed, and sharded over `shards` processes.
 
-    `model` has the matrices unpacked. `any_size`: blocks have the size of `scales_per_block`, not torchao's.
+    `any_size`: the blocks have the size of `scales_per_block`, not torchao's.
     """
     for name, matrix in model.layers.named_parameters():
         if matrix.dim() != 2 or ".lora_" in name:
@@ -42,7 +42,8 @@ def check_nf4(model: nn.Module, shards: int, any_size: bool) -> None:
         if rows % shards or rows * columns % (block * shards):
             processes = f" over {shards} processes" if shards > 1 else ""
             raise ConfigError(
-                f"model: layers.{name} [{rows}, {columns}] cannot be packed in NF4{processes}: that needs rows in "
-                f"multiples of {shards}, and weights in multiples of {block * shards}. Allowed: hf_decoder (hf/qlora), "
-                f"whose blocks fit most sizes; {'fewer processes; ' if shards > 1 else ''}quantize_base=false"
+                f"model: layers.{name} [{rows}, {columns}] cannot be packed in NF4{processes}: the number of rows must "
+                f"be a multiple of {shards}, and the number of weights a multiple of {block * shards}. Allowed: "
+                f"hf_decoder (hf/qlora), whose blocks fit most sizes; {'fewer processes; ' if shards > 1 else ''}"
+                "quantize_base=false"
             )

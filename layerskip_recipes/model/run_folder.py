@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: what makes one complete, which are intact, and which is the newest."""
+"""The checkpoints in a run's folder: which are complete, which are intact, and which is the newest."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from torchtune import utils
 
 log = utils.get_logger("INFO")
 RECIPE_STATE = "recipe_state.pt"
-WRITTEN = "written"  # a checkpoint's time of writing in seconds, which copies of files lose, and the sizes of its files
+WRITTEN = "written"  # a JSON file: the time of writing in seconds, which copying a folder loses, and the file sizes
 SIZED = (".safetensors", ".pt", ".bin", ".distcp")
 
 
 def mark_complete(checkpoint: Path, time: float) -> None:
-    """Note in a checkpoint when it was written, and force all of it to the disk."""
+    """Record when a checkpoint was written, and flush all of it to the disk."""
     files = [file for file in checkpoint.iterdir() if file.suffix in SIZED or file.name == ".metadata"]
     sizes = {file.name: file.stat().st_size for file in files}
     (checkpoint / WRITTEN).write_text(json.dumps({"time": time, "sizes": sizes}))
@@ -26,7 +26,7 @@ def mark_complete(checkpoint: Path, time: float) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk: otherwise a power loss can empty what was written."""
+    """Flush a file, or the names in a folder, to the disk: otherwise a power loss can empty it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,9 +35,8 @@ def sync(path: Path) -> None:
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints under output_dir, the oldest first."""
-    times = {folder: written_at(folder) for folder in _folders(output_dir)}
-    return sorted((folder for folder in times if times[folder]), key=lambda folder: times[folder])
+    """The complete checkpoints under output_dir, oldest first."""
+    return sorted((folder for folder in _folders(output_dir) if written_at(folder)), key=written_at)
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -45,7 +44,7 @@ def _folders(output_dir: Path) -> list[Path]:
 
 
 def written_at(checkpoint: Path) -> float:
-    """The time at which a checkpoint was written, in seconds; 0 if that is unknown, so that it is not complete."""
+    """When a checkpoint was written, in seconds; 0 if unknown, which means that it is incomplete."""
     try:
         return float(json.loads((checkpoint / WRITTEN).read_text())["time"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -53,7 +52,7 @@ def written_at(checkpoint: Path) -> float:
 
 
 def newest_intact(output_dir: Path, needs: str = RECIPE_STATE) -> Path | None:
-    """The newest checkpoint that has the file `needs` and no damaged ones; newer ones that are damaged are logged."""
+    """The newest undamaged checkpoint that has the file `needs`. Logs each newer one that is damaged."""
     complete = complete_checkpoints(output_dir)
     for checkpoint in [folder for folder in _folders(output_dir) if folder not in complete] + complete[::-1]:
         if (checkpoint / needs).exists():
@@ -66,11 +65,11 @@ def newest_intact(output_dir: Path, needs: str = RECIPE_STATE) -> Path | None:
 
 @cache
 def _warn(message: str) -> None:
-    log.warning(message)  # once: a config names the same folder several times
+    log.warning(message)  # once, although a config names the same folder several times
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, as a power loss or a broken copy leaves them; None if intact."""
+    """What is wrong with a checkpoint's files, for example after a power loss; None if they are intact."""
     try:
         sizes = json.loads((checkpoint / WRITTEN).read_text())["sizes"]
     except (OSError, ValueError, TypeError, KeyError) as e:
@@ -80,11 +79,11 @@ def damage(checkpoint: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes of {size}"
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
     for file in sorted(checkpoint.iterdir()):
         try:
             _open(file)
-        except Exception as e:  # each library has errors of its own
+        except Exception as e:  # each library has its own errors
             return f"{file.name} cannot be read ({type(e).__name__})"
     return None
 
