@@ -42,8 +42,7 @@ def check_nf4(model: nn.Module, shards: int, any_size: bool) -> None:
         if rows % shards or rows * columns % (block * shards):
             processes = f" over {shards} processes" if shards > 1 else ""
             raise ConfigError(
-                f"model: layers.{name} [{rows}, {columns}] cannot be packed in NF4{processes}: the number of rows must "
-                f"be a multiple of {shards}, and the number of weights a multiple of {block * shards}. Allowed: "
-                f"hf_decoder (hf/qlora), whose blocks fit most sizes; {'fewer processes; ' if shards > 1 else ''}"
-                "quantize_base=false"
+                f"model: layers.{name} [{rows}, {columns}] cannot be packed in NF4{processes}, which needs rows in "
+                f"multiples of {shards}, and weights in multiples of {block * shards}. Allowed: hf_decoder (hf/qlora), "
+                f"whose blocks fit most sizes; {'fewer processes; ' if shards > 1 else ''}quantize_base=false"
             )
