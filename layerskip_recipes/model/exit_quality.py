@@ -28,7 +28,7 @@ class ExitQuality:
     loss: float  # nats per token
     accuracy: float  # fraction of labels that are the exit's most likely token
     exact_match: float  # fraction of samples (or packs) in which all labels are the exit's most likely tokens
-    accepted_length: float | None  # mean leading matches among d drafted tokens; None if no text has d labels
+    accepted_length: float | None  # mean leading matches among d drafted tokens; None without d labels in a row
     acceptance: dict[str, dict[str, Any]] = field(repr=False)
     """By draft vocabulary: "matches" [d], the fraction of positions whose first k drafted tokens equal the last
     layer's, and "overlap", the mean of sum_v min(p_v, q_v)."""
