@@ -186,6 +186,10 @@ class FinetuneConfig(RecipeConfig):
     """torchtune's profiler section; it records with `enabled: true`."""
 
     def choose(self, choices: Choices) -> None:
+        # The choices build the model and the draft.
+        check_lora_arguments(self.model)
+        if self.draft is not None:
+            self.draft.check_against(self.meta_model)
         choose_training(self, choices)
 
     # ---- derived from the keys ----
@@ -286,7 +290,6 @@ class FinetuneConfig(RecipeConfig):
             self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
 
     def _check_adapters(self) -> None:
-        check_lora_arguments(self.model)
         safe = self.checkpointer.get("safe_serialization") is not False
         adapters_only = self.save_adapter_weights_only
         check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
@@ -317,7 +320,6 @@ class FinetuneConfig(RecipeConfig):
         """A draft is trained beside a model that stays as it is."""
         if self.draft is None:
             return
-        self.draft.check_against(self.meta_model)
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 raise ConfigError(f"{key}: does nothing beside draft, where the model stays as it is. Set {key}=null")

@@ -194,8 +194,8 @@ def test_from_scratch_with_a_tokenizer_folder_that_is_not_there(tmp_path, tokeni
         ({"base": None}, "^model: .*NoneType"),
         ({"base": {"vocab_size": 300}}, "^model: .*_component_"),
         ({"base": MODEL | {"num_layer": 3}}, "^model: .*num_layer"),
-        ({"base": MODEL, "layer_dropout": {"prb": 0.1}}, "^model: .*prb"),
-        ({"base": MODEL, "layer_dropout": {"prob": 2}}, "^model: .*layer_dropout.prob: 2 .*0 to 1"),
+        ({"base": MODEL, "layer_dropout": {"prb": 0.1}}, "^model.layer_dropout.prb: unknown key"),
+        ({"base": MODEL, "layer_dropout": {"prob": 2}}, "^model.layer_dropout.prob: 2 .*0 to 1"),
         ({"base": MODEL, "layer_dropout": {"prob": 0.1}}, "^layer_dropout: .*both"),
     ],
 )

@@ -50,7 +50,7 @@ def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     assert done.stdout.split("\n--- ")[1] == text and done.stdout.count("--- prompt 1 of 1") == 1
     assert not silent.stdout
     report = json.loads(done.stdout.splitlines()[-1])
-    for key in ("identical", "tokens", "rounds", "accepted", "baseline_tokens"):
+    for key in ("identical", "tokens", "baseline_tokens"):  # times decide which rounds draft
         assert report[key] == alone[key]
     assert report["identical"] is True
     assert [rank.stderr.count("prompt: takes the place of prompts") for rank in ranks] == [1, 0]

@@ -46,13 +46,13 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     recipe.setup()
     rounds = []
 
-    def interrupted(self, round_=Generation._draft_round):
+    def interrupted(self, round_=Generation._round):
         rounds.append(self.rows.prompts[0])
         if rounds.count(recipe.prompt_tokens[1]) == 3:
             raise KeyboardInterrupt
         return round_(self)
 
-    monkeypatch.setattr(Generation, "_draft_round", interrupted)
+    monkeypatch.setattr(Generation, "_round", interrupted)
     report = recipe.generate()
     first, second = map(json.loads, out.read_text().splitlines())
     assert "interrupted" not in first and second["interrupted"] is True and second["prompt"] == "b"

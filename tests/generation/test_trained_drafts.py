@@ -163,7 +163,8 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
     generation = run(
         model, [text], 12, speculation=speculation, cache=first.cache, on_draft=drafts.append
     )  # fmt: skip
-    assert generation.stats.reused_tokens == len(text) - 3  # the last one of the answer was never an input
+    # The last token of the answer was never an input, and the draft's layers may not have read the one before.
+    assert generation.stats.reused_tokens in (len(text) - 4, len(text) - 3)
     assert generation.generated == [plain(model, tuple(text), 12)]
     if kind == "copy":  # the state before the first new token is gone, which an adapter would read
         assert drafts[0] == [said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)]

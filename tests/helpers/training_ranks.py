@@ -90,7 +90,7 @@ def sharded(family, keys, lora=False, dtype=torch.float32):
     with torch.device("meta"):
         model = layerskip_decoder(lora_model() if lora else FAMILIES[family]()).to(dtype)
     freeze_base(model)
-    cfg = FinetuneConfig.model_construct(device="cpu", **keys)
+    cfg = FinetuneConfig.model_construct(device="cpu", dtype="fp32", **keys)
     mesh = parallel.Mesh(parallel.init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("replicate", "shard", "t")), 1, 2)
     parallel.shard_model(model, cfg, mesh, cfg.checkpoint_every_layers)
     parallel.load_from_rank0(model, weights, CPU, dtype, offload=False)

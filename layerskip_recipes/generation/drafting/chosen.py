@@ -200,6 +200,6 @@ def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.
     if saved > needed:
         return True, f"Compiled: it {faster} here, and saves about {saved:.0f} s. compile=false leaves it out"
     return False, (
-        f"Not compiled: it would save about {saved:.0f} s on at most {steps} tokens, and take about {needed:.0f} s "
-        f"the first time. compile=true {faster} here"
+        f"Not compiled: that would save about {saved:.0f} s of at most {steps} tokens, and take about {needed:.0f} s "
+        "the first time. For longer runs set compile=true"
     )

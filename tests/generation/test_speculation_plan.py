@@ -197,7 +197,7 @@ def test_compiling_pays_for_long_runs_only():
     pays, why = compiling_pays(0.05, 0.01, 10_000, cpu)
     assert pays and "5.0x faster" in why and "400 s" in why
     pays, why = compiling_pays(0.05, 0.01, 100, cpu)
-    assert not pays and "save about 4 s" in why and "compile=true makes decoding about 5.0x faster" in why
+    assert not pays and "save about 4 s" in why and "compile=true" in why
 
 
 @pytest.mark.slow
