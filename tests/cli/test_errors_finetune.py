@@ -186,8 +186,12 @@ FINETUNE = [
     ),
     *(
         (f"{section}.layers={value}", f"{section}.layers", shown, f"for example {section}.layers=:")
-        for section in ("layer_dropout", "early_exit_loss")
-        for value, shown in {"null": "None", "1.5": "1.5"}.items()
+        # A null early_exit_loss.layers is chosen by the recipe.
+        for section, value, shown in (
+            ("layer_dropout", "null", "None"),
+            ("layer_dropout", "1.5", "1.5"),
+            ("early_exit_loss", "1.5", "1.5"),
+        )
     ),
 ]
 

@@ -213,7 +213,11 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
                 "output_dir": str(folder / "trained_draft"),
                 "keep_last_n_checkpoints": None,
             }
-            changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
+        changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
+        if OmegaConf.select(cfg, "early_exit_loss.layers") is not None:
+            changes["early_exit_loss.layers"] = "1"
+        if cfg.get("layers_val") is not None:
+            changes["layers_val"] = "1"
         if OmegaConf.select(cfg, "tokenizer.max_seq_len"):
             changes["tokenizer.max_seq_len"] = 64
         if OmegaConf.select(cfg, "model.lora.quantize_base"):
@@ -222,6 +226,8 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     if recipe == "layerskip_generate":
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
             changes["self_speculation.draft"] = str(folder / "trained_draft" / "epoch_0")
+        if cfg.get("prompts") is not None:
+            changes["prompts.count"] = 2
         return changes | {"max_new_tokens": 6, "compile": False}
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
