@@ -1,1 +1,1 @@
-"""`layerskip_generate` and the decoding engine. Imports checkpoint and what lies below."""
+"""`layerskip_generate` and the decoding engine. Imports checkpoint and the packages below it."""

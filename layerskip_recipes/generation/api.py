@@ -1,4 +1,4 @@
-"""`generate`: one call from prompts to tokens, for Python. The loop behind it is in engine.py."""
+"""`generate`: prompts to tokens in one call. The decoding loop is in engine.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from layerskip_recipes.processes import from_rank_zero, same_on_all
 
 @dataclass
 class GenerationOutput:
-    """tokens: [b, prompt + generated], left-padded prompts, rows padded after their stop token; and the statistics."""
+    """tokens: [b, prompt + generated], prompts padded on the left, rows padded after their stop token."""
 
     tokens: torch.Tensor
     stats: GenerationStats
@@ -42,26 +42,25 @@ def generate(
     compile: bool = False,
     **speculation: Any,
 ) -> GenerationOutput:
-    """Generate tokens: autoregressive, from an early exit, or self-speculatively with unchanged output.
+    """Generate tokens autoregressively, from an early exit, or by self-speculation, which does not change the output.
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
-        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers. The
-            same on all ranks that share a model (FSDP, tensor parallelism).
-        max_generated_tokens: at most so many new tokens a row.
-        exit_layer: E. Alone it decodes; with num_speculations it drafts, where None is the trained exit or the draft of
-            a model from `load_model`. Without both the whole model decodes.
+        prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers.
+            Ranks that share a model (FSDP, tensor parallelism) must pass the same prompts.
+        max_generated_tokens: maximum number of new tokens per row.
+        exit_layer: E. With num_speculations, the exit of the draft; None takes the trained exit or draft of a model
+            from `load_model`. Without num_speculations, every token comes from this exit; None uses the whole model.
         num_speculations: d, the tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
-        top_k, top_p, min_p: filters, see `next_token_probs`; the same for draft and verification.
-        repetition_penalty: above 1 makes tokens of the prompt and of the output less likely, see `penalise`.
-        stop_tokens: a row ends with the first of them.
+        top_k, top_p, min_p: filters of draft and verification, see `next_token_probs`.
+        repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
+        stop_tokens: a row ends with the first of these tokens.
         pad_id: fills the output.
-        rng: on the model's device, for reproducible sampling. Of ranks that share a model it takes rank 0's state.
-            With num_speculations the times of rounds decide where to draft, so the same seed may give other tokens, of
-            the same distribution.
-        compile: compile the steps. On a GPU graphs are kept with the model for later calls; sampling takes other ones
-            than greedy decoding, and so does each other set of filters and each other top_k.
+        rng: a generator on the model's device, for reproducible sampling. Ranks that share a model use rank 0's state.
+            With num_speculations, measured times decide where to draft, so one seed may give different tokens.
+        compile: compile the steps. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
+            filters and each value of top_k need graphs of their own.
         **speculation: draft_vocabulary, prompt_lookup, drafter, as in `Speculation`.
 
     Returns:

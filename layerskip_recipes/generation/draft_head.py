@@ -1,4 +1,4 @@
-"""The head of drafts that choose among a part of the tokens."""
+"""The draft head: the model's head restricted to a draft vocabulary."""
 
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -18,15 +18,7 @@ def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
 
 
 class DraftHead(nn.Module):
-    """The head g restricted to a draft vocabulary: a copy of the head matrix's rows for these tokens.
-
-    Args:
-        model: whose norm and output are used.
-        vocabulary: [v'] token ids.
-
-    Raises:
-        ConfigError: if the output is no plain linear layer.
-    """
+    """A copy of the head matrix's rows for the token ids `vocabulary` [v'], behind the model's own norm."""
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
@@ -52,10 +44,7 @@ _DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary
 @torch.inference_mode(False)  # a tensor of inference mode could not be written later, outside of that mode
 @torch.no_grad()
 def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> DraftHead:
-    """The model's draft head with its current weights.
-
-    A head of the same vocabulary is updated in place, since CUDA graphs hold its address.
-    """
+    """The draft head with the model's current weights, updated in place if possible: CUDA graphs hold its address."""
     new, kept = DraftHead(model, vocabulary), _DRAFT_HEADS.get(model)
     weight = new.output.weight
     if kept is None or not (

@@ -1,9 +1,8 @@
 """The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
 Self-speculation (paper, section 4.3): the layers below exit E draft d tokens, and the layers from E up verify all of
-them in one pass. The engine knows drafters by their interface only (drafting/drafter.py). Prompts and outputs are kept
-in rows.py and read by the model in prefill.py; the computations of a step are in steps.py and beside the drafters,
-their compiled graphs in kernels/compiling.py.
+them in one pass. The engine sees drafters only through the interface in drafting/drafter.py. rows.py holds prompts and
+outputs, prefill.py fills the cache, steps.py and the drafters compute, and kernels/compiling.py compiles their steps.
 """
 
 import time
@@ -31,33 +30,33 @@ from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_to
 
 
 class Generation:
-    """One generation as an iterator: each step yields, per prompt, the new tokens that are final.
+    """One generation as an iterator: each step yields the new, final tokens of each prompt.
 
-    Stopping early (break) is fine: `stats` and `generated` hold what there is so far.
+    You may stop early (break): `stats` and `generated` are complete up to that point.
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
         prompts: token ids without padding.
-        max_generated_tokens: new tokens of each prompt, at most.
+        max_generated_tokens: maximum number of new tokens per prompt.
         exit_layer: without speculation, the exit that decodes; None: the whole model.
-        speculation: how to draft; None decodes plainly.
-        sampler: how tokens are chosen; None: greedily.
-        stop_tokens: an output ends with the first of them.
-        rows: how many prompts are decoded at a time, in this order: a row whose output has ended takes the next one
-            (continuous batching). None: all of them.
-        compile: compile the steps; graphs are kept for later generations of the model.
-        cache: of an earlier generation (its `cache`), of as many rows: the tokens in it are not run again.
-        shared: all ranks of torchrun decode these prompts, and rank 0 says which tokens come out. Drafts are chosen on
-            each rank, so a sampler needs a generator in the same state on all of them.
-        reserve: slots to make room for in a new cache, at least; None: what this generation needs.
-        on_draft: called with each round's drafted tokens of each row, [b][n], before they are verified.
-        choice: whether to draft, and what, by rates that earlier generations measured; None: measure them anew.
+        speculation: how to draft; None decodes without drafts.
+        sampler: how to choose tokens; None: greedily.
+        stop_tokens: an output ends with the first of these tokens.
+        rows: how many prompts to decode at a time, in order: a row that has finished takes the next prompt (continuous
+            batching). None: all prompts.
+        compile: compile the steps; the model keeps the graphs for later generations.
+        cache: the `cache` of an earlier generation with as many rows; its tokens are not computed again.
+        shared: all ranks of torchrun decode these prompts, and rank 0 decides the tokens. Each rank draws its own
+            drafts, so the sampler's generator must have the same state on all ranks.
+        reserve: minimum number of slots in a new cache; None: what this generation needs.
+        on_draft: called with each row's drafted tokens, [b][n], before every verification.
+        choice: the rates that earlier generations measured, which decide what to draft; None: measure anew.
 
     Attributes:
-        generated: of each prompt the new tokens so far.
+        generated: new tokens of each prompt so far.
         finished: which prompts have their whole output.
-        in_row: the number of the prompt that each row decodes, or decoded last.
-        acceptance: of each prompt the drafted and the accepted tokens.
+        in_row: index of the prompt that each row decodes, or decoded last.
+        acceptance: (drafted, accepted) tokens of each prompt.
 
     Raises:
         ConfigError: see `generate`.
@@ -67,7 +66,7 @@ class Generation:
         >>> from layerskip_recipes import Generation, Speculation
         >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)
         >>> generation = Generation(model, [[1, 2, 3]], 16, speculation=Speculation(exit_layer=2, num_speculations=6))
-        >>> text = [token for new in generation for token in new[0]]  # new: of each prompt, final since this round
+        >>> text = [token for new in generation for token in new[0]]  # new: the final tokens of each prompt
         >>> len(text), text == generation.generated[0]
         (16, True)
     """
@@ -193,23 +192,18 @@ class Generation:
 
     @property
     def compile_s(self) -> float:
-        """Seconds that compilation took so far, in all generations of this model."""
+        """Total compilation time of this model so far, over all its generations."""
         return self.context.compile_s
 
     def stop(self, prompt: int, keep: int) -> None:
-        """End an output before its limit, as at a stop string; call this between two steps of the iteration.
-
-        Args:
-            prompt: its number.
-            keep: how many of the generated tokens stay, in `generated` and in the statistics.
-        """
+        """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
         self.stats.tokens -= self.rows.end(prompt, keep)
 
     # ---- the cache ----
 
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
-        """The model and the draft model in eval mode, with this generation's cache; afterwards as they were."""
+        """Put model and draft model into eval mode with this generation's cache, and restore them afterwards."""
         users = list({id(user): user for user in (self.model, self.context.draft_model)}.values())
         with ExitStack() as afterwards:
             for user in users:
@@ -217,7 +211,7 @@ class Generation:
                     afterwards.callback(setattr, module, "training", module.training)
                 afterwards.callback(setattr, user, "num_output_chunks", user.num_output_chunks)
             for user in users:
-                user.num_output_chunks = 0  # a training may have left chunked logits on
+                user.num_output_chunks = 0  # training may have turned on chunked logits
                 user.eval()
             with self.cache.used_by(*users):
                 if self.context.sampler.penalises:
@@ -227,7 +221,7 @@ class Generation:
     # ---- prefill ----
 
     def _prefill(self) -> list[list[int]]:
-        """The prompts through the model, and the first new token of each row."""
+        """Run the prompts and choose the first new token of each row."""
         prompts = self.rows.texts  # nothing is generated yet
         held = self.cache.tokens if self.exit_layer <= self.cache.depth else [[] for _ in prompts]
         reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
@@ -242,10 +236,10 @@ class Generation:
         return self._keep([[token] for token in self.last.tolist()])
 
     def _take_next(self, row: int) -> list[list[int]]:
-        """The next prompt in the place of a row's, whose output has ended; its first token, and none of other rows."""
+        """Prefill a finished row with the next prompt; returns its first token, and no token for other rows."""
         started = time.perf_counter()
         text, here = self.rows.take_next(row), slice(row, row + 1)
-        self.cache.tokens[row] = []  # until it is read
+        self.cache.tokens[row] = []  # until the prefill is done
         noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.rows.seen))
         self.last = self.last.clone()
         with decoding_kernels(self.context.device):
@@ -259,14 +253,14 @@ class Generation:
         return new
 
     def _first_tokens(self, final: torch.Tensor, noise: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
-        """The first new tokens after texts, [b]; final: x_L of their last tokens, [b, d]."""
+        """The first new tokens [b], from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
         return self.context.broadcast(self.choose_token.run(None, logits, noise, seen))
 
     # ---- rounds ----
 
     def _round(self) -> list[list[int]]:
-        """Draft, verify, keep the accepted tokens and one of the full model."""
+        """Draft, verify, keep the accepted tokens and one token of the full model."""
         started, compiled = time.perf_counter(), self.context.compile_s
         self.context.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
@@ -337,7 +331,7 @@ class Generation:
         return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
-        """Append each row's new tokens as far as they count; returns those, none for rows that had finished."""
+        """Append each row's new tokens, cut at its end; returns the tokens kept, none for finished rows."""
         kept = self.rows.add(new)
         self.stats.tokens += sum(map(len, kept))
         self.drafter.extend(kept)
@@ -346,12 +340,12 @@ class Generation:
     # ---- statistics ----
 
     def _count_round(self, draft: DraftedTokens) -> None:
-        """Statistics of a round: its kind, and the bytes that its steps read."""
+        """Count a round's kind, draft steps and memory traffic."""
         slots, own = len(draft.slots), self.context.own_layers
         if self.speculation is not None:
             self.stats.rounds_by_kind[draft.strategy.name] += 1
-        # Verification: layers from E up over all drafts, and the layers below E for the last draft: L layers, one head.
-        # The own layers of a trained draft read what they did not read while they drafted, but for plain rounds later.
+        # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
+        # one. A trained draft's own layers also run once, except in rounds without a draft.
         self.traffic.count(self.stats, slots, self.exit_layer + (len(own) if draft.length else 0))
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length

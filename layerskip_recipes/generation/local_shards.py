@@ -1,8 +1,7 @@
-"""Tensor parallelism of decoding on plain tensors: each rank multiplies by its own part of a matrix, and what belongs
-together is summed or gathered.
+"""Tensor parallelism for decoding on plain tensors: each rank multiplies by its part of a matrix, then sums or gathers.
 
-torch's `parallelize_module` makes a DTensor of each weight. The host then takes 60 to 120 us for a linear layer, longer
-than a GPU does for one token, and a length of text that is new takes milliseconds.
+torch's `parallelize_module` turns each weight into a DTensor. The host then needs 60 to 120 us per linear layer, longer
+than a GPU needs for one token, and milliseconds for every new text length.
 """
 
 from collections.abc import Mapping
@@ -19,37 +18,30 @@ from torchtune.modules import TiedLinear
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-WHOLE, LAST = (Replicate(),), (Shard(-1),)  # layouts: each rank has all of it, or a part of the last dimension
-
-
-# ---- collectives as operations of torch, which compiled steps may hold ----
+WHOLE, LAST = (Replicate(),), (Shard(-1),)  # layouts: replicated, or split along the last dimension
 
 
 class Ranks:
-    """The ranks of a mesh. Their group is looked up once, not at each product."""
+    """A mesh's process group, looked up once, and its collectives as torch operations that compiled steps may hold."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.count, self.group = mesh.size(), mesh.get_group().group_name
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks."""
         collectives = torch.ops._c10d_functional
         return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", self.group))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The parts of all ranks, side by side: [..., n] -> [..., ranks n]."""
+        """[..., n] -> [..., ranks n]."""
         collectives = torch.ops._c10d_functional
         parts = collectives.all_gather_into_tensor(x.contiguous(), self.count, self.group)
         return torch.cat(collectives.wait_tensor(parts).chunk(self.count), -1)
 
 
-# ---- modules ----
-
-
 class SplitLinear(nn.Module):
-    """A linear layer of which this rank has some outputs, or some inputs; then the ranks' products are summed.
+    """This rank's part of a linear layer: some of its inputs (the ranks' products are summed), or some of its outputs.
 
-    With `gathers` all ranks get all outputs. Otherwise each keeps its own, for a next layer that is split by inputs.
+    With `gathers` every rank gets all outputs. Otherwise it keeps its own for a next layer that is split by inputs.
     """
 
     def __init__(self, linear: Any, ranks: Ranks, gathers: bool) -> None:
@@ -59,7 +51,6 @@ class SplitLinear(nn.Module):
         self.weight, self.bias = local(linear.weight), None if linear.bias is None else local(linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., inputs of this rank] -> [..., outputs]."""
         if self.by_inputs:
             summed = self.ranks.all_reduce(F.linear(x, self.weight))
             return summed if self.bias is None else summed + self.bias
@@ -68,7 +59,7 @@ class SplitLinear(nn.Module):
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding whose rows are shared out evenly."""
+    """An embedding whose rows are split evenly over the ranks."""
 
     def __init__(self, embedding: nn.Embedding, ranks: Ranks, rank: int) -> None:
         super().__init__()
@@ -77,22 +68,20 @@ class SplitEmbedding(nn.Module):
         self.first = rank * len(self.weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[...] -> [..., d]."""
         row = tokens - self.first
         here = (row >= 0) & (row < len(self.weight))
         return self.ranks.all_reduce(F.embedding(row * here, self.weight) * here[..., None])
 
 
 def local(weight: Any) -> nn.Parameter:
-    """This rank's part of a DTensor."""
     return nn.Parameter(weight.to_local(), requires_grad=False)
 
 
 def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
-    """Put modules with plain tensors in the place of those that `parallelize` made.
+    """Replace the DTensor modules that `parallelize` made by modules with plain tensors.
 
-    These stay: modules with layouts that torchtune's plans do not have, Gemma's embeddings, and a head or an embedding
-    of a vocabulary that the ranks cannot share evenly.
+    Modules with layouts unknown to torchtune's plans, Gemma's embeddings, and heads or embeddings whose vocabulary does
+    not divide evenly stay DTensors.
     """
     ranks = Ranks(mesh)
     for name, module in [*model.named_modules()]:
@@ -117,6 +106,7 @@ def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, 
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether several ranks share the weights of a model, by torch or as here."""
-    of_torch = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return of_torch or any(isinstance(module, SplitLinear | SplitEmbedding) for module in model.modules())
+    """Whether several ranks share the weights of a model."""
+    return any(isinstance(module, SplitLinear | SplitEmbedding) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )

@@ -1,8 +1,8 @@
-"""Generation on several processes under torchrun: late layers sharded, draft layers whole, or tensor parallelism.
+"""Generation on several processes under torchrun: sharded late layers, or tensor parallelism.
 
-A draft step runs the layers below exit E, token by token: were those sharded, each drafted token would wait for E
-gathers. So embeddings, draft layers, norm and head are whole on every rank, and only the layers from E up are sharded:
-a verification gathers each of them once for all the tokens it verifies. All ranks decode the same prompts.
+If the layers below exit E were sharded, each drafted token would wait for E gathers. So every rank holds embeddings,
+draft layers, norm and head as a whole, and only the layers from E up are sharded: a verification pass gathers each of
+them once for all its tokens. All ranks decode the same prompts.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,11 @@ def load_sharded_decoder(
     tensor_parallel_dim: int = 1,
     plan: Plan | None = None,
 ) -> LayerSkipDecoder:
-    """`load_decoder` for several processes: rank 0 reads the checkpoint, the others get their parts only.
-
-    The layers below `kept_layers` are whole on every rank: those below the exit that drafts, none for plain decoding.
-    """
+    """`load_decoder` for several processes, see `shard_decoder`: only rank 0 reads the checkpoint."""
     model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():
         if adapter_names(model):
-            # As one process merges them: onto weights in this dtype, and with QLoRA onto what NF4 left of them.
+            # Merge them as a single process would: in this dtype, and with QLoRA into weights rounded by NF4.
             state = load_decoder(cfg, torch.device("cpu")).state_dict()
         else:
             state = read_weights(reading_checkpointer(cfg))
@@ -49,10 +46,10 @@ def load_sharded_decoder(
 
 
 class _LateLayers(nn.Module):
-    """The FSDP root of the sharded layers, no part of the decoder's own tree.
+    """The FSDP root of the sharded layers, outside of the decoder's module tree.
 
-    The decoder cannot be the root: walks begin and end anywhere, and may call its layers directly. Layers without a
-    common root would each have streams of their own, so on a GPU memory that no other layer can use.
+    The decoder cannot be the root, as steps call its layers directly. Without a common root, each layer would have its
+    own streams, and thus GPU memory that no other layer can use.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -60,10 +57,7 @@ class _LateLayers(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, _: None) -> None:
-        """Called once, for FSDP's hook before it, which makes this the root. Then each layer gathers itself.
-
-        With an argument, since on a GPU the hook of torch before 2.13 looks at the first one.
-        """
+        """Called once, so that FSDP's pre-forward hook makes this the root. Before torch 2.13 it needs an argument."""
 
 
 def shard_decoder(
@@ -75,11 +69,10 @@ def shard_decoder(
     tensor_parallel_dim: int = 1,
     plan: Plan | None = None,
 ) -> LayerSkipDecoder:
-    """Split a decoder over a grid of (ranks / T) x T, and give each rank its part of rank 0's weights.
+    """Split a decoder on the meta device over a grid of (ranks / T) x T, in place, with rank 0's weights; in eval mode.
 
-    T = `tensor_parallel_dim` ranks share each matrix by `plan` and compute with their part of it. Over ranks / T the
-    layers from `kept_layers` up are sharded, and gathered when they run. The model comes on the meta device, is changed
-    in place, and leaves in eval mode.
+    T = `tensor_parallel_dim` ranks share each matrix by `plan`. The layers from `kept_layers` up (the exit of the
+    draft, 0 for plain decoding) are sharded over ranks / T and gathered when they run.
     """
     shards = dist.get_world_size() // tensor_parallel_dim
     mesh = init_device_mesh(device.type, (shards, tensor_parallel_dim), mesh_dim_names=("shards", "parallel"))
@@ -90,15 +83,15 @@ def shard_decoder(
     for module in (*late.layers, late):
         fully_shard(module, mesh=mesh["shards"], reshard_after_forward=True)
     for layer, following in pairwise(late.layers):
-        # The next layer is gathered while this one runs.
+        # Gather the next layer while this one runs.
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
     load_from_rank0(model, state, device, dtype)
     if plan is not None and shards == 1:
         split_locally(model, mesh["parallel"], plan)
     late(None)
     for layer in late.layers:
-        # The buffer for the gathered weights is made here and kept. One made in inference mode, where decoding runs,
-        # could not be written outside of it.
+        # Allocate the buffer of the gathered weights now: one allocated in inference mode, where decoding runs, could
+        # not be written outside of it.
         layer.unshard()  # type: ignore[operator]
         layer.reshard()  # type: ignore[operator]
     return model.eval()

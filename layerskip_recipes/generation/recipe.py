@@ -1,7 +1,4 @@
-"""`tune run layerskip_generate`: from prompts to text, autoregressive, early exit or self-speculative. Wiring only.
-
-The decoding lives in `generation/`; here are batches, streaming, chat, the comparison, several processes.
-"""
+"""`tune run layerskip_generate`: batches, streaming, chat, comparison and several processes around `Generation`."""
 
 import json
 import sys
@@ -39,11 +36,7 @@ TURNS = 10  # of a conversation, to decide whether compiling pays
 
 
 class LayerSkipGenerate:
-    """Generates from each prompt and reports speed and acceptance.
-
-    Raises:
-        ConfigError: for a wrong setting or prompt, before any weight is loaded.
-    """
+    """Generates from each prompt and reports speed and acceptance. Mistakes are found before any weight is loaded."""
 
     def __init__(self, source: DictConfig) -> None:
         self.cfg = cfg = GenerateConfig.load(source)
@@ -124,7 +117,7 @@ class LayerSkipGenerate:
         self.shows = is_rank_zero()
 
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:
-        """Whether steps are compiled and how drafts are made, where the config leaves it open."""
+        """Whether to compile, and how to draft, where the config leaves it open."""
         cfg, compiled = self.cfg, self.cfg.compile
         how = (cfg.batch_size, cfg.quantizer)
         choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
@@ -138,7 +131,7 @@ class LayerSkipGenerate:
         return compiled, choices[compiled].section
 
     def _warn_of_needless_shards(self, model: TransformerDecoder) -> None:
-        """Say so if a GPU would hold the whole model with room to spare: gathering shards costs more than reading."""
+        """Warn if one GPU has room to spare for the whole model, as gathering shards would be slower."""
         whole = weight_bytes(model, self.dtype)
         if self.device.type == "cuda" and num_processes() > self.parallel and 1.5 * whole < free_memory(self.device):
             log.warning(
@@ -148,7 +141,7 @@ class LayerSkipGenerate:
             )
 
     def setup(self) -> None:
-        """Load the model."""
+        """Load the model and the draft."""
         if self.shows:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
         # A trained draft is checked against the weights as they were, so they are quantised after it is there.
@@ -167,10 +160,9 @@ class LayerSkipGenerate:
             self.model = quantise_decoder(self.model, late)
 
     def generate(self) -> dict[str, Any]:
-        """All prompts, with batches in the order of their lengths; with `benchmark.compare` first without drafts.
+        """Answer all prompts; prints the report as JSON in the last line.
 
-        The report is also the last line. Ctrl-C ends it with what is done, the text in progress included (but in no
-        comparison).
+        After Ctrl-C the report covers what is done, including the text in progress unless there is a comparison.
         """
         ours, baseline = Totals(), Totals()
         try:
@@ -209,11 +201,11 @@ class LayerSkipGenerate:
         order = self.good
         if self.batch_size > 1:
             order = sorted(order, key=lambda i: len(self.prompt_tokens[i]))
-        # A comparison takes turns. Else a row that has its answer goes on with the next prompt.
+        # A comparison decodes each batch twice. Otherwise one generation takes all prompts, unless batch_size is 1.
         size = self.batch_size if self.compare or self.batch_size == 1 else len(order)
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         if self.compare:
-            # Warm-up, not counted: the first steps of a process allocate, tune and compile.
+            # Warm-up: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
             if self.interrupted:
@@ -226,7 +218,7 @@ class LayerSkipGenerate:
                 outputs = _outputs(batch, drafted)
                 if undrafted is None:
                     ours.add(outputs, drafted.stats, _acceptance(drafted))
-                elif not self.interrupted:  # after Ctrl-C neither counts, as they are compared
+                elif not self.interrupted:  # after Ctrl-C, neither side of a comparison counts
                     others = _outputs(batch, undrafted)
                     baseline.add(others, undrafted.stats, _acceptance(undrafted), beside=outputs.values())
                     ours.add(outputs, drafted.stats, _acceptance(drafted), beside=others.values())
@@ -241,7 +233,7 @@ class LayerSkipGenerate:
         stream: bool = False,
         answers: AnswersInOrder | None = None,
     ) -> Generation:
-        """Decode the prompts of a batch, each up to a stop; `answers` gets each answer, a cut one after Ctrl-C too."""
+        """Decode a batch; `answers` gets each answer, after Ctrl-C also unfinished ones."""
         rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
         prompts = [self.prompt_tokens[i] for i in batch]
         texts = [self.text_of(i) for i in batch]
@@ -252,7 +244,7 @@ class LayerSkipGenerate:
 
         answered = set()
 
-        def add(prompt: int) -> None:
+        def add(prompt: int) -> None:  # index within the batch
             if answers is not None and self.shows:
                 tokens, cut = generation.generated[prompt], not generation.finished[prompt]
                 answers.add(batch[prompt], texts[prompt].text(tokens), len(tokens), interrupted=cut)
@@ -297,12 +289,12 @@ class LayerSkipGenerate:
         )
 
     def text_of(self, i: int) -> TextStream:
-        """The text of a prompt's output; of a prompt that is a plain text, its continuation to the letter."""
+        """The text stream of an output; after a plain text prompt it continues that text exactly."""
         goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
         return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
 
     def _show(self, i: int, answer: str) -> None:
-        """An answer of a batch; a single one was printed while it grew."""
+        """Print an answer of a batch; without batches it was printed while it grew."""
         if self.batch_size > 1:
             self._print_head(i)
             print(answer, flush=True)
@@ -315,7 +307,7 @@ class LayerSkipGenerate:
     # ---- chat ----
 
     def _chat(self, ours: Totals) -> None:
-        """Questions from standard input, answers to standard output; the cache keeps the conversation so far."""
+        """Answer questions from standard input; the cache keeps the conversation."""
         history: list[Message] = []
         cache = None
         for turn, question in enumerate(_questions()):
@@ -358,13 +350,13 @@ class LayerSkipGenerate:
         check_prompt_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
-        """A conversation so far, after the system prompt, with a question; raises a ConfigError if it is refused."""
+        """System prompt, conversation and question as tokens; a ConfigError if the chat template refuses them."""
         system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.system_prompt else []
         turn = [Message(role="user", content=question), Message(role="assistant", content="")]
         return to_tokens([*system, *history, *turn], self.tokenizer)
 
     def _room_for_question(self, history: Sequence[Message]) -> int:
-        """How many tokens a question may have after this conversation; less than 1 if none can follow."""
+        """Maximum length of the next question, in tokens; below 1 if the conversation is over."""
         try:
             shortest = len(self._tokens_of(history, "?"))
         except ValueError:
@@ -373,12 +365,12 @@ class LayerSkipGenerate:
 
 
 def _outputs(batch: Sequence[int], generation: Generation) -> dict[int, list[int]]:
-    """The output of each prompt that was begun, by its number among all."""
+    """The non-empty outputs, by index among all prompts."""
     return {i: tokens for i, tokens in zip(batch, generation.generated, strict=True) if tokens}
 
 
 def _acceptance(generation: Generation) -> list[tuple[int, int]]:
-    """Drafted and accepted tokens of each of these outputs."""
+    """(drafted, accepted) tokens of each of these outputs."""
     return [counts for counts, tokens in zip(generation.acceptance, generation.generated, strict=True) if tokens]
 
 

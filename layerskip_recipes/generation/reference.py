@@ -1,11 +1,11 @@
-"""Self-speculative decoding on one screen: the algorithm of the engine, without cache, batch or compilation.
+"""Self-speculative decoding on one screen: the engine's algorithm without cache, batch or compilation.
 
-Notation: E is the exit that drafts, L the number of layers, x_E the hidden states after E layers, g the norm and the
-head. A round drafts d tokens with the layers below E, and verifies all of them with the layers from E up in one pass
-(LayerSkip, arXiv 2404.16710, section 4.3). A drafted token is accepted or replaced so that the output has the
-distribution of the full model (Leviathan et al., arXiv 2211.17192, algorithm 1).
+A round drafts d tokens with the layers below exit E, and verifies all of them with the layers from E up in one pass
+(LayerSkip, arXiv 2404.16710, section 4.3). Drafted tokens are accepted or replaced such that the output has the full
+model's distribution (Leviathan et al., arXiv 2211.17192, algorithm 1).
 
-Shapes: s tokens of text, D the model's width, v tokens of the vocabulary.
+Notation: x_E is the hidden state after E layers, g the norm and head, s the length of the text, D the model's width, v
+the vocabulary size.
 """
 
 from typing import Any
@@ -25,7 +25,6 @@ def speculative_decode(
     temperature: float = 0.0,
     rng: torch.Generator | None = None,
 ) -> list[int]:
-    """The new tokens: rounds of draft and verification until there are enough."""
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:
         text += speculative_round(model, text, exit_layer, num_speculations, temperature, rng)
@@ -50,31 +49,27 @@ def speculative_round(
         q.append(distribution(logits[0, -1], temperature))  # [v]
         tokens.append(draw(q[-1], rng))
 
-    # 2. Verify. Only the last drafted token has not been through the early layers; the draft left all other x_E.
+    # 2. Verify. The draft has computed x_E of every token but the last drafted one.
     last = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)[:, -1:]
     x = torch.cat([x, last], 1)  # [1, s + d, D]
     p = distribution(model(hidden=x, start_layer=exit_layer)[0], temperature)[len(text) - 1 :]  # [d + 1, v]
 
-    # 3. Accept a drafted token with probability min(1, p/q). A rejected one is drawn again from norm(max(0, p - q)).
+    # 3. Accept a drafted token with probability min(1, p/q). Replace a rejected one by a draw from norm(max(0, p - q)).
     new: list[int] = []
     for token, q_i, p_i in zip(tokens[len(text) :], q, p, strict=False):
         if torch.rand((), generator=rng) * q_i[token] >= p_i[token]:
             rest = (p_i - q_i).clamp(min=0)
             return [*new, draw(rest / rest.sum(), rng)]
         new.append(token)
-    return [*new, draw(p[num_speculations], rng)]  # all were accepted: one token more
+    return [*new, draw(p[num_speculations], rng)]  # all accepted: one more token
 
 
 def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(logits / temperature), [..., v]; at temperature 0 all of it is on the likeliest token.
-
-    So the rule of acceptance becomes, at temperature 0, "accept what the full model would choose".
-    """
+    """softmax(logits / temperature), [..., v]; at temperature 0 one-hot, so that only greedy choices are accepted."""
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     return (logits / temperature).softmax(-1)
 
 
 def draw(probs: torch.Tensor, rng: torch.Generator | None) -> int:
-    """A token of the distribution [v]."""
     return int(torch.multinomial(probs, 1, generator=rng))

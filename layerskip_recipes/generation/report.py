@@ -1,4 +1,4 @@
-"""What a generation run reports: totals over prompts, figures derived from them, and their form for people."""
+"""The report of a generation run: totals over prompts, derived figures, and the printed form."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path to write a JSON report to: an interrupted run's report overwrites no other."""
+    """The path of a JSON report; the report of an interrupted run overwrites no other."""
     if not (interrupted and document.exists()):
         return document
     log.warning("%s: the %s of an earlier run stays", key, document)
@@ -25,7 +25,7 @@ def report_path(document: Path, key: str, interrupted: bool) -> Path:
 
 @dataclass
 class Totals:
-    """Statistics of one decoding method over all prompts, and without looping outputs."""
+    """Statistics of one decoding method: over all prompts, and without looping outputs."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
     # Of batches without a looping output, neither here nor in plain decoding.
@@ -42,9 +42,9 @@ class Totals:
         acceptance: Sequence[tuple[int, int]],
         beside: Iterable[list[int]] = (),
     ) -> None:
-        """Add the outputs of a batch by prompt, with drafted and accepted tokens of each.
+        """Add a batch: outputs by prompt, and the (drafted, accepted) tokens of each.
 
-        The comparison without loops leaves out a batch with a looping output, here or in `beside`, its baseline.
+        `compared` leaves out a batch with a looping output, here or in `beside`, the other method's outputs.
         """
         self.outputs |= outputs
         self.stats = self.stats + stats
@@ -58,7 +58,7 @@ class Totals:
 
 
 def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
-    """The figures of a run, times in seconds; `baseline` is the autoregressive run on the same prompts."""
+    """The figures of a run; `baseline` is the autoregressive run on the same prompts."""
     stats = ours.stats
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
     bandwidth = memory_bandwidth(device)
@@ -108,11 +108,11 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
 
 
 def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
-    """Acceptance and cost of drafting, the ideal speed-up that follows from them, and the measured one's share of it.
+    """Acceptance and cost of drafting, the ideal speed-up, and the share of it that was measured (engine efficiency).
 
-    The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step over that
-    of an autoregressive step. Looked-up drafts take no step: with `prompt_lookup`, c is multiplied by the mean number
-    of draft steps per round instead of by d.
+    The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step divided by
+    the time of an autoregressive step. With `prompt_lookup`, whose drafts take no steps, the cost is c times the mean
+    number of draft steps per round instead.
     """
     rounds = row_rounds(stats)
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
@@ -136,23 +136,22 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
 
 
 def row_rounds(stats: GenerationStats) -> int:
-    """Rounds summed over the rows, each until it finishes. Without drafts every round gives a row one token."""
+    """Rounds summed over rows, each until it finishes. Without drafts, a row gets one token per round."""
     return sum(stats.rounds_accepting.values()) or stats.tokens - stats.first_tokens
 
 
 def safe_divide(a: float, b: float) -> float | None:
-    """a / b, None if b is 0."""
     return a / b if b else None
 
 
 def ratio(a: GenerationStats, b: GenerationStats) -> float | None:
-    """a's tokens per second over b's."""
+    """a's tokens per second divided by b's."""
     fast, slow = a.tokens_per_second, b.tokens_per_second
     return fast / slow if fast and slow else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the device's allocator held; on a CPU the most this process had resident."""
+    """Peak memory of the device's allocator; on a CPU the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,7 +159,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report for people: one line a figure."""
+    """Print the report, one figure per line."""
 
     def show(key: str, form: str, factor: float = 1.0) -> str:
         return "-" if report[key] is None else format(report[key] * factor, form)

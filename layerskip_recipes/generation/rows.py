@@ -1,4 +1,4 @@
-"""What the host knows of a generation: the prompts, their outputs so far, and which prompt each row decodes."""
+"""The host's state of a generation: prompts, outputs so far, and which prompt each row decodes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -11,24 +11,9 @@ from layerskip_recipes.model.decoder import on_device
 
 
 class Rows:
-    """The rows of a cache, each with the prompt that it decodes; one whose output has ended takes the next prompt.
+    """The b batch rows, each with the prompt that it decodes; a row that has finished takes the next prompt.
 
-    Args:
-        prompts: token ids, [p][any number].
-        rows: b, how many prompts are decoded at a time; None: all of them.
-        limit: tokens of an output, at most.
-        stop_tokens: an output ends with the first of them.
-
-    Attributes:
-        generated: of each prompt the new tokens so far.
-        finished: which prompts have their whole output.
-        acceptance: of each prompt the drafted and the accepted tokens.
-        in_row: the number of the prompt that each row decodes, or decoded last, [b].
-        waiting: the numbers of the prompts that have no row yet.
-        seen: [b, v] bool, the tokens of prompt and output so far, where the sampler penalises them; else None.
-
-    Raises:
-        ConfigError: if rows or stop_tokens is not allowed.
+    `limit` is the maximum length of an output; see `Generation` for the other arguments.
     """
 
     def __init__(
@@ -54,33 +39,32 @@ class Rows:
         return len(self.in_row)
 
     def values_in_rows(self, values: Sequence[Any]) -> list[Any]:
-        """From one value for each prompt those of the prompts that are in a row now, [b]."""
+        """Values by prompt, [p] -> the values of the prompts in the rows, [b]."""
         return [values[prompt] for prompt in self.in_row]
 
     @property
     def texts(self) -> list[list[int]]:
-        """Prompt and output of each row, [b][any number]."""
+        """Prompt and output of each row, [b][any length]."""
         return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each row's text, [b]."""
         return [len(self.prompts[prompt]) + len(self.generated[prompt]) for prompt in self.in_row]
 
     @property
     def room(self) -> list[int]:
-        """How many tokens each row may still get, [b]; 0 for those that have finished."""
+        """How many more tokens each row may get, [b]; 0 if it has finished."""
         return [0 if self.finished[i] else self.limit - len(self.generated[i]) for i in self.in_row]
 
     def by_prompt(self, new: Sequence[list[int]]) -> list[list[int]]:
-        """New tokens of each row, [b][n], as those of each prompt."""
-        by_prompt: list[list[int]] = [[]] * len(self.prompts)  # one list for all, as there may be many
+        """New tokens by row, [b][n] -> by prompt, [p][n]."""
+        by_prompt: list[list[int]] = [[]] * len(self.prompts)  # one shared empty list, as there may be many prompts
         for prompt, tokens in zip(self.in_row, new, strict=True):
             by_prompt[prompt] = tokens
         return by_prompt
 
     def add(self, new: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Append each row's new tokens, cut at a stop token and at the limit; returns those that were kept, [b][n]."""
+        """Append each row's new tokens, cut at a stop token and at the limit; returns the tokens kept, [b][n]."""
         kept = []
         for prompt, tokens, room in zip(self.in_row, new, self.room, strict=True):
             cut = list(tokens[:room])
@@ -98,7 +82,7 @@ class Rows:
         self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
 
     def end(self, prompt: int, keep: int) -> int:
-        """End an output after its first `keep` tokens; returns how many were dropped."""
+        """End an output after its first `keep` tokens; returns the number of dropped tokens."""
         if prompt in self.waiting:
             self.waiting.remove(prompt)
         dropped = len(self.generated[prompt][keep:])
@@ -108,7 +92,7 @@ class Rows:
 
     @property
     def free(self) -> int | None:
-        """A row that the next prompt can take; None if there is none, or no prompt waits."""
+        """A finished row; None if there is none, or if no prompt waits for it."""
         return (
             next((row for row, done in enumerate(self.values_in_rows(self.finished)) if done), None)
             if self.waiting
@@ -116,7 +100,7 @@ class Rows:
         )
 
     def take_next(self, row: int) -> list[int]:
-        """The next prompt, which the row decodes from now on."""
+        """Give the row the next prompt, and return that prompt."""
         self.in_row[row] = prompt = self.waiting.popleft()
         if self.seen is not None:
             self.seen[row] = False
@@ -124,7 +108,7 @@ class Rows:
         return self.prompts[prompt]
 
     def begin_seen(self, vocabulary_size: int, device: torch.device) -> None:
-        """From now on `seen` holds the tokens of the texts."""
+        """Keep `seen` from now on."""
         self.seen = torch.zeros(len(self), vocabulary_size, dtype=torch.bool, device=device)
         self._see(self.texts)
 

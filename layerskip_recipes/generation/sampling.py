@@ -1,7 +1,7 @@
-"""From logits to tokens: the filters, and the acceptance of drafted tokens, greedy and speculative.
+"""From logits to tokens: the filters, and the acceptance of drafted tokens, greedy and sampled.
 
-p is the full model's distribution, q the draft's; both after the same penalty, temperature, top-k, top-p and min-p.
-Random numbers come in as tensors ("noise"), so that compiled steps stay reproducible.
+p is the full model's distribution, q the draft's; both use the same penalty, temperature, top-k, top-p and min-p.
+Random numbers are input tensors ("noise"), which keeps compiled steps reproducible.
 """
 
 from dataclasses import dataclass, field
@@ -26,19 +26,10 @@ def next_token_probs(
     top_p: float | torch.Tensor | None = None,
     min_p: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(logits / temperature), restricted to the top-k tokens, to those of at least min_p times the largest
-    probability, then to the smallest set of mass top_p.
+    """softmax(logits / temperature) in fp32, [..., v] -> [..., v], restricted by top_k, then min_p, then top_p.
 
-    Args:
-        logits: [..., v].
-        temperature: above 0.
-        top_k: tokens to keep; ties with the k-th stay.
-        top_p: probability mass to keep, in (0, 1].
-        min_p: the least probability to keep, as a part of the largest one, in [0, 1].
-        All but top_k may be tensors [], so that one compiled graph serves other values too.
-
-    Returns:
-        [..., v] probabilities in fp32.
+    top_k keeps the k likeliest tokens and ties, min_p the tokens of at least min_p times the largest probability, top_p
+    the smallest set of tokens with this mass. All but top_k may be tensors [], so that one graph serves all values.
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -50,7 +41,7 @@ def next_token_probs(
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p is not None:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        # A token stays while the mass before it is below top_p: the first one always does.
+        # Keep a token while the mass of likelier tokens is below top_p; the first one always stays.
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
         probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
         probs = probs / probs.sum(-1, keepdim=True)
@@ -58,46 +49,36 @@ def next_token_probs(
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Tensor) -> torch.Tensor:
-    """Make tokens that were there before less likely: their logit is divided by the penalty, or multiplied if negative.
+    """Make `seen` tokens (bool [..., v]) less likely: divide positive logits by the penalty, multiply negative ones.
 
-    Keskar et al., CTRL, arXiv 1909.05858, section 4.1, in the form that does not depend on the logits' sign.
-
-    Args:
-        logits: [..., v].
-        seen: [..., v] bool, the tokens of prompt and output so far.
-        penalty: above 0; 1 changes nothing.
+    Keskar et al., CTRL, arXiv 1909.05858, section 4.1, extended to negative logits. A penalty of 1 changes nothing.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
-    """31 random bits in each int32, the noise of an exponential race; a CPU makes them nine times as fast as Exp(1)."""
+    """31 random bits in int32, the noise of an exponential race. A CPU draws them nine times as fast as Exp(1)."""
     return torch.empty(shape, dtype=torch.int32, device=device).random_(generator=rng)
 
 
 def exponential_race_scores(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """probs / Exp(1), [..., v]: the token with the largest score is a draw from probs.
+    """probs / Exp(1), [..., v]: the token with the largest score is a draw from probs. The noise is `random_bits`.
 
-    Noise is `random_bits`. They give u in (0, 1) and -log(1 - u), which is finest near 0, where draws win.
+    Exp(1) is computed as -log(1 - u), which is most precise near 0, where draws win.
     """
     uniform = ((noise.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
     return probs / -torch.log1p(-uniform)
 
 
 def sample_exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One token of each distribution [..., v] -> [...], without a synchronisation of host and device."""
+    """Draw a token from each distribution, [..., v] -> [...], without synchronising host and device."""
     return exponential_race_scores(probs, noise).argmax(-1)
 
 
 def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The longest prefix of the draft that the full model would have chosen, and its own next token.
+    """Accept the longest prefix of drafted [b, n] that the full model would have chosen; its logits [b, n + 1, v].
 
-    Args:
-        drafted: [b, n] tokens.
-        logits: [b, n+1, v] of the full model: row i belongs to the token after i drafted ones.
-
-    Returns:
-        accepted [b], how many drafted tokens stand; next token [b].
+    Returns the number of accepted tokens [b], and the full model's next token [b].
     """
     chosen = logits.argmax(-1)
     accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
@@ -110,16 +91,8 @@ def accept_sampled(
     """Speculative sampling: accept x with probability min(1, p(x)/q(x)), else draw from norm(max(0, p - q)).
 
     The result has the distribution of sampling from p (Leviathan et al., arXiv 2211.17192, appendix A.1).
-
-    Args:
-        drafted: [b, n] tokens drawn from q.
-        q: [b, n, v] the draft's distributions.
-        p: [b, n+1, v] the full model's.
-        uniform: [b, n] draws of U(0, 1).
-        noise: [b, v] `random_bits`.
-
-    Returns:
-        accepted [b] and next token [b], as `accept_greedy`.
+    drafted [b, n] is drawn from q [b, n, v]; p [b, n + 1, v]; uniform [b, n] from U(0, 1); noise [b, v]: `random_bits`.
+    Returns the number of accepted tokens [b] and the next token [b].
     """
     n = drafted.shape[1]
     p_x = p[:, :n].gather(-1, drafted[..., None])[..., 0]
@@ -141,7 +114,7 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 class SamplerTensors(NamedTuple):
-    """The numbers of a `Sampler` as tensors [], None for a filter that is off: inputs of a graph, not a part of it."""
+    """A `Sampler`'s numbers as tensors [], inputs of a graph rather than constants in it; None: the filter is off."""
 
     temperature: torch.Tensor
     top_p: torch.Tensor | None
@@ -151,16 +124,9 @@ class SamplerTensors(NamedTuple):
 
 @dataclass  # not frozen: torch 2.6 would take all of its numbers for a part of each graph
 class Sampler:
-    """How tokens are chosen: greedy at temperature 0, else by the filtered distribution.
+    """How to choose tokens: greedily at temperature 0, else from the filtered distribution, see `next_token_probs`.
 
-    Args:
-        temperature: 0 is greedy.
-        top_k, top_p, min_p: see `next_token_probs`.
-        repetition_penalty: see `penalise`; 1 is none.
-        rng: of the random numbers, on their device; None: torch's global one.
-
-    Raises:
-        ConfigError: if a setting is out of range.
+    `rng` is a generator on the model's device; None: torch's global one. A setting out of range is a ConfigError.
     """
 
     temperature: float = 0.0
@@ -177,19 +143,19 @@ class Sampler:
         check("top_p", self.top_p, TopP | None)
         check("min_p", self.min_p, MinP | None)
         check("repetition_penalty", self.repetition_penalty, Penalty)
-        # Stored: a compiled graph that read the temperature would hold for one temperature only.
+        # Stored, as a compiled graph that reads the temperature would hold for one temperature only.
         self.greedy = self.temperature == 0
         self.top_p = None if self.top_p == 1 else self.top_p
         self.min_p = self.min_p or None
 
     @property
     def penalises(self) -> bool:
-        """Whether the tokens so far count, so that `seen` is needed."""
+        """Whether choices depend on the tokens so far (`seen`)."""
         return self.repetition_penalty != 1
 
     @property
     def only_temperature(self) -> bool:
-        """Whether tokens are chosen by logits and temperature alone, or greedily by logits alone."""
+        """Whether choices depend on logits and temperature only."""
         unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
         return not self.penalises and (self.greedy or unfiltered)
 
@@ -208,13 +174,13 @@ class Sampler:
 
     @property
     def kind(self) -> tuple:
-        """All that a graph of `scores` depends on beside the `settings`."""
+        """What a graph of `scores` depends on besides `settings`."""
         if self.greedy:
             return True, self.penalises
         return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
-        """What to choose by: penalised logits when greedy, else the filtered distribution; [..., v] -> [..., v]."""
+        """Penalised logits if greedy, else the filtered distribution; [..., v] -> [..., v]."""
         if seen is not None:
             logits = penalise(logits, seen, settings.repetition_penalty)
         if self.greedy:
@@ -222,13 +188,13 @@ class Sampler:
         return next_token_probs(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)
 
     def choose(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """A token by each row of `scores` [..., v] -> [...], with the noise of `noise`."""
+        """Tokens from `scores`, [..., v] -> [...]."""
         return scores.argmax(-1) if noise is None else sample_exponential_race(scores, noise)
 
     def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-        """`random_bits` for so many tokens, None when greedy."""
+        """`random_bits`, None if greedy."""
         return None if self.greedy else random_bits(shape, device, self.rng)
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-        """U(0, 1) draws, None when greedy."""
+        """U(0, 1) draws, None if greedy."""
         return None if self.greedy else torch.rand(shape, device=device, generator=self.rng)

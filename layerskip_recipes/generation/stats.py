@@ -1,4 +1,4 @@
-"""What a generation measures: counts, times, acceptance and bytes; the timers behind them; and loops in outputs."""
+"""Statistics of a generation: counts, times, acceptance and memory traffic; timers; and detection of loops."""
 
 import time
 from collections import Counter
@@ -18,13 +18,12 @@ from layerskip_recipes.model.memory import tensor_bytes
 
 @dataclass
 class GenerationStats:
-    """Counts of one `generate` call, over all rows of the batch. Times are seconds of wall clock.
+    """Statistics of one `generate` call over all rows of the batch. Times are wall-clock seconds.
 
-    `tokens` are the tokens generated, stop tokens included. `prefill_s` ends with the first token of each row on the
-    host, and with what steps in C++ need; `decode_s` covers the rest, so `tokens_per_second` leaves the first tokens
-    out of its count. `draft_s` and `verify_s` are parts of `decode_s`; on a GPU they are the device's own times.
-    Compilation counts only in `compile_s`: in the other times, a round that compiled counts as much as the mean of
-    those that did not.
+    `tokens` includes stop tokens. `prefill_s` ends when the host has each row's first token, and `decode_s` covers the
+    rest, so `tokens_per_second` does not count first tokens. `draft_s` and `verify_s` are parts of `decode_s`, on a GPU
+    measured on the device. Compilation counts only in `compile_s`: in the other times, a round that compiled counts
+    like the mean of the other rounds.
     """
 
     tokens: int = 0
@@ -54,39 +53,39 @@ class GenerationStats:
 
     @property
     def plain_share(self) -> float | None:
-        """The share of the rounds that drafted nothing, as that was faster; None without speculation."""
+        """Share of rounds without a draft, because plain decoding was faster; None without speculation."""
         kinds = self.rounds_by_kind
         return kinds["plain"] / kinds.total() if kinds.total() else None
 
     @property
     def accepted_histogram(self) -> list[int]:
-        """[k]: rounds of a row in which k drafts were accepted."""
+        """[k]: row rounds with k accepted tokens."""
         return [self.rounds_accepting[k] for k in range(max(self.rounds_accepting, default=-1) + 1)]
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """The share of the first, second, ... drafted tokens that was accepted."""
+        """Accept rate of the first, second, ... drafted token."""
         return [self.accepted_at[i] / self.drafted_at[i] for i in range(len(self.drafted_at))]
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens after each row's first, per second of decoding; None if there were none."""
+        """Tokens after the first ones, per second of decoding; None if there are none."""
         count = self.tokens - self.first_tokens
         return count / self.decode_s if self.decode_s > 0 and count > 0 else None
 
     @property
     def accept_s(self) -> float:
-        """Decoding time outside of draft and verification: the host's bookkeeping, such as looking for stop tokens."""
+        """Decoding time outside of draft and verification: bookkeeping on the host, such as stop tokens."""
         return max(self.decode_s - self.draft_s - self.verify_s, 0.0)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of weights and cache that the steps read per token."""
+        """Bytes of weights and KV cache that the steps read per token."""
         count = self.tokens - self.first_tokens
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
     def count_round(self, drafted: int, accepted: int) -> None:
-        """Count one row in one round of draft and verification."""
+        """Count one round of one row."""
         self.drafted += drafted
         self.accepted += accepted
         self.rounds_accepting[accepted] += 1
@@ -94,7 +93,7 @@ class GenerationStats:
         self.accepted_at.update(range(accepted))
 
     def scale_times(self, factor: float) -> None:
-        """Multiply the times of rounds, as when only some of the rounds were timed."""
+        """Scale the times of the timed rounds to all rounds."""
         self.decode_s *= factor
         self.draft_s *= factor
         self.verify_s *= factor
@@ -104,17 +103,14 @@ class GenerationStats:
 
 
 def ideal_speedup(acceptance_rate: float, num_speculations: float, draft_cost: float) -> float:
-    """(rho d + 1) / (d c + 1): tokens of a round over its cost, and c is a draft step's cost, in plain steps."""
+    """(rho d + 1) / (d c + 1): tokens of a round over its cost in plain steps; c is the cost of a draft step."""
     return (acceptance_rate * num_speculations + 1) / (num_speculations * draft_cost + 1)
 
 
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:
-    """Whether a generated sequence ends by repeating itself: any draft predicts a loop, which flatters acceptance.
+    """Whether a generated sequence (without its prompt) ends in a loop, which inflates the accept rate.
 
-    Args:
-        tokens: the generated tokens, without the prompt.
-        max_period: the longest repeated piece to look for, in tokens.
-        share: the part of the sequence, from its end, that must repeat (at least three times the period).
+    In a loop, the last `share` of the tokens, at least three periods, repeats with a period of up to `max_period`.
     """
     tokens = list(tokens)
     for period in range(1, max_period + 1):
@@ -127,19 +123,15 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
 
 
 class PhaseTimer:
-    """Times drafts and verifications; on a GPU by events, which are read at the end without delaying a phase.
-
-    Attributes:
-        phases: name, begin and end of each phase so far, as seconds or as events.
-    """
+    """Times drafts and verifications; on a GPU by events, which are read only at the end and delay nothing."""
 
     def __init__(self, device: torch.device, on: bool = True) -> None:
         self.device, self.on = device, on
-        self.phases: list[tuple[str, Any, Any]] = []
+        self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds or events)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block as part of the phase "draft" or "verify"."""
+        """Time a block as "draft" or "verify"."""
         if not self.on:
             yield
             return
@@ -148,11 +140,11 @@ class PhaseTimer:
         self.phases.append((name, begin, self._now()))
 
     def forget(self, first: int) -> None:
-        """Drop all phases from this number on, such as those of a round that compiled."""
+        """Drop all phases from index `first` on, such as the phases of a round that compiled."""
         del self.phases[first:]
 
     def seconds(self) -> dict[str, float]:
-        """The time of all phases by name; waits for a GPU."""
+        """Total seconds by name; waits for a GPU."""
         cuda = self.device.type == "cuda"
         if cuda and self.phases:
             torch.cuda.synchronize(self.device)
@@ -170,7 +162,7 @@ class PhaseTimer:
 
 
 def _weight_bytes(module: object) -> int:
-    """Bytes of a module's weights after they are gathered from other ranks; 0 for a plain function."""
+    """Bytes of a module's weights once they are gathered from other ranks; 0 for a plain function."""
     return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
 
 
@@ -182,11 +174,7 @@ def _num_shards(weight: torch.Tensor) -> int:
 
 
 class MemoryTraffic:
-    """Bytes that steps read from memory: the weights of their layers and heads, and the slots of the cache.
-
-    Args:
-        context: of the steps; its cache must have been used once, as its first use allocates it.
-    """
+    """Bytes that steps read: weights of layers and heads, and KV-cache slots. The cache must be allocated already."""
 
     def __init__(self, context: StepContext) -> None:
         model, draft_model, draft_head = context.model, context.draft_model, context.draft_head
@@ -197,7 +185,7 @@ class MemoryTraffic:
         self.slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
 
     def count(self, stats: GenerationStats, slots: int, layers: int, times: int = 1, draft: bool = False) -> None:
-        """Add `times` steps of so many layers and a head, whose attention sees so many slots."""
+        """Add `times` steps through this many layers and a head, whose attention sees this many slots."""
         layer, head = self.draft if draft else self.full
         stats.weight_bytes += times * (layers * layer + head)
         stats.cache_bytes += times * layers * slots * self.slot
@@ -205,12 +193,12 @@ class MemoryTraffic:
 
 @torch.inference_mode()
 def memory_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 3) -> float:
-    """Bytes per second that the device reads: the best of a few sums over a large tensor; 0 if memory is too full."""
+    """Bytes per second that the device reads: the best of several sums over a large tensor; 0 if memory is full."""
     try:
         data = torch.ones(megabytes * 2**18, device=device)
-    except RuntimeError:  # torch has no out-of-memory error of its own on a CPU
+    except RuntimeError:  # torch has no special out-of-memory error on a CPU
         return 0.0
-    best, times = float("inf"), 1 if device.type == "cpu" else 16  # 16 launches in a row hide their launch times
+    best, times = float("inf"), 1 if device.type == "cpu" else 16  # 16 launches in a row hide the launch overhead
     for _ in range(repeats):
         started = time.perf_counter()
         for _ in range(times):

@@ -1,12 +1,11 @@
-"""What one step of decoding computes, in tensors only, and what its compiled graph depends on.
+"""The context that all steps of a generation share, and the steps of plain decoding.
 
 A compiled step is one graph (kernels/compiling.py); on a CPU its layers and heads run in C++ (kernels/cpp_decoder.py).
-Here are the context that all steps of a generation share and the steps of plain decoding; those of drafts and of their
-verification are in drafting/chain.py.
+The steps of draft and verification are in drafting/chain.py.
 
 Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width.
-`start` [b] is the slot of each row's last token, the root of the draft; `slots` is 0 .. end-1, what attention sees, and
-in a graph some more, up to the whole cache.
+`start` [b] is the slot of each row's last token, which is the root of the draft. `slots` is 0 .. end-1, the slots that
+attention sees; in a graph there may be more, up to the whole cache.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -28,22 +27,10 @@ log = get_logger("INFO")
 
 
 class StepContext:
-    """What all steps of one generation share.
+    """State shared by all steps of one generation.
 
-    Args:
-        model: the decoder.
-        cache: its cache, of b rows.
-        sampler: how tokens are chosen.
-        compiled: the compiled steps of the model; None: steps run as they are.
-        draft_model: whose early layers and head draft. If its early layers are the model's own, verification goes on
-            from their hidden states; else it runs all layers of the model.
-        draft_head: the head of drafts; None: that of the draft model.
-        shared: all ranks of torchrun decode the same, and rank 0 says what came out.
-
-    Attributes:
-        cpp: the layers and heads in C++, from `load_cpp` on; None: steps do not run in C++.
-        graphs: `compiled`, if steps run as graphs.
-        fits_flex: graphs may have FlexAttention over the whole cache in place of masks, see `BlockAttention`.
+    Without `compiled` steps run eagerly. The draft model is the model by default, and the draft head is the draft
+    model's head. With `shared`, all ranks decode the same prompts and rank 0 decides the tokens.
     """
 
     def __init__(
@@ -59,9 +46,9 @@ class StepContext:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_model, self.draft_head = draft_model or model, draft_head
         self.own_layers = self.draft_model.own_layers
-        # An adapter goes on from the model's first layers, and from its last states.
+        # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
-        # Verification goes on from the draft's hidden states if they are the model's.
+        # Verification can start from the draft's hidden states if the model's own layers computed them.
         self.shares_layers = self.draft_model is model or self.has_adapter
         self.shared = shared
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
@@ -69,14 +56,15 @@ class StepContext:
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
         self._in_cpp = self._decoder_in_cpp()
-        self.cpp: CppDecoder | None = None
+        self.cpp: CppDecoder | None = None  # layers and heads in C++ once `load_cpp` has succeeded
         self.graphs = None if self._in_cpp else compiled
-        # FlexAttention's kernel needs heads of at least 16 numbers, and whole blocks of the cache.
+        # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
+        # head_dim >= 16, and a cache of whole blocks.
         layers = [*model.layers, *self.draft_model.layers]
         plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
         on_gpu = self.graphs is not None and self.graphs.device.type == "cuda"
         self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
-        # What the graphs depend on: of steps that run layers, and of steps that choose tokens.
+        # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
@@ -96,17 +84,13 @@ class StepContext:
 
     @property
     def has_cpp(self) -> bool:
-        """Whether there is C++ for the models, see `load_cpp`."""
+        """Whether C++ supports the models, see `load_cpp`."""
         return self._in_cpp is not None
 
     def load_cpp(self, depth: int | None = None) -> bool:
-        """Let steps run in C++ from here on, if they can.
+        """Run steps in C++ from now on if possible; returns whether they do.
 
-        Args:
-            depth: how many layers are going to read the text; None: it has been read, and they have their caches.
-
-        Returns:
-            Whether they do.
+        Before prefill, `depth` is the number of layers that will read the text; afterwards their caches exist.
         """
         if self.cpp is None and self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
             if depth is not None:
@@ -116,26 +100,25 @@ class StepContext:
         return self.cpp is not None
 
     def allocate(self, depth: int) -> None:
-        """Make the caches of the layers that read the text."""
+        """Allocate the caches of the layers that read the text."""
         self.cache.allocate(self.model, depth)
         self.cache.allocate(self.draft_model, self.own_layers.stop)
 
     def begin_round(self) -> None:
-        """The results of the last round's graphs are no longer needed."""
+        """Let graphs overwrite the results of the last round."""
         if self.graphs is not None:
             self.graphs.begin_round()
 
     def noise(self) -> torch.Tensor | None:
-        """Noise of the model's choice in each row, [b, v]; None when greedy."""
+        """Noise for the model's choices, [b, v]; None if greedy."""
         return self.sampler.noise((self.cache.rows, self.vocabulary_size), self.device)
 
     def draft_noise(self, depth: int) -> torch.Tensor | None:
-        """Noise of `depth` choices of the draft, [b, depth, v']; None when greedy."""
+        """Noise for `depth` choices of the draft, [b, depth, v']; None if greedy."""
         size = self.vocabulary_size if self.draft_head is None else len(self.draft_head.vocabulary)
         return self.sampler.noise((self.cache.rows, depth, size), self.device)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor on all ranks."""
         return broadcast_from_rank0(tensor) if self.shared else tensor
 
     # ---- pieces of steps ----
@@ -153,10 +136,7 @@ class StepContext:
         unembed: bool = True,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or over x_{start_layer} of them, that stand at the slots `at` [b, s].
-
-        In C++ they may be those of some rows of the cache only.
-        """
+        """Run layers over tokens, or their x_{start_layer}, at the slots `at` [b, s]; only C++ can run some `rows`."""
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             x: Any = tokens if hidden is None else hidden
@@ -168,26 +148,22 @@ class StepContext:
             mask = BlockAttention(at, len(slots))
         else:
             mask = causal_mask(at, slots, self.dtype)
-        # Drafts beyond a row's limit are cut later; any position that the model knows will do for them.
+        # Drafted tokens beyond a row's limit are cut later, so any valid position is fine for them.
         at = at.clamp(max=self.last_position)
         part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
         out = model(tokens, hidden=hidden, input_pos=at, mask=mask, **part)
-        self.cache.cursor[0] = None  # a graph would have to return the tensor
+        self.cache.cursor[0] = None  # otherwise a graph would have to return the tensor
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """What the sampler chooses by, [..., v] -> [..., v]."""
         return self.sampler.scores(logits, seen, self.settings)
 
     def read_by_draft(
         self, x: torch.Tensor, before: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        """What the draft's head unembeds of x_E, before the draft's norm: x_E itself unless an adapter drafts.
+        """The hidden state for the draft's head: x_E [b, s, d], or the adapter's output.
 
-        Args:
-            x: x_E, [b, s, d].
-            before: for an adapter, the normed state of the token before each, [b, s, d]; None without one.
-            at, slots: as of `run`.
+        `before` [b, s, d] are the normed states of the previous tokens for an adapter; None without an adapter.
         """
         if before is None:
             return x
@@ -199,10 +175,10 @@ class StepContext:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
         if self.cpp is not None:
             return self.cpp.logits(self.model, x)
-        return self.model(hidden=x, start_layer=self.model.num_layers)  # a call, by which a sharded model is gathered
+        return self.model(hidden=x, start_layer=self.model.num_layers)  # not `unembed`: a call gathers a sharded model
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """What the draft chooses by: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
+        """The sampler's scores for the draft: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
         if self.cpp is not None:
             logits = self.cpp.logits(self.draft_head or self.draft_model, x)
         elif self.draft_head is None:
@@ -214,32 +190,27 @@ class StepContext:
         return self.scores(logits, seen)
 
     def in_full_vocabulary(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids of places in the draft vocabulary."""
+        """Draft vocabulary indices -> token ids."""
         return tokens if self.draft_head is None else self.draft_head.vocabulary[tokens]
 
     def full_q(self, q: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[b, s, v'] -> [b, s, v]: tokens outside of the draft vocabulary have probability 0."""
+        """[b, s, v'] -> [b, s, v], with probability 0 for tokens outside of the draft vocabulary."""
         if self.draft_head is None:
             return q
         return scores.new_zeros(*q.shape[:2], scores.shape[-1]).index_copy(2, self.draft_head.vocabulary, q)
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens seen up to each of `tokens` [b, k], those of the text, `seen` [b, v], included -> [b, k, v]."""
+        """Tokens of the text (`seen` [b, v]) and of `tokens` [b, k] up to each position -> [b, k, v]."""
         counts = torch.zeros(*tokens.shape, seen.shape[-1], device=seen.device)
         return seen[:, None] | (counts.scatter_(2, tokens[..., None], 1).cumsum(1) > 0)
 
 
 class Step:
-    """A function of tensors, and the key of its graph where steps are graphs.
+    """`function(context, *settings, slots, *tensors)`, run eagerly or as a graph, and the key of that graph.
 
-    Args:
-        context: that all steps of the generation share.
-        function: called with the context, the settings, `slots` and tensors; returns tensors. It never looks at values
-            on the host. `slots` is what attention sees, None for a function without attention.
-        *settings: of the function, constants of its graph.
-        layers: the function runs layers or writes into the cache.
-        choice: the function chooses or accepts tokens by the sampler.
+    The function returns tensors and never reads their values on the host. `settings` are constants of the graph.
+    `slots` is None without attention. `layers`: it runs layers or writes to the cache; `choice`: it uses the sampler.
     """
 
     def __init__(
@@ -254,7 +225,7 @@ class Step:
         self.own_key: Hashable = (function, settings, layers and context.layers_key, choice and context.choice_key)
 
     def key(self, *args: torch.Tensor | None) -> Hashable:
-        """All that the graph depends on but the values of tensors and the length of slots."""
+        """What the graph depends on, except for values of tensors and the length of slots."""
         return self.own_key, *(arg is not None and arg.shape for arg in args)
 
     def __call__(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
@@ -262,7 +233,7 @@ class Step:
         return self.run(slots, *args) if graphs is None else graphs(self, slots, *args)
 
     def run(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
-        """The function as it is, without its graph."""
+        """Run eagerly."""
         return self.function(self.context, *self.settings, slots, *args)
 
 
@@ -275,5 +246,5 @@ def next_logits(context: StepContext, exit_layer: int, slots, last, start):
 
 
 def choose_token(context: StepContext, slots, logits, noise, seen):
-    """A token of each row; logits, noise, seen [b, v] -> [b]. Greedy choices have no noise."""
+    """A token for each row; logits, noise (None if greedy), seen [b, v] -> [b]."""
     return context.sampler.choose(context.scores(logits, seen), noise)
