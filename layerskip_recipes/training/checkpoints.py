@@ -1,8 +1,8 @@
 """The checkpoints of a training run: written atomically, the oldest deleted, the newest found on resume.
 
-A checkpoint is written to a staging folder and renamed into its place, so `epoch_N` or `step_N` either is complete or
-does not exist. It has one of two forms: torchtune's checkpointer writes the whole model, which rank 0 gathers, readable
-anywhere; or every rank writes its shards in the background (torch.distributed.checkpoint), only to resume from.
+A checkpoint is written to a staging folder and renamed, so `epoch_N` or `step_N` is complete or does not exist. It has
+one of two forms. Whole: rank 0 gathers the model and torchtune's checkpointer writes it, readable anywhere. Shards:
+every rank writes its own in the background (torch.distributed.checkpoint); they only serve to resume from.
 """
 
 import os
@@ -60,13 +60,13 @@ from layerskip_recipes.training.config import FinetuneConfig
 log = get_logger("INFO")
 STAGING = ".incomplete"
 REPLACED = "replaced_"
-SHARDED = ".metadata"  # a file that only checkpoints of shards have
+SHARDED = ".metadata"  # only sharded checkpoints have this file
 
 Weights = Mapping[str, torch.Tensor]
 
 
 def _resumed_section(section: Component, checkpoint: Path) -> Component:
-    """The checkpointer section of a run that goes on from a whole checkpoint."""
+    """The checkpointer section that resumes from a whole checkpoint."""
     if reads_hf_folder(section):
         return section.replace(path=str(checkpoint))
     weights = sorted(path.name for path in checkpoint.glob("model-*") if path.suffix in (".safetensors", ".bin"))
@@ -81,15 +81,8 @@ def _resumed_section(section: Component, checkpoint: Path) -> Component:
 class Checkpoints:
     """Reads the weights and the state that a run starts from, and writes its checkpoints under `output_dir`.
 
-    A resumed run of a model with adapters, or of a draft, starts from the same base weights and the checkpoint's
-    adapters or draft.
-
-    Attributes:
-        resumed_from: the folder of the checkpoint that the run goes on from, or None.
-        sharded: that checkpoint is one of shards.
-
-    Raises:
-        ConfigError: on resume, if there is nothing to resume.
+    `resumed_from` is the checkpoint's folder or None. A resumed run of adapters or of a draft takes these from the
+    checkpoint, and the base weights from where the first run took them.
     """
 
     def __init__(self, cfg: FinetuneConfig, resumed_from: Path | None) -> None:
@@ -103,18 +96,18 @@ class Checkpoints:
         section = cfg.checkpointer
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
-        # torch cannot copy the state of torchao's optimizers, of 8 bits and fewer, to write it in the background.
+        # torch cannot copy the low-bit state of torchao's optimizers for a background write.
         self._in_background = not cfg.optimizer.path.startswith("torchao.")
         self._completing = ThreadPoolExecutor(max_workers=1)
         self._pending: Future | None = None
         self._group = None
         if cfg.enable_async_checkpointing and dist.is_initialized():
-            # Writers talk in a group of their own, since the run goes on meanwhile.
+            # Training goes on meanwhile, so the writers need a process group of their own.
             self._group = new_file_group()
             check_shared(self.output_dir)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The recipe's state, None unless resuming; the optimizer's is empty on other ranks than 0."""
+        """The recipe's state, or None unless resuming. Only rank 0 gets the optimizer's state."""
         if self.resumed_from is None:
             return None
         state: dict[str, Any] = {}
@@ -124,17 +117,17 @@ class Checkpoints:
         return from_rank_zero(state) | {training.OPT_KEY: optimizer}
 
     def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
-        """The model's weights (None from scratch), and those of its adapters or its draft (None if fresh).
+        """The model's weights (None: from scratch), and those of its adapters or draft (None: fresh).
 
         Ranks other than 0 get empty mappings.
         """
         weights: Weights | None = None if self.from_scratch else {}
         trained = None
         if is_rank_zero():
-            # Not earlier, since a checkpointer makes its folder.
+            # Built only now, because building a checkpointer creates its folder.
             self._checkpointer = build_checkpointer(self._section, str(self.staging))
             if self.from_scratch:
-                # torchtune looks up the file of each key: all go into the first one.
+                # torchtune looks up the file of each key; a model from scratch has one file.
                 self._checkpointer._weight_map = defaultdict(lambda: "0001")
             else:
                 warn_of_contradictions(self._checkpointer, model)
@@ -148,16 +141,15 @@ class Checkpoints:
         return weights, trained
 
     def base(self, weights: Weights | None) -> dict[str, Any]:
-        """For a draft's description the model that it belongs to; empty on ranks other than 0."""
+        """The draft description's entry about its base model; empty on ranks other than 0."""
         return describe_base(self._section, weights) if weights else {}
 
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
-        """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0.
+        """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0. Killing it leaves earlier checkpoints intact.
 
-        `contents` are those of `checkpoint_contents`, `state` is for a resumed run, and `description` is the content of
-        layerskip.json. A run that is killed here leaves the previous checkpoints as they were.
+        `contents` comes from `checkpoint_contents`, `state` serves a resumed run, `description` goes to layerskip.json.
         """
         self.finish()
         self._clear()
@@ -169,34 +161,33 @@ class Checkpoints:
         self._place(name)
 
     def _write_model(self, name: str, contents: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        """Write a model, or its adapters, by the checkpointer."""
+        """Let the checkpointer write a model or its adapters."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
         biases = {} if ours else contents.pop(BIASES, {})
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
         folder = self.staging / "epoch_0"
-        os.rename(folder, self.staging / name)
-        folder = self.staging / name
+        folder = folder.rename(self.staging / name)
         if training.ADAPTER_KEY not in contents:
-            # torchtune copies it from the checkpoint of the start, and transformers would look for adapters here.
+            # torchtune copies it from the starting checkpoint, and transformers would look for adapters here.
             (folder / "adapter_config.json").unlink(missing_ok=True)
         elif not ours:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         if not only:
             move_peft_files(folder)
         write_description(folder, description)
-        # The next checkpoint copies config and tokenizer from this one: the folder where the run began may be deleted.
+        # Copy config and tokenizer from this checkpoint next time: the starting folder may be deleted meanwhile.
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
 
     def save_shards(
         self, name: str, shards: dict[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
-        """Begin to write every rank's shards, on all ranks. The checkpoint appears when the last one is written."""
+        """Start writing every rank's shards. Collective. The checkpoint appears once all of them are written."""
         self.finish()
         if is_rank_zero():
             self._clear()
-        wait_for_all()  # no rank may write into a folder that is being cleared
+        wait_for_all()  # no rank may write into the folder while rank 0 clears it
         place = self.staging / name
         written: Any = None
         if self._in_background:
@@ -215,29 +206,29 @@ class Checkpoints:
         self._pending = self._completing.submit(complete)
 
     def load_shards(self, shards: dict[str, Any]) -> list[str]:
-        """Fill a state_dict of sharded tensors in place, whatever the number of ranks that wrote them.
+        """Fill a state_dict of sharded tensors in place. Another number of ranks may have written them.
 
-        Returns the parameters whose optimizer had no state yet.
+        Returns the parameters without optimizer state, because they had not been trained yet.
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
         if any(f"model.{name}" not in written for name in shards["model"]):
             raise ConfigError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
-        # The names of the optimizer's state are state.PARAMETER.NAME.
+        # Optimizer state is stored as state.PARAMETER.NAME.
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
         planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
         dcp.load(shards, storage_reader=reader, planner=planner, process_group=file_group())
-        wait_for_all()  # some ranks may read for longer than others
+        wait_for_all()  # some ranks read for longer than others
         states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
         return sorted({name.rpartition(".")[0] for name in states})
 
     def finish(self) -> None:
-        """Wait for the shards that are being written; raises the error of writing them, if there was one."""
+        """Wait for the shards being written, and raise any error of that write."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
         if is_rank_zero() and self.staging.is_dir() and not any(self.staging.iterdir()):
-            self.staging.rmdir()  # empty: torchtune's checkpointer creates its output folder when it is built
+            self.staging.rmdir()  # left empty by torchtune's checkpointer, which creates it when built
 
     def _clear(self) -> None:
         restore_set_aside(self.output_dir)
@@ -245,17 +236,17 @@ class Checkpoints:
         self.staging.mkdir(parents=True)
 
     def _place(self, name: str) -> None:
-        """Move a complete checkpoint to its place, and delete the oldest ones."""
-        # Keep timestamps monotonic: the clock of another machine may be behind.
+        """Move a complete checkpoint into place, and delete the oldest ones."""
+        # Keep timestamps monotonic: another machine's clock may be behind.
         before = [written_at(old) + 1e-3 for old in complete_checkpoints(self.output_dir)]
         mark_complete(self.staging / name, max([time.time(), *before]))
         place = self.output_dir / name
         if place.exists():
             os.rename(place, self.staging / f"{REPLACED}{name}")
         os.rename(self.staging / name, place)
-        sync(self.output_dir)  # nothing is deleted before the new checkpoint is on the disk
+        sync(self.output_dir)  # delete nothing before the new checkpoint is on disk
         if self.keep:
-            source = self._checkpointer._checkpoint_dir  # the next whole checkpoint copies config and tokenizer from it
+            source = self._checkpointer._checkpoint_dir  # the next save copies config and tokenizer from here
             for old in complete_checkpoints(self.output_dir)[: -self.keep]:
                 if old != source:
                     os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
@@ -263,14 +254,14 @@ class Checkpoints:
 
 
 def _snapshot(value: Any) -> Any:
-    """The state with copies of all tensors on the CPU: torch 2.6 would write them after the next step changed them."""
+    """The state with copied CPU tensors: torch 2.6 would write them after the next step has changed them."""
     if isinstance(value, dict):
         return {key: _snapshot(part) for key, part in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
 
 
 def restore_set_aside(output_dir: Path) -> None:
-    """Move back a checkpoint that a killed run had set aside to replace it, if there is none in its place."""
+    """Move back a checkpoint that a killed run had set aside but not yet replaced."""
     for aside in (output_dir / STAGING).glob(f"{REPLACED}*"):
         place = output_dir / aside.name.removeprefix(REPLACED)
         if not place.exists():
@@ -278,7 +269,7 @@ def restore_set_aside(output_dir: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path) -> Path:
-    """The newest intact checkpoint under output_dir, which rank 0 finds for all; a ConfigError if there is none."""
+    """The newest intact checkpoint under output_dir, found by rank 0 for all ranks; a ConfigError if there is none."""
     found = None
     if is_rank_zero():
         restore_set_aside(output_dir)
@@ -292,20 +283,19 @@ def find_checkpoint(output_dir: Path) -> Path:
 
 
 def check_earlier_runs(output_dir: Path, keep: int | None) -> None:
-    """Raises a ConfigError if a run that starts anew and keeps `keep` checkpoints would delete an earlier run's."""
+    """Refuse a fresh run that would delete an earlier run's checkpoints because it only keeps `keep` of them."""
     there = ", ".join(folder.name for folder in complete_checkpoints(output_dir))
     if there and keep:
         raise ConfigError(
             f"keep_last_n_checkpoints: {keep} would throw away an earlier run's checkpoints under output_dir "
-            f"{str(output_dir)!r}, {there}. Allowed: another output_dir, or to go on with that run: "
-            "resume_from_checkpoint=true"
+            f"{str(output_dir)!r}, {there}. Allowed: another output_dir, or resume_from_checkpoint=true"
         )
     if there:
-        log.warning(f"{output_dir} has checkpoints of an earlier run, {there}: those of the same name will be replaced")
+        log.warning(f"{output_dir} has an earlier run's checkpoints, {there}: this run replaces those of the same name")
 
 
 def check_shared(folder: Path) -> None:
-    """Raises a ConfigError unless all ranks, on all machines, see the same folder, where their shards go together."""
+    """Raises a ConfigError unless all ranks, on all machines, see the same folder."""
     marker = folder / f".{from_rank_zero(uuid4().hex)}"
     if is_rank_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -315,6 +305,26 @@ def check_shared(folder: Path) -> None:
     marker.unlink(missing_ok=True)
     if not all(seen):
         raise ConfigError(
-            f"output_dir: {str(folder)!r} is not one folder for all machines, and enable_async_checkpointing writes "
-            "each rank's shards there. Give one that they share, or enable_async_checkpointing=false"
+            f"output_dir: {str(folder)!r} is not shared by all machines, and enable_async_checkpointing writes each "
+            "rank's shards there. Allowed: a shared folder, or enable_async_checkpointing=false"
         )
+
+
+def _device_rng(device: torch.device) -> Any:
+    """The module that holds the device's random state: torch.cuda, torch.mps, torch.xpu, or torch itself."""
+    return torch if device.type == "cpu" else getattr(torch, device.type)
+
+
+def random_states(device: torch.device) -> list[dict[str, Any]]:
+    """The states of all ranks' random generators. Collective."""
+    device_state = _device_rng(device).get_rng_state()
+    return from_every_rank({"cpu": torch.get_rng_state(), "device": device_state, "device_type": device.type})
+
+
+def restore_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
+    """Restore this rank's generators. Ranks that the stopped run did not have keep their own seed."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["cpu"])
+        if states[rank]["device_type"] == device.type:
+            _device_rng(device).set_rng_state(states[rank]["device"])

@@ -1,7 +1,7 @@
-"""`tune run layerskip_finetune`: training with layer dropout and early-exit loss, on one device or many. Wiring only.
+"""`tune run layerskip_finetune`: training with layer dropout and early-exit loss, on one device or many.
 
-The ideas are in `model/layer_dropout.py` and `early_exit.py`, the walk through the layers in `model/decoder.py`, the
-processes in `parallel.py`.
+The layer loop is in `model/decoder.py`, layer dropout in `model/layer_dropout.py`, the loss in `early_exit.py`, and
+everything about several processes in `parallel.py`.
 """
 
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
@@ -28,16 +27,15 @@ from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
 from layerskip_recipes.model.run_folder import complete_checkpoints
-from layerskip_recipes.processes import (
-    from_every_rank,
-    from_rank_zero,
-    init_processes,
-    is_rank_zero,
-    num_processes,
-    wait_for_all,
-)
+from layerskip_recipes.processes import from_rank_zero, init_processes, is_rank_zero, num_processes, wait_for_all
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import Checkpoints, check_earlier_runs, find_checkpoint
+from layerskip_recipes.training.checkpoints import (
+    Checkpoints,
+    check_earlier_runs,
+    find_checkpoint,
+    random_states,
+    restore_random_state,
+)
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
@@ -54,8 +52,7 @@ log = utils.get_logger("INFO")
 
 
 class LayerSkipFinetune:
-    """Trains the weights of a torchtune model, its adapters or a draft. The config is checked before anything is loaded
-    or written."""
+    """Trains a torchtune model, its adapters or a draft model. Checks the config before it loads or writes anything."""
 
     def __init__(self, source: DictConfig) -> None:
         self.cfg = cfg = FinetuneConfig.load(source)
@@ -65,9 +62,9 @@ class LayerSkipFinetune:
         mesh_sizes(cfg)
         init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
         if cfg.fsdp_cpu_offload:
-            training.set_torch_num_threads()  # the optimizer runs on the CPU, where torchrun leaves one thread
+            training.set_torch_num_threads()  # the optimizer runs on the CPU, and torchrun leaves one thread
         if num_processes() > 1:
-            self.device = cfg.find_device()  # each process has a GPU of its own now
+            self.device = cfg.find_device()  # now this process's own GPU
         self.output_dir = Path(cfg.output_dir)
         if is_rank_zero():
             check_folder("output_dir", self.output_dir)
@@ -77,11 +74,11 @@ class LayerSkipFinetune:
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         common_utils._use_low_cpu_ram = cfg.low_cpu_ram  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
-        # Each rank's generators are seeded differently. Draws that all ranks make alike are seeded by rank 0's seed.
+        # torchtune seeds each rank differently. Rank 0's seed is for what all ranks draw alike.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
 
     def setup(self) -> None:
-        """Everything that training needs: data first, since a mistake there costs no loaded weights."""
+        """Load data, then weights: a mistake in the data costs no loading time."""
         cfg = self.cfg
         if is_rank_zero():
             config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
@@ -98,16 +95,16 @@ class LayerSkipFinetune:
             check_resumable(state["run"], self.fingerprint)
             self.seed = self.data.seed = state[training.SEED_KEY]
             if cfg.seed not in (None, self.seed) and is_rank_zero():
-                log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run goes on with its own, {self.seed}")
+                log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
         self.log = RunLog(cfg, self.total_steps)
         self.losses = LossMeans()
         self._setup_model()
         if self.draft is not None:
-            of_model = {"weights of the model": from_rank_zero(self.base.get("hash"))}
-            self.fingerprint |= of_model
+            base = {"weights of the model": from_rank_zero(self.base.get("hash"))}
+            self.fingerprint |= base
             if state:
-                check_resumable(state["run"], of_model)
+                check_resumable(state["run"], base)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
         self._setup_profiler()
@@ -135,7 +132,7 @@ class LayerSkipFinetune:
         cfg = self.cfg
         weights, trained = self.checkpoints.load_weights(cfg.meta_model)
         if weights is None and is_rank_zero():
-            log.info("No weights to begin with: training from scratch.")
+            log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
         self.learner: nn.Module = self.model if self.draft is None else self.draft
@@ -146,25 +143,24 @@ class LayerSkipFinetune:
             self.loss = DraftLoss(cfg.draft, self.draft, kept)
             self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
-                how = (cfg.draft.own_text, cfg.draft.own_text_temperature, self.data, self.stop_tokens)
                 resumes = self.checkpoints.resumed_from is not None
-                self.own_text = OwnText(*how, self.output_dir / "own_text.jsonl", resumes)
+                self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:
-            if "seed" not in (cfg.model.get("layer_dropout") or ()):  # of `layerskip_decoder` in the model section
+            if "seed" not in (cfg.model.get("layer_dropout") or ()):  # an argument of `layerskip_decoder`
                 dropout.generator.manual_seed(self.seed)
-            # Each number of samples that a layer keeps is a shape of compiled attention, with a block mask and without.
+            # Compiled attention has one shape for each number of kept samples, with and without a block mask.
             limit, dynamo = 2 * cfg.batch_size + 2, torch._dynamo.config
             name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # torch 2.6
             setattr(dynamo, name, max(getattr(dynamo, name), limit))
-        # On a GPU in any case: as it is, the loss reads and writes the logits several times more.
+        # Always compile on a GPU: the eager loss reads and writes the logits several times more.
         if cfg.compile or self.device.type == "cuda":
             self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def _setup_profiler(self) -> None:
         self.profiler: Any = DummyProfiler()
-        self.memory_history = range(0)  # the steps whose allocations go into the profiler's picture of the memory
+        self.memory_history = range(0)  # steps whose allocations the profiler records
         section = self.cfg.profiler
         if section is None or not section.get("enabled"):
             return
@@ -174,7 +170,7 @@ class LayerSkipFinetune:
             self.memory_history = range(first, first + schedule["active_steps"])
 
     def train(self) -> None:
-        """The loop: epochs of optimizer steps of micro-batches, with validation and checkpoints in between."""
+        """Run all epochs, with validation and checkpoints in between."""
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps and is_rank_zero():
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
@@ -203,20 +199,20 @@ class LayerSkipFinetune:
         self.profiler.stop()
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
-        """One optimizer step. The exits are chosen once, the dropout is drawn for each micro-batch."""
+        """One optimizer step. The exits are chosen once per step, layer dropout is drawn per micro-batch."""
         started = time.perf_counter()
         dropout = self.model.layer_dropout
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
         tokens, losses = self._backward(batches)
         sums = self.mesh.sum(torch.stack([torch.tensor(float(tokens), device=self.device), *losses.values()]))
-        of_all = sums[0].clamp(min=1)  # a step without a single label that counts changes nothing
+        count = sums[0].clamp(min=1)  # a step in which no label counts changes nothing
 
-        # The mean over the tokens of all micro-batches and ranks, then clipping. An optimizer in backward has stepped.
+        # Scale to the mean over all micro-batches and ranks, then clip. An optimizer in backward has already stepped.
         metrics: dict[str, Any] = {}
         norm = torch.zeros((), device=self.device)
         if not self.optimizers.in_backward:
-            training.scale_grads(self.learner, self.mesh.data_size / of_all)
+            training.scale_grads(self.learner, self.mesh.data_size / count)
             clip = self.cfg.clip_grad_norm
             norm = clip_gradients(self.learner, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
@@ -226,7 +222,8 @@ class LayerSkipFinetune:
         self.step += 1
         self.profiler.step()
 
-        self.losses.add(list(losses), sums[1:] / of_all)
+        # Log the means since the last log line.
+        self.losses.add(list(losses), sums[1:] / count)
         if self.step % self.cfg.log_every_n_steps == 0:
             means = self.losses.take()
             if len(means) > 1:
@@ -237,10 +234,9 @@ class LayerSkipFinetune:
             self._log(metrics | means | {"tokens_per_second_per_gpu": speed})
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
-        """The gradients of a step's micro-batches, each weighed by its labels.
+        """Backward passes of a step's micro-batches, each weighted by its number of labels.
 
-        Returns:
-            This rank's number of labels that count, and the sums of its losses by name, "loss" first.
+        Returns this rank's number of labels that count, and its summed losses by name, "loss" first.
         """
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
         for part in range(self.cfg.gradient_accumulation_steps):
@@ -249,15 +245,15 @@ class LayerSkipFinetune:
                 number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
                 batch = self.own_text.batch(number, self.model) or batch
             count, loss, exits = self._forward(batch)
-            # An optimizer in backward steps at once: its only micro-batch weighs by this rank's share of tokens:
-            # FSDP averages the ranks' gradients.
+            # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
+            # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
             if self.optimizers.in_backward:
                 of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
                 weight = self.mesh.data_size * count / of_all
             if loss.requires_grad:
                 (loss * weight).backward()
-            else:  # all layers with adapters are dropped
+            else:  # layer dropout skipped every layer with adapters
                 reshard(self.model)
             tokens += count
             for name, value in {"loss": loss.detach(), **{f"loss_exit_{e}": x for e, x in exits.items()}}.items():
@@ -265,17 +261,17 @@ class LayerSkipFinetune:
         return tokens, losses
 
     def _forward(self, batch: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
-        """The loss of a micro-batch: the number of labels that count, J, and the loss of each exit."""
+        """The number of labels that count in a micro-batch, its loss J, and the loss of each exit."""
         check_batch(batch["tokens"], self.model)
         rows, samples = len(batch["tokens"]), self.cfg.batch_size
         if rows != samples and self.model.layer_dropout is not None and num_processes() > 1:
-            raise ConfigError(  # processes would run other layers, and wait for each other
+            raise ConfigError(  # ranks would run different layers and wait for each other
                 f"collate_fn: makes {rows} rows of {samples} samples, and layer_dropout on several processes needs one "
                 "for each. Allowed: another collate_fn, or layer_dropout=null"
             )
         self.data.warn_of_cuts(batch["tokens"])
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        # Looked for on the CPU, to avoid a device synchronisation.
+        # Found on the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
         self.draft_statistics.see(batch, labels.flatten()[counted])
         batch |= {"labels": labels, "counted": counted}
@@ -288,7 +284,7 @@ class LayerSkipFinetune:
         return len(counted), loss, exits
 
     def _computing(self) -> torch.autocast:
-        """Products in `compute_dtype`. Each weight is used once, so that none is kept in that dtype for another use."""
+        """Matrix products in `compute_dtype`. No weight is used twice, so autocast need not cache its casts."""
         enabled = self.cfg.multiplies_in_bf16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
@@ -303,14 +299,14 @@ class LayerSkipFinetune:
         self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stop before weights become NaN (an optimizer in backward has moved them already), and warn once of a step
-        that learns nothing. This is the only synchronisation of a step."""
+        """Stop before weights become NaN (an optimizer in backward has moved them already). Warn once of a step without
+        labels. This is the only device synchronisation of a step."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True
             log.warning(
                 f"step {self.step + 1} learns nothing: no label counts in {self._samples()}. "
-                f"Of a prompt as long as tokenizer.max_seq_len={self.data.cut_at} the answer is cut off"
+                f"tokenizer.max_seq_len={self.data.cut_at} may cut the answer off a long prompt"
             )
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
@@ -324,7 +320,7 @@ class LayerSkipFinetune:
             )
 
     def _samples(self) -> str:
-        own = "" if self.own_text is None else ", or in the model's own text that stood in for some of them"
+        own = "" if self.own_text is None else ", or in the model's own text that replaced some of them"
         return f"samples {self.data.samples(self.step)} of the dataset{own}"
 
     def _validate(self) -> None:
@@ -334,7 +330,7 @@ class LayerSkipFinetune:
             self.log.write(measured, self.step)
 
     def _save(self, name: str, shards: bool = False) -> None:
-        """Write a checkpoint; on all ranks."""
+        """Write a checkpoint. A collective call."""
         optimizer = self.optimizers.state_dict(whole=not shards)
         state, description = self._state(), self._description()
         if shards:
@@ -351,7 +347,7 @@ class LayerSkipFinetune:
             log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
     def _description(self) -> dict[str, Any]:
-        """The content of layerskip.json: which exits are trained, or which draft, and how. On all ranks."""
+        """The content of layerskip.json: the trained exits or the draft, and how they were trained. Collective."""
         with self._computing():
             if isinstance(self.loss, DraftLoss):
                 measured = self.draft_statistics.measure(self.model, [], [], self.draft)
@@ -361,26 +357,24 @@ class LayerSkipFinetune:
             )
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
-        """This rank's part of the weights that are trained, to be written or filled in place."""
+        """This rank's part of the trained weights, to write or to fill in place."""
         return adapter_parameters(self.model, self.cfg.meta_model) or self.learner.state_dict()
 
     def _state(self) -> dict[str, Any]:
-        """The state of a run beside weights and optimizer; data and curriculum follow from seed and step."""
-        kind = self.device.type
-        mine = {"cpu": torch.get_rng_state(), "device": self._device_rng().get_rng_state(), "device_type": kind}
+        """The state of a run besides weights and optimizer. Data order and curriculum follow from seed and step."""
         return {
             "step": self.step,
             training.SEED_KEY: self.seed,
             "run": self.fingerprint,
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
-            training.RNG_KEY: from_every_rank(mine),
+            training.RNG_KEY: random_states(self.device),
             "validation": {"first": self.validation.loss_at_start},
             "draft_statistics": self.draft_statistics.state_dict(),
             "losses": self.losses.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Go on from the state of the stopped run."""
+        """Restore the state of the stopped run."""
         if self.checkpoints.sharded:
             shards = {"model": self._learned_weights(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
             never_stepped = self.checkpoints.load_shards(shards)
@@ -391,17 +385,7 @@ class LayerSkipFinetune:
         if "draft_statistics" in state:
             self.draft_statistics.load_state_dict(state["draft_statistics"])
             self.losses.load_state_dict(state["losses"], self.device)
-        generators = state[training.RNG_KEY]
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        if rank < len(generators):  # with more ranks than before, the new ones keep their own seed
-            torch.set_rng_state(generators[rank]["cpu"])
-            if generators[rank]["device_type"] == self.device.type:
-                self._device_rng().set_rng_state(generators[rank]["device"])
-
-    def _device_rng(self) -> Any:
-        """The module with the random state of the device: torch.cuda, torch.mps, torch.xpu, or torch itself."""
-        return torch if self.device.type == "cpu" else getattr(torch, self.device.type)
+        restore_random_state(state[training.RNG_KEY], self.device)
 
     def cleanup(self) -> None:
-        """Close the metric logger."""
         self.log.close()

@@ -236,7 +236,8 @@ def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monk
         monkeypatch.setattr(
             "layerskip_recipes.training.draft.own_text.free_memory", lambda device, memory=memory: memory
         )
-        own = OwnText(1.0, 0.0, data, [], tmp_path / name, resumes=False)
+        section = DraftSection(exit_layer=1, own_text=1.0, own_text_temperature=0.0)
+        own = OwnText(section, data, [], tmp_path / name, resumes=False)
         own.batch(0, layerskip_decoder(model))
         written.append(own.texts)
     assert {(text["prompt"], len(text["tokens"])) for text in own.texts} == {(10, 20), (2, 12)}
@@ -333,11 +334,11 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves nothing to save. Allowed: 1..3; "),
+        (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves the draft nothing to skip. Allowed: 1..3; "),
         (["draft.num_layers=1"], "draft.num_layers: 1 is for draft.kind=adapter; "),
         (
             ["draft.kind=adapter", "draft.num_layers=9"],
-            "draft.num_layers: 9 is more than the model has from layer 2 on. Allowed: 1..2; ",
+            "draft.num_layers: 9 is more than the model's layers after layer 2. Allowed: 1..2; ",
         ),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
         (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),

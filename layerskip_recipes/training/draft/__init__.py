@@ -1,1 +1,1 @@
-"""Training a draft for a model that stays as it is: its loss, and texts by the model itself."""
+"""Training a draft for a frozen model: its loss, and text that the model writes for it."""

@@ -1,4 +1,4 @@
-"""KeptStates: what the frozen model computed of each text, in a file, so that further epochs train the draft alone."""
+"""KeptStates: the frozen model's states of each text, kept in a file so that later epochs train the draft alone."""
 
 import hashlib
 import tempfile
@@ -12,16 +12,16 @@ from layerskip_recipes.errors import ConfigError
 
 
 class KeptStates:
-    """The states that a draft learns from, in bf16. The file is deleted with the process, however that ends.
+    """The states that a draft learns from, in bf16, in a temporary file that disappears with the process.
 
-    States are rounded to bf16 also in the epoch that computes them. A resumed run computes them again, and so learns
-    from the same numbers as the run that was not stopped, up to rounding of products of other batches.
+    The first epoch also uses the states rounded to bf16. A resumed run computes them again, in other batches, so its
+    numbers agree up to the rounding of matrix products.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, as long as the run
-        self.places: dict[bytes, int] = {}  # by a digest of the text, where its states begin in the file
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as the run
+        self.places: dict[bytes, int] = {}  # digest of a text -> offset of its states in the file
         self.size = 0
 
     def states(
@@ -31,27 +31,31 @@ class KeptStates:
         compute: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
         inputs: Mapping[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two states of each token, [b, s, d]; 0 behind the last label of a row that counts.
+        """`Draft.teacher_states` of each token, twice [b, s, d]; 0 after a row's last counted label.
 
-        `compute` computes the states of some rows. `inputs` are the model's: where several texts are packed into a row,
-        input_pos tells the mask.
+        `compute` returns them for the given rows. `inputs` are the model's other inputs. input_pos tells packed texts
+        apart, and so determines their mask.
         """
+
         positions = inputs.get("input_pos")
         if inputs.get("mask") is not None and positions is None:
             raise ConfigError(
                 "draft.keep_states: True knows texts by tokens and positions, and collate_fn gives a mask without "
                 "input_pos. Set draft.keep_states=false"
             )
+        # Identify each row by a digest of its tokens and positions.
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in counted.cpu()]
         keys = []
         for row, length in enumerate(lengths):
             parts = [tokens[row, :length]] if positions is None else [tokens[row, :length], positions[row, :length]]
             keys.append(hashlib.blake2b(torch.stack(parts).cpu().numpy().tobytes(), digest_size=16).digest())
+        # Compute the states of new texts, and append them to the file.
         missing = [row for row, key in enumerate(keys) if key not in self.places]
         if missing:
             for row, both in zip(missing, torch.cat(compute(missing), -1), strict=True):
                 self.width, self.dtype = both.shape[-1], both.dtype
                 self._keep(keys[row], both[: lengths[row]])
+        # Read all states from the file, so that new and kept ones are rounded alike.
         states = tokens.new_zeros(*tokens.shape, self.width, dtype=self.dtype)
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             if length:
@@ -62,7 +66,7 @@ class KeptStates:
         return x, last
 
     def _keep(self, key: bytes, states: torch.Tensor) -> None:
-        """Write the states of a text, [n, width], behind all others."""
+        """Append the states of a text, [n, width], to the file."""
         bits = states.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
         try:
             self.file.seek(self.size)
@@ -71,6 +75,6 @@ class KeptStates:
             self.file.flush()
         except OSError as e:
             raise ConfigError(
-                f"draft.keep_states: True has written {self.size / 2**30:.1f} GiB, and no more can be written ({e}). "
+                f"draft.keep_states: True failed to write after {self.size / 2**30:.1f} GiB ({e}). "
                 "Set draft.keep_states=false, or an output_dir with more room"
             ) from e

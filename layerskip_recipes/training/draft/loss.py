@@ -1,6 +1,6 @@
-"""A draft for a model that stays as it is: its section and its loss.
+"""The `draft` section and the loss of a draft for a frozen model.
 
-Only the draft (model/draft.py) is trained. The model, its teacher, runs forward without activations kept for it.
+Only the draft (model/draft.py) is trained. The model is its teacher and runs forward without keeping activations.
 """
 
 from typing import Annotated, Any, Literal
@@ -21,40 +21,41 @@ from layerskip_recipes.training.draft.kept_states import KeptStates
 
 
 class DraftSection(Section):
-    """A draft for a model that stays as it is, in place of `layer_dropout` and `early_exit_loss`."""
+    """Train a draft for a frozen model, in place of `layer_dropout` and `early_exit_loss`."""
 
     exit_layer: Annotated[PositiveInt, Field(examples=[6])]
-    """E: the draft is a copy of the first E layers, or goes on from the hidden state after them."""
+    """E: the draft copies the model's first E layers, or continues from the hidden state after them."""
     kind: Kind = "adapter"
-    """`adapter` trains new layers on the model's own first E ones and its last layer's state of the token before;
-    `copy` a copy of the first E layers, which other programs can run as a model of its own. Both have a norm of their
-    own in front of the model's head."""
+    """`adapter` trains new layers on top of the model's first E layers; they also see the last layer's state of the
+    previous token. `copy` trains a copy of the first E layers, which other programs can run as a model of its own. Both
+    have their own norm before the model's head."""
     num_layers: PositiveInt | None = None
-    """Layers of an adapter, 1 by default."""
+    """Number of layers of an adapter, 1 by default."""
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
-    """How many tokens the draft chooses among, at most: the most frequent ones of the data; null: all. Fewer train and
-    draft faster where the head is a large part of the model."""
+    """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
+    vocabulary trains and drafts faster where the head is a large part of the model."""
     target: Literal["distribution", "argmax", "overlap", "overlap+distribution"] = "distribution"
-    """What the draft learns: the last layer's distribution, its most likely tokens, or the overlap with the
-    distribution by 1 - sum(min(p, q)), the rate at which sampled drafts are rejected, alone or added to the first."""
+    """What the draft learns: `distribution`, the last layer's distribution; `argmax`, its most likely tokens; `overlap`
+    minimises 1 - sum(min(p, q)), the rate at which sampled drafts are rejected; `overlap+distribution` adds both
+    losses."""
     own_text: Fraction = 0.0
-    """The part of the micro-batches that are continuations by the model itself. They are written in batches of 64 when
-    they are needed, kept in own_text.jsonl in `output_dir`, and come again in each epoch."""
+    """Share of the micro-batches that contain text by the model itself. It is generated 64 texts at a time, kept in
+    own_text.jsonl in `output_dir`, and reused in each epoch."""
     own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
-    """The temperature of these texts; 0 is greedy."""
+    """Temperature of the model's own text; 0 is greedy."""
     keep_states: Flag = False
-    """Run the model once for each text and keep its states for further epochs, which then train the draft alone: in
-    bf16 in a file in `output_dir`, 4 x embed_dim bytes for each token, which goes when the run ends."""
+    """Run the model once per text and keep its states for later epochs, which then run the draft alone. The states are
+    in bf16 in a file in `output_dir`, 4 x embed_dim bytes per token, deleted when the run ends."""
     chunk_tokens: ChunkTokens = None
-    """The most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere."""
+    """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
 
     def check_against(self, model: TransformerDecoder) -> None:
-        """Raises a ConfigError if the draft does not fit a model, on any device."""
+        """Raises a ConfigError if the draft does not fit the model."""
         most = len(model.layers) - 1
         if self.exit_layer > most:
             raise ConfigError(
-                f"draft.exit_layer: {self.exit_layer} leaves nothing to save. Allowed: 1..{most}; for example "
-                f"draft.exit_layer={max(len(model.layers) // 4, 1)}"
+                f"draft.exit_layer: {self.exit_layer} leaves the draft nothing to skip. Allowed: 1..{most}; for "
+                f"example draft.exit_layer={max(len(model.layers) // 4, 1)}"
             )
         if self.kind == "copy" and self.num_layers is not None:
             raise ConfigError(
@@ -64,21 +65,19 @@ class DraftSection(Section):
         most = len(model.layers) - self.exit_layer
         if self.num_layers is not None and self.num_layers > most:
             raise ConfigError(
-                f"draft.num_layers: {self.num_layers} is more than the model has from layer {self.exit_layer} on. "
+                f"draft.num_layers: {self.num_layers} is more than the model's layers after layer {self.exit_layer}. "
                 f"Allowed: 1..{most}; for example draft.num_layers=1"
             )
 
     def build(self, model: LayerSkipDecoder) -> Draft:
-        """The draft; a copy has copies of the model's weights."""
+        """A new draft. A copy starts with the model's weights."""
         return Draft(model, self.kind, self.exit_layer, self.num_layers or 1)
 
 
 class DraftLoss:
-    """The loss of a draft, in place of `EarlyExitLoss`: KL(p || q) of the last layer's distribution p and the draft's
-    q, both of the same head, or another target.
+    """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q, or `section.target`'s loss.
 
-    If the draft has a vocabulary of its own, p is renormalised over it. `kept` holds the model's states for later
-    epochs.
+    Both use the model's head. If the draft has its own vocabulary, p is renormalised over it.
     """
 
     def __init__(self, section: DraftSection, draft: Draft, kept: KeptStates | None = None) -> None:
@@ -86,7 +85,6 @@ class DraftLoss:
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
-        """Compile the computation on the logits of a chunk."""
         self.chunk_loss = compiled(token_loss_)
 
     def __call__(
@@ -98,21 +96,21 @@ class DraftLoss:
         counted: torch.Tensor,
         **inputs: Any,
     ) -> torch.Tensor:
-        """The mean loss over the tokens whose labels [b, s], already shifted, count; `counted` [n] has their indices in
+        """The mean loss over the labels that count. labels [b, s] are already shifted; `counted` [n] indexes
         labels.flatten()."""
 
         def states_of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            some = on_device(rows, tokens.device)
-            of_rows = take_rows(inputs, some, len(tokens))
-            return self.draft.teacher_states(model, tokens[some], **of_rows)
+            chosen = on_device(rows, tokens.device)
+            return self.draft.teacher_states(model, tokens[chosen], **take_rows(inputs, chosen, len(tokens)))
 
+        # The frozen model's states, and the draft's states computed from them.
         if self.kept is None:
             x, last = self.draft.teacher_states(model, tokens, **inputs)
         else:
             x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, states_of, inputs)
         states = self.draft.states(x, last, **inputs)
         final = last.flatten(0, 1)
-        head = Head(model, norm=nn.Identity())  # both states are normed already
+        head = Head(model, norm=nn.Identity())  # the states are already normed
         if self.draft.vocabulary is not None:
             head = head.cut(on_device(self.draft.vocabulary, labels.device))
 
