@@ -1,4 +1,4 @@
-"""TrainingData: which samples each optimizer step takes, on each rank."""
+"""TrainingData: the samples of each optimizer step on each rank."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ log = utils.get_logger("INFO")
 
 
 class TrainingData:
-    """The batches of a run: the samples of a step follow from seed, epoch and position alone.
+    """The batches of a run. The samples of a step depend only on seed, epoch and position.
 
-    Each data-parallel rank takes every n-th sample, so a step has the same samples for any number of ranks, as long as
-    batch_size x ranks stays.
+    Each of n data-parallel ranks takes every n-th sample. So a step has the same samples for any number of ranks if
+    batch_size x ranks stays the same.
     """
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
@@ -49,7 +49,7 @@ class TrainingData:
             return
         self._warned_of_cuts = True
         log.warning(
-            f"dataset: some samples reach tokenizer.max_seq_len={self.cut_at} tokens; what is beyond is cut off, and "
+            f"dataset: some samples have tokenizer.max_seq_len={self.cut_at} tokens or more; the rest is cut off and "
             "not learned"
         )
 
@@ -60,7 +60,7 @@ class TrainingData:
         return sorted(token for token, _ in counts.most_common(count))
 
     def order(self, epoch: int) -> list[int]:
-        """The sample numbers of an epoch, in training order, for all ranks."""
+        """The sample numbers of an epoch in training order, over all ranks."""
         everyone: DistributedSampler = DistributedSampler(
             self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
         )
@@ -68,7 +68,7 @@ class TrainingData:
         return list(everyone)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
-        """This rank's batches of an epoch, from batch number `start` on."""
+        """This rank's batches of an epoch, beginning with batch `start`."""
         mine = self.order(epoch)[self.mesh.data_rank :: self.mesh.data_size][start * self.batch_size :]
         return iter(
             DataLoader(
@@ -77,11 +77,11 @@ class TrainingData:
                 sampler=mine,
                 collate_fn=self._collate,
                 drop_last=True,
-                generator=torch.Generator(),  # the global generator belongs to the model's own draws
+                generator=torch.Generator(),  # keep the global generator for the model's draws
             )
         )
 
     def samples(self, step: int) -> list[int]:
-        """The sample numbers of optimizer step `step` (from 0), for all ranks."""
+        """The sample numbers of optimizer step `step` (from 0), over all ranks."""
         epoch, done = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[done * self.samples_per_step : (done + 1) * self.samples_per_step]

@@ -1,7 +1,7 @@
 """The losses of several exits and their gradients, chunk by chunk in the forward pass (used by early_exit.py).
 
-Only the logits of one chunk of tokens exist at a time, in one buffer, whatever the number of exits. Each exit keeps its
-hidden state and the gradient of this state, [b, s, d].
+Only one chunk of tokens has logits at a time, in one buffer shared by all exits. Each exit keeps its hidden state and
+that state's gradient, [b, s, d].
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,7 @@ from layerskip_recipes.model.head import chunk_tokens as fast_chunk
 
 log = get_logger("INFO")
 
-# From logits [n, v], a target (see `token_loss_`), and a scale: the summed loss. The gradient of scale * loss takes the
-# logits' place.
+# (logits [n, v], target as in `token_loss_`, scale) -> summed loss. The gradient of scale * loss replaces the logits.
 ChunkLoss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 Teacher = Callable[[Any], Any]
 ChunkTokens = Annotated[int, Field(ge=1, examples=[512])] | None
@@ -31,14 +30,14 @@ def cross_entropy_(
     scale: torch.Tensor | float = 1.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy summed over labels, in one buffer, where autograd would hold four of that size.
+    """Cross-entropy summed over labels, in one buffer; autograd would hold four of its size.
 
     CE = log sum_j exp(z_j) - sum_j t_j z_j and dCE/dz = softmax(z) - t, with the target
-    t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better. scale * dCE/dz takes the
-    place of the logits z [n, v]; the sum is not scaled.
+    t = (1 - label_smoothing) onehot(label) + label_smoothing / v. Computed in fp32 or better. scale * dCE/dz replaces
+    the logits z [n, v]. The returned sum is not scaled.
     """
     label = labels[:, None]
-    if torch.compiler.is_compiling():  # the formula as it stands needs two reads and one write of the logits, no buffer
+    if torch.compiler.is_compiling():  # compiled, the plain formula reads the logits twice and needs no buffer
         log_q = logits.log_softmax(-1, dtype=at_least_fp32(logits))
         total = (1 - label_smoothing) * log_q.gather(-1, label).sum()
         if label_smoothing:
@@ -62,9 +61,9 @@ def cross_entropy_(
 
 
 def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """KL(p || q) summed over tokens, of a teacher's p = softmax(teacher) and of q = softmax(z).
+    """KL(p || q) summed over tokens, with the teacher's p = softmax(teacher) and q = softmax(z).
 
-    KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p, which times the scale takes the place of the logits z [n, v].
+    KL = sum_j p_j (log p_j - log q_j) and dKL/dz = q - p. scale * dKL/dz replaces the logits z [n, v].
     """
     exact = at_least_fp32(logits)
     log_p, log_q = (scores.log_softmax(-1, dtype=exact) for scores in (teacher, logits))
@@ -80,10 +79,10 @@ def overlap_loss_(
     scale: torch.Tensor | float = 1.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """1 - sum_j min(p_j, q_j) summed over tokens, the rate at which drafts sampled from q are rejected.
+    """1 - sum_j min(p_j, q_j) summed over tokens: the rate at which drafts sampled from q are rejected.
 
-    With m_j = 1 where q_j < p_j and else 0, and S = sum_j m_j q_j, the gradient by z_j is q_j (S - m_j). The target is
-    a teacher's logits [n, v], and None or the target of a loss that is added, see `token_loss_`.
+    dLoss/dz_j = q_j (S - m_j), with m_j = 1 where q_j < p_j, else 0, and S = sum_j m_j q_j. The target is a pair: the
+    teacher's logits [n, v], and the target of another loss to add (see `token_loss_`) or None.
     """
     teacher, beside = target
     other = None if beside is None else logits.clone()
@@ -101,7 +100,7 @@ def overlap_loss_(
 def token_loss_(
     logits: torch.Tensor, target: Any, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """`cross_entropy_` towards labels [n], `kl_divergence_` towards a teacher's logits [n, v], or `overlap_loss_`."""
+    """`cross_entropy_` for labels [n], `kl_divergence_` for a teacher's logits [n, v], `overlap_loss_` for a pair."""
     if isinstance(target, tuple):
         return overlap_loss_(logits, target, scale, label_smoothing)
     if target.dim() == 2:
@@ -110,7 +109,7 @@ def token_loss_(
 
 
 def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """The loss in few passes over the logits; as it is, and a line in the log, where torch cannot compile it."""
+    """The compiled loss, or with a warning the eager one where torch cannot compile it."""
     fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
 
     def loss(logits: torch.Tensor, target: Any, scale: torch.Tensor) -> torch.Tensor:
@@ -118,9 +117,9 @@ def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
         if fast is not None:
             try:
                 return fast(logits, target, scale)
-            except TorchDynamoException as e:  # as without a C compiler; nothing has run
+            except TorchDynamoException as e:  # for example no C compiler; nothing has run yet
                 fast = None
-                log.warning("the loss is not compiled, and slower (%s)", first_line(e)[:200])
+                log.warning("the loss could not be compiled and will be slower (%s)", first_line(e)[:200])
         return chunk_loss(logits, target, scale)
 
     return loss
@@ -137,18 +136,17 @@ def exit_losses(
     teacher: Teacher | None = None,
     taught: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the exits' losses, a scalar, and the mean loss of each exit, detached.
+    """The weighted sum of the exits' losses, a scalar, and the detached mean loss of each exit.
 
-    The gradients are taken chunk by chunk in the forward pass. The weights are known beforehand, so each chunk's
-    gradient is final as soon as its logits exist: one accumulator serves the head for all exits, and each exit keeps a
-    gradient of its hidden state's size. The head computes in the precision of the hidden states, or that of autocast;
-    gradients add up in fp32.
+    The weights are known beforehand, so each chunk's gradient is final once its logits exist. One accumulator serves
+    the head for all exits, and each exit keeps one gradient of its hidden state's size. The head computes in the hidden
+    states' dtype, or autocast's; gradients are summed in fp32.
 
     Args:
-        head: g, within the forward of its decoder.
+        head: g, within the forward pass of its decoder.
         hidden: x_E [b, s, d] of each exit.
-        labels: [b * s], and `counted` [n] the indices of those with a loss. Only these rows get logits.
-        teacher: from rows of [b * s] the target of the first `taught` exits, in place of the labels.
+        labels: [b * s]; only the rows `counted` [n] get logits.
+        teacher: maps row indices to a target that replaces the labels of the first `taught` exits.
     """
     return _ExitLosses.apply(
         chunk_loss,
@@ -166,7 +164,7 @@ def exit_losses(
 
 
 class _ExitLosses(torch.autograd.Function):
-    """`exit_losses` for autograd: the forward pass computes the gradients, the backward pass hands them out."""
+    """`exit_losses` for autograd: the forward pass computes the gradients, and the backward pass returns them."""
 
     @staticmethod
     def forward(ctx, chunk_loss, chunk_tokens, teacher, taught, head, labels, counted, weights, grad_enabled, *tensors):
@@ -176,15 +174,15 @@ class _ExitLosses(torch.autograd.Function):
         exact = at_least_fp32(hidden[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
-        # New leaves: of a sharded parameter they are the gathered copy. Frozen parameters stay frozen.
+        # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
         leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        # Gradients add up in fp32: bf16 would lose most of the summands, one for each chunk of each exit.
+        # Sum gradients in fp32: bf16 would lose most summands, of which each chunk of each exit adds one.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)
-        # One buffer for the logits of all chunks: allocating one for each chunk costs a CPU a tenth of the step.
+        # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
         buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute) if plain else None
-        # No tensor of a chunk outlives the chunk, so saved-tensor hooks (offloading) must not see them.
+        # A chunk's tensors die with the chunk, so saved-tensor hooks (offloading) must not see them.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
             trained = [wants_gradient and weight > 0 for weight in weights]
@@ -208,7 +206,7 @@ class _ExitLosses(torch.autograd.Function):
                         chunk_sum = chunk_loss(logits, target, torch.zeros_like(count))
                     exit_sums[i] += chunk_sum
         per_exit = exit_sums / count
-        # Pinned memory, so that the copy does not synchronise.
+        # Pinned memory avoids a device synchronisation.
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
         total = (per_exit * factors).sum()
@@ -219,7 +217,7 @@ class _ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        # In place, and then freed: there is no second backward through the same loss.
+        # In place, then freed: nobody calls backward twice through the same loss.
         grads, ctx.grads = ctx.grads, None
         return (None,) * 9 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
 
@@ -235,8 +233,10 @@ def _loss_and_gradient(
     scale: torch.Tensor,
     buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one chunk x [n, d], and the gradient of scale * loss by x. The gradient by the head's leaves is added
-    to `sums`, None for frozen ones."""
+    """The loss of one chunk x [n, d], and the gradient of scale * loss with respect to x.
+
+    The gradients of the head's leaves are added to `sums`, which holds None for frozen ones.
+    """
     x = x.detach().requires_grad_()
     h = head.normed(x)
     matrix = head.matrix
@@ -245,7 +245,7 @@ def _loss_and_gradient(
         grad = end.detach().clone()
         chunk_sum = chunk_loss(grad, target, scale)
     else:
-        # By hand: autograd would make a tensor of the matrix's size for each chunk, and add them up in its dtype.
+        # By hand: autograd would allocate a tensor of the matrix's size per chunk, and sum them in its dtype.
         with torch.no_grad():
             grad_logits = head.unembed(h, out=buffer[: len(h)])
             chunk_sum = chunk_loss(grad_logits, target, scale)
@@ -262,7 +262,7 @@ def _loss_and_gradient(
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total [v, d] += a [v, n] b [n, d], in the dtype of a and b or in fp32.
 
-    A GPU adds up in one pass; before torch 2.8, and on a CPU, the product is first rounded to the dtype of a and b.
+    A GPU does so in one pass. On a CPU, and before torch 2.8, the product is first rounded to the dtype of a and b.
     """
     if total.dtype == b.dtype:
         total.addmm_(a, b)

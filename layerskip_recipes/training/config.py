@@ -1,4 +1,4 @@
-"""FinetuneConfig: every key of a finetune config with its default and meaning, and the rules about several keys."""
+"""FinetuneConfig: every key of a finetune config, its default and meaning, and the rules that involve several keys."""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -56,9 +56,9 @@ Count = PositiveInt | None
 
 
 class FinetuneConfig(RecipeConfig):
-    """The keys of `layerskip_finetune`: torchtune's, and `layer_dropout` and `early_exit_loss`, or `draft`."""
+    """The keys of `layerskip_finetune`: torchtune's, plus `layer_dropout` and `early_exit_loss`, or `draft`."""
 
-    # `RunLog` adds these to the config that it logs, which can be run again.
+    # `RunLog` adds these keys to the logged config, which can be run again.
     IGNORED: ClassVar[Mapping[str, type]] = {"versions": dict, "curriculum": dict}
     REFUSED: ClassVar[Mapping[str, str]] = {
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
@@ -71,119 +71,119 @@ class FinetuneConfig(RecipeConfig):
     }
 
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
-    """Where checkpoints and logs go."""
+    """Folder for checkpoints and logs."""
 
     layer_dropout: LayerDropoutSection | None = None
-    """Layer dropout; null trains every layer with every sample."""
+    """Layer dropout; null trains every layer on every sample."""
     early_exit_loss: EarlyExitLossSection | None = None
-    """The losses of early exits; null trains the last layer's alone."""
+    """Early-exit losses; null trains on the last layer's loss only."""
     draft: DraftSection | None = None
-    """Train a draft for the model, which stays as it is."""
+    """Train a draft for the model, whose own weights stay frozen."""
     loss: Annotated[Component, Takes()]
-    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`. In
-    place of `num_output_chunks`, `early_exit_loss.chunk_tokens` says for how many tokens logits exist at a time."""
+    """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`.
+    `early_exit_loss.chunk_tokens` replaces `num_output_chunks`."""
 
     dataset: Datasets
     """A torchtune dataset or a list of them, packed or padded."""
     collate_fn: CollateFn = None
-    """What pads the samples of a batch, where they are not packed; null is `torchtune.data.padded_collate_sft`."""
+    """Pads the samples of a batch unless they are packed; null is `torchtune.data.padded_collate_sft`."""
     shuffle: bool = True
-    """Draw the order of the samples for each epoch."""
+    """Shuffle the samples anew in each epoch."""
     batch_size: Annotated[PositiveInt, Auto()] = 1
-    """Samples of a micro-batch in each process; null: as many as fit into memory, at most 8."""
+    """Samples per micro-batch and process; null: as many as fit into memory, at most 8."""
     compute_dtype: Annotated[Literal["fp32", "bf16"], Auto()] = "fp32"
-    """With `dtype: fp32`, `bf16` multiplies in bf16 (null: on a GPU), while weights, gradients and the optimizer's
-    state stay in fp32, with AdamW 16 bytes per weight. `dtype: bf16` takes 8, but rounds steps away: near 0.02 its
+    """With `dtype: fp32`, `bf16` (null: on a GPU) multiplies in bf16. Weights, gradients and optimizer state stay in
+    fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes but loses small steps: near 0.02, bf16
     numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
-    """Micro-batches of an optimizer step; null: as many as make 8 samples."""
+    """Micro-batches per optimizer step; null: enough for 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None
-    """The most optimizer steps of an epoch."""
+    """At most this many optimizer steps per epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
-    """An optimizer of torch, torchao or bitsandbytes. `lr: null` takes 3e-4 for adapters; for all weights 3e-5 at the
-    width of Llama 2 7B, and in inverse proportion to the width. Where `dtype: null` becomes bf16 for all weights,
-    `StochasticAdamW` takes the place of AdamW."""
+    """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. For all weights it is 3e-5 at the
+    width of Llama 2 7B, and more for narrower models. If `dtype: null` becomes bf16 for all weights, `StochasticAdamW`
+    replaces AdamW."""
     optimizer_in_bwd: Flag = False
-    """Update each weight as soon as its gradient is there, so that no two gradients exist at a time."""
+    """Update each weight as soon as its gradient is computed, so that only one gradient exists at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None
     """One of `torchtune.training.lr_schedulers`; null keeps the learning rate."""
     clip_grad_norm: Annotated[float, Field(ge=0, examples=[1.0])] | Literal["inf"] | None = None
-    """The largest norm of the gradient; "inf" logs the norm and clips nothing."""
+    """Largest norm of the gradient; "inf" logs the norm without clipping."""
     init_std: Annotated[float, Field(gt=0, examples=[0.02])] | None = None
-    """The standard deviation of weights from scratch, 0.02 by default."""
+    """Standard deviation of fresh weights, 0.02 by default."""
     compile: Flag = False
-    """Compile the layers and the loss; on a GPU the loss is compiled in any case."""
+    """Compile the layers and the loss; a GPU always compiles the loss."""
 
     enable_activation_checkpointing: Annotated[bool, Auto()] = False
-    """Compute the activations of every layer again in the backward pass; null: where a sample only fits so."""
+    """Recompute every layer's activations in the backward pass; null: if a sample does not fit otherwise."""
     ac_mode: Literal["full", "selective"] | None = None
-    """`full` checkpoints every layer, `selective` each `ac_option`-th."""
+    """`full` checkpoints every layer, `selective` every `ac_option`-th layer."""
     ac_option: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Every how many layers one is checkpointed, with `ac_mode: selective`; null is 2."""
+    """With `ac_mode: selective`, checkpoint every layer whose number is a multiple of this; null is 2."""
     enable_activation_offloading: Flag = False
-    """Keep the checkpointed layers' inputs in the memory of the CPU; needs a GPU."""
+    """Keep the inputs of checkpointed layers in CPU memory; needs a GPU."""
 
     data_parallel_replicate_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
     """Copies of the sharded model (HSDP)."""
     data_parallel_shard_dim: Literal[-1] | PositiveInt | None = None
-    """Ranks over which each copy is sharded; -1 takes those that are left."""
+    """Ranks over which each copy is sharded; -1 takes all remaining ranks."""
     tensor_parallel_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
     """Ranks that share each matrix; needs `tensor_parallel_plan`."""
     tensor_parallel_plan: Annotated[Component, Takes()] | None = None
     """torchtune's plan, such as `{_component_: torchtune.models.llama3.base_llama_tp_plan}`."""
     custom_sharded_layers: Annotated[list[Text], Field(examples=["[tok_embeddings,output]"])] | None = None
-    """Modules that are sharded by themselves; the loss gathers the head once for all exits."""
+    """Modules to shard separately; the loss gathers the head once for all exits."""
     fsdp_cpu_offload: Flag = False
-    """Keep parameters, gradients and the optimizer's state in the memory of the CPU."""
+    """Keep parameters, gradients and optimizer state in CPU memory."""
     fsdp_reshard_after_forward: bool | None = True
-    """Let go of gathered weights after the forward pass, and gather them again for the backward pass."""
+    """Free gathered weights after the forward pass, and gather them again for the backward pass."""
 
     save_adapter_weights_only: Flag = False
-    """Checkpoints hold the adapters without the merged model."""
+    """Save only the adapters, without the merged model."""
     low_cpu_ram: Flag = False
-    """Unpack QLoRA's weights into a file when a checkpoint is written."""
+    """When saving a checkpoint, unpack QLoRA's weights into a file instead of memory."""
 
     save_every_n_steps: Annotated[int, Field(ge=1, examples=[500])] | None = None
-    """Write a checkpoint `step_N` too, beside the `epoch_N` after each epoch."""
+    """Also write a checkpoint `step_N` every so many steps, besides `epoch_N` after each epoch."""
     keep_last_n_checkpoints: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Keep the newest so many and delete older ones; a run that starts anew refuses a folder with an earlier run's."""
+    """Keep this many of the newest checkpoints and delete older ones. A fresh run refuses an earlier run's folder."""
     enable_async_checkpointing: Flag = False
-    """Write each `step_N` in the background, by every rank its shards; only to resume from. With torchao's optimizers
-    training waits for it."""
+    """Write each `step_N` in the background, with each rank writing its shards. Such checkpoints only serve to resume.
+    With torchao's optimizers training waits for the write."""
     resume_from_checkpoint: Flag = False
-    """Go on from the newest complete checkpoint under `output_dir`: data order, dropout, curriculum, schedules,
-    optimizer. The number of processes may change if `batch_size` x `gradient_accumulation_steps` x processes stays. A
-    changed dataset, curriculum or model is refused; more `epochs` are allowed."""
+    """Resume from the newest complete checkpoint under `output_dir`: data order, dropout, curriculum, schedules,
+    optimizer. The number of processes may change if `batch_size` x `gradient_accumulation_steps` x processes stays the
+    same. `epochs` may grow; a changed dataset, curriculum or model is refused."""
 
     dataset_val: Datasets | None = None
-    """Held-out data, like `dataset`: measured before the first step and after the last."""
+    """Held-out data, like `dataset`; measured before the first step and after the last."""
     run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
-    """Measure `dataset_val` after every so many steps too."""
+    """Also measure `dataset_val` every so many steps."""
     batch_size_val: Count = None
-    """Samples of a batch of `dataset_val`; null is `batch_size`."""
+    """Batch size for `dataset_val`; null is `batch_size`."""
     max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
-    """The most batches of `dataset_val` in each process."""
+    """At most this many batches of `dataset_val` per process."""
     layers_val: Layers | None = None
-    """The layers whose exits are measured; null measures all."""
+    """The layers whose exits are measured; null: all."""
     val_loss_margin: Annotated[float, Field(ge=0, examples=[0.05])] = 0.05
-    """Warn if the last layer's loss on `dataset_val` exceeds that at the start by more than this share."""
+    """Warn if the last layer's loss on `dataset_val` exceeds its value at the start by more than this fraction."""
 
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
     """torch's `set_deterministic_debug_mode`."""
     metric_logger: Annotated[Component, Takes()]
     """One of `torchtune.training.metric_logging`."""
     log_every_n_steps: PositiveInt = 1
-    """Log the metrics of every so many steps."""
+    """Log the metrics every so many steps."""
     log_peak_memory_stats: Flag = False
-    """Log the GPU's peak memory too."""
+    """Also log the GPU's peak memory."""
     profiler: (
         Annotated[Component, BeforeValidator(_with_default_component), AfterValidator(_is_torchtunes_profiler), Takes()]
         | None
     ) = None
-    """torchtune's profiler section; it records with `enabled: true`."""
+    """torchtune's profiler section; records if `enabled: true`."""
 
     def choose(self, choices: Choices) -> None:
         # The choices build the model and the draft.
@@ -192,16 +192,16 @@ class FinetuneConfig(RecipeConfig):
             self.draft.check_against(self.meta_model)
         choose_training(self, choices)
 
-    # ---- derived from the keys ----
+    # ---- values derived from the keys ----
 
     @property
     def multiplies_in_bf16(self) -> bool:
-        """Whether products of weights in fp32 are calculated in bf16."""
+        """Whether fp32 weights are multiplied in bf16."""
         return self.dtype == "fp32" and self.compute_dtype == "bf16"
 
     @cached_property
     def exit_loss(self) -> EarlyExitLoss:
-        """The early-exit loss over the `loss` section; without `early_exit_loss` only the last layer has one."""
+        """The early-exit loss over the `loss` section. Without `early_exit_loss` only the last layer has a loss."""
         base = self.loss.build()
         given: dict[str, Any] = {}
         if (ignored := getattr(base, "ignore_index", -100)) != -100:
@@ -223,7 +223,7 @@ class FinetuneConfig(RecipeConfig):
         return EarlyExitLoss(**dict(self.early_exit_loss), **given)
 
     def build_layer_dropout(self) -> LayerDropout | None:
-        """The dropout of the `layer_dropout` section, if there is one."""
+        """The dropout of the `layer_dropout` section, or None."""
         return None if self.layer_dropout is None else LayerDropout(self.num_layers, **dict(self.layer_dropout))
 
     @property
@@ -232,7 +232,7 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The bytes of a checkpoint's weights."""
+        """Bytes of a checkpoint's weights."""
         if self.save_adapter_weights_only:
             adapters = get_adapter_params(self.meta_model).values()
             return sum(parameter.numel() for parameter in adapters) * self.torch_dtype.itemsize
@@ -243,17 +243,17 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_every_layers(self) -> int:
-        """Every how many layers one's activations are computed again, 0 for none; torchtune has two ways to ask."""
+        """Activation checkpointing of every n-th layer, 0 for none; torchtune has two ways to ask for it."""
         if self.ac_mode == "selective":
             return self.ac_option or 2
         return int(self.ac_mode == "full" or self.enable_activation_checkpointing)
 
     @property
     def validated_exits(self) -> list[int]:
-        """The exits that validation measures, in order."""
+        """The exits that validation measures, in ascending order."""
         return select_exits(":" if self.layers_val is None else self.layers_val, self.num_layers, key="layers_val")
 
-    # ---- rules about several keys ----
+    # ---- rules that involve several keys ----
 
     def check_together(self) -> Iterator[str]:
         if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
@@ -272,14 +272,14 @@ class FinetuneConfig(RecipeConfig):
             yield from mistakes_of(rule)
 
     def _check_optimizer(self) -> None:
-        """Optimizer and schedule may refuse their arguments, so both are built once for a single number."""
-        beside = {
+        """Build optimizer and schedule once for a single number: they may refuse their arguments."""
+        conflicts = {
             "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
             "clip_grad_norm": self.clip_grad_norm is not None,
-            # Its gradients may still be on their way when the optimizer steps (pytorch 180666).
+            # Offloaded gradients may still be on their way when the optimizer steps (pytorch 180666).
             "fsdp_cpu_offload": self.fsdp_cpu_offload,
         }
-        for key in (key for key, given in beside.items() if given and self.optimizer_in_bwd):
+        for key in (key for key, given in conflicts.items() if given and self.optimizer_in_bwd):
             off = {"gradient_accumulation_steps": 1, "clip_grad_norm": "null"}.get(key, "false")
             raise ConfigError(
                 f"{key}: {getattr(self, key)} does not go with optimizer_in_bwd, which steps at each backward. Set "
@@ -297,19 +297,19 @@ class FinetuneConfig(RecipeConfig):
             check_nf4(self.meta_model, num_processes(), any_size=is_hf_decoder(self.meta_model))
         if adapter_names(self.meta_model) and starts_from_scratch(self.checkpointer):
             raise ConfigError(
-                f"checkpointer.checkpoint_files: missing, and the adapters of {self.model.path} need weights; "
+                f"checkpointer.checkpoint_files: missing, but the adapters of {self.model.path} need base weights; "
                 "for example [model.safetensors]"
             )
         if adapter_names(self.meta_model) and self.optimizer_in_bwd:
             raise ConfigError(
-                "optimizer_in_bwd: True saves nothing with adapters, whose gradients are small. Set it false"
+                "optimizer_in_bwd: True saves no memory with adapters, whose gradients are small. Set it false"
             )
 
     def _check_checkpointer(self) -> None:
         check_checkpointer(self, trains=True)
 
     def _check_sections(self) -> None:
-        """Layers and exits must be the model's."""
+        """Layers and exits must exist in the model."""
         assert self.validated_exits
         if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
             raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
@@ -317,17 +317,17 @@ class FinetuneConfig(RecipeConfig):
         self.exit_loss.enabled(self.num_layers, 0, 1)
 
     def _check_draft(self) -> None:
-        """A draft is trained beside a model that stays as it is."""
+        """A draft is trained for a frozen model."""
         if self.draft is None:
             return
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
-                raise ConfigError(f"{key}: does nothing beside draft, where the model stays as it is. Set {key}=null")
+                raise ConfigError(f"{key}: does nothing with draft, which freezes the model. Set {key}=null")
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             raise ConfigError(
-                f"draft: needs a model that stays as it is, and this one has {what}. Allowed: a model section without "
-                "LoRA, and a checkpointer that reads weights; or draft=null"
+                f"draft: needs a trained model, and this one has {what}. Allowed: a model section without LoRA, and a "
+                "checkpointer that reads weights; or draft=null"
             )
         if (self.tensor_parallel_dim or 1) > 1:
             raise ConfigError(
@@ -336,7 +336,7 @@ class FinetuneConfig(RecipeConfig):
             )
 
     def _check_sharded_layers(self) -> None:
-        """FSDP gathers in a forward, which a list of layers lacks. torchtune's configs name a tied head too."""
+        """FSDP gathers weights in a forward pass, which a ModuleList lacks. `output` may name a tied head."""
         modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
         for name in (name for name in self.custom_sharded_layers or () if name not in modules):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a checkpoint stores for the choice of a draft: the frequent label tokens, and how often drafts are accepted."""
+"""Statistics in layerskip.json that help to choose a draft: frequent label tokens, and measured acceptance."""
 
 import math
 from collections import deque
@@ -17,26 +17,25 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
-# The data of a measurement in each process: about as much as two training steps read.
+# Data to measure in each process, about as much as two training steps read.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 NUM_SPECULATIONS = 8
 
 
 class DraftStatistics:
-    """Counts label tokens as batches go by, keeps the last batches, and measures acceptance when a checkpoint is saved.
+    """Counts label tokens, and measures acceptance when a checkpoint is saved.
 
-    Without validation data the kept training batches are measured, so that no sample is held back. Everything stays on
-    the CPU until then.
+    Without validation data it measures the last training batches, which it keeps on the CPU.
     """
 
     def __init__(self, validation: Validation, mesh: Mesh, device: torch.device, num_tokens: int) -> None:
         self.validation, self.mesh, self.device = validation, mesh, device
         self.recent: deque[dict[str, Any]] = deque()
-        self.counts = torch.zeros(num_tokens, dtype=torch.long)  # by this process, since the start or resume
-        self.before = torch.zeros(num_tokens, dtype=torch.long)  # by all processes of the runs that this one resumes
+        self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
+        self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes of the runs before this one
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
-        """Take note of a micro-batch, still on the CPU, and of its labels that count, [n]."""
+        """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
         self.counts += torch.bincount(label_tokens, minlength=len(self.counts))
         if not self.validation.on:
             self.recent.append(dict(batch))
@@ -44,7 +43,7 @@ class DraftStatistics:
                 self.recent.popleft()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The counts of all processes; on all ranks."""
+        """The counts over all processes. Collective."""
         exact = torch.float64 if self.device.type != "mps" else torch.float32
         ours = self.mesh.sum(self.counts.to(self.device, exact)).cpu().round().long()
         return {"label_counts": self.before + ours}
@@ -53,14 +52,14 @@ class DraftStatistics:
         self.before = state["label_counts"]
 
     def vocabulary(self) -> list[int]:
-        """The label tokens so far, the most frequent first; on all ranks."""
+        """The label tokens so far, the most frequent first. Collective."""
         counts, tokens = self.state_dict()["label_counts"].sort(descending=True, stable=True)
         return tokens[counts > 0][:MOST_TOKENS].tolist()
 
     def describe_exits(
         self, cfg: FinetuneConfig, model: LayerSkipDecoder, exits: Sequence[int], steps: int
     ) -> dict[str, Any]:
-        """The content of layerskip.json for a model with trained exits; on all ranks."""
+        """The content of layerskip.json for a model with trained exits. Collective."""
         loss, base, vocabulary = cfg.exit_loss, cfg.given_folder, self.vocabulary()
         return {
             "num_layers": cfg.num_layers,
@@ -79,11 +78,10 @@ class DraftStatistics:
     def measure(
         self, model: LayerSkipDecoder, exits: Sequence[int], vocabulary: Sequence[int], draft: Draft | None = None
     ) -> dict[str, Any] | None:
-        """The section "measured" of layerskip.json for the trained exits, or for a draft; None if nothing can be
-        measured. On all ranks."""
+        """The section "measured" of layerskip.json, for exits or a draft; None if nothing can be measured. Collective."""
         early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
         batches = _first(self.validation.batches) if self.validation.on else list(self.recent)
-        count = min(from_every_rank(len(batches)))  # each is a forward of all ranks
+        count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
         if not early or not count:
             return None
         sizes = [n for n in DRAFT_VOCABULARIES if n < len(self.counts) and n < 2 * len(vocabulary)]
@@ -120,7 +118,7 @@ def _rounded(acceptance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first batches that are enough."""
+    """As few batches as are enough."""
     some: list[dict[str, Any]] = []
     for batch in batches:
         some.append(batch)

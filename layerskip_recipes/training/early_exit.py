@@ -74,11 +74,11 @@ def enabled_exits(
     interval: Interval = 8,
     layers: Layers = ":",
 ) -> list[bool]:
-    """C(t, l): the exits whose loss is on at an optimizer step. The last layer's always is.
+    """C(t, l): whether each exit has a loss at optimizer step t. The last layer always has one.
 
-    - "rotational": every interval-th of the selected layers, and the set rotates by one at each step: ceil(L/R) exits.
-    - "gradual": from the last layer down, one layer more every T/(2L) steps, all on at T/2.
-    - None: all the selected layers, at each step (as in LITE).
+    - "rotational": every R-th of the selected layers, ceil(L/R) exits. The set moves by one layer at each step.
+    - "gradual": from the last layer down, one more layer every T/(2L) steps, and all of them after T/2.
+    - None: all selected layers at each step, as in LITE.
 
     Args:
         curriculum: "rotational", "gradual" or None.
@@ -109,38 +109,38 @@ class EarlyExitLossSection(Section):
     """The losses of early exits (paper, eq. 5)."""
 
     scale: Scale = 0.2
-    """e_scale, the weight of the early exits against the last one's; 0 leaves the ordinary loss."""
+    """e_scale, the weight of the early exits against the last exit; 0 leaves the ordinary loss."""
     curriculum: Curriculum = "rotational"
-    """Which exits are on at a step. `rotational`: every `interval`-th of the layers, and the set rotates by one at each
-    step; `gradual`: from the last layer down, all of them from half of the steps on; null: all the layers at each step.
-    The last layer's exit is always on."""
+    """Which exits have a loss at a step. `rotational`: every `interval`-th layer, moving by one layer at each step.
+    `gradual`: from the last layer down, reaching all layers after half of the steps. null: all layers at each step. The
+    last layer always has a loss."""
     interval: Interval = 8
     """R of the rotational curriculum."""
     layers: Annotated[Layers, Auto()] = ":"
-    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: the exit at a fifth of the depth, and
-    with a curriculum all of them."""
+    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: all of them with a curriculum, otherwise
+    the layer at a fifth of the depth."""
     scale_fn: ScaleFn = "layerskip"
-    """How an exit's weight grows with the depth; `layerskip` is the paper's sum of 0..l."""
+    """How an exit's weight grows with depth; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None
-    """The most tokens whose logits exist at a time; null: 2048 on a GPU, 512 elsewhere."""
+    """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
     target: Target = "labels"
-    """What the early exits learn: the labels, as in the paper; the last layer's distribution, by KL(p_L || p_E); or the
-    overlap with it, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are rejected, alone or added to one of
-    the others. The last layer learns the labels."""
+    """What the early exits learn: `labels`, as in the paper; `last_layer`, the last layer's distribution, by
+    KL(p_L || p_E); `overlap` with that distribution, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are
+    rejected; or `overlap` plus one of the others. The last layer always learns the labels."""
 
 
 class EarlyExitLoss:
     """J = sum_l e~(t, l) CE(g(x_{l+1}), Y) (paper, eq. 5).
 
-    The exits are unembedded one after the other, in chunks of tokens, and the gradient of each chunk is taken at
-    once: only the logits of one chunk exist at a time, whatever the number of exits.
+    Exits are unembedded one after the other in chunks of tokens, and each chunk's gradient is taken at once. So logits
+    exist for one chunk at a time, whatever the number of exits.
 
     Args:
         label_smoothing: of the cross-entropy.
-        **settings: as in `EarlyExitLossSection`: scale, curriculum, interval, layers, scale_fn, chunk_tokens, target.
+        **settings: the fields of `EarlyExitLossSection`.
 
     Raises:
-        ConfigError: if an argument is out of range (layers: once the depth of the model is known).
+        ConfigError: if an argument is out of range (layers: once the model's depth is known).
     """
 
     def __init__(self, *, label_smoothing: float = 0.0, **settings: Any) -> None:
@@ -152,12 +152,12 @@ class EarlyExitLoss:
         self.chunk_loss: ChunkLoss = self._chunk_loss
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
-        """C(t, l) of this loss, see `enabled_exits`."""
+        """`enabled_exits` of this loss."""
         return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.layers)
 
     def trained(self, num_layers: int, steps: int, total_steps: int) -> list[int]:
-        """The exits that had a loss with a weight above 0 in the first `steps` steps."""
-        # The sets of a rotation come back after `interval` steps, and a gradual curriculum only adds exits.
+        """The exits that have been trained with a weight above 0 in the first `steps` steps."""
+        # A rotation repeats after `interval` steps, and a gradual curriculum only adds exits.
         sets = [
             self.enabled(num_layers, t, total_steps) for t in {*range(min(steps, self.interval)), max(steps - 1, 0)}
         ]
@@ -165,11 +165,10 @@ class EarlyExitLoss:
         return (weights.nonzero()[:, 0] + 1).tolist()
 
     def compile(self) -> None:
-        """Compile the computation on the logits of a chunk."""
         self.chunk_loss = compiled(self._chunk_loss)
 
     def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The summed loss of a chunk, whose gradient takes the place of its logits."""
+        """The summed loss of a chunk; its gradient replaces the logits."""
         return token_loss_(logits, target, scale, label_smoothing=self.label_smoothing)
 
     def __call__(
@@ -187,18 +186,19 @@ class EarlyExitLoss:
 
         Args:
             tokens: [b, s].
-            labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; -100 where there is none.
-            step, total_steps: t and T, in optimizer steps.
-            counted: [n], the indices in labels.flatten() of the labels with a loss; only they get logits. None finds
-                them here, which on a GPU is a device synchronisation.
-            **inputs: mask, input_pos, ... of the decoder.
+            labels: [b, s], already shifted: labels[:, i] follows tokens[:, i]; -100 is ignored.
+            step: t, in optimizer steps.
+            total_steps: T.
+            counted: [n], the indices in labels.flatten() of the labels that count; only they get logits. None computes
+                them here, which synchronises a GPU.
+            **inputs: the decoder's mask, input_pos, ...
 
         Returns:
-            J, a scalar, and {E: the loss of exit E, detached}; both are means over the labels that count.
+            J, a scalar, and {E: the detached loss of exit E}; both are means over the labels that count.
         """
         enabled = self.enabled(model.num_layers, step, total_steps)
         weights = exit_weights(model.num_layers, enabled, self.scale, self.scale_fn).tolist()
-        # An exit of weight 0 (layer 0 in the paper's e(l), or scale 0) is still measured, without a backward pass.
+        # An exit of weight 0 (layer 0 of the paper's e(l), or scale 0) is measured without a backward pass.
         exits = [layer + 1 for layer, on in enumerate(enabled) if on]
         labels = labels.reshape(-1)
         if counted is None:
@@ -211,11 +211,11 @@ class EarlyExitLoss:
                 hidden[exit_layer] = x
             if exit_layer < model.num_layers:
                 return
-            # The last exit, still within the model's forward, where a sharded model's own parameters are whole.
+            # Compute the losses within the model's forward pass, while a sharded model's own parameters are gathered.
             head = Head(model)
             if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters):
-                # FSDP reduces the gradients of the head when the model's output gets its gradient, so the output needs
-                # one also where no layer is trained.
+                # FSDP reduces the head's gradients when the model's output gets its gradient. So the output needs a
+                # gradient even if no layer is trained.
                 x.requires_grad_()
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]

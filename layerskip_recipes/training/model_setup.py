@@ -1,4 +1,4 @@
-"""The model of a training run: built, loaded and sharded at the start; gathered for a checkpoint."""
+"""Builds, loads and shards the model of a training run, and gathers it for a checkpoint."""
 
 import re
 from typing import Any, TypeVar
@@ -37,15 +37,15 @@ def build_model(
     trained: Weights | None,
     seed: int,
 ) -> tuple[LayerSkipDecoder, Draft | None]:
-    """The model of a config, and the draft that is trained for it, if there is one: compiled, checkpointed, sharded.
+    """The model, and the draft if one is trained: compiled, checkpointed, sharded.
 
-    Rank 0 has the state_dict of the plain model (`weights`; None trains from scratch), and of its adapters or its draft
-    (`trained`; None makes fresh ones, adapters by the seed).
+    On rank 0, `weights` is the plain model's state_dict (None: train from scratch), and `trained` the state_dict of its
+    adapters or draft (None: fresh ones; the seed decides fresh adapters).
     """
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
         model = layerskip_decoder(cfg.model.build())
-        # In fp32 beside a model in bf16 too, which would round its small steps away.
+        # Always in fp32: bf16 would round small steps away.
         draft = None if cfg.draft is None else cfg.draft.build(model).float()
     freeze_base(model)
     if cfg.draft is not None:
@@ -74,7 +74,7 @@ def build_model(
 def _place(
     part: P, state: Weights | None, cfg: FinetuneConfig, device: torch.device, mesh: Mesh, checkpoint_every: int
 ) -> P:
-    """The model or the draft with its weights, compiled, checkpointed and sharded."""
+    """Compile, checkpoint, shard and load the model or the draft."""
     if cfg.compile:
         training.compile_model(part, verbose=False)
     if mesh.devices is not None:
@@ -91,10 +91,10 @@ def _place(
 
 
 def fresh_draft(draft: Draft, base: Weights) -> Weights:
-    """The first weights of a draft: those of the model's layers from `draft.start` on, and of its norm.
+    """A draft's first weights: the model's layers from `draft.start` on, and its norm.
 
-    An adapter's first layer begins with the sum of the two states that it joins. Random layers needed twice as many
-    tokens to learn as much.
+    An adapter's first layer begins with the sum of the two states that it joins. Random layers needed twice the tokens
+    to learn as much.
     """
     of_layer = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?")
 
@@ -107,10 +107,10 @@ def fresh_draft(draft: Draft, base: Weights) -> Weights:
 
 
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part of the adapters, by the names of checkpoints; empty for a model without any.
+    """This rank's part of the adapters, by checkpoint name; empty for a model without adapters.
 
-    They are the parameters themselves: a state_dict would unpack NF4 weights, and copy all with low_cpu_ram. `meta` is
-    the model before it was sharded or wrapped.
+    Returns the parameters themselves: a state_dict would unpack NF4 weights, and with low_cpu_ram copy them all. `meta`
+    is the model before sharding or wrapping.
     """
     names = set(adapter_names(meta))
     return {name: p.detach() for n, p in model.named_parameters() if (name := clean_name(n)) in names}
@@ -119,22 +119,22 @@ def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Ten
 def checkpoint_contents(
     model: nn.Module, meta: nn.Module, device: torch.device, adapters_only: bool = False
 ) -> dict[str, Any]:
-    """The content of a whole checkpoint in torchtune's keys, on rank 0; gathered on all ranks. `adapters_only` leaves
-    out the merged model."""
+    """A whole checkpoint in torchtune's keys, on rank 0; collective. `adapters_only` omits the merged model."""
     adapters = adapter_names(meta)
     names = set(meta.state_dict())
     biases = any(name.endswith(".magnitude") and name.replace(".magnitude", ".bias") in names for name in adapters)
     state: dict[str, torch.Tensor] = {}
-    if adapters_only and not biases:  # DoRA's biases are computed from the base weights
+    # Gather the weights on rank 0's CPU. DoRA's biases are computed from the base weights, so they need all weights.
+    if adapters_only and not biases:
         for name, part in adapter_parameters(model, meta).items():
-            part = part.to(device)  # offloaded parts are gathered there
+            part = part.to(device)  # gathering needs offloaded parts on the device
             value = part.full_tensor() if isinstance(part, DTensor) else part
             if is_rank_zero():
                 state[name] = value.cpu()
     elif torch.distributed.is_initialized():
         state = training.gather_cpu_state_dict(model, is_rank_zero(), device)
     else:
-        # QLoRA's weights arrive on the CPU, unpacked; the adapters that they merge with have to be there too.
+        # QLoRA's weights arrive unpacked on the CPU, and the adapters to merge must be there too.
         state = {name: value.cpu() for name, value in model.state_dict().items()}
     if not is_rank_zero():
         return {}
@@ -146,7 +146,7 @@ def checkpoint_contents(
         training.ADAPTER_CONFIG: described,
         BIASES: scaled_biases(state, described) if biases else {},
     }
-    # `state` of a GPU's model is a copy on the CPU, into which adapters may be merged; a CPU's is the model itself.
+    # A GPU model's `state` is a copy, so adapters may be merged in place; a CPU model's `state` is the model itself.
     plain = (
         {} if adapters_only else {training.MODEL_KEY: merge_adapters(state, described, in_place=device.type != "cpu")}
     )

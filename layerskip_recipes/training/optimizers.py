@@ -1,4 +1,4 @@
-"""Optimizers: the optimizer and the learning rate schedule of a config, and their state in checkpoints."""
+"""Optimizers: a config's optimizer and learning rate schedule, and their state in checkpoints."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,8 @@ log = get_logger("INFO")
 
 
 class Optimizers:
-    """The optimizer of a config or, with `optimizer_in_bwd`, one for each parameter; and the learning rate schedule
-    over `steps` steps, of which `done` lie before this run. `state` is that of `state_dict`, on rank 0."""
+    """The optimizer (with `optimizer_in_bwd`, one per parameter) and the schedule over `steps` steps, `done` of which
+    an earlier run has taken. `state` is the `state_dict` of that run, on rank 0."""
 
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
@@ -39,9 +39,9 @@ class Optimizers:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
         if isinstance(self.all[0], StochasticAdamW) and trained[0].dtype is torch.bfloat16 and is_rank_zero():
-            log.info("Weights in bf16 are rounded at random (StochasticAdamW), so that small steps move them.")
+            log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
         for group in (group for one in self.all for group in one.param_groups):
-            # Schedulers with last_epoch >= 0 need initial_lr. A float: torchao's lr is a tensor, changed in place.
+            # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
         if state is not None:
             self.load_state_dict(state)
@@ -52,16 +52,15 @@ class Optimizers:
 
     @property
     def lr(self) -> float:
-        """The learning rate now."""
         return float(self.all[0].param_groups[0]["lr"])
 
     @property
     def base_lr(self) -> float:
-        """The learning rate of the config, which a schedule scales."""
+        """The config's learning rate, before the schedule."""
         return self.all[0].param_groups[0]["initial_lr"]
 
     def step(self) -> None:
-        """Update the weights, as an optimizer in backward has done already, and the learning rate."""
+        """Update the weights (an optimizer in backward has done so already) and the learning rate."""
         if not self.in_backward:
             self.all[0].step()
             self.all[0].zero_grad(set_to_none=True)
@@ -69,25 +68,24 @@ class Optimizers:
             scheduler.step()
 
     def state_dict(self, whole: bool) -> dict[str, Any]:
-        """By parameter name: whole tensors on rank 0's CPU, or this rank's shards. On all ranks."""
-        # Flattened, shards do not depend on how the parameters are grouped.
+        """State by parameter name: whole tensors on rank 0's CPU, or this rank's shards. Collective."""
+        # Flattened shards do not depend on how the parameters are grouped.
         options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=not whole)
         with suppress_dcp_warnings():
             state = get_optimizer_state_dict(self.model, self.all, options=options)
         if whole:
             return state
-        # torchao's lr is a tensor: without a copy, loading shards into this state_dict would change the optimizer's lr.
+        # Copy torchao's lr, a tensor: loading shards into this state_dict would otherwise change the optimizer's lr.
         return {
             name: value.clone() if name.startswith("param_groups.") and isinstance(value, torch.Tensor) else value
             for name, value in state.items()
         }
 
     def load_state_dict(self, state: dict[str, Any], whole: bool = True, never_stepped: Sequence[str] = ()) -> None:
-        """Load the state of `state_dict`, from any number of ranks: whole tensors on rank 0, or this rank's shards.
+        """Load a `state_dict` from any number of ranks: whole tensors on rank 0, or this rank's shards.
 
-        Learning rate, weight decay and the like stay those of the config. `never_stepped` names the parameters without
-        a state in shards, since layer dropout skipped their layers in each step so far; in whole tensors they are
-        missing.
+        Learning rate, weight decay and so on stay as in the config. `never_stepped` names the parameters without state
+        in shards, because layer dropout has skipped their layers so far. A whole state just lacks them.
         """
         learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
         if not learned:  # SGD without momentum has no state, and torch does not load an empty one
@@ -98,7 +96,7 @@ class Optimizers:
         if whole:
             never_stepped = from_rank_zero([name for name in trained if name not in state.get("state", {})])
             if never_stepped:
-                # torch refuses a state without all of the parameters.
+                # torch refuses a state that lacks parameters.
                 fresh = self.state_dict(whole=True)
                 if is_rank_zero():
                     state["state"] |= {name: fresh["state"][name] for name in never_stepped}
@@ -122,8 +120,8 @@ class Optimizers:
                 one.state.pop(trained[name], None)
 
     def _load_in_one_process(self, states: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
-        """`load_state_dict` in one process: torch's function wants all of the state on one device, and bitsandbytes
-        pages a part of it."""
+        """`load_state_dict` in one process. torch's function wants all state on one device, but bitsandbytes pages a
+        part of it."""
         names = {parameter: name for name, parameter in trained.items()}
         for one in self.all:
             own = one.state_dict()["param_groups"]

@@ -1,6 +1,6 @@
-"""The grid of training processes (replicate x shard x tensor) and a decoder sharded over it: FSDP2, HSDP, TP.
+"""The mesh of training processes (replicate x shard x tensor), and sharding over it: FSDP2, HSDP, TP.
 
-Every rank runs the same layers in the same order, or a collective would never end; `LayerDropout` guarantees that.
+Every rank must run the same layers in the same order, or a collective would hang. `LayerDropout` guarantees that.
 """
 
 import math
@@ -32,13 +32,10 @@ from layerskip_recipes.training.config import FinetuneConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """replicate x shard x tensor processes. Tensor-parallel ranks see the same samples, data-parallel ranks their own.
+    """replicate x shard x tensor processes; `devices` is None for one process.
 
-    Attributes:
-        devices: None with one process.
-        replicate: copies of the sharded model (HSDP).
-        shard: the ranks over which each copy's parameters are sharded (FSDP).
-        tensor: the ranks that share each matrix (tensor parallelism).
+    There are `replicate` copies of the model (HSDP), each sharded over `shard` ranks (FSDP). `tensor` ranks share each
+    matrix and see the same samples; data-parallel ranks see different ones.
     """
 
     devices: DeviceMesh | None = None
@@ -48,12 +45,12 @@ class Mesh:
 
     @property
     def data_size(self) -> int:
-        """How many ranks have samples of their own."""
+        """The number of data-parallel ranks."""
         return self.replicate * self.shard
 
     @property
     def data_rank(self) -> int:
-        """The number of this process among the ranks with samples of their own."""
+        """This process's data-parallel rank."""
         return 0 if self.devices is None else dist.get_rank() // self.tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +62,7 @@ class Mesh:
 
 
 def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
-    """The numbers of replicate, shard and tensor ranks; a ConfigError if they do not fit torchrun's processes."""
+    """The numbers of replicate, shard and tensor ranks; a ConfigError if their product is not the process count."""
     processes = num_processes()
     plan, model = cfg.tensor_parallel_plan, cfg.meta_model
     if processes > 1 and plan is not None and cfg.tensor_parallel_dim is None:
@@ -76,8 +73,8 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
     tensor = check_processes(model, cfg.tensor_parallel_dim or 1, plan, device=cfg.device)
     if tensor > 1 and adapter_names(model):
         raise ConfigError(
-            f"tensor_parallel_dim: {tensor} does not go with adapters, that torchtune's plans do not split. Allowed: 1 "
-            "(FSDP shards); for example tensor_parallel_dim=1"
+            f"tensor_parallel_dim: {tensor} does not go with adapters, which torchtune's plans do not split. "
+            "Allowed: 1 (FSDP shards); for example tensor_parallel_dim=1"
         )
     left = processes // tensor  # ranks to replicate and shard over
     replicate = cfg.data_parallel_replicate_dim or 1
@@ -91,6 +88,7 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         )
     if processes > 1:
         _check_several_processes(cfg, replicate)
+    # Offloading is a feature of FSDP.
     if cfg.fsdp_cpu_offload and processes > 1 and left == 1:
         raise ConfigError(
             f"fsdp_cpu_offload: True needs processes to shard over, and tensor_parallel_dim {tensor} takes all "
@@ -105,29 +103,29 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 
 def _check_several_processes(cfg: FinetuneConfig, replicate: int) -> None:
-    """Raises a ConfigError for what works in one process only."""
+    """Raises a ConfigError for settings that need one process."""
     draft, in_backward = cfg.draft, cfg.optimizer_in_bwd
     apart = "tok_embeddings" in (cfg.custom_sharded_layers or ()) and isinstance(cfg.meta_model.output, TiedLinear)
     mistakes = {
         "draft.keep_states: True works with one process. Set draft.keep_states=false": draft and draft.keep_states,
-        "optimizer_in_bwd: True works with one process beside an adapter that drafts, whose layers run twice in a "
-        "step. Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and in_backward,
+        "optimizer_in_bwd: True works with one process if draft.kind is adapter, whose layers run twice in a step. Set "
+        "optimizer_in_bwd=false": draft and draft.kind == "adapter" and in_backward,
         f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over all "
         "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
         "low_cpu_ram: True works with one process: torchtune keeps a copy of the weights in one file, and several "
-        "would write it at once. Set low_cpu_ram=false": cfg.low_cpu_ram,
+        "processes would write it at once. Set low_cpu_ram=false": cfg.low_cpu_ram,
         f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
         "checkpoint. For example optimizer._component_=torch.optim.AdamW": cfg.optimizer.path.startswith("torchao."),
-        "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] where the head is tied to "
-        "them: they would take two steps, for each of their gradients. Set optimizer_in_bwd=false, or leave "
-        "tok_embeddings out": in_backward and apart,
+        "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] and a tied head: the shared "
+        "weight would step once for each of its two gradients. Set optimizer_in_bwd=false, or leave tok_embeddings "
+        "out": in_backward and apart,
     }
     if found := [mistake for mistake, applies in mistakes.items() if applies]:
         raise ConfigError(*found)
 
 
 def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
-    """The mesh of a config, where the process group exists. Raises as `mesh_sizes` does."""
+    """The mesh of a config; needs the process group. Raises as `mesh_sizes` does."""
     replicate, shard, tensor = mesh_sizes(cfg)
     if num_processes() == 1:
         return Mesh()
@@ -138,30 +136,30 @@ def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
 
 @contextmanager
 def rank_zero_first():
-    """Rank 0 runs the block before the others do: the files that it downloads or writes are there for them."""
+    """Rank 0 runs the block first, so that the others find the files that it downloads or writes."""
     if not is_rank_zero():
         wait_for_all()
     yield
     if is_rank_zero():
         wait_for_all()
-    wait_for_all()  # the others' turn may take as long
+    wait_for_all()  # the others may take as long
 
 
 def checkpoint_layers(model: LayerSkipDecoder | Draft, every: int) -> None:
-    """Activation checkpointing of each `every`-th layer (0: none): the backward pass computes its activations again."""
+    """Checkpoint the activations of each `every`-th layer (0: none): the backward pass recomputes them."""
     for layer in range(every - 1, len(model.layers), every) if every else ():
         model.layers[layer] = checkpoint_wrapper(model.layers[layer])
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name as checkpoints have it, without the wrapper of activation checkpointing."""
+    """A parameter's name in checkpoints, without the activation checkpointing wrapper."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh, checkpoint_every: int) -> None:
-    """Cut a decoder on the meta device, in place, into the parts of the ranks: matrices first, then each rank's shards.
+    """Shard a decoder on the meta device in place, first by tensor parallelism, then by FSDP.
 
-    Activation checkpointing comes between the two, since a tensor-parallel plan names modules without wrappers.
+    Activation checkpointing comes in between, since a tensor-parallel plan names modules without wrappers.
     """
     if mesh.devices is not None and mesh.tensor > 1:
         plan = read_plan(cfg.tensor_parallel_plan)
@@ -185,14 +183,14 @@ def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights after a forward without backward: the optimizer and checkpoints want the shards."""
+    """Free gathered weights after a forward pass without backward: optimizer and checkpoints need the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters of each mesh: fused and foreach operations do not mix meshes."""
+    """Group parameters by mesh: fused and foreach operations cannot mix meshes."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
@@ -202,7 +200,7 @@ def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """`torch.nn.utils.clip_grad_norm_` for parameters of several meshes. Returns the norm over all of them."""
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    if not with_gradient:  # all layers with adapters were dropped
+    if not with_gradient:  # layer dropout skipped every layer with adapters
         return torch.zeros((), device=next(model.parameters()).device)
     groups = group_by_mesh(with_gradient)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]

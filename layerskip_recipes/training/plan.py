@@ -1,6 +1,6 @@
-"""What a training chooses for keys that are null, by the model and the machine: the configs `hf/*` leave all to it.
+"""Chooses the keys of a training that are null, by model and machine. The configs `hf/*` leave all of them null.
 
-A value in the config replaces the choice of its key, and the other choices follow from it.
+A value in the config replaces the choice of its key, and later choices take it into account.
 """
 
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ from layerskip_recipes.processes import num_processes
 if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
 
-SAMPLES_PER_STEP = 8  # for a given number of tokens, small steps teach most
-LONGEST = {"cpu": 512}  # tokens of a sample, where time is the limit and not memory
+SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
+LONGEST = {"cpu": 512}  # tokens per sample; time limits a CPU, not memory
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -29,12 +29,12 @@ ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_ad
 
 
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
-    """Choose the keys that are null, in this order: each one knows those before it."""
+    """Choose the keys that are null. The order matters: each choice uses those before it."""
     device = choices.device
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
 
-    # bf16 rounds small steps of the weights away, which adapters and a draft in fp32 do not have.
+    # bf16 rounds small steps of the weights away. Adapters and drafts are trained in fp32 anyway.
     dtype = choices.pick(
         "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
     )
@@ -44,7 +44,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         choices.chosen["optimizer"] = Component({"_component_": ROUNDING, **taken}, "optimizer")
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
 
-    # Elsewhere null is torchtune's "never truncate".
+    # For other tokenizers, null is torchtune's "never truncate".
     if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:
         choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
     length = choices.value("tokenizer.max_seq_len")
@@ -59,33 +59,33 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         width = cfg.meta_model.tok_embeddings.embedding_dim
         choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
     if cfg.early_exit_loss is not None:
-        drafts = max(round(cfg.num_layers / 5), 1)  # layers: enough to agree with the last layer, few enough to be fast
-        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(drafts - 1))
+        depth = max(round(cfg.num_layers / 5), 1)  # deep enough to agree with the last layer, and still fast
+        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(depth - 1))
 
 
 def full_learning_rate(width: int) -> float:
-    """3e-5 at the width of Llama 2 7B, as in the paper, and more for narrow models: (4096 / width)^1.5, at most 1e-3.
+    """3e-5 (4096 / width)^1.5, at most 1e-3: the paper's 3e-5 for Llama 2 7B, and more for narrower models.
 
-    The paper has 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 2.1e-5 and 8.5e-5.
+    The paper uses 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 2.1e-5 and 8.5e-5.
     """
     return min(float(f"{3e-5 * (4096 / width) ** 1.5:.2g}"), 1e-3)
 
 
 class TrainingMemory:
-    """What fits into nine tenths of a GPU's memory, or half of the machine's."""
+    """Estimates what fits into nine tenths of a GPU's memory, or half of the machine's."""
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
         model, adapters = cfg.meta_model, get_adapter_params(cfg.meta_model)
         draft = None if cfg.draft is None else cfg.draft.build(layerskip_decoder(model))
-        # Whether all weights are trained, and not only a draft or adapters.
+        # Whether all weights are trained, not just a draft or adapters.
         self.all_weights = draft is None and not adapters
         learned = [] if draft is not None else adapters.values() or model.parameters()
         self.trained = sum(parameter.numel() for parameter in learned)
         self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
 
     def room(self, dtype: str) -> int:
-        """The bytes that are left for activations."""
+        """Bytes left for activations."""
         if self.device.startswith("cuda") and torch.cuda.is_available():
             there = torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
         else:
@@ -94,11 +94,11 @@ class TrainingMemory:
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
         kept = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), chunk)
-        # Beside a model in bf16, too, a draft is in fp32: each weight with its gradient and two averages.
+        # A draft is always in fp32: each weight with its gradient and two averages.
         return there - (kept + 16 * self.of_draft) // num_processes()
 
     def recompute(self, dtype: str, length: int) -> bool | None:
-        """Whether a sample needs activation checkpointing; None if it does not fit even so."""
+        """Whether a sample needs activation checkpointing; None if it does not even fit with it."""
         room, model = self.room(dtype), self.cfg.meta_model
         return next((a for a in (False, True) if token_bytes(model, ITEMSIZE[dtype], a) * length <= room), None)
 
@@ -114,6 +114,6 @@ class TrainingMemory:
         return length
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
-        """How many samples fit, a power of two of at most 8."""
+        """The number of samples that fit: 1, 2, 4 or 8."""
         fits = self.room(dtype) // (token_bytes(self.cfg.meta_model, ITEMSIZE[dtype], recompute) * length)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))

@@ -1,4 +1,4 @@
-"""The description of a training run: for the metric logger, and for the run that resumes it."""
+"""What a run records about itself: metrics, and the settings that a resumed run must share."""
 
 import platform
 import subprocess
@@ -19,8 +19,8 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 log = utils.get_logger("INFO")
-# A resumed run must have the same values for these keys. The others (lr, logging, number of ranks, ...) may change, and
-# so may the settings of memory within these sections.
+# A resumed run must have the same values for these keys. Other keys may change, such as lr, logging or the number of
+# ranks, and within these sections the memory settings of FREE_SETTINGS.
 SAME_KEYS = {
     "model",
     "dtype",
@@ -44,7 +44,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
-    """The metric logger of a config, on rank 0 only. The log begins with config, versions and curriculum."""
+    """The config's metric logger, on rank 0 only. It first logs config, versions and curriculum."""
 
     def __init__(self, cfg: FinetuneConfig, total_steps: int) -> None:
         self._logger = None
@@ -57,34 +57,29 @@ class RunLog:
             self._logger.log_config(OmegaConf.create(logged | extra))
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
-        """Log the metrics of a step."""
         if self._logger is not None and metrics:
             self._logger.log_dict(metrics, step=step)
 
     def close(self) -> None:
-        """Flush and close the logger."""
         if self._logger is not None:
             self._logger.close()
 
 
 class LossMeans:
-    """The mean of each loss over the steps since the last line of the log, of an exit over the steps that trained it.
-
-    They stay on the device until a line is written.
-    """
+    """The mean of each loss since the last log line, over the steps that computed it. Sums stay on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps: dict[str, int] = {}
 
     def add(self, names: Sequence[str], losses: torch.Tensor) -> None:
-        """Take the losses of a step, [names]."""
+        """Add the losses of a step, [names]."""
         for name, loss in zip(names, losses.unbind(), strict=True):
             self.sums[name] = self.sums[name] + loss if name in self.sums else loss
             self.steps[name] = self.steps.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means, exits in order; the next ones begin anew."""
+        """The means, with exits in order. Starts anew."""
         names = sorted(self.sums, key=lambda name: (len(name), name))
         sums = torch.stack([self.sums[name] for name in names]).tolist()
         means = {name: value / self.steps[name] for name, value in zip(names, sums, strict=True)}
@@ -100,7 +95,7 @@ class LossMeans:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package, torch, torchtune, torchao and Python, and in a git checkout its commit."""
+    """The versions of this package and its main dependencies, and the commit of a git checkout."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
     found = {name: version(name) for name in names} | {"python": platform.python_version()}
     if (CHECKOUT / ".git").exists():
@@ -111,9 +106,9 @@ def versions() -> dict[str, str]:
 
 
 def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
-    """T, L and the exits whose loss is on, at the steps where that set first appears."""
+    """T, L, and each set of exits with the step at which it first has a loss."""
     sets: dict[str, list[int]] = {}
-    # A rotation has as many sets as its interval. The gradual curriculum changes L times up to T/2.
+    # A rotation has `interval` sets. The gradual curriculum changes L times up to T/2.
     changes = {-(-k * total_steps // (2 * num_layers)) for k in range(num_layers + 1)}
     gradual = loss.curriculum == "gradual"
     for step in sorted(changes) if gradual else range(min(total_steps, loss.interval)):
@@ -124,14 +119,14 @@ def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[s
 
 
 def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
-    """The settings and sizes that must be the same in a run that resumes this one."""
+    """The settings and sizes that a resumed run must share."""
     given = cfg.model_dump(include=SAME_KEYS)
     if len(cfg.dataset) == 1:
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
-    if adapter_names(cfg.meta_model) or cfg.draft:  # both belong to the weights that they were trained on
+    if adapter_names(cfg.meta_model) or cfg.draft:  # these only fit the weights that they were trained on
         fingerprint["checkpointer.checkpoint_dir"] = cfg.given_folder
-    fingerprint["optimizer._component_"] = cfg.optimizer.path  # another one cannot use its state
+    fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
@@ -150,7 +145,7 @@ def _without_free_settings(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first difference of two sections: its key, and both values, None where there is none."""
+    """The first difference of two sections: its key and both values, None for a missing one."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return key, before, now
     none = object()
@@ -159,20 +154,20 @@ def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ConfigError that names the change, if a resumed run would not be the same run."""
+    """Raises a ConfigError that names the first changed setting."""
     before = _without_free_settings(before)
     for key, value in now.items():
         noted = before.get(key)
         if key == STEPS:
             if noted != value and is_rank_zero():
                 log.warning(
-                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. Settings that "
-                    "depend on the run's length change from here on: the gradual curriculum, layer dropout's schedules "
-                    "exp and progressive, learning rate schedules"
+                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
+                    "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
+                    "progressive, learning rate schedules"
                 )
         elif noted != value:
             name, noted, value = _first_difference(key, noted, value)
             raise ConfigError(
-                f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run goes on as it "
-                "began; to start anew set resume_from_checkpoint=false and another output_dir"
+                f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run must keep its "
+                "settings; to start anew set resume_from_checkpoint=false and another output_dir"
             )

@@ -1,4 +1,4 @@
-"""StochasticAdamW: AdamW for weights in bf16, whose small steps are rounded at random in place of to the nearest."""
+"""StochasticAdamW: AdamW for bf16 weights with stochastic rounding, so that small steps are not lost."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,25 +7,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-SLICE = 2**24  # weights that are in fp32 at a time
+SLICE = 2**24  # weights converted to fp32 at a time
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW (arXiv 1711.05101) on weights, gradients and averages in bf16: 8 bytes per weight, where fp32 takes 16.
+    """AdamW (arXiv 1711.05101) on weights, gradients and averages in bf16: 8 bytes per weight instead of 16 in fp32.
 
-    Near 0.02 numbers in bf16 lie 1.2e-4 apart. Rounding to the nearest undoes a step of 2e-5; rounding up with a
-    probability of the fraction that is cut off moves the weight by 2e-5 on average. The averages are rounded alike:
-    with beta2 = 0.999 the second one changes by less than its precision. Weights in fp32 get plain AdamW.
+    Near 0.02, bf16 numbers lie 1.2e-4 apart, so rounding to the nearest undoes a step of 2e-5. Stochastic rounding
+    moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
+    than its precision. Weights in fp32 get plain AdamW.
 
-    The noise follows from the number of the step and of the weight: a resumed run draws the same, and so do the
-    processes that hold copies of a weight.
-
-    Args:
-        params: parameters, sharded or not, or groups of them.
-        lr: the learning rate.
-        betas: of the averages of the gradient and of its square.
-        eps: added to the root of the second average.
-        weight_decay: decoupled from the gradient.
+    The noise depends only on the numbers of step and parameter. So a resumed run draws the same noise, and so
+    do ranks that hold copies of a weight. The arguments mean what they mean in `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -40,7 +33,7 @@ class StochasticAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the weights that have a gradient."""
+        """Update the weights that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,7 +70,7 @@ def _update(
     group: dict[str, Any],
     noise: torch.Generator,
 ) -> None:
-    """One step of a slice, in fp32 (fp64 for weights in fp64)."""
+    """One step of a slice, computed in fp32 (fp64 for fp64 weights)."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     (beta1, beta2), lr = group["betas"], group["lr"]
     grad = grad.to(exact)
@@ -91,9 +84,9 @@ def _update(
 
 
 def round_into(target: torch.Tensor, value: torch.Tensor, noise: torch.Generator) -> None:
-    """Write values in fp32, which are overwritten, to a tensor in bf16, rounded at random without a bias."""
+    """Copy fp32 values to a tensor; into bf16 with unbiased stochastic rounding. Overwrites `value`."""
     if target.dtype is torch.bfloat16:
-        # bf16 is the upper half of fp32's bits: the noise carries into it with the probability of the lower half.
+        # bf16 is the upper half of fp32. Noise in the lower half carries over with the right probability.
         bits = value.view(torch.int32)
         bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
         bits &= -(1 << 16)

@@ -1,4 +1,4 @@
-"""Validation of every chosen exit while training: loss, perplexity, agreement with the last layer, and a warning."""
+"""Validation during training: loss, perplexity and agreement with the last layer of each chosen exit."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -24,8 +24,10 @@ log = utils.get_logger("INFO")
 
 
 class PadToRanks(Dataset):
-    """A dataset padded to a multiple of `ranks`, so that all processes run the same number of batches. The padding
-    repeats the first samples with masked labels, which do not count."""
+    """A dataset padded to a multiple of `ranks`, so that all ranks run equally many batches.
+
+    The padding repeats the first samples with masked labels.
+    """
 
     def __init__(self, dataset: IndexedErrorDataset, ranks: int) -> None:
         self.dataset = dataset
@@ -43,7 +45,7 @@ class PadToRanks(Dataset):
 
 
 class Validation:
-    """Measures every chosen exit on held-out data, and remembers the last layer's loss at the start."""
+    """Measures the chosen exits on held-out data, and remembers the last layer's first loss."""
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
@@ -65,7 +67,7 @@ class Validation:
             batch_size=cfg.batch_size_val or cfg.batch_size,
             sampler=sampler,
             collate_fn=collate,
-            generator=torch.Generator(),  # the global generator belongs to the training
+            generator=torch.Generator(),  # keep the global generator for training
         )
         self.count = min(len(self.batches), cfg.max_batches_val or len(self.batches))
 
@@ -76,26 +78,25 @@ class Validation:
     def measure(
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
-        """Quality of each exit, or of the draft, by the names of the log; warns if the last layer got worse by the
-        margin."""
+        """The log metrics of each exit or of the draft. Warns if the last layer got worse by more than the margin."""
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
         quality = quality_in_training(model, some, self.exits, device, self.mesh, key="dataset_val", draft=draft)
         batches.close()
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
-        if not final <= first * (1 + self.margin) and is_rank_zero():  # NaN too
+        if not final <= first * (1 + self.margin) and is_rank_zero():  # also true for NaN
             log.warning(
                 f"val_loss_final: {final:.4f} after step {step} is {final / first - 1:.1%} worse than at the "
-                f"start ({first:.4f}), more than val_loss_margin={self.margin}. Less early_exit_loss.scale, "
-                "layer_dropout.prob or lr keeps the last layer"
+                f"start ({first:.4f}), more than val_loss_margin={self.margin}. Lower early_exit_loss.scale, "
+                "layer_dropout.prob or lr to keep it"
             )
         if draft is None:
             names = ("loss", "perplexity", "agreement", "overlap")
             named = {f"val_{name}_exit_{e}": getattr(quality[e], name) for e in self.exits for name in names}
             return named | {"val_loss_final": final}
         named = {"val_agreement_draft": quality[0].agreement, "val_overlap_draft": quality[0].overlap}
-        if draft.vocabulary is None:  # else tokens outside have no probability
+        if draft.vocabulary is None:  # otherwise some labels have no probability
             named["val_loss_draft"] = quality[0].loss
         if quality[0].accepted_length is not None:
             named["val_accepted_length_draft"] = quality[0].accepted_length
@@ -111,7 +112,7 @@ def quality_in_training(
     draft: Draft | None = None,
     **options: Any,
 ) -> dict[int, ExitQuality]:
-    """`exit_quality` in eval mode over the batches of all ranks; the training goes on as if it had not been."""
+    """`exit_quality` in eval mode over the batches of all ranks. Leaves the training state as it was."""
     measured: list[torch.nn.Module] = [model] if draft is None else [model, draft]
     trained = [part for part in measured if part.training]
     for part in trained:

@@ -341,8 +341,8 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
             "draft.num_layers: 9 is more than the model's layers after layer 2. Allowed: 1..2; ",
         ),
         (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
-        (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing beside draft, "),
-        (["checkpointer.checkpoint_files=[]"], "draft: needs a model that stays as it is, and this one has no weights"),
+        (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing with draft, "),
+        (["checkpointer.checkpoint_files=[]"], "draft: needs a trained model, and this one has no weights"),
     ],
 )  # fmt: skip
 def test_mistakes(overrides, message, tmp_path, tokenizer_folder):
