@@ -78,7 +78,7 @@ class DraftStatistics:
     def measure(
         self, model: LayerSkipDecoder, exits: Sequence[int], vocabulary: Sequence[int], draft: Draft | None = None
     ) -> dict[str, Any] | None:
-        """The section "measured" of layerskip.json, for exits or a draft; None if nothing can be measured. Collective."""
+        """layerskip.json's section "measured", for exits or a draft; None if nothing can be measured. Collective."""
         early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
         batches = _first(self.validation.batches) if self.validation.on else list(self.recent)
         count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
