@@ -1,1 +1,1 @@
-"""`layerskip_benchmark`: methods of decoding, measured in turns. Imports evaluation and the rooms below."""
+"""`layerskip_benchmark` compares decoding methods. May import evaluation and the packages below it."""

@@ -1,4 +1,4 @@
-"""BenchmarkConfig: the keys of `layerskip_benchmark`, and what goes together."""
+"""BenchmarkConfig: the keys of `layerskip_benchmark` and the checks across keys."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,143 +23,142 @@ EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculatio
 
 
 class EarlyExitVariant(Section):
-    """Every token from an exit, without verification: fast, and another output."""
+    """Takes every token from an exit without verification, so the output changes."""
 
     early_exit: PositiveInt
-    """E: the number of layers that run for a token, 1 to L."""
+    """The exit E: each token runs through the first E of the L layers."""
 
 
 Variant = SelfSpeculation | EarlyExitVariant
 
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
-    """The sections by name. A null drops a variant that an extended config has."""
+    """Parse the sections by name. null drops a variant of the extended config."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f": {value!r} has nothing to compare. Allowed: sections by names; {EXAMPLE}")
+        raise ConfigError(f": {value!r} is not allowed. Allowed: named sections; {EXAMPLE}")
     variants: dict[str, Variant] = {}
     for name, section in value.items():
         if section is None:
             continue
         key = f"variants.{name}"
         if name == BASELINE or name in PEERS:
-            raise ConfigError(f"{key}: the name is taken. Allowed: any but {', '.join([BASELINE, *PEERS])}; {EXAMPLE}")
+            raise ConfigError(
+                f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
+            )
         if not isinstance(section, Mapping):
-            raise ConfigError(f"{key}: {section!r} is no section. Allowed: the keys of self_speculation; {EXAMPLE}")
-        if "early_exit" in section:
-            variants[name] = EarlyExitVariant.parse(section, key)
-        else:
-            variants[name] = SelfSpeculation.parse(section, key)
+            raise ConfigError(f"{key}: {section!r} is not a section. Allowed: the keys of self_speculation; {EXAMPLE}")
+        kind: type[EarlyExitVariant] | type[SelfSpeculation]
+        kind = EarlyExitVariant if "early_exit" in section else SelfSpeculation
+        variants[name] = kind.parse(section, key)
     return variants
 
 
 class FastestSetting(Section):
-    """Nothing to set: a trial finds the fastest setting."""
+    """Has no keys: a trial finds the fastest setting."""
 
 
 class LlamaCpp(Section):
-    """llama.cpp, by the package xllamacpp, on a CPU and for one prompt at a time."""
+    """llama.cpp through the package xllamacpp: CPU only, one prompt at a time."""
 
     gguf: Annotated[Text, Field(examples=["model.gguf"])]
-    """The file of the same model, in any precision; docs/serving.md says how it is made."""
+    """A GGUF file of the same model in any precision; docs/serving.md shows how to make one."""
     draft: Annotated[Text, Field(examples=["draft.gguf"])] | None = None
-    """The file of a draft, which is tried with 2, 4 and 6 tokens beside plain decoding."""
+    """A GGUF file of a draft model. The trial compares plain decoding with 2, 4 and 6 drafted tokens."""
 
-    def check_files(self) -> None:
-        """Raises a ConfigError for a file that is not there."""
-        for key in ("gguf", "draft"):
-            file = getattr(self, key)
+    def check_files(self) -> Iterator[str]:
+        for key, file in (("gguf", self.gguf), ("draft", self.draft)):
             if file is not None and not Path(file).is_file():
-                raise ConfigError(
-                    f"peers.llama_cpp.{key}: {file!r} is no file. Allowed: a GGUF file of this model; for example "
+                yield (
+                    f"peers.llama_cpp.{key}: {file!r} is not a file. Allowed: a GGUF file; for example "
                     f"peers.llama_cpp.{key}={'model' if key == 'gguf' else 'draft'}.gguf"
                 )
 
 
 class Peers(Section):
-    """Other libraries by their names."""
+    """Other libraries by name."""
 
     torchtune: FastestSetting | None = None
-    """Its own generation with its KV cache."""
+    """torchtune's `generate` with its KV cache."""
     transformers: FastestSetting | None = None
-    """`generate`."""
+    """transformers' `generate`."""
     transformers_early_exit: FastestSetting | None = None
-    """`generate(assistant_early_exit=E)` with 2, 4 and 6 drafts, from the exit of the first variant that has one and
-    from twice as deep an exit."""
+    """transformers' `generate(assistant_early_exit=E)` with 2, 4 and 6 drafted tokens. E is the exit of the first
+    variant that has one, or twice that exit."""
     llama_cpp: LlamaCpp | None = None
     """llama.cpp on a GGUF file."""
 
     @property
     def names(self) -> list[str]:
-        """Of those that run."""
         return [name for name in PEERS if getattr(self, name) is not None]
 
 
 def _parse_peers(value: Any) -> Any:
-    """A list of names stands for sections without keys; an empty one for nothing."""
+    """Turn a list of names into sections without keys, and an empty value into None."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = {name: {} for name in value}
     return None if value == {} else value
 
 
 class BenchmarkConfig(DecodingConfig):
-    """A checkpoint, prompts, and the methods of decoding that are compared."""
+    """A checkpoint, prompts, and the decoding methods to compare."""
 
     IGNORED: ClassVar = {**DecodingConfig.IGNORED, "benchmark": dict}  # this recipe always compares
     REFUSED: ClassVar = {
-        "exit_layer": "variants lists what is compared",
-        "stream": "it prints figures, no texts",
-        "output_file": "it keeps figures, no texts",
+        "exit_layer": "variants lists the methods",
+        "stream": "it prints figures, not texts",
+        "output_file": "it keeps figures, not texts",
         "on_bad_prompt": "it measures all prompts or none",
-        "system_prompt": "it has no conversation",
-        "log_level": "its log has a few lines only",
+        "system_prompt": "it holds no conversation",
+        "log_level": "it logs only a few lines",
         "tensor_parallel_plan": "it measures one device",
         "tensor_parallel_dim": "it measures one device",
     }
     REQUIRES: ClassVar = {"metrics": ("stop_strings",), "tune_extends": ("tune_file",)}
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
-    """What is compared with autoregressive decoding: sections like `self_speculation` by names of your own, or
-    `{early_exit: E}`, which takes every token from an exit. null drops one that an extended config has."""
+    """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
+    `{early_exit: E}` to take every token from exit E. null drops a variant of the extended config."""
     self_speculation: SelfSpeculation | None = None
-    """The only variant if there are no `variants`, so that a generation config can be measured as it is."""
+    """The only variant if `variants` is missing, so a generation config can be measured unchanged."""
     peers: Annotated[
         Peers | None,
         BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),
         Field(examples=["[torchtune]"]),
     ] = None
-    """Other libraries on the same model: a list of names, or sections by names. One that is not installed, or cannot do
-    what the config asks for, is left out."""
+    """Other libraries to run on the same model: a list of names, or sections by name. A library that is not installed or
+    does not support the config is left out."""
     temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
-    """Each is a measurement of its own, with a table of its own. The default is [0.0, 0.8]."""
+    """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
-    """The only temperature if there are no `temperatures`, so that a generation config can be measured as it is."""
+    """The only temperature if `temperatures` is missing, so a generation config can be measured unchanged."""
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
-    """At most so many new tokens for each prompt."""
+    """The maximum number of new tokens per prompt."""
     repeats: PositiveInt = 3
-    """How often all prompts are decoded by each method; the medians count, and the ranges are reported."""
+    """How many times each method decodes all prompts. The report has the median and the range."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
-    """How near outputs come to the prompts' references."""
+    """Scores of the outputs against the prompts' references."""
     random_weights: Flag = False
-    """What will rounds cost, before there is a checkpoint? Weights and prompt are random, and neither checkpoint nor
-    tokenizer is read. Reported are the times, and the speed-up that acceptances of .5, .7 and .9 would bring."""
+    """Measure the cost of rounds without a checkpoint or tokenizer: weights and prompts are random. The report has the
+    times, and the speed-ups at accept rates of 0.5, 0.7 and 0.9."""
     prompt_tokens: PositiveInt = 128
-    """The length of the random prompt of `random_weights`."""
+    """The length of each random prompt, for `random_weights`."""
     tune: Literal[True, False, "grid"] = False
-    """`true` predicts the speed of every exit, draft length, draft vocabulary and, compiled for a CPU, int8 drafts, and
-    measures the best few in place of the variants; with a trained draft, `self_speculation.draft`, its lengths and
-    precisions. `grid` measures all lengths of every exit. Writes tune.json (grid.json) and .md, and a picture."""
+    """`true` predicts the speed of every exit, draft length and draft vocabulary (and of int8 drafts if compiled for a
+    CPU), then measures the best few instead of `variants`. With a trained draft in `self_speculation.draft`, it chooses
+    the draft's length and precision. `grid` measures each exit with six draft lengths. Writes tune.json or grid.json, a
+    table in .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
-    """With `tune`: the generation config that the written config extends; null writes none."""
+    """The generation config that the tuned config extends. null: `tune` writes no config."""
     tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
-    """Where the config of the fastest way goes; the default is tuned.yaml in `report_dir`."""
+    """Where to write the tuned config; the default is tuned.yaml in `report_dir`."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
-    """The folder of benchmark.json, a table in benchmark.md, and tuned.yaml; required but with `random_weights`."""
+    """The folder for benchmark.json, benchmark.md and tuned.yaml. Required except with `random_weights`."""
     picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
-    """A bar chart of tokens per second, or the heat map of a grid. With `tune` the file is called tune or grid."""
+    """A bar chart of tokens per second; a heat map with `tune=grid`. With `tune` the file is named tune or grid."""
 
     @property
     def compared(self) -> dict[str, Variant]:
-        """The variants by name; none where `tune` chooses them when the model is loaded."""
+        """The variants by name; empty with `tune`, which chooses them after loading the model."""
         if self.tune:
             return {}
         return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
@@ -171,28 +170,24 @@ class BenchmarkConfig(DecodingConfig):
         return given if self.tune and given is not None and given.draft is not None else None
 
     def key_of(self, variant: str) -> str:
-        """The key of a variant, for messages."""
         return f"variants.{variant}" if self.variants else "self_speculation"
 
     @property
     def all_temperatures(self) -> list[float]:
-        """The temperatures, in the order of their tables."""
         given = self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
         return list(dict.fromkeys(given))
 
     @property
-    def writes_choice(self) -> bool:
-        """Whether a generation config is written with what was fastest."""
-        return bool(self.tune) and self.tune_extends is not None
-
-    @property
-    def tuned_path(self) -> Path:
-        """Where the config of the fastest way goes."""
+    def tuned_path(self) -> Path | None:
+        """Where the tuned config goes; None if no config is written."""
+        if not self.tune or self.tune_extends is None:
+            return None
         return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
 
     def check_together(self) -> Iterator[str]:
         yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
-        yield from mistakes_of(self._check_what_is_compared)
+        yield from self._check_methods()
+        # Each variant against the model.
         model = layerskip_decoder(self.meta_model)
         for name, variant in self.compared.items():
             key = self.key_of(name)
@@ -204,62 +199,49 @@ class BenchmarkConfig(DecodingConfig):
         if self.tuned_draft is not None:
             yield from mistakes_of(self.tuned_draft.check_against, model)
         if self.random_weights:
-            yield from mistakes_of(self._check_random_weights)
+            for key in ("peers", "metrics", "tune"):
+                if value := getattr(self, key):
+                    yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
             return
+        # Checkpoint, files and prompts.
         if self.report_dir is None:
             yield "report_dir: None is not allowed. Allowed: text; for example report_dir=benchmark"
         if self.is_conversation:
             yield (
-                f"prompt: {self.prompt!r} is a conversation, and layerskip_benchmark has none. Allowed: texts; for "
-                'example prompt=["def main(", "import os"]'
+                f"prompt: {self.prompt!r} is a conversation, which layerskip_benchmark does not support. Allowed: "
+                'texts; for example prompt=["def main(", "import os"]'
             )
         yield from mistakes_of(check_checkpointer, self)
         if self.peers is not None and self.peers.llama_cpp is not None:
-            yield from mistakes_of(self.peers.llama_cpp.check_files)
-        yield from mistakes_of(self._check_chooser, len(model.layers))
+            yield from self.peers.llama_cpp.check_files()
+        if self.tune:
+            yield from mistakes_of(self._check_tune, len(model.layers))
         yield from mistakes_of(self.check_prompts)
 
-    def _check_what_is_compared(self) -> None:
-        """Raises a ConfigError if nothing is compared, or a key of a generation config stands beside ours."""
-        peers = self.peers is not None and self.peers.names
-        if not (self.variants or self.self_speculation or self.tune or peers):
-            raise ConfigError(
-                f"variants: {self.variants or None} has nothing to compare. Allowed: sections by names, or peers; "
-                f"{EXAMPLE}"
-            )
+    def _check_methods(self) -> Iterator[str]:
+        if not (self.variants or self.self_speculation or self.tune or (self.peers and self.peers.names)):
+            yield f"variants: {self.variants or None} has nothing to compare. Allowed: sections, or peers; {EXAMPLE}"
         if self.variants and self.self_speculation is not None and not self.tune:
-            raise ConfigError(
-                f"self_speculation: {self.self_speculation!r} is not honoured beside variants, which lists what is "
-                "compared. Set self_speculation=null"
+            yield (
+                f"self_speculation: {self.self_speculation!r} has no effect beside variants. Set self_speculation=null"
             )
         if self.tune and self.quantizer is not None:
-            raise ConfigError(
-                "quantizer: tune chooses drafts for a checkpoint as it is. Set quantizer=null or tune=false"
-            )
+            yield "quantizer: tune only supports an unquantised checkpoint. Set quantizer=null or tune=false"
         if self.temperatures is not None and self.temperature is not None:
-            raise ConfigError(
-                f"temperature: {self.temperature} is not honoured: temperatures lists them. Set temperature=null"
-            )
+            yield f"temperature: {self.temperature} has no effect: temperatures lists them. Set temperature=null"
 
-    def _check_random_weights(self) -> None:
-        """Raises a ConfigError for what needs a checkpoint or texts."""
-        for key in ("peers", "metrics", "tune"):
-            if value := getattr(self, key):
-                raise ConfigError(f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null")
-
-    def _check_chooser(self, num_layers: int) -> None:
-        """Raises a ConfigError for settings of `tune` that do not go together."""
-        if self.tune and num_layers < 4:
-            raise ConfigError(f"tune: a model of {num_layers} layers has nothing to choose. Set tune=false")
-        if not self.tune or self.tune_extends is None:
+    def _check_tune(self, num_layers: int) -> Iterator[str]:
+        if num_layers < 4:
+            yield f"tune: a model of {num_layers} layers has too few exits to choose from. Set tune=false"
+        if self.tuned_path is None or self.tune_extends is None:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
-            raise ConfigError(f"tune_extends: {self.tune_extends} is the file that is written. Give another tune_file")
+            yield f"tune_extends: the tuned config would replace {self.tune_extends}. Give another tune_file"
         try:
             model = [f"model_dir={self.model_dir}"] if self.model_dir else []
             GenerateConfig.load(load_config(self.tune_extends, model))
         except ValueError as e:
-            raise ConfigError(
-                f"tune_extends: {self.tune_extends} is no generation config that works ({e}). For example "
+            yield (
+                f"tune_extends: {self.tune_extends} is not a valid generation config ({e}). For example "
                 "tune_extends=quickstart/generate"
-            ) from e
+            )

@@ -1,7 +1,7 @@
-"""llama.cpp on a GGUF file: the server of the package xllamacpp in a process of its own, for the benchmark.
+"""Runs llama.cpp on a GGUF file for the benchmark: xllamacpp's server in its own process.
 
-In this process it would slow down both: it shares the OpenMP library of compiled steps, whose threads sleep between
-products, instead of waiting for the next, as soon as there are more of them than processors.
+In one process, both engines would share an OpenMP library. With more threads than processors, its threads sleep between
+matrix products and slow both engines down.
 """
 
 import json
@@ -20,30 +20,31 @@ SERVER = Path(__file__).with_name("llama_cpp_server.py")
 
 
 class LlamaCppServer:
-    """A server for one prompt at a time, with `room` tokens for it and its answer; it ends with this process.
+    """A server that decodes one prompt at a time and ends with this process.
 
-    `gguf` and `draft` are files. A server that does not start raises a RuntimeError with its last line.
+    `room` is the number of tokens for a prompt and its answer. If the server does not start, RuntimeError has the last
+    line of its stderr.
     """
 
     def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
         self.room = room
         command = [sys.executable, str(SERVER), json.dumps([gguf, room, threads, draft, num_speculations])]
-        with tempfile.TemporaryFile("w+") as said:
-            # Its stdin ends with this process, and it with its stdin.
+        with tempfile.TemporaryFile("w+") as errors:
+            # The server exits when its stdin closes, which happens when this process ends.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
             lines: Any = self.process.stdout
             self.address = next((line.strip() for line in lines if line.startswith("http")), None)
             if self.address is None:
-                said.seek(0)
-                raise RuntimeError((said.read().strip().splitlines() or ["llama.cpp did not start"])[-1])
+                errors.seek(0)
+                raise RuntimeError((errors.read().strip().splitlines() or ["llama.cpp did not start"])[-1])
 
     def complete(
         self, prompt: Sequence[int], limit: int, sampler: Sampler, seed: int, ignore_end: bool
     ) -> tuple[list[int], GenerationStats]:
-        """At most `limit` new tokens, with the server's times; `ignore_end` goes on after the file's end of text."""
-        asked = {
+        """Up to `limit` new tokens, and the server's times. `ignore_end` ignores the GGUF file's end-of-text token."""
+        request = {
             "prompt": [*prompt],
             "n_predict": limit,
             "temperature": 0.0 if sampler.greedy else sampler.temperature,
@@ -51,20 +52,15 @@ class LlamaCppServer:
             "top_p": sampler.top_p or 1.0,
             "min_p": sampler.min_p or 0.0,
             "repeat_penalty": sampler.repetition_penalty,
-            "repeat_last_n": self.room,  # the whole text, as ours
+            "repeat_last_n": self.room,  # the whole text, like our sampler
             "seed": seed,
             "ignore_eos": ignore_end,
             "cache_prompt": False,
             "return_tokens": True,
         }
-        url, kind = f"{self.address}/completion", {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode(), kind)) as answer:
-            found = json.load(answer)
-        times = found["timings"]
-        stats = GenerationStats(
-            tokens=len(found["tokens"]),
-            first_tokens=1,
-            prefill_s=times["prompt_ms"] / 1000,
-            decode_s=times["predicted_ms"] / 1000,
-        )
-        return found["tokens"], stats
+        url, headers = f"{self.address}/completion", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(request).encode(), headers)) as response:
+            reply = json.load(response)
+        tokens, times = reply["tokens"], reply["timings"]
+        prefill_s, decode_s = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        return tokens, GenerationStats(tokens=len(tokens), first_tokens=1, prefill_s=prefill_s, decode_s=decode_s)

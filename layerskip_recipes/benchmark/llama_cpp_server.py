@@ -1,4 +1,4 @@
-"""The server of llama_cpp.py, a program of its own: it imports nothing of this package, which would take seconds."""
+"""The program that llama_cpp.py starts. It imports nothing from this package, because that would take seconds."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def serve(gguf: str, room: int, threads: int, draft: str | None, num_speculations: int) -> None:
-    """Print the address of a server on stdout, and let it run until stdin ends."""
+    """Start a server, print its address on stdout, and run until stdin closes."""
     import xllamacpp  # an optional dependency
 
     params: Any = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # any free port
+    params.model.path, params.n_ctx, params.port, params.verbosity = gguf, room, 0, 0  # port 0: any free port
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     if draft is not None:
         kinds, drafting = xllamacpp.common_speculative_type, params.speculative.draft

@@ -1,7 +1,7 @@
-"""Runs several decoding methods in turns, and records the outputs and times of each on each batch of prompts.
+"""Runs decoding methods in turns and records the outputs and times of each method on each batch of prompts.
 
-For each repeat and each batch all methods decode one after the other, so that a machine that gets slower or faster does
-so for all of them. Compilation counts in `compile_s` only.
+All methods decode a batch before the next batch starts, so changes in the machine's speed affect all of them.
+Compilation counts only in `compile_s`.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torchtune import utils
 
-from layerskip_recipes.benchmark.peers import Peer, Rows, first_line
+from layerskip_recipes.benchmark.peers import Peer, Rows, short_error
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -24,14 +24,14 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
 
-# A fixed way of drafting is measured, also where plain decoding would be faster.
+# Always draft: without this the engine would skip drafting where plain decoding is faster.
 _always_drafting = partial(DiscountedUCB, plain=False)
-Method = int | Speculation | Peer | None  # an exit without verification, drafts, another library, or the whole model
+Method = int | Speculation | Peer | None  # early exit, self-speculation, another library, autoregressive
 
 
 @dataclass
 class Run:
-    """Outputs and statistics of one method on one batch of prompts in one repeat."""
+    """The result of one method on one batch in one repeat."""
 
     repeat: int
     outputs: list[list[int]]
@@ -39,29 +39,27 @@ class Run:
 
     @property
     def loops(self) -> int:
-        """Outputs that end in a loop."""
+        """The number of outputs that end in a loop."""
         return sum(map(is_looping, self.outputs))
 
 
 def longest_prompt(prompts: Rows) -> int:
-    """Tokens of the longest prompt."""
     return max(map(len, prompts))
 
 
 @dataclass
 class Turns:
-    """Runs the methods on the same batches with the same settings."""
+    """Runs all methods on the same batches with the same settings."""
 
     model: LayerSkipDecoder  # in eval mode
-    batches: Sequence[Rows]  # prompts that are decoded together
-    limit: int  # new tokens of a prompt, at most
-    sampler: Callable[[float, torch.Generator | None], Sampler]  # of a temperature
+    batches: Sequence[Rows]
+    limit: int  # maximum number of new tokens per prompt
+    sampler: Callable[[float, torch.Generator | None], Sampler]  # makes the sampler for a temperature
     stop_tokens: Sequence[int]
     compile: bool
-    reserve: int  # slots of the cache: one size for all methods, since compiled steps are made for a size
-    seed: int  # of the first batch; all methods draw the same numbers, and other ones in each repeat
-    # A generation ends so many tokens before its limit. With the longest draft's length the limit cuts no round short.
-    spare_tokens: int = 0
+    reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
+    seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
+    spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
     choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(_always_drafting))
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
@@ -69,7 +67,7 @@ class Turns:
     def decode(
         self, method: Method, temperature: float, batch: Rows, seed: int, choice: DiscountedUCB | None = None
     ) -> tuple[list, GenerationStats]:
-        """One batch by one method: the new tokens of each row, and the counts and times."""
+        """Decode one batch: the new tokens of each row, and the statistics."""
         if isinstance(method, Peer):
             return method.decode(batch, self.sampler(temperature, None), seed)
         rng = torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
@@ -93,11 +91,11 @@ class Turns:
         return generation.generated, generation.stats
 
     def take(self, methods: dict[str, Method], temperature: float, repeats: int) -> Iterator[dict[str, Run]]:
-        """A warm-up of each method, which yields {}, then the runs of each batch by name, in each repeat.
+        """Yield {} after the warm-up, then the runs by method name for each batch of each repeat.
 
-        A peer that fails is taken out of `methods`, and noted in `failed`.
+        A peer that fails is removed from `methods` and recorded in `failed`.
         """
-        # Warm up at two lengths: torch compiles again for the second one, and from then on for any.
+        # Warm up with two prompt lengths: for the second, torch compiles again, with dynamic shapes.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
             self._turn(methods, temperature, batch, 0, self.seed)
         yield {}
@@ -108,17 +106,16 @@ class Turns:
     def _turn(
         self, methods: dict[str, Method], temperature: float, batch: Rows, repeat: int, seed: int
     ) -> dict[str, Run]:
-        """One batch by every method."""
         runs = {}
         for name, method in list(methods.items()):
             try:
                 choice = self.choices[temperature, name]
                 runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, choice))
-            except Exception as e:  # another library may fail in any way, and ours are measured without it
+            except Exception as e:  # a peer can raise anything, and the other methods go on
                 if not isinstance(method, Peer):
                     raise
                 del methods[name]
-                self.failed[name] = f"{first_line(e)}, at temperature {temperature}"
+                self.failed[name] = f"{short_error(e)}, at temperature {temperature}"
                 log.warning("peers: %s is left out (%s)", name, self.failed[name])
             else:
                 self.compile_s[temperature, name] += runs[name].stats.compile_s

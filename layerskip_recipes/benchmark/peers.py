@@ -1,13 +1,13 @@
-"""Other decoders on the same model, for the benchmark: torchtune's, transformers' and llama.cpp's own generation.
+"""Other libraries on the same model: torchtune's, transformers' and llama.cpp's own generation.
 
-Peers are timed like our engine: tokens after the first ones, per second after the first ones. A timer notes when the
-first new tokens are there. torchtune calls `custom_generate_next_token` first for the second token, and transformers
-calls a stopping criterion after the first tokens, so no second call has to be made and subtracted. Assisted decoding
-drafts before its prefill and gets several tokens from it: neither these tokens nor their time count.
+Peers are timed like our engine: tokens after the first ones, per second of decoding. PeerTimer notes when the first new
+tokens exist: torchtune calls `custom_generate_next_token` first for the second token, and transformers calls a stopping
+criterion after the first tokens. Assisted decoding gets several tokens from its prefill; neither they nor their time
+count.
 
-Short trials find each peer's fastest setting at each temperature: early exit drafts 2, 4 or 6 tokens from two exits,
-llama.cpp drafts as many or none, and the fastest of these also runs compiled. Weights, dtype, device and threads are
-ours; llama.cpp's weights are those of its GGUF file.
+Short trials find each peer's fastest setting at each temperature. Early exit tries 2, 4 and 6 drafted tokens from two
+exits, and llama.cpp tries the same lengths and no drafts. The fastest setting also runs compiled. Weights, dtype,
+device and thread count are ours; only llama.cpp reads its own weights from a GGUF file.
 """
 
 import importlib.util
@@ -32,47 +32,45 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 log = utils.get_logger("INFO")
 
 Rows = Sequence[Sequence[int]]
-# (prompts, sampler, seed) -> the new tokens of each row, and the counts and times.
+# (prompts, sampler, seed) -> the new tokens of each row, and the statistics.
 Decode = Callable[[Rows, Sampler, int], tuple[list[list[int]], GenerationStats]]
-LENGTHS = (2, 4, 6)  # drafted tokens that are tried
+LENGTHS = (2, 4, 6)  # draft lengths to try
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What all peers decode."""
+    """The model, prompts and limits that all peers share."""
 
     model_section: Component
     checkpointer: Component
-    model: LayerSkipDecoder  # ours, whose weights torchtune's decoder shares
+    model: LayerSkipDecoder  # torchtune's decoder shares its weights
     prompts: Rows  # the first batch, for trials
-    max_prompt: int  # tokens of the longest of all prompts
-    limit: int  # new tokens, at most
+    max_prompt: int  # length of the longest prompt
+    limit: int  # maximum number of new tokens
     stop_tokens: Sequence[int]
-    exits: Sequence[int]  # from which transformers_early_exit drafts in its trials
-    gguf: tuple[str, str | None] | None = None  # the files of llama.cpp: the model, and a draft if there is one
-    quantised: bool = False  # our model's weights are not those of the checkpoint
+    exits: Sequence[int]  # exits that transformers_early_exit tries
+    gguf: tuple[str, str | None] | None = None  # llama.cpp's files: model and draft model
+    quantised: bool = False
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
         return self.model.tok_embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model."""
         return self.model.tok_embeddings.weight.dtype
 
     @cached_property
     def transformers_model(self) -> Any:
-        """The checkpoint as transformers loads it, once for both of its peers."""
-        import transformers  # seconds to import, and only for these peers
+        """The checkpoint loaded by transformers, shared by its two peers."""
+        import transformers  # takes seconds to import
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(weights_folder(self.checkpointer)), dtype=self.dtype
         )
-        # Without the checkpoint's own defaults: each call gives all settings.
+        # Drop the checkpoint's own defaults: each call gives all settings.
         model.generation_config = transformers.GenerationConfig()
         return model.to(self.device).eval()
 
@@ -84,7 +82,7 @@ class Job:
 
 
 class PeerTimer:
-    """When a call started, when its first new tokens were there, how many these were, and when it ended."""
+    """Splits the time of a call at its first new tokens."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -92,20 +90,15 @@ class PeerTimer:
         self.started = self.first_at = self._now()
 
     def first(self, count: int) -> None:
-        """`count` tokens of all rows are there. Later calls change nothing."""
+        """Note that the batch has its first `count` new tokens; later calls are ignored."""
         if self.count is None:
             self.count, self.first_at = count, self._now()
 
     def stats(self, outputs: list[list[int]]) -> GenerationStats:
-        """End the call."""
         ended = self._now()
         self.first(len(outputs))
-        return GenerationStats(
-            tokens=sum(map(len, outputs)),
-            first_tokens=self.count or 0,
-            prefill_s=self.first_at - self.started,
-            decode_s=ended - self.first_at,
-        )
+        prefill_s, decode_s = self.first_at - self.started, ended - self.first_at
+        return GenerationStats(sum(map(len, outputs)), self.count or 0, prefill_s=prefill_s, decode_s=decode_s)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -114,18 +107,18 @@ class PeerTimer:
 
 
 def left_padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, int]:
-    """[b, s] prompts, and the id that pads them: one that no prompt has, since torchtune takes each for padding."""
+    """The prompts [b, s] and a padding id that no prompt contains, because torchtune masks every such token."""
     width = max(map(len, rows))
     used = {token for row in rows for token in row}
     pad = next(token for token in range(len(used) + 1) if token not in used)
     return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device), pad
 
 
-# ---- the peers: how each decodes, as it is or compiled ----
+# ---- one decoder per library ----
 
 
 def torchtune_decoder(job: Job, compiled: bool) -> Decode:
-    """`torchtune.generation.generate` with its KV cache; it samples by temperature and top_k only."""
+    """`torchtune.generation.generate` with its KV cache; it supports only temperature and top_k."""
     with training.set_default_dtype(job.dtype), job.device:
         model = job.model_section.build()
         model.load_state_dict(job.model.state_dict(), assign=True)  # the same tensors, no copy
@@ -134,8 +127,7 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
     next_token = torch.compile(generate_next_token) if compiled else generate_next_token
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
-        filters = not sampler.greedy and (sampler.top_p or sampler.min_p)
-        if filters or sampler.penalises:
+        if sampler.penalises or (not sampler.greedy and (sampler.top_p or sampler.min_p)):
             raise ValueError("torchtune has no top_p, min_p or repetition_penalty")
         tokens, pad = left_padded(rows, job.device)
         torch.manual_seed(seed)
@@ -146,37 +138,37 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
             timer.first(len(rows))
             return next_token(*args, **kwargs)
 
-        found, _ = torchtune_generate(
+        generated, _ = torchtune_generate(
             model,
             tokens,
             max_generated_tokens=job.limit,
             pad_id=pad,
-            # torchtune's temperature 0 is 1e-5, which can still take another token. Top 1 alone cannot.
+            # torchtune turns temperature 0 into 1e-5, which can still sample another token; top_k=1 cannot.
             temperature=1.0 if sampler.greedy else sampler.temperature,
             top_k=1 if sampler.greedy else sampler.top_k,
             stop_tokens=list(job.stop_tokens),
             custom_generate_next_token=timed_next_token,
         )
-        outputs = job.outputs(found, tokens.shape[1])
+        outputs = job.outputs(generated, tokens.shape[1])
         return outputs, timer.stats(outputs)
 
     return decode
 
 
 def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
-    """`generate` of transformers, compiled with the static cache that compiling needs."""
-    from transformers import CompileConfig, GenerationConfig  # seconds to import, and only for this peer
+    """transformers' `generate`; the compiled version uses a static cache."""
+    from transformers import CompileConfig, GenerationConfig  # takes seconds to import
 
     if compiled:
-        how: Any = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
-        how._compile_all_devices = True  # transformers compiles on GPUs only otherwise
-        # One size of the cache for all prompts: another size would be compiled again.
+        compile_config: Any = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
+        compile_config._compile_all_devices = True  # otherwise transformers compiles only on GPUs
+        # All prompts share one cache size, because each size is compiled separately.
         size = job.max_prompt + job.limit
-        settings |= {"cache_implementation": "static", "max_cache_len": size, "compile_config": how}
+        settings |= {"cache_implementation": "static", "max_cache_len": size, "compile_config": compile_config}
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
         tokens, pad = left_padded(rows, job.device)
-        asked = GenerationConfig(
+        generation_config = GenerationConfig(
             max_new_tokens=job.limit,
             eos_token_id=list(job.stop_tokens) or None,
             pad_token_id=pad,
@@ -186,7 +178,7 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
         )
         if not sampler.greedy:
             filters = {"top_k": sampler.top_k or 0, "top_p": sampler.top_p or 1.0, "min_p": sampler.min_p}
-            asked.update(temperature=sampler.temperature, **filters)
+            generation_config.update(temperature=sampler.temperature, **filters)
         torch.manual_seed(seed)
         timer = PeerTimer(job.device)
         never = torch.zeros(len(rows), dtype=torch.bool, device=job.device)
@@ -195,20 +187,20 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
             timer.first((input_ids.shape[1] - tokens.shape[1]) * len(rows))
             return never
 
-        found = job.transformers_model.generate(
+        generated = job.transformers_model.generate(
             tokens,
             attention_mask=(tokens != pad).long(),
-            generation_config=asked,
+            generation_config=generation_config,
             stopping_criteria=[note_first_tokens],
         )
-        outputs = job.outputs(found, tokens.shape[1])
+        outputs = job.outputs(generated, tokens.shape[1])
         return outputs, timer.stats(outputs)
 
     return decode
 
 
 def early_exit_decoder(job: Job, compiled: bool, exit_layer: int, length: int) -> Decode:
-    """`generate(assistant_early_exit=E)` with drafts of a constant length, its fastest schedule."""
+    """`generate(assistant_early_exit=E)` with a constant draft length, its fastest schedule."""
     decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
     schedule = {
         "num_assistant_tokens": length,
@@ -217,7 +209,7 @@ def early_exit_decoder(job: Job, compiled: bool, exit_layer: int, length: int) -
     }
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
-        # transformers reads these from the assistant's defaults, and here the assistant is the model itself.
+        # transformers reads these from the assistant's defaults, and the assistant is the model itself.
         defaults = job.transformers_model.generation_config
         vars(defaults).update(schedule)
         try:
@@ -229,7 +221,7 @@ def early_exit_decoder(job: Job, compiled: bool, exit_layer: int, length: int) -
 
 
 def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
-    """llama.cpp's server on the processor, one prompt at a time; with a length it drafts."""
+    """llama.cpp's server on the CPU, with drafts of `length` tokens if length > 0."""
     if job.device.type != "cpu" or len(job.prompts) > 1:
         raise ValueError("it decodes one prompt at a time on a CPU here")
     assert job.gguf is not None  # peers.llama_cpp requires it
@@ -250,7 +242,7 @@ def _one(job: Job) -> dict[str, dict[str, int]]:
 
 def _exits_and_lengths(job: Job) -> dict[str, dict[str, int]]:
     if not job.exits:
-        raise ValueError("it drafts from the exit_layer of the first variant that has one, and none has one")
+        raise ValueError("it uses the exit_layer of the first variant that has one, and none has one")
     return {f"exit {e}, {n} drafts": {"exit_layer": e, "length": n} for e in job.exits for n in LENGTHS}
 
 
@@ -261,12 +253,11 @@ def _lengths(job: Job) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class PeerKind:
-    """What a name in `peers` stands for: the package that it needs, `decoder(job, compiled, **arguments)`, which makes
-    the function that decodes, and `settings(job)`, the arguments to try by their names."""
+    """How to run one peer."""
 
     package: str
-    decoder: Callable[..., Decode]
-    settings: Callable[[Job], dict[str, dict[str, int]]] = _one
+    decoder: Callable[..., Decode]  # (job, compiled, **arguments)
+    settings: Callable[[Job], dict[str, dict[str, int]]] = _one  # arguments to try, by the name of the setting
     compiles: bool = True
 
 
@@ -283,30 +274,30 @@ PEERS: dict[str, PeerKind] = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer in the setting that won its trial; `trial` has each setting's tokens per second, or why it failed."""
+    """A peer in its fastest setting."""
 
     decode: Decode
     setting: str
-    trial: dict[str, float | str]
+    trial: dict[str, float | str]  # each setting's tokens per second, or its error
 
 
 def find_peers(
     names: Sequence[str], job: Job, sampler: Sampler, compile: bool
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that can do what the config asks for, each in its fastest setting; and why the others do not run."""
+    """The peers that support the config, each in its fastest setting, and the reasons of the others."""
     found, left_out = {}, {}
     for name in names:
         try:
             check_same_model(PEERS[name].package, job.checkpointer, job.quantised)
             found[name] = fastest_setting(PEERS[name], job, sampler, compile)
-        except Exception as e:  # another library may fail in any way, and the other methods are measured without it
-            left_out[name] = first_line(e)
+        except Exception as e:  # a peer can raise anything, and the other methods go on
+            left_out[name] = short_error(e)
             log.warning("peers: %s is left out (%s)", name, left_out[name])
     return found, left_out
 
 
 def check_same_model(package: str, checkpointer: Component, quantised: bool = False) -> None:
-    """Raises a ValueError if a peer would run another model than ours, because of adapters or a quantizer."""
+    """Raise ValueError if a peer would run a different model than ours because of adapters or a quantizer."""
     if quantised and package != "xllamacpp":
         raise ValueError("it would run the weights without quantizer")
     if checkpointer.get("adapter_checkpoint") is not None:
@@ -314,13 +305,12 @@ def check_same_model(package: str, checkpointer: Component, quantised: bool = Fa
     folder = weights_folder(checkpointer)
     if package == "transformers" and folder and (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"it would add the adapters in {folder} to weights that have them; `layerskip export` leaves them out"
+            f"it would add the adapters in {folder} to weights that contain them; `layerskip export` removes them"
         )
 
 
 def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -> Peer:
-    """The fastest of a peer's settings on the first prompts, which is then tried compiled; the first call of each is a
-    warm-up."""
+    """Try each setting on the first batch, then the fastest one compiled."""
     if importlib.util.find_spec(kind.package) is None:
         raise ModuleNotFoundError(f"{kind.package} is not installed")
     settings, found = kind.settings(job), dict[str, Decode]()
@@ -329,11 +319,11 @@ def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -
     def try_out(setting: str, compiled: bool, arguments: dict[str, int]) -> None:
         try:
             found[setting] = kind.decoder(job, compiled, **arguments)
-            for _ in range(2):
+            for _ in range(2):  # the first call is a warm-up
                 _, stats = found[setting](job.prompts, sampler, 0)
             trial[setting] = rates[setting] = stats.tokens_per_second or 0.0
-        except Exception as e:  # such as a machine without a compiler
-            trial[setting] = first_line(e)
+        except Exception as e:  # for example, no compiler
+            trial[setting] = short_error(e)
 
     for setting, arguments in settings.items():
         try_out(setting, False, arguments)
@@ -347,6 +337,6 @@ def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -
     return Peer(found[fastest], fastest, trial)
 
 
-def first_line(error: Exception) -> str:
+def short_error(error: Exception) -> str:
     """The type and the first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

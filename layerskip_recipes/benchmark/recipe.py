@@ -1,7 +1,7 @@
-"""`tune run layerskip_benchmark`: autoregressive decoding, variants of self-speculation and other libraries, compared.
+"""`tune run layerskip_benchmark` compares autoregressive decoding, self-speculation and other libraries.
 
-One process, one checkpoint, the same prompts. Wiring only: measuring.py decodes, report.py makes figures of the runs,
-tuner.py chooses what is compared.
+All methods run in one process, on one checkpoint and the same prompts. measuring.py decodes, report.py turns runs into
+figures, and tuner.py chooses variants.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Variant
+from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers, Variant
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
 from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
@@ -50,15 +50,12 @@ log = utils.get_logger("INFO")
 
 
 class LayerSkipBenchmark:
-    """Compares methods of decoding a checkpoint.
-
-    Raises:
-        ConfigError: for a wrong setting or prompt, before any weight is loaded.
-    """
+    """Compares decoding methods on a checkpoint; raises ConfigError for a mistake before loading weights."""
 
     def __init__(self, source: DictConfig) -> None:
         self.cfg = cfg = BenchmarkConfig.load(source)
         check_one_process()
+        # The device, and the files to write.
         if cfg.random_weights:
             self.device = cfg.find_device()
             torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
@@ -68,15 +65,18 @@ class LayerSkipBenchmark:
             check_folder("report_dir", Path(cfg.report_dir))
         if cfg.picture:
             check_file("picture", cfg.picture)
-        if cfg.writes_choice:
+        if cfg.tuned_path is not None:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
+        # The variants; _choose_settings returns None for one that cannot draft.
         model = layerskip_decoder(cfg.meta_model)
         self.candidates: dict[str, Candidate] = {}
-        self.variants: dict[str, Variant] = cfg.compared
-        self.variants = {name: chosen for name in self.variants if (chosen := self._chosen(name)) is not None}
-        drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
-        longest = max((draft.num_speculations for draft in drafts), default=0)
+        self.variants: dict[str, Variant] = {}
+        for name, variant in cfg.compared.items():
+            if (chosen := self._choose_settings(name, variant)) is not None:
+                self.variants[name] = chosen
+        longest = max((draft.num_speculations for draft in self._drafts), default=0)
+        # The prompts.
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
         self.limit = cfg.max_new_tokens + self.spare_tokens
         if cfg.random_weights:
@@ -86,13 +86,15 @@ class LayerSkipBenchmark:
         rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(
-                f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and another size is another "
-                "measurement. Allowed: a number that does; for example batch_size=1"
+                f"batch_size: {rows} does not divide the {len(self.prompts)} prompts, and every batch must have the "
+                "same size. Allowed: a divisor; for example batch_size=1"
             )
+        self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
+        # Weights, KV cache and activations must fit in memory.
         nodes = 1 + max(longest, LONGEST if cfg.tune else 0)
         self.reserve = longest_prompt(self.prompts) + self.limit + nodes
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        drafts = [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
+        drafts = self._drafts
         if cfg.tuned_draft is not None:
             drafts = [cfg.tuned_draft.with_vocabulary(model, self.tokenizer, self.prompts)]
         whole = weight_bytes(model, cfg.torch_dtype)
@@ -100,12 +102,15 @@ class LayerSkipBenchmark:
         sizes |= {"prompt": longest_prompt(self.prompts), "nodes": nodes}
         sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
         check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
-        self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
-    def _chosen(self, name: str) -> Variant | None:
-        """A variant, with the keys that its section leaves out where it names no exit; None if nothing can draft."""
-        cfg, variant = self.cfg, self.variants[name]
+    @property
+    def _drafts(self) -> list[SelfSpeculation]:
+        return [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
+
+    def _choose_settings(self, name: str, variant: Variant) -> Variant | None:
+        """Fill in what the section leaves open, as generation does; None if nothing can draft."""
+        cfg = self.cfg
         named = not isinstance(variant, SelfSpeculation) or variant.exit_layer is not None or variant.draft is not None
         if cfg.random_weights or (named and cfg.variants):
             return variant
@@ -118,28 +123,24 @@ class LayerSkipBenchmark:
         return choice.section
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
-        """The config's prompts, and draft vocabularies that are counted in them."""
+        """Encode the config's prompts, and count the draft vocabularies in them."""
         cfg = self.cfg
         check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens")
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
+        examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
         self.examples: list[Example]
-        self.examples, self.prompts = encode(
-            try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file), self.tokenizer, check
-        )
+        self.examples, self.prompts = encode(examples, self.tokenizer, check)
         refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
         check_references(cfg.metrics or [], self.examples)
-        self.variants = {
-            name: variant.with_vocabulary(model, self.tokenizer, self.prompts, cfg.key_of(name))
-            if isinstance(variant, SelfSpeculation)
-            else variant
-            for name, variant in self.variants.items()
-        }
+        for name, variant in self.variants.items():
+            if isinstance(variant, SelfSpeculation):
+                self.variants[name] = variant.with_vocabulary(model, self.tokenizer, self.prompts, cfg.key_of(name))
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
-        """Random prompts, and of each variant the rounds that always draft its whole length."""
-        cfg, tokens = self.cfg, model.tok_embeddings.num_embeddings
+        """Draw random prompts, and make each variant always draft its full length."""
+        cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         positions, why = most_positions(model)
         if cfg.prompt_tokens + self.limit > positions:
             raise ConfigError(
@@ -147,24 +148,26 @@ class LayerSkipBenchmark:
                 f"({why}); for example prompt_tokens={max(1, positions // 4)} max_new_tokens={max(2, positions // 4)}"
             )
         self.stop_tokens = []
-        self.prompts = torch.randint(tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
+        self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
                 changes: dict[str, Any] = {"prompt_lookup": None}
-                if isinstance(variant.draft_vocabulary, int):  # which tokens these are does not change the time
-                    changes["draft_vocabulary"] = list(range(min(variant.draft_vocabulary, tokens)))
-                self.variants = self.variants | {name: variant.model_copy(update=changes)}
+                if isinstance(variant.draft_vocabulary, int):  # only the number of tokens affects the time
+                    changes["draft_vocabulary"] = list(range(min(variant.draft_vocabulary, num_tokens)))
+                self.variants[name] = variant.model_copy(update=changes)
 
     def setup(self) -> None:
-        """Load the model, choose the variants with `tune`, build the drafts, find each peer's fastest setting."""
+        """Load the model, choose variants with `tune`, build the drafts, and find each peer's fastest setting."""
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
+        # A trained draft is checked against unquantised weights, so its model is quantised after building the draft.
+        quantise_late = cfg.random_weights or any(draft.draft is not None for draft in self._drafts)
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
                 self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
         else:
-            self.model = load_decoder(cfg, self.device, None if self._quantises_late else cfg.quantizer)
+            self.model = load_decoder(cfg, self.device, None if quantise_late else cfg.quantizer)
         self.turns = Turns(
             self.model,
             self.batches,
@@ -181,80 +184,72 @@ class LayerSkipBenchmark:
             trained = None if folder is None else read_trained_exits(folder)
             self.candidates = Tuner(cfg, self.turns, trained.vocabulary if trained else None).candidates()
             self.variants = {name: candidate.section for name, candidate in self.candidates.items()}
+        # Build the drafts, then quantise.
         self.methods: dict[str, Method] = {BASELINE: None}
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
                 self.methods[name] = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
             else:
                 self.methods[name] = variant.early_exit
-        if cfg.quantizer is not None and self._quantises_late:
+        if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
-        self.left_out: dict[str, str] = {}
         if cfg.peers and cfg.tune != "grid":
-            sections = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
-            first = next((section.exit_layer for section in sections if section.exit_layer and not section.draft), 0)
-            job = Job(
-                cfg.model,
-                cfg.checkpointer,
-                self.model,
-                self.batches[0],
-                longest_prompt(self.prompts),
-                self.limit,
-                self.stop_tokens,
-                [e for e in (first, 2 * first) if 0 < e < self.model.num_layers],
-                (cfg.peers.llama_cpp.gguf, cfg.peers.llama_cpp.draft) if cfg.peers.llama_cpp else None,
-                quantised=cfg.quantizer is not None,
-            )
-            for temperature in cfg.all_temperatures:
-                names = [name for name in cfg.peers.names if name not in self.left_out]
-                found, left_out = find_peers(names, job, cfg.sampler(temperature), cfg.compile)
-                self.peers[temperature] = found
-                self.left_out |= {name: f"{why}, at temperature {temperature}" for name, why in left_out.items()}
+            self._find_peers(cfg.peers)
 
-    @property
-    def _quantises_late(self) -> bool:
-        """Whether the model is quantised after its drafts are built: a trained draft is checked against the weights
-        that it was trained for, which are not quantised."""
-        drafts = (variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation))
-        return self.cfg.random_weights or any(draft.draft is not None for draft in drafts)
+    def _find_peers(self, peers: Peers) -> None:
+        """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
+        cfg = self.cfg
+        first = next((draft.exit_layer for draft in self._drafts if draft.exit_layer and not draft.draft), 0)
+        job = Job(
+            cfg.model,
+            cfg.checkpointer,
+            self.model,
+            self.batches[0],
+            longest_prompt(self.prompts),
+            self.limit,
+            self.stop_tokens,
+            [e for e in (first, 2 * first) if 0 < e < self.model.num_layers],
+            (peers.llama_cpp.gguf, peers.llama_cpp.draft) if peers.llama_cpp else None,
+            quantised=cfg.quantizer is not None,
+        )
+        for temperature in cfg.all_temperatures:
+            names = [name for name in peers.names if name not in self.turns.failed]
+            self.peers[temperature], failed = find_peers(names, job, cfg.sampler(temperature), cfg.compile)
+            self.turns.failed |= {name: f"{why}, at temperature {temperature}" for name, why in failed.items()}
 
     def benchmark(self) -> dict[str, Any]:
-        """Measure and write the report; after Ctrl-C or an error with all that is measured by then."""
-        cfg, interrupted = self.cfg, True  # until all is measured
-        temperatures = cfg.all_temperatures
+        """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
+        cfg, interrupted, temperatures = self.cfg, True, self.cfg.all_temperatures
         try:
             with tqdm(total=len(temperatures) * (1 + cfg.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in temperatures:
-                    left_out = self.left_out | self.turns.failed
-                    peers = {name: peer for name, peer in self.peers[temperature].items() if name not in left_out}
-                    methods = self.methods | peers
+                    peers = self.peers[temperature].items()
+                    methods = self.methods | {name: peer for name, peer in peers if name not in self.turns.failed}
                     for turn in self.turns.take(methods, temperature, cfg.repeats):
                         for name, run in turn.items():
                             self.runs[temperature, name].append(run)
                         bar.update()
             interrupted = False
         except KeyboardInterrupt:
-            log.warning("interrupted: the report has what was measured so far")
+            log.warning("interrupted: the report has the runs so far")
         finally:
             report = self._report(interrupted)
-            if report["results"]:  # else the last report stays
+            if report["results"]:  # otherwise keep the last report
                 self._write(report)
-        if cfg.writes_choice and not interrupted:
-            write_choice(cfg, report, self.candidates)
+        if cfg.tuned_path is not None and not interrupted:
+            write_choice(cfg, cfg.tuned_path, report, self.candidates)
         return report
 
     def _report(self, interrupted: bool) -> dict[str, Any]:
-        """The document: where, how, and a row for each method and temperature."""
+        """The settings of the run, and a row of figures for each method and temperature."""
         results: list[dict[str, Any]] = []
-        left_out = self.left_out | self.turns.failed
-        # The better of before and after: on a machine that others use too, one measurement is too low.
+        # Measure again and keep the larger figure: other load on the machine makes a measurement too low.
         self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         for (temperature, name), runs in self.runs.items():
-            if name in left_out:  # a peer that ran in part only compares with nothing
+            if name in self.turns.failed:  # a peer with only some of the runs
                 continue
             peer = self.peers[temperature].get(name)
-            baseline = self.runs[temperature, BASELINE]
             row = {
                 "temperature": temperature,
                 "name": name,
@@ -269,31 +264,31 @@ class LayerSkipBenchmark:
                 row |= {"exit_layer": candidate.section.exit_layer, "length": candidate.section.num_speculations}
                 if temperature == self.cfg.all_temperatures[0] and not candidate.section.prompt_lookup:
                     row["predicted_speedup"] = candidate.prediction.speedup
-            row |= figures(runs, baseline, temperature == 0, self.bandwidth)
-            results.append(row | self._quality(runs))
+            row |= figures(runs, self.runs[temperature, BASELINE], temperature == 0, self.bandwidth)
+            row |= self._quality(runs)
+            results.append(row)
             if self.cfg.random_weights:
-                # The baseline is the first row of its temperature; its round is a step.
+                # The baseline is the first row of its temperature, and its rounds are single steps.
                 step_s = next(done["round_s"] for done in results if done["temperature"] == temperature)
-                results[-1]["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
-        return self._circumstances() | {"peers_left_out": left_out, "interrupted": interrupted, "results": results}
+                row["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
+        failed = self.turns.failed
+        return self._settings() | {"peers_left_out": failed, "interrupted": interrupted, "results": results}
 
     def _quality(self, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-        """The metrics of a method's outputs, if there are any, over all repeats."""
+        """The text metrics of a method over all repeats, if the config asks for any."""
         if not self.cfg.metrics:
             return {}
         text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
-        # Outputs are in the order of the prompts. After Ctrl-C the last repeat has fewer.
+        # Outputs are in prompt order; after Ctrl-C the last repeat is incomplete.
         references = [self.examples[i % len(self.examples)].response or "" for i in range(len(outputs))]
         return {"metrics": text_metrics(self.cfg.metrics, outputs, references)}
 
-    def _circumstances(self) -> dict[str, Any]:
-        """Where and how everything here is measured."""
+    def _settings(self) -> dict[str, Any]:
+        """The command, versions, machine and settings of the run."""
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        left_out = self.left_out | self.turns.failed
-        names = {name for peers in self.peers.values() for name in peers if name not in left_out}
-        used = {PEERS[name].package for name in names}
+        used = {PEERS[name].package for peers in self.peers.values() for name in peers if name not in self.turns.failed}
         packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
         steps = find_compiled_steps(self.model)
         return {
@@ -319,7 +314,7 @@ class LayerSkipBenchmark:
         }
 
     def _write(self, report: dict[str, Any]) -> None:
-        """The table on stdout, the files, and as the last line where they are; without report_dir the report."""
+        """Print the table and write the files. The last line of stdout has their paths, or without files the report."""
         print(markdown(report))
         if self.cfg.report_dir is None:
             print(json.dumps(report), flush=True)
@@ -330,10 +325,10 @@ class LayerSkipBenchmark:
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
         files["markdown"].write_text(markdown(report))
-        results = report["results"]
         if self.cfg.picture:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
-            title = str(self.cfg.given_folder)
-            (heat_map if self.cfg.tune == "grid" else plot)(results, files["picture"], title)
+            files["picture"].parent.mkdir(parents=True, exist_ok=True)
+            draw = heat_map if self.cfg.tune == "grid" else plot
+            draw(report["results"], files["picture"], str(self.cfg.given_folder))
         print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)

@@ -1,8 +1,8 @@
-"""What a benchmark reports: the figures of each method over its runs, as a document, a table and a picture."""
+"""Turns benchmark runs into figures, a Markdown table and a picture."""
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,34 @@ from layerskip_recipes.benchmark.measuring import Run
 from layerskip_recipes.generation.report import draft_figures, ratio, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
 
-ACCEPTANCES = (0.5, 0.7, 0.9)  # for which the speed-up of random weights is reported
+ACCEPTANCES = (0.5, 0.7, 0.9)  # accept rates to report speed-ups for, with random weights
 
 
 def total(runs: Sequence[Run]) -> GenerationStats:
-    """All runs together."""
     return sum((run.stats for run in runs), GenerationStats())
 
 
 def by_repeat(runs: Sequence[Run], without_loops: bool = False) -> list[GenerationStats]:
-    """The totals of each repeat, perhaps of batches without a looping output only."""
+    """The totals of each repeat, optionally without the batches that have a looping output."""
     repeats = sorted({run.repeat for run in runs})
     return [total([run for run in runs if run.repeat == i and not (without_loops and run.loops)]) for i in repeats]
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Median, least and largest of the values that are there."""
-    there = [value for value in values if value is not None]
-    return {"median": statistics.median(there), "min": min(there), "max": max(there)} if there else None
+    """Median and range of the values that are not None."""
+    known = [value for value in values if value is not None]
+    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
 def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
-    """The figures of a method at a temperature: times in seconds, rates as median, min and max over the repeats.
+    """The figures of a method at one temperature: times in seconds; rates as median, min and max over the repeats.
 
-    `baseline` has the runs of autoregressive decoding on the same prompts; only greedy outputs are compared with it.
+    `baseline` has the autoregressive runs on the same prompts. Only greedy outputs are compared with it.
     """
     stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, without_loops=True)
     rate = spread([s.tokens_per_second for s in repeats])
     speedup = spread([*map(ratio, repeats, by_repeat(baseline))])
-    # Prompts on which neither side loops, so that both sides have the same prompts.
+    # Compare both methods on the batches where neither loops.
     pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
     both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
     per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
@@ -76,7 +75,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
 
 
 def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
-    """{acceptance rho: (rho d + 1) / (seconds of a round / seconds of a plain step)}, None if nothing is drafted."""
+    """{accept rate rho: (rho d + 1) step_s / round_s} for d drafted tokens per round; None if nothing is drafted."""
     d, round_s = row["drafted_per_round"], row["round_s"]
     if not (d and round_s and step_s):
         return None
@@ -87,7 +86,6 @@ def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -97,7 +95,7 @@ def device_name(device: torch.device) -> str:
 
 
 def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0) -> str:
-    """A number, or a median with its range, as text; "-" for none."""
+    """Format a number, or a median with its range; "-" for None."""
     if isinstance(value, dict):
         median, low, high = (show(value[name], form, factor) for name in ("median", "min", "max"))
         return median + ("" if low == high else f" ({low}-{high})")
@@ -125,27 +123,25 @@ COLUMNS = {
     "compile, s": lambda r: show(r["compile_s"], ".0f"),
     "identical": lambda r: {True: "yes", False: "NO", None: "-"}[r["identical"]],
 }
-# With random weights texts and acceptance mean nothing.
+# With random weights, outputs and acceptance mean nothing.
 COST_COLUMNS = ("method", "round, ms", "draft, verify, rest", "draft cost", "efficiency", "MB/token", "bandwidth")
 
 
-def _metric(name: str, row: Mapping[str, Any]) -> str:
-    return show(row["metrics"][name], ".3f")
-
-
-def _at_acceptance(rho: str, row: Mapping[str, Any]) -> str:
-    return show((row["speedup_by_acceptance"] or {}).get(rho), ".2f")
+def _lookup(key: str, name: str, form: str, row: Mapping[str, Any]) -> str:
+    return show((row[key] or {}).get(name), form)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table for each temperature, with where and how it was measured."""
+    """The report as a table for each temperature, after a summary of the settings."""
     cfg = report["config"]
     if report["random_weights"]:
         columns = {name: COLUMNS[name] for name in COST_COLUMNS}
-        columns |= {f"at acceptance {rho}": partial(_at_acceptance, str(rho)) for rho in ACCEPTANCES}
+        columns |= {
+            f"at acceptance {rho}": partial(_lookup, "speedup_by_acceptance", str(rho), ".2f") for rho in ACCEPTANCES
+        }
         title = f"{cfg['model']['_component_']}, {report['parameters'] / 1e6:.0f} million random weights"
     else:
-        columns = COLUMNS | {name: partial(_metric, name) for name in cfg.get("metrics") or []}
+        columns = COLUMNS | {name: partial(_lookup, "metrics", name, ".3f") for name in cfg.get("metrics") or []}
         title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
     quantizer = f", {cfg['quantizer']['_component_'].rpartition('.')[2]}" if cfg.get("quantizer") else ""
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
@@ -153,12 +149,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {title}\n",
         f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}{quantizer}, "
         f"{compiled}, batch {report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} "
-        f"tokens on average, {report['max_new_tokens']} new ones, {report['repeats']} repeats. "
+        f"tokens on average, {report['max_new_tokens']} new tokens, {report['repeats']} repeats. "
         f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
         f"    {report['command']}",
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
         *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report["not_compiled"] else []),
-        *(["\nInterrupted: not all repeats are in."] if report["interrupted"] else []),
+        *(["\nInterrupted: some repeats are missing."] if report["interrupted"] else []),
     ]
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
         lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -168,15 +164,10 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """A picture: tokens per second of each method, the range over the repeats, a panel for each temperature."""
-    from matplotlib.figure import Figure  # a second to import, and only here
-
-    temperatures = list(dict.fromkeys(row["temperature"] for row in results))
-    figure = Figure(figsize=(5 * len(temperatures) + 2, 1.2 + 0.4 * len(results) / len(temperatures)))
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(1, len(temperatures), squeeze=False, sharey=True)[0]
+    """Draw bars of tokens per second with their range over the repeats, with a panel for each temperature."""
+    figure, panels = _panels(results, lambda n: (5 * n + 2, 1.2 + 0.4 * len(results) / n), sharey=True)
     colours = {"baseline": "tab:gray", "variant": "tab:blue", "peer": "tab:orange"}
-    for panel, temperature in zip(panels, temperatures, strict=True):
+    for temperature, panel in panels.items():
         rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]
         rates = [row["tokens_per_second"] for row in rows]
         medians = [rate["median"] for rate in rates]
@@ -184,24 +175,18 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         names, colour = [row["name"] for row in rows], [colours[row["kind"]] for row in rows]
         panel.barh(names, medians, xerr=reach, color=colour, capsize=3)
         panel.set_xlabel("tokens per second")
-        panel.set_title(f"temperature {temperature}")
         panel.grid(alpha=0.3, axis="x")
-    panels[0].invert_yaxis()
+    next(iter(panels.values())).invert_yaxis()
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def heat_map(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """A picture of the speed-up by exit and draft length, with a panel for each temperature."""
-    from matplotlib.figure import Figure  # a second to import, and only here
-
+    """Draw the speed-up by exit and draft length, with a panel for each temperature."""
     rows = [row for row in results if row["kind"] == "variant"]
     exits, lengths = (sorted({row[key] for row in rows}) for key in ("exit_layer", "length"))
-    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    size = (1.5 + 0.6 * len(lengths) * len(temperatures), 1.6 + 0.3 * len(exits))
-    figure = Figure(figsize=size, layout="constrained")
-    for panel, temperature in zip(figure.subplots(1, len(temperatures), squeeze=False)[0], temperatures, strict=True):
+    figure, panels = _panels(rows, lambda n: (1.5 + 0.6 * len(lengths) * n, 1.6 + 0.3 * len(exits)))
+    for temperature, panel in panels.items():
         speedups = {
             (row["exit_layer"], row["length"]): row["speedup"]["median"]
             for row in rows
@@ -218,7 +203,17 @@ def heat_map(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         panel.set_yticks(range(len(exits)), exits)
         panel.set_xlabel("drafted tokens")
         panel.set_ylabel("exit layer (layers run)")
-        panel.set_title(f"temperature {temperature}")
     figure.suptitle(f"speed-up, {title}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _panels(rows: Sequence[Mapping[str, Any]], size: Callable[[int], Any], **options: Any) -> tuple[Any, dict]:
+    """A figure and its panels by temperature; `size` takes the number of panels."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    figure = Figure(figsize=size(len(temperatures)), layout="constrained")
+    panels = figure.subplots(1, len(temperatures), squeeze=False, **options)[0]
+    for temperature, panel in zip(temperatures, panels, strict=True):
+        panel.set_title(f"temperature {temperature}")
+    return figure, dict(zip(temperatures, panels, strict=True))

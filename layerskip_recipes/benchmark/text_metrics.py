@@ -1,7 +1,7 @@
-"""How near outputs come to their references: ROUGE, BLEU and exact match, each from 0 to 1.
+"""Scores outputs against references: ROUGE, BLEU and exact match, each from 0 to 1.
 
-ROUGE is the F-measure of lower-case words without stemming, averaged over the outputs. BLEU is that of the whole
-corpus: up to 4 words, SacreBLEU's 13a tokens, no smoothing. torchmetrics computes both.
+ROUGE is the mean F-measure of lower-case words without stemming. BLEU is corpus BLEU-4 with SacreBLEU's 13a tokenizer
+and no smoothing. torchmetrics computes both.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]
 
 
 def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The metrics of outputs, which are without their prompts, against references: numbers from 0 to 1."""
+    """The metrics by name. `outputs` do not contain their prompts."""
 
     def metric(name: Metric) -> float:
         if name == "exact_match":
             same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
             return sum(same) / len(same)
-        from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # seconds to import, and only here
+        from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # takes seconds to import
 
         if name == "bleu":
             return float(sacre_bleu_score(list(outputs), [[reference] for reference in references]))
-        # The key by name: the default ones include one that needs nltk and its data.
+        # Only this key: the default keys include one that needs nltk and its data.
         return float(rouge_score(list(outputs), list(references), rouge_keys=name)[f"{name}_fmeasure"])
 
     assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
@@ -32,7 +32,7 @@ def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Se
 
 
 def check_references(names: Sequence[Metric], examples: Sequence[Example]) -> None:
-    """Raises a ConfigError if there are metrics, and an example has no reference."""
+    """Raise ConfigError if there are metrics and an example has no reference."""
     without = [at for at, example in enumerate(examples, 1) if example.response is None]
     if names and without:
         raise ConfigError(

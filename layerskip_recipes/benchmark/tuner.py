@@ -1,9 +1,10 @@
-"""`layerskip_benchmark tune=true`: which way of drafting is fastest on this machine?
+"""`layerskip_benchmark tune=true` finds the fastest way of drafting on this machine.
 
-Plain decoding gives texts. One teacher-forced pass over them tells how many tokens of each exit and draft vocabulary
-would be accepted, and a few short probes tell what the parts of a round cost. With both, plan.py predicts the speed of
-every exit, draft length, draft vocabulary and draft precision. The best few are then measured like any variant, and so
-is the best one with look-ups. `tune=grid` measures all draft lengths of every exit.
+1. Decode the prompts autoregressively.
+2. Run one teacher-forced pass over the texts: it gives the acceptance of every exit and draft vocabulary.
+3. Time a few short probes: they give the cost of the parts of a round.
+4. Predict the speed of every exit, draft length, draft vocabulary and draft precision with plan.py.
+5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
 """
 
 import statistics
@@ -33,11 +34,11 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-LONGEST = 12  # drafted tokens of a round
+LONGEST = 12  # the longest draft, in tokens
 GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
-PROBE_TOKENS = 48  # of a text, to time a round
-FIRST_LINE = "# Written by layerskip_benchmark: "  # of a config
-# Settings that decide what is fastest, beside the temperature.
+PROBE_TOKENS = 48  # new tokens per prompt in a probe
+FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
+# Settings that affect the choice, besides the temperature.
 MEASURED_WITH = (
     *("dtype", "float32_matmul_precision", "compile"),
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -49,15 +50,14 @@ NOTHING_TO_DRAFT = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A section to measure. `written` is for a config: it has the number of tokens of a draft vocabulary, not ids."""
+    """A way of drafting to measure."""
 
-    section: SelfSpeculation
-    written: SelfSpeculation
+    section: SelfSpeculation  # to measure: its draft vocabulary is a list of token ids
+    written: SelfSpeculation  # for the tuned config: its draft vocabulary is a number of tokens
     prediction: Prediction
 
     @property
     def name(self) -> str:
-        """Of the variant that measures it."""
         way = self.prediction.way
         parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
         if way.vocabulary is not None and way.own_layers is None:
@@ -73,11 +73,11 @@ def measured_acceptance(
     sampler: Sampler,
     longest: int = LONGEST,
 ) -> dict[Way, list[float]]:
-    """[a_1, .., a_longest] of every exit and draft vocabulary: the probability that the next k drafted tokens are all
-    accepted, a mean over the positions of `texts`, prompts with outputs by the whole model. One pass for all.
+    """[a_1, .., a_longest] for each exit and draft vocabulary, in one pass: a_k is the probability that the next k drafted
+    tokens are all accepted, a mean over the positions of `texts`, pairs of a prompt and the model's output.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v); greedily this is 1 or 0. `vocabularies` has
-    token ids by their number, and None by None for all tokens.
+    A token drafted from q is accepted with probability sum_v min(p_v, q_v), which is 1 or 0 for greedy decoding.
+    `vocabularies` maps the number of tokens to their ids, and None to None for the whole vocabulary.
     """
     device = model.tok_embeddings.weight.device
     ids = {n: None if some is None else torch.tensor(some, device=device) for n, some in vocabularies.items()}
@@ -86,7 +86,7 @@ def measured_acceptance(
     counts, drafted = torch.zeros(longest), 0
     for prompt, output in texts:
         final, hidden = model.hidden_states(torch.tensor([[*prompt, *output]], device=device), exits)
-        # Row i gives the (i+1)-th token of the output. The first token comes from the prompt and is not drafted.
+        # Row i predicts output token i + 1. The prefill gives token 0, so it is never drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
         drafted += len(output) - 1
         lengths = range(1, min(longest, len(output) - 1) + 1)
@@ -98,7 +98,7 @@ def measured_acceptance(
             for n, some in ids.items():
                 accepted = _accepted(whole, draft, some, sampler).cpu()
                 in_a_row = torch.ones_like(accepted)
-                for k in lengths:  # in_a_row[i]: the k tokens from i on are accepted
+                for k in lengths:  # in_a_row[i]: probability that tokens i .. i+k-1 are all accepted
                     in_a_row = in_a_row[: len(accepted) - k + 1] * accepted[k - 1 :]
                     sums[Way(e, n)][k - 1] += in_a_row.sum()
     if not drafted:
@@ -107,7 +107,7 @@ def measured_acceptance(
 
 
 def _accepted(whole: torch.Tensor, draft: torch.Tensor, ids: torch.Tensor | None, sampler: Sampler) -> torch.Tensor:
-    """[n], the probability at each position that a draft is accepted; logits [n, v], of drafts for some ids only."""
+    """The acceptance probability [n] at each position, from logits [n, v] and the ids that can be drafted."""
     some = draft if ids is None else draft[:, ids]
     if sampler.greedy:
         chosen = some.argmax(-1)
@@ -120,7 +120,7 @@ def _accepted(whole: torch.Tensor, draft: torch.Tensor, ids: torch.Tensor | None
 def fitted_costs(
     timed: Mapping[tuple[Way, int], GenerationStats], plain_s: float, num_layers: int, vocabulary: int, batch_rows: int
 ) -> Costs:
-    """The costs of plan.py, by least squares from the times of probes: ways with drafts of a length."""
+    """Fit the costs of plan.py by least squares to the times of probes, by way and draft length."""
     draft, further = {}, []
     for int8 in {way.int8 for way, _ in timed}:
         probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}
@@ -137,7 +137,7 @@ def fitted_costs(
 
 
 def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
-    """The best few to measure: of each way at most two draft lengths, three tokens or more apart."""
+    """The best few to measure, with at most two draft lengths per way, at least three tokens apart."""
     picked: list[Prediction] = []
     for prediction in predictions:
         same = [other.num_speculations for other in picked if other.way == prediction.way]
@@ -149,46 +149,47 @@ def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 
 def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Every exit with every length of `GRID_LENGTHS`, each exit in the best vocabulary and precision for it."""
+    """Every exit with every length of GRID_LENGTHS, in the exit's best vocabulary and precision."""
     best: dict[int, Way] = {}
     for prediction in predictions:
         best.setdefault(prediction.way.exit_layer, prediction.way)
-    wanted = {(way, d): None for _, way in sorted(best.items()) for d in GRID_LENGTHS}
     found = {(p.way, p.num_speculations): p for p in predictions}
-    return [found[key] for key in wanted]
+    return [found[way, d] for _, way in sorted(best.items()) for d in GRID_LENGTHS]
 
 
 class Tuner:
-    """Finds what is worth measuring, in stages.
+    """Finds the ways of drafting to measure.
 
-    `stored` are the checkpoint's frequent tokens in order; None counts those of the prompts.
+    `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
     """
 
     def __init__(self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None) -> None:
         self.cfg, self.turns, self.model = cfg, turns, turns.model
         self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
-        counted = Counter(token for batch in turns.batches for prompt in batch for token in prompt)
+        self.prompts = [prompt for batch in turns.batches for prompt in batch]
+        counted = Counter(token for prompt in self.prompts for token in prompt)
         self.frequent = list(stored or [token for token, _ in counted.most_common()])
         self.device = self.model.tok_embeddings.weight.device
 
     def candidates(self) -> dict[str, Candidate]:
-        """By name, to be measured."""
+        """The candidates by name; prints the predictions."""
         baseline = self._decode_all(None)
         plain = sum((stats for _, stats in baseline), GenerationStats())
         if plain.tokens == plain.first_tokens:
             raise ConfigError(NOTHING_TO_DRAFT)
         plain_s = plain.decode_s / plain.rounds
         precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
-        if self.cfg.self_speculation is not None and self.cfg.self_speculation.draft is not None:
-            ways, timed = self._trained_draft(precisions)
+        # Acceptance of each way, and times of the probes.
+        if self.cfg.tuned_draft is not None:
+            ways, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             vocabularies = {None: None} | {n: self.frequent[:n] for n in sizes}
-            prompts = [prompt for batch in self.turns.batches for prompt in batch]
-            texts = zip(prompts, [row for rows, _ in baseline for row in rows], strict=True)
+            texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
             sampler = self.cfg.sampler(self.temperature)
             ways = with_int8(measured_acceptance(self.model, texts, vocabularies, sampler), precisions)
             timed = self._probes(precisions, sizes[0])
+        # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
         costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.rows)
         predictions = ranked(ways, costs)
@@ -203,20 +204,19 @@ class Tuner:
         return {candidate.name: candidate for candidate in found}
 
     def _candidate(self, prediction: Prediction, **others: Any) -> Candidate:
-        way, n = prediction.way, prediction.way.vocabulary
+        way, num_tokens = prediction.way, prediction.way.vocabulary
         keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, **others}
         keys["draft_quantizer"] = INT8 if way.int8 else None
         if way.own_layers is not None:
-            assert self.cfg.self_speculation is not None
-            written = self.cfg.self_speculation.model_copy(update=keys)
+            assert self.cfg.tuned_draft is not None
+            written = self.cfg.tuned_draft.model_copy(update=keys)
             return Candidate(written.with_vocabulary(self.model, None, []), written, prediction)
-        written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=n, **keys)
-        ids = None if n is None else self.frequent[:n]
+        written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=num_tokens, **keys)
+        ids = None if num_tokens is None else self.frequent[:num_tokens]
         return Candidate(written.model_copy(update={"draft_vocabulary": ids}), written, prediction)
 
     def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
-        """Timed rounds: two exits with few tokens and one with all, in each precision, so that `fitted_costs` can tell
-        layers from head; with drafts of two lengths."""
+        """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
         early = max(self.model.num_layers // 8, 1)
         late = max(self.model.num_layers // 2, early + 1)
         kinds = [(Way(early, small), 8), (Way(late, small), 4), (Way(early), 4)]
@@ -230,13 +230,12 @@ class Tuner:
         return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
 
     def _trained_draft(
-        self, precisions: Sequence[bool]
+        self, draft: SelfSpeculation, precisions: Sequence[bool]
     ) -> tuple[dict[Way, Sequence[float]], dict[tuple[Way, int], GenerationStats]]:
-        """Acceptance and times of a trained draft, from rounds of long drafts."""
+        """Acceptance and times of a trained draft, from probes with drafts of 8 tokens."""
         ways, timed = dict[Way, Sequence[float]](), {}
-        layers = self.cfg.self_speculation.own_layers() if self.cfg.self_speculation else 0
         for int8 in precisions:
-            way = Way(0, None, int8, own_layers=layers)
+            way = Way(0, None, int8, own_layers=draft.own_layers())
             stats = timed[way, 8] = self._probe(way, 8)
             rounds = sum(stats.rounds_accepting.values())
             at_least = [sum(n for k, n in stats.rounds_accepting.items() if k >= length) for length in range(1, 9)]
@@ -244,29 +243,28 @@ class Tuner:
         return ways, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:
-        """Every batch once, after a warm-up."""
+        """Decode every batch once, after a warm-up."""
         turns = turns or self.turns
         batches = [turns.batches[0], *turns.batches]
         return [turns.decode(method, self.temperature, batch, turns.seed) for batch in batches][1:]
 
 
-# ---- the config of the fastest ----
+# ---- the tuned config ----
 
 
 def check_config_path(path: Path) -> None:
-    """Raises a ConfigError if the config cannot be written, or somebody else's file stands there."""
+    """Raise ConfigError if the config cannot be written, or would replace a file of the user's."""
     check_file("tune_file", str(path))
     if path.is_file() and not path.read_bytes().startswith(FIRST_LINE.encode()):
         raise ConfigError(
-            f"tune_file: {str(path)!r} exists, and layerskip_benchmark did not write it. Allowed: a new file, or one "
-            f"that it wrote; for example tune_file={path.with_stem(path.stem + '_2')}"
+            f"tune_file: {str(path)!r} exists, and layerskip_benchmark did not write it. Allowed: a new file; for "
+            f"example tune_file={path.with_stem(path.stem + '_2')}"
         )
 
 
 def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None, why: str) -> None:
-    """A generation config that extends `tune_extends` with what differs from it: the choice (None: no drafts), and the
-    settings that it was measured with."""
-    # A path of the user's is relative to the folder where the command was given: make it absolute.
+    """Write a config that extends `tune_extends` by the fastest drafts (None: none) and the settings of the measurement."""
+    # The user's paths are relative to the current folder: make them absolute.
     extends = cfg.tune_extends or ""
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends))}
@@ -278,30 +276,31 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     wanted = {key: getattr(cfg, key) for key in MEASURED_WITH} | {"temperature": cfg.all_temperatures[0]}
     wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
     for key, value in wanted.items():
-        # A missing `compile` would be chosen.
+        # Generation would choose a missing `compile`.
         if value != getattr(base, key) or (key == "compile" and key not in base.model_fields_set):
-            content[key] = _plain(value)
+            content[key] = _as_yaml(value)
     if best is None:
         content["self_speculation"] = None
     else:
         old = base.self_speculation or SelfSpeculation()
-        # Keys that generation would choose are written too, but for the vocabulary of a trained draft.
+        # Also write the keys that generation would choose, except the vocabulary of a trained draft.
         keys = {key for key, value in best if value != getattr(old, key)} | set(CHOSEN)
         keys -= {"draft_vocabulary"} if best.draft is not None else set()
-        content["self_speculation"] = {key: _plain(value) for key, value in best if key in keys}
+        content["self_speculation"] = {key: _as_yaml(value) for key, value in best if key in keys}
         if best.draft is not None:
             content["self_speculation"]["draft"] = str(Path(best.draft).absolute())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 
 
-def _plain(value: Any) -> Any:
-    """A setting as YAML has it."""
+def _as_yaml(value: Any) -> Any:
     return dict(value.section) if isinstance(value, Component) else value
 
 
-def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], candidates: Mapping[str, Candidate]) -> None:
-    """Print what was measured beside the prediction, and write the config of the fastest."""
+def write_choice(
+    cfg: BenchmarkConfig, path: Path, report: Mapping[str, Any], candidates: Mapping[str, Candidate]
+) -> None:
+    """Print predicted and measured speed-ups, and write the config of the fastest candidate."""
     temperature = cfg.all_temperatures[0]
     rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature and row["speedup"]}
     measured = {name: rows[name]["speedup"]["median"] for name in candidates if name in rows}
@@ -314,5 +313,5 @@ def write_choice(cfg: BenchmarkConfig, report: Mapping[str, Any], candidates: Ma
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
     why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
-    write_config(cfg.tuned_path, cfg, candidates[best].written if faster else None, why)
-    print(f"fastest: {best if faster else 'autoregressive'}; written to {cfg.tuned_path}")
+    write_config(path, cfg, candidates[best].written if faster else None, why)
+    print(f"fastest: {best if faster else 'autoregressive'}; written to {path}")

@@ -69,7 +69,7 @@ WRONG = [
     ("peers=torchtune", "peers", "'torchtune'", "[torchtune]"),
     ("peers=[vllm]", "peers.vllm", "unknown key", "llama_cpp, torchtune, transformers, transformers_early_exit"),
     ("peers=[llama_cpp]", "peers.llama_cpp.gguf", "missing", "peers.llama_cpp.gguf=model.gguf"),
-    ("peers={llama_cpp: {gguf: none.gguf}}", "peers.llama_cpp.gguf", "'none.gguf' is no file", "a GGUF file"),
+    ("peers={llama_cpp: {gguf: none.gguf}}", "peers.llama_cpp.gguf", "'none.gguf' is not a file", "a GGUF file"),
     ("metrics=[rogueL]", "metrics", "rogueL", "rouge1, rouge2, rougeL, bleu, exact_match"),
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]

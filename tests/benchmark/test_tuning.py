@@ -233,7 +233,7 @@ def test_a_file_of_somebody_elses_is_not_overwritten(name, what, tmp_path, token
     ("changes", "message"),
     [
         ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
-        ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is no generation .*unknown"),
+        ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is not a valid .*unknown"),
         ({"tune": 3}, "^tune: 3"),
     ],
 )
