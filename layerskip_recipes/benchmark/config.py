@@ -125,8 +125,8 @@ class BenchmarkConfig(DecodingConfig):
         BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),
         Field(examples=["[torchtune]"]),
     ] = None
-    """Other libraries to run on the same model: a list of names, or sections by name. A library that is not installed or
-    does not support the config is left out."""
+    """Other libraries to run on the same model: a list of names, or sections by name. A library that is not installed
+    or does not support the config is left out."""
     temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None

@@ -73,8 +73,8 @@ def measured_acceptance(
     sampler: Sampler,
     longest: int = LONGEST,
 ) -> dict[Way, list[float]]:
-    """[a_1, .., a_longest] for each exit and draft vocabulary, in one pass: a_k is the probability that the next k drafted
-    tokens are all accepted, a mean over the positions of `texts`, pairs of a prompt and the model's output.
+    """[a_1, .., a_longest] for each exit and draft vocabulary, in one pass: a_k is the probability that the next k
+    drafted tokens are all accepted, a mean over the positions of `texts`, pairs of a prompt and the model's output.
 
     A token drafted from q is accepted with probability sum_v min(p_v, q_v), which is 1 or 0 for greedy decoding.
     `vocabularies` maps the number of tokens to their ids, and None to None for the whole vocabulary.
@@ -263,7 +263,7 @@ def check_config_path(path: Path) -> None:
 
 
 def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None, why: str) -> None:
-    """Write a config that extends `tune_extends` by the fastest drafts (None: none) and the settings of the measurement."""
+    """Write a config that extends `tune_extends` with the measured settings and the fastest drafts, if any."""
     # The user's paths are relative to the current folder: make them absolute.
     extends = cfg.tune_extends or ""
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()

@@ -1,1 +1,1 @@
-"""`layerskip_eval`: the quality of every exit, and lm-eval's tasks. Imports training and what lies below."""
+"""`layerskip_eval` measures every exit, and runs lm-eval's tasks. May import training and the packages below it."""

@@ -1,6 +1,6 @@
-"""lm-eval's tasks on a layer-skip decoder: any exit, batched, generation by this package's engine.
+"""Runs lm-eval's tasks on a LayerSkipDecoder: at any exit, batched, with this package's generation engine.
 
-The only module that imports lm_eval; it is imported when a config asks for tasks.
+Only this module imports lm_eval, and it is imported only for a config with `tasks`.
 """
 
 import json
@@ -37,8 +37,8 @@ from layerskip_recipes.model.limits import most_positions
 
 log = logging.getLogger(__name__)
 
-FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")  # of a `Sampler`, beside the temperature
-HEAD_TOKENS = 512  # the most positions whose logits exist at a time
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")  # arguments of Sampler besides the temperature
+HEAD_TOKENS = 512  # compute logits for at most this many positions at once
 
 
 # ---- tasks ----
@@ -52,25 +52,28 @@ def load_tasks(
     positions: int,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """Tasks with their data, as `TaskManager.load` returns them, after all checks that need no weights.
+    """Load tasks with their data, and check everything that needs no weights.
 
-    `names` are tasks, groups or tags. The user's own task files in the folders `task_path` win over lm-eval's tasks of
-    the same name. The model has `positions` for a prompt and its answer.
+    `names` are tasks, groups or tags; task files in the folders `task_path` take precedence over lm-eval's. The model
+    has `positions` for a prompt and its answer. The result is that of `TaskManager.load`.
     """
-    manager = _task_manager(names, task_path)
+    # Listing lm-eval's own 14,000 tasks takes over ten seconds, so try the user's task files first.
+    manager = TaskManager(include_path=list(task_path), include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=list(task_path))
     for name in names:
         if name not in manager.task_index:
-            raise ConfigError(
-                f"tasks: {name!r} is no task, group or tag of lm-eval's. {_nearest_task(name, manager.all_tasks)}"
-            )
-        # Before the task is loaded, which would fetch the metric that runs programs.
+            near = nearest(name, manager.all_tasks)
+            hint = near if len(near) < 400 else "Their names: lm-eval ls tasks; for example tasks=[arc_easy]"
+            raise ConfigError(f"tasks: {name!r} is no task, group or tag of lm-eval's. {hint}")
+        # Check before loading, because loading would fetch the metric that runs programs.
         if (manager.task_index[name].cfg or {}).get("unsafe_code") and not confirm_run_unsafe_code:
             raise _unsafe_code(name)
     if confirm_run_unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # read by the metric `code_eval` that such tasks import
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric `code_eval` reads this
     try:
         loaded = manager.load(list(names))
-    except Exception as e:  # a task file can hold any code and data
+    except Exception as e:  # task files can contain any code
         raise ConfigError(f"tasks: {', '.join(names)} cannot be loaded: {type(e).__name__}: {e}") from e
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
@@ -80,36 +83,23 @@ def load_tasks(
     return loaded
 
 
-def _task_manager(names: Sequence[str], task_path: Sequence[str]) -> TaskManager:
-    """Without lm-eval's own 14000 tasks if none is asked for: reading them takes ten seconds and more."""
-    own = TaskManager(include_path=list(task_path), include_defaults=False)
-    own_suffice = all(name in own.all_subtasks for name in names)
-    return own if own_suffice else TaskManager(include_path=list(task_path))
-
-
-def _nearest_task(name: str, known: Sequence[str]) -> str:
-    """The nearest name; there are too many to list all."""
-    found = nearest(name, known)
-    return found if len(found) < 400 else "Their names: lm-eval ls tasks; for example tasks=[arc_easy]"
-
-
 def _unsafe_code(name: str) -> ConfigError:
     return ConfigError(
-        f"tasks: {name} runs programs that the model writes, on this machine and without a sandbox. Where they can do "
-        "no harm (a container, a virtual machine) allow it: confirm_run_unsafe_code=true"
+        f"tasks: {name} runs programs that the model writes, without a sandbox. To allow it, preferably in a container "
+        "or a virtual machine: confirm_run_unsafe_code=true"
     )
 
 
 def _check_task(name: str, task: Task, max_new_tokens: int, positions: int) -> None:
-    """Raises a ConfigError for a task that this model cannot do."""
+    """Raise ConfigError for a task that this model cannot run."""
     if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"tasks: {name} has images or audio, and the model reads text only; take another task")
+        raise ConfigError(f"tasks: {name} has images or audio, but the model only reads text. Choose another task")
     if task.OUTPUT_TYPE == "generate_until":
         limit, _, _ = generation_settings(name, task.config.generation_kwargs or {}, max_new_tokens)
         if limit >= positions:
             raise ConfigError(
                 f"tasks: {name} generates up to {limit} tokens, which leaves no room for a prompt in the model's "
-                f"max_seq_len {positions}. Lower its max_gen_toks, or max_new_tokens where it has none"
+                f"max_seq_len {positions}. Lower its max_gen_toks, or max_new_tokens if it has none"
             )
 
 
@@ -126,9 +116,9 @@ def _set_fewshot(name: str, task: Task, num_fewshot: int | None) -> None:
 def generation_settings(
     task: str, gen_kwargs: Mapping[str, Any], max_new_tokens: int
 ) -> tuple[int, list[str], Sampler]:
-    """How a task wants its answers.
+    """The maximum length, stop strings and sampler that a task asks for.
 
-    Without do_sample a temperature above 0 samples, as in lm-eval; do_sample without a temperature samples at 1.
+    As in lm-eval, a temperature above 0 samples even without do_sample. do_sample without a temperature samples at 1.
     """
     default = {"temperature": 1.0 if gen_kwargs.get("do_sample") else 0.0}
     given: dict[str, Any] = {**normalize_gen_kwargs(default | dict(gen_kwargs), max_new_tokens)}
@@ -136,7 +126,7 @@ def generation_settings(
     for key in given:
         if key not in FILTERS:
             allowed = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *FILTERS))
-            raise ConfigError(f"tasks: {task} asks for generation_kwargs.{key}, which is not there. Allowed: {allowed}")
+            raise ConfigError(f"tasks: {task} asks for generation_kwargs.{key}, which is unknown. Allowed: {allowed}")
     try:
         sampler = Sampler(float(temperature), **given)
     except ValueError as e:
@@ -145,13 +135,13 @@ def generation_settings(
 
 
 def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, chat: bool = False) -> dict[str, Any]:
-    """Run tasks of `load_tasks`, print lm-eval's table, and return the metrics by task or group.
+    """Run the tasks from `load_tasks`, print lm-eval's table, and return the metrics by task or group.
 
-    As in lm-eval, ",filter" follows the metric of a task that filters its answers. Tasks that generate also have
-    tokens, tokens_per_second and acceptance_rate.
+    As in lm-eval, a metric on filtered answers is named "metric,filter". Generation tasks also have tokens,
+    tokens_per_second and acceptance_rate.
     """
     for task in loaded["tasks"].values():
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the examples of lm-eval, the same ones for each model
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same few-shot examples for every model, as in lm-eval
     results = evaluate(
         lm,
         loaded,
@@ -159,7 +149,7 @@ def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, c
         log_samples=False,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
-        confirm_run_unsafe_code=True,  # load_tasks has refused tasks that the user did not confirm
+        confirm_run_unsafe_code=True,  # load_tasks refused every unconfirmed task
     )
     print(f"\n{make_table(results)}")
     if "groups" in results:
@@ -174,7 +164,7 @@ def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, c
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers among a task's values; "acc,none" becomes "acc", and unknown standard errors are left out."""
+    """The numeric values of a task without NaN standard errors; "acc,none" becomes "acc"."""
     numbers = {key: float(value) for key, value in values.items() if isinstance(value, Real) and not math.isnan(value)}
     count = {"documents": values["sample_len"]} if numbers.pop("sample_len", None) is not None else {}
     return {key.removesuffix(",none"): value for key, value in numbers.items()} | count
@@ -184,8 +174,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LayerSkipLM(TemplateLM):
-    """A layer-skip decoder for lm-eval: log-likelihoods and texts of an exit, or of the last layer with or without
-    drafts. `stats` has the statistics of generation by task."""
+    """The decoder as a model of lm-eval. `stats` has the generation statistics by task."""
 
     def __init__(
         self,
@@ -211,27 +200,26 @@ class LayerSkipLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; 0 if the tokenizer has none."""
+        """eos, or 0 if the tokenizer has none."""
         eos = getattr(self.tokenizer, "eos_id", None)
         return 0 if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: bos, or else eos."""
+        """The context of a text that has none: bos, or eos if the tokenizer has no bos."""
         bos = getattr(self.tokenizer, "bos_id", None)
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text; bos comes first if the tokenizer has one, unless add_special_tokens is False."""
+        """Encode a text, with bos if the tokenizer has one, unless add_special_tokens is False."""
         return self.tokenizer.encode(string, add_bos=add_special_tokens is not False, add_eos=False)
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
         return type(self.tokenizer).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation up to where the reply begins, or to the end of a reply that has begun."""
+        """Render a conversation up to the start of the reply, or to the end of a partial reply."""
         return self.tokenizer.template.render_prompt(chat_history)
 
     # ---- log-likelihoods ----
@@ -243,8 +231,7 @@ class LayerSkipLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """log p(continuation | context), and whether the continuation is the greedy one, for each request of texts,
-        context tokens and continuation tokens."""
+        """log p(continuation | context) of each request, and whether greedy decoding gives the continuation."""
         for texts, _, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(
@@ -252,12 +239,12 @@ class LayerSkipLM(TemplateLM):
                     f"model's max_seq_len {self.max_length}"
                 )
         self._warn_of_cuts([len(context) + len(answer) - 1 for _, context, answer in requests], self.max_length)
-        # The last token predicts nothing, so answers of one token to the same question share a row. A context that is
-        # too long loses its beginning.
+        # The last token predicts nothing, so one-token answers to the same question share a row. Contexts that are too
+        # long lose their beginning.
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, answer) in enumerate(requests):
             requests_of[tuple((context + answer)[:-1][-self.max_length :])].append(i)
-        # Longest first, so that a lack of memory shows at once.
+        # Longest first, so that running out of memory happens at once.
         rows = sorted(requests_of, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(rows), self.rows), desc="loglikelihood", disable=disable_tqdm):
@@ -267,14 +254,14 @@ class LayerSkipLM(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
-        """(log p, whether greedy) of each answer, by one forward pass for all.
+        """Score all answers in one forward pass: (log p, whether greedy decoding gives the answer).
 
-        A pair has the tokens that the model reads, without the answer's last one, and the answer. Pairs with the same
-        tokens share a row of the batch.
+        A pair has the input tokens, which end before the answer's last token, and the answer. Pairs with equal input
+        share a batch row.
         """
         rows = list(dict.fromkeys(row for row, _ in pairs))
         width = max(map(len, rows))
-        # Padded on the right, where causal attention never looks.
+        # Pad on the right: causal attention never sees the padding.
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
         hidden = dict(zip(rows, self.model(tokens, exit_layer=self.exit_layer, unembed=False), strict=True))
         states = torch.cat([hidden[row][len(row) - len(answer) : len(row)] for row, answer in pairs])
@@ -286,17 +273,17 @@ class LayerSkipLM(TemplateLM):
             greedy.append(logits.argmax(-1) == target)
         lengths = [len(answer) for _, answer in pairs]
         by_answer = zip(torch.cat(log_probs).split(lengths), torch.cat(greedy).split(lengths), strict=True)
-        return [(of_tokens.sum().item(), bool(right.all())) for of_tokens, right in by_answer]
+        return [(log_p.sum().item(), bool(right.all())) for log_p, right in by_answer]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts: each token is predicted once, from as many tokens before it as the window holds."""
+        """log p of whole texts. Each token is predicted once, from all earlier tokens that fit in its window."""
         windows, owners = [], []
         for i, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)  # the prefix token takes bos's place
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)  # the prefix token replaces bos
             rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            of_text = [(None, *make_disjoint_window(window)) for window in rolling]
-            windows += of_text
-            owners += [i] * len(of_text)
+            new = [(None, *make_disjoint_window(window)) for window in rolling]
+            windows += new
+            owners += [i] * len(new)
         sums = [0.0] * len(requests)
         for i, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             sums[i] += score
@@ -305,7 +292,7 @@ class LayerSkipLM(TemplateLM):
     # ---- generation ----
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each (context, gen_kwargs); requests of a task with equal gen_kwargs are decoded together."""
+        """Answer each (context, gen_kwargs). Requests of one task with equal gen_kwargs are decoded together."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[request.task_name, json.dumps(request.args[1], sort_keys=True)].append(i)
@@ -315,22 +302,22 @@ class LayerSkipLM(TemplateLM):
             room = most_positions(self.model)[0] - limit
             prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
             self._warn_of_cuts(map(len, prompts), room)
-            found |= zip(
-                group, self._answers(task, [prompt[-room:] for prompt in prompts], limit, stops, sampler), strict=True
-            )
+            answers = self._answers(task, [prompt[-room:] for prompt in prompts], limit, stops, sampler)
+            found |= zip(group, answers, strict=True)
         return [found[i] for i in range(len(requests))]
 
     def _answers(
         self, task: str, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[str], sampler: Sampler
     ) -> list[str]:
-        """The text after each prompt, up to a stop token or string, `limit` tokens at most."""
+        """The text after each prompt, up to a stop token or string, with at most `limit` tokens."""
+        # Build the drafts once; only a draft vocabulary that is counted in the prompts differs between tasks.
         speculation = None
         if self.self_speculation is not None:
             section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
-            if section != self.built_from:  # only a vocabulary that is counted in the prompts is another for each task
+            if section != self.built_from:
                 self.built_from, self.speculation = section, section.build(self.model, rows=self.rows)
             speculation = self.speculation
-        # Prompts of similar length beside each other: attention sees as many slots as the longest text needs.
+        # Batch prompts of similar length: attention covers as many KV-cache slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generation = Generation(
             self.model,
@@ -350,7 +337,6 @@ class LayerSkipLM(TemplateLM):
         return [text for _, text in sorted((i, stream.text(tokens)) for i, stream, tokens in texts)]
 
     def _warn_of_cuts(self, lengths: Iterable[int], room: int) -> None:
-        """Contexts that are too long lose their beginning, as with lm-eval's other models; this tells the reader."""
-        cut = sum(length > room for length in lengths)
-        if cut:
-            log.warning("%d contexts lose their beginning: there is room for %d tokens", cut, room)
+        """Warn of contexts that lose their beginning, which also happens with lm-eval's other models."""
+        if cut := sum(length > room for length in lengths):
+            log.warning("%d contexts lose their beginning: only %d tokens fit", cut, room)

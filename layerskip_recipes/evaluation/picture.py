@@ -1,4 +1,4 @@
-"""The picture of an evaluation: the quality of every exit of every checkpoint."""
+"""The picture of `layerskip_eval`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 
 def plot_exits(quality: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path, title: str) -> None:
-    """A picture with two panels over the exit layer, by checkpoint: the loss, and the agreement with the last layer."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    """Plot loss and agreement with the last layer over the exit layer, with a line for each checkpoint."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)

@@ -1,7 +1,7 @@
-"""`tune run layerskip_eval`: how good are a checkpoint and each of its exits? Wiring only.
+"""`tune run layerskip_eval` measures a checkpoint and each of its exits.
 
-On a dataset: loss, perplexity and agreement with the last layer of every exit, with a picture. One pass over the data
-serves all exits (model/exit_quality.py). Besides, or instead: lm-eval's tasks (harness.py).
+One pass over a dataset measures loss, perplexity and agreement with the last layer for all exits
+(model/exit_quality.py). lm-eval's tasks run in harness.py.
 """
 
 import json
@@ -34,11 +34,7 @@ log = utils.get_logger("INFO")
 
 
 class LayerSkipEval:
-    """Measures a checkpoint, and others of the same model: their exits on a dataset, lm-eval's tasks.
-
-    Raises:
-        ConfigError: for a wrong setting, before any weight is loaded.
-    """
+    """Measures checkpoints of one model; raises ConfigError for a mistake before loading weights."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = EvalConfig.load(cfg)
@@ -53,7 +49,7 @@ class LayerSkipEval:
         self.seed = training.set_seed(seed=self.cfg.seed)
 
     def setup(self) -> None:
-        """The data, then the model. `evaluate` loads the checkpoints of `compare` one after the other."""
+        """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
         model = layerskip_decoder(cfg.meta_model)
@@ -70,13 +66,12 @@ class LayerSkipEval:
         self.model = load_decoder(cfg, self.device, cfg.quantizer)
 
     def _load_tasks(self, names: list[str], model: LayerSkipDecoder) -> dict[str, Any]:
-        """The tasks with their documents."""
         cfg = self.cfg
         if cfg.apply_chat_template and not getattr(self.tokenizer, "has_chat_template", False):
             raise ConfigError(
-                f"apply_chat_template: true, and this {type(self.tokenizer).__name__} has no chat template. Allowed: "
-                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER}, the folder of a chat model, or "
-                "apply_chat_template=false"
+                f"apply_chat_template: this {type(self.tokenizer).__name__} has no chat template. Allowed: "
+                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER} with a chat model's folder, "
+                "or apply_chat_template=false"
             )
         return self.harness.load_tasks(
             list(dict.fromkeys(names)),
@@ -88,9 +83,9 @@ class LayerSkipEval:
         )
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print tables of each, write report and picture; the last line is the report.
+        """Measure every checkpoint, print its tables, and write the report and the picture.
 
-        After an error or Ctrl-C the report has the parts that were finished.
+        After an error or Ctrl-C the report has the finished parts.
         """
         measured: dict[str, dict[str, Any]] = {}
         self.interrupted = True  # until everything is measured
@@ -104,13 +99,13 @@ class LayerSkipEval:
             self.interrupted = False
         except KeyboardInterrupt:
             done = [f"{part} of {name}" for name, parts in measured.items() for part in parts]
-            log.warning("interrupted: measured to the end: %s", ", ".join(done) or "nothing, there is no report")
+            log.warning("interrupted: finished: %s", ", ".join(done) or "nothing, so there is no report")
         finally:
             report = self._report(measured) if any(measured.values()) else {}
         return report
 
     def _measure(self, name: str, measured: dict[str, Any]) -> None:
-        """Measure the loaded model, and add "exits" and "tasks" as they are finished."""
+        """Measure the loaded model, and add "exits" and "tasks" as each finishes."""
         cfg = self.cfg
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
@@ -130,7 +125,7 @@ class LayerSkipEval:
             measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, cfg.apply_chat_template)
 
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
-        """The quality by exit, also printed as a table."""
+        """The quality by exit; also prints it as a table."""
         cfg, model = self.cfg, self.model
         progress = tqdm(self.batches, total=self.total, desc=name)
         batches = islice(progress, self.total)
@@ -139,10 +134,7 @@ class LayerSkipEval:
         measured = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)
         quality = {e: of_exit.report() for e, of_exit in measured.items()}
         progress.close()
-        agreeing = f"of {draft_length}"
-        print(
-            f"\n{'exit':>5} {'loss':>8} {'perplexity':>11} {'accuracy':>9} {'exact':>6} {'agreement':>10} {agreeing:>6}"
-        )
+        print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {draft_length}':>6}")
         for e, q in quality.items():
             length = "-" if q["accepted_length"] is None else f"{q['accepted_length']:.2f}"
             print(
@@ -152,8 +144,9 @@ class LayerSkipEval:
         return quality
 
     def _report(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Write the report to its file, the picture, and standard output; the config's own checkpoint comes first."""
+        """Write the report to its file and to stdout, and draw the picture."""
         cfg = self.cfg
+        # The config's own checkpoint is at the top level, the others are in `compare` and `compare_tasks`.
         own, *others = measured
         report: dict[str, Any] = dict(measured[own])
         if self.batches is not None:
@@ -163,15 +156,16 @@ class LayerSkipEval:
             report[key] = {name: measured[name][part] for name in others if part in measured[name]}
         if self.interrupted:
             report["interrupted"] = True
+        # An interrupted run replaces no earlier file.
         exits = {name: parts["exits"] for name, parts in measured.items() if "exits" in parts}
-        document = None if cfg.report is None else report_path(Path(cfg.report), "report", self.interrupted)
         picture = None
         if cfg.picture is not None and exits:
             picture = Path(cfg.picture)
             if self.interrupted and picture.exists():
                 picture = picture.with_stem(f"{picture.stem}_interrupted")
             report["picture"] = str(picture)
-        if document is not None:
+        if cfg.report is not None:
+            document = report_path(Path(cfg.report), "report", self.interrupted)
             document.parent.mkdir(parents=True, exist_ok=True)
             document.write_text(json.dumps(report, indent=2) + "\n")
         if picture is not None:
@@ -182,11 +176,7 @@ class LayerSkipEval:
 
 
 def _import_harness() -> ModuleType:
-    """harness.py; lm-eval, which it imports, is optional and takes seconds to import.
-
-    Raises:
-        ConfigError: if lm-eval is not installed.
-    """
+    """Import harness.py late: it imports lm-eval, which is optional and takes seconds to import."""
     try:
         from layerskip_recipes.evaluation import harness
     except ImportError as e:
