@@ -74,11 +74,10 @@ class Job:
         model.generation_config = transformers.GenerationConfig()
         return model.to(self.device).eval()
 
-    def outputs(self, found: torch.Tensor, width: int) -> list[list[int]]:
-        """The new tokens [b, width:] of each row, up to its first stop token."""
-        rows = found[:, width:].tolist()
+    def outputs(self, rows: Rows) -> list[list[int]]:
+        """The new tokens of each row up to its first stop token."""
         ends = [next((i + 1 for i, token in enumerate(row) if token in self.stop_tokens), len(row)) for row in rows]
-        return [row[:end] for row, end in zip(rows, ends, strict=True)]
+        return [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
 
 
 class PeerTimer:
@@ -149,7 +148,7 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
             stop_tokens=list(job.stop_tokens),
             custom_generate_next_token=timed_next_token,
         )
-        outputs = job.outputs(generated, tokens.shape[1])
+        outputs = job.outputs(generated[:, tokens.shape[1] :].tolist())
         return outputs, timer.stats(outputs)
 
     return decode
@@ -193,7 +192,7 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
             generation_config=generation_config,
             stopping_criteria=[note_first_tokens],
         )
-        outputs = job.outputs(generated, tokens.shape[1])
+        outputs = job.outputs(generated[:, tokens.shape[1] :].tolist())
         return outputs, timer.stats(outputs)
 
     return decode
@@ -231,7 +230,7 @@ def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
         tokens, stats = server.complete(rows[0], job.limit, sampler, seed, ignore_end=not job.stop_tokens)
-        return job.outputs(torch.tensor([tokens]), 0), stats
+        return job.outputs([tokens]), stats
 
     return decode
 

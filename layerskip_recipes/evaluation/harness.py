@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -44,54 +45,54 @@ HEAD_TOKENS = 512  # compute logits for at most this many positions at once
 # ---- tasks ----
 
 
-def load_tasks(
-    names: Sequence[str],
-    task_path: Sequence[str],
-    num_fewshot: int | None,
-    max_new_tokens: int,
-    positions: int,
-    confirm_run_unsafe_code: bool = False,
-) -> dict[str, Any]:
-    """Load tasks with their data, and check everything that needs no weights.
+def load_tasks(cfg: EvalConfig, tokenizer: Any, max_new_tokens: int, positions: int) -> dict[str, Any]:
+    """Load the config's tasks with their data, and check everything that needs no weights.
 
-    `names` are tasks, groups or tags; task files in the folders `task_path` take precedence over lm-eval's. The model
-    has `positions` for a prompt and its answer. The result is that of `TaskManager.load`.
+    The model has `positions` for a prompt and its answer. The result is that of `TaskManager.load`.
     """
+    if cfg.apply_chat_template and not getattr(tokenizer, "has_chat_template", False):
+        raise ConfigError(
+            f"apply_chat_template: this {type(tokenizer).__name__} has no chat template. Allowed: "
+            "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER} with a chat model's folder, or "
+            "apply_chat_template=false"
+        )
     # Listing lm-eval's own 14,000 tasks takes over ten seconds, so try the user's task files first.
-    manager = TaskManager(include_path=list(task_path), include_defaults=False)
+    names, folders = list(dict.fromkeys(cfg.tasks or [])), list(cfg.task_path or [])
+    manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):
-        manager = TaskManager(include_path=list(task_path))
+        manager = TaskManager(include_path=folders)
     for name in names:
         if name not in manager.task_index:
             near = nearest(name, manager.all_tasks)
             hint = near if len(near) < 400 else "Their names: lm-eval ls tasks; for example tasks=[arc_easy]"
             raise ConfigError(f"tasks: {name!r} is no task, group or tag of lm-eval's. {hint}")
         # Check before loading, because loading would fetch the metric that runs programs.
-        if (manager.task_index[name].cfg or {}).get("unsafe_code") and not confirm_run_unsafe_code:
-            raise _unsafe_code(name)
-    if confirm_run_unsafe_code:
+        if (manager.task_index[name].cfg or {}).get("unsafe_code"):
+            _check_confirmed(name, cfg)
+    if cfg.confirm_run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric `code_eval` reads this
     try:
-        loaded = manager.load(list(names))
+        loaded = manager.load(names)
     except Exception as e:  # task files can contain any code
         raise ConfigError(f"tasks: {', '.join(names)} cannot be loaded: {type(e).__name__}: {e}") from e
+    # Groups and tags are known by their tasks only now.
     for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
-            raise _unsafe_code(name)
-        _check_task(name, task, max_new_tokens, positions)
-        _set_fewshot(name, task, num_fewshot)
+        if getattr(task, "UNSAFE_CODE", False):
+            _check_confirmed(name, cfg)
+        _prepare_task(name, task, cfg.num_fewshot, max_new_tokens, positions)
     return loaded
 
 
-def _unsafe_code(name: str) -> ConfigError:
-    return ConfigError(
-        f"tasks: {name} runs programs that the model writes, without a sandbox. To allow it, preferably in a container "
-        "or a virtual machine: confirm_run_unsafe_code=true"
-    )
+def _check_confirmed(name: str, cfg: EvalConfig) -> None:
+    if not cfg.confirm_run_unsafe_code:
+        raise ConfigError(
+            f"tasks: {name} runs programs that the model writes, without a sandbox. To allow it, preferably in a "
+            "container or a virtual machine: confirm_run_unsafe_code=true"
+        )
 
 
-def _check_task(name: str, task: Task, max_new_tokens: int, positions: int) -> None:
-    """Raise ConfigError for a task that this model cannot run."""
+def _prepare_task(name: str, task: Task, num_fewshot: int | None, max_new_tokens: int, positions: int) -> None:
+    """Refuse a task that this model cannot run, and set its number of examples."""
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"tasks: {name} has images or audio, but the model only reads text. Choose another task")
     if task.OUTPUT_TYPE == "generate_until":
@@ -101,12 +102,8 @@ def _check_task(name: str, task: Task, max_new_tokens: int, positions: int) -> N
                 f"tasks: {name} generates up to {limit} tokens, which leaves no room for a prompt in the model's "
                 f"max_seq_len {positions}. Lower its max_gen_toks, or max_new_tokens if it has none"
             )
-
-
-def _set_fewshot(name: str, task: Task, num_fewshot: int | None) -> None:
-    """Set the number of examples as lm-eval does, but refuse a number that lm-eval would ignore."""
     own = task.config.num_fewshot
-    if num_fewshot and own == 0:
+    if num_fewshot and own == 0:  # lm-eval would silently ignore num_fewshot
         raise ConfigError(
             f"num_fewshot: {num_fewshot} is not for {name}, whose file says 0: its prompt is complete. Leave it out"
         )

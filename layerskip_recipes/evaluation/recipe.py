@@ -7,7 +7,6 @@ One pass over a dataset measures loss, perplexity and agreement with the last la
 import json
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -25,7 +24,7 @@ from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.picture import plot_exits
 from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.report import report_path
-from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary, most_positions
 from layerskip_recipes.processes import check_one_process
@@ -55,32 +54,21 @@ class LayerSkipEval:
         model = layerskip_decoder(cfg.meta_model)
         check_vocabulary(self.tokenizer, model)
         self.batches = self.tasks = None
+        # Dataset and tasks.
         if cfg.dataset is not None:
             limit_samples(cfg.dataset, self.tokenizer, model)
             dataset, collate = load_data(cfg.dataset, cfg.collate_fn, self.tokenizer, model, self.device)
             self.batches = DataLoader(dataset, batch_size=cfg.batch_size, collate_fn=collate)
             self.total = min(len(self.batches), cfg.max_batches or len(self.batches))
         if cfg.tasks is not None:
-            self.harness = _import_harness()
-            self.tasks = self._load_tasks(cfg.tasks, model)
+            try:  # lm-eval is optional and takes seconds to import
+                from layerskip_recipes.evaluation import harness
+            except ImportError as e:
+                example = 'pip install "lm-eval>=0.4.12,<0.5"'
+                raise ConfigError(f"tasks: lm-eval is missing ({e}). For example: {example}") from e
+            self.harness = harness
+            self.tasks = harness.load_tasks(cfg, self.tokenizer, self.max_new_tokens, most_positions(model)[0])
         self.model = load_decoder(cfg, self.device, cfg.quantizer)
-
-    def _load_tasks(self, names: list[str], model: LayerSkipDecoder) -> dict[str, Any]:
-        cfg = self.cfg
-        if cfg.apply_chat_template and not getattr(self.tokenizer, "has_chat_template", False):
-            raise ConfigError(
-                f"apply_chat_template: this {type(self.tokenizer).__name__} has no chat template. Allowed: "
-                "tokenizer={_component_: layerskip_recipes.hf_tokenizer, path: FOLDER} with a chat model's folder, "
-                "or apply_chat_template=false"
-            )
-        return self.harness.load_tasks(
-            list(dict.fromkeys(names)),
-            cfg.task_path or [],
-            cfg.num_fewshot,
-            self.max_new_tokens,
-            most_positions(model)[0],
-            cfg.confirm_run_unsafe_code,
-        )
 
     def evaluate(self) -> dict[str, Any]:
         """Measure every checkpoint, print its tables, and write the report and the picture.
@@ -173,12 +161,3 @@ class LayerSkipEval:
             print(f"picture: {picture}")
         print(json.dumps(report), flush=True)
         return report
-
-
-def _import_harness() -> ModuleType:
-    """Import harness.py late: it imports lm-eval, which is optional and takes seconds to import."""
-    try:
-        from layerskip_recipes.evaluation import harness
-    except ImportError as e:
-        raise ConfigError(f'tasks: lm-eval is missing ({e}). For example: pip install "lm-eval>=0.4.12,<0.5"') from e
-    return harness
