@@ -215,7 +215,7 @@ class BenchmarkConfig(DecodingConfig):
         if self.peers is not None and self.peers.llama_cpp is not None:
             yield from self.peers.llama_cpp.check_files()
         if self.tune:
-            yield from mistakes_of(self._check_tune, len(model.layers))
+            yield from mistakes_of(self._check_tune)
         yield from mistakes_of(self.check_prompts)
 
     def _check_methods(self) -> Iterator[str]:
@@ -230,9 +230,7 @@ class BenchmarkConfig(DecodingConfig):
         if self.temperatures is not None and self.temperature is not None:
             yield f"temperature: {self.temperature} has no effect: temperatures lists them. Set temperature=null"
 
-    def _check_tune(self, num_layers: int) -> Iterator[str]:
-        if num_layers < 4:
-            yield f"tune: a model of {num_layers} layers has too few exits to choose from. Set tune=false"
+    def _check_tune(self) -> Iterator[str]:
         if self.tuned_path is None or self.tune_extends is None:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():

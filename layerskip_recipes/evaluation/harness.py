@@ -223,10 +223,7 @@ class LayerSkipLM(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, and whether greedy decoding gives the continuation."""
         for texts, _, continuation in requests:
