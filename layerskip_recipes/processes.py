@@ -1,8 +1,8 @@
-"""The processes of torchrun: joining their groups, waiting for rank 0's files, rank 0's values for all.
+"""The processes of torchrun: joining their groups, waiting for rank 0's files, and sharing values.
 
-Two groups exist. torch's default group carries the tensors of each step; there a process that does not answer for
-minutes is lost. A second one, on the CPU, carries small Python objects and barriers around file work: one rank may read
-or write hundreds of gigabytes, pack a dataset, or wait for a user's next question, while the others wait for it.
+torch's default group carries the tensors of each step, with a timeout of minutes. A second group, on the CPU, carries
+small Python objects and barriers around file work. One rank may read or write hundreds of gigabytes, pack a dataset, or
+wait for a user's next question, while the others wait for it.
 """
 
 import logging
@@ -19,29 +19,29 @@ from torchtune import training
 from layerskip_recipes.errors import ConfigError
 
 STEP_TIMEOUT = timedelta(minutes=10)
-FILE_TIMEOUT = timedelta(days=1)  # if rank 0 fails meanwhile, torchrun ends the others at once
+FILE_TIMEOUT = timedelta(days=1)  # torchrun ends waiting ranks at once if rank 0 fails
 
 _file_group: dist.ProcessGroup | None = None
 
 
 def num_processes() -> int:
-    """How many processes torchrun started, known before `init_processes`; 1 without torchrun."""
+    """How many processes torchrun started, also before `init_processes`; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_one_process() -> None:
-    """Raises a ConfigError under torchrun with several processes, for a recipe that runs on one device."""
+    """Raise a ConfigError in a recipe for one device if torchrun started several processes."""
     if num_processes() > 1:
         raise ConfigError(
-            f"nproc_per_node: {num_processes()} processes, and this version runs on one device; start it without "
-            "--nproc_per_node, or with --nproc_per_node 1"
+            f"nproc_per_node: {num_processes()} processes, and this recipe runs on one device; leave out "
+            "--nproc_per_node"
         )
 
 
 def init_processes(device_type: str, with_cpu: bool = False) -> int:
-    """Join the process groups of torchrun's processes (gloo for "cpu", nccl for "cuda"), and return this one's rank.
+    """Join torchrun's process groups (gloo for "cpu", nccl for "cuda") if it started several; returns the rank.
 
-    One process needs no group. Under `with_cpu` tensors on the CPU can be sent too.
+    With `with_cpu`, collectives also work on CPU tensors.
     """
     global _file_group
     if num_processes() == 1:
@@ -59,22 +59,22 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
 
 
 def new_file_group() -> dist.ProcessGroup:
-    """A further group of all ranks for file work, such as writing in the background; call it on all ranks."""
+    """Another group of all ranks for file work, such as background writing; every rank must call this."""
     group: Any = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
     return group
 
 
 def file_group() -> dist.ProcessGroup | None:
-    """The group for file work; None for torch's default group, where another program made that."""
+    """The group for file work; None stands for torch's default group, if another program created that."""
     return _file_group
 
 
 def end_processes() -> None:
-    """Leave the process groups after a run that went well, when all ranks have come here.
+    """Leave the process groups after a successful run, once all ranks are here.
 
-    A barrier does not say that: to a rank that has not yet returned from it, gloo reports "Connection closed by peer"
-    when another one closes its sockets. So the ranks tell each other through the groups' key-value store. Rank 0 may
-    host the store, and must not leave before the others' last message, a `set`, to which the store sends no answer.
+    A barrier is not enough: gloo reports "Connection closed by peer" to a rank that has not yet returned from it when
+    another rank closes its sockets. So the ranks tell each other through the key-value store. Rank 0 may host the store
+    and must not leave before the others' last `set`, which the store does not answer.
     """
     global _file_group
     _file_group = None
@@ -90,13 +90,11 @@ def end_processes() -> None:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process without the interpreter's own end, as the last act of one of several processes.
+    """End one of several processes without tearing down the interpreter.
 
-    torch's groups outlive `destroy_process_group` as long as a mesh or a sharded model refers to them, and gloo's
-    threads with them: all of them are still there when a training has ended. They free finished collectives, whose
-    tensors are Python objects, and that can abort a process whose interpreter is being torn down (pytorch pull request
-    179291, abandoned). It is the probable cause of a "free(): invalid pointer" that was seen once, after a training
-    that went well.
+    torch's groups and gloo's threads outlive `destroy_process_group` while a mesh or a sharded model refers to them.
+    The threads free finished collectives, whose tensors are Python objects, and can abort a process that is being torn
+    down (pytorch pull request 179291, abandoned). This probably caused a "free(): invalid pointer" after a training.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -106,18 +104,17 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that prints and reads files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Wait until every rank is here, for as long as file work may take."""
+    """Wait until every rank is here, up to the file timeout."""
     if dist.is_initialized():
         dist.barrier(group=_file_group)
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value, any that can be pickled, on all ranks; they wait for it as long as for files."""
+    """Rank 0's value (picklable) on all ranks; they wait for it up to the file timeout."""
     shared = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(shared, src=0, group=_file_group)
@@ -125,7 +122,7 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def from_every_rank(value: Any) -> list[Any]:
-    """The values of all ranks, any that can be pickled, on all ranks; they wait for them as long as for files."""
+    """The (picklable) values of all ranks on all ranks, with the file timeout."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -134,12 +131,11 @@ def from_every_rank(value: Any) -> list[Any]:
 
 
 def same_on_all(value: Any) -> bool:
-    """Whether all ranks have the same value, any that can be pickled."""
     return all(other == value for other in from_every_rank(value))
 
 
 def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's tensor (same shape, dtype and kind of device on all ranks), so that ranks cannot diverge."""
+    """Rank 0's tensor on all ranks; shape, dtype and device type must be equal."""
     if not dist.is_initialized():
         return tensor
     shared = tensor.clone(memory_format=torch.contiguous_format)

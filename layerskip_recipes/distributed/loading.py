@@ -1,4 +1,4 @@
-"""Loading a model that is split over processes: rank 0 has the weights, each rank receives its part."""
+"""Loading a sharded model: rank 0 reads the weights, and each rank receives its shard."""
 
 import warnings
 from collections.abc import Mapping
@@ -23,18 +23,13 @@ def load_from_rank0(
     dtype: torch.dtype,
     offload: bool = False,
 ) -> None:
-    """Give each rank its part of rank 0's weights, one tensor after the other.
+    """Broadcast rank 0's full state_dict tensor by tensor into a sharded model on the meta device.
 
-    A tensor is converted to `dtype` only when it is sent, so that no rank ever holds a second copy of the model.
-
-    Args:
-        model: split over the ranks, on the meta device.
-        state: the whole state_dict on rank 0; ignored on other ranks.
-        device, dtype: of the weights.
-        offload: the weights live on the CPU.
+    A tensor is converted to `dtype` when it is sent, so no rank holds a second copy of the model. Other ranks' `state`
+    is ignored. `offload` keeps the weights on the CPU.
     """
     make_position_tables(model, device, dtype)
-    wait_for_all()  # rank 0 may have read its files for longer than a collective may take
+    wait_for_all()  # rank 0 may read its files for longer than a collective's timeout
     for name, own in model.state_dict().items():
         if is_rank_zero():
             value = state[name].to(device=device, dtype=dtype).contiguous()
@@ -50,7 +45,7 @@ def load_from_rank0(
 
 
 def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, laid out as `own`; all of it where `own` is not split."""
+    """This rank's shard of a tensor, laid out as `own`; all of it if `own` is not sharded."""
     if not isinstance(own, DTensor):
         return whole
     shape, start = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
@@ -59,7 +54,7 @@ def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute the position tables of a model on the meta device: no checkpoint has them."""
+    """Compute the position tables of a model on the meta device, which no checkpoint has."""
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
             rope_init: Any = getattr(module, "rope_init", None)
@@ -69,7 +64,7 @@ def make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dt
 
 @contextmanager
 def suppress_dcp_warnings():
-    """Without the warnings of torch's distributed checkpointing about its own calls."""
+    """Hide warnings of torch's distributed checkpointing about its own calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
         yield

@@ -1,4 +1,4 @@
-"""Tensor parallelism by torchtune's plans: the checks of the config, and splitting the decoder."""
+"""Tensor parallelism by torchtune's plans: config checks, and splitting the decoder."""
 
 import math
 from collections.abc import Mapping
@@ -22,10 +22,9 @@ EXAMPLE_PLAN = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
 def check_processes(
     model: TransformerDecoder, dim: int | None, plan: Component | None, device: str | None = None
 ) -> int:
-    """How many ranks share each matrix; raises a ConfigError if the model cannot be split so.
+    """The number of ranks that share each matrix; raises a ConfigError if the model cannot be split.
 
-    `dim`, `plan` and `device` are the values of `tensor_parallel_dim`, `tensor_parallel_plan` and `device`. As in
-    torchtune's generation, a plan without a dim means all ranks.
+    `dim` and `plan` are `tensor_parallel_dim` and `tensor_parallel_plan`; a plan without a dim means all ranks.
     """
     processes, styles = num_processes(), read_plan(plan)
     dim = dim or (1 if styles is None else processes)
@@ -46,7 +45,7 @@ def check_processes(
 
 
 def read_plan(section: Component | None) -> Plan | None:
-    """The plan of `tensor_parallel_plan`; raises a ConfigError if the component makes something else."""
+    """The plan of `tensor_parallel_plan`; raises a ConfigError if the component builds something else."""
     if section is None:
         return None
     plan = section.build()
@@ -61,12 +60,12 @@ def _wrong(key: str, given: str, allowed: str, example: Any) -> ConfigError:
 
 
 def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:
-    """Split heads and matrices by torchtune's plan, and a tied head, which is no module that a plan could name."""
+    """Split heads and matrices by torchtune's plan; a tied head, which it cannot name, is split with the embedding."""
     tied = isinstance(model.output, TiedLinear)
     training.prepare_mha_for_tp(model, mesh)
     parallelize_module(model, mesh, {name: style for name, style in plan.items() if not (tied and name == "output")})
     if tied and isinstance(model.tok_embeddings.weight, DTensor):
-        layouts = (Replicate(), None)  # of the hidden state, and of the embedding's weight, which is split already
+        layouts = (Replicate(), None)  # of the hidden state, and of the embedding's already sharded weight
         for style in (
             PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts),
             PrepareModuleOutput(output_layouts=Shard(-1), desired_output_layouts=Replicate()),

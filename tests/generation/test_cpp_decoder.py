@@ -322,7 +322,7 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
         context.load_cpp()
         at = torch.full((2, 1), 8)
         alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        _, hidden, _ = context.cpp.chain.draft(text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature)
+        _, hidden, _ = context.cpp.draft(text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature)
     assert torch.equal(hidden, alone)
 
 
@@ -396,7 +396,7 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, speculation=speculation_of("chain", model))
     assert generation.generated == expected
-    assert generation.context.cpp is not None and generation.context.cpp.chain is None
+    assert generation.context.cpp is not None and generation.context.cpp.draft is None
 
 
 def hooked(part="layers.1.mlp.w1"):

@@ -53,7 +53,7 @@ def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     for key in ("identical", "tokens", "baseline_tokens"):  # times decide which rounds draft
         assert report[key] == alone[key]
     assert report["identical"] is True
-    assert [rank.stderr.count("prompt: takes the place of prompts") for rank in ranks] == [1, 0]
+    assert [rank.stderr.count("prompt: is used instead of prompts") for rank in ranks] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Drafts from an early exit, token by token, and their verification in one pass.
+"""Drafts from an early exit, token by token, and their verification in one forward pass.
 
-A round of n drafted tokens costs n early passes with head, one early pass without (the last token must be verified
-too), and one late pass over n + 1 tokens that starts from the hidden states of the early ones (paper, section 4.3).
+A round of n drafted tokens costs n early passes with the head, one early pass of the last token without it, and one
+late pass over n + 1 tokens that starts from the early hidden states (paper, section 4.3).
 """
 
 from collections.abc import Sequence
@@ -16,23 +16,18 @@ from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
 CHAIN = DraftStrategy("chain")
-MOST_BEHIND = 128  # tokens that the draft's own layers read together, after rounds without a draft
+MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread during plain rounds
 
 
 class ChainDrafter(Drafter):
-    """Drafts tokens one by one from exit E.
-
-    Args:
-        exit_layer: E.
-        longest: d, the tokens of a draft.
-    """
+    """Drafts up to `longest` tokens one by one from the exit E = `exit_layer`."""
 
     def __init__(self, context: StepContext, exit_layer: int, longest: int) -> None:
         self.context, self.exit_layer, self.longest = context, exit_layer, longest
-        # For an adapter, the model's normed state of the token before the last one, [b, 1, d].
-        self.before: torch.Tensor | None = None
-        # What a trained draft's own layers have not read since plain rounds: slots [b, 1], and tokens [b, 1] or, for an
-        # adapter, its inputs [b, 1, 2 d].
+        # For an adapter: the normed x_L of the token before the last one, [b, 1, d].
+        self.last_state: torch.Tensor | None = None
+        # Inputs of plain rounds that a trained draft's own layers have not read: slots [b, 1], and tokens [b, 1] or an
+        # adapter's inputs [b, 1, 2 d].
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
@@ -41,13 +36,13 @@ class ChainDrafter(Drafter):
 
     def begin(self, final: torch.Tensor) -> None:
         if self.context.has_adapter:
-            self.before = self.context.model.norm(final)[:, None]
+            self.last_state = self.context.model.norm(final)[:, None]
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
-        if self.before is not None:
-            self.before[row] = self.context.model.norm(final)
+        if self.last_state is not None:
+            self.last_state[row] = self.context.model.norm(final)
         for at, _ in self.unread:
-            at[row] = -1  # these tokens are gone
+            at[row] = -1  # skip the old text's tokens
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, depth = self.context, now.depth(self.context, self.longest)
@@ -56,26 +51,25 @@ class ChainDrafter(Drafter):
             return DraftedTokens(CHAIN, slots, now.last[:, None])
         self._catch_up(now)
         noise = context.draft_noise(depth)
-        plain = self.before is None and context.sampler.only_temperature
-        if plain and context.cpp is not None and context.cpp.chain is not None:
+        plain = self.last_state is None and context.sampler.only_temperature
+        if plain and context.cpp is not None and context.cpp.draft is not None:
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            return DraftedTokens(CHAIN, slots, *context.cpp.chain.draft(*arguments))
+            return DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments))
         return self._token_by_token(now, depth, slots, noise)
 
     def _token_by_token(
         self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None
     ) -> DraftedTokens:
-        """A draft by `depth` calls of one step."""
-        context, seen, before = self.context, now.seen, self.before
+        context, seen, state = self.context, now.seen, self.last_state
         tokens, hidden, q = [now.last], [], []
         step = Step(context, draft_token, self.exit_layer)
         for i in range(depth):
             noise_i = None if noise is None else noise[:, i].contiguous()
-            results = step(slots, tokens[-1], now.start + i, noise_i, seen, before)
+            results = step(slots, tokens[-1], now.start + i, noise_i, seen, state)
             if context.graphs is not None and context.device.type == "cuda":
-                # The next step runs the same CUDA graph, which overwrites its results.
+                # The next replay of this CUDA graph overwrites its outputs.
                 results = [None if result is None else result.clone() for result in results]
-            token, x, q_token, seen, before = results
+            token, x, q_token, seen, state = results
             tokens.append(token)
             hidden.append(x)
             q.append(q_token)
@@ -87,30 +81,30 @@ class ChainDrafter(Drafter):
         if draft.length == 0:
             return self._step(draft, now)
         self._catch_up(now)
+        inputs = (draft.slots, draft.tokens, draft.hidden, now.start, self.last_state)
         if context.sampler.greedy and now.seen is None:
-            step = Step(context, verify_greedily, self.exit_layer, choice=False)
-            return self.after(*step(draft.slots, draft.tokens, draft.hidden, now.start, self.before))
-        uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
-        noise = context.noise()
-        step = Step(context, chain_logits, self.exit_layer, choice=False)
-        logits, states = step(draft.slots, draft.tokens, draft.hidden, now.start, self.before)
-        tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
-        return self.after(*Step(context, accept_chain, layers=False)(None, *tensors))
+            result, state = Step(context, verify_greedily, self.exit_layer, choice=False)(*inputs)
+        else:
+            uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
+            noise = context.noise()
+            logits, states = Step(context, chain_logits, self.exit_layer, choice=False)(*inputs)
+            tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
+            result, state = Step(context, accept_chain, layers=False)(None, *tensors)
+        # A copy: the next CUDA graph replay overwrites its outputs.
+        self.last_state = None if state is None else state.clone()
+        return result
 
     def _step(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        """A round without a draft, which costs what a step of plain decoding costs.
-
-        The draft's own layers catch up later, several tokens at a time.
-        """
+        """A round without a draft, at the cost of a plain step; the draft's own layers catch up later."""
         context, noise = self.context, self.context.noise()
-        if self.before is None:
+        if self.last_state is None:
             step = Step(context, next_logits, context.model.num_layers, choice=False)
             logits, unread = step(draft.slots, now.last, now.start), now.last[:, None]
         else:
             step = Step(context, step_with_states, self.exit_layer, choice=False)
             logits, x, state = step(draft.slots, now.last, now.start)
-            unread = torch.cat([x, self.before], -1)
-            self.before = state.clone()
+            unread = torch.cat([x, self.last_state], -1)
+            self.last_state = state.clone()
         if context.own_layers:
             self.unread.append((now.start[:, None].clone(), unread))
         outcome = choose(context, logits, noise, now.seen)
@@ -119,11 +113,10 @@ class ChainDrafter(Drafter):
         return outcome
 
     def _catch_up(self, now: RoundStart) -> None:
-        """Let the draft's own layers read the tokens that they have not read."""
+        """Run the draft's own layers over the tokens that they have not read."""
         if not self.unread:
             return
-        # A graph has one shape. What has no token of its own goes to the slot of the last token, which is written anew
-        # before it is read.
+        # A graph has one shape. Padding goes to the last token's slot, which is overwritten before it is read.
         spare = MOST_BEHIND - len(self.unread) if self.context.graphs is not None else 0
         unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
         at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
@@ -132,33 +125,26 @@ class ChainDrafter(Drafter):
         Step(self.context, read_later, choice=False)(slots, inputs, at)
         self.unread = []
 
-    def after(self, result: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        """The result of a verification, whose `before` is kept; the next round's graphs overwrite the given one."""
-        self.before = None if before is None else before.clone()
-        return result
-
 
 # ---- steps of drafts ----
 
 
-def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, before):
-    """One token of each row: last, start [b]; noise [b, v'] or None; seen [b, v] or None; before [b, 1, d] or None.
+def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, state):
+    """Draft one token per row: last, start [b]; noise [b, v'], seen [b, v], state [b, 1, d], each or None.
 
-    Returns:
-        the token [b], its x_E [b, 1, d], the distribution q [b, v'] that it was drawn from or None, and what the next
-        token goes on from: `seen` with the token, and for an adapter the state that the draft's head unembedded.
+    Returns the token [b], x_E of `last` [b, 1, d], q [b, v'] or None, `seen` with the token, and an adapter's state.
     """
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
-    h = context.read_by_draft(x, before, at, slots)
+    h = context.read_by_draft(x, state, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
     token = context.in_full_vocabulary(context.sampler.choose(scores, noise))
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
-    return token, x, None if noise is None else scores, seen, None if before is None else model.norm(h)
+    return token, x, None if noise is None else scores, seen, None if state is None else model.norm(h)
 
 
 def read_later(context: StepContext, slots, inputs, at):
-    """The draft's own layers on tokens [b, s], or on an adapter's inputs [b, s, 2 d], at the slots `at` [b, s]."""
+    """Run the draft's own layers over tokens [b, s] or an adapter's inputs [b, s, 2 d] in the slots `at` [b, s]."""
     own = context.own_layers
     tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
     part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
@@ -166,7 +152,7 @@ def read_later(context: StepContext, slots, inputs, at):
 
 
 def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
-    """A step of the whole model, and what an adapter reads of it: logits [b, v], x_E and the normed x_L, [b, 1, d]."""
+    """A step of the whole model: logits [b, v], and for an adapter x_E and the normed x_L, [b, 1, d]."""
     model, at = context.model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
@@ -176,12 +162,11 @@ def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
 # ---- steps of verification ----
 
 
-def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, before):
-    """The full model on all drafted tokens in one pass. A trained draft's own layers first read the tokens that they
-    did not read while they drafted: the last one, or all looked up ones.
+def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
+    """The full model over all drafted tokens, after a draft's own layers have read the tokens that are new to them.
 
-    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None: all layers run; start [b];
-    before [b, 1, d] or None -> [b, n + 1, v], and for an adapter the model's normed states [b, n + 1, d].
+    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None to run all layers; start [b];
+    state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
     """
     model, draft, at = context.model, context.draft_model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     if not context.own_layers and (hidden is None or not context.shares_layers):
@@ -191,21 +176,20 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     if not context.shares_layers:
         return context.run(model, tokens, at, slots), None
     x = x if hidden is None else torch.cat([hidden, x], 1)
-    if before is None:
+    if state is None:
         return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer), None
     final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
     states = model.norm(final)
-    # While it drafted, the adapter went on from its own states.
-    context.read_by_draft(x, torch.cat([before, states[:, :-1]], 1), at, slots)
+    # While drafting the adapter saw its own states. Now it reads the model's.
+    context.read_by_draft(x, torch.cat([state, states[:, :-1]], 1), at, slots)
     return context.unembed(final), states
 
 
 def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen, states):
-    """The result of `Drafter.verify`, and `before` of the next round. Without q, as of looked up tokens, each one had
-    probability 1.
+    """The result of `Drafter.verify`, and the last accepted token's state. Without q the drafted tokens have q = 1.
 
-    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n], noise, seen [b, v], states [b, n + 1, d]; the
-    last five or None.
+    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n]; noise, seen [b, v], states [b, n + 1, d]. All
+    but logits and tokens may be None.
     """
     seen = None if seen is None else context.seen_at(seen, tokens)
     scores, drafted = context.scores(logits, seen), tokens[:, 1:]
@@ -217,18 +201,18 @@ def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise,
     return outcome(accepted, following, drafted), state_of(states, accepted)
 
 
-def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start, before):
-    """`chain_logits` and greedy acceptance as one graph: a greedy choice has no settings that could change."""
-    logits, states = chain_logits(context, exit_layer, slots, tokens, hidden, start, before)
+def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
+    """`chain_logits` and greedy acceptance as one graph, since greedy choice has no settings that could change."""
+    logits, states = chain_logits(context, exit_layer, slots, tokens, hidden, start, state)
     accepted, following = accept_greedy(tokens[:, 1:], logits)
     return outcome(accepted, following, tokens[:, 1:]), state_of(states, accepted)
 
 
 def outcome(accepted: torch.Tensor, following: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
-    """One tensor, so that the host waits once: accepted [b], next token [b], drafted [b, n] -> [b, 2 + n]."""
+    """One tensor, so that the host waits once: accepted [b], following [b], drafted [b, n] -> [b, 2 + n]."""
     return torch.cat([accepted[:, None], following[:, None], drafted], 1)
 
 
 def state_of(states: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor | None:
-    """The state [b, 1, d] of one token of each row: states [b, n + 1, d] or None, place [b]."""
+    """The state [b, 1, d] of the token at `place` [b] in each row: states [b, n + 1, d] or None."""
     return None if states is None else states.gather(1, place[:, None, None].expand(-1, 1, states.shape[-1]))

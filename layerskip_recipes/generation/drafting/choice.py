@@ -1,6 +1,6 @@
-"""The choice between drafting from an exit, looking up in the text and not drafting, by measured tokens per second.
+"""The choice between an exit's draft, a look-up and no draft, by measured tokens per second.
 
-The choice is lossless: it decides who drafts, never what is accepted. It depends on past rounds only.
+The choice is lossless: it never changes which tokens are accepted, and it depends on past rounds only.
 """
 
 import math
@@ -19,27 +19,27 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
 
 # In steps of plain decoding:
-BUDGET = 4.5  # what drafts may lose before drafting stops, 3.5% of 128 tokens
-MOST_SAVED = 16.0  # what drafts can save up for a text that gets harder
-REPAID = 1 / 48  # what a plain round earns for another try; each time that drafting stops, half as much
+BUDGET = 4.5  # loss at which drafting stops, 3.5% of 128 tokens
+MOST_SAVED = 16.0  # the most that good drafts save up for harder text
+REPAID = 1 / 48  # regained by a plain round while drafting is stopped; halved each time that drafting stops
 
 
 @dataclass
 class _Record:
-    """What is known of one strategy."""
+    """Measurements of one strategy."""
 
     rounds: int = 0
-    weight: float = 0.0  # of its rounds, falling with age
+    weight: float = 0.0  # discounted number of rounds
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=32))  # seconds, tokens
 
     @property
     def usual(self) -> float:
-        """Seconds of a round; no round counts for more than three times as many."""
+        """Median seconds of a round; a round counts for at most three times as long."""
         return median(seconds for seconds, _ in self.recent)
 
     @property
     def rate(self) -> float:
-        """Tokens per second of a row, 0 if nothing is known."""
+        """Tokens per second and row; 0 without a round."""
         if not self.recent:
             return 0.0
         most = 3 * self.usual
@@ -47,24 +47,22 @@ class _Record:
 
 
 class DiscountedUCB:
-    """Chooses the strategy that gives most tokens per second: each is tried, then the one with the best bound runs.
+    """Chooses the strategy with the most tokens per second: each is tried, then the one with the best bound runs.
 
-    The bound is the rate and a margin, as the tokens of a round vary as much as their mean: discounted upper confidence
-    bounds (Garivier and Moulines, arXiv 0805.3415). The weight of a measurement falls with every round, so a strategy
-    that was unlucky, or a text that changed, gets another try.
+    The bound is the rate plus a margin: discounted upper confidence bounds (Garivier and Moulines, arXiv 0805.3415).
+    The weight of a measurement falls with every round, so each strategy is tried again now and then.
 
-    Plain decoding is one of the strategies, and drafts have a budget beside: a round loses what it takes, in plain
-    steps, beyond the tokens that it gives. A strategy stops where another round without an accepted token would pass
-    the budget; then each plain round earns a part of the next try. So a text whose drafts are never accepted is hardly
-    slower than without them.
+    Plain decoding is one of the strategies, and drafts have a budget. A round loses its duration in plain steps minus
+    its tokens. A strategy stops where a round without an accepted token would exceed the budget. Plain rounds then earn
+    the next try. So a text whose drafts are never accepted is hardly slower than plain decoding.
 
     Pass one object to several generations to keep what was learned.
 
     Args:
         trial: rounds of each way of drafting before any choice; plain decoding has one.
-        memory: rounds of any strategy after which a round has lost two thirds of its weight.
-        margin: of a rate that one round of drafts stands for; for n rounds 1 / sqrt(n) of that.
-        plain: whether plain decoding is a strategy; without it drafts go on whatever they lose.
+        memory: rounds (of any strategy) after which a measurement has lost two thirds of its weight.
+        margin: relative margin after one drafting round; after n rounds it is margin / sqrt(n).
+        plain: whether plain decoding is a strategy; without it drafts have no budget.
     """
 
     def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, plain: bool = True) -> None:
@@ -73,24 +71,24 @@ class DiscountedUCB:
         self.lost, self.repaid, self.stopped = 0.0, REPAID, False
 
     def begin_text(self) -> None:
-        """Drafts may do better on another text: the next try comes as early as at first."""
+        """Retry drafts as early as at first: they may do better on another text."""
         self.repaid = REPAID
 
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
-        """What the next round does: one of these ways to draft, or plain decoding."""
+        """The strategy of the next round: one of these, or plain decoding."""
         if self.plain:
             within = [strategy for strategy in strategies if self.lost + self._most_lost(strategy) < BUDGET]
             if not within and not self.stopped:
                 self.repaid /= 2
             self.stopped = not within
-            # The first round is plain: its time is the unit of what drafts lose.
+            # The first round is plain: its time is the unit of losses.
             strategies = [PLAIN, *(within if self.rate(PLAIN) else [])]
         records = {strategy: self.records.setdefault(strategy, _Record()) for strategy in strategies}
         untried = {s: r.rounds for s, r in records.items() if r.rounds < (1 if s == PLAIN else self.trial)}
         return min(untried, key=untried.__getitem__) if untried else max(strategies, key=self._bound)
 
     def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
-        """A round of this strategy gave each row so many tokens in so many seconds."""
+        """Record a round: tokens per row, and seconds."""
         record = self.records.setdefault(strategy, _Record())
         for other in self.records.values():
             other.weight *= 1 - 1 / self.memory
@@ -101,16 +99,16 @@ class DiscountedUCB:
             self.lost -= self.repaid if self.stopped else 0.0
         elif self.rate(PLAIN):
             steps = min(seconds, 3 * record.usual) * self.rate(PLAIN)
-            # After one slow round drafts are not gone for long.
+            # Capped, so that one slow round does not stop drafts for long.
             self.lost = min(max(self.lost + steps - tokens, -MOST_SAVED), 2 * BUDGET)
             self.repaid = REPAID if self.lost < 0 else self.repaid
 
     def rate(self, strategy: DraftStrategy) -> float:
-        """Tokens per second that a strategy gives a row, 0 if it never ran."""
+        """Tokens per second and row; 0 for a strategy that never ran."""
         return self.records.get(strategy, _Record()).rate
 
     def _most_lost(self, strategy: DraftStrategy) -> float:
-        """What a round of this strategy loses if no token is accepted; 0 if it never ran."""
+        """The loss of a round without an accepted token; 0 for a strategy that never ran."""
         record = self.records.get(strategy)
         return record.usual * self.rate(PLAIN) - 1 if record and record.recent else 0.0
 
@@ -122,10 +120,9 @@ class DiscountedUCB:
 
 
 class ChoosingDrafter(Drafter):
-    """Drafts from the exit, from the text where it offers a draft, or not at all, as pays most.
+    """Drafts from the exit, from the text, or not at all, as `DiscountedUCB` chooses.
 
-    Look-ups of short and of long matches are strategies of their own: judged together, they were dropped after a few
-    bad ones.
+    Look-ups of short and of long matches are separate strategies: together, a few bad ones ended all look-ups.
     """
 
     def __init__(
@@ -152,7 +149,7 @@ class ChoosingDrafter(Drafter):
         picked = self.choice.pick(offered)
         if picked == PLAIN:
             return no_draft(self.context, now)
-        return found if found is not None and picked == found.strategy else self.drafter.propose(now)
+        return self.drafter.propose(now) if found is None or picked == CHAIN else found
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         return self.drafter.verify(draft, now)
@@ -169,7 +166,7 @@ class ChoosingDrafter(Drafter):
 def make_drafter(
     speculation: Speculation, context: StepContext, prompts: Sequence[Sequence[int]], choice: DiscountedUCB | None
 ) -> Drafter:
-    """The drafter of a speculation that fits the model; `choice` has what earlier generations learned."""
+    """The drafter of a checked speculation; `choice` is what earlier generations learned."""
     d, ngram = speculation.num_speculations, speculation.prompt_lookup
     drafter = ChainDrafter(context, speculation.exit_layer, d)
     lookup = None if ngram is None else LookupDrafter(context, d, ngram, prompts)

@@ -1,6 +1,5 @@
-"""Drafts that are looked up in the text so far: prompt look-up decoding (Saxena, 2023).
-
-Summaries and edits repeat their prompt, and what followed a place in it follows again.
+"""Prompt look-up decoding (Saxena, 2023): drafts copied from earlier in the text, since summaries and edits repeat
+their prompt.
 """
 
 from collections.abc import Sequence
@@ -13,34 +12,24 @@ from layerskip_recipes.model.decoder import on_device
 
 
 class TextIndex:
-    """Finds what followed the last earlier place with the same last `ngram` tokens.
-
-    Args:
-        ngram: tokens that have to be the same, 1 or more.
-    """
+    """Finds the continuation of the last earlier occurrence of the text's last `ngram` tokens."""
 
     def __init__(self, ngram: int) -> None:
         self.ngram = ngram
         self.tokens: list[int] = []
-        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> where the token behind its last place stands
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token after its last occurrence
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The text goes on by these tokens."""
         for token in tokens:
-            # Entered once something follows, so that the end of the text never finds itself.
+            # An n-gram is entered when a token follows it, so that the end of the text never finds itself.
             if len(self.tokens) >= self.ngram:
                 self.after[tuple(self.tokens[-self.ngram :])] = len(self.tokens)
             self.tokens.append(token)
 
     def find(self, count: int) -> tuple[list[int], int]:
-        """Tokens that may follow, and how long the text before them is the same: the longer, the likelier they are.
+        """`count` tokens that may follow, and the match length, which predicts acceptance; ([], 0) without a match.
 
-        Args:
-            count: how many.
-
-        Returns:
-            `count` tokens, and 0 for less than 2 n-grams, 1 for less than 4, 2 for more; ([], 0) if the end of the text
-            is new.
+        The match length is 0 for a match of less than 2 n-grams, 1 for less than 4, 2 for more.
         """
         at = self.after.get(tuple(self.tokens[-self.ngram :]))
         if at is None:
@@ -49,17 +38,12 @@ class TextIndex:
         while same < most and self.tokens[at - 1 - same] == self.tokens[-1 - same]:
             same += 1
         found = self.tokens[at : at + count]
-        # A repetition shorter than the draft goes on repeating.
+        # Repeat a continuation that is shorter than the draft.
         return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
 
 
 class LookupDrafter:
-    """Drafts what followed the last tokens earlier in the text; the draft is empty unless every running row has one.
-
-    Args:
-        longest: d, the tokens of a draft.
-        ngram: see `TextIndex`.
-    """
+    """Drafts up to `longest` tokens from the text by `TextIndex`; none unless every running row has a match."""
 
     def __init__(self, context: StepContext, longest: int, ngram: int, prompts: Sequence[Sequence[int]]) -> None:
         self.context, self.longest, self.ngram = context, longest, ngram
@@ -67,7 +51,7 @@ class LookupDrafter:
         self.extend(prompts)
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        """See `Drafter.propose`; drafters of an exit verify such drafts."""
+        """`Drafter.propose`; a `ChainDrafter` verifies the draft."""
         depth, match, tokens = now.depth(self.context, self.longest), 0, now.last[:, None]
         rows = zip(self.texts, now.finished, strict=True)
         found = [([0] * depth, 2) if done else text.find(depth) for text, done in rows]
@@ -78,11 +62,9 @@ class LookupDrafter:
         return DraftedTokens(DraftStrategy("lookup", match), slots, tokens)
 
     def replace(self, row: int, text: Sequence[int]) -> None:
-        """A row goes on from another text."""
         self.texts[row] = TextIndex(self.ngram)
         self.texts[row].extend(text)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
-        """The text of each row goes on by these tokens."""
         for text, new in zip(self.texts, tokens, strict=True):
             text.extend(new)

@@ -1,4 +1,4 @@
-"""Rounds without a draft: one step of the model, or of its first layers, gives one token."""
+"""Rounds without a draft: one token per step of the model or of its first layers."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,6 @@ from layerskip_recipes.generation.steps import Step, StepContext, choose_token, 
 
 
 class PlainDrafter(Drafter):
-    """Drafts nothing: each round is a step of the first `exit_layer` layers."""
-
     def __init__(self, context: StepContext, exit_layer: int) -> None:
         self.context, self.depth = context, exit_layer
 
@@ -23,14 +21,13 @@ class PlainDrafter(Drafter):
 
 
 def no_draft(context: StepContext, now: RoundStart) -> DraftedTokens:
-    """The last token of the text alone."""
     return DraftedTokens(PLAIN, context.cache.slots[: now.last_slot + 1], now.last[:, None])
 
 
 def choose(
     context: StepContext, logits: torch.Tensor, noise: torch.Tensor | None, seen: torch.Tensor | None
 ) -> torch.Tensor:
-    """The result of `Drafter.verify` without a draft: logits [b, v] -> [b, 2]."""
+    """The result of `Drafter.verify` for a step's logits [b, v]: [b, 2]."""
     step = Step(context, choose_token, layers=False)
     chosen = step.run(None, logits, noise, seen) if context.sampler.greedy else step(None, logits, noise, seen)
     return F.pad(chosen[:, None], (1, 0))

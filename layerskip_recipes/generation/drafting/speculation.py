@@ -1,4 +1,4 @@
-"""How tokens are drafted: the settings of a speculation, and whether they fit the model."""
+"""The settings of a speculation, and their checks against a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
 
-# Types that the `self_speculation` section shares.
+# Shared with the `self_speculation` section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
 
@@ -23,10 +23,10 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts.
-        num_speculations: d, the tokens drafted in a round.
+        num_speculations: d, the tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
-        prompt_lookup: draft from the text where its last so many tokens occurred before, if that pays; None: never.
-        drafter: a decoder whose early layers and head draft in the model's place, such as a quantised copy.
+        prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
+        drafter: a decoder whose early layers and head draft instead of the model's, such as a quantised copy.
         draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the drafter's head.
 
     Raises:
@@ -45,7 +45,7 @@ class Speculation:
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
 
     def check(self, model: LayerSkipDecoder) -> None:
-        """Raises a ConfigError for settings that do not fit the model."""
+        """Raise a ConfigError for settings that do not fit the model."""
         model.check_exit(self.exit_layer)
         if self.draft_vocabulary is not None:
             check_draft_vocabulary(self.draft_vocabulary, model)
@@ -54,7 +54,7 @@ class Speculation:
 
 
 def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
-    """Raises a ConfigError unless a drafter has the layers to draft, and the caches and tokens of the model."""
+    """Raise a ConfigError unless the drafter has an exit there, and the model's cache shapes and vocabulary."""
     own = as_layerskip_decoder(drafter).own_layers
     if own and exit_layer != (own.start or own.stop):
         raise ConfigError(f"exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
@@ -79,7 +79,7 @@ def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer
 def check_draft_vocabulary(
     vocabulary: torch.Tensor | Sequence[int], model: LayerSkipDecoder, key: str = "draft_vocabulary"
 ) -> None:
-    """Raises a ConfigError unless these are ids of the model's tokens; `key` is for messages."""
+    """Raise a ConfigError unless these are ids of the model's tokens."""
     size = model.tok_embeddings.num_embeddings
     try:
         ids = torch.as_tensor(vocabulary)

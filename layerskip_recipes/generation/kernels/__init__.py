@@ -1,1 +1,1 @@
-"""Compiled decoding steps: C++ for a CPU, graphs for a GPU and for models with parts that the C++ does not know."""
+"""Compiled decoding steps: C++ on a CPU, graphs on a GPU and for models that the C++ does not support."""

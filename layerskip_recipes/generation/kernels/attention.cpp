@@ -1,14 +1,14 @@
-// Attention of few queries over a cache: sums in fp32; keys and values may be bf16. They are read once, for all queries of
-// their head. Compiled after few_rows.cpp, in one file with it.
+// Attention of few queries over a KV-cache, with fp32 sums; keys and values are fp32 or bf16, read once for all queries
+// of their head. Compiled in one file with few_rows.cpp, after it.
 
 #include <limits>
 
 namespace {
 
-constexpr int SLOTS = 96;  // keys or values at a time, for which all queries of a head are done
+constexpr int SLOTS = 96;  // keys or values per pass over all queries of a head
 
-// A row's scores s, with room for whole vectors -> exp(s - max s) of factor s, in place, and 0 from slot `visible` on;
-// returns the sum. Where there is a cap, the scores are cap tanh(factor s / cap).
+// s = exp(t - max t) in place, and 0 from slot `visible` on, where t = factor s or with a cap cap tanh(factor s / cap).
+// Returns the sum. The row s is padded to whole vectors.
 float exponents(float* s, int64_t visible, const Vector& factor, float cap, int64_t slots) {
   const Vector none(-std::numeric_limits<float>::infinity());
   Vector most = none, sum(0.f);
@@ -29,11 +29,9 @@ float exponents(float* s, int64_t visible, const Vector& factor, float cap, int6
   return at::vec::vec_reduce_all<float>([](Vector& x, Vector& y) { return x + y; }, sum);
 }
 
-// out = p v, and what is in out if there is `more` than this: M rows of p by C vectors of each row of v [slots, dim];
-// from one row of p to the next it is `length`, of out `stride`.
+// out = p v, or with `more` out += p v: M rows of p (stride `length`) by C vectors of each row of v [slots, dim].
 template <int M, int C, typename V>
-void mix(
-    const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
+void mix(const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride, bool more) {
   std::array<Vector, M * C> total;
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++)
@@ -42,7 +40,7 @@ void mix(
     std::array<Vector, C> values;
     for (int c = 0; c < C; c++) {
       fetch(v + slot * dim + c * LANES);
-      values[c] = in_register(load(v + slot * dim + c * LANES));
+      values[c] = in_register(load_fp32(v + slot * dim + c * LANES));
     }
     for (int m = 0; m < M; m++) {
       const Vector weight = in_register(Vector(p[m * length + slot]));
@@ -56,8 +54,8 @@ void mix(
 // `rows` <= M rows of p by all of v.
 template <int M, typename V>
 void mixture(
-    int64_t rows, const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length,
-    int64_t stride, bool more) {
+    int64_t rows, const float* p, const V* v, float* out, int64_t slots, int64_t dim, int64_t length, int64_t stride,
+    bool more) {
   if constexpr (M > 1) {
     if (rows < M) return mixture<M - 1>(rows, p, v, out, slots, dim, length, stride, more);
   }
@@ -67,62 +65,47 @@ void mixture(
   for (; at < dim; at += LANES) mix<M, 1>(p, v + at, out + at, slots, dim, length, stride, more);
 }
 
-// Attention of the `rows` queries [rows, d] of one head from number `first` on, `size` at a time; number r sees the slots up
-// to its own, at[r modulo s].
-// Keys and values are read from memory once: all queries see as many of them as stay in a cache, then the next ones.
-template <typename V>
-void attend(
-    int64_t first, int64_t rows, int64_t size, const float* q, const V* keys, const V* values, const int64_t* at, float* y,
-    int64_t d, int64_t s, int64_t slots, const Vector& factor, float cap) {
-  const int64_t length = (slots + LANES - 1) / LANES * LANES;
-  std::vector<float> scores(rows * length), sum(rows);
-  for (int64_t slot = 0; slot < slots; slot += SLOTS)
-    for (int64_t row = 0; row < rows; row += size)
-      block<BLOCK>(
-          std::min(size, rows - row), q + row * d, keys + slot * d, scores.data() + row * length + slot, d,
-          std::min<int64_t>(SLOTS, slots - slot), d, length);
-  for (int64_t row = 0; row < rows; row++)
-    sum[row] = exponents(scores.data() + row * length, at[(first + row) % s] + 1, factor, cap, slots);
-  for (int64_t slot = 0; slot < slots; slot += SLOTS)
-    for (int64_t row = 0; row < rows; row += size)
-      mixture<BLOCK>(
-          std::min(size, rows - row), scores.data() + row * length + slot, values + slot * d, y + row * d,
-          std::min<int64_t>(SLOTS, slots - slot), d, length, d, slot > 0);
-  for (int64_t row = 0; row < rows; row++)
-    at::vec::map<float>([&](Vector x) { return x / Vector(sum[row]); }, y + row * d, y + row * d, d);
-}
-
-// softmax(scale q k^T) v of queries [b, heads, s, d] over the first slots of a cache [.., h, .., d] in fp32 or bf16 -> y
-// [b, heads, s, d]. Each query sees the slots of its row of the cache, `rows` [b], up to its own, `at` [b, s]; heads is a
-// multiple of h, d of LANES.
+// y = softmax(scale q k^T) v: q, y [b, heads, s, d], a cache [.., h, .., d] of which `slots` are used. A query sees its
+// cache row, rows [b], up to its own slot, at [b, s]. heads is a multiple of h, d of LANES.
 template <typename V>
 void attention_over(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, const int64_t* rows,
-    float* y, int64_t b, int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
+    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, const int64_t* rows, float* y,
+    int64_t b, int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
   const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
-  const V *ks = keys.const_data_ptr<V>(), *vs = values.const_data_ptr<V>();
-  // Threads share the queries of a head too, in blocks of one size: three heads would leave one of two threads waiting.
+  const int64_t length = (slots + LANES - 1) / LANES * LANES;
+  // Threads also share the queries of a head, in equal blocks: with three heads one of two threads would wait.
   const int64_t blocks = (queries + BLOCK - 1) / BLOCK, size = (queries + blocks - 1) / blocks;
-  const double numbers = static_cast<double>(2 * b * h * slots * d);
-  in_parallel(b * h * blocks, 1, numbers * sizeof(V), numbers * static_cast<double>(queries), [&](int64_t first, int64_t end) {
+  // `count` blocks of queries of one head, from number `first` on.
+  const auto attend = [&](int64_t row, int64_t head, int64_t first, int64_t count) {
+    const int64_t n = std::min(count * size, queries - first), from = (row * heads * s + head * queries + first) * d;
+    const V* const k = keys.const_data_ptr<V>() + rows[row] * keys.stride(0) + head * keys.stride(1);
+    const V* const v = values.const_data_ptr<V>() + rows[row] * values.stride(0) + head * values.stride(1);
+    std::vector<float> scores(n * length), sum(n);
+    // All queries use SLOTS keys, then SLOTS values, while these are in the processor's cache.
+    const auto in_pieces = [&](const auto& f) {
+      for (int64_t slot = 0; slot < slots; slot += SLOTS)
+        for (int64_t i = 0; i < n; i += size)
+          f(i, std::min(size, n - i), scores.data() + i * length + slot, slot, std::min<int64_t>(SLOTS, slots - slot));
+    };
+    in_pieces([&](int64_t i, int64_t m, float* to, int64_t slot, int64_t count) {
+      block<BLOCK>(m, q + from + i * d, k + slot * d, to, d, count, d, length);
+    });
+    for (int64_t i = 0; i < n; i++)
+      sum[i] = exponents(scores.data() + i * length, at[row * s + (first + i) % s] + 1, Vector(scale), cap, slots);
+    in_pieces([&](int64_t i, int64_t m, const float* p, int64_t slot, int64_t count) {
+      mixture<BLOCK>(m, p, v + slot * d, y + from + i * d, count, d, length, d, slot > 0);
+    });
+    for (int64_t i = 0; i < n; i++)
+      at::vec::map<float>([&](Vector x) { return x / Vector(sum[i]); }, y + from + i * d, y + from + i * d, d);
+  };
+  const double numbers = static_cast<double>(2 * b * h * slots * d), products = numbers * static_cast<double>(queries);
+  in_parallel(b * h * blocks, 1, numbers * sizeof(V), products, [&](int64_t first, int64_t end) {
     while (first < end) {
-      const int64_t row = first / blocks / h, head = first / blocks % h, query = first % blocks * size;
       const int64_t count = std::min(end - first, blocks - first % blocks);
-      const int64_t from = (row * heads * s + head * queries + query) * d;
-      attend(
-          query, std::min(count * size, queries - query), size, q + from,
-          ks + rows[row] * keys.stride(0) + head * keys.stride(1), vs + rows[row] * values.stride(0) + head * values.stride(1),
-          at + row * s, y + from, d, s, slots, Vector(scale), cap);
+      attend(first / blocks / h, first / blocks % h, first % blocks * size, count);
       first += count;
     }
   });
-}
-
-void attention(
-    const float* q, const at::Tensor& keys, const at::Tensor& values, const int64_t* at, const int64_t* rows,
-    float* y, int64_t b, int64_t heads, int64_t s, int64_t slots, float scale, float cap) {
-  const auto over = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-  over(q, keys, values, at, rows, y, b, heads, s, slots, scale, cap);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-"""Compiled decoding steps: a graph for each kind of step, kept for its model and used by later generations. On a CPU
-only steps of models that cpp_decoder.py does not know become graphs.
+"""Compiled decoding steps: one graph per kind of step, kept with its model for later generations. On a CPU only models
+that cpp_decoder.py does not support use graphs.
 
-torch's guards are left out: the key of a step names all that its graph depends on (rows, cache length, exit,
-sampler), so a call costs no walk through the model's thousands of attributes. On a CPU the length that attention sees
-is dynamic, one graph for all of them. On a GPU steps are CUDA graphs: with FlexAttention they see the whole cache and
-find the length on the device; without it they have masks, and a graph for each power of two of the length.
+Graphs have no torch guards: a step's key names all that its graph depends on (batch rows, cache length, exit, sampler).
+On a CPU the attended length is dynamic, so one graph serves all lengths. On a GPU steps are CUDA graphs. With
+FlexAttention they see the whole cache and read the length on the device; without it they have masks, and one graph per
+power of two of the length.
 """
 
 import itertools
@@ -22,52 +22,46 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache
 
 log = utils.get_logger("INFO")
-_numbers = itertools.count()  # dynamo remembers shapes by a function's name, for all models of the process
+_numbers = itertools.count()  # dynamo remembers shapes by function name, for the whole process
 
 
 def rounded_length(length: int, device: torch.device) -> int:
-    """Round up to a power of two of at least 256 on a GPU, where masks need a graph per length; elsewhere to 64s."""
+    """Round up to 64s, or on a GPU, where each length with masks needs a graph, to a power of two of at least 256."""
     if device.type == "cuda":
         return max(256, 1 << (length - 1).bit_length())
     return -(-length // 64) * 64
 
 
 def cache_length(needed: int) -> int:
-    """The slots of a cache for compiled steps, one of few sizes, as graphs depend on it.
+    """The slots of a cache for compiled steps: few sizes, since graphs depend on it, and a whole number of blocks.
 
-    More than any length that attention sees, as torch takes one that equals the cache's for a constant; and a whole
-    number of blocks.
+    More than any attended length: torch would treat a length that equals the cache's as a constant.
     """
     return max(256, 1 << (needed - 1).bit_length()) + BLOCK
 
 
 class CompiledSteps:
-    """The graphs of one model, by the keys of their steps.
-
-    Args:
-        weights: names and kinds of its weights, for which the graphs hold.
-    """
+    """The graphs of one model by step key; `weights` has the names and kinds of the weights that they were made for."""
 
     def __init__(self, device: torch.device, weights: Hashable = None) -> None:
         self.device, self.weights = device, weights
         self.graphs: dict[Hashable, Callable] = {}
-        # torch keeps a CUDA graph for each sequence of graphs that ran before it. So a graph is captured once for each
-        # path, the steps of the round up to it; not in a round with a new step, which runs its first time uncaptured.
+        # torch keeps a CUDA graph per sequence of preceding graphs, so a graph is captured once per path: the round's
+        # steps up to it. A round with a new step captures nothing, as that step first runs uncaptured.
         self.path: tuple[Hashable, ...] = ()
         self.warming = False
         self.captured: set[tuple[Hashable, ...]] = set()
-        self.prepared = False  # `prepare` went well
-        self.failed = False  # nothing can be compiled here
-        self.refused: dict[Hashable, str] = {}  # steps that cannot be compiled where others can, and their names
-        self.masked = set[Hashable]()  # steps that cannot be compiled with FlexAttention
+        self.prepared = False  # `prepare` succeeded
+        self.failed = False  # nothing can be compiled on this machine
+        self.refused: dict[Hashable, str] = {}  # the names of single steps that cannot be compiled
+        self.masked = set[Hashable]()  # steps that compile only without FlexAttention
         self.seconds = 0.0
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
-        """A cache of at least max_len slots: the last one of as many rows and layers if it is large enough.
+        """A cache of at least max_len slots, reused from the last generation with as many rows if large enough.
 
-        Two sizes are kept, such as those of full batches and of the last one; on a GPU eight, as CUDA graphs depend on
-        their memory and would be made again for others.
+        Two are kept, for full batches and the last one. On a GPU it is eight, since CUDA graphs depend on their memory.
         """
         kept = self._caches.pop((rows, draft_layers), None)
         if kept is None or kept.max_len < max_len:
@@ -78,7 +72,7 @@ class CompiledSteps:
         return kept
 
     def prepare(self, load: Callable[[], bool]) -> bool:
-        """Call `load`, which compiles and returns whether it had to; False, and a line, if that is not possible."""
+        """Whether steps can be compiled, by calling `load`, which returns whether it had to compile; warns if not."""
         if not self.failed:
             started = time.perf_counter()
             try:
@@ -91,25 +85,26 @@ class CompiledSteps:
         return not self.failed
 
     def begin_round(self) -> None:
-        """CUDA graphs may use the memory of the last round's results again."""
+        """Let CUDA graphs reuse the memory of the last round's results."""
         self.path, self.warming = (), False
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
     def __call__(self, step: Any, slots: torch.Tensor | None, *args: Any) -> Any:
-        """step.run(slots, *args) by its graph, made at the first call; `seconds` counts what first calls took."""
+        """step.run(slots, *args) by its graph, which the first call makes; `seconds` adds up the first calls."""
         cuda = self.device.type == "cuda"
+        # The graph's key, and the slots that it sees.
         step_key, given, flex = step.key(*args), slots, False
         if slots is not None:
             cache, flex = step.context.cache, step.context.fits_flex and step_key not in self.masked
-            # All slots for FlexAttention, else a few more than attention sees.
+            # All slots for FlexAttention, else the attended length rounded up.
             given = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
         key = (step_key, len(given)) if cuda and given is not None else step_key
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
         known = self.graphs.get(key)
-        # The first call of a graph runs it; the next one after the same steps makes a CUDA graph of it.
+        # Run the graph. Its first call compiles it; the next one after the same steps captures a CUDA graph.
         captures = cuda and known is not None and self.path not in self.captured
         started = time.perf_counter()
         try:
@@ -124,23 +119,24 @@ class CompiledSteps:
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
-            if known is not None and not cuda:  # a graph that worked before: the step itself is wrong
+            if known is not None and not cuda:  # the graph worked before, so the error is the step's own
                 raise
+            # Note what cannot be compiled, and run the step again without it.
             name = step.function.__name__
             self.seconds += time.perf_counter() - started
             if flex and known is None:
                 self.masked.add(step_key)
                 _warn(f"for {name} with FlexAttention", e)
             else:
-                # A machine without a C++ compiler fails at its first step. If other steps were compiled they go on; a
-                # quantised step may be the only one without a kernel.
+                # Without a C++ compiler the first step fails, and all others would. A quantised step may be the
+                # only one without a kernel.
                 self.failed = not self.graphs and not self._is_quantised(step)
                 self.refused[key] = name
                 _warn("here" if self.failed else f"for {name}", e)
-            # On a GPU the step may have run half-way. One process can run it again, as it writes behind the text only;
-            # of several, the others may wait in a collective.
+            # On a GPU the step may have run half-way. One process can repeat it, since it only writes behind the text.
+            # With several ranks the others may wait in a collective.
             if cuda and step.context.shared:
-                raise RuntimeError(f"{name}: its graph failed; compile=false goes without graphs") from e
+                raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e
             return self(step, slots, *args)
         if known is None or captures:
             self.graphs[key] = graph
@@ -148,7 +144,6 @@ class CompiledSteps:
         return out
 
     def _is_quantised(self, step: Any) -> bool:
-        """Whether the model or its draft has quantised weights."""
         models = (step.context.model, step.context.draft_model)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
 
@@ -157,7 +152,7 @@ _COMPILED: WeakKeyDictionary[LayerSkipDecoder, CompiledSteps] = WeakKeyDictionar
 
 
 def compiled_steps(model: LayerSkipDecoder) -> CompiledSteps:
-    """The graphs of a model, kept as long as the model lives and its weights are of the same kinds."""
+    """The graphs of a model, kept while the model lives and the kinds of its weights stay the same."""
     device = model.tok_embeddings.weight.device
     kept = _COMPILED.get(model)
     weights = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
@@ -167,7 +162,7 @@ def compiled_steps(model: LayerSkipDecoder) -> CompiledSteps:
 
 
 def find_compiled_steps(model: LayerSkipDecoder) -> CompiledSteps | None:
-    """The graphs of a model, for reports; None if no generation of the model was compiled."""
+    """The graphs of a model; None if no generation of it was compiled."""
     return _COMPILED.get(model)
 
 
@@ -176,12 +171,12 @@ def _warn(where: str, error: Exception) -> None:
 
 
 def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
-    """torch.compile on a copy of the function: graphs are looked up by code object, and each key needs its own."""
+    """torch.compile on a copy of the function, since graphs are stored by code object and each key needs its own."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    # Tuning makes kernels that multiply a single row by int8 weights as they are stored; it takes long.
+    # Slow tuning, which finds kernels that multiply a single row by int8 weights without unpacking them.
     cuda: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
-    # Without a check of each tensor: the key of the step ensures the shapes.
+    # The step's key ensures the shapes.
     options: dict[str, Any] = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe

@@ -1,13 +1,13 @@
-"""Decoding steps on a CPU in C++ (few_rows.cpp, attention.cpp, layers.cpp): all layers of a step are one call, the head
-is another. A whole chain of drafts is one call where only the temperature decides.
+"""Decoding steps on a CPU in C++ (few_rows.cpp, attention.cpp, layers.cpp): one call for all layers of a step, one for
+the head, and one for a whole draft chain if temperature is the only sampling setting.
 
-What torch does around a product takes as long as the product itself in a small model; a step here does little beside
-reading each weight once, for one token as for seven.
+In a small model torch's overhead per product is as large as the product. The C++ steps read each weight once, for one
+token or for seven, and do little else.
 """
 
 import subprocess
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,50 +38,40 @@ from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositio
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "attention.cpp", "layers.cpp")]
-VECTOR = 16  # widths are multiples of the longest vector of a processor, in fp32 numbers
+VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 
-
-# Rotary positions of torchtune whose table has cosines and sines in turns, or two of each behind one another.
+# torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-# The tables of cosines and sines in fp32, by the table that they are made of. All layers share them, as they are large
-# for long texts.
+# fp32 cosines and sines by the module's table. All layers share them, since they are large for long contexts.
 _TABLES = WeakTensorKeyDictionary()
 
 
 class UnknownPartError(Exception):
-    """The decoder has a part that is not known here."""
+    """The C++ does not support a part of the decoder."""
 
 
 @cache
 def load_library() -> None:
-    """Compile the C++, or find it compiled: `torch.classes.layerskip` has `Layers`, `Head` and `Chain`.
-
-    Raises:
-        Exception: what inductor raises without a C++ compiler.
-    """
-    # Inductor takes a second to import, which only compiled generations need.
+    """Compile the C++ or load it from inductor's cache, as `torch.classes.layerskip.Layers` and `Head`."""
+    # Importing inductor takes a second.
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     class Library(CppCodeCache):
-        """Inductor's compiler and its cache on disk, with torch's headers and libraries."""
-
         cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
         cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}  # type: ignore[misc]
 
-    # torch knows which vectors this processor has; inductor would find out by compiling and running a program for each.
+    # torch knows the processor's vector instructions. Inductor would compile and run a test program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with config.patch({"cpp.vec_isa_ok": True} if known else {}):
-        pick_vec_isa()  # it is looked for once in a process
+        pick_vec_isa()  # cached for the process
     Library.load("".join([_versions(), *(source.read_text() for source in SOURCES)]))
 
 
 def _versions() -> str:
-    """A comment for the top of the C++: inductor looks compiled code up by its text, and this code needs the C++
-    interface of one torch and one compiler.
-    """
+    """A C++ comment that makes inductor's cache, which is keyed by source text, depend on torch and the compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
@@ -89,9 +79,9 @@ def _versions() -> str:
 
 
 class Parts:
-    """What C++ is given of a module: its tensors and numbers by the names that layers.cpp looks for.
+    """A module's tensors and numbers under the names that layers.cpp reads.
 
-    Each method adds those of one part, and raises `UnknownPartError` for a part that is not known.
+    Each method adds one part, or raises an `UnknownPartError`.
     """
 
     def __init__(self) -> None:
@@ -99,7 +89,7 @@ class Parts:
         self.numbers: dict[str, float] = {}
 
     def linear(self, name: str, linear: Any) -> None:
-        """A matrix in fp32, bf16 or torchao's int8 with a scale for each row: of a linear layer or an embedding."""
+        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row."""
         if not isinstance(linear, nn.Embedding) and type(linear) is not nn.Linear:
             raise UnknownPartError(name)
         weight, scale, zero = linear.weight, None, None
@@ -113,18 +103,17 @@ class Parts:
             raise UnknownPartError(name)
         if zero is not None and zero.any():
             raise UnknownPartError(f"{name}: zero points")
-        _multiple(weight.shape[1], name)
+        _check_width(weight.shape[1], name)
         self.tensors[f"{name}.weight"] = weight.detach()
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None))):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
     def norm(self, name: str, norm: Any) -> None:
-        """RMSNorm, or none."""
         if norm is None or type(norm) is nn.Identity:
             return
         if type(norm) is Gemma2FinalNorm:
-            norm = norm.rms_norm  # the cap is the head's
+            norm = norm.rms_norm  # `head_parts` has its logit cap
         if type(norm) not in (RMSNorm, GemmaRMSNorm) or norm.eps <= 0:
             raise UnknownPartError(name)
         scale = _fp32(norm.scale)
@@ -132,7 +121,7 @@ class Parts:
         self.numbers[f"{name}.epsilon"] = norm.eps
 
     def positions(self, rotation: Any) -> None:
-        """The tables of rotary positions: channels turn with their neighbours, or with those half a head away."""
+        """Rotary tables; channels rotate in pairs of neighbours, or with the channel half a head away."""
         if rotation is None:
             return
         self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
@@ -145,7 +134,7 @@ class Parts:
         self.tensors |= dict(zip(("cos", "sin"), _TABLES[table], strict=True))
 
     def attention(self, attn: Any) -> None:
-        """Attention of a layer, all but its cache."""
+        """Attention without its cache."""
         if type(attn) not in (MultiHeadAttention, NormFirstAttention, Gemma2Attention):
             raise UnknownPartError("attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
@@ -153,14 +142,14 @@ class Parts:
         self.norm("q_norm", attn.q_norm)
         self.norm("k_norm", attn.k_norm)
         self.positions(attn.pos_embeddings)
-        _multiple(attn.head_dim, "head_dim")
+        _check_width(attn.head_dim, "head_dim")
         self.numbers["heads"], self.numbers["scale"] = attn.num_heads, attn.head_dim**-0.5
         self.numbers["norm_first"] = type(attn) is NormFirstAttention
         if type(attn) is Gemma2Attention:
             self.numbers["scale"], self.numbers["cap"] = attn.scaling, attn.softcapping or 0
 
     def feed_forward(self, mlp: Any) -> None:
-        """The gated feed-forward part of a layer."""
+        """A gated MLP."""
         kinds = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
         activation = getattr(mlp, "activation", None)
         kind = kinds.get((type(activation), getattr(activation, "approximate", None)))
@@ -171,12 +160,12 @@ class Parts:
         self.numbers["activation"] = kind
 
     def for_cpp(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The arguments of a constructor."""
+        """The arguments of a C++ constructor."""
         return self.tensors, {name: float(number) for name, number in self.numbers.items()}
 
 
 def layer_parts(layer: Any) -> Parts:
-    """The parts of a layer, all but its cache."""
+    """The parts of a layer without its cache."""
     _no_hooks(layer)
     parts = Parts()
     if type(layer) is JoiningLayer:
@@ -190,12 +179,12 @@ def layer_parts(layer: Any) -> Parts:
     for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
         parts.norm(name, getattr(layer, name))
     if not {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys():
-        raise UnknownPartError("a layer without a norm before attention or feed-forward part")
+        raise UnknownPartError("a layer without a norm before attention or MLP")
     return parts
 
 
 def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
-    """The parts of a head: its norm, a linear layer, an embedding or the head of drafts, and the cap of logits."""
+    """The parts of a head: its norm, its output projection or tied embedding, and the logit cap."""
     _no_hooks(norm, output)
     parts = Parts()
     parts.norm("norm", norm)
@@ -205,27 +194,24 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
 
 
 class CppDecoder:
-    """The layers and heads of one generation in C++: of a model, and of what drafts for it.
+    """The layers and heads of a generation's target model and draft model in C++.
+
+    Raises an `UnknownPartError` if the C++ does not support a part of a model.
 
     Args:
-        cache: the cache of the generation; each layer's is allocated when the text has been read.
-        model: the decoder, with the weights of this generation.
-        draft_model: whose early layers and head draft; the model itself or another one.
-        draft_head: in place of the draft model's head; None: none.
+        cache: the generation's cache; the prefill allocates its layers.
+        draft_model: the model itself, or a decoder whose early layers and head draft.
+        draft_head: replaces the draft model's head.
 
     Attributes:
-        chain: `chain.draft` drafts a whole chain of tokens in one call (`Chain` in layers.cpp); None for an embedding
-            that is not known here.
-
-    Raises:
-        UnknownPartError: if a part of a model is not known.
+        draft: `Layers::draft` of layers.cpp with its model arguments filled in; None for an unsupported embedding.
     """
 
     def __init__(
         self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: DraftHead | None
     ) -> None:
         models = dict.fromkeys([model, draft_model])
-        if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache is of this kind
+        if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache's dtype
             raise UnknownPartError(str(model.tok_embeddings.weight.dtype))
         self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
         self.heads: dict[nn.Module, Parts] = {
@@ -236,13 +222,13 @@ class CppDecoder:
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
 
     def compile(self) -> bool:
-        """Compile the C++, and let the weights lie where they are read fastest; False if all of that had been done."""
+        """Compile the C++ and move the weights to huge pages; False if both had been done before."""
         load_library()
         parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
         return use_huge_pages(part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
 
     def load(self) -> None:
-        """Give the weights and caches to C++, after `compile`."""
+        """Pass the weights and caches to C++, after `compile`."""
         kernels = torch.classes.layerskip
         self.cpp_heads: dict[nn.Module, Any] = {
             head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
@@ -250,22 +236,23 @@ class CppDecoder:
         self.cpp_layers = {model: kernels.Layers() for model in self.models}
         for model, (caches, layers) in self.models.items():
             for kept, parts in zip(caches, layers, strict=True):
-                if kept.k is None:  # layers from here on are not used
+                if kept.k is None:  # this generation does not use the layers from here on
                     break
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
                 self.cpp_layers[model].append(*parts.for_cpp())
-        self.chain = self._chain()
+        self.draft = self._draft()
 
-    def _chain(self) -> Any:
+    def _draft(self) -> Callable | None:
         draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
-        scales = type(embeddings) is GemmaNormEmbeddings
-        plain = scales or type(embeddings) is nn.Embedding
-        if not plain or embeddings._forward_hooks or embeddings._forward_pre_hooks:
+        is_gemma = type(embeddings) is GemmaNormEmbeddings
+        if not (is_gemma or type(embeddings) is nn.Embedding):
             return None
-        # Gemma multiplies by the root of the width, rounded as its weights are.
-        factor = torch.tensor(embeddings.embedding_dim**0.5 if scales else 1, dtype=embeddings.weight.dtype)
-        return torch.classes.layerskip.Chain(
-            self.cpp_layers[self.draft_model],
+        if embeddings._forward_hooks or embeddings._forward_pre_hooks:
+            return None
+        # Gemma multiplies by the root of the width, rounded to the weights' dtype.
+        factor = torch.tensor(embeddings.embedding_dim**0.5 if is_gemma else 1, dtype=embeddings.weight.dtype)
+        return partial(
+            self.cpp_layers[self.draft_model].draft,
             self.cpp_heads[draft_head or self.draft_model],
             embeddings.weight.detach(),
             factor.item(),
@@ -281,26 +268,21 @@ class CppDecoder:
         layers: range,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Some layers of a model: x [b, s, d], the state before them -> the state after them, in fp32.
+        """`layers` of the target or draft model: x [b, s, d], or for layer 0 token ids [b, s] -> fp32 [b, s, d].
 
-        Args:
-            model: the model or the draft model.
-            x: as above; for layer 0 also token ids [b, s].
-            at: [b or 1, s], the slots of the tokens, below `end`; a token sees the slots up to its own.
-            layers: which.
-            rows: of the cache, [b]; None: all of them.
+        The tokens are in the slots `at` [b or 1, s], below `end`, of the cache's `rows` [b] (None: all rows).
         """
         x = model.tok_embeddings(x) if x.dim() == 2 else x
-        of_cache = [*range(len(x))] if rows is None else [*rows]
-        return self.cpp_layers[model].run(x, at, of_cache, end, layers.start, layers.stop)
+        cache_rows = [*range(len(x))] if rows is None else [*rows]
+        return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The logits of a model or of the draft's head: x [b, s, d] -> [b, s, v], in fp32."""
+        """fp32 logits of a model's head or the draft head: x [b, s, d] -> [b, s, v]."""
         return self.cpp_heads[head].logits(x)
 
 
 def _no_hooks(*modules: nn.Module) -> None:
-    """C++ would pass them by."""
+    """Refuse modules with hooks, which the C++ would not call."""
     for module in (part for each in modules for part in each.modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnknownPartError(f"hooks of {type(module).__name__}")
@@ -310,6 +292,6 @@ def _fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _multiple(width: int, name: str) -> None:
+def _check_width(width: int, name: str) -> None:
     if width % VECTOR:
         raise UnknownPartError(f"{name}: {width} is no multiple of {VECTOR}")

@@ -1,8 +1,8 @@
-// y = x W^T for few rows of x: sums in fp32; W may be bf16 or int8.
+// y = x W^T for few rows of x, with fp32 sums; W is fp32, bf16 or int8.
 //
-// A BLAS is made for large matrices: it copies W into an order of its own first, which for a handful of rows takes as
-// long as the product. Here each row of W is read once, as it lies in memory, for all rows of x. An element of y is
-// summed in one order whatever the number of rows: verification computes what plain steps compute, to the last bit.
+// A BLAS repacks W first, which for a few rows takes as long as the product. This code reads each row of W once, in
+// place, for all rows of x. The summation order of an element of y does not depend on the number of rows, so
+// verification and plain steps give the same bits.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <initializer_list>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -20,19 +20,19 @@ namespace {
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 #ifdef CPU_CAPABILITY_AVX2
-constexpr int SUMS = 12, BLOCK = 6;  // sums at a time, in 12 of 16 registers, and the most rows of x
+constexpr int SUMS = 12, BLOCK = 6;  // accumulators (12 of 16 registers), and the most rows of x per block
 #else
 constexpr int SUMS = LANES, BLOCK = std::min(8, LANES);
 #endif
 using Totals = std::array<Vector, SUMS>;
-constexpr int WIDE = 8192;  // numbers of x at a time, 32 kB: they stay in the processor's second cache while weights pass
-constexpr int PIECE = 1024;
-constexpr double SLOWEST = 4e9;  // bytes read from memory, and products, in a second by the slowest machine
-constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // calls on one thread after one that was late
-constexpr int AHEAD = 8192;  // bytes of weights that are fetched ahead of those that are multiplied, in each row of W
-constexpr int IN_ORDER = 16384;  // rows of W that take no more bytes together are fetched one after the other, so far ahead
+constexpr int WIDE = 8192;  // numbers of x (32 kB) that stay in the L2 cache while weights stream past
+constexpr int PIECE = 1024;  // columns per pass where x is wider
+constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the slowest machine
+constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // single-threaded calls after a late one
+constexpr int AHEAD = 8192;  // prefetch distance in each row of W, in bytes
+constexpr int IN_ORDER = 16384;  // a tile of W of at most this many bytes is prefetched row after row, this far ahead
 
-// v, read once: a compiler would read it from memory again for each product, and reading is what these wait for.
+// Keeps v in a register: the compiler would reload it for each product, and loads are the bottleneck.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 lanes = v;
@@ -47,32 +47,30 @@ constexpr int IN_ORDER = 16384;  // rows of W that take no more bytes together a
 #endif
 }
 
-[[gnu::always_inline]] inline Vector load(const float* weights) { return Vector::loadu(weights); }
-
-[[gnu::always_inline]] inline Vector load(const int8_t* weights) {
+// LANES weights as fp32.
+template <typename W>
+[[gnu::always_inline]] inline Vector load_fp32(const W* weights) {
+  if constexpr (std::is_same_v<W, float>) {
+    return Vector::loadu(weights);
+  } else {
 #if defined(CPU_CAPABILITY_AVX512)
-  return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
+    if constexpr (std::is_same_v<W, int8_t>)
+      return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
+    else
+      return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights))), 16)));
 #elif defined(CPU_CAPABILITY_AVX2)
-  return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
+    if constexpr (std::is_same_v<W, int8_t>)
+      return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
+    else
+      return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights))), 16)));
 #else
-  float wide[LANES];
-  std::copy_n(weights, LANES, wide);
-  return Vector::loadu(wide);
+    float wide[LANES];
+    std::copy_n(weights, LANES, wide);
+    return Vector::loadu(wide);
 #endif
-}
-
-[[gnu::always_inline]] inline Vector load(const at::BFloat16* weights) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-  return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
-  return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
-#else
-  float wide[LANES];
-  std::copy_n(weights, LANES, wide);
-  return Vector::loadu(wide);
-#endif
+  }
 }
 
 template <typename W>
@@ -81,11 +79,11 @@ template <typename W>
 }
 
 #ifndef CPU_CAPABILITY_AVX2
-// One level of `sums`: lanes that are `distance` apart, of a in the lanes without that bit and of b in those with it.
+// One level of `sums`: adds lanes that are `distance` apart. Lanes with that bit hold sums of b, the others sums of a.
 template <int distance>
 [[gnu::always_inline]] inline Vector pairs(const Vector& a, const Vector& b) {
 #ifdef CPU_CAPABILITY_AVX512
-  // One shuffle: what stays in its lane is a blend, which more of a processor's ports can do.
+  // One shuffle and one blend: more execution ports can blend than shuffle.
   alignas(64) static constexpr auto other = [] {
     std::array<int, LANES> lanes{};
     for (int i = 0; i < LANES; i++) lanes[i] = i & distance ? (i ^ distance) + LANES : i ^ distance;
@@ -100,8 +98,7 @@ template <int distance>
 #endif
 }
 
-// The sums of COUNT vectors (at last of LANES / COUNT lanes of each), in the order of their numbers. In pairs: one after
-// the other would take as long as what is summed, where a row of W is short.
+// The sums of COUNT vectors, in order; pairwise, since sequential sums take as long as the product of a short row of W.
 template <int COUNT>
 [[gnu::always_inline]] inline Vector halves(const std::array<Vector, COUNT>& v) {
   if constexpr (COUNT == 1) {
@@ -115,40 +112,24 @@ template <int COUNT>
 }
 #endif
 
-// The sums of the first COUNT vectors. Each is added up in the same order whatever their number.
-template <int COUNT>
-[[gnu::always_inline]] inline void sums(const Totals& v, float* out) {
-#ifdef CPU_CAPABILITY_AVX2
-#pragma GCC unroll 4
-  for (int i = 0; i < COUNT; i += 4) {
-    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3]));
-    _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
-  }
-#else
-  halves<LANES>(v).store(out);
-#endif
-}
-
-// total += the products of `count` elements of M rows of x and N rows of w, in LANES parts of each sum. From one row of x
-// to the next it is `step`, of w `k`, and it is `ahead` bytes to the weights that come after these. Memory streams faster
-// if these are fetched `in_order`, one row after the other, than from N places in turn.
+// total += x w^T over `count` columns of M rows of x (stride `step`) and N rows of w (stride k), as LANES partial sums.
+// `ahead` is the prefetch distance in bytes; prefetching `in_order`, row after row, streams faster than N places in turn.
 template <int M, int N, typename W>
 [[gnu::always_inline]] inline void add(
-    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
-    Totals& total) {
+    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order, Totals& total) {
   static_assert(M * N <= SUMS);
-  constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // so many weights are a line of the cache, fetched once
+  constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // weights per cache line
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
-    if constexpr (M < N) {  // of the two, those that are fewer stay in registers
+    if constexpr (M < N) {  // the smaller side stays in registers
       std::array<Vector, M> rows;
       for (int m = 0; m < M; m++) rows[m] = in_register(Vector::loadu(x + m * step + i));
       for (int n = 0; n < N; n++) {
-        const Vector weights = in_register(load(w + n * k + i));
+        const Vector weights = in_register(load_fp32(w + n * k + i));
         for (int m = 0; m < M; m++) total[m * N + n] = at::vec::fmadd(weights, rows[m], total[m * N + n]);
       }
     } else {
       std::array<Vector, N> weights;
-      for (int n = 0; n < N; n++) weights[n] = in_register(load(w + n * k + i));
+      for (int n = 0; n < N; n++) weights[n] = in_register(load_fp32(w + n * k + i));
       for (int m = 0; m < M; m++) {
         const Vector row = in_register(Vector::loadu(x + m * step + i));
         for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
@@ -172,16 +153,25 @@ template <int M, int N, typename W>
   return total;
 }
 
-// The M x N sums, to y, whose rows are `stride` apart.
+// Writes the M x N sums to y, with row stride `stride`. Their summation order does not depend on M and N.
 template <int M, int N>
 [[gnu::always_inline]] inline void write(const Totals& total, float* y, int64_t stride) {
   float out[SUMS];
-  sums<M * N>(total, out);
+#ifdef CPU_CAPABILITY_AVX2
+#pragma GCC unroll 4
+  for (int i = 0; i < M * N; i += 4) {
+    const __m256 low = _mm256_hadd_ps(total[i], total[i + 1]), high = _mm256_hadd_ps(total[i + 2], total[i + 3]);
+    const __m256 four = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+  }
+#else
+  halves<LANES>(total).store(out);
+#endif
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
-// M rows of x by N rows of w, all of width k, a multiple of LANES. For one row of x, four rows of w are read at a time:
-// memory streams slower from 16 places at once.
+// M rows of x by N rows of w, of width k, a multiple of LANES. A single row of x takes four rows of w at a time: memory
+// streams slower from 16 places at once.
 template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
@@ -197,35 +187,25 @@ void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t
   write<M, N>(total, y, stride);
 }
 
-// As many tiles, where rows of x are so wide that a cache next to the processor does not hold them: a piece of each row
-// by all columns, then the next piece. Each element is summed in the same order as in one tile.
-template <int M, int N, typename W>
-void wide_tiles(
-    int64_t tiles, const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
-  std::vector<Totals> totals(tiles, zeros());
-  for (int64_t i = 0; i < k; i += PIECE)
-    for (int64_t t = 0; t < tiles; t++) {
-      Totals total = totals[t];
-      add<M, N>(
-          x + i, w + t * N * k + i, std::min<int64_t>(PIECE, k - i), k, step, N * k * static_cast<int64_t>(sizeof(W)),
-          false, total);
-      totals[t] = total;
-    }
-  for (int64_t t = 0; t < tiles; t++) write<M, N>(totals[t], y + t * N, stride);
-}
-
-// `rows` <= M rows of x by all `columns` rows of w; from one row of x to the next it is `step`, of y `stride`.
+// `rows` <= M rows of x (stride `step`) by all `columns` rows of w, to y (stride `stride`).
 template <int M, typename W>
-void block(
-    int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
+void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, step, stride);
   }
   constexpr int N = SUMS / M;
   int64_t n = 0;
-  if (M * k > WIDE) {
-    n = columns / N * N;
-    wide_tiles<M, N>(columns / N, x, w, y, k, step, stride);
+  if (M * k > WIDE) {  // one piece of the rows of x by all tiles, then the next piece; summed in the order of `tile`
+    const int64_t tiles = columns / N, size = N * k;
+    std::vector<Totals> totals(tiles, zeros());
+    for (int64_t i = 0; i < k; i += PIECE)
+      for (int64_t t = 0; t < tiles; t++) {
+        Totals total = totals[t];
+        const int64_t count = std::min<int64_t>(PIECE, k - i), ahead = size * static_cast<int64_t>(sizeof(W));
+        add<M, N>(x + i, w + t * size + i, count, k, step, ahead, false, total);
+        totals[t] = total;
+      }
+    for (; n < tiles * N; n += N) write<M, N>(totals[n / N], y + n, stride);
   }
   for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
   if constexpr (N > 4)
@@ -233,21 +213,8 @@ void block(
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
-// Columns [first, end) of y [m, n] = x W^T, `grain` at a time: x [m, k], w [.., k] from the row of column `first` on.
-template <typename W>
-void block_columns(
-    const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, int64_t first, int64_t end, int64_t grain) {
-  const int64_t blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks - 1) / blocks;
-  for (int64_t at = first; at < end; at += grain)
-    for (int64_t row = 0; row < m; row += size)
-      block<BLOCK>(
-          std::min(size, m - row), x + row * k, w + (at - first) * k, y + row * n + at, k,
-          std::min(grain, end - at), k, n);
-}
-
-// f(first, end) for parts of [0, n), `grain` or more at a time, by all threads. On a core that another program keeps busy a
-// thread may wait for milliseconds, and then all wait for this one: after such a call the next ones run on one thread, and
-// twice as many each time.
+// f(first, end) for parts of [0, n) of at least `grain`, on all threads. A thread whose core runs another program may
+// stall all others for milliseconds. After such a late call the next calls run on one thread, each time twice as many.
 thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
 
 template <typename F>
@@ -264,53 +231,58 @@ void in_parallel(int64_t n, int64_t grain, double bytes, double products, const 
   next_alone = late ? std::min<int64_t>(2 * next_alone, MOST_ALONE) : std::max<int64_t>(next_alone / 2, FEWEST_ALONE);
 }
 
-// y = x W^T + bias of a weight W [n, k] in fp32, bf16 or int8, k a multiple of LANES; int8 has a scale for each row of W.
+// y = x W^T + bias; W [n, k] is fp32, bf16 or int8 with a scale per row, k a multiple of LANES.
 struct Linear {
   at::Tensor weight, scale, bias;
 
   int64_t columns() const { return weight.size(0); }
   explicit operator bool() const { return weight.defined(); }
 
-  // Columns [first, end) of y [m, ..], whose rows are `stride` apart and begin with this product's column 0.
-  void operator()(
-      const float* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
-    const int64_t k = weight.size(1), skipped = first * k;
+  // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time.
+  void operator()(const float* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
+    const int64_t k = weight.size(1), blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks - 1) / blocks;
+    const auto multiply_by = [&](const auto* w) {
+      for (int64_t at = first; at < end; at += grain)
+        for (int64_t row = 0; row < m; row += size)
+          block<BLOCK>(
+              std::min(size, m - row), x + row * k, w + at * k, y + row * stride + at, k, std::min(grain, end - at), k,
+              stride);
+    };
     if (weight.scalar_type() == at::kChar)
-      block_columns(x, weight.const_data_ptr<int8_t>() + skipped, y, m, k, stride, first, end, grain);
+      multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kBFloat16)
-      block_columns(x, weight.const_data_ptr<at::BFloat16>() + skipped, y, m, k, stride, first, end, grain);
+      multiply_by(weight.const_data_ptr<at::BFloat16>());
     else
-      block_columns(x, weight.const_data_ptr<float>() + skipped, y, m, k, stride, first, end, grain);
-    if (end <= first || !(scale.defined() || bias.defined())) return;
-    const Vector one(1.f), zero(0.f);
+      multiply_by(weight.const_data_ptr<float>());
+    if (!scale.defined() && !bias.defined()) return;
     for (int64_t row = 0; row < m; row++)
       for (int64_t i = first; i < end; i += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - i);
         float* const at = y + row * stride + i;
-        const Vector factor = scale.defined() ? Vector::loadu(scale.const_data_ptr<float>() + i, count) : one;
-        const Vector added = bias.defined() ? Vector::loadu(bias.const_data_ptr<float>() + i, count) : zero;
+        const Vector factor = scale.defined() ? Vector::loadu(scale.const_data_ptr<float>() + i, count) : Vector(1.f);
+        const Vector added = bias.defined() ? Vector::loadu(bias.const_data_ptr<float>() + i, count) : Vector(0.f);
         at::vec::fmadd(Vector::loadu(at, count), factor, added).store(at, count);
       }
   }
 };
 
-// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..]: side by side what each gives alone.
+// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side.
 void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
   const at::Tensor& any = (*linears.begin())->weight;
   const int64_t k = any.size(1);
   int64_t n = 0;
   for (const Linear* linear : linears) n += linear->columns();
-  // A thread pays from some 32 or 64 kB of weights, and what it takes at a time stays in its cache for all rows of x.
+  // A thread pays from 32 or 64 kB of weights, which stay in its cache for all rows of x. A grain is a number of whole
+  // tiles, but for a single row wide weights stream best column by column.
   const int64_t bytes = k * static_cast<int64_t>(any.element_size());
-  // Whole tiles, but one row reads wide weights best as they lie, one column after the other.
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
   const int64_t grain = m == 1 && fit < SUMS ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / SUMS, 1) * SUMS;
   in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
-    int64_t before = 0;  // columns of the matrices so far
+    int64_t offset = 0;  // the matrix's first column in y
     for (const Linear* linear : linears) {
-      const int64_t from = std::max(first, before) - before, last = std::min(end - before, linear->columns());
-      (*linear)(x, y + before, m, n, from, last, grain);
-      before += linear->columns();
+      const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());
+      (*linear)(x, y + offset, m, n, from, last, grain);
+      offset += linear->columns();
     }
   });
 }

@@ -1,5 +1,5 @@
-"""Weights in memory pages of 2 MB, where Linux gives them: each step reads all weights, and from pages of 4 kB memory
-streams slower, since the processor has to look up many more of them.
+"""Weights in memory pages of 2 MB on Linux: each step reads all weights, and with 4 kB pages the processor's page
+look-ups slow this down.
 """
 
 import ctypes
@@ -10,17 +10,14 @@ from collections.abc import Iterable
 import torch
 
 PAGE = 2 << 20
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # from the kernel's mman.h; the second one since Linux 6.1
-_tried = set[int]()  # pages by their addresses, over PAGE
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # from Linux's mman.h; the second since Linux 6.1
+_tried = set[int]()  # page addresses divided by PAGE
 
 
 def use_huge_pages(tensors: Iterable[torch.Tensor], most_seconds: float = 10.0) -> bool:
-    """Move tensors of the CPU to pages of 2 MB, at the addresses that they have.
+    """Move CPU tensors to huge pages, in place; returns whether a page was tried for the first time.
 
-    A page takes some 10 ms, once. Where Linux refuses, or after `most_seconds`, they stay in the pages that they have.
-
-    Returns:
-        Whether a page was tried for the first time.
+    A page takes about 10 ms. Tensors stay in small pages if Linux refuses, or after `most_seconds`.
     """
     pages = set[int]()
     for tensor in tensors:

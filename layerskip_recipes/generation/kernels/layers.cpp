@@ -1,7 +1,7 @@
-// The layers of a decoder over a few tokens of each row, in one call, and the head. All computations are in fp32; weights
-// may be bf16 or int8, caches bf16. Compiled after few_rows.cpp and attention.cpp, in one file.
+// The layers and the head of a decoder over a few tokens of each batch row, in fp32; weights are fp32, bf16 or int8,
+// caches fp32 or bf16. Compiled in one file with few_rows.cpp and attention.cpp, after them.
 //
-// Shapes: b rows, s tokens of each, m = b s, d width. Hidden states are [m, d], one token after the other.
+// Shapes: b rows, s tokens each, m = b s, width d. Hidden states are [m, d].
 
 #include <ATen/core/Dict.h>
 #include <ATen/ops/cat.h>
@@ -16,36 +16,18 @@ namespace {
 using Tensors = c10::Dict<std::string, at::Tensor>;
 using Numbers = c10::Dict<std::string, double>;
 
-at::Tensor tensor(const Tensors& tensors, const std::string& name) {
-  const auto found = tensors.find(name);
-  return found == tensors.end() ? at::Tensor() : found->value();
-}
-
-double number(const Numbers& numbers, const std::string& name) {
-  const auto found = numbers.find(name);
-  return found == numbers.end() ? 0 : found->value();
-}
-
-Linear linear(const Tensors& tensors, const std::string& name) {
-  return {tensor(tensors, name + ".weight"), tensor(tensors, name + ".scale"), tensor(tensors, name + ".bias")};
-}
-
 const float* floats(const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
-// Room for n numbers.
 at::Tensor room(int64_t n) { return at::empty({n}, at::kFloat); }
 
-// RMSNorm, with weights or without. A norm whose epsilon is not given is none: the module does without.
+// RMSNorm, with or without weights. Without an epsilon the module has no such norm.
 struct Norm {
   at::Tensor scale;
   float epsilon;
 
-  Norm(const Tensors& tensors, const Numbers& numbers, const std::string& name)
-      : scale(tensor(tensors, name + ".scale")), epsilon(static_cast<float>(number(numbers, name + ".epsilon"))) {}
-
   explicit operator bool() const { return epsilon > 0; }
 
-  // `rows` rows of x, each of n numbers, to y.
+  // x [rows, n] -> y [rows, n].
   void operator()(int64_t rows, int64_t n, const float* x, float* y) const {
     for (int64_t row = 0; row < rows; row++) {
       const float* from = x + row * n;
@@ -61,13 +43,10 @@ struct Norm {
   }
 };
 
-// Heads of queries or keys, turned by their positions; the tables of cosines and sines are [positions, turned / 2].
+// Rotary positions of one head; cos and sin are [positions, rotated channels / 2].
 struct Rotation {
   at::Tensor cos, sin;
-  bool neighbours;  // channel 2i turns with 2i + 1; else i with i + turned / 2
-
-  Rotation(const Tensors& tensors, const Numbers& numbers)
-      : cos(tensor(tensors, "cos")), sin(tensor(tensors, "sin")), neighbours(number(numbers, "neighbours") != 0) {}
+  bool neighbours;  // pairs are (2i, 2i + 1), else (i, i + rotated channels / 2)
 
   void operator()(float* head, int64_t position) const {
     if (!cos.defined()) return;
@@ -84,59 +63,61 @@ struct Rotation {
   }
 };
 
-// One token's keys or values, [heads, dim], into a cache [b, heads * copies, slots, dim] at a slot of a row. torchtune's
-// Gemma 2 repeats the key heads before its cache, so that each is there as often as query heads share it.
-template <typename V>
-void keep(const float* x, V* cache, int64_t heads, int64_t slots, int64_t dim, int64_t copies) {
-  for (int64_t head = 0; head < heads; head++)
-    for (int64_t copy = 0; copy < copies; copy++)
-      at::vec::convert(x + head * dim, cache + (head * copies + copy) * slots * dim, dim);
-}
+// The tensors and numbers of a module, by name.
+struct Parts {
+  Tensors tensors;
+  Numbers numbers;
 
+  at::Tensor tensor(const std::string& name) const {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? at::Tensor() : found->value();
+  }
+  double number(const std::string& name) const {
+    const auto found = numbers.find(name);
+    return found == numbers.end() ? 0 : found->value();
+  }
+  float to_float(const std::string& name) const { return static_cast<float>(number(name)); }
+  Linear linear(const std::string& name) const {
+    return {tensor(name + ".weight"), tensor(name + ".scale"), tensor(name + ".bias")};
+  }
+  Norm norm(const std::string& name) const { return {tensor(name + ".scale"), to_float(name + ".epsilon")}; }
+};
+
+// Writes one token's keys or values [heads, dim] into a cache [b, heads * copies, slots, dim]. torchtune's Gemma 2 has
+// several copies, as it repeats the key heads before its cache.
 void keep(const float* x, const at::Tensor& cache, int64_t row, int64_t slot, int64_t heads) {
-  const int64_t slots = cache.size(2), dim = cache.size(3), at = row * cache.stride(0) + slot * dim;
-  const int64_t copies = cache.size(1) / heads;
+  const int64_t size = cache.size(2) * cache.size(3), dim = cache.size(3), copies = cache.size(1) / heads;
+  const auto write = [&](auto* to) {
+    for (int64_t head = 0; head < heads * copies; head++)
+      at::vec::convert(x + head / copies * dim, to + row * cache.stride(0) + head * size + slot * dim, dim);
+  };
   if (cache.scalar_type() == at::kBFloat16)
-    keep(x, cache.mutable_data_ptr<at::BFloat16>() + at, heads, slots, dim, copies);
+    write(cache.mutable_data_ptr<at::BFloat16>());
   else
-    keep(x, cache.mutable_data_ptr<float>() + at, heads, slots, dim, copies);
+    write(cache.mutable_data_ptr<float>());
 }
 
-// One call: where the tokens stand, and what is written and read on the way.
+// The tokens of one call.
 struct Tokens {
   int64_t b, s;
   const int64_t* at;    // [b, s], their slots
-  const int64_t* rows;  // [b], their rows of the cache
-  int64_t end;          // of what attention looks at
-
-  int64_t m() const { return b * s; }
+  const int64_t* rows;  // [b], their cache rows
+  int64_t end;          // the slots that attention may see
 };
 
 class Layer {
  public:
-  Layer(const Tensors& tensors, const Numbers& numbers)
-      : join(linear(tensors, "join")), q(linear(tensors, "q_proj")), k(linear(tensors, "k_proj")),
-        v(linear(tensors, "v_proj")), output(linear(tensors, "output_proj")), gate(linear(tensors, "w1")),
-        up(linear(tensors, "w3")), down(linear(tensors, "w2")),
-        before_attention(tensors, numbers, "sa_norm"), before_mlp(tensors, numbers, "mlp_norm"),
-        after_attention(tensors, numbers, "sa_scale"), after_mlp(tensors, numbers, "mlp_scale"),
-        of_queries(tensors, numbers, "q_norm"), of_keys(tensors, numbers, "k_norm"),
-        of_states(tensors, numbers, "join_norm"),
-        rotation(tensors, numbers), keys(tensor(tensors, "k_cache")), values(tensor(tensors, "v_cache")),
-        heads(static_cast<int64_t>(number(numbers, "heads"))), dim(keys.size(3)),
-        norm_first(number(numbers, "norm_first") != 0), activation(static_cast<int>(number(numbers, "activation"))),
-        scale(static_cast<float>(number(numbers, "scale"))), cap(static_cast<float>(number(numbers, "cap"))) {}
+  explicit Layer(Parts parts) : parts(std::move(parts)) {}
 
-  // What a first layer's inputs have to be.
-  void check(const at::Tensor& x, const std::vector<int64_t>& rows, int64_t end) const {
+  // Whether x [b, s, d], the inputs of a first layer, fit.
+  bool fits(const at::Tensor& x, int64_t row, int64_t end) const {
     const int64_t d = before_attention.scale.size(0) * (join ? 2 : 1);
-    TORCH_CHECK(x.size(2) == d && end <= keys.size(2), "a state or length of another model");
-    for (const int64_t row : rows) TORCH_CHECK(0 <= row && row < keys.size(0), "row ", row, " of ", keys.size(0));
+    return x.size(2) == d && end <= keys.size(2) && 0 <= row && row < keys.size(0);
   }
 
-  // x [m, d] -> x [m, d], in place; of a joining layer [m, 2 d] -> [m, d].
+  // x [m, d], changed in place; a joining layer takes [m, 2 d] and returns a new tensor.
   at::Tensor operator()(at::Tensor x, const Tokens& tokens) const {
-    const int64_t m = tokens.m(), d = before_attention.scale.size(0);
+    const int64_t m = tokens.b * tokens.s, d = before_attention.scale.size(0);
     if (join) {
       const at::Tensor both = room(2 * m * d);
       of_states(2 * m, d, floats(x), both.mutable_data_ptr<float>());
@@ -165,33 +146,31 @@ class Layer {
   }
 
  private:
-  // state += the update, normed where there is a norm after it.
+  // state += update, after the norm if there is one.
   static void add(const Norm& norm, int64_t m, int64_t d, float* update, float* state) {
     if (norm) norm(m, d, update, update);
     at::vec::map2<float>([](Vector a, Vector b) { return a + b; }, state, state, update, m * d);
   }
 
-  // act(gate) up of one token: both are in x, side by side.
+  // y = act(gate) * up of one token; x [2 n] holds gate and up.
   void activate(const float* x, float* y, int64_t n) const {
-    const float* other = x + n;
     const Vector half(.5f), one(1.f);
+    const auto gated = [&](const auto& act) {
+      at::vec::map2<float>([&](Vector gate, Vector up) { return act(gate) * up; }, y, x, x + n, n);
+    };
     if (activation == 0)  // SiLU
-      at::vec::map2<float>([&](Vector g, Vector u) { return g / (one + g.neg().exp()) * u; }, y, x, other, n);
+      gated([&](Vector g) { return g / (one + g.neg().exp()); });
     else if (activation == 1)  // GELU
-      at::vec::map2<float>(
-          [&](Vector g, Vector u) { return half * g * (one + (g * Vector(static_cast<float>(M_SQRT1_2))).erf()) * u; },
-          y, x, other, n);
+      gated([&](Vector g) { return half * g * (one + (g * Vector(static_cast<float>(M_SQRT1_2))).erf()); });
     else  // GELU by tanh
-      at::vec::map2<float>(
-          [&](Vector g, Vector u) {
-            const Vector factor(static_cast<float>(M_SQRT2 / std::sqrt(M_PI)));
-            const Vector inside = factor * (g + Vector(.044715f) * g * g * g);
-            return half * g * (one + inside.tanh()) * u;
-          },
-          y, x, other, n);
+      gated([&](Vector g) {
+        const Vector factor(static_cast<float>(M_SQRT2 / std::sqrt(M_PI)));
+        const Vector inside = factor * (g + Vector(.044715f) * g * g * g);
+        return half * g * (one + inside.tanh());
+      });
   }
 
-  // Write the keys and values of the tokens into the cache; queries, keys and values [m, ..] -> what attention mixes.
+  // qkv [m, ..] -> mixed [m, heads * dim], the mixed values; writes keys and values into the cache.
   void attend_to_cache(float* qkv, float* mixed, const Tokens& tokens) const {
     const int64_t b = tokens.b, s = tokens.s, h = k.columns() / dim;
     const int64_t width = q.columns() + 2 * k.columns();
@@ -210,64 +189,40 @@ class Layer {
         for (int64_t head = 0; head < heads; head++)
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
+    const auto attention = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
     attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
-          std::copy_n(
-              out + ((row * heads + head) * s + i) * dim, dim, mixed + ((row * s + i) * heads + head) * dim);
+          std::copy_n(out + ((row * heads + head) * s + i) * dim, dim, mixed + ((row * s + i) * heads + head) * dim);
   }
 
-  // Norm and position of the heads of one token.
+  // Norm and rotary position of one token's heads.
   void place(float* x, int64_t count, const Norm& norm, int64_t position) const {
     if (norm && norm_first) norm(count, dim, x, x);
     for (int64_t head = 0; head < count; head++) rotation(x + head * dim, position);
     if (norm && !norm_first) norm(count, dim, x, x);
   }
 
-  Linear join, q, k, v, output, gate, up, down;
-  Norm before_attention, before_mlp, after_attention, after_mlp, of_queries, of_keys, of_states;
-  Rotation rotation;
-  at::Tensor keys, values;
-  int64_t heads, dim;
-  bool norm_first;
-  int activation;
-  float scale, cap;
+  Parts parts;
+  Linear join = parts.linear("join"), q = parts.linear("q_proj"), k = parts.linear("k_proj"),
+         v = parts.linear("v_proj"), output = parts.linear("output_proj"), gate = parts.linear("w1"),
+         up = parts.linear("w3"), down = parts.linear("w2");
+  Norm before_attention = parts.norm("sa_norm"), before_mlp = parts.norm("mlp_norm"),
+       after_attention = parts.norm("sa_scale"), after_mlp = parts.norm("mlp_scale"),
+       of_queries = parts.norm("q_norm"), of_keys = parts.norm("k_norm"), of_states = parts.norm("join_norm");
+  Rotation rotation{parts.tensor("cos"), parts.tensor("sin"), parts.number("neighbours") != 0};
+  at::Tensor keys = parts.tensor("k_cache"), values = parts.tensor("v_cache");
+  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
+  bool norm_first = parts.number("norm_first") != 0;
+  int activation = static_cast<int>(parts.number("activation"));
+  float scale = parts.to_float("scale"), cap = parts.to_float("cap");
 };
 
-// The layers of a decoder, first .. last-1 of them at a time.
-class Layers : public torch::CustomClassHolder {
- public:
-  void append(const Tensors& tensors, const Numbers& numbers) { layers.emplace_back(tensors, numbers); }
-
-  // x [b, s, d] -> x [b, s, d] after the layers; a first layer that joins takes [b, s, 2 d]. The tokens stand at the slots
-  // `at` [b or 1, s] of the cache's `rows` [b], all below `end`; each sees the slots up to its own.
-  at::Tensor run(
-      const at::Tensor& x, const at::Tensor& at, const std::vector<int64_t>& rows, int64_t end, int64_t first,
-      int64_t last) const {
-    const int64_t b = x.size(0), s = x.size(1);
-    TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
-    TORCH_CHECK(static_cast<int64_t>(rows.size()) == b, "rows of other tokens");
-    if (first < last) layers[first].check(x, rows, end);
-    const at::Tensor slots = at.expand({b, s}).contiguous();
-    const Tokens tokens{b, s, slots.const_data_ptr<int64_t>(), rows.data(), end};
-    for (int64_t i = 0; i < b * s; i++)
-      TORCH_CHECK(0 <= tokens.at[i] && tokens.at[i] < end, "slot ", tokens.at[i], " of ", end);
-    at::Tensor state = x.to(at::kFloat, false, true).contiguous();
-    for (int64_t layer = first; layer < last; layer++) state = layers[layer](state, tokens);
-    return state.view({b, s, -1});
-  }
-
- private:
-  std::vector<Layer> layers;
-};
-
-// The norm and the matrix that make logits of hidden states.
+// The final norm and the output projection.
 class Head : public torch::CustomClassHolder {
  public:
-  Head(const Tensors& tensors, const Numbers& numbers)
-      : norm(tensors, numbers, "norm"), output(linear(tensors, "output")),
-        cap(static_cast<float>(number(numbers, "cap"))) {}
+  Head(Tensors tensors, Numbers numbers) : parts{std::move(tensors), std::move(numbers)} {}
 
   // x [b, s, d] -> [b, s, v].
   at::Tensor logits(const at::Tensor& x) const {
@@ -284,37 +239,55 @@ class Head : public torch::CustomClassHolder {
   }
 
  private:
-  Norm norm;
-  Linear output;
-  float cap;
+  Parts parts;
+  Norm norm = parts.norm("norm");
+  Linear output = parts.linear("output");
+  float cap = parts.to_float("cap");
 };
 
-// Tokens one after the other from the first layers of a decoder and a head: a whole chain of drafts is one call.
-class Chain : public torch::CustomClassHolder {
+class Layers : public torch::CustomClassHolder {
  public:
-  // `embeddings` [v, d]; of a head that has a part of the tokens only, `vocabulary` has their ids.
-  Chain(
-      c10::intrusive_ptr<Layers> layers, c10::intrusive_ptr<Head> head, at::Tensor embeddings, double factor,
-      std::optional<at::Tensor> vocabulary)
-      : layers(std::move(layers)), head(std::move(head)), embeddings(std::move(embeddings)), factor(factor),
-        vocabulary(std::move(vocabulary)) {}
+  void append(const Tensors& tensors, const Numbers& numbers) { layers.emplace_back(Parts{tensors, numbers}); }
 
-  // `depth` tokens of each row from `exit_layer` layers: last, start [b]; noise [b, depth, v'] of the head's v' tokens
-  // -> tokens [b, depth + 1], x_E [b, depth, d] and the distributions [b, depth, v']. Without noise the likeliest tokens, and no distributions.
+  // Layers first .. last - 1: x [b, s, d] (a joining layer takes [b, s, 2 d]) -> [b, s, d]. The tokens are in the slots
+  // at [b or 1, s] < end of the cache rows [b]; each sees the slots up to its own.
+  at::Tensor run(
+      const at::Tensor& x, const at::Tensor& at, const std::vector<int64_t>& rows, int64_t end, int64_t first,
+      int64_t last) const {
+    const int64_t b = x.size(0), s = x.size(1);
+    TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
+    TORCH_CHECK(static_cast<int64_t>(rows.size()) == b, "rows of other tokens");
+    for (const int64_t row : rows)
+      TORCH_CHECK(first >= last || layers[first].fits(x, row, end), "a state, length or row of another model");
+    const at::Tensor slots = at.expand({b, s}).contiguous();
+    const Tokens tokens{b, s, slots.const_data_ptr<int64_t>(), rows.data(), end};
+    for (int64_t i = 0; i < b * s; i++)
+      TORCH_CHECK(0 <= tokens.at[i] && tokens.at[i] < end, "slot ", tokens.at[i], " of ", end);
+    at::Tensor state = x.to(at::kFloat, false, true).contiguous();
+    for (int64_t layer = first; layer < last; layer++) state = layers[layer](state, tokens);
+    return state.view({b, s, -1});
+  }
+
+  // A chain of `depth` drafted tokens per row from the first `exit_layer` layers: last, start [b], noise [b, depth, v']
+  // -> tokens [b, depth + 1], x_E [b, depth, d], distributions [b, depth, v']; without noise greedy, no distributions.
+  // `embeddings` [v, d] are multiplied by `factor`; `vocabulary` [v'] has the token ids of a reduced head.
   std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> draft(
-      const at::Tensor& last, const at::Tensor& start, int64_t depth, int64_t end, int64_t exit_layer,
-      const std::optional<at::Tensor>& noise, const at::Tensor& temperature) const {
+      const c10::intrusive_ptr<Head>& head, const at::Tensor& embeddings, double factor,
+      const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start, int64_t depth,
+      int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& noise, const at::Tensor& temperature) const {
     std::vector<at::Tensor> tokens{last}, hidden, q;
     std::vector<int64_t> rows(last.size(0));
     std::iota(rows.begin(), rows.end(), 0);
     for (int64_t i = 0; i < depth; i++) {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
-      hidden.push_back(layers->run(x, start.unsqueeze(1).add(i), rows, end, 0, exit_layer));
+      hidden.push_back(run(x, start.unsqueeze(1).add(i), rows, end, 0, exit_layer));
       at::Tensor scores = head->logits(hidden.back()).squeeze(1);
-      if (noise) {
+      if (noise) {  // `exponential_race_scores` of sampling.py
         q.push_back(scores.div(temperature).softmax(-1));
-        scores = race(q.back(), noise->select(1, i));
+        at::Tensor uniform = noise->select(1, i).to(at::kFloat).add_(.5).mul_(std::ldexp(1., -31));
+        uniform.clamp_max_(1 - std::ldexp(1., -24));
+        scores = q.back().div(uniform.neg_().log1p_().neg_());
       }
       const at::Tensor place = scores.argmax(-1);
       tokens.push_back(vocabulary ? vocabulary->index_select(0, place) : place);
@@ -323,26 +296,16 @@ class Chain : public torch::CustomClassHolder {
   }
 
  private:
-  // As `exponential_race_scores` of sampling.py.
-  static at::Tensor race(const at::Tensor& probs, const at::Tensor& noise) {
-    const at::Tensor uniform = noise.to(at::kFloat).add_(.5).mul_(std::ldexp(1., -31)).clamp_max_(1 - std::ldexp(1., -24));
-    return probs.div(uniform.neg_().log1p_().neg_());
-  }
-
-  c10::intrusive_ptr<Layers> layers;
-  c10::intrusive_ptr<Head> head;
-  at::Tensor embeddings;
-  double factor;
-  std::optional<at::Tensor> vocabulary;
+  std::vector<Layer> layers;
 };
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
-  library.class_<Layers>("Layers").def(torch::init<>()).def("append", &Layers::append).def("run", &Layers::run);
   library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
-  library.class_<Chain>("Chain")
-      .def(torch::init<
-           c10::intrusive_ptr<Layers>, c10::intrusive_ptr<Head>, at::Tensor, double, std::optional<at::Tensor>>())
-      .def("draft", &Chain::draft);
+  library.class_<Layers>("Layers")
+      .def(torch::init<>())
+      .def("append", &Layers::append)
+      .def("run", &Layers::run)
+      .def("draft", &Layers::draft);
 }

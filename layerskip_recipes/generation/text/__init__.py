@@ -1,1 +1,1 @@
-"""Text on both sides of the decoding: prompts that come in, answers that go out."""
+"""Text around decoding: prompts and answers."""

@@ -1,4 +1,4 @@
-"""The prompts of a generation config: from the config, a text or JSONL file, or standard input; and their tokens."""
+"""The prompts of a generation config, from the config, a text or JSONL file, or stdin, and their tokens."""
 
 import inspect
 import sys
@@ -21,19 +21,16 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and what its answer is compared with."""
+    """A prompt and its reference answer."""
 
     prompt: str | dict[str, str]  # raw text, or roles for the chat template: {"user": ..., "system": ...}
-    response: str | None = None  # the reference
+    response: str | None = None
     line: int | None = field(default=None, compare=False)  # in a JSONL file, from 1
     error: str | None = None  # why it cannot be answered
 
 
 def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None) -> list[Example]:
-    """The prompts of a config: `prompt_file` comes before `prompt`, and `prompt` before the component `prompts`.
-
-    A broken prompt is there too, with its error.
-    """
+    """The prompts of `prompt_file`, else of `prompt`, else of the component `prompts`. Bad ones carry their error."""
     if prompt_file is not None:
         return _read_prompt_file(prompt_file)
     if prompt is None:
@@ -42,13 +39,16 @@ def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_fi
             raise ConfigError(f"prompts: {prompts.path} returns a {type(items).__name__}. Allowed: a list")
         return [_example(item, f"prompts: item {at}") for at, item in enumerate(items, 1)]
     if prompts is not None:
-        log.info("prompt: takes the place of prompts; for those set prompt=null")
+        log.info("prompt: is used instead of prompts; to use prompts set prompt=null")
     return [_example(item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
 
 
 def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
-    """Raises a ConfigError if an example has an error: the error of the longest prompt (by `lengths`, in tokens), whose
-    remedy is enough for all, and the lines of the others. `hint` ends the message if other examples are fine."""
+    """Raise a ConfigError if an example has an error.
+
+    The message is the error of the longest prompt (by `lengths`, in tokens), whose remedy helps all others too, and the
+    lines of the others. `hint` is added if some examples are good.
+    """
     bad = [i for i, example in enumerate(examples) if example.error is not None]
     if not bad:
         return
@@ -61,13 +61,13 @@ def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: s
 def encode(
     examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
 ) -> tuple[list[Example], list[list[int]]]:
-    """The tokens of each prompt, [] of a broken one; an example that cannot be decoded gets its error.
+    """The examples, with errors for those that cannot be decoded, and the tokens of each prompt ([] for a bad one).
 
     `check` raises a ConfigError if prompts of some lengths do not fit the model, or if there are none.
     """
     if not examples:
         check([])
-    checked, tokens, fits = [], [], 0  # the longest prompt that was checked so far
+    checked, tokens, fits = [], [], 0  # the longest prompt that passed so far
     for example in examples:
         made: list[int] = []
         if example.error is None:
@@ -87,7 +87,7 @@ def encode(
 def _read_prompt_file(name: str) -> list[Example]:
     lines = name.endswith(".jsonl")
     try:
-        # A byte that is no UTF-8 breaks a line of JSONL, not the file.
+        # In JSONL a byte that is not UTF-8 spoils its line, not the file.
         content = (
             sys.stdin.read()
             if name == "-"
@@ -97,7 +97,7 @@ def _read_prompt_file(name: str) -> list[Example]:
         raise ConfigError(
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
         ) from e
-    content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
+    content = content.removeprefix("\ufeff")  # a byte order mark
     if not lines:
         return [_example(content, "prompt_file")]
     found = parse_json_lines(content)
@@ -107,9 +107,9 @@ def _read_prompt_file(name: str) -> list[Example]:
 
 
 def _example(item: Any, key: str, line: int | None = None) -> Example:
-    """The example of a prompt, or of a mapping with prompt and response; or one with the error of the item.
+    """An example from a prompt or a mapping with prompt and response; its `error` says what is wrong with it.
 
-    A line of JSONL has to be a mapping; its text comes here if it is none.
+    A line of JSONL must be a mapping; an unparsable line arrives here as its text.
     """
     try:
         if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
@@ -137,11 +137,8 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
             raise ConfigError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
     if isinstance(prompt, Mapping):
         unknown = set(prompt) - {"system", "user"}
-        if (
-            unknown
-            or not prompt.get("user")
-            or not all(text is None or isinstance(text, str) for text in prompt.values())
-        ):
+        texts = all(text is None or isinstance(text, str) for text in prompt.values())
+        if unknown or not prompt.get("user") or not texts:
             raise ConfigError(f"{key}: {prompt!r} needs user: text, and may have system: text")
         return {role: text for role, text in prompt.items() if text is not None}
     if not isinstance(prompt, str) or not prompt:
@@ -150,9 +147,9 @@ def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
 
 
 def _check_open_turn(tokenizer: Any) -> None:
-    """Raises a ConfigError for a tokenizer that closes the last turn too.
+    """Raise a ConfigError unless the tokenizer can leave the answer's turn open.
 
-    Of torchtune's tokenizers only Llama's can leave the turn of the answer open; the others ignore `inference=True`.
+    Of torchtune's tokenizers only Llama's can; the others ignore `inference=True`.
     """
     tokenize = getattr(tokenizer, "tokenize_messages", None)
     if tokenize is None or "add_end_tokens" not in inspect.signature(tokenize).parameters:
@@ -164,16 +161,16 @@ def _check_open_turn(tokenizer: Any) -> None:
 
 
 def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
-    """Raw text by `encode`, a chat by the tokenizer's template with an open assistant turn.
+    """Tokens of raw text, or of a chat by the tokenizer's template with an open assistant turn.
 
-    Of messages the last is the assistant's, and empty. Raises a ConfigError if the tokenizer or its template refuses.
+    The last of several messages is the assistant's, and empty. Raises a ConfigError if the tokenizer fails.
     """
     if not isinstance(prompt, str):
         _check_open_turn(tokenizer)
     limit = getattr(tokenizer, "max_seq_len", None)
     try:
         if limit is not None:
-            tokenizer.max_seq_len = None  # of the training: here a cut would take the question's end, without a word
+            tokenizer.max_seq_len = None  # a training limit, which would silently cut the question's end here
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, add_bos=True, add_eos=False)
         messages = prompt

@@ -1,4 +1,4 @@
-"""Generated tokens as text: where it ends, how it is shown while it grows, and the file of answers."""
+"""Generated tokens as text: stop strings, streaming to a terminal, and the file of answers."""
 
 import json
 import time
@@ -15,22 +15,22 @@ from layerskip_recipes.generation.text.prompts import Example
 
 log = utils.get_logger("INFO")
 
-# A draft is dim and stays in its line, since a terminal's cursor cannot come back once a line's end has scrolled the
-# screen: wrapping is off while it is printed. The space before wraps a full line at once.
+# A draft is dim and stays in its line, since a terminal cannot restore the cursor once the screen has scrolled. So
+# wrapping is off while it is printed. The leading space makes a full line wrap before.
 DRAFT, PLAIN, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to whose bytes are not all there
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
 
 
 class TextStream:
     """The text of one output while it grows, and where it ends.
 
-    Only the last tokens are decoded for each new one: a token changes no text before the last whole character.
+    Only the last tokens are decoded with each new one: a token changes no text before the last whole character.
 
     Args:
         stop_tokens: they end an output and are not shown.
         stop_strings: an output ends before the first of them.
-        prompt: the tokens of a text that the output continues. Its last tokens are decoded together with the output,
-            since SentencePiece drops the first space of what is decoded alone, an indentation in a program.
+        prompt: tokens that the output continues. Their last few are decoded with the output, since SentencePiece drops
+            the first space of a text, such as an indentation.
     """
 
     def __init__(
@@ -41,36 +41,38 @@ class TextStream:
         prompt: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
-        # A few tokens of the prompt are enough. Those up to a stop token, which ended an earlier reply, are left out:
-        # some tokenizers decode nothing behind one.
+        # A few tokens of the prompt are enough, after the last stop token: some tokenizers decode nothing after one.
         tail = list(prompt[-8:])
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
-        self.before = tail[begin:]
-        self.before_text = tokenizer.decode(self.before) if self.before else ""
-        while UNFINISHED in self.before_text:  # the tail begins within a character, whose bytes are tokens
-            self.before = self.before[1:]
-            self.before_text = tokenizer.decode(self.before) if self.before else ""
-        self.window, self.window_text = list(self.before), self.before_text  # the tokens that are decoded with the next
-        self.unread: list[int] = []  # tokens whose last character is not whole yet
-        self.grown = ""  # the text of all others
-        self.read = 0  # tokens so far
+        self.context = tail[begin:]
+        self.context_text = tokenizer.decode(self.context) if self.context else ""
+        while UNFINISHED in self.context_text:  # the tail begins within a character of several tokens
+            self.context = self.context[1:]
+            self.context_text = tokenizer.decode(self.context) if self.context else ""
+        self.window, self.window_text = list(self.context), self.context_text  # decoded together with the next tokens
+        self.unread: list[int] = []  # tokens whose last character is incomplete
+        self.grown = ""  # the text of all other tokens
+        self.read = 0  # number of tokens so far
         self.shown = ""
         self.draft_is_shown = False
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The whole text of an output's tokens: without the stop token, cut before a stop string."""
+        """The text of all output tokens, without the stop token and cut before a stop string."""
         if tokens and tokens[-1] in self.stop_tokens:
             tokens = tokens[:-1]
-        text = self._continue(self.before, self.before_text, tokens)
-        return text[: min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=len(text))]
+        text = self._continue(self.context, self.context_text, tokens)
+        return text[: self._find_stop(text)]
+
+    def _find_stop(self, text: str) -> int | None:
+        return min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=None)
 
     def extend(self, new: Sequence[int]) -> int | None:
-        """Read new tokens up to one that completes a stop string: how many belong to the output, None if it goes on."""
+        """Read new tokens; returns how many belong to the output if one completes a stop string, else None."""
         for position, token in enumerate(new, start=1):
             self.read += 1
             if token in self.stop_tokens:
                 continue
-            before = len(self.grown)
+            old_length = len(self.grown)
             self.unread.append(token)
             text = self._continue(self.window, self.window_text, self.unread)
             if not text.endswith(UNFINISHED):
@@ -78,19 +80,16 @@ class TextStream:
                 self.window, self.unread = self.unread, []
                 self.window_text = self.tokenizer.decode(self.window)
             longest = max(map(len, self.stop_strings), default=0)
-            if any(s in self.grown[max(before - longest, 0) :] for s in self.stop_strings):
+            if any(s in self.grown[max(old_length - longest, 0) :] for s in self.stop_strings):
                 return position
         return None
 
     def show(self, last: bool) -> None:
-        """Print what is new of the text: unless it is the last, no unfinished character and not the start of a stop
-        string.
-        """
+        """Print the new text; until the last call without an incomplete character or the start of a stop string."""
         text = self.grown
         if last:
             text += self._continue(self.window, self.window_text, self.unread) if self.unread else ""
-        stop = min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=None)
-        if stop is not None:
+        if (stop := self._find_stop(text)) is not None:
             text = text[:stop]
         elif not last:
             held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
@@ -101,16 +100,16 @@ class TextStream:
         self.shown = max(self.shown, text, key=len)
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
-        """Print drafted tokens dim, until `show` replaces them by what was accepted; for terminals, one row only."""
+        """Print a draft of row 0 dim on a terminal, until `show` replaces it by the accepted tokens."""
         text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
         line = next(iter(text[len(self.shown) :].splitlines()), "")
-        self.draft_is_shown = True  # noted before the draft is printed: Ctrl-C may come between
+        self.draft_is_shown = True  # set before printing: Ctrl-C may come between
         print(f"{DRAFT}{line}{PLAIN}", end="", flush=True)
 
     def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
-        """The text that tokens add to those of a window."""
+        """The text that tokens add to a window's text."""
         text = self.tokenizer.decode([*window, *tokens])
-        if not text.startswith(window_text):  # a tokenizer whose texts depend on the tokens that follow
+        if not text.startswith(window_text):  # later tokens changed the window's text
             return self.tokenizer.decode(list(tokens))
         return text[len(window_text) :]
 
@@ -121,10 +120,10 @@ def follow(
     shown: TextStream | None = None,
     on_end: Callable[[int], None] = lambda prompt: None,
 ) -> None:
-    """Run a generation to its end, ending outputs at stop strings; `shown` prints the first text as it grows.
+    """Run a generation, ending outputs at stop strings; `shown` prints the first text as it grows.
 
-    The time for texts counts as decoding, since the user waits for them. `on_end` is called with the number of each
-    prompt whose output has ended, and its time does not count. After Ctrl-C the accepted text stays, without the draft.
+    Decoding text counts as decoding time, since the user waits for it. `on_end` gets the index of each prompt whose
+    output has ended; its time does not count. After Ctrl-C the accepted text stays on the screen, the draft does not.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:
@@ -151,16 +150,15 @@ def follow(
 
 
 class AnswersInOrder:
-    """Shows answers in the order of their prompts and writes them to a file, in whatever order they come.
+    """Shows answers in prompt order and writes them to a file, in whatever order they come.
 
-    A context manager that writes the finished answers to `path` at its end, also after an interruption. A run that is
-    killed leaves its answers in PATH.partial, in the order in which they came. A prompt with an error is skipped, and
-    its line in the file has the error.
+    A context manager that writes the finished answers to `path` at its end, also after an interruption. A killed run
+    leaves them in PATH.partial, in order of completion. A prompt with an error is not shown; the file has its error.
     """
 
     def __init__(self, path: str | None, examples: Sequence[Example], show: Callable[[int, str], None]) -> None:
         self.path, self.examples, self.show = path, examples, show
-        # Answers that wait for their turn, None of a prompt that has none.
+        # Answers that wait for their turn; None for a bad prompt.
         self.waiting: dict[int, str | None] = {i: None for i, example in enumerate(examples) if example.error}
         self.next = 0
         self.lines: dict[int, str] = {}
@@ -171,10 +169,10 @@ class AnswersInOrder:
             partial = Path(f"{self.path}.partial")
             try:
                 partial.parent.mkdir(parents=True, exist_ok=True)
-                if partial.exists():  # all that a killed run left
+                if partial.exists():  # left by a killed run
                     kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
                     partial.rename(kept)
-                    log.warning("output_file: the answers of a run that came to no end are in %s", kept)
+                    log.warning("output_file: the answers of an unfinished run are in %s", kept)
                 self.file = partial.open("w", encoding="utf-8")
             except OSError as e:
                 message = f"output_file: {self.path!r} cannot be written ({e}); for example answers.jsonl"
@@ -184,7 +182,7 @@ class AnswersInOrder:
         return self
 
     def add(self, i: int, answer: str, tokens: int, interrupted: bool = False) -> None:
-        """The answer to a prompt, of so many tokens; interrupted: it would have gone on."""
+        """Add the answer to prompt i; `tokens` is its length, `interrupted` marks an unfinished answer."""
         self.waiting[i] = answer
         line = {"prompt": self.examples[i].prompt, "text": answer, "tokens": tokens}
         self._note(i, line | ({"interrupted": True} if interrupted else {}))
