@@ -344,7 +344,7 @@ def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
     check_draft_fits(section, int8, SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))))
     check_draft_fits(section, None, SimpleNamespace(output=torch.nn.Linear(2, 4)))
     message = (
-        r"^self_speculation\.draft: was trained for some tokens .*\. Set self_speculation\.draft=null or quantizer=null"
+        r"^self_speculation\.draft: has a draft vocabulary, .*\. Set self_speculation\.draft=null or quantizer=null"
     )
     with pytest.raises(ConfigError, match=message):
         check_draft_fits(section, int8, SimpleNamespace(output=torch.nn.Linear(2, 4)))

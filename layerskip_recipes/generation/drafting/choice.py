@@ -119,27 +119,24 @@ class DiscountedUCB:
         return record.rate * (1 + margin / math.sqrt(record.weight))
 
 
-class ChoosingDrafter(Drafter):
+class ChoosingDrafter(ChainDrafter):
     """Drafts from the exit, from the text, or not at all, as `DiscountedUCB` chooses.
 
     Look-ups of short and of long matches are separate strategies: together, a few bad ones ended all look-ups.
     """
 
     def __init__(
-        self, drafter: ChainDrafter, lookup: LookupDrafter | None, choice: DiscountedUCB, context: StepContext
+        self, context: StepContext, speculation: Speculation, lookup: LookupDrafter | None, choice: DiscountedUCB
     ) -> None:
-        self.drafter, self.lookup, self.choice, self.context = drafter, lookup, choice, context
-
-    @property
-    def behind(self) -> int:  # type: ignore[override]
-        return self.drafter.behind
+        super().__init__(context, speculation.exit_layer, speculation.num_speculations)
+        self.lookup, self.choice = lookup, choice
 
     def begin(self, final: torch.Tensor) -> None:
         self.choice.begin_text()
-        self.drafter.begin(final)
+        super().begin(final)
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
-        self.drafter.replace(row, text, final)
+        super().replace(row, text, final)
         if self.lookup is not None:
             self.lookup.replace(row, text)
 
@@ -149,10 +146,7 @@ class ChoosingDrafter(Drafter):
         picked = self.choice.pick(offered)
         if picked == PLAIN:
             return no_draft(self.context, now)
-        return self.drafter.propose(now) if found is None or picked == CHAIN else found
-
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        return self.drafter.verify(draft, now)
+        return super().propose(now) if found is None or picked == CHAIN else found
 
     def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         if seconds:
@@ -168,6 +162,5 @@ def make_drafter(
 ) -> Drafter:
     """The drafter of a checked speculation; `choice` is what earlier generations learned."""
     d, ngram = speculation.num_speculations, speculation.prompt_lookup
-    drafter = ChainDrafter(context, speculation.exit_layer, d)
     lookup = None if ngram is None else LookupDrafter(context, d, ngram, prompts)
-    return ChoosingDrafter(drafter, lookup, choice or DiscountedUCB(), context)
+    return ChoosingDrafter(context, speculation, lookup, choice or DiscountedUCB())

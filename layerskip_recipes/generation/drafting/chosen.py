@@ -1,5 +1,4 @@
-"""What a generation config leaves out: the missing keys of `self_speculation`, chosen by plan.py from what training
-measured, and whether compiling pays."""
+"""Chooses the missing keys of `self_speculation`, from plan.py's predictions, and whether to compile."""
 
 import os
 import shutil
@@ -34,22 +33,21 @@ from layerskip_recipes.processes import num_processes
 
 @dataclass(frozen=True)
 class Choice:
-    """How drafts are made, None: not at all; a line that says why, if something was chosen; and what to expect."""
+    """The section with all keys (None: no drafts), a log line if something was chosen, and the expected speed."""
 
     section: SelfSpeculation | None
     why: str | None
-    step_s: float  # a step of the whole model
+    step_s: float  # of the whole model
     speedup: float = 1.0
 
     @property
     def token_s(self) -> float:
-        """Seconds per token."""
         return self.step_s / max(self.speedup, 1.0)
 
 
 CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer")
 INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
-COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # what a first run takes to compile
+COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
 
 
 def choose_for(
@@ -61,7 +59,7 @@ def choose_for(
     quantizer: Component | None,
     key: str = "self_speculation",
 ) -> Choice:
-    """`choose_drafts` for a config's model and machine, and `rows` prompts that are decoded together."""
+    """`choose_drafts` for a config's model and device, and a batch of `rows` prompts."""
     gpu = not cfg.device.startswith("cpu")
     plain = quantizer is None and num_processes() == 1
     dtype = cfg.torch_dtype if quantizer is None else torch.int8
@@ -80,31 +78,32 @@ def choose_drafts(
     int8: bool = False,
     key: str = "self_speculation",
 ) -> Choice:
-    """The section with its missing keys.
+    """The section with its missing keys; keys that it has stay, null too.
 
     Args:
-        section: a key that it has stays as it is, null too.
         folder: of the model, with or without layerskip.json.
-        costs: of the model on this machine.
-        plain_head: the rows of a draft vocabulary can be taken from the model's head.
-        int8: a draft in int8 is faster here.
+        plain_head: a draft vocabulary can take rows of the model's head.
+        int8: an int8 draft is faster on this machine.
         key: of the section, for messages.
     """
     if section is None:
         return Choice(None, None, costs.plain)
     trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
-    section = _with_stored_vocabulary(section, trained)
+    # The most frequent tokens of the training data instead of their number.
+    size, stored = section.draft_vocabulary, trained and trained.vocabulary
+    if stored and isinstance(size, int) and not section.draft_vocabulary_file:
+        section = section.model_copy(update={"draft_vocabulary": stored[:size]})
     given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
     if section.draft is not None:
         ways = _trained_draft(section.draft, f"{key}.draft")
     else:
         if section.exit_layer is not None and not (trained and trained.measured):
-            return Choice(section, None, costs.plain)  # nothing is known that could choose better than the defaults
+            return Choice(section, None, costs.plain)  # no measurement to choose by
         ways = known_ways(trained, costs.num_layers, section.exit_layer)
     if not ways:
         return Choice(None, _untrained(folder, trained, costs.num_layers, key), costs.plain)
 
-    # Of the vocabularies and precisions those that the user left open.
+    # Only the vocabularies, precisions and lengths that the user left open.
     if "draft_vocabulary" in given:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
     elif not plain_head:
@@ -116,7 +115,12 @@ def choose_drafts(
     lengths = [section.num_speculations] if "num_speculations" in given else None
     best = ranked(with_int8(likely, precisions), costs, lengths)[0]
 
-    said = _said(best, costs, "assumed" if ASSUMED in ways.values() else "as in training")
+    # Draft if it should pay, or if the user asked for it.
+    said = (
+        f"{best.way}, {best.num_speculations} drafted tokens per round; expected speed-up {best.speedup:.2f}x "
+        f"({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
+        f"acceptance {'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
+    )
     asked_for = section.draft is not None or section.exit_layer is not None or section.prompt_lookup is not None
     if best.speedup < LEAST_GAIN and not asked_for:
         return Choice(None, f"No drafts: none should pay. The best would be {said}", costs.plain)
@@ -124,16 +128,8 @@ def choose_drafts(
     return Choice(with_choice(section, best, trained), why, costs.plain, best.speedup)
 
 
-def _with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
-    """The section with the most frequent tokens of the training data in place of their number."""
-    size = section.draft_vocabulary
-    if not isinstance(size, int) or section.draft_vocabulary_file or not (trained and trained.vocabulary):
-        return section
-    return section.model_copy(update={"draft_vocabulary": trained.vocabulary[:size]})
-
-
 def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExits | None) -> SelfSpeculation:
-    """The section with the keys of a prediction, those that were given excepted."""
+    """The section with the keys of a prediction, except for the given ones."""
     vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
     chosen: dict[str, Any] = {
         "exit_layer": best.way.exit_layer,
@@ -141,21 +137,20 @@ def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExit
         "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
         "draft_quantizer": INT8 if best.way.int8 else None,
     }
-    if section.draft is not None:  # its exit and vocabulary are read with it
+    if section.draft is not None:  # its folder has exit and vocabulary
         del chosen["exit_layer"], chosen["draft_vocabulary"]
     given = {name for name in section.model_fields_set if getattr(section, name) is not None or name != "exit_layer"}
     return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
 
 
 def _trained_draft(folder: str, key: str) -> dict[Way, Acceptance]:
-    """How a trained draft drafts, and its acceptance."""
     read = read_description(folder, key)
     below, rows = 0 if read.kind == "copy" else read.exit_layer, read.vocabulary and len(read.vocabulary)
     return {Way(below, rows or None, own_layers=read.num_layers): (read.measured and read.measured.draft) or ASSUMED}
 
 
 def _of_vocabulary(ways: Mapping[Way, Acceptance], given: int | list[int] | None) -> dict[Way, Acceptance]:
-    """Each exit with the vocabulary that the user gave, and the acceptance of the next smaller one that is known."""
+    """Each exit with the user's vocabulary, and the acceptance of the next smaller measured vocabulary."""
     if given is None:
         return {way: likely for way, likely in ways.items() if way.vocabulary is None or way.own_layers is not None}
     size = given if isinstance(given, int) else len(given)
@@ -168,17 +163,7 @@ def _of_vocabulary(ways: Mapping[Way, Acceptance], given: int | list[int] | None
     return found
 
 
-def _said(best: Prediction, costs: Costs, how: str) -> str:
-    """A prediction in words."""
-    return (
-        f"{best.way}, {best.num_speculations} drafted tokens per round; expected speed-up {best.speedup:.2f}x "
-        f"({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
-        f"acceptance {how}, costs estimated)"
-    )
-
-
 def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: int, key: str) -> str:
-    """Why a model without a trained early exit decodes plainly."""
     if trained is None:
         why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
@@ -187,14 +172,14 @@ def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: in
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether decoding steps can be compiled: with a C++ compiler on a CPU, with triton on a GPU."""
+    """Whether steps can be compiled: this takes a C++ compiler on a CPU, triton on a GPU."""
     if device.type == "cpu":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     return device.type == "cuda" and find_spec("triton") is not None
 
 
 def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
-    """Whether compiling saves more than it takes, by the seconds per token of both; and a line that says so."""
+    """Whether compiling saves more time than it takes, by the seconds per token of both; and a log line."""
     saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type]
     faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
     if saved > needed:

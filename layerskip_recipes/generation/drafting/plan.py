@@ -1,12 +1,11 @@
-"""Which way of drafting is fastest? Expected tokens of a round over the seconds of the round, for each exit, draft
-length, draft vocabulary and draft precision.
+"""Predicts the fastest way of drafting: expected tokens divided by seconds per round, for each exit, draft length,
+draft vocabulary and precision.
 
     speed-up = (1 + a_1 + .. + a_d) t / (d c + v + o)
 
-a_k is the probability that the first k drafted tokens are all accepted, t the time of a plain step, c of a draft step,
-v of the verification pass over d + 1 tokens, and o the overhead of a round. Training stores the acceptance with the
-checkpoint; `estimated_costs` estimates the times from the bytes of weights that a step reads. The tuner
-(benchmark/tuner.py) measures both, and ranks with the same formulas.
+a_k is the probability that the first k drafted tokens are all accepted. t is the time of a plain step, c of a draft
+step, v of the verification pass over d + 1 tokens, and o the overhead of a round. Training stores the acceptance in the
+checkpoint; `estimated_costs` estimates the times from the weights' bytes. The tuner measures both.
 """
 
 import math
@@ -19,17 +18,17 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.trained_exits import Acceptance, TrainedExits, exit_that_drafts
 
-ASSUMED = Acceptance(matches=[0.7**k for k in range(1, 9)], overlap=0.7)  # of a trained exit that nobody measured
-LEAST_GAIN = 1.02  # a prediction below this is no reason to draft
+ASSUMED = Acceptance(matches=[0.7**k for k in range(1, 9)], overlap=0.7)  # of an unmeasured trained exit
+LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 
 
 class Way(NamedTuple):
-    """A way of drafting; its length is chosen apart."""
+    """A way of drafting, except for the draft length."""
 
-    exit_layer: int  # verification goes on from here; 0 if it begins with the tokens
-    vocabulary: int | None = None  # tokens that can be drafted; None: all
+    exit_layer: int  # verification continues from here; 0: it runs all layers
+    vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
-    own_layers: int | None = None  # of a trained draft, which run after the model's own `exit_layer` layers
+    own_layers: int | None = None  # a trained draft's layers, which run after the model's first `exit_layer` layers
 
     def __str__(self) -> str:
         tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
@@ -38,8 +37,6 @@ class Way(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """How fast a way of drafting should be with drafts of one length."""
-
     way: Way
     num_speculations: int
     tokens_per_round: float
@@ -49,52 +46,51 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a forward pass of one token: a constant, a part for each layer, and one for each row of the head."""
+    """Seconds of a forward pass of one token: a constant, plus terms per layer and per row of the head."""
 
     step: float
     layer: float
     head_row: float
 
     def seconds(self, layers: int, head_rows: int) -> float:
-        """Of a pass through so many layers and head rows."""
         return self.step + layers * self.layer + head_rows * self.head_row
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of the parts of a round, for one model on one machine."""
+    """Seconds of the parts of a round."""
 
     num_layers: int
     vocabulary: int
-    plain: float  # a step of the whole model, one token of each batch row
-    draft: Mapping[bool, StepCost]  # by whether the draft is in int8
-    further_row: float  # what one more token adds to a forward pass, as a share of the pass
-    round: float  # the host's bookkeeping
+    plain: float  # a step of the whole model, one token per batch row
+    draft: Mapping[bool, StepCost]  # keys: int8 or not
+    further_row: float  # cost of one more token, as a share of a forward pass
+    round: float  # bookkeeping on the host
     batch_rows: int = 1
 
     def round_s(self, way: Way, num_speculations: int) -> float:
-        """Seconds of a round: the draft steps, and the verification pass over the drafted tokens and the last one."""
+        """Seconds of the draft steps and of the verification pass over d + 1 tokens."""
         rows = self.vocabulary if way.vocabulary is None else way.vocabulary
         if way.own_layers is None:
             draft = self.draft[way.int8].seconds(way.exit_layer, rows)
         else:
             draft = self.draft[way.int8].seconds(way.own_layers, rows) + way.exit_layer * self.draft[False].layer
-        # The layers below the exit have read the drafted tokens already.
+        # The layers below the exit have already run for the drafted tokens.
         verified = num_speculations * self.batch_rows * (1 - way.exit_layer / self.num_layers)
         return num_speculations * draft + self.plain * (1 + self.further_row * verified) + self.round
 
 
 class Machine(NamedTuple):
-    """Rough figures of a kind of device; the choice depends on their ratios only."""
+    """Rough figures of a device type; only their ratios matter."""
 
     bytes_per_s: float
-    layer: float  # seconds of a layer beside the reading of its weights
+    layer: float  # seconds per layer besides reading its weights
     step: float
     further_row: float
     round: float
 
 
-# (GPU, compiled). Beside the reading of weights, an eager layer costs the launches of its operations.
+# Keys: (GPU, compiled). An eager layer also costs the launches of its operations.
 MACHINES = {
     (False, False): Machine(2e10, 4e-4, 3e-4, 0.05, 2e-4),
     (False, True): Machine(2e10, 5e-6, 2e-5, 0.05, 2e-4),
@@ -106,11 +102,10 @@ MACHINES = {
 def estimated_costs(
     model: TransformerDecoder, dtype: torch.dtype, gpu: bool, compiled: bool, batch_rows: int = 1
 ) -> Costs:
-    """Costs from the bytes of weights that a step reads; `model` may be on the meta device."""
+    """Costs from the weights' bytes; `model` may be on the meta device."""
     machine = MACHINES[gpu, compiled]
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     rows, width = model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim
-    # A step of several batch rows takes longer by as many further rows.
     batch = 1 + machine.further_row * (batch_rows - 1)
 
     def cost(itemsize: int) -> StepCost:
@@ -126,8 +121,8 @@ def estimated_costs(
 def accepted(measured: Acceptance, temperature: float) -> list[float]:
     """a_k: the probability that the first k drafted tokens are all accepted.
 
-    Greedily these are the measured shares m_k. At temperature 1 a token is accepted with the mean overlap w, so that
-    a_k is m_k to the power of log w / log m_1: drafts that go well stay as likely to go on. In between, linear.
+    Greedy: the measured shares m_k. At temperature 1 the first token is accepted with the mean overlap w, so a_k is m_k
+    to the power of log w / log m_1, which keeps the correlation between positions. In between: linear interpolation.
     """
     first, sampling = measured.matches[0], min(temperature, 1.0)
     if sampling == 0 or not (0 < first < 1 and 0 < measured.overlap < 1):
@@ -139,11 +134,11 @@ def accepted(measured: Acceptance, temperature: float) -> list[float]:
 def ranked(
     acceptance: Mapping[Way, Sequence[float]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All ways with all lengths (None: those whose acceptance is known), the fastest first."""
+    """All ways with all draft lengths (None: the measured ones), fastest first."""
     found = []
     for way, likely in acceptance.items():
         for d in range(1, len(likely) + 1) if lengths is None else lengths:
-            # Beyond what was measured, acceptance falls as it did at the end.
+            # Extrapolate acceptance beyond the measured lengths.
             fall = likely[-1] / likely[-2] if len(likely) > 1 and likely[-2] else likely[0]
             further = (likely[-1] * fall**k for k in range(1, d - len(likely) + 1))
             tokens = 1 + sum(likely[:d]) + sum(further)
@@ -153,10 +148,10 @@ def ranked(
 
 
 def known_ways(trained: TrainedExits | None, num_layers: int, exit_layer: int | None = None) -> dict[Way, Acceptance]:
-    """The exits and draft vocabularies of a checkpoint with their acceptance, in full precision.
+    """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
-    Without a measurement the trained exit nearest to a quarter of the depth drafts, with an assumed acceptance; without
-    layerskip.json none does.
+    Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
+    layerskip.json: none.
     """
     measured = trained.measured.exits if trained and trained.measured else {}
     ways = {
@@ -174,5 +169,5 @@ def known_ways(trained: TrainedExits | None, num_layers: int, exit_layer: int | 
 
 
 def with_int8(ways: Mapping[Way, Sequence[float]], precisions: Sequence[bool]) -> dict[Way, Sequence[float]]:
-    """The ways in each of these precisions. Drafts in int8 are accepted as often, within what we can measure."""
+    """The ways in each precision. We measured no difference in acceptance between int8 and full precision."""
     return {way._replace(int8=int8): likely for way, likely in ways.items() for int8 in precisions}

@@ -1,4 +1,4 @@
-"""The `self_speculation` section of a config: its keys, their checks, and the `Speculation` that it describes."""
+"""The `self_speculation` section: its keys, their checks, and the `Speculation` that it builds."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class SelfSpeculation(Section):
     in full precision."""
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
-        """Raises a ConfigError if the section does not fit a model, on any device; `key` is its own, for messages."""
+        """Raise a ConfigError if the section does not fit the model; `key` names the section in messages."""
         if self.draft is not None and self.exit_layer is not None:
             raise ConfigError(
                 f"{key}.exit_layer: {self.exit_layer} is set beside draft, which has its own. Set "
@@ -80,9 +80,9 @@ class SelfSpeculation(Section):
         prompts: Sequence[Sequence[int]],
         key: str = "self_speculation",
     ) -> "SelfSpeculation":
-        """The section with the exit and the tokens of `draft`, and with ids in place of the number of tokens.
+        """The section with the exit and vocabulary of `draft`, and with token ids instead of their number.
 
-        The most frequent tokens are counted in `prompts`, or by the tokenizer in draft_vocabulary_file.
+        The most frequent tokens are counted in `prompts` or draft_vocabulary_file.
         """
         if self.draft is not None and self.exit_layer is None:
             description = read_description(self.draft, f"{key}.draft")
@@ -103,15 +103,11 @@ class SelfSpeculation(Section):
         return self.model_copy(update={"draft_vocabulary": vocabulary})
 
     def own_layers(self) -> int:
-        """The layers of a trained draft, which have caches of their own."""
+        """The number of a trained draft's layers, which have their own caches."""
         return 0 if self.draft is None else read_description(self.draft, "self_speculation.draft").num_layers
 
     def own_weights(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
-        """The bytes of weights that drafts have beside the model's; of quantised ones at most, a byte for each.
-
-        Args:
-            model: the decoder, on any device; the exit is known by now, see `with_vocabulary`.
-        """
+        """Bytes of the draft's own weights (upper bound if quantised: one byte each), after `with_vocabulary`."""
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
         rows = len(self.draft_vocabulary) if isinstance(self.draft_vocabulary, list) else 0
         count = self.own_layers() * layer + rows * model.tok_embeddings.embedding_dim
@@ -122,7 +118,7 @@ class SelfSpeculation(Section):
         return count * dtype.itemsize + quantised
 
     def build(self, model: LayerSkipDecoder, key: str = "self_speculation", rows: int = 1) -> Speculation:
-        """The speculation of a model with its weights, for `rows` prompts at a time; `with_vocabulary` comes first."""
+        """The speculation for a loaded model and batches of `rows`, after `with_vocabulary`."""
         assert self.exit_layer is not None and not isinstance(self.draft_vocabulary, int)
         drafter, head, layers = None, None, range(self.exit_layer)
         if self.draft is not None:
@@ -157,7 +153,7 @@ def check_draft_fits(
     parallel: int = 1,
     key: str = "self_speculation",
 ) -> None:
-    """Raises a ConfigError for drafts that the model does not allow: quantised, or split over `parallel` ranks."""
+    """Raise a ConfigError for drafts that do not work with a model quantised, or split over `parallel` ranks."""
     if section is None:
         return
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
@@ -172,8 +168,8 @@ def check_draft_fits(
             )
         if trained is not None:
             raise ConfigError(
-                f"{key}.draft: was trained for some tokens only, and needs their rows of the model's head, which "
-                f"{why}. Set {key}.draft=null or {other}"
+                f"{key}.draft: has a draft vocabulary, which needs rows of the model's head, which {why}. Set "
+                f"{key}.draft=null or {other}"
             )
     if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
@@ -189,14 +185,9 @@ def bytes_of_weights(
     quantizer: Component | None,
     drafts: Sequence[SelfSpeculation],
 ) -> dict[str, int]:
-    """The arguments `weights` and `loaded` of `check_cache_fits`.
+    """The arguments `weights` and `loaded` of `check_cache_fits`, for a model on the meta device.
 
-    Args:
-        model: on the meta device.
-        whole: the bytes of its weights as they are loaded.
-        dtype: of the weights.
-        quantizer: of the model.
-        drafts: those that are there at a time.
+    `whole` is the bytes of its weights as loaded; `drafts` are the ones in memory at the same time.
     """
     sizes = {"weights": whole if quantizer is None else quantised_bytes(model, quantizer), "loaded": whole}
     for draft in drafts:
@@ -209,10 +200,7 @@ def bytes_of_weights(
 def quantised_drafter(
     model: LayerSkipDecoder, layers: range, quantizer: Component, with_head: bool = True
 ) -> LayerSkipDecoder:
-    """The model's first layers and its head, of which `layers` and the head are quantised copies.
-
-    `with_head=False` leaves the head, as where drafts have one of their own.
-    """
+    """The model's first layers and its head, with quantised copies of `layers` and, `with_head`, of the head."""
     parts = model.copied_layers(layers)
     if with_head:
         parts.append(linear_head(model))
