@@ -29,16 +29,14 @@ struct Norm {
 
   // x [rows, n] -> y [rows, n].
   void operator()(int64_t rows, int64_t n, const float* x, float* y) const {
-    for (int64_t row = 0; row < rows; row++) {
-      const float* from = x + row * n;
-      float* to = y + row * n;
+    for (int64_t row = 0; row < rows; row++, x += n, y += n) {
       const float squares = at::vec::map_reduce_all<float>(
-          [](Vector a) { return a * a; }, [](Vector a, Vector b) { return a + b; }, from, n);
+          [](Vector a) { return a * a; }, [](Vector a, Vector b) { return a + b; }, x, n);
       const Vector factor(1.f / std::sqrt(squares / static_cast<float>(n) + epsilon));
       if (scale.defined())
-        at::vec::map2<float>([&](Vector a, Vector w) { return a * factor * w; }, to, from, floats(scale), n);
+        at::vec::map2<float>([&](Vector a, Vector w) { return a * factor * w; }, y, x, floats(scale), n);
       else
-        at::vec::map<float>([&](Vector a) { return a * factor; }, to, from, n);
+        at::vec::map<float>([&](Vector a) { return a * factor; }, y, x, n);
     }
   }
 };
@@ -50,11 +48,9 @@ struct Rotation {
 
   void operator()(float* head, int64_t position) const {
     if (!cos.defined()) return;
-    const int64_t half = cos.size(1);
-    const int64_t at = std::min(position, cos.size(0) - 1) * half;
+    const int64_t half = cos.size(1), at = std::min(position, cos.size(0) - 1) * half, step = neighbours ? 2 : 1;
     const float *c = floats(cos) + at, *s = floats(sin) + at;
     float *first = head, *second = head + (neighbours ? 1 : half);
-    const int64_t step = neighbours ? 2 : 1;
     for (int64_t i = 0; i < half; i++) {
       const float x = first[i * step], y = second[i * step];
       first[i * step] = x * c[i] - y * s[i];
@@ -105,9 +101,20 @@ struct Tokens {
   int64_t end;          // the slots that attention may see
 };
 
-class Layer {
- public:
-  explicit Layer(Parts parts) : parts(std::move(parts)) {}
+struct Layer {
+  Parts parts;
+  Linear join = parts.linear("join"), q = parts.linear("q_proj"), k = parts.linear("k_proj"),
+         v = parts.linear("v_proj"), output = parts.linear("output_proj"), gate = parts.linear("w1"),
+         up = parts.linear("w3"), down = parts.linear("w2");
+  Norm before_attention = parts.norm("sa_norm"), before_mlp = parts.norm("mlp_norm"),
+       after_attention = parts.norm("sa_scale"), after_mlp = parts.norm("mlp_scale"),
+       of_queries = parts.norm("q_norm"), of_keys = parts.norm("k_norm"), of_states = parts.norm("join_norm");
+  Rotation rotation{parts.tensor("cos"), parts.tensor("sin"), parts.number("neighbours") != 0};
+  at::Tensor keys = parts.tensor("k_cache"), values = parts.tensor("v_cache");
+  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
+  bool norm_first = parts.number("norm_first") != 0;
+  int activation = static_cast<int>(parts.number("activation"));
+  float scale = parts.to_float("scale"), cap = parts.to_float("cap");
 
   // Whether x [b, s, d], the inputs of a first layer, fit.
   bool fits(const at::Tensor& x, int64_t row, int64_t end) const {
@@ -145,7 +152,6 @@ class Layer {
     return x;
   }
 
- private:
   // state += update, after the norm if there is one.
   static void add(const Norm& norm, int64_t m, int64_t d, float* update, float* state) {
     if (norm) norm(m, d, update, update);
@@ -203,25 +209,10 @@ class Layer {
     for (int64_t head = 0; head < count; head++) rotation(x + head * dim, position);
     if (norm && !norm_first) norm(count, dim, x, x);
   }
-
-  Parts parts;
-  Linear join = parts.linear("join"), q = parts.linear("q_proj"), k = parts.linear("k_proj"),
-         v = parts.linear("v_proj"), output = parts.linear("output_proj"), gate = parts.linear("w1"),
-         up = parts.linear("w3"), down = parts.linear("w2");
-  Norm before_attention = parts.norm("sa_norm"), before_mlp = parts.norm("mlp_norm"),
-       after_attention = parts.norm("sa_scale"), after_mlp = parts.norm("mlp_scale"),
-       of_queries = parts.norm("q_norm"), of_keys = parts.norm("k_norm"), of_states = parts.norm("join_norm");
-  Rotation rotation{parts.tensor("cos"), parts.tensor("sin"), parts.number("neighbours") != 0};
-  at::Tensor keys = parts.tensor("k_cache"), values = parts.tensor("v_cache");
-  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
-  bool norm_first = parts.number("norm_first") != 0;
-  int activation = static_cast<int>(parts.number("activation"));
-  float scale = parts.to_float("scale"), cap = parts.to_float("cap");
 };
 
 // The final norm and the output projection.
-class Head : public torch::CustomClassHolder {
- public:
+struct Head : torch::CustomClassHolder {
   Head(Tensors tensors, Numbers numbers) : parts{std::move(tensors), std::move(numbers)} {}
 
   // x [b, s, d] -> [b, s, v].
@@ -238,16 +229,14 @@ class Head : public torch::CustomClassHolder {
     return out;
   }
 
- private:
   Parts parts;
   Norm norm = parts.norm("norm");
   Linear output = parts.linear("output");
   float cap = parts.to_float("cap");
 };
 
-class Layers : public torch::CustomClassHolder {
- public:
-  void append(const Tensors& tensors, const Numbers& numbers) { layers.emplace_back(Parts{tensors, numbers}); }
+struct Layers : torch::CustomClassHolder {
+  void append(const Tensors& tensors, const Numbers& numbers) { layers.push_back(Layer{{tensors, numbers}}); }
 
   // Layers first .. last - 1: x [b, s, d] (a joining layer takes [b, s, 2 d]) -> [b, s, d]. The tokens are in the slots
   // at [b or 1, s] < end of the cache rows [b]; each sees the slots up to its own.
@@ -295,7 +284,6 @@ class Layers : public torch::CustomClassHolder {
     return {at::stack(tokens, 1), at::cat(hidden, 1), noise ? std::optional(at::stack(q, 1)) : std::nullopt};
   }
 
- private:
   std::vector<Layer> layers;
 };
 
