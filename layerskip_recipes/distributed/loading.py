@@ -17,11 +17,7 @@ from layerskip_recipes.processes import is_rank_zero, wait_for_all
 
 
 def load_from_rank0(
-    model: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    offload: bool = False,
+    model: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, offload: bool = False
 ) -> None:
     """Broadcast rank 0's full state_dict tensor by tensor into a sharded model on the meta device.
 

@@ -198,21 +198,22 @@ def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise,
     else:
         full_q = F.one_hot(drafted, scores.shape[-1]).to(scores) if q is None else context.full_q(q, scores)
         accepted, following = accept_sampled(drafted, full_q, scores, uniform, noise)
-    return outcome(accepted, following, drafted), state_of(states, accepted)
+    return outcome(accepted, following, drafted, states)
 
 
 def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
     """`chain_logits` and greedy acceptance as one graph, since greedy choice has no settings that could change."""
     logits, states = chain_logits(context, exit_layer, slots, tokens, hidden, start, state)
     accepted, following = accept_greedy(tokens[:, 1:], logits)
-    return outcome(accepted, following, tokens[:, 1:]), state_of(states, accepted)
+    return outcome(accepted, following, tokens[:, 1:], states)
 
 
-def outcome(accepted: torch.Tensor, following: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
-    """One tensor, so that the host waits once: accepted [b], following [b], drafted [b, n] -> [b, 2 + n]."""
-    return torch.cat([accepted[:, None], following[:, None], drafted], 1)
+def outcome(accepted, following, drafted, states):
+    """The result of `Drafter.verify`, one tensor for one wait of the host, and the last accepted token's state or None.
 
-
-def state_of(states: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor | None:
-    """The state [b, 1, d] of the token at `place` [b] in each row: states [b, n + 1, d] or None."""
-    return None if states is None else states.gather(1, place[:, None, None].expand(-1, 1, states.shape[-1]))
+    accepted, following [b], drafted [b, n], states [b, n + 1, d] or None -> [b, 2 + n], [b, 1, d] or None.
+    """
+    result = torch.cat([accepted[:, None], following[:, None], drafted], 1)
+    if states is None:
+        return result, None
+    return result, states.gather(1, accepted[:, None, None].expand(-1, 1, states.shape[-1]))

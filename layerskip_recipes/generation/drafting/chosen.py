@@ -104,10 +104,8 @@ def choose_drafts(
         return Choice(None, _untrained(folder, trained, costs.num_layers, key), costs.plain)
 
     # Only the vocabularies, precisions and lengths that the user left open.
-    if "draft_vocabulary" in given:
+    if "draft_vocabulary" in given or not plain_head:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
-    elif not plain_head:
-        ways = {way: likely for way, likely in ways.items() if way.vocabulary is None or way.own_layers is not None}
     likely = {way: accepted(measured, temperature) for way, measured in ways.items()}
     precisions = [False, True] if int8 else [False]
     if "draft_quantizer" in given:

@@ -74,11 +74,7 @@ class SelfSpeculation(Section):
             check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
 
     def with_vocabulary(
-        self,
-        model: LayerSkipDecoder,
-        tokenizer: Any,
-        prompts: Sequence[Sequence[int]],
-        key: str = "self_speculation",
+        self, model: LayerSkipDecoder, tokenizer: Any, prompts: Sequence[Sequence[int]], key: str = "self_speculation"
     ) -> "SelfSpeculation":
         """The section with the exit and vocabulary of `draft`, and with token ids instead of their number.
 

@@ -57,6 +57,7 @@ def load_library() -> None:
     # Importing inductor takes a second.
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     class Library(CppCodeCache):
@@ -67,15 +68,10 @@ def load_library() -> None:
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # cached for the process
-    Library.load("".join([_versions(), *(source.read_text() for source in SOURCES)]))
-
-
-def _versions() -> str:
-    """A C++ comment that makes inductor's cache, which is keyed by source text, depend on torch and the compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
+    # Inductor's cache is keyed by source text. A comment makes it depend on torch and the compiler too.
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    return f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}\n"
+    versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}\n"
+    Library.load("".join([versions, *(source.read_text() for source in SOURCES)]))
 
 
 class Parts:

@@ -88,11 +88,8 @@ def _read_prompt_file(name: str) -> list[Example]:
     lines = name.endswith(".jsonl")
     try:
         # In JSONL a byte that is not UTF-8 spoils its line, not the file.
-        content = (
-            sys.stdin.read()
-            if name == "-"
-            else Path(name).read_text(encoding="utf-8", errors="surrogateescape" if lines else "strict")
-        )
+        errors = "surrogateescape" if lines else "strict"
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8", errors=errors)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"prompt_file: {name!r} cannot be read ({e}). Give a text or JSONL file, or - for stdin"
