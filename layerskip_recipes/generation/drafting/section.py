@@ -155,17 +155,14 @@ def check_draft_fits(
     packed = quantizer is not None and not isinstance(model.output, TiedLinear)
     if packed or parallel > 1:
         why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        trained = None if section.draft is None else read_description(section.draft, f"{key}.draft").vocabulary
         other = "tensor_parallel_dim=1" if parallel > 1 else "quantizer=null"
-        if section.draft_vocabulary is not None:
+        name = None if section.draft_vocabulary is None else "draft_vocabulary"
+        if name is None and section.draft is not None and read_description(section.draft, f"{key}.draft").vocabulary:
+            name = "draft"
+        if name is not None:
             raise ConfigError(
-                f"{key}.draft_vocabulary: needs rows of the model's head, which {why}. Set {key}.draft_vocabulary=null "
-                f"or {other}"
-            )
-        if trained is not None:
-            raise ConfigError(
-                f"{key}.draft: has a draft vocabulary, which needs rows of the model's head, which {why}. Set "
-                f"{key}.draft=null or {other}"
+                f"{key}.{name}: has a draft vocabulary, which needs rows of the model's head, and {why} them. Set "
+                f"{key}.{name}=null or {other}"
             )
     if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
