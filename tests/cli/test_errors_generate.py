@@ -65,7 +65,7 @@ GENERATE = [
         "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig; "
         "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
         "self_speculation.draft_quantizer",
-        "beside quantizer",
+        "no effect with quantizer",
         "quantizer=null",
     ),
     ("self_speculation.draft_vocabulary=0", "self_speculation.draft_vocabulary", "0", "1 or more"),

@@ -365,7 +365,7 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     for model, overrides, message in (
         (other, [], f"{name}: '{copy}' drafts for '{base}', whose weights are not"),
         (base, [f"{name}={tmp_path}"], f"{name}: '{tmp_path}' holds no draft"),
-        (base, ["self_speculation.exit_layer=2"], "self_speculation.exit_layer: 2 is set beside draft"),
+        (base, ["self_speculation.exit_layer=2"], "self_speculation.exit_layer: 2 is set, but draft has its own exit"),
     ):  # fmt: skip
         path = generate_config(tmp_path, model, self_speculation=section)
         with pytest.raises(ConfigError) as e:

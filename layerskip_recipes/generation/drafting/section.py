@@ -28,36 +28,36 @@ log = utils.get_logger("INFO")
 
 
 class SelfSpeculation(Section):
-    """How drafts are made. The output stays that of the whole model.
+    """How tokens are drafted. The output is always that of the whole model.
 
-    Of `exit_layer`, `num_speculations`, `draft_vocabulary` and `draft_quantizer`, `layerskip_generate` chooses those
-    that are missing, by the acceptance that training stored in layerskip.json and the estimated costs on this machine.
+    `layerskip_generate` chooses a missing `exit_layer`, `num_speculations`, `draft_vocabulary` or `draft_quantizer`, by
+    the acceptance that training stored in layerskip.json and the estimated costs on this machine.
     """
 
     exit_layer: Annotated[int, Field(examples=[8])] | None = None
-    """E: the number of layers that run for a draft, 1 to L. With `draft`, null is the exit of that draft; without it,
+    """E: the number of layers that draft, 1 to L. With `draft`, null means the exit of that draft. Without `draft`,
     null decodes without drafts, and a missing key chooses a trained exit."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
-    """A folder with a draft that was trained for this model (a checkpoint of a training with a section `draft`), which
-    drafts in place of the model's early layers."""
+    """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
+    training with a section `draft`."""
     num_speculations: NumSpeculations = 6
-    """Tokens drafted in a round."""
+    """Tokens drafted per round."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
-    """The tokens that can be drafted: their ids, or how many of the most frequent ones in the training data, which
-    layerskip.json lists, or else in the prompts; null: all, or those that `draft` was trained for."""
+    """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
+    in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
     draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
-    """A text in which the most frequent tokens are counted instead of in the prompts."""
+    """A text file in which to count the most frequent tokens, instead of in the prompts."""
     prompt_lookup: PromptLookup | None = None
-    """Where the last so many tokens of the text occurred before, what followed them is drafted, if that pays."""
+    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, if that is faster."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the layers and the head that draft, of a trained draft its own layers and the head; verification stays
-    in full precision."""
+    """Quantises the layers and the head that draft (of a trained draft, its own layers). Verification stays in full
+    precision."""
 
     def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
         """Raise a ConfigError if the section does not fit the model; `key` names the section in messages."""
         if self.draft is not None and self.exit_layer is not None:
             raise ConfigError(
-                f"{key}.exit_layer: {self.exit_layer} is set beside draft, which has its own. Set "
+                f"{key}.exit_layer: {self.exit_layer} is set, but draft has its own exit. Set "
                 f"{key}.exit_layer=null or {key}.draft=null"
             )
         vocabulary, file = self.draft_vocabulary, self.draft_vocabulary_file
@@ -166,7 +166,7 @@ def check_draft_fits(
             )
     if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
         raise ConfigError(
-            f"{key}.draft_quantizer: does nothing beside quantizer, which packs the layers that draft too. "
+            f"{key}.draft_quantizer: has no effect with quantizer, which also packs the layers that draft. "
             "Set one of them null; for example quantizer=null"
         )
 
