@@ -1,4 +1,4 @@
-"""Weights: reading, initialising, quantising, exporting. Imports data and what lies below."""
+"""Weights: reading, initialising, quantising, exporting. Imports data and the packages below it."""
 
 from layerskip_recipes.checkpoint.checkpointers import scratch_checkpointer
 from layerskip_recipes.checkpoint.weights import load_decoder

@@ -1,4 +1,4 @@
-"""The `checkpointer` section: its checks, and the checkpointer built from it, ours or torchtune's."""
+"""Checks the `checkpointer` section and builds our checkpointer or torchtune's from it."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files, weights_found
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Text, check
@@ -36,22 +36,19 @@ ModelType = Literal[tuple(training.ModelType.__members__)]  # type: ignore[valid
 
 
 def is_scratch(section: Component) -> bool:
-    """Whether a checkpointer section starts without weights by its component."""
     return section.target is scratch_checkpointer
 
 
 def reads_hf_folder(section: Component) -> bool:
-    """Whether a checkpointer section names a folder by `hf_checkpointer`."""
     return section.target is hf_checkpointer
 
 
 def starts_from_scratch(section: Component) -> bool:
-    """Whether a checkpointer section names no weights."""
     return is_scratch(section) or not (reads_hf_folder(section) or checkpoint_files(section))
 
 
 def weights_folder(section: Component) -> Path | None:
-    """The folder of the weights, None from scratch."""
+    """The folder with the weights; None for a model from scratch."""
     if reads_hf_folder(section):
         return model_folder(section.get("path"))
     folder = section.get("checkpoint_dir")
@@ -60,12 +57,14 @@ def weights_folder(section: Component) -> Path | None:
             raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
         return None
     if not Path(folder).is_dir():
-        raise ConfigError(f"checkpointer.checkpoint_dir: {folder!r} is no folder. Give the one with the model's files")
+        raise ConfigError(
+            f"checkpointer.checkpoint_dir: {folder!r} is no folder. Give the folder with the model's files"
+        )
     return Path(folder)
 
 
 def checkpoint_files(section: Component) -> list[str]:
-    """The file names of a section of torchtune's checkpointers, {filename_format, max_filename} written out."""
+    """The file names in a section for a torchtune checkpointer; expands {filename_format, max_filename}."""
     files = section.get("checkpoint_files")
     if files is None:
         return []
@@ -83,11 +82,9 @@ def checkpoint_files(section: Component) -> list[str]:
 
 
 def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
-    """Raises a ConfigError if the checkpointer section is wrong in itself, or does not fit the model.
-
-    A recipe that only reads needs `adapter_checkpoint` for a model with adapters; one that trains takes none.
-    """
+    """Check the checkpointer section and that it fits the model; a training takes no `adapter_checkpoint`."""
     section, model = cfg.checkpointer, cfg.meta_model
+    # Keys
     for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
         if section.get(key) is not None:
             raise ConfigError(
@@ -96,6 +93,7 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             )
     for key in ("adapter_checkpoint", "checkpoint_dir", "path"):
         check(f"checkpointer.{key}", section.get(key), Annotated[Text, Field(examples=["/tmp/my_model"])] | None)
+    # Adapters
     adapters = section.get("adapter_checkpoint")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
         has = "adapters" if adapters is None else "no adapters"
@@ -107,9 +105,10 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
             raise ConfigError(f"checkpointer.{key}: {section.get(key)!r} is not honoured here; set {key} at top level")
+    # Class and files
     if inspect.isclass(section.target) and not issubclass(section.target, CHECKPOINTERS):
         raise ConfigError(
-            f"checkpointer._component_: {section.path!r} is not allowed. Allowed: those of whole models, as "
+            f"checkpointer._component_: {section.path!r} is not allowed. Allowed: one for whole models, such as "
             "torchtune.training.FullModelHFCheckpointer (to resume from shards: enable_async_checkpointing=true)"
         )
     if "model_type" in section.arguments:
@@ -117,8 +116,8 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     checkpoint_files(section)
     if reads_hf_folder(section) != is_hf_decoder(model) and not starts_from_scratch(section):
         raise ConfigError(
-            f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}, whose heads have "
-            "another order. Allowed: layerskip_recipes.hf_checkpointer with layerskip_recipes.hf_decoder, or "
+            f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}: they order "
+            "attention weights differently. Allowed: layerskip_recipes.hf_checkpointer with layerskip_recipes.hf_decoder, or "
             "torchtune's checkpointers with torchtune's builders"
         )
     if is_scratch(section):
@@ -126,9 +125,9 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
 
 
 def _check_described(described: Any, model: TransformerDecoder) -> None:
-    """Raises a ConfigError if the config.json that checkpoints from scratch carry is not the model's."""
+    """Check that `hf_config`, the config.json of checkpoints from scratch, describes the model."""
     if not isinstance(described, Mapping):
-        raise ConfigError(f"checkpointer.hf_config: {described!r} is no section; it is the model's config.json")
+        raise ConfigError(f"checkpointer.hf_config: {described!r} is no section. Give the model's config.json")
     built = {
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": model.num_heads,
@@ -137,31 +136,45 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
         "vocab_size": model.tok_embeddings.weight.shape[0],
     }
     for key, value in built.items():
-        if described.get(key) != value:
-            wrong = f"checkpointer.hf_config.{key}: {described.get(key)!r}"
-            raise ConfigError(f"{wrong} does not fit the model, which has {value}")
+        given = described.get(key)
+        if given != value:
+            raise ConfigError(f"checkpointer.hf_config.{key}: {given!r} does not fit the model, which has {value}")
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
-    """Raises a ConfigError for missing files of `checkpointer`, and for an output_dir that has no room for `writes`
-    bytes of weights or lies within checkpoint_dir."""
+    """Check that the weights exist and that output_dir is safe and has room for `writes` bytes of weights."""
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
+    # Room for a checkpoint
     if writes:
-        _check_space(output_dir, writes)
+        place = Path(output_dir).absolute()
+        free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+        if free < writes:
+            raise ConfigError(
+                f"output_dir: {output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
+                f"{writes / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
+            )
+    # The files to read
     folder = weights_folder(section)
     if folder is None:
         return
     if reads_hf_folder(section):
         weight_files(folder)
     else:
-        _check_listed_files(section, folder)
+        names = checkpoint_files(section) + (["config.json"] if section.path.endswith("HFCheckpointer") else [])
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
+                f"There: {weights_found(folder)}"
+            )
     adapters = section.get("adapter_checkpoint")
     if adapters is not None and (folder / ADAPTER_FILE).is_file() and folder.samefile(adapter_file(adapters).parent):
         raise ConfigError(
-            f"checkpointer.adapter_checkpoint: {str(adapters)!r} lies beside the weights of checkpoint_dir, into "
-            "which a LoRA training merged these adapters: they would count twice. Allowed: the base model's "
-            "checkpoint_dir; or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
+            f"checkpointer.adapter_checkpoint: {str(adapters)!r} is in checkpoint_dir, whose weights already "
+            "contain these adapters: they would count twice. Allowed: the base model's checkpoint_dir; "
+            "or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
+    # Folders that writing would damage
     if writes and Path(output_dir).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"output_dir: {output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
     if writes and folder.resolve().parent == Path(output_dir).resolve():
@@ -171,39 +184,15 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
         )
 
 
-def _check_listed_files(section: Component, folder: Path) -> None:
-    """Raises a ConfigError if the folder lacks one of `checkpoint_files`."""
-    needed = checkpoint_files(section) + (["config.json"] if section.path.endswith("HFCheckpointer") else [])
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-        raise ConfigError(
-            f"checkpointer.checkpoint_files: {', '.join(missing)} not in {str(folder)!r}. "
-            f"There: {', '.join(there) or 'no weights'}"
-        )
-
-
-def _check_space(output_dir: str, needed: int) -> None:
-    """Raises a ConfigError if the disk of output_dir has no room for the weights of one checkpoint."""
-    place = Path(output_dir or ".").absolute()
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConfigError(
-            f"output_dir: {output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
-            f"{needed / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
-        )
-
-
 def check_tokenizer_dir(section: Component) -> None:
-    """Raises a ConfigError if checkpoints from scratch shall carry a tokenizer, and there is none."""
+    """Check that there is a tokenizer to copy into checkpoints from scratch."""
     folder = section.get("tokenizer_dir")
     if folder is not None and not list(Path(folder).glob("tokenizer*.json")):
-        raise ConfigError(f"checkpointer.tokenizer_dir: {folder!r} has no tokenizer*.json; null copies none")
+        raise ConfigError(f"checkpointer.tokenizer_dir: {folder!r} has no tokenizer*.json. Allowed: null to copy none")
 
 
 def prepare_device(cfg: RecipeConfig) -> torch.device:
-    """The device of a recipe that reads weights, after what only this machine can tell; sets the matmul precision."""
+    """Find the device of a recipe that does not train, check the files, and set the matmul precision."""
     device = cfg.find_device()
     check_checkpoint_files(cfg)
     if starts_from_scratch(cfg.checkpointer):
@@ -215,16 +204,9 @@ def prepare_device(cfg: RecipeConfig) -> torch.device:
 def scratch_checkpointer(
     hf_config: Mapping[str, Any], model_type: str, output_dir: str, tokenizer_dir: str | None = None
 ) -> training.FullModelHFCheckpointer:
-    """A checkpointer for training from scratch: no weights to read, Hugging Face checkpoints to write.
+    """A checkpointer for training from scratch: reads no weights and writes Hugging Face checkpoints.
 
-    Args:
-        hf_config: the content of the checkpoints' config.json.
-        model_type: torchtune's, such as LLAMA3_2; it chooses the names of the weights.
-        output_dir: where checkpoints go.
-        tokenizer_dir: a folder whose tokenizer*.json go into each checkpoint.
-
-    Returns:
-        torchtune's Hugging Face checkpointer.
+    Each checkpoint gets `hf_config` as config.json, and the tokenizer*.json of tokenizer_dir.
     """
     scratch = tempfile.TemporaryDirectory(prefix="layerskip-")
     (Path(scratch.name) / "config.json").write_text(json.dumps(dict(hf_config), indent=2))
@@ -233,14 +215,14 @@ def scratch_checkpointer(
     checkpointer = training.FullModelHFCheckpointer(
         checkpoint_dir=scratch.name, checkpoint_files=[], model_type=model_type, output_dir=output_dir
     )
-    checkpointer.scratch = scratch  # lives as long as the checkpointer copies from it
+    checkpointer.scratch = scratch  # keeps the folder alive: the checkpointer copies files from it
     return checkpointer
 
 
 def reading_checkpointer(cfg: RecipeConfig) -> Any:
-    """The checkpointer of a config, to read with: where it would write does not matter."""
+    """The checkpointer of a config that only reads weights."""
     section = {key: value for key, value in cfg.checkpointer.section.items() if key != "adapter_checkpoint"}
-    with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # checkpointers make their output folder
+    with tempfile.TemporaryDirectory(prefix="layerskip-") as nowhere:  # torchtune's checkpointers create output_dir
         return build_checkpointer(Component(section, "checkpointer"), nowhere)
 
 
@@ -248,17 +230,16 @@ BEFORE, AFTER = (f"model.layers.{{}}.{side}_feedforward_layernorm.weight" for si
 
 
 def build_checkpointer(section: Component, output_dir: str) -> Any:
-    """The checkpointer of a section, its own output_dir replaced."""
     return corrected(section.build(output_dir=output_dir))
 
 
 def corrected(checkpointer: Any) -> Any:
-    """The checkpointer, without two faults of torchtune 0.6.1."""
-    # It confuses the names of the two norms around each feed-forward layer of GEMMA2.
+    """Work around two bugs of torchtune 0.6.1."""
+    # torchtune swaps the names of the two norms around each feed-forward layer of GEMMA2.
     names = _convert_weights._GEMMA2_FROM_HF
     if names[BEFORE] == "layers.{}.mlp_scale.scale":
         names[BEFORE], names[AFTER] = names[AFTER], names[BEFORE]
-    # It reads num_key_value_heads, which config.json of Llama 1 does not have.
+    # torchtune requires num_key_value_heads, which Llama 1's config.json does not have.
     described = getattr(checkpointer, "_config", None) or {}
     if "num_attention_heads" in described:
         described.setdefault("num_key_value_heads", described["num_attention_heads"])
@@ -266,7 +247,7 @@ def corrected(checkpointer: Any) -> Any:
 
 
 def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None:
-    """Say where the checkpoint's config.json has other numbers than the model that no weight shows."""
+    """Warn if config.json and the model differ in a number that the weights' shapes do not show."""
     described = getattr(checkpointer, "_config", None) or {}
     rope = described.get("rope_parameters")  # where transformers 5 writes it
     norm = getattr(model.norm, "rms_norm", model.norm)
@@ -278,6 +259,6 @@ def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None
     for name, (theirs, key, ours) in pairs.items():
         if isinstance(theirs, int | float) and isinstance(ours, int | float) and not math.isclose(theirs, ours):
             log.warning(
-                "model.%s: it is %s here, and config.json beside the weights has %s %s; for example model.%s=%s",
+                "model.%s: it is %s here, but the checkpoint's config.json has %s %s; for example model.%s=%s",
                 key, ours, name, theirs, key, theirs,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The files of a trained draft: its weights, and `layerskip.json`, which says what it is and for which model."""
+"""The files of a trained draft: its weights, and `layerskip.json`, which describes the draft and its base model."""
 
 import json
 from collections.abc import Mapping
@@ -24,36 +24,34 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
-FORMAT = 3  # in 1 an adapter had x_E only, in 2 the base was a section with a _component_
+FORMAT = 3  # 1: an adapter read only x_E; 2: the base was a section with a _component_
 BY_NAME: dict[str, Any] = {checkpointer.__name__: checkpointer for checkpointer in CHECKPOINTERS}
 
 
 class Base(Section):
-    """The model that a draft was trained for. The file travels with weights, so nothing in it may name code."""
+    """The model that a draft was trained for. Users download this file with weights, so it must not name code."""
 
     folder: Text
-    """Its folder, or its name on the hub."""
+    """A local folder, or a name on the hub."""
     hash: Text
     """See `weights_hash`."""
     checkpointer: Literal[tuple(BY_NAME)] = "HFCheckpointer"  # type: ignore[valid-type]
-    """What reads the folder."""
+    # For torchtune's checkpointers only:
     files: list[Text] | None = None
-    """For torchtune's checkpointers, as `model_type`."""
     model_type: ModelType | None = None  # type: ignore[valid-type]
 
     def build_checkpointer(self, output_dir: str) -> Any:
-        """The checkpointer that reads the model, and writes to `output_dir`."""
-        of_torchtune: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if self.checkpointer != "HFCheckpointer":
-            of_torchtune = {"checkpoint_files": self.files, "model_type": self.model_type}
+            arguments = {"checkpoint_files": self.files, "model_type": self.model_type}
         try:
-            return corrected(BY_NAME[self.checkpointer](self.folder, output_dir=output_dir, **of_torchtune))
+            return corrected(BY_NAME[self.checkpointer](self.folder, output_dir=output_dir, **arguments))
         except (OSError, ValueError, KeyError) as e:
             raise ConfigError(f"{DESCRIPTION}: {self.checkpointer} cannot read its base {self.folder!r} ({e})") from e
 
 
 class DraftDescription(Section):
-    """The content of a draft's layerskip.json."""
+    """The content of a draft's layerskip.json; `num_layers` counts the draft's own layers."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -61,17 +59,16 @@ class DraftDescription(Section):
     kind: Kind
     exit_layer: PositiveInt
     num_layers: PositiveInt
-    """The draft's own layers."""
     base: Base
     vocabulary: list[int] | None = None
-    """The tokens that the draft chooses among; None: all."""
+    """The tokens that the draft can predict; None: all."""
     measured: Measured | None = None
 
 
 def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """`Base` of a checkpointer section and the weights that it read."""
+    """Build the fields of `Base` from a checkpointer section and its weights."""
     folder = section.get("path") if reads_hf_folder(section) else section.get("checkpoint_dir")
-    if Path(folder).is_dir():  # found from another working directory too
+    if Path(folder).is_dir():  # still valid from another working directory
         folder = str(Path(folder).absolute())
     target: Any = section.target
     base = {"folder": folder, "hash": weights_hash(weights)}
@@ -84,26 +81,25 @@ def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> di
 def describe(
     draft: Draft, base: Mapping[str, Any], steps: int, target: str, measured: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The content of layerskip.json for a draft that learned `target` in `steps` optimizer steps."""
+    """Build a draft's layerskip.json; it learned `target` in `steps` optimizer steps."""
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
     trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
     return {"format": FORMAT} | shape | trained | {"measured": measured}
 
 
 def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Write a draft's files into a new folder."""
     folder.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / DRAFT_FILE)
     write_description(folder, description)
 
 
 def read_description(folder: str, key: str) -> DraftDescription:
-    """A draft's layerskip.json; `key` names the folder in messages."""
+    """Read a draft's layerskip.json; errors name `key`."""
     path = Path(folder)
     if not ((path / DESCRIPTION).is_file() and (path / DRAFT_FILE).is_file()):
         raise ConfigError(
-            f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a training with "
-            "a section draft, such as its epoch_0"
+            f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a draft "
+            "training, such as its epoch_0"
         )
     try:
         content = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
@@ -116,7 +112,7 @@ def read_description(folder: str, key: str) -> DraftDescription:
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:
-    """A trained draft for this model, which has its weights, in eval mode; `key` names the folder in messages."""
+    """Load a trained draft for a model with weights, in eval mode; errors name `key`."""
     described = read_description(folder, key)
     if described.base.hash != weights_hash(model.state_dict()):
         raise ConfigError(

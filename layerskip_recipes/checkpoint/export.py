@@ -1,7 +1,7 @@
-"""`layerskip export`: a checkpoint for other programs.
+"""`layerskip export`: write a checkpoint for transformers or a serving engine.
 
-The whole model with its exit and a decoding loop for transformers; or its first E layers with norm and head, or a
-trained copy of them with the model's head, as a model of its own, which drafts for the whole one in a serving engine.
+It writes the whole model with its exit and a decoding loop for transformers, or a separate draft model: the first E
+layers, or a trained copy of them, with the final norm and the head.
 """
 
 import json
@@ -29,34 +29,25 @@ from layerskip_recipes.model.hf_config import read_config_json
 from layerskip_recipes.model.hf_folder import copy_without_code
 from layerskip_recipes.model.run_folder import sync
 
-# Llama has its tokenizer for torchtune in a folder, and transformers keeps further templates in one.
+# Llama keeps torchtune's tokenizer in original/; transformers keeps more templates in additional_chat_templates/.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
-# A decoding loop for transformers and its requirements. Not a part of this package, which never imports it.
+# The decoding loop for transformers and its requirements; this package never imports it.
 DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
 
 
 def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
-    """Write a Hugging Face folder.
+    """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
-        checkpoint: a Hugging Face folder with safetensors, such as a finetuned `epoch_N`; or, with `draft`, the folder
-            of a trained draft of kind copy.
-        out: a folder that does not exist yet.
-        exit_layer: E of `assistant_early_exit` in generation_config.json: transformers' `generate` then drafts with it,
-            and so does our decoding loop in `custom_generate`. None writes neither.
-        draft: instead of the whole model its first E layers, with the final norm and the head. Of a trained draft 0 or
-            its E.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: if the checkpoint is none, holds adapters only, or has fewer layers; or out exists.
+        checkpoint: a Hugging Face folder with safetensors, such as `epoch_N`, or a trained draft of kind copy.
+        exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
+        draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
     """
     source, target = Path(checkpoint), Path(out)
     if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
+    # Check the arguments and the checkpoint.
     config = read_config_json(source, "export")
     config.pop("auto_map", None)
     layers = config.get("num_hidden_layers")
@@ -65,7 +56,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     for key, value, most in (("--exit-layer", exit_layer, max(layers - 1, 1)), ("--draft", draft, layers)):
         check(key, value, Annotated[int, Field(ge=1, le=most, examples=[max(layers // 4, 1)])] | None)
     if exit_layer is not None and draft is not None:
-        raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model, and --draft {draft} makes another one")
+        raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model. Leave it out with --draft {draft}")
     try:
         weights = weight_files(source, "export")
     except ConfigError as e:
@@ -77,7 +68,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place and renamed into it: half a copy is never there.
+    # Write to a temporary folder and rename it: an interrupted export leaves nothing at `out`.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
         folder = Path(beside) / target.name
         folder.mkdir()
@@ -87,7 +78,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(_read_layers(weights, draft or layers), folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if exit_layer is not None:  # without an exit the loop refuses to run
+        if exit_layer is not None:  # the decoding loop needs an exit
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
@@ -98,19 +89,17 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 
 
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
-    """`export` of a trained draft that is a copy: a model of its layers."""
+    """Export a trained draft of kind copy as a model of its own."""
     described = read_description(folder, "export")
     base, layers = described.base, described.num_layers
     if described.kind != "copy":
         raise ConfigError(
-            f"export: {folder!r} holds an adapter, which goes on from the model's states, as no other program does. "
+            f"export: {folder!r} holds an adapter, which reads the model's hidden states; no other program can run it. "
             "Allowed: a draft trained with draft.kind=copy"
         )
     if exit_layer is not None or draft not in (0, described.exit_layer):
         key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
-        raise ConfigError(
-            f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft, without a number"
-        )
+        raise ConfigError(f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft without a number")
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
         checkpointer = base.build_checkpointer(scratch)
         weights = read_weights(checkpointer)
@@ -124,10 +113,9 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
 
 
 def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:
-    """With the exit, or without one, as a draft has none and `assistant_model` needs a model that names none.
+    """Set or remove the exit: transformers' `assistant_model` must not name one.
 
-    Where there is no such file transformers takes the tokens that end a text from config.json, and where there is one
-    from that alone.
+    transformers reads the stop tokens from generation_config.json if it exists, else from config.json.
     """
     if not file.exists() and exit_layer is None:
         return
@@ -140,14 +128,14 @@ def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int
 
 
 def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
-    """A model's config.json with `draft` layers; what it lists by layer is cut as well."""
+    """A config.json for the first `draft` layers; also cuts its lists with one entry per layer."""
     layers = config["num_hidden_layers"]
     cut = {key: value[:draft] for key, value in config.items() if isinstance(value, list) and len(value) == layers > 1}
     return config | cut | {"num_hidden_layers": draft}
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and settings; no weights and no adapters."""
+    """Copy tokenizer, chat template and settings, but no weights or adapters."""
     for file in (file for pattern in COPIED for file in source.glob(pattern)):
         if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
             place = target / file.relative_to(source)
@@ -156,7 +144,7 @@ def _copy_files(source: Path, target: Path) -> None:
 
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
-    """The tensors of the first layers and of all that is no layer, as views of the mapped files."""
+    """The tensors of the first `layers` layers and all tensors outside of layers, as views of the mapped files."""
     kept: dict[str, torch.Tensor] = {}
     for file in files:
         for name, tensor in load_file(file).items():

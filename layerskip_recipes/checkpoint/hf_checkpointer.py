@@ -1,7 +1,6 @@
 """hf_checkpointer: reads and writes Hugging Face folders for models of `hf_decoder`.
 
-Weights are read as views of the mapped files, and written shard by shard. A folder that was written is one that
-transformers opens: weights, config, generation config and tokenizer.
+transformers can open a written folder: it has weights, config, generation config and tokenizer.
 """
 
 import json
@@ -26,10 +25,9 @@ from layerskip_recipes.model.hf_folder import copy_without_code, model_folder
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, but for the next ones
+OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, except OWN_FILES
 OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json")
-# Buffers that old checkpoints hold.
-NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers in old checkpoints
 
 
 class HFCheckpointer:
@@ -37,9 +35,9 @@ class HFCheckpointer:
 
     Args:
         path: as for `hf_decoder`.
-        output_dir: where checkpoints go; not needed to read.
-        shard_size: of a written file, such as "5GB".
-        adapter_checkpoint: adapters to generate with, read by the recipe: a checkpoint of a LoRA training.
+        output_dir: folder for checkpoints; not needed to read.
+        shard_size: maximum size of a written file, such as "5GB".
+        adapter_checkpoint: a checkpoint of a LoRA training; the recipe reads its adapters for generation.
     """
 
     def __init__(
@@ -49,12 +47,12 @@ class HFCheckpointer:
         shard_size: str = "5GB",
         adapter_checkpoint: str | None = None,
     ) -> None:
-        self._checkpoint_dir = model_folder(path)  # torchtune's name; config and tokenizer are copied from here
+        self._checkpoint_dir = model_folder(path)  # torchtune's name of the attribute
         self.config: HFConfig = read_hf_config(self._checkpoint_dir)
         self.output_dir, self.shard_size = None if output_dir is None else Path(output_dir), shard_size
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The weights by torchtune's names, in the files' dtype, as views of the mapped files."""
+        """The weights with torchtune's names, in the files' dtype, as views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(self._checkpoint_dir):
             tensors |= load_file(file)
@@ -62,14 +60,14 @@ class HFCheckpointer:
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
         unused = (*NOT_WEIGHTS, "lm_head.weight") if self.config.tie_word_embeddings else NOT_WEIGHTS
         tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
-        where = f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} are not those of its config.json, it"
+        where = f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} do not fit its config.json, it"
         check_tensors(to_files(parameters, self.config), tensors, where)
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
-        """Write `epoch_N` under output_dir, of the contents of `checkpoint_contents`; with adapter_only no weights."""
+        """Write `epoch_N` under output_dir; `adapter_only` leaves out the model's weights."""
         if self.output_dir is None:
-            raise ConfigError("output_dir: missing, the folder for checkpoints; for example output_dir=out")
+            raise ConfigError("output_dir: missing, the folder for checkpoints. For example output_dir=out")
         folder = self.output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter_only:
@@ -87,13 +85,15 @@ class HFCheckpointer:
             self._write_peft(contents, folder)
 
     def _write_peft(self, contents: Mapping[str, Any], folder: Path) -> None:
-        """Adapters in PEFT's form; those of a joined matrix become one adapter, whose B is a block matrix."""
+        """Write adapters in PEFT's format; the adapters in a joined matrix become one with a block matrix as B."""
         ours, described = contents[training.ADAPTER_KEY], contents[training.ADAPTER_CONFIG]
         biases = contents.get(BIASES, {})
+        # Group the adapters by the matrix in the files.
         whole: dict[str, list[tuple[slice, str]]] = defaultdict(list)
         for name in (name.removesuffix(".lora_a.weight") for name in ours if name.endswith(".lora_a.weight")):
             file_name, rows = place_in_files(name, self.config)
             whole[file_name].append((rows, name))
+        # One LoRA A, B and DoRA magnitude for each matrix.
         tensors, ranks = {}, {}
         for file_name, parts in whole.items():
             parts.sort(key=lambda part: part[0].start or 0)
@@ -105,7 +105,7 @@ class HFCheckpointer:
                 ranks[file_name.rpartition(".")[2]] = len(parts)
             tensors[f"{prefix}.lora_B.weight"] = torch.cat(blocks, dim=1)
             if f"{names[0]}.magnitude" in ours:
-                # A row without an adapter keeps the norm of its weights, so that DoRA changes nothing there.
+                # Rows without an adapter keep their weights' norm, so DoRA does not change them.
                 magnitude = self._row_norms(f"{file_name}.weight").to(ours[f"{names[0]}.magnitude"])
                 for rows, name in parts:
                     magnitude[rows] = ours[f"{name}.magnitude"]
@@ -114,13 +114,11 @@ class HFCheckpointer:
             module = hf_name(name.removesuffix(".bias"), self.config)
             tensors[f"base_model.model.{module}.base_layer.bias"] = value
         tensors = {name: value.contiguous() for name, value in tensors.items()}
+        # The files
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        modules = sorted({name.rpartition(".")[2] for name in whole})
-        config = {
-            **described,
-            "target_modules": modules,
-            "base_model_name_or_path": str(self._checkpoint_dir.resolve()),
-        }
+        config = dict(described)
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in whole})
+        config["base_model_name_or_path"] = str(self._checkpoint_dir.resolve())
         if ranks:
             config["rank_pattern"] = {name: described["r"] * n for name, n in ranks.items()}
             config["alpha_pattern"] = {name: described["lora_alpha"] * n for name, n in ranks.items()}
@@ -129,7 +127,7 @@ class HFCheckpointer:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _row_norms(self, file_name: str) -> torch.Tensor:
-        """The norm of each row of a matrix in the folder's files."""
+        """L2 norm of each row of a matrix in the folder's files."""
         for file in weight_files(self._checkpoint_dir):
             with safe_open(file, "pt") as weights:
                 if file_name in weights.keys():  # noqa: SIM118 (no mapping)
@@ -137,7 +135,7 @@ class HFCheckpointer:
         raise KeyError(file_name)
 
     def _at_rows(self, block: torch.Tensor, rows: slice, file_name: str) -> torch.Tensor:
-        """The B of a part as one of the joined matrix: zeros but for the part's rows."""
+        """Extend the B of a part to the joined matrix, with zeros in the other rows."""
         heads, key_heads, width = self.config.heads
         total = (heads + 2 * key_heads) * width if "qkv" in file_name else 2 * self.config.intermediate_size
         full = block.new_zeros(total, block.shape[1])
@@ -148,10 +146,16 @@ class HFCheckpointer:
 hf_checkpointer = HFCheckpointer  # its name in configs
 
 
+def weights_found(folder: Path) -> str:
+    """The names of files in a folder that look like weights, for error messages."""
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    return ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)) or "no weights"
+
+
 def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
-    """The files with the weights of a folder, complete ones; errors name `key`."""
+    """The weight files of a folder, checked to be complete; errors name `key`."""
     index = folder / INDEX
-    # As in transformers: the index beside a single file is left from an earlier save.
+    # As in transformers: an index beside a single file is a leftover of an earlier save.
     if index.is_file() and not (folder / SINGLE).is_file():
         try:
             names: Iterable[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -162,10 +166,9 @@ def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
     files = [folder / name for name in sorted(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         raise ConfigError(
             f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: {SINGLE}, or "
-            f"{INDEX} and all files that it names; there: {', '.join(there) or 'no weights'}"
+            f"{INDEX} and all files that it names; there: {weights_found(folder)}"
         )
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""The names of a model's weights in Hugging Face's files and in torchtune: only names, and Phi's joined matrices."""
+"""Weight names in torchtune and in Hugging Face files, and the matrices that Phi's files join."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ import torch
 
 from layerskip_recipes.model.hf_config import HFConfig
 
-# Beginnings of a parameter's name within its layer, torchtune's first.
+# Name prefixes within a layer: torchtune's and Hugging Face's. The first prefix that matches counts.
 LAYER = {
     "attn.output_proj": "self_attn.o_proj",
     "attn.q_norm.scale": "self_attn.q_norm.weight",
@@ -30,12 +30,12 @@ OUTER = {
     "norm.rms_norm.scale": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# Matrices that Phi's files hold as one, row below row.
+# Phi's files concatenate these matrices along dim 0.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def hf_name(name: str, config: HFConfig) -> str:
-    """Hugging Face's name of the parameter or module that torchtune calls `name`, as if no matrices were joined."""
+    """Translate torchtune's name of a parameter or module to Hugging Face's, ignoring joined matrices."""
     found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if found is None:
         return OUTER[name]
@@ -45,24 +45,23 @@ def hf_name(name: str, config: HFConfig) -> str:
 
 
 def place_in_files(name: str, config: HFConfig) -> tuple[str, slice]:
-    """Where torchtune's parameter or module `name` is in Hugging Face's files: the name of the tensor, and its rows."""
+    """The tensor in Hugging Face's files that holds torchtune's parameter or module `name`, and its rows there."""
     name = hf_name(name, config)
     if config.architecture == "Phi3ForCausalLM":
         heads, key_heads, width = config.heads
-        rows = {
-            "qkv_proj": [heads * width, key_heads * width, key_heads * width],
-            "gate_up_proj": [config.intermediate_size] * 2,
-        }
-        for whole, parts in JOINED.items():
-            for i, part in enumerate(parts):
+        num_rows = {"q_proj": heads * width, "k_proj": key_heads * width, "v_proj": key_heads * width}
+        for joined, parts in JOINED.items():
+            start = 0
+            for part in parts:
+                end = start + num_rows.get(part, config.intermediate_size)
                 if part in name.split("."):
-                    start = sum(rows[whole][:i])
-                    return name.replace(part, whole), slice(start, start + rows[whole][i])
+                    return name.replace(part, joined), slice(start, end)
+                start = end
     return name, slice(None)
 
 
 def to_files(state: Mapping[str, torch.Tensor], config: HFConfig) -> dict[str, torch.Tensor]:
-    """The tensors of Hugging Face's files of a state_dict with torchtune's names."""
+    """Convert a state_dict with torchtune's names to the tensors of Hugging Face's files."""
     tensors: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for name, value in state.items():
         file_name, rows = place_in_files(name, config)
@@ -76,6 +75,6 @@ def to_files(state: Mapping[str, torch.Tensor], config: HFConfig) -> dict[str, t
 def from_files(
     tensors: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor], config: HFConfig
 ) -> dict[str, torch.Tensor]:
-    """The state_dict with torchtune's `names`, views of the files' tensors; names that the files lack are left out."""
+    """A state_dict with torchtune's `names`, as views of `tensors`; names missing there are left out."""
     places = {name: place_in_files(name, config) for name in names}
     return {name: tensors[file_name][rows] for name, (file_name, rows) in places.items() if file_name in tensors}

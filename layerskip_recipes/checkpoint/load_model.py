@@ -1,4 +1,4 @@
-"""load_model: a model with its weights and its tokenizer in one call, for Python."""
+"""load_model: load a model and its tokenizer in one call."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -28,16 +28,16 @@ def load_model(
     device: DeviceName | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
 ) -> tuple[LayerSkipDecoder, HFTokenizer]:
-    """A model in eval mode, and its tokenizer.
+    """Load a model in eval mode, and its tokenizer.
 
-    `generate` with `num_speculations` drafts with the trained draft, if there is one, or from the trained exit nearest
-    to a quarter of the depth, by layerskip.json.
+    `generate` with `num_speculations` uses the trained draft if there is one. Otherwise it drafts from the trained exit
+    nearest to a quarter of the depth, which layerskip.json names.
 
     Args:
-        path: a run of layerskip_finetune (its newest checkpoint), a checkpoint, a Hugging Face folder, or a name on the
-            hub. Of the training of a draft: the model that it drafts for comes with it.
-        draft: a run or a checkpoint with a draft that was trained for this model.
-        device: such as "cpu" or "cuda:1"; None takes the best one here.
+        path: a run of layerskip_finetune (loads its newest checkpoint), a checkpoint, a Hugging Face folder, or a name
+            on the hub. A trained draft also loads the model that it was trained for.
+        draft: a run or a checkpoint with a draft trained for this model.
+        device: such as "cpu" or "cuda:1"; None chooses the best device.
         dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
 
     Raises:
@@ -53,12 +53,14 @@ def load_model(
     if (folder / DRAFT_FILE).is_file():
         draft, path = str(folder), _base_of(folder)
         folder = model_folder(path)
-    where = torch.device(device or best_device())
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype or ("fp32" if where.type == "cpu" else "bf16")]
-    with training.set_default_dtype(kind), torch.device("meta"):
+    torch_device = torch.device(device or best_device())
+    dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    # Build on the meta device: the weights are initialised only once, by the checkpoint.
+    with training.set_default_dtype(torch_dtype), torch.device("meta"):
         model = layerskip_decoder(hf_decoder(str(folder)))
-    model.to_empty(device=where)
-    make_position_tables(model, where, kind)
+    model.to_empty(device=torch_device)
+    make_position_tables(model, torch_device, torch_dtype)
     model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
     model.requires_grad_(False).eval()
     model.drafting = _drafting(model, folder, draft)
@@ -70,13 +72,13 @@ def _base_of(folder: Path) -> str:
     if base.checkpointer != "HFCheckpointer":
         raise ConfigError(
             f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
-            "model of hf_checkpointer. layerskip_generate decodes with this one, by self_speculation.draft"
+            "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
         )
     return base.folder
 
 
 def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[str, Any]:
-    """The arguments with which `generate` drafts; empty without a trained exit or draft."""
+    """Default arguments of `generate` for drafting; empty without a trained exit or draft."""
     if draft is not None:
         trained = read_draft(str(model_folder(draft, "draft")), model, "draft")
         arguments: dict[str, Any] = {"exit_layer": trained.exit_layer, "draft_vocabulary": trained.vocabulary}

@@ -1,7 +1,7 @@
-"""layerskip.json: what layerskip_finetune stores with each checkpoint about its exits, for the choice of a draft model.
+"""layerskip.json: layerskip_finetune's notes on a checkpoint's exits, used to choose a draft model.
 
     {
-      "exits": [6, 12, 30],                             the exits that had a loss; more keys say how they were trained
+      "exits": [6, 12, 30],                             trained exits; more keys describe their training
       "vocabulary": [198, 11, ...],                     label tokens of the training data, most frequent first
       "measured": {
         "on": "dataset_val", "labels": 20480, "num_speculations": 8,
@@ -9,7 +9,7 @@
       }
     }
 
-A trained draft's file (drafts.py) has {"draft": {"matches": ..., "overlap": ...}} in "measured", and no exits.
+For a trained draft (drafts.py), "measured" has {"draft": {"matches": ..., "overlap": ...}} and there are no exits.
 """
 
 import json
@@ -21,51 +21,48 @@ from pydantic import BaseModel, Field, ValidationError
 
 from layerskip_recipes.errors import ConfigError, first_line
 
-DESCRIPTION = "layerskip.json"  # of the trained exits, or of a draft (drafts.py)
-MOST_TOKENS = 16384  # the longest "vocabulary"
+DESCRIPTION = "layerskip.json"
+MOST_TOKENS = 16384  # maximum length of "vocabulary"
 DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Acceptance(BaseModel):
-    """How often the last layer accepts a draft, teacher-forced."""
+    """Agreement of drafted tokens with the last layer, teacher-forced."""
 
     matches: Annotated[list[Share], Field(min_length=1)]
-    """matches[k - 1]: the share of positions at which the first k drafted tokens all agree with the last layer."""
+    """matches[k - 1]: share of positions where the first k drafted tokens all equal the last layer's."""
     overlap: Share
     """Mean of sum_v min(p_v, q_v): the accept rate of the first drafted token when sampling at temperature 1."""
 
 
 class Measured(BaseModel):
-    """Acceptance as training measured it."""
-
     on: Literal["dataset_val", "training"]
     labels: int
     num_speculations: int
     exits: dict[int, dict[str, Acceptance]] = {}
-    """For each early exit, by draft vocabulary: "all", or n for the first n tokens of the checkpoint's vocabulary."""
+    """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
     draft: Acceptance | None = None
-    """Of a trained draft, with its own vocabulary."""
+    """Acceptance of a trained draft with its own vocabulary."""
 
 
 class TrainedExits(BaseModel):
-    """The content of a layerskip.json."""
+    """The content of layerskip.json."""
 
     exits: list[int] | None = None
-    """The exits that had a loss, in order; None for a trained draft."""
+    """The exits with a loss, in order; None for a trained draft."""
     vocabulary: list[int] | None = None
-    """Label tokens of the training data, the most frequent first. A trained draft has its own here, in order."""
+    """Label tokens of the training data, most frequent first. For a trained draft: its own vocabulary."""
     measured: Measured | None = None
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the file into a checkpoint, over one that was copied from the checkpoint of the start."""
     (folder / DESCRIPTION).write_text(_readable(dict(description)) + "\n", encoding="utf-8")
 
 
 def _readable(value: Any, indent: str = "") -> str:
-    """JSON with a line for each key, and lists on one line."""
+    """JSON with one key per line and lists on one line."""
     if not isinstance(value, dict) or not value or not any(isinstance(part, dict | list) for part in value.values()):
         return json.dumps(value)
     inner = indent + "  "
@@ -74,7 +71,7 @@ def _readable(value: Any, indent: str = "") -> str:
 
 
 def read_trained_exits(folder: Path) -> TrainedExits | None:
-    """What a folder's layerskip.json says; None for a model without the file."""
+    """Read a folder's layerskip.json; None without the file."""
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
@@ -90,7 +87,7 @@ def read_trained_exits(folder: Path) -> TrainedExits | None:
 
 
 def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
-    """The trained early exits, and of more than four those nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
+    """The trained early exits; if more than four, the exits nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
     early = sorted(e for e in trained if e < num_layers)
     if len(early) <= 4:
         return early
@@ -98,9 +95,6 @@ def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
 
 
 def exit_that_drafts(trained: Sequence[int], num_layers: int) -> int | None:
-    """The trained exit nearest to a quarter of the depth, where the paper's models draft; the earlier one of two.
-
-    None if only the last exit is trained.
-    """
+    """The trained early exit nearest to a quarter of the depth, as in the paper; None if no early exit is trained."""
     early = [e for e in trained if e < num_layers]
     return min(early, key=lambda e: (abs(e - num_layers / 4), e), default=None)

@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def read_weights(checkpointer: Any) -> dict[str, torch.Tensor]:
-    """The model's state from a torchtune checkpointer."""
+    """Read the model's state_dict from a torchtune checkpointer."""
     try:
         return checkpointer.load_checkpoint()[training.MODEL_KEY]
     except ConfigError:
@@ -37,14 +37,16 @@ def read_weights(checkpointer: Any) -> dict[str, torch.Tensor]:
 
 
 def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises a ConfigError if a checkpoint is not this model's, with the keys that are missing, foreign or reshaped."""
+    """Check that a checkpoint has the keys and shapes of the model."""
     check_tensors(model.state_dict(), state, "checkpointer: the checkpoint is not this model's, it")
 
 
 @torch.no_grad()
 def initialise(model: LayerSkipDecoder, std: float | None = None) -> None:
-    """Initialise as GPT-2 does: matrices by normal(0, std), those that write into the residual stream divided by
-    sqrt(2 L), biases by 0, norms as torchtune makes them."""
+    """Initialise as GPT-2 does: matrices with normal(0, std), biases with 0; norms keep torchtune's values.
+
+    Matrices that write into the residual stream get std / sqrt(2 L).
+    """
     std = 0.02 if std is None else std
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -55,10 +57,10 @@ def initialise(model: LayerSkipDecoder, std: float | None = None) -> None:
 
 
 def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component | None = None) -> LayerSkipDecoder:
-    """The model of `cfg.model` with the weights of `cfg.checkpointer`, for generation and evaluation, in eval mode.
+    """Build `cfg.model` with the weights of `cfg.checkpointer`, in eval mode, for generation and evaluation.
 
-    A quantizer quantises the weights after loading. With a `FullModelTorchTuneCheckpointer` they are read quantised, as
-    torchtune's `quantize` recipe wrote them.
+    A quantizer quantises after loading. A `FullModelTorchTuneCheckpointer` reads weights that torchtune's `quantize`
+    recipe has quantised already.
     """
     checkpointer, dtype = reading_checkpointer(cfg), cfg.torch_dtype
     path = cfg.checkpointer.get("adapter_checkpoint")
@@ -80,14 +82,14 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
 
 
 def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkipDecoder:
-    """The model with its linear layers and its head quantised, see `quantise`."""
+    """Quantise the model's linear layers and its head, see `quantise`."""
     if isinstance(model.output, TiedLinear):
-        model.output = linear_head(model)  # quantised; the embedding's rows are looked up in full precision
+        model.output = linear_head(model)  # gets quantised; embedding lookups stay in full precision
     return quantise(model, quantizer)
 
 
 def quantised_bytes(model: LayerSkipDecoder, quantizer: Component) -> int:
-    """The bytes of the weights of a model on the meta device once they are quantised; 0 if that cannot be known."""
+    """Bytes of the weights after quantisation, for a model on the meta device; 0 if unknown."""
     try:
         model = quantise_decoder(without_adapters(deepcopy(model)), quantizer)
     except ConfigError:
@@ -96,28 +98,25 @@ def quantised_bytes(model: LayerSkipDecoder, quantizer: Component) -> int:
 
 
 def linear_head(model: LayerSkipDecoder) -> nn.Linear:
-    """A linear layer with the parameters of the head, which a quantizer can replace; tied, it has the embedding's."""
+    """The head as a plain linear layer, which a quantizer can replace; it shares its parameters."""
     parameters = dict(head_of(model).named_parameters(recurse=False))
     return linear_of_rows({name: parameters[name] for name in ("weight", "bias") if name in parameters})
 
 
 def quantise(module: M, quantizer: Component) -> M:
-    """The module with its linear layers quantised, by a torchao configuration or a torchtune quantizer.
-
-    It is changed in place, where the quantizer works in place.
-    """
-    how, key = quantizer.build(), quantizer.key
-    before = _weight_kinds(module)
+    """Quantise linear layers with a torchao configuration or a torchtune quantizer, mostly in place."""
+    method, key = quantizer.build(), quantizer.key
+    old_kinds = _weight_kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
-    # torchao changes inductor's settings and the precision of all fp32 products. Put both back, so that the config's
-    # precision holds and all methods of decoding in one process are compiled alike.
+    # torchao changes inductor's settings and the fp32 matmul precision. Restore both, so that all decoding methods of a
+    # process run alike.
     precision, compiler = torch.get_float32_matmul_precision(), torch._inductor.config.save_config()
     try:
-        if hasattr(how, "quantize"):
-            module = how.quantize(module)
+        if hasattr(method, "quantize"):
+            module = method.quantize(module)
         else:
-            quantize_(module, how)
-        # Some kernels are found to be missing only when they run.
+            quantize_(module, method)
+        # Run one layer: a missing kernel only fails when it runs.
         linear = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
         if linear is not None:
             with torch.inference_mode():
@@ -127,15 +126,15 @@ def quantise(module: M, quantizer: Component) -> M:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch._inductor.config.load_config(compiler)
-    if _weight_kinds(module) == before:
+    if _weight_kinds(module) == old_kinds:
         raise ConfigError(
-            f"{key}: {quantizer.path} changes no weight of this model, as where its groups do not fit the layers' "
-            f"widths. Set its group size to a divisor of them, or {key}=null"
+            f"{key}: {quantizer.path} changes no weight of this model. "
+            f"Set its group size to a divisor of the layers' widths, or {key}=null"
         )
     return module
 
 
 def _weight_kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:
-    """The types of each module that has a weight, of the weight, and the weight's dtype."""
+    """(module type, weight type, weight dtype) of each module with a weight."""
     parts = ((part, getattr(part, "weight", None)) for part in module.modules())
     return [(type(part), type(weight), weight.dtype) for part, weight in parts if isinstance(weight, torch.Tensor)]

@@ -1,1 +1,1 @@
-"""Texts and tokens: tokenizer, datasets, JSON lines, reference tasks, the standard library. Imports model and below."""
+"""Texts and tokens: tokenizer, datasets, JSONL, reference tasks, the standard library. Imports model and below."""

@@ -1,6 +1,7 @@
-"""Chat templates of Hugging Face folders: rendered as in transformers, with the place of each message in the text."""
+"""Render Hugging Face chat templates as transformers does, and find each message in the rendered text."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,29 +20,23 @@ from layerskip_recipes.errors import ConfigError
 
 Turn = Mapping[str, str]  # {"role": ..., "content": ...}
 
-# For a folder without a chat template: bos, then the contents as they are, eos after each assistant message.
-# Separators are up to the dataset (`prompt_template`), as for torchtune's tokenizers of base models.
+# For a folder without a chat template: bos, the contents, eos after each assistant message. The dataset's
+# `prompt_template` adds separators, as for torchtune's tokenizers of base models.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Replaces a message's content, to see where the template puts it. From Unicode's private use area: no text contains it.
+# Replaces a message's content to find its place in the text. From Unicode's private use area: no text contains it.
 MARK = "\U0010fa57"
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the tokens that it may write.
-
-    Args:
-        source: Jinja text.
-        named_tokens: special tokens by name, such as {"eos_token": "</s>"}.
-        special_tokens: all special tokens of the tokenizer.
-    """
+    """A template and the tokens that it may write."""
 
     source: str
-    named_tokens: Mapping[str, str]
-    special_tokens: Sequence[str]
+    named_tokens: Mapping[str, str]  # such as {"eos_token": "</s>"}
+    special_tokens: Sequence[str]  # all special tokens of the tokenizer
 
     def __post_init__(self) -> None:
         try:
@@ -51,27 +46,22 @@ class ChatTemplate:
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         """The text of a conversation; `add_generation_prompt` adds the header of the assistant's reply."""
-        # As in transformers, a template can ask for tools and documents without an error.
-        return _compile(self.source).render(
-            messages=turns,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.named_tokens,
-        )
+        # transformers passes tools and documents too, so templates may read them.
+        variables = dict(self.named_tokens, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        return _compile(self.source).render(variables, messages=turns)
 
     def render_prompt(self, turns: Sequence[Turn]) -> str:
-        """The text of a conversation up to where the reply continues: after the last turn, or in an assistant's."""
+        """The text of a conversation up to the place where the reply starts or continues."""
         if turns[-1]["role"] != "assistant":
             return self.render(turns, add_generation_prompt=True)
-        if not turns[-1]["content"]:  # torchtune's way to ask for a reply
+        if not turns[-1]["content"]:  # torchtune's form of a prompt
             return self.render(turns[:-1], add_generation_prompt=True)
         text = self.render(turns)
         span = self._content_span(turns, len(turns) - 1, text)
         return text[: span[1]] if span else text
 
     def end_of_turn(self) -> str | None:
-        """The special token directly after an assistant's content, if the template writes one."""
+        """The special token directly after an assistant's content; None if there is none."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
         try:
             after = self.render(turns).partition(MARK)[2]
@@ -81,10 +71,9 @@ class ChatTemplate:
         return found[1] if found else None
 
     def message_ends(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """[(character where a message ends, index of the message)], in the order of the rendered text.
+        """[(end of a message in characters, index of the message)], in the order of the rendered text.
 
-        The first i messages, rendered alone, are mostly the beginning of the text, so that message i ends at their
-        length. Where they are not, `_message_ends_by_content` looks for the contents.
+        Usually the text starts with the rendering of the first i messages; its length is the end of message i.
         """
         ends = [0]
         try:
@@ -93,13 +82,14 @@ class ChatTemplate:
                 if not text.startswith(prefix) or len(prefix) < ends[-1]:
                     return self._message_ends_by_content(turns, text)
                 ends.append(len(prefix))
-        except TemplateError:  # some templates refuse a conversation that stops early
+        except TemplateError:  # some templates reject incomplete conversations
             return self._message_ends_by_content(turns, text)
         return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
 
     def _message_ends_by_content(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """`message_ends` for templates that treat the last turns unlike earlier ones: they drop earlier reasoning, or
-        move the system prompt. A message ends with the special token after its content; then the next header begins.
+        """`message_ends` for templates that move the system prompt, or drop the reasoning of earlier turns.
+
+        A message ends with the special token after its content.
         """
         found = ((self._content_span(turns, i, text), i) for i in range(len(turns)))
         spans = sorted((span, i) for span, i in found if span is not None)
@@ -112,10 +102,7 @@ class ChatTemplate:
         return [*ends, (len(text), spans[-1][1] if spans else 0)]
 
     def _content_span(self, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int] | None:
-        """Where the text shows the content of one message; None if it does not.
-
-        It is the part that changes with the content, so that it includes reasoning which the template sets apart.
-        """
+        """The part of the text that changes with the content of one message; None if nothing does."""
         marked = self.render([{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)])
         if marked == text:
             return None
@@ -133,30 +120,29 @@ class ChatTemplate:
 
     @property
     def _special_pattern(self) -> str:
-        """A regular expression for any special token, the longest first, since one may be the beginning of another."""
+        """A regular expression for any special token, longest first: one may be a prefix of another."""
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         return "|".join(map(re.escape, by_length)) or r"(?!)"
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, min(len(one), len(other)))
+    """The length of the common prefix."""
+    return len(os.path.commonprefix([one, other]))
 
 
 def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The Jinja text of a folder's default template, None if it has none; `config` is its tokenizer_config.json."""
+    """The Jinja text of a folder's default template or None; `config` is its tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     templates = config.get("chat_template")
-    if isinstance(templates, list):  # several by name, for tools and the like
+    if isinstance(templates, list):  # several named templates
         return next((entry["template"] for entry in templates if entry["name"] == "default"), None)
     return templates
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for transformers; its body is rendered as it is."""
+    """`{% generation %}` marks the assistant's text for transformers; we render only its body."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja declares an attribute of the instance)
 
@@ -165,10 +151,10 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-# Cached here instead of kept in the tokenizer: a compiled template cannot be pickled, as data loader workers may need.
+# Cached here, not in the tokenizer: data loader workers may pickle the tokenizer, and compiled templates cannot be.
 @lru_cache
 def _compile(source: str) -> Template:
-    """The template, with the sandbox and the functions of transformers."""
+    """Compile a template with the sandbox and the functions of transformers."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

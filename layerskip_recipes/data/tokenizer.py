@@ -1,8 +1,6 @@
-"""A torchtune model tokenizer made of any Hugging Face tokenizer folder, with its chat template.
+"""A torchtune tokenizer for any Hugging Face folder with a tokenizer.json, with its chat template.
 
-tokenizer.json has the encoding; tokenizer_config.json, special_tokens_map.json and generation_config.json have the
-special tokens; chat_template.jinja or tokenizer_config.json has the template. Tokens are those of transformers'
-`apply_chat_template`, the loss mask is torchtune's. In a config:
+It gives the tokens of transformers' `apply_chat_template` and torchtune's loss mask. In a config:
 
     tokenizer:
       _component_: layerskip_recipes.hf_tokenizer
@@ -30,19 +28,18 @@ from layerskip_recipes.model.hf_folder import model_folder
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-# Not a subclass of torchtune's HuggingFaceBaseTokenizer: that one refuses models without a bos token, adds one in spite
-# of add_bos=False where tokenizer.json says so, cannot show special tokens, and does not read special_tokens_map.json.
+# Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False, cannot
+# show special tokens, and does not read special_tokens_map.json.
 class HFTokenizer(ModelTokenizer, Transform):
-    """Encodes texts, and messages through a chat template; made by `hf_tokenizer`.
+    """Encodes texts, and messages with a chat template; made by `hf_tokenizer`.
 
     Attributes:
-        bos_id: id of the token that every text starts with, None if the model was trained without one.
-        eos_id: id of the token that ends a text, None if there is none.
-        pad_id: id of the padding token; eos, or else 0, for a model without one.
-        stop_tokens: ids that end generation: eos, the model's others, and the token that ends an assistant's turn.
-        special_tokens: ids by token.
-        vocab_size: one more than the largest id, which is the size that an embedding must have; ids may have gaps.
-        template: the chat template.
+        bos_id: None if the model was trained without a bos token.
+        eos_id: None if the model has no eos token.
+        pad_id: eos_id, or else 0, for a model without a padding token.
+        stop_tokens: ids that end generation: eos, other stop tokens of the model, and the end of an assistant's turn.
+        special_tokens: maps special tokens to ids.
+        vocab_size: the largest id + 1, the size that an embedding must have; ids may have gaps.
     """
 
     def __init__(
@@ -69,11 +66,10 @@ class HFTokenizer(ModelTokenizer, Transform):
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the folder, or the config, gave a template for conversations."""
         return self.template.source != PLAIN_TEMPLATE
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """The token ids of a text; bos and eos are added where the tokenizer has them, and never twice."""
+        """Encode a text; adds bos and eos if the tokenizer has them, but never twice."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -82,11 +78,10 @@ class HFTokenizer(ModelTokenizer, Transform):
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
         return self._tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=skip_special_tokens)
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens of a user's message up to where the reply begins; without a chat template, of the text alone."""
+        """Encode a user's message up to the start of the reply; without a chat template, only the text."""
         if not self.has_chat_template:
             return self.encode(text, add_eos=False)
         return self.tokenize_messages([Message(role="user", content=text)], add_end_tokens=False)[0]
@@ -94,25 +89,23 @@ class HFTokenizer(ModelTokenizer, Transform):
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """The tokens of a conversation, and which of them stay out of the loss.
+        """Tokenize a conversation.
 
         Args:
-            messages: text messages; roles go to the template as they are.
-            add_end_tokens: True renders the conversation as the template closes it. False renders a prompt: up to where
-                the assistant's reply begins, or, if the last message is a begun reply, up to the end of its content.
+            messages: text messages.
+            add_end_tokens: True renders the whole conversation. False renders a prompt: up to the start of the
+                assistant's reply or, if the last message is an unfinished reply, up to the end of its content.
 
         Returns:
-            Token ids, and a mask of the same length, True where there is no loss: for the tokens of messages with
-            `masked`, for an eos that replaces a truncated end, and for all of a prompt. A message's header and its
-            end token belong to the message; text of the template before the first message belongs to the first.
+            Token ids, and a mask of the same length that is True where there is no loss: in `masked` messages, in
+            prompts, and at an eos that replaces a truncated end. A message includes its header and its end token.
 
         Raises:
-            ConfigError: if there are no messages, one is not text, or the template mixes them so that the message of
-                a token cannot be told.
-            jinja2.TemplateError: if the template refuses the conversation, such as roles that do not alternate.
+            ConfigError: without messages, for an image, or if the tokens cannot be assigned to messages.
+            jinja2.TemplateError: if the template rejects the conversation.
         """
         if not messages:
-            raise ConfigError("messages: there are none to tokenize")
+            raise ConfigError("messages: there are none")
         if any(message.contains_media for message in messages):
             raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
         turns = [{"role": message.role, "content": message.text_content} for message in messages]
@@ -123,13 +116,13 @@ class HFTokenizer(ModelTokenizer, Transform):
         text = self.template.render(turns)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ends, indices = zip(*self.template.message_ends(turns, text), strict=True)
-        # A token belongs to the message of its last character: some tokenizers' offsets leave out a leading space.
+        # Use a token's last character: some tokenizers' offsets leave out a leading space.
         last_chars = [max(end - 1, 0) for _, end in encoding.offsets]
         mask = [messages[indices[min(bisect_right(ends, char), len(ends) - 1)]].masked for char in last_chars]
         return self._truncate(encoding.ids, mask, self.eos_id)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
-        """The sample with "tokens" and "mask" in place of "messages"; a prompt if `inference`."""
+        """Replace "messages" in a sample by "tokens" and "mask"; `inference` renders a prompt."""
         tokens, mask = self.tokenize_messages(sample["messages"], add_end_tokens=not inference)
         return {**{key: sample[key] for key in sample if key != "messages"}, "tokens": tokens, "mask": mask}
 
@@ -137,7 +130,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         limit = self.max_seq_len
         if limit is None or len(tokens) <= limit:
             return tokens, mask
-        if self.truncation_type == "left":  # keeps the end with its own end tokens
+        if self.truncation_type == "left":  # keeps the end tokens of the text
             return tokens[-limit:], mask[-limit:]
         return truncate(tokens, limit, eos_id), truncate(mask, limit, None if eos_id is None else True)
 
@@ -149,52 +142,52 @@ def hf_tokenizer(
     chat_template: str | None = None,
     truncation_type: Literal["right", "left"] = "right",
 ) -> HFTokenizer:
-    """The model tokenizer of a Hugging Face folder.
+    """A tokenizer for torchtune's datasets, collators and generation recipes.
 
     Args:
-        path: the folder, which must have a tokenizer.json; or a run of layerskip_finetune, or a name on the hub.
-        max_seq_len: length in tokens that messages are truncated to. None: never.
-        chat_template: Jinja text. None: the folder's default template; if it has none, `PLAIN_TEMPLATE`.
+        path: a folder with a tokenizer.json, a run of layerskip_finetune, or a name on the hub.
+        max_seq_len: truncate messages to this number of tokens. None: never.
+        chat_template: Jinja text. None: the folder's default template or, without one, the plain texts.
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
 
-    Returns:
-        A tokenizer for torchtune's datasets, collators and generation recipes.
-
     Raises:
-        ConfigError: if the folder, or its tokenizer.json is missing, or another argument is out of range.
+        ConfigError: if tokenizer.json is missing, or an argument is out of range.
     """
+    # Read the folder's files.
     folder = model_folder(path, "tokenizer.path")
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
             f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
-            "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     config = _read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # otherwise the map is a leftover, which transformers ignores as well
+    if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
         config |= _read_json(folder / "special_tokens_map.json")
     generation_config = _read_json(folder / "generation_config.json")
-
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as e:  # the library raises nothing more specific
+    except Exception as e:  # tokenizers raises nothing more specific
         raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
-    tokenizer.no_padding()  # some folders carry the settings of the run that saved them
+    tokenizer.no_padding()  # some folders contain settings of the run that saved them
     tokenizer.no_truncation()
-    named = {key: _content(config[key]) for key in NAMED_TOKENS if config.get(key)}
-    # A special token that is only in the base vocabulary would be split up where it occurs in a text.
+    # Find the special tokens. A token is written as text, or as a mapping with its flags.
+    given = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
+    named = {key: token if isinstance(token, str) else token["content"] for key, token in given.items()}
+    # Register special tokens that are only in the base vocabulary: they would be split up in a text.
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None])
 
-    stop_ids = _as_list(generation_config.get("eos_token_id"))
+    stop_ids = generation_config.get("eos_token_id")
+    stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
     bos_id, eos_id, pad_id = (tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
     if eos_id is None and stop_ids:
         eos_id = stop_ids[0]
     if bos_id is None:
         bos_id = generation_config.get("bos_token_id")
-    # Many models name a bos token that their texts never start with (GPT-2, SmolLM2): only one that is added counts.
+    # Ignore a bos token that is never added to texts, as in GPT-2 and SmolLM2.
     if bos_id not in tokenizer.encode("").ids and config.get("add_bos_token") is not True:
         bos_id = None
-
+    # Choose the chat template.
     source = chat_template or default_template(folder, config)
     if source is None:
         source = PLAIN_TEMPLATE
@@ -203,14 +196,5 @@ def hf_tokenizer(
     return HFTokenizer(tokenizer, source, named, bos_id, eos_id, pad_id, stop_ids, max_seq_len, truncation_type)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _content(token: str | Mapping[str, Any]) -> str:
-    """A token is written as text, or as a mapping with its flags."""
-    return token if isinstance(token, str) else token["content"]
