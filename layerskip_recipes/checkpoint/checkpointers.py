@@ -117,8 +117,8 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     if reads_hf_folder(section) != is_hf_decoder(model) and not starts_from_scratch(section):
         raise ConfigError(
             f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}: they order "
-            "attention weights differently. Allowed: layerskip_recipes.hf_checkpointer with layerskip_recipes.hf_decoder, or "
-            "torchtune's checkpointers with torchtune's builders"
+            "attention weights differently. Allowed: layerskip_recipes.hf_checkpointer with "
+            "layerskip_recipes.hf_decoder, or torchtune's checkpointers with torchtune's builders"
         )
     if is_scratch(section):
         _check_described(section.get("hf_config"), model)

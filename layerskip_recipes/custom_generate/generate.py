@@ -1,4 +1,4 @@
-"""LayerSkip's self-speculative decoding for transformers; it needs torch and transformers, and nothing else.
+"""LayerSkip's self-speculative decoding for transformers; it needs only torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**inputs, max_new_tokens=128)
@@ -6,10 +6,9 @@
     model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, exit_layer=6)  # a model loaded elsewhere
 
 `layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, the layers below the exit
-draft a few tokens one after the other, and their hidden states are kept. The layers above the exit then run once over
-all drafts, from these hidden states: the model's own predictions say which drafts stand, and which token follows. Both
-parts share one cache, from which rejected drafts are removed. Greedy decoding gives the tokens of plain greedy
-decoding; sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
+draft a few tokens. The layers above the exit then verify all drafts in one pass, from the hidden states at the exit.
+Both parts share one cache; rejected drafts are removed from it. Greedy decoding gives the tokens of plain greedy
+decoding. Sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
 """
 
 import copy
@@ -27,7 +26,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 MODES = ("greedy_search", "sample")
-# Logits processors that remember their last call. Here they would be called for drafts, and for each again.
+# Logits processors that keep a state between calls. This loop calls processors for drafts and again to verify them.
 WITH_STATE: dict[type, str] = {
     SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
     UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
@@ -43,26 +42,22 @@ def generate(
     num_speculations: int = 6,
     **kwargs: Any,
 ) -> Any:
-    """`model.generate`, with LayerSkip as its decoding loop.
+    """`model.generate` with LayerSkip as its decoding loop.
 
     Args:
         inputs: left-padded prompts [b, s].
-        generation_config: transformers' settings.
+        generation_config: transformers' settings; they must ask for greedy decoding or sampling.
         model: a causal language model of one of MODEL_TYPES.
         exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings.
-        num_speculations: most tokens that a round drafts; it drafts fewer where few are accepted.
-        **kwargs: further arguments of `model.generate`. A logits processor of your own must be a function of its
-            arguments: it is called for drafts too, and again when they are verified.
+        num_speculations: maximum number of tokens drafted per round; a low acceptance rate reduces the number.
+        **kwargs: further arguments of `model.generate`. Your own logits processors must not keep a state: they are
+            called for drafts, and again to verify them.
 
     Returns:
-        What `model.generate` returns; the cache in a dictionary is None where there are several prompts.
-
-    Raises:
-        ValueError: if no exit is given, or one that the model does not have; if the model cannot be run in part; or if
-            the settings ask for something else than greedy decoding or sampling.
+        The result of `model.generate`. For several prompts the returned dictionary has no cache.
     """
-    # `model.generate` must not see the exit and the stop strings. A shallow copy shares the weights with the model, but
-    # can have settings of its own.
+    # `model.generate` must not see the exit and the stop strings. A shallow copy of the model shares the weights, but
+    # has its own settings.
     model, generation_config = copy.copy(model), copy.deepcopy(generation_config)
     model.generation_config = copy.deepcopy(model.generation_config)
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
@@ -79,7 +74,7 @@ def generate(
         raise ValueError(f"num_speculations: {num_speculations} must be 1 or more")
     if kwargs.get("assistant_model") is not None:
         raise ValueError("assistant_model: LayerSkip drafts with the model itself")
-    if stop_strings is not None:  # `model.generate` loses the tokenizer when `custom_generate` is a function
+    if stop_strings is not None:  # `model.generate` drops the tokenizer if `custom_generate` is a function
         if kwargs.get("tokenizer") is None:
             raise ValueError("stop_strings: needs the model's tokenizer as tokenizer=")
         criteria = kwargs.get("stopping_criteria") or []
@@ -108,36 +103,36 @@ class PartialModel:
         self.below, self.above = range(exit_layer), range(exit_layer, config.num_hidden_layers)
 
     def draft_cost(self) -> float:
-        """Cost of one drafted token relative to one token of the whole model, counted in weights that are read."""
+        """Weights read for a drafted token divided by weights read for a token of the whole model."""
         sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self.decoder.layers]
         head = self.head.weight.numel()
         return (sum(sizes[index] for index in self.below) + head) / (sum(sizes) + head)
 
     def rows_cost(self, batch: int) -> float:
-        """The extra cost of a step that runs several tokens of a text, as a share of a step that runs one.
+        """Extra cost of a step with several tokens, divided by the cost of a step with one token.
 
-        torch's products of two to eight rows take 1.5 to 2 times as long as those of one row on a CPU (measured: AVX2).
+        On a CPU (AVX2), torch's matrix products with two to eight rows take 1.5 to 2 times as long as with one row.
         """
         return 0.5 if batch == 1 and self.head.weight.device.type == "cpu" else 0.0
 
     def run(self, layers: range, hidden: torch.Tensor, masks: Any, **settings: Any) -> torch.Tensor:
-        """Hidden states [b, s, d] after `layers`, with one attention mask or one for each kind of layer."""
+        """Hidden states [b, s, d] after `layers`; `masks` is one attention mask, or a mask for each kind of layer."""
         for index in layers:
             mask = masks[self.kinds[index]] if isinstance(masks, dict) else masks
             hidden = self.decoder.layers[index](hidden, attention_mask=mask, use_cache=True, **settings)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [b, s, v] in fp32 of hidden states after any layer."""
+        """Logits [b, s, v] in fp32 for hidden states [b, s, d] after any layer."""
         logits = self.head(self.decoder.norm(hidden))
         cap = getattr(self.config, "final_logit_softcapping", None)
         return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 
 
 class Rows:
-    """The texts of a batch, which grow at different speeds.
+    """The texts of a batch, which may differ in length.
 
-    Logits processors, stopping criteria and streamers get what plain decoding would give them: tokens of one length.
+    Logits processors, stopping criteria and streamers expect texts of one length, so they run once for each length.
     """
 
     def __init__(self, prompts: torch.Tensor, width: int, pad_id: int, processors: Any, criteria: Any, streamer: Any):
@@ -148,13 +143,13 @@ class Rows:
         self.streamer, self.streamed = streamer, prompts.shape[1]
 
     def draft(self, drafts: torch.Tensor, number: int) -> None:
-        """Note the draft [b, 1] of that number, as processors of later positions look at it."""
+        """Store draft [b, 1] number `number`: processors of later positions read it."""
         if self.processors:
             for row in self.active:
                 self.tokens[row, self.lengths[row] + number] = drafts[row, 0]
 
     def process(self, logits: torch.Tensor, first: int) -> torch.Tensor:
-        """Scores [b, m, v] of logits [b, m, v]: those at i follow the row and its first `first + i` drafts."""
+        """Apply the processors to logits [b, m, v]; position i follows a row and its first `first + i` drafts."""
         if not self.processors:
             return logits
         scores = logits.clone()
@@ -163,13 +158,13 @@ class Rows:
             rows = [row for row, start in starts.items() if start <= length < start + logits.shape[1]]
             if rows:
                 at = [length - starts[row] for row in rows]
-                batch = logits[:, 0].clone()  # all rows in their order, as some processors count them
+                batch = logits[:, 0].clone()  # all rows in their order: some processors count them
                 batch[rows] = logits[rows, at]
                 scores[rows, at] = self.processors(self.tokens[:, :length], batch)[rows]
         return scores
 
     def append(self, new: torch.Tensor, counts: list[int]) -> None:
-        """Append the first counts[row] tokens of `new` [b, m], up to the first that a criterion stops at."""
+        """Append the first counts[row] tokens of `new` [b, m] to each row, up to its first stop."""
         ends = list(self.lengths)
         for row in self.active:
             ends[row] += counts[row]
@@ -190,21 +185,20 @@ class Rows:
 
 
 class DraftLength:
-    """Chooses how many tokens a round drafts: those that bring most tokens for their cost, if drafts stay as good.
+    """Chooses the number of drafts n with the most tokens per cost.
 
-    With acceptance rate a and n drafts, a round brings 1 + a + ... + a^n tokens and costs 1 + rows_cost +
-    n * draft_cost; one without drafts brings 1 and costs 1. Where drafting does not pay, the first round drafts one
-    token to see whether it does after all, then the 16th from there, the 32nd and so on; and each round as long as the
-    last draft was accepted.
+    With acceptance rate a, a round gives 1 + a + ... + a^n tokens and costs 1 + rows_cost + n * draft_cost, or 1
+    without drafts. If n = 0 is best, some rounds still try one draft: the first round, a round 16 rounds later, one 32
+    rounds after that, and so on. Drafting goes on while all drafts are accepted.
     """
 
     PAUSE = 16  # rounds
-    MEMORY = 0.95  # weight of the rounds before against this one
+    MEMORY = 0.95  # decay of earlier rounds' counts
 
     def __init__(self, limit: int, draft_cost: float, rows_cost: float) -> None:
         self.limit, self.draft_cost, self.rows_cost = limit, draft_cost, rows_cost
         self.pause, self.waited, self.all_accepted = self.PAUSE, 0, True
-        # Counts to begin with: one or two rounds of bad drafts outweigh them, as short answers end soon.
+        # Initial counts are small: one or two bad rounds outweigh them, since short answers have few rounds.
         self.accepted, self.tried = 2.8, 4.0
 
     def next(self) -> int:
@@ -232,7 +226,7 @@ class DraftLength:
 
 
 def choose(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token [b, 1] by scores [b, 1, v], and the distribution [b, 1, v] that it was drawn from."""
+    """The next token [b, 1] for scores [b, 1, v], and its distribution [b, 1, v]."""
     if not do_sample:
         return scores.argmax(-1), scores
     probs = scores.softmax(-1)
@@ -242,35 +236,28 @@ def choose(scores: torch.Tensor, do_sample: bool) -> tuple[torch.Tensor, torch.T
 def verify(
     scores: torch.Tensor, drafts: torch.Tensor, draft_probs: list[torch.Tensor], do_sample: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many drafts stand, and which token follows them.
+    """The number of accepted drafts [b], and the tokens [b, 1] that follow them.
 
-    Args:
-        scores: the model's [b, n + 1, v] at the drafts and behind the last.
-        drafts: tokens [b, n].
-        draft_probs: n distributions [b, 1, v] that they were drawn from.
-        do_sample: whether to sample, or to take the best token.
-
-    Returns:
-        Accepted drafts [b] and the next tokens [b, 1].
+    `scores` [b, n + 1, v] are the model's at `drafts` [b, n] and after the last; `draft_probs` has n times [b, 1, v].
     """
     if not do_sample:
         best = scores.argmax(-1)
         accepted = (drafts == best[:, :-1]).long().cumprod(1).sum(1)
         return accepted, best.gather(1, accepted[:, None])
-    # A draft x stands with probability min(1, p(x) / q(x)); the token in place of the first rejected one is drawn from
-    # the normalised max(0, p - q). Behind the last draft, q is 0.
+    # Accept a draft x with probability min(1, p(x) / q(x)). Replace the first rejected draft by a sample from the
+    # normalised max(0, p - q). After the last draft, q is 0.
     p = scores.softmax(-1)
     q = torch.cat([*draft_probs, torch.zeros_like(p[:, :1])], 1)
     p_drafts, q_drafts = (x[:, :-1].gather(2, drafts[..., None])[..., 0] for x in (p, q))
     accepted = (torch.rand_like(p_drafts) * q_drafts < p_drafts).long().cumprod(1).sum(1)
     row = torch.arange(len(p), device=p.device)
     rest = (p - q)[row, accepted].clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, accepted])  # p = q but for rounding
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, accepted])  # p = q up to rounding
     return accepted, torch.multinomial(rest, 1)
 
 
 def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.Tensor:
-    """Move each row's columns to the right along `dim`; those that leave at the right are lost."""
+    """Move each row's columns to the right along `dim`; columns past the end are dropped."""
     size = columns.shape[dim]
     source = (torch.arange(size, device=columns.device) - shifts.to(columns.device)[:, None]).clamp(min=0)
     shape = [len(columns) if d == 0 else size if d == dim else 1 for d in range(columns.dim())]
@@ -288,14 +275,15 @@ def decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The decoding loop that `model.generate` calls once it has prepared everything; it passes all but the layers."""
+    """The decoding loop, which `model.generate` calls with prepared inputs."""
+    # 0. Refuse settings that this loop cannot honour.
     mode, do_sample = generation_config.get_generation_mode(), bool(generation_config.do_sample)
     if mode not in MODES:
         raise ValueError(f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
     for processor in logits_processor:
         for stateful, name in WITH_STATE.items():
             if isinstance(processor, stateful):
-                raise ValueError(f"LayerSkip: {name} is not supported, its processor keeps a state. Leave it out")
+                raise ValueError(f"LayerSkip: {name} is not supported, its processor keeps a state. Remove it")
     with_dict = generation_config.return_dict_in_generate
     for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if with_dict and getattr(generation_config, output):
@@ -307,17 +295,17 @@ def decode(
     kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     switch = switch or model.config.max_position_embeddings
     if switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch)):
-        raise ValueError(f"LayerSkip: {kind} positions change behind {switch} tokens. Allowed: max_length={switch}")
+        raise ValueError(f"LayerSkip: {kind} positions change after {switch} tokens. Allowed: max_length={switch}")
     rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(num_speculations, layers.draft_cost(), layers.rows_cost(batch))
 
-    # 1. The whole model reads the prompts and gives the first token.
+    # 1. Run the whole model over the prompts and choose the first token.
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache: Any = outputs.cache
-    padding: Any = model_kwargs.get("attention_mask")  # [b, columns of the cache], or None where nothing is padded
+    padding: Any = model_kwargs.get("attention_mask")  # [b, cache columns], or None without padding
     if not isinstance(cache, DynamicCache) or cache.offloading:
         raise ValueError(f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
-    cache.activate_past_recording()  # so that layers with a sliding window can forget rejected drafts
+    cache.activate_past_recording()  # lets layers with a sliding window drop rejected drafts
     prompt_columns = cache.get_seq_length()
     if padding is None and batch > 1:
         padding = torch.ones(batch, prompt_columns, dtype=torch.long, device=input_ids.device)
@@ -337,7 +325,7 @@ def decode(
         places = embedded.expand(-1, drafted + 1, -1)
         masks = create_masks_for_generate(layers.config, places, padding, cache, position_ids)
 
-        # 2. The layers below the exit draft, token after token; the last draft runs through them too.
+        # 2. Draft token by token with the layers below the exit; the last draft runs through them too.
         exits, drafts, draft_probs = [], [], []
         for i in range(drafted + 1):
             at, seen = slice(i, i + 1), None if padding is None else padding[:, : columns + i + 1]
@@ -351,29 +339,29 @@ def decode(
                 draft_probs.append(probs)
                 embedded = layers.decoder.embed_tokens(draft)
 
-        # 3. The layers above the exit verify all drafts at once, from the hidden states at the exit.
+        # 3. Verify all drafts at once with the layers above the exit, from the hidden states at the exit.
         settings = {"position_ids": position_ids, "position_embeddings": rotary}
         hidden = layers.run(layers.above, torch.cat(exits, 1), masks, cache=cache, **settings)
-        new = torch.cat([*drafts, pending], 1)  # the last column is a place for the token behind the drafts
+        new = torch.cat([*drafts, pending], 1)  # the last column is a placeholder for the next token
         scores = rows.process(layers.logits(hidden), 0)
         accepted, pending = verify(scores, new[:, :drafted], draft_probs, do_sample)
         counts = accepted.tolist()
         length.learn([counts[row] for row in rows.active], drafted)
 
-        # 4. Rejected drafts leave the cache. Rows stay aligned at the right: one with fewer accepted drafts than the
-        # best moves to the right, behind padding.
+        # 4. Remove rejected drafts from the cache. Rows stay right-aligned: a row with fewer accepted drafts than the
+        # best row moves to the right, and gets padding at the left.
         best = max(counts[row] for row in rows.active)
         shifts = (best - accepted).clamp(min=0)
         if any(counts[row] < best for row in rows.active):
             for layer in cache.layers:
                 layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
-            behind = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
-            padding = shift_right(padding, shifts, dim=1) * behind
+            is_text = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
+            padding = shift_right(padding, shifts, dim=1) * is_text
         position = position + accepted[:, None] + 1
-        before = rows.lengths[0]
+        old_length = rows.lengths[0]
         rows.append(new.scatter(1, accepted[:, None], pending), [count + 1 for count in counts])
-        if batch == 1:  # a stop among the drafts; the cache lacks the last token, as in plain decoding
-            best = rows.lengths[0] - before - 1
+        if batch == 1:  # after a stop among the drafts the cache lacks the last token, as in plain decoding
+            best = rows.lengths[0] - old_length - 1
         cache.crop(best - drafted)
         if padding is not None:
             padding = padding[:, : columns + best + 1]

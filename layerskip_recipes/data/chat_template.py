@@ -1,7 +1,6 @@
 """Render Hugging Face chat templates as transformers does, and find each message in the rendered text."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +126,8 @@ class ChatTemplate:
 
 def _shared(one: str, other: str) -> int:
     """The length of the common prefix."""
-    return len(os.path.commonprefix([one, other]))
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -1,10 +1,10 @@
-"""Spoken commands and their parses, in the manner of TOPv2: a narrow task to finetune on, made without a download.
+"""Spoken commands and their parses in the style of TOPv2: a narrow task for finetuning that needs no download.
 
     command: play golden rivers by amy
     parse:   [IN:PLAY_MUSIC play [SL:MUSIC_TRACK_TITLE golden rivers ] by [SL:MUSIC_ARTIST_NAME amy ] ]
 
-A parse brackets the words of its command with intents (IN) and slots (SL), so a command is its parse without brackets.
-Every template has a slot whose values in the test split never occur in training.
+A command is its parse without the brackets, which mark intents (IN) and slots (SL). Every template has a slot whose
+test values never occur in training.
 """
 
 import random
@@ -18,7 +18,7 @@ from layerskip_recipes.data.replies import Example, ReplyDataset
 
 Split = Literal["train", "test"]
 
-# By domain. {name} is a value from `VALUES`, `UNSEEN` or `PHRASES`; (a|b|) is one of these texts.
+# Templates by domain. {name} stands for a value from `VALUES`, `UNSEEN` or `PHRASES`, (a|b|) for one of the texts.
 TEMPLATES = {
     "alarm": (
         "[IN:CREATE_ALARM (please |can you |)set an alarm called [SL:ALARM_NAME {hobby} ] [SL:DATE_TIME {when} ] ]",
@@ -81,7 +81,7 @@ TEMPLATES = {
     ),
 }
 
-# Values that both splits have.
+# Values in both splits
 VALUES = {
     "time": "noon|midnight|7 am|8 am|half past nine|10 : 30|1 pm|quarter to three|4 : 45 pm|six o'clock|8 at night",
     "day": "today|tomorrow|tonight|on monday|on tuesday|on friday|this weekend|next week|on the 3rd of may|next friday",
@@ -93,7 +93,7 @@ VALUES = {
     "obstacle": "tolls|the highway|road works|ferries|the tunnel|heavy traffic|the old bridge",
     "weather": "rain|snow|hail|freeze|storm|drizzle|thunder",
 }
-# Values of the training split, and others of the test split.
+# (values in the training split, values in the test split)
 UNSEEN = {
     "name": (
         "amy|ben|carla|david|emma|frank|grace|henry|isabel|jack|kate|liam|maria|noah|olivia|peter|rachel|sam|tina|victor"
@@ -133,7 +133,7 @@ UNSEEN = {
         "the parcel has arrived|our flight got delayed|nobody fed the cat|the elevator is stuck|i passed my exam",
     ),
 }
-# Values that are made of others.
+# Values composed of other values
 PHRASES = {
     "when": "{day}|at {time}|{day} at {time}|in {number} {unit}",
     "length": "{number} {unit}|half an hour|{number} {unit} and {number} seconds",
@@ -146,7 +146,7 @@ PHRASES = {
 
 
 def _parse(rng: random.Random, split: Split) -> str:
-    """One parse: a template, filled."""
+    """Fill a random template."""
 
     def fill(match: re.Match) -> str:
         choices, name = match.groups()
@@ -155,7 +155,7 @@ def _parse(rng: random.Random, split: Split) -> str:
         return rng.choice(choices.split("|"))
 
     text = rng.choice(rng.choice([*TEMPLATES.values()]))
-    while (filled := re.sub(r"\((.*?)\)|\{(\w+)\}", fill, text)) != text:  # phrases hold other values
+    while (filled := re.sub(r"\((.*?)\)|\{(\w+)\}", fill, text)) != text:  # phrases contain further placeholders
         text = filled
     return " ".join(text.split())
 
@@ -164,12 +164,9 @@ def _parse(rng: random.Random, split: Split) -> str:
 def commands(
     count: Annotated[PositiveInt, Field(examples=[24])] = 24, split: Split = "test", seed: int = 0
 ) -> list[Example]:
-    """Distinct commands as prompts, with their parses as references; alike on every machine.
+    """Distinct commands as prompts, with their parses as references; the same on every machine.
 
-    Args:
-        count: how many; fewer are the first of more.
-        split: "test" has slot values that "train" never shows.
-        seed: another one gives other commands.
+    A smaller `count` gives a prefix of the same list. The split "test" has slot values that "train" never shows.
     """
     rng = random.Random(f"{split} {seed}")
     parses: dict[str, str] = {}  # by command
@@ -186,10 +183,5 @@ def command_dataset(
     count: Annotated[PositiveInt, Field(examples=[40000])] = 40_000,
     seed: int = 0,
 ) -> ReplyDataset:
-    """The commands as conversations in the tokenizer's chat template; the loss counts the parses.
-
-    Args:
-        tokenizer: of torchtune's kind, such as `hf_tokenizer`.
-        count, split, seed: as in `commands`.
-    """
+    """`commands` as conversations in the tokenizer's chat template; the loss counts the parses."""
     return ReplyDataset(tokenizer, commands(count, split, seed))

@@ -1,4 +1,4 @@
-"""The `dataset` and `collate_fn` of a config: torchtune datasets, one or several, packed or padded."""
+"""The sections `dataset` and `collate_fn`: one or several torchtune datasets, packed or padded."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +30,10 @@ def _as_list(value: Any) -> Any:
 
 
 def _check_datasets(datasets: list[Component], info: ValidationInfo) -> list[Component]:
-    words, _ = Component.ALLOWED
     if not datasets:
-        raise ConfigError(f": [] is not allowed. Allowed: {words}, or a list of them")
+        raise ConfigError(f": [] is not allowed. Allowed: {Component.ALLOWED[0]}, or a list of them")
     if any(dataset.get("streaming") for dataset in datasets):
-        raise ConfigError(
-            f".streaming: True, but an epoch is a number of samples. Set {info.field_name}.streaming=false"
-        )
+        raise ConfigError(f".streaming: True, but an epoch needs a length. Set {info.field_name}.streaming=false")
     if len({bool(dataset.get("packed")) for dataset in datasets}) > 1:
         raise ConfigError(": some are packed and some are not. Allowed: all or none; for example packed: false in each")
     return datasets
@@ -63,9 +60,9 @@ CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[P
 
 
 def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: TransformerDecoder) -> None:
-    """Let a tokenizer without a limit cut samples at the model's length: a longer one would end the training.
+    """Truncate samples at the model's max_seq_len if the tokenizer has no limit.
 
-    For packed datasets the user has to give the tokenizer's max_seq_len, as it is the length of a pack.
+    Packed datasets need the user's limit: it is the length of a pack.
     """
     limit = getattr(tokenizer, "max_seq_len", 0)
     if limit is None and not any(dataset.get("packed") for dataset in datasets):
@@ -78,10 +75,7 @@ def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: Transfor
 
 
 def collate_packed(batch: list[dict[str, Any]], flex: bool) -> dict[str, Any]:
-    """Packed samples as a batch: no text learns to predict the first token of the next one, which it cannot see.
-
-    On a GPU torchtune makes masks for FlexAttention only; without `flex` the mask is one for any attention.
-    """
+    """Collate packed samples without labels across texts. `flex` gives torchtune's masks, which need FlexAttention."""
     samples = [sample | {"labels": sample["labels"].clone()} for sample in batch]
     for sample in samples:
         sample["labels"][sample["seq_lens"].cumsum(0)[:-1]] = CROSS_ENTROPY_IGNORE_IDX
@@ -98,11 +92,11 @@ def load_data(
     model: TransformerDecoder,
     device: torch.device,
 ) -> tuple["IndexedErrorDataset", Callable]:
-    """The datasets of a config as one, and the function that makes a batch of its samples.
+    """Load the datasets of a config as one dataset, with its collate function.
 
-    Padded samples are collated by `collate_fn`, a dotted path. Packed ones have a collator of their own, with masks of
-    the form that the model's attention takes on the device.
+    `collate_fn` is a dotted path for padded samples; packed samples always use `collate_packed`.
     """
+    # Build the datasets.
     parts = []
     for section in sections:
         with _explained_errors(section):  # a packed dataset reads all of its samples when it is built
@@ -110,6 +104,7 @@ def load_data(
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
     indexed = IndexedErrorDataset(dataset, sections[0].key, packed, all(map(_is_torchtunes, sections)))
+    # Choose the collate function, and try it with the first sample.
     if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
         return indexed, partial(collate_packed, flex=flex)
@@ -121,7 +116,7 @@ def load_data(
         try:
             batch = collate([dataset[0]])
         except (KeyError, TypeError) as e:  # a collator for samples of another kind
-            raise ConfigError(f"collate_fn: {path!r} fails at these samples ({e!r}); {COLLATE_EXAMPLE}") from e
+            raise ConfigError(f"collate_fn: {path!r} cannot collate these samples ({e!r}); {COLLATE_EXAMPLE}") from e
         if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
             raise ConfigError(f"collate_fn: {path!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
     return indexed, collate
@@ -132,23 +127,17 @@ def _check_first_sample(section: Component, dataset: Dataset) -> None:
         return
     with _explained_errors(section, dataset):
         sample = dataset[0]
-    if not isinstance(sample, Mapping):
-        shown = f"a {type(sample).__name__}"
-    elif {"tokens", "labels"} <= sample.keys():
-        return
-    else:
-        shown = ", ".join(map(str, sample)) or "empty"
-    raise ConfigError(
-        f"{section.key}: samples of {section.path} are {shown}. Allowed: samples with tokens and labels, such as those "
-        "of torchtune.datasets.chat_dataset"
-    )
+    is_mapping = isinstance(sample, Mapping)
+    if not is_mapping or not {"tokens", "labels"} <= sample.keys():
+        shown = (", ".join(map(str, sample)) or "empty") if is_mapping else f"a {type(sample).__name__}"
+        raise ConfigError(
+            f"{section.key}: samples of {section.path} are {shown}. Allowed: samples with tokens and labels, such as "
+            "samples of torchtune.datasets.chat_dataset"
+        )
 
 
 class IndexedErrorDataset(Dataset):
-    """A dataset whose errors name the sample at which they happened.
-
-    Datasets of a user's own are not `named`: their errors keep their traceback.
-    """
+    """A dataset whose errors name the sample; with named=False (a user's own dataset) they keep their traceback."""
 
     def __init__(self, dataset: Dataset, key: str, packed: bool = False, named: bool = True) -> None:
         self.dataset, self.key, self.packed, self.named = dataset, key, packed, named
@@ -160,7 +149,7 @@ class IndexedErrorDataset(Dataset):
         try:
             return self.dataset[i]
         except Exception as e:
-            # An IndexError behind the end is how Python ends a loop.
+            # Python ends a loop by an IndexError past the end.
             if i >= len(self) or isinstance(e, ConfigError) or not self.named:
                 raise
             raise ConfigError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_root_cause(e)}") from e
@@ -171,7 +160,7 @@ def _is_torchtunes(section: Component) -> bool:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first error of a chain: later ones often only say that reading failed."""
+    """The first error of a chain: later errors often only say that reading failed."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return repr(error)
@@ -179,20 +168,17 @@ def _root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _explained_errors(section: Component, dataset: Dataset | None = None) -> Iterator[None]:
-    """Turn errors of a torchtune dataset into ConfigErrors: it looks for its columns only when a sample is read.
-
-    An error in a user's own component stays as it is, since its traceback shows where.
-    """
+    """Turn errors of a torchtune dataset into ConfigErrors; errors of a user's own dataset keep their traceback."""
     try:
         yield
     except Exception as e:
         if isinstance(e, ConfigError) or not _is_torchtunes(section):
             raise
-        if type(e).__module__.partition(".")[0] == "datasets":  # the files are broken, whatever their columns
+        if type(e).__module__.partition(".")[0] == "datasets":  # broken files, not missing columns
             raise ConfigError(f"{section.key}: {section.path} cannot read its files: {_root_cause(e)}") from e
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         there = f" Its columns: {', '.join(columns)}." if columns else ""
         raise ConfigError(
-            f"{section.key}: {section.path} cannot read its samples ({e!r}).{there} Which of them it reads is an "
-            f"argument, such as column, column_map or conversation_column; for example {section.key}.column=text"
+            f"{section.key}: {section.path} cannot read its samples ({e!r}).{there} Choose the columns with "
+            f"column, column_map or conversation_column; for example {section.key}.column=text"
         ) from e

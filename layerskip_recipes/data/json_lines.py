@@ -9,9 +9,9 @@ from layerskip_recipes.errors import ConfigError
 
 
 def parse_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
-    """The objects of a JSONL text by line number, from 1; a line without an object stays text.
+    """Map line number (from 1) to JSON object, or to the line's text if it holds no object; skips empty lines.
 
-    Bytes that were not UTF-8 are surrogates in the text. Empty lines are skipped.
+    The text may hold surrogates for bytes that are not UTF-8.
     """
     objects: dict[int, dict[str, Any] | str] = {}
     for number, line in enumerate(content.split("\n"), 1):
@@ -26,12 +26,11 @@ def parse_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
 
 
 def bad_line_message(line: str) -> str:
-    """The error message for a line that holds no JSON object."""
     return f'{line[:60]!r} is no JSON object in UTF-8, such as {{"prompt": "text"}}'
 
 
 def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
-    """The objects of a JSONL file by line number; a name that ends with .gz is decompressed."""
+    """Map line number to JSON object for a JSONL file, or a compressed .gz file."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             content = file.read()

@@ -1,8 +1,8 @@
-"""Prompts with references, for `prompts:` of a config: the tasks that the LayerSkip paper measures, and JSONL files.
+"""Components for `prompts:` of a config: the tasks of the LayerSkip paper, and JSONL files.
 
-Each component returns a list of {"prompt": text, "response": text}; in a chat the prompt is {"user": text}. The first
-`n_shot` rows become examples in front of every prompt; the next `count` rows are measured. The paper names the data and
-the number of examples. The templates, the rows and their number are ours.
+Each returns a list of {"prompt": text, "response": text}; with `chat` the prompt is {"user": text}. The first `n_shot`
+rows become examples before every prompt; the next `count` rows are measured. The paper names the data sets and the
+number of examples. We chose the templates and the rows.
 """
 
 import csv
@@ -20,7 +20,7 @@ from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.json_lines import read_json_lines
 from layerskip_recipes.errors import ConfigError
 
-Row = tuple[str, Mapping[str, Any]]  # its place, for messages; its fields
+Row = tuple[str, Mapping[str, Any]]  # its place for error messages, its fields
 Examples = list[dict[str, Any]]
 
 Template = Annotated[Text, Field(examples=["\"'Question: {question}'\""])]  # quoted for the shell and for YAML
@@ -30,11 +30,11 @@ Count = Annotated[int, Field(ge=1, examples=[100])]
 ZeroOrMore = Annotated[int, Field(ge=0)]
 
 CNN_DM, XSUM, HUMAN_EVAL = "abisee/cnn_dailymail", "EdinburghNLP/xsum", "openai/openai_humaneval"
-# Arguments of `load_dataset` for a name on the hub: the first data set has several versions; the second is published as
-# a script, which `datasets` no longer runs, and the hub has a copy in Parquet.
+# Arguments of `load_dataset` for names on the hub. CNN/DailyMail has several versions. `datasets` no longer runs XSum's
+# script; the hub has a copy in Parquet.
 HUB_OPTIONS = {CNN_DM: {"name": "3.0.0"}, XSUM: {"revision": "refs/convert/parquet"}}
 JSON_LINES = (".jsonl", ".jsonl.gz")
-# Arguments of `load_dataset` for other files. Texts stay as they are: "NA" is a word, and a quote in a TSV is a quote.
+# Arguments of `load_dataset` for files. They keep texts unchanged: "NA" stays a word, and quotes in a TSV stay quotes.
 FILE_OPTIONS: dict[str, dict[str, Any]] = {
     ".json": {"path": "json"},
     ".parquet": {"path": "parquet"},
@@ -54,17 +54,16 @@ def task(
     count: Count | None = 100,
     chat: bool = False,
 ) -> Examples:
-    """Prompts and references by templates over the rows of a data set.
+    """Fill templates with the rows of a data set.
 
     Args:
         source: a data set on the hub, a local folder of one, or a file: .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv.
-        split: of a data set on the hub or in a folder; a file has none.
+        split: ignored for a file.
         prompt: a Python format string over a row's fields, such as "Question: {question}\\nAnswer:".
-        response: likewise, for the reference. In an example it follows the prompt directly, so it starts with the space
-            that belongs there.
-        n_shot: examples in front of every prompt.
-        count: prompts to measure; None for all.
-        chat: whether a prompt is a user's message, for the chat template.
+        response: the format string of the reference. It follows an example's prompt directly, so start it with a space.
+        n_shot: number of examples before every prompt.
+        count: number of prompts to measure; None for all.
+        chat: format the prompt with the chat template, as a user's message.
     """
     return _few_shot(_load(source, split), prompt, response, n_shot, count, chat)
 
@@ -76,9 +75,9 @@ cnn_dm_summarization = partial(
 xsum_summarization = partial(
     task, source=XSUM, prompt="Article: {document}\nSummary in one sentence:", response=" {summary}"
 )
-# Compared with the canonical solution, never executed; lm-eval's task `humaneval` has pass@1.
+# Compares with the canonical solution and never executes code; lm-eval's task `humaneval` measures pass@1.
 human_eval = partial(task, source=HUMAN_EVAL, prompt="{prompt}", response="{canonical_solution}", count=None)
-# Of a file of the data set; for a model that paper/topv2_1_5B has finetuned with these templates.
+# For a file of the data set, and a model that paper/topv2_1_5B has finetuned with these templates.
 topv2 = partial(task, prompt="{utterance}\n", response="{semantic_parse}")
 
 
@@ -90,7 +89,7 @@ def cnn_dm_language_modeling(
     response_words: PositiveInt = 100,
     count: Count | None = 100,
 ) -> Examples:
-    """CNN/DailyMail: the first words of an article, to be continued as it does; shorter articles are left out."""
+    """CNN/DailyMail: continue an article from its first words; skips articles that are too short."""
     rows = _cut_articles(_load(source, split), prompt_words, response_words)
     return _few_shot(rows, "{beginning}", "{rest}", n_shot=0, count=count)
 
@@ -104,7 +103,7 @@ def jsonl(
     count: Count | None = None,
     chat: bool = False,
 ) -> Examples:
-    """Any task from a file with a JSON object on each line; the other arguments are those of `task`."""
+    """Any task from a JSONL file; for the other arguments see `task`."""
     return _few_shot(_read_lines(path, "prompts.path"), prompt, response, n_shot, count, chat)
 
 
@@ -118,16 +117,16 @@ def _few_shot(
     if len(rows) < (needed := n_shot + (count or 1)):
         works = f"; for example prompts.n_shot=0 prompts.count={len(rows)}" if rows else ""
         raise ConfigError(
-            f"prompts.count: n_shot={n_shot} and count={count} need {needed} rows, and {len(rows)} fit{works}"
+            f"prompts.count: n_shot={n_shot} and count={count} need {needed} rows, but only {len(rows)} fit{works}"
         )
     filled = [(_fill(prompt, row), _fill(response, row)) for row in rows]
-    before = "".join(f"{question}{answer}\n\n" for question, answer in filled[:n_shot])
-    prompts = ((before + question, answer) for question, answer in filled[n_shot:])
+    examples = "".join(f"{question}{answer}\n\n" for question, answer in filled[:n_shot])
+    prompts = ((examples + question, answer) for question, answer in filled[n_shot:])
     return [{"prompt": {"user": text} if chat else text, "response": answer} for text, answer in prompts]
 
 
 def _fill(template: str, row: Row) -> str:
-    """The text of a template with a row's fields; null counts as missing."""
+    """Fill a template with a row's fields; null counts as missing."""
     place, fields = row
     present = {name: value for name, value in fields.items() if value is not None}
     try:
@@ -140,7 +139,7 @@ def _fill(template: str, row: Row) -> str:
 
 
 def _cut_articles(rows: Iterable[Row], prompt_words: int, response_words: int) -> Iterator[Row]:
-    """The beginning and the rest of each article that is long enough."""
+    """Split each article that is long enough into its beginning and the rest."""
     for place, fields in rows:
         article = _fill("{article}", (place, fields))
         ends = [word.end() for word in re.finditer(r"\S+", article)]
@@ -157,7 +156,7 @@ def _read_lines(path: str, key: str) -> Iterator[Row]:
 
 
 def _load(source: str, split: str) -> Iterator[Row]:
-    """The rows of a source, read one by one: most tasks use few rows of a large table."""
+    """Read a source row by row: most tasks use few rows of a large table."""
     if source.endswith(JSON_LINES):
         return _read_lines(source, "prompts.source")
     options = FILE_OPTIONS.get(Path(source).suffix)
@@ -167,7 +166,7 @@ def _load(source: str, split: str) -> Iterator[Row]:
         else:
             table = load_dataset(source, split=split, **HUB_OPTIONS.get(source, {}))
     except Exception as e:
-        # The message of `datasets` is often "an error occurred"; the cause says which one.
+        # The message of `datasets` is often only "an error occurred".
         raise ConfigError(
             f"prompts.source: {source!r} (split {split!r}) cannot be loaded: {e.__cause__ or e}. Allowed: a data set's "
             f"name on the hub, a folder of one, or a file: {', '.join([*JSON_LINES, *FILE_OPTIONS])}"

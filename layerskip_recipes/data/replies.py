@@ -1,4 +1,4 @@
-"""Prompts with references as training data: conversations of a user's message and a reply."""
+"""Prompts and replies as training data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,7 @@ Example = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}
 
 
 class ReplyDataset(Dataset):
-    """Examples in the tokenizer's chat template; the loss counts the replies.
-
-    Args:
-        tokenizer: of torchtune's kind, such as `hf_tokenizer`.
-        examples: what a component of `prompts` returns.
-    """
+    """Examples of a `prompts` component in the tokenizer's chat template; the loss counts the replies."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
         self.tokenizer, self.examples = tokenizer, examples

@@ -1,6 +1,6 @@
-"""The quickstart's data: the Python standard library's own source, read from the running interpreter.
+"""The quickstart's data: the source code of Python's standard library, read from the running interpreter.
 
-A tokenizer trained on it, a dataset of it, and prompts from files that the training never sees. No download.
+It gives a tokenizer, a dataset, and prompts from held-out files, without a download.
 """
 
 import ast
@@ -26,31 +26,21 @@ from layerskip_recipes.errors import ConfigError
 Split = Literal["train", "heldout"]
 
 END = "<|endoftext|>"
-# Folders that are not on every machine (tests, the editor), or hold tables instead of code.
-LEFT_OUT = (
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "pydoc_data",
-    "encodings",
-    "__pycache__",
-)
+# Folders that are missing on some machines, or contain tables instead of code.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 
 
 @checked_arguments("dataset.")
 def stdlib_texts(split: Split) -> dict[str, str]:
-    """The standard library's modules by relative path, in a fixed order; about one in twenty is held out."""
+    """Map relative path to source code, in a fixed order; about one in twenty files is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, inner, files in os.walk(root):
-        inner[:] = set(inner) - set(LEFT_OUT)  # os.walk goes into those that stay
+        inner[:] = set(inner) - LEFT_OUT  # os.walk skips the removed folders
         found += [Path(folder, file).relative_to(root) for file in files if file.endswith(".py")]
     texts = {}
     for path in sorted(found):
-        # Split by a hash of the name, alike on every machine.
+        # Split by a hash of the name, which is the same on every machine.
         held_out = zlib.crc32(path.as_posix().encode()) % 20 == 0
         if held_out == (split == "heldout"):
             text = (root / path).read_text(encoding="utf-8", errors="replace")
@@ -60,15 +50,9 @@ def stdlib_texts(split: Split) -> dict[str, str]:
 
 
 def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None = None) -> HFTokenizer:
-    """A byte-level BPE tokenizer trained on the standard library, kept as a Hugging Face folder at `path`.
+    """Load a byte-level BPE tokenizer from the Hugging Face folder `path`, or train it there in a few seconds.
 
-    Args:
-        path: the folder; trained (a few seconds) if it does not exist yet.
-        vocab_size: with the end token.
-        max_seq_len: as in `hf_tokenizer`.
-
-    Raises:
-        ConfigError: if the folder has a tokenizer of another size.
+    `vocab_size` includes the end token.
     """
     folder = Path(path)
     if not (folder / "tokenizer.json").is_file():
@@ -85,27 +69,22 @@ def stdlib_tokenizer(path: str, vocab_size: int = 2048, max_seq_len: int | None 
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        # Written last and renamed, so that a folder with this file is complete.
+        # Written last and renamed: a folder with this file is complete.
         tokenizer.save(str(folder / "tokenizer.json.part"))
         os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
     tokenizer = hf_tokenizer(path, max_seq_len=max_seq_len)
     if tokenizer.vocab_size != vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size: {vocab_size}, but the tokenizer in {path!r} has {tokenizer.vocab_size} tokens. "
-            "Remove it, or give another path"
+            "Remove the folder, or give another path"
         )
     return tokenizer
 
 
 class StdlibDataset(Dataset):
-    """The standard library as one stream of tokens, files separated by the end token, cut into windows.
+    """The standard library as a stream of tokens, with the end token after each file, cut into windows of seq_len.
 
-    Args:
-        tokenizer: any torchtune tokenizer.
-        split: "train" or "heldout".
-        seq_len: tokens of a window; a sample is {"tokens": [seq_len], "labels": the same}, and the recipe shifts the
-            labels.
-        max_samples: windows to keep, spread over the stream; None for all.
+    The labels equal the tokens: the recipe shifts them. `max_samples` keeps evenly spaced windows.
     """
 
     @checked_arguments("dataset.")
@@ -137,16 +116,9 @@ def heldout_prompts(
     count: Annotated[PositiveInt, Field(examples=[8])] = 8,
     characters: Annotated[PositiveInt, Field(examples=[450])] = 450,
 ) -> list[str]:
-    """Code up to the signature of a function, from held-out files: text with a sensible continuation.
+    """Code from held-out files, each prompt from another file.
 
-    Each prompt ends with the signature of a function in the middle of its file and starts `characters` before it.
-
-    Args:
-        count: how many prompts, from as many files.
-        characters: the length of a prompt; a token has about three.
-
-    Raises:
-        ConfigError: if one is less than 1, or there are fewer such files.
+    A prompt ends with the signature of a function in the middle of its file. A token has about three characters.
     """
     prompts = []
     for text in stdlib_texts("heldout").values():
@@ -159,8 +131,7 @@ def heldout_prompts(
                 break
     if not prompts:
         raise ConfigError(
-            f"prompts.characters: {characters} are more than any held-out file has before a function in its middle; "
-            "for example prompts.characters=450"
+            f"prompts.characters: {characters} is too long for all held-out files; for example prompts.characters=450"
         )
     check("prompts.count", count, Annotated[int, Field(ge=1, le=len(prompts), examples=[min(8, len(prompts))])])
     return [prompts[i * len(prompts) // count] for i in range(count)]
@@ -168,11 +139,9 @@ def heldout_prompts(
 
 @checked_arguments("prompts.")
 def code_index(count: PositiveInt = 24, split: Literal["train", "test"] = "test") -> list[Example]:
-    """Short functions of the standard library as prompts, and what they take and call, in JSON, as references.
+    """At most `count` short functions as prompts; the references list their parameters and calls as JSON.
 
-    Args:
-        count: at most this many, in a shuffled order.
-        split: "test" has functions of the files that `stdlib_texts` holds out.
+    The split "test" has functions of the files that `stdlib_texts` holds out.
     """
     found = {}
     for text in stdlib_texts("heldout" if split == "test" else "train").values():

@@ -28,8 +28,8 @@ from layerskip_recipes.model.hf_folder import model_folder
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-# Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False, cannot
-# show special tokens, and does not read special_tokens_map.json.
+# Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False,
+# cannot show special tokens, and does not read special_tokens_map.json.
 class HFTokenizer(ModelTokenizer, Transform):
     """Encodes texts, and messages with a chat template; made by `hf_tokenizer`.
 

@@ -280,7 +280,7 @@ def test_positions_that_change_with_the_length():
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
     config.original_max_position_embeddings = 10
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="longrope positions change behind 10 tokens"):
+    with pytest.raises(ValueError, match="longrope positions change after 10 tokens"):
         loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=4)
     loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=3)
 
