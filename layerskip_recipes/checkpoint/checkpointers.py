@@ -74,7 +74,7 @@ def checkpoint_files(section: Component) -> list[str]:
         if isinstance(files, list) and all(isinstance(name, str) for name in files):
             return files
     except ValueError:
-        pass
+        pass  # a pattern that torchtune refuses
     raise ConfigError(
         f"checkpointer.checkpoint_files: {files!r} is not allowed. Allowed: a list of names, or filename_format and "
         "max_filename; for example checkpointer.checkpoint_files=[model.safetensors]"
@@ -84,7 +84,7 @@ def checkpoint_files(section: Component) -> list[str]:
 def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     """Check the checkpointer section and that it fits the model; a training takes no `adapter_checkpoint`."""
     section, model = cfg.checkpointer, cfg.meta_model
-    # Keys
+    # Check the keys.
     for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
         if section.get(key) is not None:
             raise ConfigError(
@@ -93,7 +93,7 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             )
     for key in ("adapter_checkpoint", "checkpoint_dir", "path"):
         check(f"checkpointer.{key}", section.get(key), Annotated[Text, Field(examples=["/tmp/my_model"])] | None)
-    # Adapters
+    # Check that adapters and model belong together.
     adapters = section.get("adapter_checkpoint")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
         has = "adapters" if adapters is None else "no adapters"
@@ -105,7 +105,7 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     for key in ("resume_from_checkpoint", "should_load_recipe_state"):
         if section.get(key):
             raise ConfigError(f"checkpointer.{key}: {section.get(key)!r} is not honoured here; set {key} at top level")
-    # Class and files
+    # Check the class and the list of files.
     if inspect.isclass(section.target) and not issubclass(section.target, CHECKPOINTERS):
         raise ConfigError(
             f"checkpointer._component_: {section.path!r} is not allowed. Allowed: one for whole models, such as "
@@ -144,7 +144,7 @@ def _check_described(described: Any, model: TransformerDecoder) -> None:
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
     """Check that the weights exist and that output_dir is safe and has room for `writes` bytes of weights."""
     section, output_dir = cfg.checkpointer, cfg.output_dir or ""
-    # Room for a checkpoint
+    # Check that the disk has room for a checkpoint.
     if writes:
         place = Path(output_dir).absolute()
         free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
@@ -153,7 +153,7 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
                 f"output_dir: {output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
                 f"{writes / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
             )
-    # The files to read
+    # Check the files to read.
     folder = weights_folder(section)
     if folder is None:
         return
@@ -174,7 +174,7 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
             "contain these adapters: they would count twice. Allowed: the base model's checkpoint_dir; "
             "or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
-    # Folders that writing would damage
+    # Check that writing damages no input.
     if writes and Path(output_dir).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"output_dir: {output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
     if writes and folder.resolve().parent == Path(output_dir).resolve():
@@ -251,12 +251,11 @@ def warn_of_contradictions(checkpointer: Any, model: TransformerDecoder) -> None
     described = getattr(checkpointer, "_config", None) or {}
     rope = described.get("rope_parameters")  # where transformers 5 writes it
     norm = getattr(model.norm, "rms_norm", model.norm)
-    pairs = {
-        "rope_theta": (described.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None),
-                       "rope_base", getattr(model.layers[0].attn.pos_embeddings, "base", None)),
-        "rms_norm_eps": (described.get("rms_norm_eps"), "norm_eps", getattr(norm, "eps", None)),
-    }  # fmt: skip
-    for name, (theirs, key, ours) in pairs.items():
+    theta = described.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
+    for name, theirs, key, ours in (
+        ("rope_theta", theta, "rope_base", getattr(model.layers[0].attn.pos_embeddings, "base", None)),
+        ("rms_norm_eps", described.get("rms_norm_eps"), "norm_eps", getattr(norm, "eps", None)),
+    ):
         if isinstance(theirs, int | float) and isinstance(ours, int | float) and not math.isclose(theirs, ours):
             log.warning(
                 "model.%s: it is %s here, but the checkpoint's config.json has %s %s; for example model.%s=%s",

@@ -145,10 +145,6 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
     """The tensors of the first `layers` layers and all tensors outside of layers, as views of the mapped files."""
-    kept: dict[str, torch.Tensor] = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            layer = LAYER.search(name)
-            if layer is None or int(layer[1]) < layers:
-                kept[name] = tensor
-    return kept
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    number = {name: int(found[1]) for name in tensors if (found := LAYER.search(name))}
+    return {name: tensor for name, tensor in tensors.items() if number.get(name, 0) < layers}

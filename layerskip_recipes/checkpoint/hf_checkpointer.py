@@ -41,11 +41,7 @@ class HFCheckpointer:
     """
 
     def __init__(
-        self,
-        path: str,
-        output_dir: str | None = None,
-        shard_size: str = "5GB",
-        adapter_checkpoint: str | None = None,
+        self, path: str, output_dir: str | None = None, shard_size: str = "5GB", adapter_checkpoint: str | None = None
     ) -> None:
         self._checkpoint_dir = model_folder(path)  # torchtune's name of the attribute
         self.config: HFConfig = read_hf_config(self._checkpoint_dir)
@@ -128,11 +124,9 @@ class HFCheckpointer:
 
     def _row_norms(self, file_name: str) -> torch.Tensor:
         """L2 norm of each row of a matrix in the folder's files."""
-        for file in weight_files(self._checkpoint_dir):
-            with safe_open(file, "pt") as weights:
-                if file_name in weights.keys():  # noqa: SIM118 (no mapping)
-                    return torch.linalg.norm(weights.get_tensor(file_name).float(), dim=1)
-        raise KeyError(file_name)
+        files = map(load_file, weight_files(self._checkpoint_dir))  # mapped, not read
+        matrix = next(tensors[file_name] for tensors in files if file_name in tensors)
+        return torch.linalg.norm(matrix.float(), dim=1)
 
     def _at_rows(self, block: torch.Tensor, rows: slice, file_name: str) -> torch.Tensor:
         """Extend the B of a part to the joined matrix, with zeros in the other rows."""

@@ -50,9 +50,15 @@ def load_model(
         >>> print(tokenizer.decode(out.tokens[0]))                                           # doctest: +SKIP
     """
     folder = model_folder(path)
+    # Load a draft's base model with it.
     if (folder / DRAFT_FILE).is_file():
-        draft, path = str(folder), _base_of(folder)
-        folder = model_folder(path)
+        base = read_description(str(folder), "path").base
+        if base.checkpointer != "HFCheckpointer":
+            raise ConfigError(
+                f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
+                "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
+            )
+        draft, folder = str(folder), model_folder(base.folder)
     torch_device = torch.device(device or best_device())
     dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
@@ -67,16 +73,6 @@ def load_model(
     return model, hf_tokenizer(str(folder))
 
 
-def _base_of(folder: Path) -> str:
-    base = read_description(str(folder), "path").base
-    if base.checkpointer != "HFCheckpointer":
-        raise ConfigError(
-            f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
-            "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
-        )
-    return base.folder
-
-
 def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[str, Any]:
     """Default arguments of `generate` for drafting; empty without a trained exit or draft."""
     if draft is not None:
@@ -84,6 +80,5 @@ def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[
         arguments: dict[str, Any] = {"exit_layer": trained.exit_layer, "draft_vocabulary": trained.vocabulary}
         return arguments | {"drafter": trained.decoder(model)}
     described = read_trained_exits(folder)
-    exits = [] if described is None or described.exits is None else described.exits
-    exit_layer = exit_that_drafts(exits, model.num_layers)
+    exit_layer = exit_that_drafts((described and described.exits) or [], model.num_layers)
     return {} if exit_layer is None else {"exit_layer": exit_layer}

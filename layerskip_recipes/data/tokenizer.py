@@ -33,13 +33,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 class HFTokenizer(ModelTokenizer, Transform):
     """Encodes texts, and messages with a chat template; made by `hf_tokenizer`.
 
-    Attributes:
-        bos_id: None if the model was trained without a bos token.
-        eos_id: None if the model has no eos token.
-        pad_id: eos_id, or else 0, for a model without a padding token.
-        stop_tokens: ids that end generation: eos, other stop tokens of the model, and the end of an assistant's turn.
-        special_tokens: maps special tokens to ids.
-        vocab_size: the largest id + 1, the size that an embedding must have; ids may have gaps.
+    `bos_id` and `eos_id` may be None. `pad_id` is eos_id or 0 if the model has no padding token. `stop_tokens` has eos,
+    other stop tokens of the model, and the end of an assistant's turn. `vocab_size` is the largest id + 1.
     """
 
     def __init__(
