@@ -32,7 +32,7 @@ __all__ = [
     "schedule_scale",
 ]
 
-# The command `layerskip ls` needs no torch, whose import takes seconds: a name's module is imported at its first use.
+# Modules are imported at first use: torch takes seconds to import, and `layerskip ls` does not need it.
 _MODULES = {
     "checkpoint.hf_checkpointer": ("hf_checkpointer",),
     "checkpoint.load_model": ("load_model",),

@@ -1,4 +1,4 @@
-"""ConfigError: a user's mistakes, each said in one line."""
+"""ConfigError: a user's mistakes, one line each."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting, an argument or a file that cannot be used: the key, what was given, what is allowed, an example.
+    """A user's mistakes, one message per argument: the key, the given value, what is allowed, an example.
 
-    Each argument is one mistake. The command line prints each on a line of its own as `ValueError: ...`, without a
-    traceback, and ends with status 1. Any other exception is a defect and keeps its traceback.
+    The command line prints each as a line `ValueError: ...` without a traceback, and exits with status 1. Any other
+    exception is a bug and keeps its traceback.
     """
 
     def __str__(self) -> str:
@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 def mistakes_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[str]:
-    """The mistakes that a check finds: those that it yields, and those that it raises as a ConfigError."""
+    """The messages that a check yields or raises as a ConfigError."""
     try:
         result = check(*args, **kwargs)
         if inspect.isgenerator(result):
@@ -27,5 +27,5 @@ def mistakes_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterato
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; of an error without one, its name."""
+    """The first line of an error's message, or its repr if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0]

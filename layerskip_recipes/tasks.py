@@ -1,4 +1,4 @@
-"""Prompts with references, and data sets of them, by the path that configs name; the code is in data/."""
+"""Short import path for configs: prompts with references, and their datasets. The code is in data/."""
 
 from layerskip_recipes.data.commands import command_dataset, commands
 from layerskip_recipes.data.reference_tasks import (

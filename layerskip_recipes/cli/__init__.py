@@ -1,1 +1,1 @@
-"""The commands: `layerskip`, and what `tune run` starts. Imports every other room."""
+"""The `layerskip` command and the entry points for `tune run`."""

@@ -1,4 +1,4 @@
-"""The `layerskip` command: configs (list, copy, print, check, their schema) and checkpoints for other programs."""
+"""The `layerskip` command: list, copy, print and check configs, print their schema, export checkpoints."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from layerskip_recipes.errors import ConfigError
 
 
 def list_configs() -> None:
-    """Print our configs with the recipe that each header names, then torchtune's built-ins that a config can extend."""
+    """Print our configs with the recipe that each header names, then torchtune's configs."""
     print("layerskip configs")
     ours = our_configs()
     width = max(map(len, ours), default=0)
@@ -27,11 +27,7 @@ def list_configs() -> None:
 
 
 def copy_config(name: str, target: str) -> None:
-    """Copy a config's file.
-
-    Raises:
-        ConfigError: if there is no such config, or the target exists.
-    """
+    """Copy a config's file, but never over an existing file."""
     source, path = find_config(name), Path(target)
     path = path / source.name if path.is_dir() else path.with_suffix(path.suffix or ".yaml")
     if path.exists():
@@ -47,41 +43,40 @@ def copy_config(name: str, target: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layerskip",
-        description="Configs of layerskip-recipes: list, copy, print and check them. Checkpoints for other programs.",
+        description="List, copy, print and check layerskip-recipes configs, and export checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", help="list the configs, ours with their recipe")
+    commands.add_parser("ls", help="list the configs; ours are shown with their recipe")
     cp = commands.add_parser("cp", help="copy a config to a file")
     cp.add_argument("name", help="a config's name or path")
-    cp.add_argument("file", help="where to copy it; a folder that exists gets it under its own name")
+    cp.add_argument("file", help="the target file or an existing folder")
     cat = commands.add_parser("cat", help="print a config with its `extends` merged, without comments")
-    check = commands.add_parser("validate", help="check sections and components without loading weights")
+    check = commands.add_parser("validate", help="check a config without loading weights")
     for command in (cat, check):
         command.add_argument("name", help="a config's name or path")
         command.add_argument("overrides", nargs="*", metavar="key=value")
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe's config, for editors")
     schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(RECIPES)])
-    out = commands.add_parser("export", help="a checkpoint for transformers, or its first layers as a draft model")
-    out.add_argument(
-        "checkpoint",
-        help="a Hugging Face folder, such as a finetuned epoch_0, or a trained draft of kind copy",
+    out = commands.add_parser(
+        "export", help="export a checkpoint for transformers, or its first layers as a draft model"
     )
-    out.add_argument("folder", help="where to write; must not exist")
-    out.add_argument("--exit-layer", type=int, help="E for transformers' assistant_early_exit")
-    first = "only the first E layers, with norm and head; of a trained draft its own, without a number"
+    out.add_argument("checkpoint", help="a Hugging Face folder such as epoch_0, or a trained draft of kind copy")
+    out.add_argument("folder", help="the output folder, which must not exist")
+    out.add_argument("--exit-layer", type=int, help="the exit for transformers' assistant_early_exit")
+    first = "export the first E layers with norm and head; for a trained draft leave out E"
     out.add_argument("--draft", type=int, metavar="E", nargs="?", const=0, help=first)
     return parser
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """The console script."""
     args = _parser().parse_args()
-    sys.path.append(os.getcwd())  # as `tune run` does: components may lie beside a config
+    sys.path.append(os.getcwd())  # as `tune run` does, for components in the working directory
     run_cli(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Do what a command says. Each command imports what it needs: torch alone takes seconds."""
+    """Run a command. Each imports only what it needs, because importing torch takes seconds."""
     if args.command == "ls":
         list_configs()
     elif args.command == "cp":

@@ -1,4 +1,4 @@
-"""What `tune run layerskip_finetune`, `_generate`, `_eval` and `_benchmark` start."""
+"""The entry points of the four recipes for `tune run`."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
 def run_from_command_line(steps: Callable[[], None]) -> Callable[[], None]:
-    """A decorator: a user's mistake is one line, and processes end together."""
+    """Decorator: run the function with `run_cli`."""
     return wraps(steps)(lambda: run_cli(steps))
 
 
@@ -52,7 +52,7 @@ def generate() -> None:
 
 @run_from_command_line
 def evaluate() -> None:
-    """Measure a model: the loss of every exit and its agreement with the last layer, and lm-eval's tasks.
+    """Evaluate a model: the loss of each exit, its agreement with the last layer, and lm-eval tasks.
 
     tune run layerskip_eval --config quickstart/eval
     tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
@@ -66,7 +66,7 @@ def evaluate() -> None:
 
 @run_from_command_line
 def benchmark() -> None:
-    """Compare autoregressive decoding, variants of self-speculation and other libraries on one checkpoint.
+    """Compare the speed of autoregressive decoding, self-speculation and other libraries on one checkpoint.
 
     tune run layerskip_benchmark --config quickstart/benchmark
     tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled

@@ -1,4 +1,4 @@
-"""Running a recipe: its command line, and a user's mistake as one line with exit status 1."""
+"""A recipe's command line, and how a run ends after a mistake or an interruption."""
 
 import argparse
 import logging
@@ -13,18 +13,18 @@ from layerskip_recipes.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# How gloo says that a process for which it waits has ended, or that the network to it is down.
+# gloo's messages when another process has ended or the network is down.
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def logs_here(record: logging.LogRecord) -> bool:
-    """Whether this process logs a record: rank 0 logs all, the others only errors, which rank 0 may not have."""
+    """Rank 0 logs everything, and the other ranks only errors, which rank 0 may not have."""
     return record.levelno >= logging.ERROR or int(os.environ.get("RANK", 0)) == 0
 
 
 def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: str | None) -> Any:
-    """Parse `--config NAME [key=value ...]` and construct the recipe, whose constructor checks all settings."""
-    # The command `layerskip` imports this module too, and does without torch.
+    """Parse `--config NAME [key=value ...]` and construct the recipe, which checks the config."""
+    # Imported here because the `layerskip` command does not need torch.
     from torchtune.utils import get_logger
 
     from layerskip_recipes.cli.configs import recipe_of
@@ -46,14 +46,13 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
         if fits == name:
             raise
         raise ConfigError(*e.args, f"config: {args.config} looks like one for `tune run {fits}`") from e
-    chosen = ", ".join(f"{key}={value}" for key, value in built.cfg.chosen.items())
-    if chosen:
-        log.info(f"Chosen for this model and machine: {chosen}. Any key=value of yours replaces its value.")
+    if chosen := ", ".join(f"{key}={value}" for key, value in built.cfg.chosen.items()):
+        log.info(f"Chosen for this model and machine: {chosen}. Override any of them with key=value.")
     return built
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run the main function of a command. A ConfigError becomes the last line on stderr and exit status 1."""
+    """Run a command. Print the lines of a ConfigError last on stderr, and exit with status 1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         _run(main)
         return
@@ -76,23 +75,22 @@ def _run(main: Callable[[], None]) -> None:
     except RuntimeError as e:
         if not ("gloo" in str(e) and any(lost in str(e) for lost in PEER_ENDED)):
             raise
-        # Usually another rank has said why it ended, and torchrun ends this one before it says more.
+        # Usually another rank printed the reason, and torchrun ends this rank during the sleep.
         time.sleep(2)
-        first = first_line(e)
-        print(f"RuntimeError: another process ended or cannot be reached: {first}", file=sys.stderr)
+        print(f"RuntimeError: another process ended or cannot be reached: {first_line(e)}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of a pipe, such as `| head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+    except BrokenPipeError:  # the reader of the pipe, such as `| head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         sys.exit(1)
-    except KeyboardInterrupt:  # before there are figures to print: later, recipes catch it themselves
+    except KeyboardInterrupt:  # early only: a recipe with results to print catches it itself
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def fail(error: ConfigError) -> NoReturn:
-    """Print each mistake as a line on stderr, the last ones there, and exit with status 1."""
+    """Print each mistake as one line on stderr and exit with status 1."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        # The first process says what all processes find, and torchrun ends this one meanwhile.
+        # The first process prints mistakes that all find, and torchrun ends this one during the sleep.
         time.sleep(5)
     for mistake in error.args:
         print(f"ValueError: {' '.join(str(mistake).split())}", file=sys.stderr)

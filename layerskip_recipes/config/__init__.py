@@ -1,4 +1,4 @@
-"""From a config's name to a checked config. Imports errors only."""
+"""Reading and checking configs. Imports only `layerskip_recipes.errors`."""
 
 from layerskip_recipes.config.loading import load_config
 

@@ -1,4 +1,4 @@
-"""Keys that may be null, which leaves the choice to the recipe."""
+"""Config keys that may be null: the recipe chooses their values."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -13,14 +13,14 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Choices:
-    """The values that a recipe chooses for the keys of a config that are null, by their dotted keys."""
+    """The values that a recipe chooses for null keys, by dotted key."""
 
     def __init__(self, cfg: Section) -> None:
         self.cfg = cfg
         self.chosen: dict[str, Any] = {}
 
     def value(self, key: str) -> Any:
-        """The value of a dotted key in the config, or the one that was chosen."""
+        """The chosen value of a dotted key, or else the config's."""
         if key in self.chosen:
             return self.chosen[key]
         found: Any = self.cfg
@@ -29,19 +29,18 @@ class Choices:
         return found
 
     def pick(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of a key; if it is null, the one that `make` returns is chosen."""
+        """The value of a key. If it is null, choose `make()`."""
         if self.value(key) is None:
             self.chosen[key] = make()
         return self.value(key)
 
     @property
     def device(self) -> str:
-        """The device, by default the best one of this machine."""
         return self.pick("device", best_device)
 
 
 def with_values(section: S, values: Mapping[str, Any]) -> S:
-    """The section with other values for some dotted keys, such as "optimizer.lr"."""
+    """A copy of the section with new values for some dotted keys, such as "optimizer.lr"."""
     for key, value in values.items():
         name, _, inner = key.partition(".")
         part = getattr(section, name)
@@ -52,16 +51,15 @@ def with_values(section: S, values: Mapping[str, Any]) -> S:
 
 
 def devices_here() -> list[str]:
-    """The kinds of device that this machine has, the best one last."""
+    """The device types of this machine, the best one last."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu", found.type] if found is not None and found.type in DEVICES else ["cpu"]
 
 
 def best_device() -> str:
-    """The device that a config without one takes."""
     return devices_here()[-1]
 
 
 def computes_in_bf16(device: str) -> bool:
-    """Whether it is a GPU that computes in bf16."""
+    """Whether the device is a CUDA GPU with native bf16."""
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

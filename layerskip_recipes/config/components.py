@@ -1,8 +1,8 @@
-"""Components: sections with a `_component_`, torchtune's way to name what is to be built and its arguments."""
+"""Components: config sections with a `_component_`, torchtune's way to name a callable and its arguments."""
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,9 +17,9 @@ KNOWN_PACKAGES = ("torch.", "torchtune.", "torchao.", "bitsandbytes.", "layerski
 
 
 class Component:
-    """A callable by its dotted path, and the arguments of a config for it.
+    """The dotted path of a callable and the arguments that the config gives it.
 
-    `key` is the section's in its config, for messages, and set by the config that holds it.
+    `key` is the section's key in its config, for error messages. `RecipeConfig.load` sets it.
     """
 
     ALLOWED: ClassVar[tuple[str, str]] = ("a section with _component_: dotted.path", "{_component_: dotted.path}")
@@ -38,60 +38,59 @@ class Component:
         return isinstance(other, Component) and self.section == other.section
 
     def get(self, argument: str, default: Any = None) -> Any:
-        """The value of an argument in the config."""
         return self.arguments.get(argument, default)
 
     @cached_property
     def target(self) -> Callable:
-        """What the path names; a ConfigError if it cannot be imported, or not be called."""
+        """The callable that the path names."""
         found = find_component(self.path, self.key)
         if not callable(found):
-            raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, and no callable")
+            raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, not a callable")
         return found
 
     @property
     def builder(self) -> "Component":
-        """Of a model's section what builds it: the section `base` of `layerskip_decoder`, or this one."""
+        """The component that builds the model: the section `base` of `layerskip_decoder`, or this one."""
         base = self.get("base")
         return Component(base, f"{self.key}.base") if isinstance(base, Mapping) and "_component_" in base else self
 
     def takes(self, argument: str) -> bool:
-        """Whether the callable has such a parameter by name."""
+        """Whether the callable has a parameter of this name."""
         return argument in (parameter_names(self.path) or ())
 
     def replace(self, **arguments: Any) -> "Component":
-        """The same callable with other values for these arguments."""
+        """The same callable with new values for these arguments."""
         other = Component(self.section | arguments, self.key)
         other.given, other.positional = self.given, self.positional
         return other
 
     def check(self) -> None:
-        """Raises a ConfigError with all that is wrong for the callable's signature."""
-        if found := list(self._mistakes()):
-            raise ConfigError(*found)
-
-    def _mistakes(self) -> Iterator[str]:
+        """Raises a ConfigError that lists all mismatches with the callable's signature."""
         target = self.target
         try:
             parameters = inspect.signature(target).parameters
-        except (TypeError, ValueError):  # a callable in C may have none
+        except (TypeError, ValueError):  # a C function may have no signature
             return
+        mistakes: list[str] = []
         names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             for name in self.arguments:
                 if name not in names:
-                    yield f"{self.key}.{name}: {self.path} takes no such argument. {nearest(str(name), names)}"
+                    near = nearest(str(name), names)
+                    mistakes.append(f"{self.key}.{name}: {self.path} takes no such argument. {near}")
             for name in self.given:
                 if name not in names:
-                    yield f"{self.key}._component_: {self.path!r} cannot be used here, it takes no argument {name}"
+                    mistakes.append(f"{self.key}._component_: {self.path!r} cannot be used here, it takes no {name}")
         for name in names[self.positional :]:
             required = parameters[name].default is inspect.Parameter.empty
             if required and name not in self.arguments and name not in self.given:
                 example = f"{self.key or '{key}'}.{name}=..."
-                yield f"{self.key}.{name}: missing; {self.path} needs it, for example {example}"
+                mistakes.append(f"{self.key}.{name}: missing; {self.path} needs it, for example {example}")
+        if mistakes:
+            raise ConfigError(*mistakes)
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it with the arguments of the config, and with these."""
+        """Call it with the config's arguments and these additional ones."""
         from torchtune.config import instantiate
         from torchtune.config._errors import InstantiationError
 
@@ -101,12 +100,12 @@ class Component:
             raise type(e)(*map(self._by_key, e.args)) from e
         except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
             if not self.path.startswith(KNOWN_PACKAGES) and not isinstance(e, InstantiationError):
-                raise  # the traceback shows where in the user's own code
+                raise  # the traceback points into the user's own code
             given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
             raise ConfigError(f"{self.key}: {self.path}({given}) cannot be built: {e!r}") from e
 
     def _by_key(self, message: str) -> str:
-        """A message of the callable, such as "path: 'x' is no folder", by the key in the config."""
+        """The callable's message "path: ..." with the config's full key, such as "model.path: ..."."""
         for name in self.arguments:
             if message.startswith((f"{name}:", f"{name}.")):
                 return re.sub(rf"(?<![\w.]){name}(?=[:.=])", f"{self.key}.{name}", message)
@@ -134,12 +133,7 @@ class Component:
 
 
 class Takes:
-    """Beside `Component` in an annotation: check the arguments, with those that the recipe adds.
-
-    Args:
-        *given: names of keyword arguments.
-        positional: how many positional ones.
-    """
+    """Annotation of a `Component`: check its arguments, plus the keyword and positional arguments the recipe adds."""
 
     def __init__(self, *given: str, positional: int = 0) -> None:
         self.given, self.positional = given, positional
@@ -147,14 +141,14 @@ class Takes:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Component) -> Component:
             value.given, value.positional = self.given, self.positional
-            value.check()  # the key is not known yet: pydantic's error has it
+            value.check()  # without a key: pydantic's error has it
             return value
 
         return core_schema.no_info_after_validator_function(validate, handler(source))
 
 
 def parameter_names(path: Any) -> set[str] | None:
-    """The named parameters of a component; None if it cannot be asked (`Component.check` says why)."""
+    """The parameter names of a component; None if unknown (`Component.check` then says why)."""
     try:
         parameters = inspect.signature(find_component(path)).parameters.values()
     except (ValueError, TypeError):
@@ -163,8 +157,8 @@ def parameter_names(path: Any) -> set[str] | None:
 
 
 def find_component(path: Any, key: str = "") -> Any:
-    """What a dotted path names; a ConfigError says why it cannot be imported."""
-    # The import of torchtune takes seconds, and `layerskip cat` does without it where no component changes.
+    """Import the object at a dotted path."""
+    # Importing torchtune takes seconds, and `layerskip cat` rarely needs it.
     from torchtune.config._errors import InstantiationError
     from torchtune.config._utils import _get_component_from_path
 

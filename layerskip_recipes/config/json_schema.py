@@ -1,27 +1,26 @@
-"""The JSON schema of a recipe's YAML files, made from its config class, for editors that complete and check YAML."""
+"""The JSON schema of a recipe's YAML files, for editors that complete and check YAML."""
 
 from typing import Any
 
 from layerskip_recipes.config.recipe_config import RecipeConfig
 
 EXTENDS = {
-    "description": "The config that this one is laid over: a name, a path, or a list of them.",
+    "description": "The config that this one extends: a name, a path, or a list of them.",
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
 }
-INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may be read from another key
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}  # any value may refer to another key
 
 
 def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
     """The JSON schema of a recipe's YAML files.
 
-    It allows more than `RecipeConfig.load` does, because a file is read before it is merged: every key may be missing
-    or null, and every value may be an interpolation. Unknown keys of the top level may hold plain values, which other
-    keys interpolate.
+    It allows more than `RecipeConfig.load`, because a file describes a config before merging. Any key may be missing or
+    null, any value may be an interpolation, and unknown top-level keys may hold plain values for interpolations.
     """
     schema = _relaxed(config.model_json_schema())
     properties = {"extends": EXTENDS} | schema.pop("properties")
     for key in config.IGNORED:
-        properties.setdefault(key, {"description": "Not read."})
+        properties.setdefault(key, {"description": "Ignored."})
     for key, why in config.REFUSED.items():
         properties.setdefault(key, {"description": f"Not honoured: {why}.", "type": ["null", "boolean", "number"]})
     variables = {"type": ["string", "number", "boolean", "null"]}
@@ -32,7 +31,7 @@ def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
 
 
 def _relaxed(schema: Any) -> Any:
-    """A schema of merged configs as one of files: nothing is required, values may be null or interpolations."""
+    """The schema without required keys, where each value may also be null or an interpolation."""
     if isinstance(schema, list):
         return [_relaxed(part) for part in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Which layers a config means: numpy-style strings such as ":", "0::4" or "8,12,16" to one flag per layer."""
+"""Layer selections: numpy-style strings such as ":", "0::4" or "8,12,16"."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,7 @@ from layerskip_recipes.errors import ConfigError
 
 
 def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[bool]:
-    """For each of the num_layers layers whether it is selected.
-
-    Args:
-        layers: comma-separated indices and slices (":", "0::4", "8,12,16", "2:6,15", negative from the end),
-            one index, or a sequence of indices.
-    """
+    """One flag per layer. `layers`: comma-separated indices and slices ("2:6,-1"), one index, or several indices."""
 
     def wrong(why: str) -> ValueError:
         return ConfigError(
@@ -24,7 +19,7 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
     try:
         for part in map(str, parts):
             bounds = [int(text) if text.strip() else None for text in part.split(":")]
-            # A slice silently cuts bounds that lie outside of the range.
+            # Python clips slice bounds silently.
             if any(bound is not None and not -num_layers <= bound <= num_layers for bound in bounds[:2]):
                 raise IndexError
             if len(bounds) > 1:
@@ -32,15 +27,15 @@ def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str =
             else:
                 chosen.add(every[int(part)])
     except IndexError:
-        raise wrong(f"reaches outside of the model's {num_layers} layers") from None
+        raise wrong(f"goes beyond the model's {num_layers} layers") from None
     except (TypeError, ValueError):
-        raise wrong("is no selection of layers") from None
+        raise wrong("is not a layer selection") from None
     if not chosen:
         raise wrong("selects no layer")
     return [layer in chosen for layer in range(num_layers)]
 
 
 def select_exits(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[int]:
-    """The exits behind the selected layers (see `select_layers`) and the last one, in order; layer l is exit l + 1."""
+    """The sorted exits of the selected layers, plus the last exit; layer l is exit l + 1."""
     chosen = select_layers(layers, num_layers, key=key)
     return sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {num_layers})

@@ -1,7 +1,4 @@
-"""From a config's name to the merged config: YAML, `extends`, overrides.
-
-A LayerSkip config is any torchtune config plus plain sections of ours.
-"""
+"""Load a config by name: read the YAML, merge `extends`, apply overrides."""
 
 import re
 from collections.abc import Sequence
@@ -16,25 +13,22 @@ from layerskip_recipes.config.components import parameter_names
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.errors import ConfigError, first_line
 
-# Keys whose values are paths.
+# Keys that hold paths.
 PATH_KEYS = re.compile("(dir|path|file|files|checkpoint|report|picture|source|draft|gguf)$")
 
-
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is faster, and not always there
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C is faster, but optional
 
 
 class _Loader(_SafeLoader):
-    """YAML as OmegaConf reads it: 2e-5 is a number, and there are no dates.
+    """Reads YAML as OmegaConf does: 2e-5 is a number, and there are no dates. Duplicate keys are an error.
 
-    Numbers of base 60 and with leading zeros are text; else the layers 1:5 would be 65, and the file number 00003 would
-    be 3. A key that stands twice is an error.
+    Base-60 numbers and leading zeros stay text: YAML 1.1 reads layers 1:5 as 65 and file number 00003 as 3.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice[0]!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -52,14 +46,9 @@ for _kind, _pattern in _NUMBERS.items():
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The merged config: the chain of `extends` from its root down, then the overrides.
+    """The config with `extends` and overrides merged, ~/ in paths expanded, and interpolations unresolved.
 
-    Args:
-        name: a path, one of our names or one of torchtune's.
-        overrides: "key=value", dotted keys, "~key" to remove one. A component's own key sets its `_component_`.
-
-    Returns:
-        The config, interpolations unresolved, without `extends`; paths in the home folder, ~/..., are whole.
+    An override is "dotted.key=value", or "~key" to remove a key. Text for a component's key sets its `_component_`.
     """
     cfg = _load_chain(find_config(name), ())
     later: dict[str, Any] = {}
@@ -70,12 +59,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         elif equals and key:
             _set(later, cfg, key.split("."), parse_value(text))
         else:
-            raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove one)")
-    return _to_config(_at_home(_merge(cfg, later)), name)
+            raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove a key)")
+    try:
+        return OmegaConf.create(_at_home(_merge(cfg, later)))
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"config: {name}: {first_line(e)}") from e
 
 
 def _at_home(content: Any, key: str = "") -> Any:
-    """The content with ~/ at the beginning of paths replaced by the home folder, as a shell does it."""
+    """Expand a leading ~/ in the values of path keys."""
     if isinstance(content, dict):
         return {name: _at_home(value, str(name)) for name, value in content.items()}
     if isinstance(content, list):
@@ -85,41 +77,29 @@ def _at_home(content: Any, key: str = "") -> Any:
     return content
 
 
-def _to_config(content: dict[str, Any], name: Any) -> DictConfig:
-    try:
-        return OmegaConf.create(content)
-    except OmegaConfBaseException as e:
-        raise ConfigError(f"config: {name}: {first_line(e)}") from e
-
-
 def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"extends: a cycle, {chain}. A config cannot extend itself")
+        raise ConfigError(f"extends: {chain} is a cycle. A config cannot extend itself")
     try:
         own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"config: {path} cannot be read as YAML: {e}") from e
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-        raise ConfigError(f"config: {path} holds no mapping of keys to values")
+        raise ConfigError(f"config: {path} does not map keys to values")
     bases = own.pop("extends", None)
     if bases is None:
         return own
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ConfigError(
-                f"extends: {base!r} is no name or path; for example extends: llama3_2/1B_full_single_device"
-            )
+            raise ConfigError(f"extends: {base!r} is not a name or path; for example extends: llama3_2/1B_full")
         merged = _merge(merged, _load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)))
     return _merge(merged, own)
 
 
 def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`later` over `base`: mappings merge, anything else replaces.
-
-    Where a section's `_component_` changes, inherited arguments that the new one does not name stay behind.
-    """
+    """Merge `later` into `base`. A section with a new `_component_` drops inherited arguments that it does not take."""
     merged = dict(base)
     for key, new in later.items():
         old = base.get(key)
@@ -134,7 +114,7 @@ def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """An override's value: a list, a mapping or quoted text as in YAML; else one number, truth value or text."""
+    """Parse an override's value: YAML if it is a list, a mapping or quoted, else a single scalar."""
     if text == "None":
         return None
     if text[:1] in ("[", "{", '"', "'"):
@@ -148,18 +128,18 @@ def parse_value(text: str) -> Any:
 
 
 def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put one override into `later`; text for a section that has a component names another component."""
+    """Put one override into `later`. Text for a component's section sets its `_component_`."""
     *parents, leaf = path
     here: Any = cfg
     for name in parents:
         if not isinstance(later.get(name), dict):
             if name in later and isinstance(here, dict):
-                here.pop(name, None)  # an earlier override replaced this section: its old keys do not come back
+                here.pop(name, None)  # an earlier override replaced this section, so drop its old keys
             later[name] = {}
         later = later[name]
         here = here.get(name) if isinstance(here, dict) else None
-    before = here.get(leaf) if isinstance(here, dict) else None
-    if isinstance(value, str) and isinstance(before, dict) and "_component_" in before:
+    section = here.get(leaf) if isinstance(here, dict) else None
+    if isinstance(value, str) and isinstance(section, dict) and "_component_" in section:
         if not isinstance(later.get(leaf), dict):
             later[leaf] = {}
         later[leaf]["_component_"] = value
@@ -168,7 +148,7 @@ def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any
 
 
 def _remove(contents: Sequence[dict[str, Any]], key: str) -> None:
-    """Take a key out of those that have it."""
+    """Remove a dotted key from each of the mappings."""
     *parents, leaf = key.split(".")
     removed = False
     for content in contents:
@@ -179,4 +159,4 @@ def _remove(contents: Sequence[dict[str, Any]], key: str) -> None:
             del node[leaf]
             removed = True
     if not removed:
-        raise ConfigError(f"override: ~{key} removes nothing, the config has no {key!r}")
+        raise ConfigError(f"override: ~{key} removes nothing: the config has no key {key!r}")

@@ -1,4 +1,4 @@
-"""RecipeConfig: what the configs of all recipes have, read once from the merged YAML into one typed object."""
+"""RecipeConfig: the typed form of a merged YAML config, with the keys of all recipes."""
 
 import copy
 import re
@@ -27,18 +27,15 @@ def _is_device(name: str) -> str:
 
 
 DeviceName = Annotated[str, AfterValidator(_is_device), Field(examples=["cpu"])]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # each rank adds its number to the seed
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # each rank adds its rank number
 
 
 class RecipeConfig(Section):
-    """The keys that every recipe has.
+    """The keys that every recipe has. A recipe's constructor calls `load` first and then reads no YAML."""
 
-    `load` makes one from a merged config. The constructor of a recipe does so first, and asks the YAML no more.
-    """
-
-    IGNORED: ClassVar[Mapping[str, type]] = {}  # keys of other configs that need no honouring, and what they hold
-    REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that a recipe does not honour, and why
-    REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # keys that do nothing without another one, by that one
+    IGNORED: ClassVar[Mapping[str, type]] = {}  # ignored keys of other configs, and the types of their values
+    REFUSED: ClassVar[Mapping[str, str]] = {}  # torchtune's keys that this recipe does not support, and why
+    REQUIRES: ClassVar[Mapping[str, Sequence[str]]] = {}  # {key: keys that do nothing without it}
 
     model: Annotated[Component, Takes()]
     """`layerskip_recipes.hf_decoder` with the `path` of a Hugging Face folder, or a torchtune builder and its
@@ -49,39 +46,42 @@ class RecipeConfig(Section):
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
     dtype: Annotated[Literal["fp32", "bf16"], Auto()]
-    """The type of weights and of computation. null: bf16 on a GPU, else fp32; a training of all weights takes fp32 on a
-    GPU too where that fits."""
+    """The dtype of weights and computation. null: bf16 on a GPU, else fp32. Training of all weights also uses fp32 on a
+    GPU if it fits."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
-    """The model of the configs `hf/*`: a Hugging Face folder, a run of `layerskip_finetune` (its newest checkpoint), or
-    a name on the hub. Other keys read it."""
+    """The model of the configs `hf/*`: a Hugging Face folder, an output folder of `layerskip_finetune` (its newest
+    checkpoint), or a name on the Hugging Face Hub. Other keys refer to it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
-    """Where a training writes; elsewhere a variable for other keys."""
+    """The folder that training writes to. For other recipes, a variable that other keys refer to."""
     device: Annotated[DeviceName, Auto()] = None  # type: ignore[assignment]
-    """Where to compute; null: the best device of the machine."""
+    """The device to compute on. null: the best one of this machine."""
     seed: Seed | None = None
-    """The seed of all random numbers; null draws one."""
+    """The random seed. null: a random one."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """The precision of fp32 products; `medium` uses bf16 where the processor has it."""
+    """The precision of fp32 matrix products. `medium` uses bf16 if the processor supports it."""
 
     _source: DictConfig = PrivateAttr()
     _chosen: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, source: DictConfig) -> Self:
-        """The typed config of a merged YAML config, checked without loading or writing anything.
+        """Check a merged config without loading or writing anything.
 
-        Raises:
-            ConfigError: with all mistakes of the keys; once there are none, with all keys that do not go together.
+        The ConfigError lists all mistakes in single keys; if there are none, all conflicts between keys.
         """
         try:
             return cls._load(source)
-        except ConfigError as e:  # a model that cannot be built is found by several checks
+        except ConfigError as e:  # several checks may report the same mistake
             raise ConfigError(*dict.fromkeys(_by_the_users_key(mistake, source) for mistake in e.args)) from e
 
     @classmethod
     def _load(cls, source: DictConfig) -> Self:
-        if missing := [cls._missing(key) for key in _missing_keys(source)]:
-            raise ConfigError(*missing)
+        # Resolve missing values and interpolations.
+        keys = map(str, source)
+        if missing := [
+            k for k in keys if OmegaConf.is_missing(source, k) and not OmegaConf.is_interpolation(source, k)
+        ]:
+            raise ConfigError(*map(cls._missing, missing))
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as e:
@@ -89,10 +89,11 @@ class RecipeConfig(Section):
             of_resolver = first.rpartition("ConfigError raised while resolving interpolation: ")[2]
             raise ConfigError(of_resolver if of_resolver != first else f"{e.full_key or 'config'}: {first}") from e
         assert isinstance(content, dict)
+        # Set aside the keys that this recipe ignores or refuses.
         text = OmegaConf.to_yaml(source)
         refused = [key for key in map(str, content) if key in cls.REFUSED and key not in cls.model_fields]
         ignored = [key for key, kind in cls.IGNORED.items() if isinstance(content.get(key), kind | None)]
-        # A plain value may be the user's own variable, if an interpolation reads it.
+        # An unknown key may be a variable of the user's, if an interpolation refers to it.
         variables = [key for key in map(str, content) if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)]
         kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + ignored + variables}
         mistakes = [
@@ -100,17 +101,16 @@ class RecipeConfig(Section):
             for key in refused
             if not (_is_off(content[key]) or (key.endswith("_dim") and content[key] == 1))
         ]
+        # Check each key, then choose values for the null keys.
         try:
             cfg = cls.parse(kept)
-        except ConfigError as e:
-            raise ConfigError(*mistakes, *e.args) from e
-        cfg._source = source
-        for key, component in _components(cfg, ""):
-            component.key = key
-        try:
+            cfg._source = source
+            for key, component in _components(cfg, ""):
+                component.key = key
             cfg = cfg._with_choices()
         except ConfigError as e:
             raise ConfigError(*mistakes, *e.args) from e
+        # Check the keys together.
         if mistakes := [*mistakes, *cfg._needs(), *mistakes_of(cfg.check_together)]:
             raise ConfigError(*mistakes)
         return cfg
@@ -122,7 +122,6 @@ class RecipeConfig(Section):
         return f"{key}: missing. Allowed: {words.removesuffix(' (or null)')}; for example {key}={example}"
 
     def _needs(self) -> Iterator[str]:
-        """Mistakes by `REQUIRES`."""
         for needed, keys in self.REQUIRES.items():
             for key in keys if getattr(self, needed) is None else ():
                 value = getattr(self, key)
@@ -135,11 +134,11 @@ class RecipeConfig(Section):
         return self._source
 
     def _with_choices(self) -> Self:
-        """The config with a value for each null that asks for a choice."""
+        """A copy in which the null keys have their chosen values."""
         choices = Choices(self)
         self.choose(choices)
         cfg = with_values(self, choices.chosen)
-        cfg.__dict__.pop("meta_model", None)  # of another dtype
+        cfg.__dict__.pop("meta_model", None)  # its dtype may have changed
         cfg._chosen = choices.chosen
         cfg._source = copy.deepcopy(self._source)
         for key, value in choices.chosen.items():
@@ -147,28 +146,28 @@ class RecipeConfig(Section):
         return cfg
 
     def choose(self, choices: Choices) -> None:
-        """Choose values for the keys that are null; each recipe adds its own keys."""
+        """Choose values for null keys. Each recipe adds its own keys."""
         device = choices.device
         choices.pick("dtype", lambda: "bf16" if computes_in_bf16(device) else "fp32")
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The values that the recipe has chosen, by dotted keys."""
+        """The values that the recipe chose, by dotted key."""
         return self._chosen
 
     def check_together(self) -> Iterator[str]:
-        """The messages for keys that do not go together; each recipe has its own."""
+        """Yield a message for each conflict between keys. Each recipe has its own checks."""
         yield from ()
 
     @cached_property
     def meta_model(self) -> TransformerDecoder:
-        """The model without memory for its weights, to look at: its depth, its length, the names of its parameters."""
+        """The model on the meta device, for reading its depth, context length and parameter names."""
         return self.build_on_meta()
 
     def build_on_meta(self) -> TransformerDecoder:
-        """A model without memory for its weights, to be changed by the caller."""
+        """A new model on the meta device, which the caller may change."""
         with training.set_default_dtype(self.torch_dtype), torch.device("meta"):
-            model = _unquantised(self.model).build()
+            model = _unquantized(self.model).build()
         if not isinstance(model, TransformerDecoder) or len(model.layers) == 0:
             layers = f" of {len(model.layers)} layers" if isinstance(model, TransformerDecoder) else ""
             raise ConfigError(
@@ -184,41 +183,34 @@ class RecipeConfig(Section):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's type."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     @property
     def given_folder(self) -> str | None:
-        """The folder of the weights as the config names it: `checkpoint_dir`, or `path` of an `hf_checkpointer`."""
+        """The checkpointer's `checkpoint_dir`, or the `path` of an `hf_checkpointer`."""
         return self.checkpointer.get("checkpoint_dir", self.checkpointer.get("path"))
 
     def find_device(self) -> torch.device:
-        """The device of the config, from here on the current one."""
+        """Check that the config's device exists, and make it the current one."""
         there = devices_here()
         wanted = self.device
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
         if kind not in there or (index and not (index.isdigit() and int(index) < count)):
             raise ConfigError(
-                f"device: {wanted!r} is not there. On this machine: {', '.join(there)}; for example device={there[-1]}"
+                f"device: {wanted!r} is not available. Allowed here: {', '.join(there)}; for example device={there[-1]}"
             )
         if kind == "cuda" and index:
-            torch.cuda.set_device(int(index))  # torchtune and torch say "cuda" in places
+            torch.cuda.set_device(int(index))  # torchtune and torch use plain "cuda" in places
         device = torch.device(wanted)
-        if self.dtype == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if self.dtype == "bf16" and kind == "cuda" and not computes_in_bf16(wanted):
             name = torch.cuda.get_device_name(device)
-            raise ConfigError(f"dtype: bf16 is not there on {name}; for example dtype=fp32")
+            raise ConfigError(f"dtype: {name} does not support bf16; for example dtype=fp32")
         return device
 
 
-def _missing_keys(source: DictConfig) -> list[str]:
-    """The keys of the top level whose value is ???."""
-    keys = map(str, source)
-    return [key for key in keys if OmegaConf.is_missing(source, key) and not OmegaConf.is_interpolation(source, key)]
-
-
 def _by_the_users_key(mistake: str, source: DictConfig) -> str:
-    """A message about a key that only reads another one, such as `path: ${model_dir}`, as one about that other key."""
+    """Name the key that the user sets: for `path: ${model_dir}`, a mistake in `path` is one in `model_dir`."""
     key = mistake.partition(":")[0]
     raw: Any = OmegaConf.to_container(source, resolve=False)
     for name in key.split("."):
@@ -228,14 +220,14 @@ def _by_the_users_key(mistake: str, source: DictConfig) -> str:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a setting of torchtune's asks for nothing: null, false, 0, or a section of such."""
+    """Whether a torchtune setting is off: null, false, 0, or a section of such values."""
     if isinstance(value, dict):
         return all(_is_off(part) for part in value.values())
     return value is None or (isinstance(value, int | float) and value == 0)
 
 
 def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
-    """The components in a config with their keys."""
+    """Yield each component in a config with its dotted key."""
     if isinstance(value, Component):
         yield key, value
     elif isinstance(value, Section):
@@ -249,12 +241,12 @@ def _components(value: Any, key: str) -> Iterator[tuple[str, Component]]:
             yield from _components(part, f"{key}.{name}")
 
 
-def _unquantised(model: Component) -> Component:
-    """A model's section without quantised weights: QLoRA's builders would quantise on the meta device too."""
+def _unquantized(model: Component) -> Component:
+    """The model's section without quantization, which QLoRA's builders would also run on the meta device."""
     changes: dict[str, Any] = {"quantize_base": False} if model.takes("quantize_base") else {}
     if isinstance(model.get("lora"), dict):
         changes["lora"] = {**model.get("lora"), "quantize_base": False}
     base = model.get("base")
     if isinstance(base, dict) and "_component_" in base:
-        changes["base"] = _unquantised(Component(base)).section
+        changes["base"] = _unquantized(Component(base)).section
     return model.replace(**changes)

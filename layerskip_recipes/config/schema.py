@@ -1,7 +1,7 @@
-"""Typed settings: pydantic models for the sections of a config, and each mistake in them as one line.
+"""Config sections as pydantic models, with one line per mistake.
 
-A mistake is said as `key: value is not allowed. Allowed: ...; for example key=value`. What is allowed is read from the
-annotation of the field, so a range, a choice or a default stands in one place only.
+The message is `key: value is not allowed. Allowed: ...; for example key=value`. It describes the allowed values from
+the field's annotation, so each range, choice and default is written down once.
 """
 
 import difflib
@@ -31,24 +31,23 @@ from layerskip_recipes.errors import ConfigError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Types that several sections and functions share.
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-# null is false, as in torchtune.
+# null means false, as in torchtune
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
 
 
 class Auto:
-    """Beside a type in an annotation: a config may have null, for which the recipe chooses a value (choices.py)."""
+    """Annotation: the value may be null, and the recipe then chooses it (see choices.py)."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.nullable_schema(handler(source))
 
 
 class Section(BaseModel):
-    """A section of a config. Its fields are the keys; their docstrings are the reference page."""
+    """A section of a config. Fields are keys; their docstrings become docs/configuration.md."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -61,7 +60,7 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, content: Any, key: str = "") -> Self:
-        """The section of plain YAML values; `key` is its own, for messages."""
+        """Check plain YAML values. `key` is the section's key, for error messages."""
         try:
             return cls.model_validate(content)
         except ValidationError as e:
@@ -71,13 +70,13 @@ class Section(BaseModel):
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
 
 
-# ---- what is allowed, in words ----
+# ---- descriptions of allowed values ----
 
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
-    """What an annotation, such as `Annotated[int, Field(ge=1)] | None`, allows, in words, and a value that works.
+    """Describe what an annotation such as `Annotated[int, Field(ge=1)] | None` allows, and give a valid example.
 
-    A field has constraints and examples beside those in its annotation.
+    `field` adds its own constraints and examples.
     """
     phrases, example, nullable = [], None, False
     for kind, rules in alternatives(annotation, [field] if field else []):
@@ -85,15 +84,15 @@ def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
             nullable = True
             continue
         nullable = nullable or any(isinstance(rule, Auto) for rule in _flat(rules))
-        phrase, works = _phrase(kind, rules)
+        phrase, valid = _phrase(kind, rules)
         phrases.append(phrase)
         examples = [rule.examples[0] for rule in rules if isinstance(rule, FieldInfo) and rule.examples]
-        example = example or str(examples[0] if examples else works)
+        example = example or str(examples[0] if examples else valid)
     return " or ".join(dict.fromkeys(phrases)) + (" (or null)" if nullable else ""), example or "null"
 
 
 def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
-    """The alternatives of a union, each with its constraints."""
+    """Yield each type of a union with its constraints."""
     rules = list(rules)
     if get_origin(annotation) is Annotated:
         base, *more = get_args(annotation)
@@ -106,9 +105,10 @@ def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[A
 
 
 def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
-    """One alternative in words, and a value that works."""
+    """Describe one type of a union, and give a valid example."""
     if get_origin(kind) is Literal:
-        shown = [_as_yaml(choice) for choice in get_args(kind)]
+        choices = get_args(kind)
+        shown = ["null" if c is None else str(c).lower() if isinstance(c, bool) else str(c) for c in choices]
         return ", ".join(shown), shown[0]
     if kind is bool:
         return "true, false", "true"
@@ -131,13 +131,8 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
 PLURALS = re.compile("^(an integer|a number|text)")
 
 
-def _as_yaml(value: Any) -> str:
-    """A plain value as YAML writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _flat(rules: Sequence[Any]) -> list[Any]:
-    """The rules, with those of each `Field(...)` in its place."""
+    """Replace each `Field(...)` by its constraints."""
     return [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
 
 
@@ -152,14 +147,13 @@ def _number_phrase(kind: type, rules: Sequence[Any]) -> tuple[str, Any]:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The nearest known key, or all of them, for the end of an error message."""
+    """The end of an error message: the nearest known key, or all known keys."""
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"Nearest: {near[0]}" if near else f"Allowed: {', '.join(known)}"
 
 
 def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = None) -> str:
-    """The message for a value that an annotation does not allow."""
     words, example = allowed(annotation, field)
     return f"{key}: {value!r} is not allowed. Allowed: {words}; for example {key}={example}"
 
@@ -168,7 +162,7 @@ def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = Non
 
 
 def _mistakes(error: ValidationError, model: type[Section], content: Any, key: str) -> list[str]:
-    """The messages of one key each, where pydantic has an error for each alternative of a union; missing keys last."""
+    """One message per key, missing keys last. pydantic reports one error per type of a union."""
     found: dict[str, list[str]] = {}
     for details in sorted(error.errors(), key=lambda details: details["type"] == "missing"):
         where, messages = _mistake(details, model, content, key)
@@ -177,7 +171,8 @@ def _mistakes(error: ValidationError, model: type[Section], content: Any, key: s
 
 
 def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tuple[str, list[str]]:
-    """One of pydantic's errors: its key, and in words what was given and what is allowed."""
+    """The dotted key of a pydantic error, and its messages."""
+    # Follow the location to the key, its annotation and its value.
     annotation: Any = model
     field = None
     for part in details["loc"]:
@@ -185,7 +180,7 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
         if fields is None:
             values = [get_args(kind)[1] for kind, _ in alternatives(annotation) if get_origin(kind) is dict]
             if not values:
-                break  # an item of a list, or the name of an alternative: the key is the whole value's
+                break  # a list item, or the name of a union's type: report the key of the whole value
             annotation, field = values[0], None
         elif part in fields:
             annotation, field = fields[part].annotation, fields[part]
@@ -196,6 +191,7 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
             break
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
+    # Say what is wrong.
     if own := _own_messages(details, key):
         return key, own
     if details["type"] == "missing":
@@ -205,14 +201,14 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
 
 
 def _own_messages(details: Any, key: str) -> list[str]:
-    """The messages of a validator of ours, which go on from the key if they begin with a dot or a colon."""
+    """The messages of our own validators. The key goes before messages that begin with a dot or colon."""
     cause = details.get("ctx", {}).get("error")
     messages = cause.args if isinstance(cause, ConfigError) else ()
     return [f"{key}{m.replace('{key}', key)}" if m[:1] in (".", ":") else m for m in messages]
 
 
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
-    """The fields of a section, None for any other type."""
+    """The fields of a section; None for other types."""
     for kind, _ in alternatives(annotation):
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             return kind.model_fields
@@ -223,13 +219,13 @@ def _dotted(key: str, part: Any) -> str:
     return f"{key}.{part}" if key else str(part)
 
 
-# ---- functions whose arguments are settings ----
+# ---- checked function arguments ----
 
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def check(key: str, value: Any, annotation: Any) -> None:
-    """Raises a ConfigError unless the annotation allows the value."""
+    """Raises a ConfigError if the annotation does not allow the value."""
     try:
         _adapter(annotation).validate_python(value)
     except ValidationError as e:
@@ -242,10 +238,7 @@ def _adapter(annotation: Any) -> TypeAdapter:
 
 
 def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator that checks a function's arguments by its annotations.
-
-    In messages `prefix` stands before a parameter's name, such as "layer_dropout.".
-    """
+    """Decorator: check arguments against their annotations. Messages show `prefix` + the parameter's name."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -265,6 +258,6 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
 
 
 def _is_setting(annotation: Any) -> bool:
-    """Whether a parameter is a plain value, as a config may hold, and not a model or a tensor."""
+    """Whether a parameter holds plain config values, and not a model or a tensor."""
     plain = (int, float, str, bool, type(None))
     return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in alternatives(annotation))
