@@ -2,8 +2,7 @@
 
     python tools/configuration_reference.py
 
-The introduction of the page is written by hand; what follows the marker is replaced. A test compares the page with what
-this script makes.
+The introduction is written by hand; all text after the marker is generated. A test checks that the page is current.
 """
 
 import inspect
@@ -25,17 +24,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 
 def page() -> str:
-    """The page as it should be: its own introduction and fresh tables."""
+    """The page with its introduction and new tables."""
     introduction = PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
     return f"{introduction}{MARKER}\n{markdown({name: config_class(name) for name in RECIPES})}"
 
 
 def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
-    """The keys of all recipes as Markdown: those of every recipe first, then each recipe's own.
-
-    Args:
-        recipes: config classes by the names of their recipes, such as "layerskip_finetune".
-    """
+    """The keys as Markdown: first those of all recipes, then each recipe's own."""
     tables: dict[type[Section], str] = {}
     parts = ["## All recipes", *_tables(RecipeConfig.model_fields, tables)]
     for name, config in recipes.items():
@@ -49,18 +44,13 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
 
 
 def _is_common(key: str, field: FieldInfo) -> bool:
-    """Whether a key is documented under all recipes already."""
+    """Whether the key belongs to all recipes."""
     common = RecipeConfig.model_fields.get(key)
     return common is not None and (_row(key, common) == _row(key, field))
 
 
 def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) -> Iterator[str]:
-    """A table of the keys, and one for each section among them.
-
-    Args:
-        fields: the keys.
-        known: sections that have a table already, and the key of that table; new ones are added.
-    """
+    """A table of the keys and one for each section. `known` maps documented sections to their keys, and is extended."""
     if fields:
         yield _table(["key", "allowed", "default", "meaning"], [_row(key, field) for key, field in fields.items()])
     for key, field in fields.items():
@@ -81,13 +71,13 @@ def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) ->
 
 
 def _direct(annotation: Any) -> list[type[Section]]:
-    """The sections that are alternatives of an annotation themselves."""
+    """The sections among the types of an annotation."""
     kinds = [kind for kind, _ in alternatives(annotation)]
     return [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Section)]
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """The sections in an annotation, those in a mapping or a list included."""
+    """The sections in an annotation, including those inside a mapping or list."""
     inner = [part for kind, _ in alternatives(annotation) for item in get_args(kind) for part in _sections(item)]
     return list(dict.fromkeys([*_direct(annotation), *inner]))
 
@@ -104,7 +94,7 @@ def _row(key: str, field: FieldInfo) -> list[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    """A default as YAML has it."""
+    """A default value in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

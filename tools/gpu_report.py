@@ -1,16 +1,16 @@
-"""Check and measure this package on one GPU: from a bare machine to a page of results in about 25 minutes.
+"""Check and measure this package on one GPU, and write a page of results, in about 25 minutes.
 
     python tools/gpu_report.py --list
     python tools/gpu_report.py --out gpu_report                  # all steps
-    python tools/gpu_report.py --out gpu_report --budget 570     # what fits into 570 seconds; again for the rest
+    python tools/gpu_report.py --out gpu_report --budget 570     # run what fits into 570 seconds
     python tools/gpu_report.py --out gpu_report --only decode_8b
 
-Each step runs in a process of its own (tools/gpu_steps.py) with a time limit, and leaves NAME.json and NAME.log in the
-folder. A step that fails is reported with its traceback, and the next one runs. A second call runs the steps that have
-no result yet; --only runs steps again. The page is report.md in the folder, and is renewed after each step.
+Each step runs in its own process (tools/gpu_steps.py) with a time limit, and writes NAME.json and NAME.log to the
+folder. After a failed step the page shows its traceback, and the next step runs. A second call runs the steps without a
+result; --only repeats steps. The page, report.md, is updated after each step.
 
-Nothing is downloaded. tools/gpu_wheels.py collects the packages that a machine without a network lacks. The models have
-random weights, but for a small one that is trained here and for --model-dir; 20 GB of disk hold them.
+Nothing is downloaded; tools/gpu_wheels.py collects packages for a machine without a network. Models have random
+weights, except --model-dir and a small model trained here. They need 20 GB of disk space.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROGRAM = Path(__file__).with_name("gpu_steps.py")
 
 @dataclass(frozen=True)
 class Step:
-    """A title for the page, and the seconds after which the step is stopped."""
+    """A step's title on the page and its time limit in seconds."""
 
     title: str
     limit_s: float
@@ -57,14 +57,14 @@ PACKAGES = ("torch", "triton", "torchtune", "torchao", "transformers", "liger-ke
 
 
 def output_of(*command: str) -> str:
-    """The output of a command; "unknown" if it fails or does not exist."""
+    """The output of a command, or "unknown" if it fails."""
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     return "unknown"
 
 
 def circumstances() -> dict[str, str]:
-    """Card, driver, versions and commit, without importing anything that could fail."""
+    """GPU, driver, versions and commit, without imports that could fail."""
     card = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     found = {"card, memory, driver": card, "processors": f"{os.cpu_count()}", "python": platform.python_version()}
     for name in PACKAGES:
@@ -74,7 +74,7 @@ def circumstances() -> dict[str, str]:
 
 
 def run_step(name: str, limit_s: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Run a step in a process of its own. Whatever it does, its rows and its log up to then are kept."""
+    """Run a step in its own process. Its rows and log survive a crash."""
     rows, log = args.out / f"{name}.rows", args.out / f"{name}.log"
     rows.unlink(missing_ok=True)
     command = [sys.executable, str(PROGRAM), name, str(rows), "--device", args.device]
@@ -106,7 +106,7 @@ def run_step(name: str, limit_s: float, args: argparse.Namespace) -> dict[str, A
 
 
 def shown(value: Any) -> str:
-    """A figure as text; of several measurements the median with the range."""
+    """A number as text; for several measurements, the median and range."""
     if isinstance(value, Mapping):
         low, high = shown(value["min"]), shown(value["max"])
         return shown(value["median"]) + ("" if low == high else f" ({low} to {high})")
@@ -118,7 +118,7 @@ def shown(value: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows as Markdown, with the columns of all of them."""
+    """A Markdown table with the columns of all rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([shown(row.get(column)) for column in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -150,13 +150,13 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
-    """The results of earlier calls, in the order of the steps."""
+    """The results of earlier calls, in step order."""
     files = {name: out / f"{name}.json" for name in STEPS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def run_steps(args: argparse.Namespace) -> bool:
-    """Run the steps that have no result, or those that were asked for; whether all results are good."""
+    """Run the requested steps or those without a result. Returns whether all succeeded."""
     ends = time.monotonic() + args.budget
     results = read_results(args.out)
     waiting = [name for name in STEPS if results.get(name, {}).get("status", CUT) == CUT]
@@ -178,7 +178,7 @@ def run_steps(args: argparse.Namespace) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse the arguments and run the steps; exit status 1 if one is not done."""
+    """Run the steps; exit with status 1 if one did not succeed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder (default gpu_report)")
     parser.add_argument("--list", action="store_true", help="print the steps, and what earlier calls left of them")

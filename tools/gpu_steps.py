@@ -1,8 +1,8 @@
-"""The steps of tools/gpu_report.py, which starts each of them in a process of its own:
+"""The steps of tools/gpu_report.py, which runs each in its own process:
 
     python tools/gpu_steps.py decode_1b decode_1b.rows --device cpu --tiny
 
-A step appends its rows to a file as JSON lines, so that neither a crash nor a time limit takes earlier rows away.
+A step appends its rows to a file as JSON lines, so earlier rows survive a crash or time limit.
 """
 
 import argparse
@@ -55,7 +55,7 @@ TINY_DATA = ("max_steps_per_epoch=2", "dataset.split=heldout", "dataset.seq_len=
 
 @dataclass
 class Place:
-    """Where a step runs, at which size, and where its rows go."""
+    """A step's device, model size and output file."""
 
     device: torch.device
     tiny: bool
@@ -69,11 +69,11 @@ class Place:
         return self.device.type == "cuda"
 
     def shape(self, name: str) -> dict[str, int]:
-        """Sizes of a model, as in its config.json."""
+        """Model sizes with the keys of config.json."""
         return TINY if self.tiny else SHAPES[name]
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Keep a row."""
+        """Save a row."""
         print(row, flush=True)
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -85,7 +85,7 @@ class Place:
         return load_config(str(path), [])
 
     def free(self) -> None:
-        """Give a model's memory back before the next one is loaded."""
+        """Free a model's memory before loading the next one."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -93,13 +93,13 @@ class Place:
 
 
 def tune(words: Iterable[str], cwd: Path) -> subprocess.CompletedProcess:
-    """`tune run ...` in a process of its own."""
+    """Run `tune run ...` in its own process."""
     command = [sys.executable, "-m", "torchtune._cli.tune", "run", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def run_recipe(place: Place, recipe: str, config: str, *overrides: str) -> str:
-    """What a recipe prints; an error with all that it said if it fails."""
+    """Run a recipe and return its output. If it fails, the error shows all output."""
     done = tune([recipe, "--config", config, f"device={place.device}", *overrides], place.work)
     if done.returncode:
         raise RuntimeError(f"tune run {recipe} --config {config} {' '.join(overrides)}\n{done.stdout}{done.stderr}")
@@ -110,7 +110,7 @@ def run_recipe(place: Place, recipe: str, config: str, *overrides: str) -> str:
 
 
 def matmul_flops(place: Place) -> float:
-    """Operations per second of the product of two large bf16 matrices, the best of a few."""
+    """FLOP/s of a large bf16 matrix product, the best of several runs."""
     size, best = 64 if place.tiny else 8192, float("inf")
     a, b = torch.randn(2, size, size, device=place.device).bfloat16()
     for _ in range(8):
@@ -121,7 +121,7 @@ def matmul_flops(place: Place) -> float:
 
 
 def environment(place: Place) -> None:
-    """What the card can do, and a tiny run from training to generation by the commands that a user types."""
+    """Measure the GPU's peak rates, then run the user's commands from training to generation on a tiny model."""
     row: dict[str, Any] = {"check": "card", "bf16 TFLOP/s": matmul_flops(place) / 1e12}
     row["GB/s read"] = memory_bandwidth(place.device, 8 if place.tiny else 1024) / 1e9
     if place.cuda:
@@ -140,7 +140,7 @@ def environment(place: Place) -> None:
 
 
 def tests(place: Place) -> None:
-    """The tests marked `gpu`; the tracebacks of failures go to the log."""
+    """Run the tests marked `gpu`; tracebacks go to the log."""
     import pytest  # not on every machine
 
     counts, missing = Counter[str](), pytest.ExitCode.NO_TESTS_COLLECTED
@@ -165,7 +165,7 @@ def tests(place: Place) -> None:
 
 
 def random_model(place: Place, shape: str, weights: bool = False) -> Path:
-    """A Hugging Face folder of a Llama of this shape and the quickstart's tokenizer, perhaps with random weights."""
+    """Make a Hugging Face folder with a Llama of this shape and the quickstart's tokenizer, weights optional."""
     from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import, and only for these models
 
     folder = place.work / shape
@@ -183,7 +183,7 @@ def random_model(place: Place, shape: str, weights: bool = False) -> Path:
 def make_benchmark(
     place: Place, shape: str, longest: int, rows: int, variants: Mapping[str, Any]
 ) -> LayerSkipBenchmark:
-    """layerskip_benchmark with random weights, set up. Its drafts always have their whole length."""
+    """Set up layerskip_benchmark with random weights and full-length drafts."""
     where = {"model_dir": str(random_model(place, shape)), "dtype": "fp32" if place.tiny else "bf16"}
     sizes = {"prompt_tokens": longest, "batch_size": rows, "max_new_tokens": 8 if place.tiny else 64}
     how = {"random_weights": True, "temperatures": [0.0], "compile": place.cuda}
@@ -194,7 +194,7 @@ def make_benchmark(
 
 
 def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
-    """transformers' `generate` on the benchmark's weights, with a static cache and compiled on a GPU."""
+    """transformers' `generate` on the benchmark's weights, with a static cache; compiled on a GPU."""
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this peer
 
     cfg, model, folder, prompts = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir)), recipe.prompts
@@ -209,7 +209,7 @@ def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
 
 
 def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], length: int, **of_row: Any) -> None:
-    """Decode behind texts of a length by all methods in turns; record a round's time beside that of its bytes."""
+    """Decode after prompts of one length, methods in turns. Records round time and the time to read its bytes."""
     turns, runs = recipe.turns, defaultdict[str, list[Run]](list)
     turns.batches = [[prompt[:length] for prompt in recipe.prompts]]
     before = len(getattr(find_compiled_steps(turns.model), "graphs", ()))
@@ -242,7 +242,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
 
 
 def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[str, Any]) -> None:
-    """CUDA graphs of a round: there should be one for each draft step, and one for a verification or a plain step."""
+    """Count CUDA graph launches per round: one per draft step, one per verification pass or plain step."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for name, method in methods.items():
         with torch.profiler.profile(activities=activities) as profile:
@@ -252,7 +252,7 @@ def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[st
 
 
 def decode(place: Place, shape: str) -> None:
-    """One row: plain decoding, drafts from two exits, of some tokens, in int8, and transformers, behind three texts."""
+    """Batch size 1: plain decoding, several drafts and transformers, at three prompt lengths."""
     depth, some = place.shape(shape)["num_hidden_layers"], 64 if place.tiny else 4096
     int8 = {"draft_quantizer": {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}}
     early = {"exit_layer": depth // 8, "num_speculations": 6}
@@ -274,7 +274,7 @@ def decode(place: Place, shape: str) -> None:
 
 
 def batches(place: Place) -> None:
-    """Several rows: plain decoding, and short drafts from an early exit."""
+    """Larger batches: plain decoding, and short drafts from an early exit."""
     for shape in SHAPES:
         exit_layer = place.shape(shape)["num_hidden_layers"] // 8
         variants = {f"exit {exit_layer}, 3 drafts": {"exit_layer": exit_layer, "num_speculations": 3}}
@@ -290,7 +290,7 @@ def batches(place: Place) -> None:
 
 
 def lossless(place: Place) -> None:
-    """Greedy outputs of a model that is trained here: those of plain decoding in fp32, and up to ties in bf16."""
+    """Train a model, then check that its greedy outputs equal plain decoding's (in bf16, except for ties)."""
     overrides = [f"device={place.device}", f"output_dir={place.work / 'quickstart'}"]
     overrides += TINY_QUICKSTART if place.tiny else []
     data = TINY_DATA if place.tiny else ["max_steps_per_epoch=600"]
@@ -319,7 +319,7 @@ def lossless(place: Place) -> None:
 
 @torch.inference_mode()
 def gap_at_difference(model: Any, a: list[int], b: list[int]) -> float:
-    """How far the logits of the two tokens are apart at which two outputs part: next to nothing for a tie."""
+    """The logit difference of the first two tokens that differ between two outputs; near 0 for a tie."""
     at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
     logits = model(torch.tensor([a[:at]], device=model.tok_embeddings.weight.device))[0, -1].float()
     return float((logits[a[at]] - logits[b[at]]).abs())
@@ -329,7 +329,7 @@ def gap_at_difference(model: Any, a: list[int], b: list[int]) -> float:
 
 
 def measure_step(place: Place, method: str, *overrides: str) -> None:
-    """Forward and backward without an optimizer, by tools/training_cost.py in a process of its own."""
+    """Measure forward and backward without an optimizer, with tools/training_cost.py."""
     config = ["llama3_2/1B_full_single_device_layerskip", "dtype=bf16"]
     rows, length, steps = (1, 16, 1) if place.tiny else (4, 2048, 5)
     if place.tiny:
@@ -347,11 +347,7 @@ def measure_step(place: Place, method: str, *overrides: str) -> None:
 
 
 def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str, Any], flops: float) -> None:
-    """The whole recipe on code of the standard library: speed after two steps, and peak memory.
-
-    Args:
-        flops: operations of a token, as a share of those that the card does in a second.
-    """
+    """Run the recipe on the standard library. `flops`: FLOPs per token / FLOP/s of the GPU."""
     steps, length = (3, 32) if place.tiny else (7, 2048)
     data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "seq_len": length}
     data["split"] = "heldout" if place.tiny else "train"
@@ -405,7 +401,7 @@ def train(place: Place, shape: str) -> None:
 
 
 def finetune(place: Place) -> None:
-    """A real model on commands and their parses, from one exit at a quarter of its depth; then the fastest drafts."""
+    """Finetune a real model for parsing commands, with one exit at a quarter of its depth; then tune its drafts."""
     if place.model_dir is None:
         place.record({"left out": "no --model-dir was given"})
         return

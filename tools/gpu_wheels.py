@@ -1,14 +1,14 @@
-"""Collect the wheels that a GPU machine without a network lacks, this package's own among them.
+"""Collect the wheels that a GPU machine without a network needs, including this package's wheel.
 
     python tools/gpu_wheels.py wheels                              # here, with a network
     python -m pip install --no-index --no-deps wheels/*.whl        # there
 
-The machine has Linux on x86_64, Python 3.12, torch 2.11, transformers 5.17 with all that they need, pandas, pyarrow and
-matplotlib. For another one, give the output of `python -m pip freeze` there:
+The default machine has x86_64 Linux, Python 3.12, torch 2.11, transformers 5.17, their dependencies, pandas, pyarrow
+and matplotlib. For another machine, pass its output of `python -m pip freeze`:
 
     python tools/gpu_wheels.py wheels --installed freeze.txt --python 3.11
 
-wandb is left out, which takes 20 MiB and only its own logger needs.
+wandb (20 MiB) is left out: only its own logger needs it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FOR_THE_REPORT = ("pytest", "pytest-xdist", "liger-kernel")
 
 
 def pip(*arguments: str) -> str:
-    """The output of a pip command; ends the program if pip fails."""
+    """Run pip and return its output; exit if it fails."""
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"pip {arguments[0]} failed, see above")
@@ -40,18 +40,18 @@ def pip(*arguments: str) -> str:
 
 
 def of_machine(python: str) -> list[str]:
-    """The options that make pip choose wheels for the other machine."""
+    """pip options that select wheels for the other machine."""
     tags = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)] + ["manylinux2014_x86_64", "any"]
     return ["--only-binary=:all:", f"--python-version={python}", *(f"--platform={tag}" for tag in tags)]
 
 
 def canonical(name: str) -> str:
-    """A package's name as pip compares it."""
+    """A package name in pip's normalized form."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def resolve(requirements: Sequence[str], options: Sequence[str]) -> dict[str, str]:
-    """{name: version} of the requirements and all that they need."""
+    """{name: version} of the requirements and their dependencies."""
     report = pip(
         *("install", "--quiet", "--dry-run", "--ignore-installed", "--report=-", "--target=nowhere"),
         *(*options, *requirements),
@@ -61,7 +61,7 @@ def resolve(requirements: Sequence[str], options: Sequence[str]) -> dict[str, st
 
 
 def collect(folder: Path, installed: dict[str, str], options: Sequence[str]) -> list[Path]:
-    """Download what is not installed, and build this package's wheel; the wheels, the largest first."""
+    """Download missing packages and build our wheel. Returns the wheels, largest first."""
     ours = importlib.metadata.requires("layerskip-recipes") or []
     needed = [line for line in ours if "extra ==" not in line and not line.startswith(LEFT_OUT)]
     pins = [f"{name}=={version}" for name, version in installed.items() if name not in ALWAYS]
@@ -77,7 +77,7 @@ def collect(folder: Path, installed: dict[str, str], options: Sequence[str]) -> 
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the arguments, collect the wheels and print how to install them."""
+    """Collect the wheels and print how to install them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the wheels go; it must be empty")
     parser.add_argument("--installed", type=Path, help="what `python -m pip freeze` prints on the machine")

@@ -1,16 +1,16 @@
-"""Runs the commands that a Markdown page names, and writes their figures into the page.
+"""Runs the commands in a Markdown page and writes their results into the page.
 
     python tools/results_page.py docs/results.md [--only NAME ...] [--missing]
 
-A block of the page is two comments and whatever stands between them:
+A block is two comments and the lines between them:
 
     <!-- run quickstart_benchmark: tune run layerskip_benchmark --config quickstart/benchmark -->
     <!-- end -->
 
-The command runs, and the figures of its report take the place of the lines between the comments. Its picture is copied
-beside the page, as PAGE_NAME.png. All other text stays. The report is the JSON document in the last line that a command
-prints, or the file that this line names as "json". The page is written after each command; after an interruption
-`--missing` runs the commands of the blocks that are still empty.
+The script runs the command and replaces the lines between the comments by the results. It copies the picture to
+PAGE_NAME.png beside the page. The report is the JSON document in the last line of the command's output, or the file
+that this line names as "json". The page is saved after each command; after an interruption, `--missing` runs only
+the commands of empty blocks.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- run (?P<name>\w+): (?P<command>.+?) -->\n)(?P<figures
 
 
 def run(command: str) -> tuple[Report, Path | None]:
-    """Run a command; returns its report, and its picture if there is one."""
+    """Run a command. Returns its report and picture (or None)."""
     print(f"+ {command}", flush=True)
     # The programs of this environment are found where it is not activated, too.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -47,12 +47,12 @@ def run(command: str) -> tuple[Report, Path | None]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
 
 
 def training_cost(report: Report) -> list[str]:
-    """Seconds and memory of a training step."""
+    """Time and memory of a training step."""
     rows = [[name, f"{row['seconds']:.3f}", f"{row['peak_gb']:.2f}"] for name, row in report["figures"].items()]
     ratios = [f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items()]
     head = f"{report['batch']} x {report['seq_len']} random tokens, exits of layers {report['layers']} and the last.\n"
@@ -80,7 +80,7 @@ def _measured_on(report: Report) -> str:
 
 
 def speed(report: Report) -> list[str]:
-    """A table of methods for each temperature."""
+    """One table of methods per temperature."""
     lines = [_measured_on(report)]
     lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
     drafts = ("acceptance", "tokens/round", "ideal", "efficiency")
@@ -93,13 +93,13 @@ def speed(report: Report) -> list[str]:
 
 
 def _variants(report: Report) -> list[Report]:
-    """The measured variants, the fastest first."""
+    """The measured variants, fastest first."""
     variants = [row for row in report["results"] if row["kind"] == "variant" and row["speedup"]]
     return sorted(variants, key=lambda row: -row["speedup"]["median"])
 
 
 def tuner(report: Report) -> list[str]:
-    """Prediction beside measurement; of a grid the fastest way, as its picture shows the others."""
+    """Predicted and measured speeds. Of a grid only the fastest variant: its picture shows the others."""
     if report["tune"] == "grid":
         best, *others = _variants(report)
         fastest = f"\nFastest of {1 + len(others)} ways: {best['name']}, {best['speedup']['median']:.2f}x."
@@ -120,7 +120,7 @@ FIGURES: dict[str, Callable[[Report], list[str]]] = {
 
 
 def figures(report: Report) -> list[str]:
-    """The lines that a report puts on the page."""
+    """The lines for the page from a report."""
     for key, write in FIGURES.items():
         if report.get(key):
             return write(report)
@@ -128,13 +128,7 @@ def figures(report: Report) -> list[str]:
 
 
 def update(page: Path, only: Sequence[str], missing: bool) -> None:
-    """Run the commands of a page and write their figures into the page.
-
-    Args:
-        page: the Markdown file.
-        only: names of the blocks to run; empty runs all.
-        missing: leave out blocks that have figures.
-    """
+    """Run the page's blocks (all, or those in `only`) and update it. `missing` skips blocks with results."""
     blocks = {block["name"]: block for block in BLOCK.finditer(page.read_text())}
     unknown = [name for name in only if name not in blocks]
     if unknown or not blocks:

@@ -1,12 +1,11 @@
-"""What a training step costs, ours beside torchtune's: seconds and peak memory.
+"""Time and peak memory of a training step, ours and torchtune's.
 
     python tools/training_cost.py CONFIG [key=value ...] [--batch 2] [--seq-len 512] [--layers 0::4] [--prob 0.5]
 
-Each method runs in a process of its own, so that its peak memory is its own. The methods take turns, and the medians
-count. A step is forward and backward on random tokens, with gradients that are kept, and no optimizer. Of the section
-`early_exit_loss` only chunk_tokens counts: the exits are those of --layers, at each step. Activations are not
-offloaded.
-The last line that is printed is the report as JSON.
+Each method runs in its own process, to measure its own peak memory. The methods take turns; the report has medians. A
+step is forward and backward on random tokens, keeping gradients, without an optimizer or activation offloading. Every
+step trains the exits of --layers; of the section `early_exit_loss` only chunk_tokens matters.
+The last line of the output is the report as JSON.
 """
 
 import argparse
@@ -43,7 +42,7 @@ LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, la
 
 
 def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, Any]) -> LossOfStep:
-    """Our early-exit loss on these layers at each step; the number of the last layer gives the plain loss."""
+    """Our early-exit loss on these layers at each step. With only the last layer it is the plain loss."""
     loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
     if compiled:
         loss.compile()
@@ -58,7 +57,7 @@ def torchtune_loss(model: Any) -> LossOfStep:
 
 
 def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
-    """The loss of `early_exit_finetune_distributed`, which stacks all exits and runs the head over the stack."""
+    """The loss of `early_exit_finetune_distributed`, which runs the head on a stack of all exits."""
     loss, chosen = torch.nn.CrossEntropyLoss(), select_layers(layers, len(model.layers))
     model.output_hidden_states = [layer for layer, on in enumerate(chosen) if on]
 
@@ -71,7 +70,7 @@ def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
 
 
 def liger_loss(model: Any) -> LossOfStep:
-    """Liger's fused head and cross-entropy behind our decoder."""
+    """Our decoder with Liger's fused head and cross-entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # optional, and only on a GPU
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -84,7 +83,7 @@ def liger_loss(model: Any) -> LossOfStep:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One method in this process: seconds of each step after the first, peak memory in GB, and before any step."""
+    """Measure one method here: seconds per step after the first, and GB of memory before the steps and at peak."""
     cfg, method = FinetuneConfig.load(load_config(args.config, args.overrides)), args.method
     device = cfg.find_device()
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
@@ -128,11 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_in_process(method: str, arguments: list[str]) -> dict[str, Any]:
-    """`measure` in a new process.
-
-    Raises:
-        ConfigError: if the process failed, with the last line that it printed.
-    """
+    """`measure` in a new process. A ConfigError shows the last line of a failed process."""
     command = [sys.executable, __file__, *arguments, "--method", method]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
@@ -144,7 +139,7 @@ def measure_in_process(method: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """All methods in turns: medians of their figures, and the ratios that matter."""
+    """Measure all methods in turns. Returns medians and ratios."""
     depth = FinetuneConfig.load(load_config(args.config, args.overrides)).num_layers
     select_layers(args.layers, depth, key="--layers")
     runs: dict[str, list[dict]] = {method: [] for method in METHODS}
@@ -180,7 +175,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
 
 
 def print_report(name: str, report: Mapping[str, Any]) -> None:
-    """The table for people, then the report as one line of JSON."""
+    """Print a table, then the report as one line of JSON."""
     print(
         f"{name}: batch {report['batch']} x {report['seq_len']} tokens, exits of layers {report['layers']} and the last"
     )

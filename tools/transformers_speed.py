@@ -1,11 +1,11 @@
-"""How fast transformers decodes an exported folder: plainly, with its own early exit, and with `custom_generate`.
+"""Speed of transformers on an exported folder: autoregressive, its own early exit, and `custom_generate`.
 
     layerskip export quickstart/epoch_0 exported --exit-layer 3
     python tools/transformers_speed.py exported [--new 128] [--prompts 8] [--batch 1] [--temperature 0.8] [--threads 1]
 
-The prompts are code from held-out files of the standard library. All methods decode the same prompts with transformers'
-default cache, uncompiled, one after the other; the medians over the repeats count. A busy machine distorts the time on
-the clock; the processor's time of one thread is steadier.
+The prompts are code from held-out files of the standard library. All methods decode the same prompts in turn,
+uncompiled, with transformers' default cache. The table has medians over the repeats. On a busy machine the CPU time of
+one thread is more reliable than the wall-clock time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CONSTANT = {"num_assistant_tokens": NUM_SPECULATIONS, "num_assistant_tokens_sche
 
 
 def main() -> None:
-    """Print a table of tokens per second, and whether greedy outputs are equal."""
+    """Print tokens per second, and whether greedy outputs are equal."""
     parser = argparse.ArgumentParser(description="Plain decoding, early exit and custom_generate in transformers")
     parser.add_argument("folder", help="what `layerskip export --exit-layer E` wrote")
     for name, default in (("new", 128), ("prompts", 8), ("batch", 1), ("repeats", 3), ("threads", None)):

@@ -76,11 +76,9 @@ class RecipeConfig(Section):
 
     @classmethod
     def _load(cls, source: DictConfig) -> Self:
-        # Resolve missing values and interpolations.
-        keys = map(str, source)
-        if missing := [
-            k for k in keys if OmegaConf.is_missing(source, k) and not OmegaConf.is_interpolation(source, k)
-        ]:
+        # Resolve interpolations. An interpolation of a missing value is missing too, but only that value is reported.
+        plain = [key for key in map(str, source) if not OmegaConf.is_interpolation(source, key)]
+        if missing := [key for key in plain if OmegaConf.is_missing(source, key)]:
             raise ConfigError(*map(cls._missing, missing))
         try:
             content = OmegaConf.to_container(source, resolve=True, throw_on_missing=True)
