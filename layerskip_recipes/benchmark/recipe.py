@@ -33,7 +33,7 @@ from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.chosen import choose_for
+from layerskip_recipes.generation.drafting.chosen import choose_for, with_stored_vocabulary
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -111,10 +111,13 @@ class LayerSkipBenchmark:
     def _choose_settings(self, name: str, variant: Variant) -> Variant | None:
         """Fill in what the section leaves open, as generation does; None if nothing can draft."""
         cfg = self.cfg
-        named = not isinstance(variant, SelfSpeculation) or variant.exit_layer is not None or variant.draft is not None
-        if cfg.random_weights or (named and cfg.variants):
+        if cfg.random_weights or not isinstance(variant, SelfSpeculation):
             return variant
-        assert isinstance(variant, SelfSpeculation)
+        if cfg.variants and variant.draft is not None:
+            return variant
+        if cfg.variants and variant.exit_layer is not None:
+            folder = weights_folder(cfg.checkpointer)
+            return with_stored_vocabulary(variant, None if folder is None else read_trained_exits(folder))
         choice = choose_for(
             cfg, variant, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.quantizer, cfg.key_of(name)
         )

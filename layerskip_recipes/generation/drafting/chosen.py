@@ -89,10 +89,7 @@ def choose_drafts(
     if section is None:
         return Choice(None, None, costs.plain)
     trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
-    # The most frequent tokens of the training data instead of their number.
-    size, stored = section.draft_vocabulary, trained and trained.vocabulary
-    if stored and isinstance(size, int) and not section.draft_vocabulary_file:
-        section = section.model_copy(update={"draft_vocabulary": stored[:size]})
+    section = with_stored_vocabulary(section, trained)
     given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
     if section.draft is not None:
         ways = _trained_draft(section.draft, f"{key}.draft")
@@ -124,6 +121,14 @@ def choose_drafts(
         return Choice(None, f"No drafts: none should pay. The best would be {said}", costs.plain)
     why = None if given.issuperset(CHOSEN) else f"Drafts: {said}"
     return Choice(with_choice(section, best, trained), why, costs.plain, best.speedup)
+
+
+def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
+    """The section with the most frequent tokens of the training data instead of their number."""
+    size, stored = section.draft_vocabulary, trained and trained.vocabulary
+    if stored and isinstance(size, int) and not section.draft_vocabulary_file:
+        return section.model_copy(update={"draft_vocabulary": stored[:size]})
+    return section
 
 
 def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExits | None) -> SelfSpeculation:
