@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.commands import run_command
 from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.hf_folders import model_with_tokenizer
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import our_configs
+from layerskip_recipes.model.run_folder import mark_complete
 
 # These set up an environment, download from the hub, or run these tests.
 ELSEWHERE = (
@@ -70,7 +72,7 @@ def at_home(words: list[str], folder: Path) -> list[str]:
 def stand_in(config: str, overrides: list[str], folder: Path) -> list[str]:
     """The tiny model, as an override, in the place of one that a config reads and that is not here."""
     cfg = load_config(config, overrides)
-    if "model_dir" not in [*cfg] or not Path(cfg.model_dir).is_absolute() or str(cfg.model_dir).startswith(str(folder)):
+    if "model_dir" not in [*cfg] or (folder / cfg.model_dir).is_dir() or str(cfg.model_dir).startswith(str(folder)):
         return []
     return [f"model_dir={folder / TINY}"]
 
@@ -91,7 +93,8 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     model = model_with_tokenizer("qwen3", folder / TINY, tokenizer_folder)
     for name in MADE:
         shutil.copytree(model, folder / name / "epoch_0")
-        (folder / name / "epoch_0" / "recipe_state.pt").touch()
+        torch.save({}, folder / name / "epoch_0" / "recipe_state.pt")
+        mark_complete(folder / name / "epoch_0", time=1.0)
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
