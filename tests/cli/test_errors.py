@@ -20,9 +20,9 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
 ANY = [
-    ("device=xpu", "device", "'xpu'", "On this machine: cpu"),
+    ("device=xpu", "device", "'xpu'", "Allowed here: cpu"),
     ("device=0", "device", "0", "device=cpu"),
-    ("device=cpu:7", "device", "'cpu:7'", "On this machine: cpu"),
+    ("device=cpu:7", "device", "'cpu:7'", "Allowed here: cpu"),
     ("dtype=fp16", "dtype", "'fp16'", "fp32, bf16"),
     ("dtype=[fp32]", "dtype", "['fp32']", "fp32, bf16"),
     ("seed=-1", "seed", "-1", "0 to 2147483647"),

@@ -125,8 +125,11 @@ class Parts:
             raise UnknownPartError("pos_embeddings")
         table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
         if table not in _TABLES:
-            both: Any = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
-            _TABLES[table] = [_fp32(part) for part in getattr(rotation, "tables", both)]
+            if type(rotation) is RotaryPositions:
+                both: Any = (rotation.cos, rotation.sin)
+            else:
+                both = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
+            _TABLES[table] = [_fp32(part) for part in both]
         self.tensors |= dict(zip(("cos", "sin"), _TABLES[table], strict=True))
 
     def attention(self, attn: Any) -> None:
