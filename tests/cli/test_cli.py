@@ -132,7 +132,7 @@ def test_validate_knows_the_recipe_of_configs_that_extend_a_generation_config(la
     ("change", "message"),
     [
         # What stays of the generation config is refused by the recipe that is meant.
-        ({"variants": CHAIN, "report_dir": "x"}, "self_speculation: .* variants, which lists"),
+        ({"variants": CHAIN, "report_dir": "x"}, "self_speculation: .* beside variants"),
         ({"variants": CHAIN, "self_speculation": None, "benchmark": None}, "report_dir: None"),
         ({"tasks": ["arc_easy"], "temperature": 0.8}, "prompts: .* it measures a dataset or tasks"),
     ],
@@ -220,7 +220,7 @@ def test_help_names_the_commands(layerskip):
 def test_every_argument_has_a_help(layerskip):
     _, out, _ = layerskip("cp", "--help")
     assert re.search(r"^  name +a config's name", out, flags=re.M)
-    assert re.search(r"^  file +where to copy it", out, flags=re.M)
+    assert re.search(r"^  file +the target file", out, flags=re.M)
 
 
 def test_an_option_behind_overrides(layerskip):

@@ -21,7 +21,7 @@ def test_prompts_have_the_length_asked_for():
         ({"characters": 0}, "^prompts.characters: 0 .* of 1 or more; for example prompts.characters=450$"),
         (
             {"characters": 10**9},
-            "^prompts.characters: 1000000000 are more than any .*; for example prompts.characters=450$",
+            "^prompts.characters: 1000000000 is too long for all held-out files; for example prompts.characters=450$",
         ),
     ],
 )

@@ -135,7 +135,7 @@ WRONG = [
     ('response=""', "prompts.response", "''", "Allowed: text"),
     ("n_shot=-1", "prompts.n_shot", "-1", "0 or more"),
     ("count=0", "prompts.count", "0", "1 or more"),
-    ("path=empty.jsonl", "prompts.count", "need 1 rows", "and 0 fit"),
+    ("path=empty.jsonl", "prompts.count", "need 1 rows", "only 0 fit"),
     ("n_shot=6", "prompts.count", "need 7 rows, but only 5 fit", "prompts.n_shot=0 prompts.count=5"),
     ("n_shot=5", "prompts.count", "need 6 rows, but only 5 fit", "prompts.n_shot=0 prompts.count=5"),
     ("n_shot=2; count=4", "prompts.count", "need 6 rows, but only 5 fit", "prompts.n_shot=0 prompts.count=5"),
@@ -147,7 +147,7 @@ WRONG = [
     ("task=topv2", "prompts.source", "missing", "topv2 needs it"),
     ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
     ("task=human_eval; source=qa.jsonl; split=3", "prompts.split", "3", "=test"),
-    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.count", "need 100 rows", "and 0 fit"),
+    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.count", "need 100 rows", "only 0 fit"),
     ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
     ("task=cnn_dm_language_modeling; response_words=x", "prompts.response_words", "'x'", "1 or more"),
 ]

@@ -353,7 +353,7 @@ def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
 def test_evaluation_quantises_too_early(folders, tmp_path):
     section = {"draft": str(folders / "copy"), "num_speculations": 2}
     changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it is trained for the weights as they are"):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):
         EvalConfig.load(load_config(str(eval_config(tmp_path, folders / "base", **changes))))
 
 

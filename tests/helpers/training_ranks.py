@@ -17,6 +17,7 @@ from torchtune.models.llama3._component_builders import lora_llama3
 from layerskip_recipes import layerskip_decoder, processes
 from layerskip_recipes.cli.recipes import finetune
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.distributed.loading import load_from_rank0
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.layer_dropout import LayerDropout
 from layerskip_recipes.training import parallel
@@ -93,7 +94,7 @@ def sharded(family, keys, lora=False, dtype=torch.float32):
     cfg = FinetuneConfig.model_construct(device="cpu", dtype="fp32", **keys)
     mesh = parallel.Mesh(parallel.init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("replicate", "shard", "t")), 1, 2)
     parallel.shard_model(model, cfg, mesh, cfg.checkpoint_every_layers)
-    parallel.load_from_rank0(model, weights, CPU, dtype, offload=False)
+    load_from_rank0(model, weights, CPU, dtype, offload=False)
     return model.train()
 
 

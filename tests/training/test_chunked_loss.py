@@ -84,4 +84,4 @@ def test_a_loss_that_cannot_be_compiled_is_taken_as_it_is(monkeypatch):
         torch.testing.assert_close(loss(logits, labels, torch.tensor(1.0)), expected.detach())
         torch.testing.assert_close(logits, *torch.autograd.grad(expected, exact))
     (warning,) = warnings
-    assert "not compiled" in warning and "\n" not in warning
+    assert "could not be compiled" in warning and "\n" not in warning

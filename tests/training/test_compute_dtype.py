@@ -86,8 +86,3 @@ def test_autocast_of_the_loss():
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
         gradients[autocast] = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert 0 < (gradients[True] - gradients[False]).norm() < 0.1 * gradients[False].norm()
-
-
-def test_it_needs_weights_in_fp32(path):
-    with pytest.raises(ValueError, match=r"^compute_dtype: bf16 needs weights in fp32, and dtype is bf16\. Set "):
-        train(path, "dtype=bf16", "compute_dtype=bf16")
