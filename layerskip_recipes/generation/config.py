@@ -139,7 +139,9 @@ class GenerateConfig(DecodingConfig):
         if self.batch_size > 1:
             raise ConfigError(f"batch_size: {self.batch_size} does not work with prompt=interactive. Set batch_size=1")
         if self.output_file is not None:
-            raise ConfigError(f"output_file: {self.output_file!r} does not work with prompt=interactive. Set output_file=null")
+            raise ConfigError(
+                f"output_file: {self.output_file!r} does not work with prompt=interactive. Set output_file=null"
+            )
 
     def _check_output_file(self) -> None:
         """Check that `output_file` can be written and is no input of this run."""
