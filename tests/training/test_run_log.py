@@ -1,6 +1,7 @@
 """What a training logs: every exit, the config with versions and curriculum, in wandb and tensorboard."""
 
 import json
+import time
 import re
 from importlib.metadata import version
 
@@ -34,9 +35,11 @@ def test_wandb_offline_has_every_exit_and_the_config(tmp_path, tokenizer_folder,
     }  # fmt: skip
     train(finetune_config(tmp_path, tokenizer_folder, metric_logger=logger, dataset_val=VALIDATION))
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    for name in NAMES | EVERY_EXIT | {"versions", "layerskip-recipes", "curriculum"}:
-        assert name.encode() in content, name
+    names = {name.encode() for name in NAMES | EVERY_EXIT | {"versions", "layerskip-recipes", "curriculum"}}
+    until = time.monotonic() + 60  # wandb's own process writes the file, and may still do so
+    while (missing := {name for name in names if name not in record.read_bytes()}) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not missing
 
 
 def test_tensorboard_has_every_exit(tmp_path, tokenizer_folder):
