@@ -1,8 +1,8 @@
 """What a training logs: every exit, the config with versions and curriculum, in wandb and tensorboard."""
 
 import json
-import time
 import re
+import time
 from importlib.metadata import version
 
 import pytest
