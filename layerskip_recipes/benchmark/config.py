@@ -133,8 +133,9 @@ class BenchmarkConfig(DecodingConfig):
     """The only temperature if `temperatures` is missing, so a generation config can be measured unchanged."""
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
     """The maximum number of new tokens per prompt."""
-    repeats: PositiveInt = 3
-    """How many times each method decodes all prompts. The report has the median and the range."""
+    repeats: PositiveInt | None = None
+    """How many times each method decodes all prompts. The report has the median and the range. null: 3, or as few as
+    decode 12 prompts."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
     """Scores of the outputs against the prompts' references."""
     random_weights: Flag = False

@@ -6,6 +6,7 @@ figures, and tuner.py chooses variants.
 
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -27,9 +28,9 @@ from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_pr
 from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
-from layerskip_recipes.benchmark.tuner import LONGEST, Candidate, Tuner, check_config_path, write_choice
+from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device, weights_folder
-from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
@@ -83,6 +84,7 @@ class LayerSkipBenchmark:
             self._draw_prompts(model)
         else:
             self._read_prompts(model)
+        self.repeats = cfg.repeats or min(3, math.ceil(12 / len(self.prompts)))
         rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(
@@ -91,7 +93,7 @@ class LayerSkipBenchmark:
             )
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         # Weights, KV cache and activations must fit in memory.
-        nodes = 1 + max(longest, LONGEST if cfg.tune else 0)
+        nodes = 1 + max(longest, LONGEST_DRAFT if cfg.tune else 0)
         self.reserve = longest_prompt(self.prompts) + self.limit + nodes
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         drafts = self._drafts
@@ -225,11 +227,11 @@ class LayerSkipBenchmark:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
         cfg, interrupted, temperatures = self.cfg, True, self.cfg.all_temperatures
         try:
-            with tqdm(total=len(temperatures) * (1 + cfg.repeats * len(self.batches)), desc="batches") as bar:
+            with tqdm(total=len(temperatures) * (1 + self.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in temperatures:
                     peers = self.peers[temperature].items()
                     methods = self.methods | {name: peer for name, peer in peers if name not in self.turns.failed}
-                    for turn in self.turns.take(methods, temperature, cfg.repeats):
+                    for turn in self.turns.take(methods, temperature, self.repeats):
                         for name, run in turn.items():
                             self.runs[temperature, name].append(run)
                         bar.update()
@@ -311,7 +313,7 @@ class LayerSkipBenchmark:
             "prompt_tokens": statistics.mean(map(len, self.prompts)),
             "batch_size": len(self.batches[0]),
             "max_new_tokens": cfg.max_new_tokens,
-            "repeats": cfg.repeats,
+            "repeats": self.repeats,
             "seed": self.seed,
             "config": OmegaConf.to_container(cfg.source, resolve=True),
         }

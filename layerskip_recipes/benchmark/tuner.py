@@ -1,7 +1,7 @@
 """`layerskip_benchmark tune=true` finds the fastest way of drafting on this machine.
 
 1. Decode the prompts autoregressively.
-2. Run one teacher-forced pass over the texts: it gives the acceptance of every exit and draft vocabulary.
+2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary.
 3. Time a few short probes: they give the cost of the parts of a round.
 4. Predict the speed of every exit, draft length, draft vocabulary and draft precision with plan.py.
 5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES
+from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
@@ -33,8 +33,8 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.exit_quality import expected_rounds
 
-LONGEST = 12  # the longest draft, in tokens
 GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
@@ -66,15 +66,15 @@ class Candidate:
 
 
 @torch.no_grad()
-def measured_acceptance(
+def measured_rates(
     model: LayerSkipDecoder,
     texts: Iterable[tuple[Sequence[int], Sequence[int]]],
     vocabularies: Mapping[int | None, Sequence[int] | None],
     sampler: Sampler,
-    longest: int = LONGEST,
+    longest: int = LONGEST_DRAFT,
 ) -> dict[Way, list[float]]:
-    """[a_1, .., a_longest] for each exit and draft vocabulary, in one pass: a_k is the probability that the next k
-    drafted tokens are all accepted, a mean over the positions of `texts`, pairs of a prompt and the model's output.
+    """Expected tokens per round for drafts of 1 to `longest` tokens, for each exit and draft vocabulary, in one pass
+    over `texts`, pairs of a prompt and the model's output.
 
     A token drafted from q is accepted with probability sum_v min(p_v, q_v), which is 1 or 0 for greedy decoding.
     `vocabularies` maps the number of tokens to their ids, and None to None for the whole vocabulary.
@@ -82,28 +82,23 @@ def measured_acceptance(
     device = model.tok_embeddings.weight.device
     ids = {n: None if some is None else torch.tensor(some, device=device) for n, some in vocabularies.items()}
     exits = list(range(1, model.num_layers))
-    sums = {Way(e, n): torch.zeros(longest) for e, n in product(exits, ids)}
-    counts, drafted = torch.zeros(longest), 0
+    ways = [Way(e, n) for e, n in product(exits, ids)]
+    drafted, rounds = 0, torch.zeros(len(ways), longest, dtype=torch.float64)
     for prompt, output in texts:
         final, hidden = model.hidden_states(torch.tensor([[*prompt, *output]], device=device), exits)
         # Row i predicts output token i + 1. The prefill gives token 0, so it is never drafted.
         rows = slice(len(prompt), len(prompt) + len(output) - 1)
-        drafted += len(output) - 1
-        lengths = range(1, min(longest, len(output) - 1) + 1)
-        for k in lengths:
-            counts[k - 1] += len(output) - k
         whole = model.unembed(final[:, rows])[0]
+        accepted = []
         for e in exits:
             draft = model.unembed(hidden[e][:, rows])[0]
-            for n, some in ids.items():
-                accepted = _accepted(whole, draft, some, sampler).cpu()
-                in_a_row = torch.ones_like(accepted)
-                for k in lengths:  # in_a_row[i]: probability that tokens i .. i+k-1 are all accepted
-                    in_a_row = in_a_row[: len(accepted) - k + 1] * accepted[k - 1 :]
-                    sums[Way(e, n)][k - 1] += in_a_row.sum()
+            accepted += [_accepted(whole, draft, some, sampler).cpu() for some in ids.values()]
+        by_way = torch.stack(accepted)
+        drafted += by_way.shape[1]
+        rounds += expected_rounds(by_way, by_way, torch.ones_like(by_way, dtype=torch.bool), longest)
     if not drafted:
         raise ConfigError(NOTHING_TO_DRAFT)
-    return {way: (total / counts.clamp(min=1)).tolist() for way, total in sums.items()}
+    return dict(zip(ways, (drafted / rounds).tolist(), strict=True))
 
 
 def _accepted(whole: torch.Tensor, draft: torch.Tensor, ids: torch.Tensor | None, sampler: Sampler) -> torch.Tensor:
@@ -130,7 +125,7 @@ def fitted_costs(
         fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
         draft[int8] = StepCost(*fit.solution[:, 0].tolist())
     for (way, d), s in timed.items():
-        verified = d * batch_rows * (1 - way.exit_layer / num_layers)
+        verified = d * batch_rows * (1 - way.kept_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
@@ -179,20 +174,20 @@ class Tuner:
             raise ConfigError(NOTHING_TO_DRAFT)
         plain_s = plain.decode_s / plain.rounds
         precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
-        # Acceptance of each way, and times of the probes.
+        # Tokens per round of each way, and times of the probes.
         if self.cfg.tuned_draft is not None:
-            ways, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
+            rates, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             vocabularies = {None: None} | {n: self.frequent[:n] for n in sizes}
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
             sampler = self.cfg.sampler(self.temperature)
-            ways = with_int8(measured_acceptance(self.model, texts, vocabularies, sampler), precisions)
+            rates = with_int8(measured_rates(self.model, texts, vocabularies, sampler), precisions)
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
         costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.rows)
-        predictions = ranked(ways, costs)
+        predictions = ranked(rates, costs)
         chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
         found = [self._candidate(prediction) for prediction in chosen]
@@ -232,15 +227,16 @@ class Tuner:
     def _trained_draft(
         self, draft: SelfSpeculation, precisions: Sequence[bool]
     ) -> tuple[dict[Way, Sequence[float]], dict[tuple[Way, int], GenerationStats]]:
-        """Acceptance and times of a trained draft, from probes with drafts of 8 tokens."""
-        ways, timed = dict[Way, Sequence[float]](), {}
+        """Tokens per round and times of a trained draft, from probes with drafts of 8 tokens."""
+        rates, timed = dict[Way, Sequence[float]](), {}
         for int8 in precisions:
             way = Way(0, None, int8, own_layers=draft.own_layers())
             stats = timed[way, 8] = self._probe(way, 8)
             rounds = sum(stats.rounds_accepting.values())
-            at_least = [sum(n for k, n in stats.rounds_accepting.items() if k >= length) for length in range(1, 9)]
-            ways[way] = [n / rounds for n in at_least]
-        return ways, timed
+            # The tokens that the same rounds would have written with shorter drafts.
+            written = [sum(n * min(k, d) for k, n in stats.rounds_accepting.items()) for d in range(1, 9)]
+            rates[way] = [1 + accepted / rounds for accepted in written]
+        return rates, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:
         """Decode every batch once, after a warm-up."""

@@ -4,12 +4,12 @@
       "exits": [6, 12, 30],                             trained exits; more keys describe their training
       "vocabulary": [198, 11, ...],                     label tokens of the training data, most frequent first
       "measured": {
-        "on": "dataset_val", "labels": 20480, "num_speculations": 8,
-        "exits": {"6": {"all": {"matches": [0.69, ...], "overlap": 0.63}, "2048": ...}}
+        "on": "dataset_val", "labels": 20480,
+        "exits": {"6": {"all": {"greedy": [1.69, 2.2, ...], "sampled": [1.63, 2.1, ...]}, "2048": ...}}
       }
     }
 
-For a trained draft (drafts.py), "measured" has {"draft": {"matches": ..., "overlap": ...}} and there are no exits.
+For a trained draft (drafts.py), "measured" has {"draft": {"greedy": ..., "sampled": ...}} and there are no exits.
 """
 
 import json
@@ -24,27 +24,26 @@ from layerskip_recipes.errors import ConfigError, first_line
 DESCRIPTION = "layerskip.json"
 MOST_TOKENS = 16384  # maximum length of "vocabulary"
 DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
+LONGEST_DRAFT = 12  # the longest draft that is measured, in tokens
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Rates = Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)]
 
 
-class Acceptance(BaseModel):
-    """Agreement of drafted tokens with the last layer, teacher-forced."""
+class TokensPerRound(BaseModel):
+    """Expected tokens per round for drafts of 1, 2, .. tokens, teacher-forced (exit_quality.expected_rounds)."""
 
-    matches: Annotated[list[Share], Field(min_length=1)]
-    """matches[k - 1]: share of positions where the first k drafted tokens all equal the last layer's."""
-    overlap: Share
-    """Mean of sum_v min(p_v, q_v): the accept rate of the first drafted token when sampling at temperature 1."""
+    greedy: Rates
+    sampled: Rates
+    """At temperature 1."""
 
 
 class Measured(BaseModel):
     on: Literal["dataset_val", "training"]
     labels: int
-    num_speculations: int
-    exits: dict[int, dict[str, Acceptance]] = {}
+    exits: dict[int, dict[str, TokensPerRound]] = {}
     """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
-    draft: Acceptance | None = None
-    """Acceptance of a trained draft with its own vocabulary."""
+    draft: TokensPerRound | None = None
+    """Of a trained draft with its own vocabulary."""
 
 
 class TrainedExits(BaseModel):

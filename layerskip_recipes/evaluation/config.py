@@ -87,8 +87,7 @@ class EvalConfig(RecipeConfig):
     layers: Layers | None = None
     """The layers to measure as exits, such as "0::4" or "3,7"; null for all. The last exit is always measured."""
     num_speculations: Annotated[int, Field(ge=1, examples=[6])] | None = None
-    """The draft length for the expected number of leading tokens on which an exit agrees with the last layer; null
-    is 6."""
+    """The draft length for the expected number of accepted tokens per round; null is 6."""
     picture: Annotated[Text, Field(examples=["exits.png"])] | None = None
     """A .png, .pdf or .svg file for a plot of loss and agreement over the exits of every checkpoint."""
 

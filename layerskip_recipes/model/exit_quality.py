@@ -28,28 +28,42 @@ class ExitQuality:
     loss: float  # nats per token
     accuracy: float  # fraction of labels that are the exit's most likely token
     exact_match: float  # fraction of samples (or packs) in which all labels are the exit's most likely tokens
-    accepted_length: float | None  # mean leading matches among d drafted tokens; None without d labels in a row
-    acceptance: dict[str, dict[str, Any]] = field(repr=False)
-    """By draft vocabulary: "matches" [d], the fraction of positions whose first k drafted tokens equal the last
-    layer's, and "overlap", the mean of sum_v min(p_v, q_v)."""
+    agreement: float  # fraction of labels at which the exit and the last layer choose the same token
+    overlap: float  # mean of sum_v min(p_v, q_v): the accept rate of a sampled token at temperature 1
+    accepted_length: float | None  # greedily accepted tokens per round of d drafted ones; None without any text
+    tokens_per_round: dict[str, dict[str, list[float]]] = field(repr=False)
+    """By draft vocabulary, "greedy" and "sampled" (at temperature 1): expected tokens per round of 1 to d drafted ones,
+    the token after the accepted ones included. A text is two labels in a row, or more; {} without one."""
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700))
 
-    @property
-    def agreement(self) -> float:
-        """The fraction of labels at which the exit and the last layer choose the same token."""
-        return self.acceptance[ALL]["matches"][0]
-
-    @property
-    def overlap(self) -> float:
-        """The accept rate of a sampled token at temperature 1."""
-        return self.acceptance[ALL]["overlap"]
-
     def report(self) -> dict[str, float | None]:
         names = ("loss", "perplexity", "accuracy", "exact_match", "agreement", "overlap", "accepted_length")
         return {name: getattr(self, name) for name in names}
+
+
+def expected_rounds(first: torch.Tensor, later: torch.Tensor, text: torch.Tensor, longest: int) -> torch.Tensor:
+    """The expected number of rounds that write the texts [..], for drafts of 1 to d = `longest` tokens: [.., d].
+
+    first, later [.., s]: the probability that a token is accepted as the first of a draft, or as a later one. text
+    [.., s]: True for tokens of a text; tokens that are not part of it separate texts.
+
+    A round at token i accepts at least k tokens with probability S_k(i) = first_i later_(i+1) .. later_(i+k-1). So
+    the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) + sum_k S_k(i) (R(i+k+1) - R(i+k)), or
+    with G(i) = R(i) - R(i+1): G(i) = 1 - sum_k S_k(i) G(i+k). The sum of G is R at the first token.
+    """
+    first, later = (torch.where(text, x, 0.0).double() for x in (first, later))
+    reach = F.pad(later, (0, longest)).unfold(-1, longest, 1)[..., :-1, :].clone()
+    reach[..., 0] = first
+    reach = reach.cumprod(-1)[..., None]  # S_k(i): [.., s, k, 1]
+    within = torch.ones(longest, longest, dtype=torch.float64).triu()  # [k, d]: k <= d
+    more = first.new_zeros(*first.shape[:-1], first.shape[-1] + longest, longest)  # G(i) for each d
+    for i in reversed(range(first.shape[-1])):
+        fewer = (reach[..., i, :, :] * within * more[..., i + 1 : i + 1 + longest, :]).sum(-2)
+        more[..., i, :] = torch.where(text[..., i, None], 1 - fewer, 0.0)
+    return more.sum(-2)
 
 
 @torch.no_grad()  # not inference mode: FSDP could not reuse its tensors in training
@@ -122,8 +136,8 @@ class _Draft:
 class _Sums:
     """Sums over all batches.
 
-    `exits` [E, 4]: loss, correct tokens, samples with all tokens correct, samples. `drafts` [D, 1 + 2 d]: overlap, and
-    the counts of `_Batch._positions`.
+    `exits` [E, 4]: loss, correct tokens, samples with all tokens correct, samples. `drafts` [D, 2, 1 + d], greedy and
+    sampled: acceptance of the first drafted token, and rounds for drafts of 1 to d tokens. `tokens`: written in rounds.
     """
 
     def __init__(
@@ -132,38 +146,37 @@ class _Sums:
         self.of_exits, self.of_drafts, self.num_speculations = exits, drafts, num_speculations
         widest = torch.float32 if device.type == "mps" else torch.float64
         self.exits = torch.zeros(len(exits), 4, dtype=widest, device=device)
-        self.drafts = torch.zeros(len(drafts), 1 + 2 * num_speculations, dtype=widest, device=device)
+        self.drafts = torch.zeros(len(drafts), 2, 1 + num_speculations, dtype=widest, device=device)
+        self.tokens = torch.zeros(1, dtype=widest, device=device)
 
     def quality(self, add_up: Callable[[torch.Tensor], torch.Tensor], last: int, key: str) -> dict[int, ExitQuality]:
         """The quality of each exit, over all processes."""
         # Sum over processes.
-        d, width = self.num_speculations, self.drafts.shape[1]
-        all_sums = add_up(torch.cat([self.exits.flatten(), self.drafts.flatten()])).cpu()
-        exits, drafts = all_sums[: self.exits.numel()].view(-1, 4), all_sums[self.exits.numel() :].view(-1, width)
-        # The last layer always agrees with itself, so its sums count the labels and the windows of d labels in a row.
-        itself = [draft.exit_layer for draft in self.of_drafts].index(last)
-        count, windows = drafts[itself, 1].item(), drafts[itself, d].item()
+        parts = [self.exits, self.drafts, self.tokens]
+        all_sums = add_up(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
+        exits, drafts, [tokens] = (sums.view_as(part) for sums, part in zip(all_sums, parts, strict=True))
+        # The last layer always agrees with itself, so its sum counts the labels.
+        count = drafts[[draft.exit_layer for draft in self.of_drafts].index(last), 0, 0].item()
         if not count > 0:
             raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-        acceptance: dict[int, dict[str, dict[str, Any]]] = {e: {} for e in self.of_exits}
-        for draft, (overlap, *positions) in zip(self.of_drafts, drafts.tolist(), strict=True):
-            # A product of conditional fractions, because positions near a text's end have fewer than d labels.
-            matches, fraction = [], 1.0
-            for agreed, possible in zip(positions[:d], positions[d:], strict=True):
-                fraction *= agreed / possible if possible else 0.0
-                matches.append(fraction)
-            acceptance[draft.exit_layer][draft.name] = {"matches": matches, "overlap": min(overlap / count, 1.0)}
-        return {
-            e: ExitQuality(
+        shares, rates = drafts[:, :, 0] / count, (tokens / drafts[:, :, 1:]).tolist()
+        quality = {}
+        for e, (loss, right, exact, samples) in zip(self.of_exits, exits.tolist(), strict=True):
+            own = {draft.name: i for i, draft in enumerate(self.of_drafts) if draft.exit_layer == e}
+            agreement, overlap = shares[own[ALL]].tolist()
+            quality[e] = ExitQuality(
                 labels=round(count),
                 loss=loss / count,
                 accuracy=right / count,
                 exact_match=exact / samples,
-                accepted_length=sum(acceptance[e][ALL]["matches"]) if windows else None,
-                acceptance=acceptance[e],
+                agreement=agreement,
+                overlap=min(overlap, 1.0),
+                accepted_length=rates[own[ALL]][0][-1] - 1 if tokens else None,
+                tokens_per_round={
+                    name: dict(zip(("greedy", "sampled"), rates[i], strict=True)) for name, i in own.items() if tokens
+                },
             )
-            for e, (loss, right, exact, samples) in zip(self.of_exits, exits.tolist(), strict=True)
-        }
+        return quality
 
 
 class _Batch:
@@ -182,14 +195,12 @@ class _Batch:
 
     def compare(self, head: Head, last: int) -> None:
         """Compare the kept exits with the last layer, and add to the sums."""
-        # Per exit and label: is it right? Per draft, step and label: does it agree with the last layer?
+        # Per exit and label: is it right? Per draft and label: is it accepted, greedily and when sampled, as the first
+        # drafted token and as a later one?
         final_states = self.states[last][0]
         right = torch.empty(len(self.sums.of_exits), len(self.labels), dtype=torch.bool, device=final_states.device)
+        accepted = final_states.new_empty(2, len(self.sums.of_drafts), 2, len(self.labels), dtype=torch.float32)
         size, computing = chunk_tokens(final_states.device.type), compute_dtype(final_states)
-        agrees = [
-            [torch.empty_like(self.labels, dtype=torch.bool) for _ in self.states[draft.exit_layer]]
-            for draft in self.sums.of_drafts
-        ]
         by_exit = {e: [(i, d) for i, d in enumerate(self.sums.of_drafts) if d.exit_layer == e] for e in self.states}
         # Cast the head once; autocast would cast it for each chunk and exit.
         with head.using([parameter.to(computing) for parameter in head.parameters]):
@@ -205,38 +216,27 @@ class _Batch:
                             right[index, part] = logits.argmax(-1) == labels
                         for number, draft in by_exit[e]:
                             z = logits[:, draft.ids]
-                            agrees[number][later][part] = draft.best(z) == top
-                            if not later:
-                                self.sums.drafts[number, 0] += torch.minimum(p[:, draft.ids], z.softmax(-1)).sum()
-        # Counts over samples and positions.
+                            overlap = torch.minimum(p[:, draft.ids], z.softmax(-1)).sum(-1)
+                            # Where all drafted tokens have the same state, it is the later tokens' state too.
+                            accepted[later:, number, 0, part] = (draft.best(z) == top).float()
+                            accepted[later:, number, 1, part] = overlap
+        # Counts over samples.
         self.sums.exits[:, 1] += right.sum(-1)
         has_labels = self.counts.any(-1)
         for index, flags in enumerate(right):
             wrong = self._by_position(~flags).any(-1)
             self.sums.exits[index, 2] += (has_labels & ~wrong).sum()
             self.sums.exits[index, 3] += has_labels.sum()
-        for number, flags in enumerate(agrees):
-            self.sums.drafts[number, 1:] += self._positions(flags)
+        # Rounds. The first token of a text comes from its prefill. Many small operations: on the CPU.
+        text = (self.counts & F.pad(self.counts[:, :-1], (1, 0))).cpu()
+        first_drafted, later_drafted = self._by_position(accepted).cpu()
+        rounds = expected_rounds(first_drafted, later_drafted, text, self.sums.num_speculations).sum(-2)
+        self.sums.drafts[:, :, 0] += accepted[0].sum(-1)
+        self.sums.drafts[:, :, 1:] += rounds.to(self.sums.drafts)
+        self.sums.tokens += text.sum()
 
-    def _positions(self, agrees: list[torch.Tensor]) -> torch.Tensor:
-        """[2 d]: for each k, the number of positions where the first k tokens agree; then for each k, the number where
-        the k-th token could agree: the first k - 1 agree, and there are k labels in a row."""
-        first, later = (self._by_position(flags) for flags in (agrees[0], agrees[-1]))
-        agreed, possible, run = [], [], self.counts
-        for k in range(self.sums.num_speculations):
-            run = run & _ahead(self.counts, k)
-            possible.append(run.sum())
-            run = run & _ahead(later if k else first, k)
-            agreed.append(run.sum())
-        return torch.stack(agreed + possible)
-
-    def _by_position(self, flags: torch.Tensor) -> torch.Tensor:
-        """[labels] -> [b, s], False where no label counts."""
-        by_position = torch.zeros_like(self.counts)
-        by_position.view(-1)[self.rows] = flags
-        return by_position
-
-
-def _ahead(flags: torch.Tensor, k: int) -> torch.Tensor:
-    """Flags [b, s] shifted left by k positions, False past the end."""
-    return F.pad(flags[:, k:], (0, min(k, flags.shape[1])))
+    def _by_position(self, values: torch.Tensor) -> torch.Tensor:
+        """[.., labels] -> [.., b, s], zero where no label counts."""
+        by_position = values.new_zeros(*values.shape[:-1], self.counts.numel())
+        by_position[..., self.rows] = values
+        return by_position.unflatten(-1, self.counts.shape)

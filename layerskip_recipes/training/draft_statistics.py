@@ -1,6 +1,5 @@
 """Statistics in layerskip.json that help to choose a draft: frequent label tokens, and measured acceptance."""
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, MOST_TOKENS, exits_to_measure
+from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, MOST_TOKENS, exits_to_measure
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -19,7 +18,6 @@ from layerskip_recipes.training.validation import Validation, quality_in_trainin
 
 # Data to measure in each process, about as much as two training steps read.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
-NUM_SPECULATIONS = 8
 
 
 class DraftStatistics:
@@ -94,27 +92,22 @@ class DraftStatistics:
                 self.device,
                 self.mesh,
                 draft=draft,
-                num_speculations=NUM_SPECULATIONS,
+                num_speculations=LONGEST_DRAFT,
                 **options,
             )
         except ConfigError:  # no label counts
             return None
-        if any(math.isnan(found["overlap"]) for e in early for found in quality[e].acceptance.values()):
-            return None  # the last step ruined the weights
-        measured = {
-            "on": "dataset_val" if self.validation.on else "training",
-            "labels": quality[early[0]].labels,
-            "num_speculations": NUM_SPECULATIONS,
+        if not all(quality[e].overlap >= 0 and quality[e].tokens_per_round for e in early):
+            return None  # the last step ruined the weights, or there is no text of two tokens
+        measured = {"on": "dataset_val" if self.validation.on else "training", "labels": quality[early[0]].labels}
+        by_exit = {
+            e: {
+                name: {kind: [round(n, 4) for n in tokens] for kind, tokens in found.items()}
+                for name, found in quality[e].tokens_per_round.items()
+            }
+            for e in early
         }
-        if draft is not None:
-            return measured | {"draft": _rounded(quality[0].acceptance["all"])}
-        by_exit = {e: {name: _rounded(found) for name, found in quality[e].acceptance.items()} for e in early}
-        return measured | {"exits": by_exit}
-
-
-def _rounded(acceptance: dict[str, Any]) -> dict[str, Any]:
-    matches = [round(share, 5) for share in acceptance["matches"]]
-    return {"matches": matches, "overlap": round(acceptance["overlap"], 5)}
+        return measured | ({"exits": by_exit} if draft is None else {"draft": by_exit[0]["all"]})
 
 
 def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

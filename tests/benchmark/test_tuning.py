@@ -2,10 +2,10 @@
 
 import itertools
 import json
-import math
 
 import pytest
 import torch
+from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.tiny import VOCAB, make_tiny
 
@@ -13,7 +13,7 @@ from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.benchmark.tuner import fitted_costs, grid, measured_acceptance, pick, write_config
+from layerskip_recipes.benchmark.tuner import fitted_costs, grid, measured_rates, pick, write_config
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
@@ -36,8 +36,8 @@ def small_layers(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_acceptance_of_exits_and_vocabularies(temperature):
-    """By hand: sum min(p, q) at each position, and products of 1, 2, .. positions in a row."""
+def test_tokens_per_round_of_exits_and_vocabularies(temperature):
+    """By hand: sum min(p, q) at each position, and the rounds that follow from it."""
     model, longest = small_layers(make_tiny()), 4
     sampler = Sampler(temperature, top_k=20)
     prompts, rng = [[1, 2, 3], [5, 6, 7, 8]], torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def test_acceptance_of_exits_and_vocabularies(temperature):
     outputs[1] = outputs[1][:3]  # a text that ends early
     some = list(range(0, VOCAB, 2))
     texts = list(zip(prompts, outputs, strict=True))
-    found = measured_acceptance(model, texts, {None: None, len(some): some}, sampler, longest)
+    found = measured_rates(model, texts, {None: None, len(some): some}, sampler, longest)
     assert set(found) == {Way(e, n) for e in range(1, L) for n in (None, len(some))}
 
     def distribution(logits, allowed):
@@ -57,21 +57,20 @@ def test_acceptance_of_exits_and_vocabularies(temperature):
             return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
         return masked.where(masked >= masked.topk(20).values[-1], -torch.inf).softmax(-1)
 
-    for way, likely in found.items():
+    for way, rates in found.items():
         allowed = some if way.vocabulary else list(range(VOCAB))
-        overlaps = []
-        for prompt, output in texts:
+        accepted, counts = torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+        for row, (prompt, output) in enumerate(texts):
+            counts[row, : len(output)] = True
             with torch.no_grad():
                 tokens = torch.tensor([prompt + output])
                 p, q = model(tokens)[0], model(tokens, exit_layer=way.exit_layer)[0]
             rows = range(len(prompt), tokens.shape[1] - 1)
             everything = list(range(VOCAB))
-            overlaps.append(
-                [torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum().item() for r in rows]
-            )
-        for k in range(1, longest + 1):
-            runs = [math.prod(o[i : i + k]) for o in overlaps for i in range(len(o) - k + 1)]
-            assert likely[k - 1] == pytest.approx(sum(runs) / len(runs), abs=1e-5)
+            for i, r in enumerate(rows):
+                overlap = torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum()
+                accepted[row, i + 1] = overlap
+        assert rates == pytest.approx(tokens_per_round(accepted, accepted, counts, range(1, longest + 1)), abs=1e-5)
     assert found[Way(5)][0] > found[Way(1)][0]  # the later exit knows more
 
 
@@ -82,7 +81,7 @@ def test_costs_are_found_from_probes():
 
     def probe(way, d):
         seconds = draft[way.int8].seconds(way.exit_layer, way.vocabulary or 1000)
-        verify = 0.033 * (1 + 0.04 * d * (1 - way.exit_layer / 32))
+        verify = 0.033 * (1 + 0.04 * d * (1 if way.int8 else 1 - way.exit_layer / 32))
         stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
         stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
         return stats
@@ -95,8 +94,8 @@ def test_costs_are_found_from_probes():
 
 def test_the_best_few_and_the_grid():
     costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
-    likely = {Way(e, n): [0.9**k for k in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
-    predictions = ranked(likely, costs)
+    rates = {Way(e, n): [10 - 9 * 0.9**d for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
+    predictions = ranked(rates, costs)
     picked = pick(predictions)
     assert picked[0] == predictions[0] and picked[0].way == Way(1, 50) and len(picked) == 4
     for a, b in itertools.combinations(picked, 2):
@@ -247,4 +246,4 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
 def test_outputs_of_one_token():
     model = small_layers(make_tiny())
     with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
-        measured_acceptance(model, [([1, 2], [3])], {None: None}, Sampler(0.0))
+        measured_rates(model, [([1, 2], [3])], {None: None}, Sampler(0.0))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from layerskip_recipes.checkpoint.trained_exits import Acceptance, read_trained_exits, write_description
+from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, read_trained_exits, write_description
 from layerskip_recipes.errors import ConfigError
 
 DESCRIPTION = {
@@ -13,8 +13,7 @@ DESCRIPTION = {
     "measured": {
         "on": "dataset_val",
         "labels": 99,
-        "num_speculations": 2,
-        "exits": {"2": {"512": {"matches": [0.5, 0.25], "overlap": 0.4}, "all": {"matches": [1, 0.5], "overlap": 1}}},
+        "exits": {"2": {name: {"greedy": [1.5, 1.75], "sampled": [1.4, 1.5]} for name in ("512", "all")}},
     },
     "curriculum": None,
     "layer_dropout": {"prob": 0.1},
@@ -28,7 +27,7 @@ def test_what_is_written_is_read(tmp_path):
     assert '\n  "vocabulary": [5, 3, 7],\n' in text and '\n        "512": {' in text
     found = read_trained_exits(tmp_path)
     assert found.exits == [2, 4, 8] and found.vocabulary == [5, 3, 7] and found.measured.labels == 99
-    assert found.measured.exits[2]["512"] == Acceptance(matches=[0.5, 0.25], overlap=0.4)
+    assert found.measured.exits[2]["512"] == TokensPerRound(greedy=[1.5, 1.75], sampled=[1.4, 1.5])
 
 
 def test_a_file_of_earlier_versions_names_the_exits_only(tmp_path):
@@ -44,10 +43,12 @@ def test_a_file_of_earlier_versions_names_the_exits_only(tmp_path):
         ("", "Invalid JSON"),
         ("[]", "Input should be an object"),
         ('{"exits": ["a"]}', "exits.0: Input should be a valid integer"),
-        ('{"measured": {"on": "elsewhere", "labels": 1, "num_speculations": 8}}', "measured.on: "),
+        ('{"measured": {"on": "elsewhere", "labels": 1}}', "measured.on: "),
         (
-            json.dumps(DESCRIPTION | {"measured": DESCRIPTION["measured"] | {"exits": {"2": {"all": {"overlap": 2}}}}}),
-            "measured.exits.2.all.matches: Field required",
+            json.dumps(
+                DESCRIPTION | {"measured": DESCRIPTION["measured"] | {"exits": {"2": {"all": {"sampled": [2]}}}}}
+            ),
+            "measured.exits.2.all.greedy: Field required",
         ),
     ],
 )

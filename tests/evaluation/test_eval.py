@@ -64,15 +64,15 @@ def test_hidden_states_are_kept_at_the_labels_only():
     assert counts == [0, *[1] * 7]  # the layer's own input
 
 
-def test_an_accepted_length_needs_as_many_labels_in_a_row():
-    """Answers of 4 tokens say nothing about drafts of 6, and of 3 they do."""
+@pytest.mark.parametrize(("length", "drafts", "expected"), [(1, 3, None), (2, 3, 0.0), (5, 6, 3.0), (9, 3, 3.0)])
+def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected):
+    """The first token of an answer comes from its prefill, and the last round of a short answer is short."""
     model = layerskip_decoder(llama3_2(**SIZE)).eval()
     labels = torch.full((2, 16), -100)
-    labels[:, 5:9] = 7
-    for drafts, expected in ((6, None), (3, 3.0)):
-        batch = {"tokens": torch.ones(2, 16, dtype=torch.long), "labels": labels.clone()}
-        quality = exit_quality(model, [batch], [2, 4], torch.device("cpu"), num_speculations=drafts)
-        assert quality[4].accepted_length == expected and quality[4].agreement == 1
+    labels[:, 5 : 5 + length] = 7
+    batch = {"tokens": torch.ones(2, 16, dtype=torch.long), "labels": labels}
+    quality = exit_quality(model, [batch], [2, 4], torch.device("cpu"), num_speculations=drafts)
+    assert quality[4].accepted_length == expected and quality[4].agreement == 1
 
 
 def json_texts(folder: Path, lengths: list[int]) -> dict[str, str]:

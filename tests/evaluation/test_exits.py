@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.acceptance import matches
+from helpers.acceptance import tokens_per_round
 from helpers.configs import MODEL, eval_config, make_checkpoint, write_yaml
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
@@ -38,8 +38,9 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
         agree = (logits[e].argmax(-1) == logits[4].argmax(-1)).float().mean().item()
         assert quality["agreement"] == pytest.approx(agree, abs=1e-3)
         assert quality["accuracy"] == pytest.approx((logits[e].argmax(-1) == labels).float().mean().item(), abs=1e-3)
-        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1)
-        assert quality["accepted_length"] == pytest.approx(sum(matches(same, 3)), abs=1e-3)
+        same = (logits[e].argmax(-1) == logits[4].argmax(-1)).view(len(tokens), -1).double()
+        [expected] = tokens_per_round(same, same, torch.ones_like(same) == 1, [3])
+        assert quality["accepted_length"] == pytest.approx(expected - 1, abs=1e-3)
         p, q = logits[4].softmax(-1), logits[e].softmax(-1)
         assert quality["overlap"] == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-4)
     assert (tmp_path / "exits.png").read_bytes()[:4] == b"\x89PNG"

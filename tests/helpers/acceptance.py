@@ -1,30 +1,35 @@
-"""Shared by tests: matches."""
+"""Shared by tests: tokens_per_round."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 
 
-def matches(
-    agrees: torch.Tensor, drafts: int, counts: torch.Tensor | None = None, later: torch.Tensor | None = None
+def tokens_per_round(
+    first: torch.Tensor, later: torch.Tensor, counts: torch.Tensor, drafts: Sequence[int]
 ) -> list[float]:
-    """For each k the probability that k drafted tokens agree, position by position: the product of the shares at which
-    the i-th agrees where those before it do, over positions with i labels in a row.
+    """The tokens per round for each draft length, found by following the rounds of each text from its first token on.
 
-    Args:
-        agrees, counts: [b, s].
-        later: [b, s], of all drafted tokens but the first, if they differ.
+    first, later [b, s]: the probability that a token is accepted as the first drafted one, or as a later one. counts
+    [b, s]: True for the tokens of texts. A text's first token comes from its prefill.
     """
-    counts = torch.ones_like(agrees) if counts is None else counts
-    later = agrees if later is None else later
-    shares = []
-    for k in range(1, drafts + 1):
-        hits, could = 0, 0
-        for first, others, there in zip(agrees.tolist(), later.tolist(), counts.tolist(), strict=True):
-            for i in range(len(first) - k + 1):
-                in_a_row = [first[i], *others[i + 1 : i + k]]
-                if all(there[i : i + k]) and all(in_a_row[:-1]):
-                    could += 1
-                    hits += in_a_row[-1]
-        shares.append(hits / could if could else 0.0)
-    return [math.prod(shares[:k]) for k in range(1, drafts + 1)]
+    texts = []
+    for a, b, there in zip(first.tolist(), later.tolist(), counts.tolist(), strict=True):
+        starts = [i for i in range(len(there)) if there[i] and (i == 0 or not there[i - 1])]
+        for start in starts:
+            end = next((i for i in range(start, len(there)) if not there[i]), len(there))
+            texts.append((a[start + 1 : end], b[start + 1 : end]))
+    found = []
+    for d in drafts:
+        rounds = 0.0
+        for a, b in texts:
+            begins = [1.0] + [0.0] * (len(a) + d + 1)  # the probability that a round begins at a token
+            for i in range(len(a)):
+                reached = begins[i]
+                for k, p in enumerate([*a[i : i + 1], *b[i + 1 : i + d]]):
+                    begins[i + k + 1] += reached * (1 - p)
+                    reached *= p
+                begins[min(i + d + 1, len(a))] += reached
+            rounds += sum(begins[: len(a)])
+        found.append(sum(len(a) for a, _ in texts) / rounds)
+    return found

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.acceptance import matches
+from helpers.acceptance import tokens_per_round
 from helpers.tiny import VOCAB, make_tiny, unembedded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,14 +35,17 @@ def counted(batch):
     return F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
 
 
-def agreement(final, logits, ids):
-    """[b, s], padded to 20 positions: whether the best of some tokens is the last layer's."""
-    return F.pad(torch.tensor(ids)[logits[..., ids].argmax(-1)] == final.argmax(-1), (0, 20 - final.shape[1]))
+def acceptance(final, logits, ids):
+    """[2, b, s], padded to 20 positions: whether the best of some tokens is the last layer's; sum_v min(p_v, q_v)."""
+    agrees = torch.tensor(ids)[logits[..., ids].argmax(-1)] == final.argmax(-1)
+    overlap = torch.minimum(final.softmax(-1)[..., ids], logits[..., ids].softmax(-1)).sum(-1)
+    return F.pad(torch.stack([agrees.to(overlap), overlap]), (0, 20 - final.shape[1]))
 
 
-def overlaps(final, logits, ids, counts):
-    """sum_v min(p_v, q_v) at each label, q over some tokens."""
-    return torch.minimum(final.softmax(-1)[..., ids], logits[..., ids].softmax(-1)).sum(-1)[counts]
+def check_rates(found, first, later, counts):
+    """Tokens per round of 1 to 8 drafted tokens, greedily and sampled."""
+    for kind, a, b in zip(("greedy", "sampled"), first, later, strict=True):
+        assert found[kind] == pytest.approx(tokens_per_round(a, b, counts, range(1, 9)), abs=1e-5), kind
 
 
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
@@ -60,14 +63,15 @@ def test_acceptance_by_draft_vocabulary(family, float64):
                 _, hidden = model.hidden_states(batch["tokens"], exits=[e, 6])
                 pairs.append([unembedded(model, hidden[x]).double() for x in (6, e)])
             for name, ids in {"all": [*range(VOCAB)], "3": FREQUENT[:3], "30": FREQUENT[:30]}.items():
-                agrees = torch.cat([agreement(*pair, ids) for pair in pairs])
-                shared = [overlaps(*pair, ids, counted(batch)) for pair, batch in zip(pairs, batches, strict=True)]
-                acceptance = found[e].acceptance[name]
-                assert acceptance["matches"] == pytest.approx(matches(agrees, 8, counts), abs=1e-9), name
-                assert acceptance["overlap"] == pytest.approx(torch.cat(shared).mean().item(), abs=1e-6), name
-            assert found[e].agreement == found[e].acceptance["all"]["matches"][0]
-    assert list(found[6].acceptance) == ["all"] and found[6].overlap == pytest.approx(1)
-    assert found[6].acceptance["all"]["matches"] == [1.0] * 8
+                accepted = torch.cat([acceptance(*pair, ids) for pair in pairs], 1)
+                check_rates(found[e].tokens_per_round[name], accepted, accepted, counts)
+                if name == "all":
+                    means = accepted[:, counts].mean(-1).tolist()
+                    assert [found[e].agreement, found[e].overlap] == pytest.approx(means, abs=1e-6)
+            assert found[e].accepted_length == found[e].tokens_per_round["all"]["greedy"][-1] - 1
+    assert list(found[6].tokens_per_round) == ["all"] and found[6].overlap == pytest.approx(1)
+    # The last layer writes texts of 5, 8; 6, 6; and 8, 13 tokens after the first, up to 9 tokens in a round.
+    assert found[6].tokens_per_round["all"]["greedy"][-1] > 5 and found[6].agreement == 1
 
 
 @pytest.mark.parametrize("vocabulary", [None, FREQUENT], ids=["all", "some"])
@@ -84,10 +88,9 @@ def test_acceptance_of_a_trained_draft(kind, vocabulary):
     with torch.no_grad():
         x, last = draft.teacher_states(model, batch["tokens"])
         final, *logits = (model.output(state).float() for state in (last, *draft.states(x, last)))
-    counts, (first, *later) = counted(batch), [agreement(final, one, ids) for one in logits]
-    expected = matches(first, 8, F.pad(counts, (0, 6)), *later)
-    assert found.acceptance["all"]["matches"] == pytest.approx(expected, abs=1e-6) and found.agreement > 0
-    assert found.overlap == pytest.approx(overlaps(final, logits[0], ids, counts).mean().item(), abs=1e-5)
+    counts, accepted = F.pad(counted(batch), (0, 6)), [acceptance(final, one, ids) for one in logits]
+    check_rates(found.tokens_per_round["all"], accepted[0], accepted[-1], counts)
+    assert found.agreement > 0 and found.overlap == pytest.approx(accepted[0][1, counts].mean().item(), abs=1e-5)
 
 
 class CountedCasts(TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 
 from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.checkpoint.drafts import read_description
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Acceptance, TrainedExits, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, TokensPerRound, TrainedExits, read_trained_exits
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.generation.drafting.plan import (
@@ -21,10 +21,10 @@ from layerskip_recipes.generation.drafting.plan import (
     Costs,
     Prediction,
     Way,
-    accepted,
     estimated_costs,
     known_ways,
     ranked,
+    tokens_per_round,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -103,12 +103,12 @@ def choose_drafts(
     # Only the vocabularies, precisions and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
-    likely = {way: accepted(measured, temperature) for way, measured in ways.items()}
+    rates = {way: tokens_per_round(measured, temperature) for way, measured in ways.items()}
     precisions = [False, True] if int8 else [False]
     if "draft_quantizer" in given:
         precisions = [section.draft_quantizer is not None]
     lengths = [section.num_speculations] if "num_speculations" in given else None
-    best = ranked(with_int8(likely, precisions), costs, lengths)[0]
+    best = ranked(with_int8(rates, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
@@ -146,23 +146,23 @@ def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExit
     return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
 
 
-def _trained_draft(folder: str, key: str) -> dict[Way, Acceptance]:
+def _trained_draft(folder: str, key: str) -> dict[Way, TokensPerRound]:
     read = read_description(folder, key)
     below, rows = 0 if read.kind == "copy" else read.exit_layer, read.vocabulary and len(read.vocabulary)
     return {Way(below, rows or None, own_layers=read.num_layers): (read.measured and read.measured.draft) or ASSUMED}
 
 
-def _of_vocabulary(ways: Mapping[Way, Acceptance], given: int | list[int] | None) -> dict[Way, Acceptance]:
+def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance of the next smaller measured vocabulary."""
     if given is None:
-        return {way: likely for way, likely in ways.items() if way.vocabulary is None or way.own_layers is not None}
+        return {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
     size = given if isinstance(given, int) else len(given)
-    found: dict[Way, Acceptance] = {}
+    found: dict[Way, TokensPerRound] = {}
     by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or 0)
-    for way, likely in by_size:
+    for way, rates in by_size:
         wanted = way._replace(vocabulary=size)
         if (way.vocabulary or 0) <= size or wanted not in found:
-            found[wanted] = likely
+            found[wanted] = rates
     return found
 
 

@@ -1,14 +1,13 @@
 """Predicts the fastest way of drafting: expected tokens divided by seconds per round, for each exit, draft length,
 draft vocabulary and precision.
 
-    speed-up = (1 + a_1 + .. + a_d) t / (d c + v + o)
+    speed-up = n t / (d c + v + o)
 
-a_k is the probability that the first k drafted tokens are all accepted. t is the time of a plain step, c of a draft
-step, v of the verification pass over d + 1 tokens, and o the overhead of a round. Training stores the acceptance in the
-checkpoint; `estimated_costs` estimates the times from the weights' bytes. The tuner measures both.
+n is the expected number of tokens in a round of d drafted tokens, t the time of a plain step, c of a draft step, v of
+the verification pass over d + 1 tokens, and o the overhead of a round. Training stores n for each d in the checkpoint;
+`estimated_costs` estimates the times from the weights' bytes. The tuner measures both.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,19 +15,25 @@ from typing import NamedTuple
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.trained_exits import Acceptance, TrainedExits, exit_that_drafts
+from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, TrainedExits, exit_that_drafts
 
-ASSUMED = Acceptance(matches=[0.7**k for k in range(1, 9)], overlap=0.7)  # of an unmeasured trained exit
+# Of an unmeasured trained exit: each drafted token is accepted with probability 0.7.
+ASSUMED = TokensPerRound(**{key: [(1 - 0.7**n) / 0.3 for n in range(2, 10)] for key in ("greedy", "sampled")})
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 
 
 class Way(NamedTuple):
     """A way of drafting, except for the draft length."""
 
-    exit_layer: int  # verification continues from here; 0: it runs all layers
+    exit_layer: int  # the model's layers that draft; 0 for a trained draft of its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
     own_layers: int | None = None  # a trained draft's layers, which run after the model's first `exit_layer` layers
+
+    @property
+    def kept_layers(self) -> int:
+        """The layers whose states verification takes from the draft; quantised layers have other states."""
+        return 0 if self.int8 and self.own_layers is None else self.exit_layer
 
     def __str__(self) -> str:
         tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
@@ -75,8 +80,7 @@ class Costs:
             draft = self.draft[way.int8].seconds(way.exit_layer, rows)
         else:
             draft = self.draft[way.int8].seconds(way.own_layers, rows) + way.exit_layer * self.draft[False].layer
-        # The layers below the exit have already run for the drafted tokens.
-        verified = num_speculations * self.batch_rows * (1 - way.exit_layer / self.num_layers)
+        verified = num_speculations * self.batch_rows * (1 - way.kept_layers / self.num_layers)
         return num_speculations * draft + self.plain * (1 + self.further_row * verified) + self.round
 
 
@@ -92,8 +96,8 @@ class Machine(NamedTuple):
 
 # Keys: (GPU, compiled). An eager layer also costs the launches of its operations.
 MACHINES = {
-    (False, False): Machine(2e10, 4e-4, 3e-4, 0.05, 2e-4),
-    (False, True): Machine(2e10, 5e-6, 2e-5, 0.05, 2e-4),
+    (False, False): Machine(2e10, 4e-4, 3e-4, 0.06, 2e-4),
+    (False, True): Machine(2e10, 5e-6, 2e-5, 0.06, 2e-4),
     (True, False): Machine(1.5e12, 3e-4, 2e-4, 0.01, 2e-4),
     (True, True): Machine(1.5e12, 1e-5, 2e-5, 0.01, 1e-4),
 }
@@ -118,36 +122,28 @@ def estimated_costs(
     return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows)
 
 
-def accepted(measured: Acceptance, temperature: float) -> list[float]:
-    """a_k: the probability that the first k drafted tokens are all accepted.
-
-    Greedy: the measured shares m_k. At temperature 1 the first token is accepted with the mean overlap w, so a_k is m_k
-    to the power of log w / log m_1, which keeps the correlation between positions. In between: linear interpolation.
-    """
-    first, sampling = measured.matches[0], min(temperature, 1.0)
-    if sampling == 0 or not (0 < first < 1 and 0 < measured.overlap < 1):
-        return list(measured.matches)
-    power = math.log(measured.overlap) / math.log(first)
-    return [(1 - sampling) * m + sampling * m**power for m in measured.matches]
+def tokens_per_round(measured: TokensPerRound, temperature: float) -> list[float]:
+    """The measured tokens per round, linear between temperatures 0 and 1."""
+    sampling = min(temperature, 1.0)
+    return [(1 - sampling) * n + sampling * m for n, m in zip(measured.greedy, measured.sampled, strict=True)]
 
 
 def ranked(
-    acceptance: Mapping[Way, Sequence[float]], costs: Costs, lengths: Iterable[int] | None = None
+    rates: Mapping[Way, Sequence[float]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All ways with all draft lengths (None: the measured ones), fastest first."""
+    """All ways with all draft lengths (None: the measured ones), fastest first; `rates` has their tokens per round."""
     found = []
-    for way, likely in acceptance.items():
-        for d in range(1, len(likely) + 1) if lengths is None else lengths:
-            # Extrapolate acceptance beyond the measured lengths.
-            fall = likely[-1] / likely[-2] if len(likely) > 1 and likely[-2] else likely[0]
-            further = (likely[-1] * fall**k for k in range(1, d - len(likely) + 1))
-            tokens = 1 + sum(likely[:d]) + sum(further)
+    for way, tokens in rates.items():
+        for d in range(1, len(tokens) + 1) if lengths is None else lengths:
+            n = tokens[min(d, len(tokens)) - 1]  # longer drafts than measured: at least as many tokens
             seconds = costs.round_s(way, d)
-            found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
+            found.append(Prediction(way, d, n, seconds, n * costs.plain / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
 
-def known_ways(trained: TrainedExits | None, num_layers: int, exit_layer: int | None = None) -> dict[Way, Acceptance]:
+def known_ways(
+    trained: TrainedExits | None, num_layers: int, exit_layer: int | None = None
+) -> dict[Way, TokensPerRound]:
     """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
     Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
@@ -155,9 +151,9 @@ def known_ways(trained: TrainedExits | None, num_layers: int, exit_layer: int | 
     """
     measured = trained.measured.exits if trained and trained.measured else {}
     ways = {
-        Way(e, None if name == "all" else int(name)): acceptance
+        Way(e, None if name == "all" else int(name)): rates
         for e, by_vocabulary in measured.items()
-        for name, acceptance in by_vocabulary.items()
+        for name, rates in by_vocabulary.items()
         if e < num_layers and (exit_layer is None or e == exit_layer)
     }
     if ways:
@@ -168,6 +164,6 @@ def known_ways(trained: TrainedExits | None, num_layers: int, exit_layer: int | 
     return {} if found is None else {Way(found): ASSUMED}
 
 
-def with_int8(ways: Mapping[Way, Sequence[float]], precisions: Sequence[bool]) -> dict[Way, Sequence[float]]:
+def with_int8(rates: Mapping[Way, Sequence[float]], precisions: Sequence[bool]) -> dict[Way, Sequence[float]]:
     """The ways in each precision. We measured no difference in acceptance between int8 and full precision."""
-    return {way._replace(int8=int8): likely for way, likely in ways.items() for int8 in precisions}
+    return {way._replace(int8=int8): tokens for way, tokens in rates.items() for int8 in precisions}
