@@ -15,7 +15,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
 
-CHECKPOINTER = "torchtune.training.FullModelHFCheckpointer"
+OURS = ["baseline", "chain", "short"]
 
 
 @pytest.fixture
@@ -29,10 +29,6 @@ def run(path: Path, *overrides: str) -> dict:
     return recipe.benchmark()
 
 
-def rows(report: dict, temperature: float) -> list[str]:
-    return [row["name"] for row in report["results"] if row["temperature"] == temperature]
-
-
 JOB = peers.Job(*[None] * 7, exits=[3, 6])
 
 
@@ -43,7 +39,7 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "transformers" else True)
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", broken))
     report = run(path, "peers=[torchtune,transformers]", "temperatures=[0.0]", "repeats=1")
-    assert rows(report, 0.0) == ["baseline", "chain", "short"] and "transformers" not in report["versions"]
+    assert [row["name"] for row in report["results"]] == OURS and "transformers" not in report["versions"]
     left_out = {"torchtune": "RuntimeError: eager: RuntimeError: no such kernel, at temperature 0.0"}
     left_out["transformers"] = "ModuleNotFoundError: transformers is not installed, at temperature 0.0"
     assert report["peers_left_out"] == left_out
@@ -75,7 +71,7 @@ def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypa
     assert calls == [0.0, 0.0, 0.8]
     why = "RuntimeError: eager: MemoryError: no more, at temperature 0.8"
     assert report["peers_left_out"] == {"torchtune": why}
-    assert [row["name"] for row in report["results"]] == ["baseline", "chain", "short"] * 2
+    assert [row["name"] for row in report["results"]] == OURS * 2
 
 
 def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
@@ -84,9 +80,7 @@ def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
     report = run(path, "peers=[torchtune]")
     assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
     assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
-    assert [(row["name"], row["outputs"]) for row in report["results"]] == [
-        *((name, 4) for name in ["baseline", "chain", "short"] * 2)
-    ]
+    assert [(row["name"], row["outputs"]) for row in report["results"]] == [(name, 4) for name in OURS * 2]
     assert report["interrupted"] is False
 
 
@@ -124,16 +118,15 @@ def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled):
 
 def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled():
     rates = {(False, e, n): 1.0 * e + n for e in (3, 6) for n in (2, 4, 6)} | {(False, 3, 4): 20.0, (True, 3, 4): 30.0}
-    kind = replace(
-        peers.PEERS["transformers_early_exit"], package="torchtune", decoder=timed_decoder(rates, calls := [])
-    )
+    calls, early_exit, llama_cpp = [], peers.PEERS["transformers_early_exit"], peers.PEERS["llama_cpp"]
+    kind = replace(early_exit, package="torchtune", decoder=timed_decoder(rates, calls))
     peer = peers.fastest_setting(kind, JOB, None, compile=True)
     assert peer.setting == "exit 3, 4 drafts, compiled" and len(peer.trial) == 7
     assert set(calls) == set(rates)
     assert peers.fastest_setting(kind, JOB, None, compile=False).setting == "exit 3, 4 drafts"
-    job = replace(JOB, gguf=("model.gguf", "draft.gguf"))
-    assert list(peers.PEERS["llama_cpp"].settings(job)) == ["plain", "2 drafts", "4 drafts", "6 drafts"]
-    assert list(peers.PEERS["llama_cpp"].settings(replace(JOB, gguf=("model.gguf", None)))) == ["plain"]
+    with_draft = [*llama_cpp.settings(replace(JOB, gguf=("model.gguf", "draft.gguf")))]
+    assert with_draft == ["plain", "2 drafts", "4 drafts", "6 drafts"]
+    assert [*llama_cpp.settings(replace(JOB, gguf=("model.gguf", None)))] == ["plain"]
 
 
 def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
@@ -162,35 +155,28 @@ def test_what_a_peer_cannot_do_leaves_it_out(path):
     assert "torchtune has no top_p" in why["torchtune"] and "none has one" in why["transformers_early_exit"]
 
 
-def test_adapters_are_not_the_peers_model():
-    section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": "/base", "adapter_checkpoint": "/adapters"})
-    with pytest.raises(ValueError, match=r"it would run the base without checkpointer.adapter_checkpoint"):
-        peers.check_same_model("torchtune", section)
-
-
-def test_peers_alone(path):
-    settings = ["variants=null", "max_new_tokens=4", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
-    assert [row["name"] for row in run(path, *settings)["results"]] == ["baseline", "torchtune"]
-
-
-def test_a_quantised_model_is_llama_cpps_only(path):
-    """llama.cpp reads a GGUF file of its own."""
-    int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
-    settings = ["variants.short=null", "max_new_tokens=6", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
-    report = run(path, int8, *settings)
-    assert {row["name"]: row["identical"] for row in report["results"]} == {"baseline": True, "chain": True}
+def test_peers_alone_and_a_quantised_model(path):
+    settings = ["max_new_tokens=4", "repeats=1", "temperatures=[0.0]", "peers=[torchtune]"]
+    assert [row["name"] for row in run(path, *settings, "variants=null")["results"]] == ["baseline", "torchtune"]
+    report = run(path, *settings, "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig")
+    assert {row["name"]: row["identical"] for row in report["results"]} == dict.fromkeys(OURS, True)
     assert "it would run the weights without quantizer" in report["peers_left_out"]["torchtune"]
-    section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(path.parent)})
-    peers.check_same_model("xllamacpp", section, quantised=True)
 
 
-def test_transformers_would_add_adapters_to_merged_weights(tmp_path, tokenizer_folder):
-    """A LoRA training's epoch_N has them beside the weights; what `layerskip export` makes of it has not."""
+def test_whose_weights_a_peer_would_run(tmp_path, tokenizer_folder):
+    """A LoRA training's epoch_N has adapters beside the weights, which transformers would add once more; an exported
+    folder has not. llama.cpp reads a GGUF file of its own."""
+
+    def section(folder, **more):
+        reader = "torchtune.training.FullModelHFCheckpointer"
+        return Component({"_component_": reader, "checkpoint_dir": str(folder), **more})
+
+    with pytest.raises(ValueError, match=r"it would run the base without checkpointer.adapter_checkpoint"):
+        peers.check_same_model("torchtune", section("/base", adapter_checkpoint="/adapters"))
     folder = make_checkpoint(tmp_path / "epoch_0", tokenizer_folder)
     (folder / "adapter_config.json").write_text("{}")
-    section = Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(folder)})
     with pytest.raises(ValueError, match=f"it would add the adapters in {folder} .*`layerskip export`"):
-        peers.check_same_model("transformers", section)
-    peers.check_same_model("torchtune", section)
-    exported = export(str(folder), str(tmp_path / "exported"))
-    peers.check_same_model("transformers", Component({"_component_": CHECKPOINTER, "checkpoint_dir": str(exported)}))
+        peers.check_same_model("transformers", section(folder))
+    peers.check_same_model("torchtune", section(folder))
+    peers.check_same_model("transformers", section(export(str(folder), str(tmp_path / "exported"))))
+    peers.check_same_model("xllamacpp", section(folder), quantised=True)

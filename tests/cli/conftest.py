@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.configs import eval_config, finetune_config, generate_config
+from helpers.configs import benchmark_config, eval_config, finetune_config, generate_config
 from omegaconf import OmegaConf
 from torchtune.training import FullModelHFCheckpointer
 
@@ -21,4 +21,5 @@ def paths(tmp_path, checkpoint, tokenizer_folder, monkeypatch) -> dict[str, Path
     pretrained = OmegaConf.load(paths["generate"]).checkpointer
     pretrained.output_dir = "${output_dir}"
     paths["finetune"] = finetune_config(tmp_path, tokenizer_folder, checkpointer=pretrained)
+    paths["benchmark"] = benchmark_config(tmp_path, checkpoint, prompt_tokens=8)
     return paths

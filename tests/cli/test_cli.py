@@ -9,7 +9,6 @@ import pytest
 from helpers.commands import last_line, run_tune
 from helpers.configs import finetune_config, generate_config, make_checkpoint, write_yaml
 
-import layerskip_recipes
 from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.cli.recipes import evaluate as evaluate_main
 from layerskip_recipes.cli.recipes import finetune as finetune_main
@@ -65,12 +64,8 @@ def test_a_copy_means_the_same_from_anywhere(name, layerskip):
 def test_cp_overwrites_nothing(layerskip):
     Path("mine.yaml").write_text("mine: 1\n")
     assert "cp: 'mine.yaml' exists" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml"))
+    assert "'mine.yaml/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml/mine.yaml"))
     assert Path("mine.yaml").read_text() == "mine: 1\n"
-
-
-def test_cp_into_a_file(layerskip):
-    Path("file").touch()
-    assert "'file/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "file/mine.yaml"))
 
 
 def test_cat_shows_the_merged_config(layerskip):
@@ -82,18 +77,11 @@ def test_cat_shows_the_merged_config(layerskip):
     assert load_config("mine.yaml") == expected and expected.temperature == 0.8
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        ("quickstart/finetune", "layerskip_finetune"),
-        ("quickstart/generate", "layerskip_generate"),
-        ("quickstart/eval", "layerskip_eval"),
-    ],
-)
-def test_validate_needs_and_writes_nothing(name, recipe, layerskip):
+@pytest.mark.parametrize("recipe", ["finetune", "generate", "eval"])
+def test_validate_needs_and_writes_nothing(recipe, layerskip):
     """Neither the checkpoint nor the device, and the tokenizer that the quickstart trains is not trained."""
-    status, out, _ = layerskip("validate", name, "device=cuda")
-    assert status == 0 and f"tune run {recipe}" in out
+    status, out, _ = layerskip("validate", f"quickstart/{recipe}", "device=cuda")
+    assert status == 0 and f"tune run layerskip_{recipe}" in out
     assert list(Path().iterdir()) == []
 
 
@@ -146,32 +134,22 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["validate", "quickstart/finetune", "batch_size=0"], "batch_size: 0"),
-        (["validate", "quickstart/finetune", "layer_dropout.prb=0"], "layer_dropout.prb: unknown key. Nearest: prob"),
-        (["validate", "quickstart/generate", "~prompts"], "prompt: missing"),
-        (["validate", "quickstart/generate", "device=gpu"], "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
-        (["validate", "quickstart/generate", "device=cpu:"], "device: 'cpu:' is no device"),
-        (
-            ["validate", "quickstart/generate", "repetition_penalty=0"],
-            "Allowed: a number above 0 (or null); for example",
-        ),
-        (["validate", "quickstart/eval", "layers=99"], "layers: 99"),
-        (["validate", "quickstart/finetune", "~optimizer"], "optimizer: "),
-        (["validate", "quickstart/finetun"], "Nearest: quickstart/finetune"),
-        (["cat", "quickstart/finetun"], "Nearest: quickstart/finetune"),
-        (["cat", "quickstart/finetune", "batch_size"], "override: 'batch_size'"),
-        (["cp", "quickstart/finetun", "mine.yaml"], "Nearest: quickstart/finetune"),
-        (
-            ["validate", "quickstart/benchmark", "metrics=[foo]"],
-            "metrics: ['foo'] is not allowed. Allowed: a list of rouge1",
-        ),
-        (["validate", "quickstart/benchmark", "picture=x.txt"], "picture: 'x.txt' is not allowed"),
-        (["validate", "quickstart/eval", "report=x.txt"], "report: 'x.txt' is not allowed"),
-        (["export", "nowhere", "out"], "export: 'nowhere' holds no readable config.json"),
+        ("validate quickstart/finetune batch_size=0", "batch_size: 0"),
+        ("validate quickstart/generate ~prompts", "prompt: missing"),
+        ("validate quickstart/generate device=gpu", "device: 'gpu' is no device. Allowed: cpu, cuda, mps, xpu"),
+        ("validate quickstart/generate device=cpu:", "device: 'cpu:' is no device"),
+        ("validate quickstart/eval layers=99", "layers: 99"),
+        ("validate quickstart/benchmark metrics=[foo]", "metrics: ['foo'] is not allowed. Allowed: a list of rouge1"),
+        ("validate quickstart/eval report=x.txt", "report: 'x.txt' is not allowed"),
+        ("validate quickstart/finetun", "Nearest: quickstart/finetune"),
+        ("cat quickstart/finetun", "Nearest: quickstart/finetune"),
+        ("cat quickstart/finetune batch_size", "override: 'batch_size'"),
+        ("cp quickstart/finetun mine.yaml", "Nearest: quickstart/finetune"),
+        ("export nowhere out", "export: 'nowhere' holds no readable config.json"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
-    assert message in mistake(layerskip(*args))
+    assert message in mistake(layerskip(*args.split()))
     assert list(Path().iterdir()) == []
 
 
@@ -191,41 +169,24 @@ def test_all_mistakes_are_reported_at_once(layerskip):
     assert status == 1 and out == "" and len(lines) == len(wrong)
     for message in wrong.values():
         assert sum(line.startswith(f"ValueError: {message}") for line in lines) == 1, message
-
-    together = [
-        "dtype=bf16",
-        "compute_dtype=bf16",
-        "ac_option=2",
-        "early_exit_loss.layers=99",
-        "max_batches_val=1",
-    ]
+    together = ["dtype=bf16", "compute_dtype=bf16", "ac_option=2", "early_exit_loss.layers=99", "max_batches_val=1"]
     status, _, err = layerskip("validate", "quickstart/finetune", *together)
     keys = [line.split(":")[1].strip() for line in err.splitlines()]
     assert status == 1 and sorted(keys) == ["ac_option", "early_exit_loss.layers", "max_batches_val"]
 
 
-@pytest.mark.parametrize("args", [[], ["foo"], ["cp", "quickstart/finetune"], ["validate"], ["ls", "--all"]])
+@pytest.mark.parametrize("args", ["", "foo", "cp quickstart/finetune", "validate", "ls --all", "validate x a=1 --b=3"])
 def test_a_wrong_command_shows_the_usage(args, layerskip):
-    status, out, err = layerskip(*args)
+    status, out, err = layerskip(*args.split())
     assert status == 2 and out == "" and "usage: layerskip" in err
 
 
-def test_help_names_the_commands(layerskip):
+def test_help_names_the_commands_and_their_arguments(layerskip):
     status, out, _ = layerskip("--help")
-    assert status == 0 and all(
-        f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "schema", "export")
-    )
-
-
-def test_every_argument_has_a_help(layerskip):
+    assert status == 0
+    assert all(f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "schema", "export"))
     _, out, _ = layerskip("cp", "--help")
     assert re.search(r"^  name +a config's name", out, flags=re.M)
-    assert re.search(r"^  file +the target file", out, flags=re.M)
-
-
-def test_an_option_behind_overrides(layerskip):
-    status, _, err = layerskip("validate", "quickstart/finetune", "epochs=1", "--wrong=3")
-    assert status == 2 and "unrecognized arguments: --wrong=3" in err
 
 
 @pytest.mark.slow
@@ -262,12 +223,6 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
         assert err.endswith(f"\nValueError: config: {config} looks like one for `tune run {meant}`\n")
 
 
-def test_the_public_generate_survives_the_recipe():
-    """`layerskip_recipes.generate(model, ...)`, also after the recipe's module was imported (as here)."""
-    assert "layerskip_recipes.generation.recipe" in sys.modules
-    assert callable(layerskip_recipes.generate)
-
-
 @pytest.mark.parametrize("start", [finetune_main, generate_main, evaluate_main])
 @pytest.mark.parametrize("flag", ["--batch_size=3", "--batch_size"])
 def test_an_option_instead_of_an_override(start, flag, monkeypatch, capsys):
@@ -289,13 +244,8 @@ def folder(tmp_path, tokenizer_folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            ["layerskip_finetune", "--config", "finetune.yaml", "batch_size=0"],
-            "batch_size: 0 is not allowed. Allowed: an integer of 1 or more",
-        ),
         # From inside of torch, where an exception is no message of ours.
         (["layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]"], "optimizer"),
-        (["layerskip_generate", "--config", "generate.yaml", "self_speculation.exit_layer=5"], "exit_layer: 5 "),
         (["layerskip_eval", "--config", "quickstart/evl"], "config: 'quickstart/evl' "),
     ],
 )

@@ -1,8 +1,6 @@
 """The config of `layerskip_eval`, its section `compare`, and its memory."""
 
 import json
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,29 +39,6 @@ def test_the_files_of_checkpoints_have_either_form(own, others, tmp_path, tokeni
     assert found["before"].get("model_type") == "LLAMA3_2"
 
 
-class Kept(torch.nn.Module):
-    """A layer that counts how many of the hidden states before it are still in memory."""
-
-    def __init__(self, seen: list, counts: list) -> None:
-        super().__init__()
-        self.seen, self.counts, self.attn, self.caches_are_enabled = seen, counts, torch.nn.Identity(), lambda: False
-
-    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
-        self.counts.append(sum(ref() is not None for ref in self.seen))
-        out = x + 1
-        self.seen.append(weakref.ref(out))
-        return out
-
-
-def test_hidden_states_are_kept_at_the_labels_only():
-    model, seen, counts = layerskip_decoder(llama3_2(**SIZE | {"num_layers": 8})).eval(), [], []
-    model.layers = torch.nn.ModuleList(Kept(seen, counts) for _ in range(8))
-    batch = {"tokens": torch.zeros(2, 16, dtype=torch.long), "labels": torch.zeros(2, 16, dtype=torch.long)}
-    quality = exit_quality(model, [batch], [*range(1, 9)], torch.device("cpu"))
-    assert quality[8].agreement == 1
-    assert counts == [0, *[1] * 7]  # the layer's own input
-
-
 @pytest.mark.parametrize(("length", "drafts", "expected"), [(1, 3, None), (2, 3, 0.0), (5, 6, 3.0), (9, 3, 3.0)])
 def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected):
     """The first token of an answer comes from its prefill, and the last round of a short answer is short."""
@@ -75,22 +50,13 @@ def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected)
     assert quality[4].accepted_length == expected and quality[4].agreement == 1
 
 
-def json_texts(folder: Path, lengths: list[int]) -> dict[str, str]:
-    """A dataset of texts of so many words."""
-    lines = [json.dumps({"text": "if x: " * length}) for length in lengths]
-    (folder / "texts.jsonl").write_text("\n".join(lines))
-    return {
-        "_component_": "torchtune.datasets.text_completion_dataset",
-        "source": "json",
-        "data_files": str(folder / "texts.jsonl"),
-        "split": "train",
-        "column": "text",
-    }
-
-
 def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
     """As in training: the third one would end the evaluation."""
-    dataset = json_texts(tmp_path, [5, 5, 500])
+    lines = [json.dumps({"text": "if x: " * length}) for length in (5, 5, 500)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    component = "torchtune.datasets.text_completion_dataset"
+    dataset = {"_component_": component, "source": "json", "data_files": str(tmp_path / "texts.jsonl")}
+    dataset |= {"split": "train", "column": "text"}
     path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder), dataset=dataset, batch_size=1)
     recipe = LayerSkipEval(load_config(str(path), ["num_speculations=64"]))
     recipe.setup()

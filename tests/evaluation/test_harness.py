@@ -107,20 +107,6 @@ def test_answers_are_those_of_plain_greedy_decoding(method):
     assert (lm.stats["task"].drafted > 0) == ("self_speculation" in method)
 
 
-def test_drafts_are_built_once_for_all_tasks(monkeypatch):
-    """A quantised copy takes seconds. Only tokens that are counted in the prompts of a task are others for each."""
-    build, built = SelfSpeculation.build, []
-    monkeypatch.setattr(SelfSpeculation, "build", lambda self, *a, **k: built.append(1) or build(self, *a, **k))
-    kinds = [{"until": [], "max_gen_toks": count} for count in (4, 5)]
-    for vocabulary, expected in ((None, 1), (2, 2)):
-        built.clear()
-        section = SelfSpeculation(exit_layer=2, num_speculations=3, draft_vocabulary=vocabulary)
-        lm = harness.LayerSkipLM(layerskip_decoder(make_tiny()), Letters(), self_speculation=section)
-        asked = [request("generate_until", text, kind) for text, kind in zip(("ABAC", "XYXZ"), kinds, strict=True)]
-        lm.generate_until(asked, disable_tqdm=True)
-        assert len(built) == expected
-
-
 def test_a_context_longer_than_the_sliding_window_loses_its_beginning():
     """For Gemma 2, whose cached attention is right up to its window of 64 tokens; the model itself takes 128."""
     lm = harness.LayerSkipLM(layerskip_decoder(make_tiny("gemma2")), Letters(), max_new_tokens=9)

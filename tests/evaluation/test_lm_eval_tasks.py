@@ -16,7 +16,6 @@ from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 
 pytest.importorskip("lm_eval")
@@ -26,6 +25,7 @@ from layerskip_recipes.evaluation import harness
 
 pytestmark = pytest.mark.slow
 
+DRAFTS = "self_speculation={exit_layer: 2, num_speculations: 3}"
 QUESTIONS = [
     {"question": "import os", "choices": ["path", "sys.argv", "return self"], "answer": 0},
     {"question": "def main(args):", "choices": ["pass", "yield None", "x"], "answer": 1},
@@ -44,32 +44,28 @@ def tasks(tmp_path, monkeypatch):
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in QUESTIONS))
-    data = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "questions.jsonl")},
-            "cache_dir": str(tmp_path / "cache"),
-        },
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-    }
     choice = {
-        "task": "tiny_choice",
         "output_type": "multiple_choice",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     text = {
-        "task": "tiny_text",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"until": ["\n"], "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    for task in (choice, text):
-        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(data | task))
+    for task, keys in {"tiny_choice": choice, "tiny_text": text}.items():
+        common = {"test_split": "test", "doc_to_text": "{{question}}", **source(folder / "questions.jsonl")}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump({"task": task, **common, **keys}))
     return folder
+
+
+def source(file: Path) -> dict:
+    """The keys of a task that read a JSONL file."""
+    arguments = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")}
+    return {"dataset_path": "json", "dataset_kwargs": arguments}
 
 
 def evaluate(path, *overrides: str):
@@ -128,8 +124,7 @@ def test_a_generating_task_is_the_same_with_drafts(tmp_path, checkpoint, tasks, 
 
     monkeypatch.setattr(harness.LayerSkipLM, "generate_until", keep)
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text", "tiny_choice"], num_fewshot=1)
-    drafting = "self_speculation={exit_layer: 2, num_speculations: 3}"
-    (recipe, ours), (_, plain) = evaluate(path, drafting), evaluate(path)
+    (recipe, ours), (_, plain) = evaluate(path, DRAFTS), evaluate(path)
     assert found[True] == found[False]
     contexts, texts = found[True]
     model = tune_config.instantiate(OmegaConf.create(MODEL))
@@ -161,9 +156,8 @@ def test_tasks_beside_a_dataset_and_through_the_chat_template(tmp_path, checkpoi
 
     monkeypatch.setattr(harness.LayerSkipLM, "loglikelihood", keep)
     path = eval_config(tmp_path, checkpoint, tasks=["tiny_choice"], task_path=[str(tasks)], limit=1)
-    template = (
-        "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
-    )
+    template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}"
+    template += "{% if add_generation_prompt %}<me>{% endif %}"
     _, report = evaluate(path, "apply_chat_template=true", f"tokenizer.chat_template='{template}'", "max_batches=1")
     assert list(report["exits"]) == [1, 2, 3, 4] and report["batches"] == 1
     assert report["tasks"]["tiny_choice"]["documents"] == 1
@@ -190,68 +184,53 @@ class CodeEval:
 
 
 @pytest.fixture
-def humaneval(tasks, tmp_path, monkeypatch):
+def humaneval(tasks, monkeypatch):
     """A task with lm-eval's own file for HumanEval, over problems of which the first cannot be solved."""
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     monkeypatch.setattr("evaluate.load", lambda name: CodeEval())
     check = {"test": "def check(f): pass\n", "entry_point": "f"}
-    problems = [check | {"prompt": "x = '''"}, check | {"prompt": "def f(x): pass\n#"}, check | {"prompt": "f = 3  #"}]
+    problems = [check | {"prompt": prompt} for prompt in ("x = '''", "def f(x): pass\n#", "f = 3  #")]
     file = tasks / "problems.jsonl"
     file.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     keys = {
         "include": str(Path(lm_eval.__file__).parent / "tasks" / "humaneval" / "humaneval.yaml"),
         "task": "tiny_humaneval",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")},
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
     }
-    (tasks / "tiny_humaneval.yaml").write_text(yaml.safe_dump(keys))
+    (tasks / "tiny_humaneval.yaml").write_text(yaml.safe_dump(keys | source(file)))
     return tasks
 
 
-def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tmp_path, checkpoint):
-    """Whatever continues a comment solves two of the problems; the speed is reported too."""
+def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tmp_path, checkpoint, monkeypatch):
+    """Whatever continues a comment solves two of the problems. Refused before the metric is loaded."""
     path = config(tmp_path, checkpoint, humaneval, tasks=["tiny_humaneval"])
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluate.load", lambda name: pytest.fail("the metric is loaded"))
+        with pytest.raises(ValueError, match=r"^tasks: tiny_humaneval runs programs .* confirm_run_unsafe_code=true$"):
+            LayerSkipEval(load_config(str(path))).setup()
+        assert "HF_ALLOW_CODE_EVAL" not in os.environ
     report = evaluate(path, "confirm_run_unsafe_code=true")[1]["tasks"]["tiny_humaneval"]
     assert report["pass@1,create_test"] == pytest.approx(2 / 3)
     assert report["documents"] == 3 and report["tokens"] > 0
 
 
-def test_humaneval_is_refused_without_a_confirmation(humaneval, tmp_path, checkpoint, monkeypatch):
-    """Before the metric is loaded."""
-    monkeypatch.setattr("evaluate.load", lambda name: pytest.fail("the metric is loaded"))
-    path = config(tmp_path, checkpoint, humaneval, tasks=["tiny_humaneval"])
-    with pytest.raises(ValueError, match=r"^tasks: tiny_humaneval runs programs .* confirm_run_unsafe_code=true$"):
-        LayerSkipEval(load_config(str(path))).setup()
-    assert "HF_ALLOW_CODE_EVAL" not in os.environ
-
-
 # ---- mistakes ----
-
-
-def change(tasks, **keys) -> None:
-    path = tasks / "tiny_text.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ("tasks=[tiny_chioce]", r"tasks: 'tiny_chioce' is no task.*Nearest: tiny_choice"),
-        ("tasks=[qqqqqqqqqqqq]", r"tasks: 'qqqqqqqqqqqq' is no task.*(Allowed|for example)"),
         ("tasks=tiny_choice", r"tasks: 'tiny_choice' is not allowed.*tasks=\[arc_easy\]"),
         ("tasks=[]", r"tasks: \[\] is not allowed"),
-        ("task_path=nowhere", r"task_path: 'nowhere' is not a folder.*task_path=tasks"),
-        ("task_path=[nowhere]", r"task_path: 'nowhere' is not a folder"),
+        ("task_path=[nowhere]", r"task_path: 'nowhere' is not a folder.*task_path=tasks"),
         ("exit_layer=5", r"exit_layer: 5 is not an exit of this model. Allowed: 1\.\.4"),
-        ("self_speculation={exit_layer: 5, num_speculations: 2}", r"self_speculation.exit_layer: 5 .*1\.\.4"),
-        ("exit_layer=2; self_speculation={exit_layer: 2, num_speculations: 2}", r"exit_layer: 2 is set beside"),
-        ("num_fewshot=-1", r"num_fewshot: -1 is not allowed.*0 or more"),
-        ("limit=0", r"limit: 0 is not allowed.*1 or more"),
+        (DRAFTS.replace("2", "5", 1), r"self_speculation.exit_layer: 5 .*1\.\.4"),
+        (f"exit_layer=2; {DRAFTS}", r"exit_layer: 2 is set beside"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks is None.*_component_.*tasks="),
+        ("max_batches=1", r"max_batches: 1 needs dataset\. Set that, or max_batches=null"),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
-        ("confirm_run_unsafe_code=3", r"confirm_run_unsafe_code: 3 is not allowed.*true, false"),
     ],
 )
 def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, checkpoint, tasks, monkeypatch):
@@ -261,41 +240,6 @@ def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, che
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
     with pytest.raises(ValueError, match=message):
         LayerSkipEval(load_config(str(path), overrides.split("; "))).setup()
-
-
-VALUES = {  # one for each key that means nothing without something to measure
-    "collate_fn": "torchtune.data.padded_collate_sft",
-    "max_batches": 1,
-    "layers": "1::2",
-    "num_speculations": 3,
-    "picture": "exits.png",
-    "task_path": "tasks",
-    "num_fewshot": 1,
-    "limit": 1,
-    "apply_chat_template": True,
-    "confirm_run_unsafe_code": True,
-    "exit_layer": 2,
-    "self_speculation": "{exit_layer: 2, num_speculations: 3}",
-    "max_new_tokens": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("needed", "key"), [(needed, key) for needed, keys in EvalConfig.REQUIRES.items() for key in keys]
-)
-def test_a_key_without_the_key_that_it_needs_is_refused_and_the_advice_works(needed, key, tmp_path, checkpoint, tasks):
-    absent = {"dataset": None, "task_path": None, "max_new_tokens": None}
-    changes = absent | {"tasks": ["tiny_text"]} if needed == "dataset" else {}
-    path = str(eval_config(tmp_path, checkpoint, **changes))
-    with pytest.raises(ValueError, match=rf"^{key}: .* needs {needed}\. Set that, or {key}=null$") as error:
-        LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}"]))
-    LayerSkipEval(load_config(path, [f"{key}={VALUES[key]}", str(error.value).rpartition("or ")[2]]))
-
-
-def test_null_is_the_default(tmp_path, checkpoint):
-    """All exits, and the accepted length of 6."""
-    path = eval_config(tmp_path, checkpoint)
-    assert evaluate(path, "layers=null", "num_speculations=null")[1] == evaluate(path)[1]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +254,8 @@ def test_null_is_the_default(tmp_path, checkpoint):
 )
 def test_what_a_task_file_asks_for(keys, message, tmp_path, checkpoint, tasks, monkeypatch):
     monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda *_: pytest.fail("weights are loaded"))
-    change(tasks, **keys)
+    task = tasks / "tiny_text.yaml"
+    task.write_text(yaml.safe_dump(yaml.safe_load(task.read_text()) | keys))
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"], num_fewshot=2)
     with pytest.raises(ValueError, match=message):
         LayerSkipEval(load_config(str(path))).setup()

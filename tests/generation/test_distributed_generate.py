@@ -11,7 +11,6 @@ import torch
 from helpers import generating_ranks
 from helpers.commands import last_line
 from helpers.configs import MODEL, generate_config, make_checkpoint
-from helpers.configs import SIZE as MODEL_SIZE
 from helpers.generating_ranks import (
     ADAPTED,
     CASES,
@@ -25,10 +24,9 @@ from helpers.generating_ranks import (
     UNEVEN,
     E,
     L,
+    everything,
     other,
     run,
-    sampled,
-    walks,
 )
 from helpers.ranks import check_success, run_on_ranks
 from helpers.tiny import SIZE, make_tiny
@@ -63,12 +61,15 @@ def decoded(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_the_tokens_of_one_process(decoded, family, how):
-    alone = layerskip_decoder(make_tiny(family))
+def test_the_tokens_and_walks_of_one_process(decoded, family, how):
+    expected, (whole, *_) = everything(layerskip_decoder(make_tiny(family)))
     for rank in decoded:
-        for mode, arguments in MODES.items():
-            assert rank[f"{family}/{how}/{mode}"] == run(alone, **arguments).tokens.tolist()
-        assert rank[f"{family}/{how}/speculative"] == rank[f"{family}/{how}/autoregressive"]
+        tokens, walks = rank[f"{family}/{how}"]
+        assert tokens == expected and tokens["speculative"] == tokens["autoregressive"]
+        for logits in walks:
+            # Tensor parallelism adds up the parts of a sum in another order.
+            tolerance = 1e-3 if how == "tensor_parallel" else 0
+            torch.testing.assert_close(torch.tensor(logits), torch.tensor(whole), atol=tolerance, rtol=0)
 
 
 def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
@@ -95,12 +96,6 @@ def test_ranks_choose_alike_whatever_their_clocks_say(decoded, mode):
         assert decoded[0][f"other/{mode}"] == other(layerskip_decoder(make_tiny("llama3")), mode)
 
 
-@pytest.mark.parametrize(("family", "how"), CASES)
-def test_sampled_tokens_of_one_process(decoded, family, how):
-    alone = sampled(layerskip_decoder(make_tiny(family)))
-    assert all(rank[f"{family}/{how}/sampled"] == alone for rank in decoded)
-
-
 @pytest.mark.parametrize("how", SHARED_MODEL)
 def test_ranks_with_seeds_of_their_own_draw_alike(decoded, how):
     """By rank 0's generator: with tensor parallelism drafts that differ would be the sums of different tokens."""
@@ -108,16 +103,6 @@ def test_ranks_with_seeds_of_their_own_draw_alike(decoded, how):
     expected = run(layerskip_decoder(make_tiny("llama3")), **MODES["speculative"], temperature=1.0, rng=rng)
     ours, theirs = (rank[f"own seeds/{how}"] for rank in decoded)
     assert ours == theirs and ours[1] == expected.tokens.tolist()
-
-
-@pytest.mark.parametrize(("family", "how"), CASES)
-def test_walks_in_parts_and_layers_called_directly(decoded, family, how):
-    whole = walks(layerskip_decoder(make_tiny(family)))[0]
-    for rank in decoded:
-        for logits in rank[f"{family}/{how}/walks"]:
-            # Tensor parallelism adds up the parts of a sum in another order.
-            tolerance = 1e-3 if how == "tensor_parallel" else 0
-            torch.testing.assert_close(torch.tensor(logits), torch.tensor(whole), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2_tied"])
@@ -143,11 +128,8 @@ def test_collectives_per_token(decoded):
         assert counts["all_gather"] / tokens < plain["all_gather"] / plain_tokens
 
 
-def test_ranks_with_other_prompts_are_refused(decoded):
+def test_what_ranks_tell_each_other(decoded):
     assert all(rank["other prompts"].startswith("prompt: differs between ranks") for rank in decoded)
-
-
-def test_broadcast_from_rank0(decoded):
     assert [rank["received"] for rank in decoded] == [[5, 0], [5, 0]]
     alone = torch.tensor([5, 1])
     assert processes.broadcast_from_rank0(alone) is alone
@@ -161,35 +143,34 @@ def config_folder(tmp_path_factory, tokenizer_folder):
     return folder
 
 
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("magnitude"):
+            torch.nn.init.uniform_(parameter, 1, 2)
+        elif parameter.dim() > 1 and not isinstance(parameter, NF4Tensor):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def test_adapters_are_merged_as_one_process_merges_them(tmp_path, tokenizer_folder):
     """QLoRA's onto what NF4 left of the weights."""
+    builders = MODEL["_component_"].rpartition(".")[0]
+    lora = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
+    torch.manual_seed(0)
     for kind, changes in ADAPTED.items():
-        plain = {"_component_": MODEL["_component_"]} | {name: changes.get(name, MODEL[name]) for name in MODEL_SIZE}
-        section = plain | changes | {
-            "_component_": f"{MODEL['_component_'].rpartition('.')[0]}.lora_llama3_2",
-            "lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8,
-        }  # fmt: skip
-        torch.manual_seed(0)
-        model = config.instantiate(OmegaConf.create(section))
-        for name, parameter in model.named_parameters():
-            if name.endswith("magnitude"):
-                torch.nn.init.uniform_(parameter, 1, 2)
-            elif parameter.dim() > 1 and not isinstance(parameter, NF4Tensor):
-                torch.nn.init.normal_(parameter, std=0.3)
+        plain = MODEL | {name: value for name, value in changes.items() if name in MODEL}
+        section = plain | changes | lora | {"_component_": f"{builders}.lora_llama3_2"}
+        adapted, base = (randomise(config.instantiate(OmegaConf.create(part))) for part in (section, plain))
         (folder := tmp_path / kind).mkdir()
-        torch.save(get_adapter_params(model), folder / "adapter_model.pt")
-        base = config.instantiate(OmegaConf.create(plain))
-        for parameter in base.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+        torch.save(get_adapter_params(adapted), folder / "adapter_model.pt")
         torch.save(base.state_dict(), folder / "model.pt")
         reader = {
             "_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(folder),
             "checkpoint_files": ["model.pt"], "adapter_checkpoint": str(folder / "adapter_model.pt"),
             "output_dir": str(folder), "model_type": "LLAMA3_2",
         }  # fmt: skip
-        changed = {"model": section, "checkpointer": reader}
-        generate_config(folder, tokenizer_folder, **changed).rename(tmp_path / f"{kind}.yaml")
+        path = generate_config(folder, tokenizer_folder, model=section, checkpointer=reader)
+        path.rename(tmp_path / f"{kind}.yaml")
     check_success(fork("adapted", tmp_path))
     assert written(tmp_path) == [{kind: [True, True, True] for kind in ADAPTED}] * 2
 
@@ -199,20 +180,16 @@ def test_only_rank_zero_reads_the_checkpoint(config_folder):
     assert written(config_folder) == [{"weights": True, "buffers": True, "training": False, "tokens": True}] * 2
 
 
-def test_an_error_of_rank_1_ends_rank_0(config_folder):
-    """Which waits for it, and has nothing to say."""
-    zero, one = fork("fail", config_folder)
-    assert (zero.returncode, one.returncode) == (1, 1)
-    assert last_line(one.stderr).startswith("ValueError: temperature: -1 ")
-    assert "ValueError" not in zero.stderr
-
-
-def test_an_error_of_rank_0_ends_rank_1(config_folder):
-    """Which waits for the checkpoint. test_cli.py has a mistake under torchrun."""
-    zero, one = fork("fail_load", config_folder)
-    assert (zero.returncode, one.returncode) == (1, 1)
-    assert last_line(zero.stderr).startswith("ValueError: checkpointer: the checkpoint is not this")
-    assert "ValueError" not in one.stderr
+@pytest.mark.parametrize(
+    ("what", "rank", "message"),
+    [("fail", 1, "temperature: -1 "), ("fail_load", 0, "checkpointer: the checkpoint is not this")],
+)
+def test_an_error_of_a_rank_ends_the_other_one(what, rank, message, config_folder):
+    """Which waits for it, or for the checkpoint, and has nothing to say. test_cli.py has a mistake under torchrun."""
+    ranks = fork(what, config_folder)
+    assert [done.returncode for done in ranks] == [1, 1]
+    assert last_line(ranks[rank].stderr).startswith(f"ValueError: {message}")
+    assert "ValueError" not in ranks[1 - rank].stderr
 
 
 def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):

@@ -7,15 +7,12 @@ import torch
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, small_model
 from helpers.sampling import penalised
 from helpers.speculation import PROMPTS, AlwaysLookUp, perturbed, plain, run, search
-from helpers.tiny import VOCAB
-from helpers.walks import walk
+from helpers.tiny import VOCAB, walk
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-
-# ---- what is drafted ----
 
 
 def drafts_of(model, prompts, count, speculation, sampler=None, choice=None):
@@ -90,7 +87,6 @@ def test_a_look_up_needs_every_row_that_still_runs():
     model, prompts = small_model(), [(1, 3, 0, 1, 3), (0, 1, 2, 3, 4)]
     speculation = Speculation(2, 3, prompt_lookup=2)
     generation, rounds = drafts_of(model, prompts, 20, speculation, choice=AlwaysLookUp())
-    assert generation.generated == [plain(model, prompt, 20) for prompt in prompts]
     with_all = [all(text is None or search(text, 2, 3) for text in texts) for texts, _ in rounds]
     assert generation.stats.rounds_by_kind["lookup"] == sum(with_all)
     assert 0 < sum(with_all) < len(with_all)

@@ -7,9 +7,6 @@ from helpers.decoding import model_of
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
-from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.checkpoint.weights import quantised_bytes
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.memory import check_cache_fits, weight_bytes
@@ -58,16 +55,6 @@ def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
         with_memory(weights + 2 * row - 1)
     with pytest.raises(ValueError, match=r"^model: its weights take .* until they are quantised, .* dtype=bf16"):
         with_memory(4 * (4 * LAYER + REST) - 1)
-
-
-def test_adapters_are_merged_before_weights_are_quantised():
-    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
-    lora = {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
-    builders = "torchtune.models.llama3_2._component_builders."
-    models = [MODEL, MODEL | lora | {"_component_": f"{builders}lora_llama3_2"}]
-    with torch.device("meta"):
-        plain, adapted = (layerskip_decoder(tune_config.instantiate(OmegaConf.create(model))) for model in models)
-    assert quantised_bytes(adapted, quantizer) == quantised_bytes(plain, quantizer) > 0
 
 
 @pytest.mark.parametrize(("kept", "shards", "parallel", "bytes_"), [

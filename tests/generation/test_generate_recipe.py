@@ -1,6 +1,7 @@
 """The generate recipe: outputs, stops, batches, variants, the comparison, the report."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from helpers.compiled import compiles
 from helpers.generating import run
 from torchtune.generation import generate as torchtune_generate
 
-from layerskip_recipes import generate
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
@@ -18,7 +18,7 @@ from layerskip_recipes.generation.report import Totals
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
 
-CPU = torch.device("cpu")
+INT8 = "torchao.quantization.Int8WeightOnlyConfig"
 MODES = {
     "autoregressive": ["self_speculation=null"],
     "early exit": ["self_speculation=null", "exit_layer=3"],
@@ -26,12 +26,15 @@ MODES = {
 }
 
 
-VARIANTS = [
-    "prompt_lookup=2",
-    "draft_vocabulary=40",
-    "draft_vocabulary=[5,6,7,8,9,10,11]",
-    "draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig",
-]
+def plain_tokens(recipe, row=0):
+    """The 24 tokens after a prompt by torchtune's `generate`."""
+    prompt = recipe.prompt_tokens[row]
+    arguments = {"max_generated_tokens": 24, "top_k": 1, "stop_tokens": recipe.stop_tokens}
+    return torchtune_generate(recipe.model, torch.tensor(prompt), **arguments)[0][0, len(prompt) :].tolist()
+
+
+def answers(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_greedy_output_is_torchtunes(path, capsys):
@@ -39,14 +42,7 @@ def test_greedy_output_is_torchtunes(path, capsys):
     recipe, report = run(path, "benchmark.compare=true")
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == report
-    expected, _ = torchtune_generate(
-        recipe.model,
-        torch.tensor(recipe.prompt_tokens[0]),
-        max_generated_tokens=24,
-        top_k=1,
-        stop_tokens=recipe.stop_tokens,
-    )
-    expected = expected[0, len(recipe.prompt_tokens[0]) :].tolist()
+    expected = plain_tokens(recipe)
     assert report["tokens"] == report["baseline_tokens"] == len(expected)
     assert report["identical"] is True and report["speedup"] > 0
     text = recipe.tokenizer.decode([token for token in expected if token not in recipe.stop_tokens])
@@ -64,18 +60,15 @@ def test_the_report_adds_up(path):
     assert report["peak_memory_bytes"] > 1e7 and report["prefill_s"] > 0 and report["decode_s"] > 0
 
 
-def test_early_exit_takes_all_tokens_from_that_exit(path):
+def test_early_exit_takes_all_tokens_from_that_exit(path, tmp_path):
     """Chosen one by one from exit 3 of the whole text, without a cache."""
-    recipe, report = run(path, *MODES["early exit"], f"output_file={path.parent / 'out.jsonl'}")
-    tokens = list(recipe.prompt_tokens[0])
-    with torch.no_grad():
-        for _ in range(24):
-            tokens.append(recipe.model(torch.tensor([tokens]), exit_layer=3)[0, -1].argmax().item())
-            if tokens[-1] in recipe.stop_tokens:
-                break
-    (line,) = (path.parent / "out.jsonl").read_text().splitlines()
-    assert json.loads(line)["text"] == recipe.text_of(0).text(tokens[len(recipe.prompt_tokens[0]) :])
-    assert report["tokens"] == len(tokens) - len(recipe.prompt_tokens[0])
+    recipe, report = run(path, *MODES["early exit"], f"output_file={tmp_path / 'out.jsonl'}")
+    tokens, new = list(recipe.prompt_tokens[0]), []
+    while len(new) < 24 and not {*new} & {*recipe.stop_tokens}:
+        with torch.no_grad():
+            new.append(recipe.model(torch.tensor([tokens + new]), exit_layer=3)[0, -1].argmax().item())
+    (line,) = answers(tmp_path / "out.jsonl")
+    assert line["text"] == recipe.text_of(0).text(new) and report["tokens"] == len(new)
     assert report["acceptance_rate"] is None and report["drafted"] == 0
 
 
@@ -88,86 +81,78 @@ def test_seeds_make_sampling_reproducible(path, mode, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def shown(capsys):
+    """The answers on stdout."""
+    return [part.split("\n\n---")[0].rstrip("\n") for part in capsys.readouterr().out.split(">>> ")[1:]]
+
+
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, stream):
     recipe, _ = run(path, "self_speculation=null", "stream=false")
-    stream_of = TextStream(recipe.tokenizer, recipe.stop_tokens)
-    whole = stream_of.text(generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24).tokens[0].tolist())
-    whole = whole[len("def main(") :]
+    whole = TextStream(recipe.tokenizer, recipe.stop_tokens).text(plain_tokens(recipe))
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
-    expected = whole[: whole.index(stop)]
     counts = []
     for mode in ("autoregressive", "self-speculative"):
         capsys.readouterr()
         _, report = run(path, *MODES[mode], f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
-        shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
-        assert shown == expected
+        assert shown(capsys) == [whole[: whole.index(stop)].rstrip("\n")]
         counts.append(report["tokens"])
     assert counts[0] == counts[1] < 24
 
 
 def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
     recipe, report = run(path)
-    output = (
-        generate(recipe.model, torch.tensor(recipe.prompt_tokens[0]), 24)
-        .tokens[0, len(recipe.prompt_tokens[0]) :]
-        .tolist()
-    )
-    stop = output[7]
-    _, stopped = run(path, f"stop_tokens=[{stop}]", "benchmark.compare=true")
-    assert stopped["tokens"] == output.index(stop) + 1 < report["tokens"]
+    output = plain_tokens(recipe)
+    _, stopped = run(path, f"stop_tokens=[{output[7]}]", "benchmark.compare=true")
+    assert stopped["tokens"] == output.index(output[7]) + 1 < report["tokens"]
     assert stopped["identical"] is True
 
 
 @pytest.mark.slow
 def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
     """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
-    texts = [
-        "x = 1\n" * 6,
-        "def f(",
-        "import os\nimport sys\n" * 3,
-        "class A:",
-        "a",
-        "for i in range(10):\n    print(i)",
-    ]
-    file = tmp_path / "prompts.jsonl"
+    texts = ["x = 1\n" * 6, "def f(", "import os\nimport sys\n" * 3, "class A:", "a", "for i in range(9):\n    print(i"]
+    file, found = tmp_path / "prompts.jsonl", []
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    overrides = [f"prompt_file={file}", "max_new_tokens=12", "benchmark.compare=true"]
-    answers = []
     for size in (1, 2, 4):
         out = tmp_path / f"{size}.jsonl"
+        overrides = [f"prompt_file={file}", "max_new_tokens=12", "benchmark.compare=true"]
         _, report = run(path, *overrides, f"batch_size={size}", f"output_file={out}")
         assert report["identical"] is True and report["prompts"] == 6
-        answers.append([json.loads(line) for line in out.read_text().splitlines()])
-        shown = capsys.readouterr().out
-        assert [shown.index(f"--- prompt {i + 1} of 6") for i in range(6)] == sorted(
-            shown.index(f"--- prompt {i + 1} of 6") for i in range(6)
-        )
-        assert [line["prompt"] for line in answers[-1]] == texts
-        assert all(line["text"] in shown for line in answers[-1])
-    assert answers[0] == answers[1] == answers[2]
+        found.append(answers(out))
+        printed = capsys.readouterr().out
+        assert re.findall(r"--- prompt (\d) of 6", printed) == ["1", "2", "3", "4", "5", "6"]
+        assert [line["prompt"] for line in found[-1]] == texts
+        assert all(line["text"] in printed for line in found[-1])
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
     recipe, _ = run(path, "prompt=[def main(, import os]", "stream=false")
-    rows = [
-        generate(recipe.model, torch.tensor(tokens), 24).tokens[0, len(tokens) :] for tokens in recipe.prompt_tokens
-    ]
-    texts = [TextStream(recipe.tokenizer, recipe.stop_tokens).text(row.tolist()) for row in rows]
+    stream = TextStream(recipe.tokenizer, recipe.stop_tokens)
+    texts = [stream.text(plain_tokens(recipe, row)) for row in range(2)]
     stop = next(texts[0][at : at + 4] for at in range(4, 20) if texts[0][at : at + 4] not in texts[1])
     capsys.readouterr()
     run(path, "prompt=[def main(, import os]", "batch_size=2", f"stop_strings=[{json.dumps(stop)}]")
-    shown = [part.split("\n\n---")[0] for part in capsys.readouterr().out.split(">>> ")[1:]]
-    assert [text.rstrip("\n") for text in shown] == [
-        texts[0][: texts[0].index(stop)].rstrip("\n"),
-        texts[1].rstrip("\n"),
-    ]
+    assert shown(capsys) == [texts[0][: texts[0].index(stop)].rstrip("\n"), texts[1].rstrip("\n")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_leaves_the_output_as_it_is(path, variant):
-    overrides = [f"self_speculation.{part}" for part in variant.split("; ")]
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["self_speculation.prompt_lookup=2"],
+        ["self_speculation.draft_vocabulary=40"],
+        ["self_speculation.draft_vocabulary=[5,6,7,8,9,10,11]"],
+        [f"self_speculation.draft_quantizer._component_={INT8}"],
+        [
+            "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQuantizer",
+            "quantizer.groupsize=16",
+        ],
+    ],
+    ids=str,
+)
+def test_every_variant_leaves_the_output_as_it_is(path, overrides):
     _, report = run(path, *overrides, "prompt=[def main(, import os]", "benchmark.compare=true")
     assert report["identical"] is True and report["drafted"] > 0
     assert report["engine_efficiency"] == pytest.approx(report["speedup"] / report["ideal_speedup"])
@@ -175,11 +160,8 @@ def test_every_variant_leaves_the_output_as_it_is(path, variant):
 
 def test_the_draft_vocabulary_of_a_file_is_its_frequent_tokens(path, tmp_path):
     (tmp_path / "text.txt").write_text("import os\n" * 9 + "zzz")
-    recipe, report = run(
-        path,
-        "self_speculation.draft_vocabulary=4",
-        f"self_speculation.draft_vocabulary_file={tmp_path / 'text.txt'}",
-    )
+    settings = {"draft_vocabulary": 4, "draft_vocabulary_file": tmp_path / "text.txt"}
+    recipe, report = run(path, *(f"self_speculation.{key}={value}" for key, value in settings.items()))
     frequent = set(recipe.tokenizer.encode("import os\n" * 9, add_bos=False, add_eos=False))
     assert set(recipe.speculation.draft_vocabulary) <= frequent and report["drafted"] > 0
 
@@ -202,37 +184,33 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
     """The logits are those of a model that torchao quantises here: all layers, and a copy of the tied head's matrix."""
     arguments = [f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true"]
     recipe, report = run(path, *arguments)
-    assert report["identical"] is True
+    _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
+    assert report["identical"] is of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
     linears = [part for part in recipe.model.modules() if isinstance(part, torch.nn.Linear)]
     assert len(linears) == 4 * 7 + 1 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert type(recipe.model.tok_embeddings.weight) is torch.nn.Parameter
-    _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
-    assert of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
-    theirs = load_decoder(GenerateConfig.load(load_config(str(path))), CPU)
-    rows, width = theirs.tok_embeddings.weight.shape
-    theirs.output = torch.nn.Linear(width, rows, bias=False)
-    theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
-    torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
     tokens = torch.tensor([recipe.prompt_tokens[0]])
+    theirs = load_decoder(GenerateConfig.load(load_config(str(path))), torch.device("cpu"))
     with torch.no_grad():
+        assert not torch.equal(recipe.model(tokens), theirs(tokens))
+        theirs.output = torch.nn.Linear(*theirs.tok_embeddings.weight.shape[::-1], bias=False)
+        theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
+        torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
         torch.testing.assert_close(recipe.model(tokens), theirs(tokens))
-        assert not torch.equal(
-            recipe.model(tokens), load_decoder(GenerateConfig.load(load_config(str(path))), CPU)(tokens)
-        )
 
 
 @pytest.mark.parametrize("vocabulary", [None, 40])
 def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary):
     """Of a draft vocabulary the rows of the head; the model and what it shares are as they were."""
-    quantizer = "self_speculation.draft_quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
-    recipe, _ = run(path, quantizer, *([f"self_speculation.draft_vocabulary={vocabulary}"] if vocabulary else []))
+    drafts = {"draft_quantizer._component_": INT8, "draft_vocabulary": vocabulary or "null"}
+    recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
     drafter, model = recipe.speculation.drafter, recipe.model
-    assert len(drafter.layers) == recipe.speculation.exit_layer
     linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
-    assert len(linears) == 7 * len(drafter.layers)
+    assert len(drafter.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
     assert drafter.norm is model.norm and drafter.tok_embeddings is model.tok_embeddings
+    assert drafter.layers[0].attn.pos_embeddings is model.layers[0].attn.pos_embeddings  # as long as the context
     assert (drafter.output is model.output) == (vocabulary is not None)
     rows, head = slice(None), drafter.output
     if vocabulary is not None:
@@ -245,18 +223,17 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
         torch.testing.assert_close(head(x), expected(x))
 
 
-def test_a_quantiser_that_does_not_work_here_is_named(path):
-    with pytest.raises(ValueError, match=r"^quantizer: .*Float8WeightOnlyConfig does not work on cpu \("):
-        run(path, "quantizer._component_=torchao.quantization.Float8WeightOnlyConfig")
-
-
-def test_a_quantiser_that_changes_nothing_is_refused(path):
-    """torchao leaves layers that groups do not fit as they are."""
-    quantizer = ["quantizer._component_=torchao.quantization.Int4WeightOnlyConfig", "quantizer.group_size=64"]
-    with pytest.raises(
-        ValueError, match=r"^quantizer: .*Int4WeightOnlyConfig changes no weight of this model.*divisor"
-    ):
-        run(path, *quantizer)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Float8WeightOnlyConfig"], r"Float8WeightOnlyConfig does not work on cpu \("),
+        # torchao leaves layers that groups do not fit as they are.
+        (["Int4WeightOnlyConfig", "quantizer.group_size=64"], "Int4WeightOnlyConfig changes no weight .*divisor"),
+    ],
+)
+def test_a_quantiser_that_does_not_work_here_is_named(arguments, message, path):
+    with pytest.raises(ValueError, match=f"^quantizer: .*{message}"):
+        run(path, f"quantizer._component_=torchao.quantization.{arguments[0]}", *arguments[1:])
 
 
 @compiles
@@ -269,22 +246,6 @@ def test_compile_is_reported_apart_and_changes_no_token(path, tmp_path):
         assert (report["compile_s"] > 0) is (flag == "true")
         outputs.append(out.read_text())
     assert outputs[0] == outputs[1]
-
-
-def test_each_answer_is_printed_once(path, capsys):
-    """A batch that is left with one prompt, too."""
-    run(path, "prompt=[one, two, three]", "batch_size=2")
-    out = capsys.readouterr().out
-    assert [out.count(f"--- prompt {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
-
-
-@pytest.mark.slow
-def test_a_torchtune_quantizer_keeps_output_identical_to_the_quantised_model(path):
-    _, report = run(
-        path, "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQuantizer",
-        "quantizer.groupsize=16", "benchmark.compare=true",
-    )  # fmt: skip
-    assert report["identical"] is True
 
 
 def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):

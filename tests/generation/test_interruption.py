@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from torchtune.utils import get_logger
@@ -15,35 +15,22 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.generation.rows import Rows
-from layerskip_recipes.generation.text.text_stream import TextStream, follow
 
 pytestmark = pytest.mark.slow
 
 
-def test_ctrl_c_ends_with_the_report_so_far(path, monkeypatch, capsys):
-    recipe = LayerSkipGenerate(load_config(str(path), ["prompt=[a, b, c]"]))
+def ready(path, *overrides):
+    """The recipe, set up."""
+    recipe = LayerSkipGenerate(load_config(str(path), overrides))
     recipe.setup()
-    calls = []
-
-    def interrupted(batch, *args, run=recipe._run, **kwargs):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return run(batch, *args, **kwargs)
-
-    monkeypatch.setattr(recipe, "_run", interrupted)
-    assert recipe.generate()["prompts"] == 2
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+    return recipe
 
 
 @pytest.mark.parametrize("compare", [False, True])
 def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypatch, capsys):
     """In the second of three prompts, after two rounds; in a comparison it has no counterpart, and stays out."""
     out = path.parent / "out.jsonl"
-    overrides = ["prompt=[a, b, c]", f"output_file={out}", f"benchmark.compare={str(compare).lower()}"]
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
+    recipe = ready(path, "prompt=[a, b, c]", f"output_file={out}", f"benchmark.compare={str(compare).lower()}")
     rounds = []
 
     def interrupted(self, round_=Generation._round):
@@ -64,9 +51,7 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
 
 def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
     """It comes after the baseline's second prompt, before ours."""
-    recipe = LayerSkipGenerate(load_config(str(path), ["prompt=[a, b, c]", "benchmark.compare=true"]))
-    recipe.setup()
-    calls = []
+    recipe, calls = ready(path, "prompt=[a, b, c]", "benchmark.compare=true"), []
 
     def interrupted(batch, limit, plain=False, run=recipe._run, **kwargs):
         calls.append((*batch, plain))
@@ -82,13 +67,8 @@ def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
 
 @pytest.mark.parametrize(("temperature", "shown"), [(0.0, "-"), (0.8, "- (sampling)")])
 def test_ctrl_c_in_the_warm_up_compares_nothing(path, monkeypatch, capsys, temperature, shown):
-    recipe = LayerSkipGenerate(load_config(str(path), ["benchmark.compare=true", f"temperature={temperature}"]))
-    recipe.setup()
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipe, "_run", interrupted)
+    recipe = ready(path, "benchmark.compare=true", f"temperature={temperature}")
+    monkeypatch.setattr(recipe, "_run", Mock(side_effect=KeyboardInterrupt))
     assert recipe.generate()["identical"] is None
     assert f"identical output   {shown}\n" in capsys.readouterr().out
 
@@ -100,9 +80,7 @@ def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
     out.write_text("yesterday's")
     lines = ["a = 1; b = 2; c", "import os; x = 3", "a", "b"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
-    overrides = [f"prompt_file={tmp_path / 'prompts.jsonl'}", f"output_file={out}", "batch_size=2"]
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
+    recipe = ready(path, f"prompt_file={tmp_path / 'prompts.jsonl'}", f"output_file={out}", "batch_size=2")
 
     def watched(self, new, keep=Generation._keep):
         seen.append((out.read_text(), partial.read_text().splitlines()))
@@ -122,44 +100,17 @@ def test_what_a_killed_run_left_is_kept(path, tmp_path, caplog):
     for left in ("first", "second"):
         Path(f"{out}.partial").write_text(left)
         with caplog.at_level("WARNING", logger=get_logger().name):
-            recipe = LayerSkipGenerate(load_config(str(path), [f"output_file={out}"]))
-            recipe.setup()
-            recipe.generate()
+            ready(path, f"output_file={out}").generate()
     assert sorted(file.name for file in tmp_path.glob("out.jsonl.*")) == ["out.jsonl.partial.1", "out.jsonl.partial.2"]
     assert [Path(f"{out}.partial.{n}").read_text() for n in (1, 2)] == ["first", "second"]
     assert f"{out}.partial.2" in caplog.messages[-1]
-
-
-def test_what_stop_strings_cut_is_not_counted_after_ctrl_c(path):
-    """Of a round that gave three tokens one is kept."""
-    recipe = LayerSkipGenerate(load_config(str(path)))
-    tokens = recipe.tokenizer.encode("a = 1", add_bos=False, add_eos=False)
-    text = recipe.tokenizer.decode(tokens[:1])
-
-    class Interrupted:
-        rows = Rows([[0]], None, 10, ())
-        rows.add([tokens])
-        generated, finished, in_row = rows.generated, rows.finished, rows.in_row
-        stats = SimpleNamespace(tokens=len(tokens), decode_s=0.0)
-        stop = Generation.stop
-
-        def __iter__(self):
-            yield [list(tokens)]
-            raise KeyboardInterrupt
-
-    generation = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        follow(generation, [TextStream(recipe.tokenizer, [], [text])])
-    assert generation.finished == [True] and generation.stats.tokens == len(generation.generated[0]) == 1 < len(tokens)
 
 
 def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
     """It comes while a draft is verified: the screen ends with the accepted text, as the file has it."""
     out = path.parent / "out.jsonl"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    recipe = LayerSkipGenerate(load_config(str(path), ["stream=draft", f"output_file={out}"]))
-    recipe.setup()
-    rounds = []
+    recipe, rounds = ready(path, "stream=draft", f"output_file={out}"), []
 
     def interrupted(self, *args, verify=ChainDrafter.verify):
         rounds.append(1)
@@ -175,17 +126,11 @@ def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
     assert text and re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
 
 
-def test_ctrl_c_within_rows(path, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_within_rows(path, tmp_path, monkeypatch):
     """It comes while the second answer is printed: both are whole, those under way are marked, the rest is missing."""
-    out = tmp_path / "out.jsonl"
-    overrides = ["prompt=[a, b, c, d]", "batch_size=2", "benchmark.compare=false"]
-    expected = LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={tmp_path / 'whole.jsonl'}"]))
-    expected.setup()
-    expected.generate()
-    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
-    recipe = LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={out}"]))
-    recipe.setup()
-    calls = []
+    settings, calls = ["prompt=[a, b, c, d]", "batch_size=2", "benchmark.compare=false"], []
+    ready(path, *settings, f"output_file={tmp_path / 'whole.jsonl'}").generate()
+    recipe = ready(path, *settings, f"output_file={tmp_path / 'out.jsonl'}")
 
     def interrupted(i, answer, show=recipe._show):
         calls.append(i)
@@ -195,32 +140,21 @@ def test_ctrl_c_within_rows(path, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(recipe, "_show", interrupted)
     recipe.generate()
-    lines = {line["index"]: line for line in map(json.loads, out.read_text().splitlines())}
-    ended = [index for index, line in lines.items() if "interrupted" not in line]
-    assert len(ended) >= 2 and [lines[index] for index in ended] == [whole[index] for index in ended]
-    for index in set(lines) - set(ended):
-        assert whole[index]["text"].startswith(lines[index]["text"])
+    files = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    whole, lines = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    ended = [line for line in lines if "interrupted" not in line]
+    assert len(ended) >= 2 and ended == [whole[line["index"]] for line in ended]
+    assert all(whole[line["index"]]["text"].startswith(line["text"]) for line in lines)
 
 
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
     """A real `tune run`, in the midst of more prompts than it gets to."""
     file = tmp_path / "many.jsonl"
     file.write_text('{"prompt": "def main("}\n' * 20_000)
-    command = [
-        Path(sys.executable).with_name("tune"),
-        "run",
-        "layerskip_generate",
-        "--config",
-        path,
-        f"prompt_file={file}",
-    ]
-    with subprocess.Popen(
-        [*map(str, command), "max_new_tokens=64"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command = [str(Path(sys.executable).with_name("tune")), "run", "layerskip_generate", "--config", str(path)]
+    command += [f"prompt_file={file}", "max_new_tokens=64"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
         while not process.stdout.readline().startswith("--- prompt 3 of 20000"):
             assert process.poll() is None, process.stderr.read()[-2000:]
         process.send_signal(signal.SIGINT)

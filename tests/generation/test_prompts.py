@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers.generating import run
+from helpers.json_lines import task_component, write_lines
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.generation.text.prompts import Example, refuse_bad, try_examples
 
 LINES = [
     '{"prompt": "a = 1"}',
@@ -23,100 +25,117 @@ LINES = [
 ]
 
 
-def test_half_a_character_is_a_bad_prompt(path, tmp_path):
-    """JSON can have it, UTF-8 cannot."""
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    file.write_text('{"prompt": "a = 1"}\n{"prompt": "\\ud83d hi"}\n{"prompt": {"user": "x", "system": "\\ud83d"}}\n')
-    with pytest.raises(ValueError, match=r"^prompt_file line 2: .* half of a character.*also lines 3"):
-        run(path, f"prompt_file={file}")
-    _, report = run(path, f"prompt_file={file}", "on_bad_prompt=skip", f"output_file={out}")
-    assert (report["prompts"], report["skipped"]) == (1, 2) and len(out.read_text().splitlines()) == 3
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def ready(path, *overrides):
+    return LayerSkipGenerate(load_config(str(path), overrides))
+
+
+@pytest.fixture
+def refused(path, tmp_path):
+    """The message with which lines of a prompt file are refused."""
+
+    def refused(lines, *overrides):
+        (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+        with pytest.raises(ValueError) as caught:
+            ready(path, f"prompt_file={tmp_path / 'prompts.jsonl'}", *overrides)
+        return str(caught.value)
+
+    return refused
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_bad_prompts_are_skipped_and_have_their_place(path, tmp_path, capsys, caplog, size):
+def test_bad_prompts_are_skipped_and_have_their_place(path, tmp_path, caplog, size):
     """Broken, empty and too long, after a byte order mark; the answers to the others are those that they have alone."""
     file, out, good = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "good.jsonl"))
     file.write_text("\n".join(LINES), encoding="utf-8-sig")
     _, report = run(path, f"prompt_file={file}", "on_bad_prompt=skip", f"output_file={out}", f"batch_size={size}")
     run(path, "prompt=[a = 1, x = 2]", f"output_file={good}", f"batch_size={size}")
-    alone = [
-        json.loads(line) | {"index": index} for line, index in zip(good.read_text().splitlines(), (0, 3), strict=True)
-    ]
+    alone = zip(map(json.loads, good.read_text().splitlines()), (0, 3), strict=True)
     first, broken, empty, last, long = map(json.loads, out.read_text().splitlines())
-    assert [first, last] == alone and (report["prompts"], report["skipped"]) == (2, 3)
-    for at, (line, number, what) in enumerate(
-        [(broken, 2, "no JSON"), (empty, 4, "empty"), (long, 6, "128 (max_seq_len)")], 1
+    assert [first, last] == [line | {"index": index} for line, index in alone]
+    assert (report["prompts"], report["skipped"]) == (2, 3)
+    for line, index, number, what in (
+        (broken, 1, 2, "no JSON"),
+        (empty, 2, 4, "empty"),
+        (long, 4, 6, "128 (max_seq_len)"),
     ):
-        assert line == {"index": at + (at == 3), "line": number, "error": line["error"]}
+        assert line == {"index": index, "line": number, "error": line["error"]}
         assert what in line["error"] and f"line {number}" in line["error"]
-        assert [record.getMessage() for record in caplog.records].count(f"skipped: {line['error']}") == 1
+        assert caplog.messages.count(f"skipped: {line['error']}") == 1
 
 
-def test_a_bad_prompt_is_an_error_that_names_its_line(path, tmp_path):
+def test_a_bad_prompt_is_an_error_that_names_its_line(refused):
     """Of several that of the longest prompt, since what is allowed for it is enough for all."""
-    file = tmp_path / "prompts.jsonl"
-
-    def refused(lines, *overrides):
-        file.write_text("\n".join(lines))
-        with pytest.raises(ValueError) as caught:
-            LayerSkipGenerate(load_config(str(path), [f"prompt_file={file}", *overrides]))
-        return str(caught.value)
-
     message = refused([*LINES, '{"prompt": "' + "a" * 110 + '"}'], "max_new_tokens=120")
-    assert message.startswith("prompt: its ") and message.endswith(
-        "(prompt_file line 6) (also lines 2, 4, 7). on_bad_prompt=skip answers the rest"
-    )
+    assert message.startswith("prompt: its ")
+    assert message.endswith("(prompt_file line 6) (also lines 2, 4, 7). on_bad_prompt=skip answers the rest")
     message = refused(LINES[:2])
     assert message.startswith('prompt_file line 2: \'{"prompt: "b"}\' is no JSON object')
     assert message.endswith(". on_bad_prompt=skip answers the rest")
     assert "on_bad_prompt" not in refused(LINES[1:2], "on_bad_prompt=skip")  # nothing else to answer
+    # Half of a character: JSON can have it, UTF-8 cannot.
+    message = refused([LINES[0], '{"prompt": "\\ud83d hi"}', '{"prompt": {"user": "x", "system": "\\ud83d"}}'])
+    assert re.match("prompt_file line 2: .* half of a character.*also lines 3", message)
     template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
-    asked = [{"user": "a"}, {"user": "a", "system": "b"}]
-    message = refused(
-        [json.dumps({"prompt": chat}) for chat in asked], f"tokenizer.chat_template={json.dumps(template)}"
-    )
-    assert "no system (prompt_file line 2)." in message
+    chats = [json.dumps({"prompt": chat}) for chat in ({"user": "a"}, {"user": "a", "system": "b"})]
+    assert "no system (prompt_file line 2)." in refused(chats, f"tokenizer.chat_template={json.dumps(template)}")
 
 
 def test_bytes_that_are_no_utf8_break_their_line_only(path, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "a\xff"}\n{"prompt": "\xc3\xa9"}\n')
-    recipe = LayerSkipGenerate(load_config(str(path), [f"prompt_file={file}", "on_bad_prompt=skip"]))
+    recipe = ready(path, f"prompt_file={file}", "on_bad_prompt=skip")
     assert recipe.prompts == ["", "é"] and "prompt_file line 1: " in recipe.examples[0].error
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(path, tmp_path, monkeypatch):
-    (tmp_path / "one.txt").write_text("a", encoding="utf-8-sig")
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa"))
+def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
+    """A byte order mark is no part of a prompt."""
+    (tmp_path / "one.txt").write_text("import sys\n", encoding="utf-8-sig")
+    chat = {"user": "hi", "system": "be brief"}
+    (tmp_path / "two.jsonl").write_text('{"prompt": "import sys\\n"}\n\n' + json.dumps({"prompt": chat}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffimport sys\n"))
     for name in (tmp_path / "one.txt", "-"):
-        assert LayerSkipGenerate(load_config(str(path), [f"prompt_file={name}"])).prompts == ["a"]
+        assert ready(path, f"prompt_file={name}").prompts == ["import sys\n"]
+    assert ready(path, f"prompt_file={tmp_path / 'two.jsonl'}").prompts == ["import sys\n", chat]
+
+
+def test_what_a_prompt_takes_from_other_keys_is_filled_in(path):
+    cfg = load_config(str(path), ["prompt=null", 'prompt.user="Tell me about ${max_new_tokens} ${tokenizer.path}"'])
+    assert LayerSkipGenerate(cfg).prompts == [{"user": f"Tell me about {cfg.max_new_tokens} {cfg.tokenizer.path}"}]
+
+
+def test_the_tokenizers_limit_of_a_training_cuts_no_prompt(path):
+    limited, free = (
+        ready(path, "prompt='x = 1 + 2 + 3 + 4'", f"tokenizer.max_seq_len={limit}") for limit in (4, "null")
+    )
+    assert limited.prompt_tokens == free.prompt_tokens and len(free.prompt_tokens[0]) > 4
+    assert limited.tokenizer.max_seq_len == 4
+
+
+# ---- the file of answers ----
 
 
 def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
     """By whatever name: a link to it, or the same file by another path."""
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
-    vocabulary = [
-        "self_speculation.draft_vocabulary=9",
-        f"self_speculation.draft_vocabulary_file={tmp_path / 'a.jsonl'}",
-    ]
-    path_, source = (f"prompts.{key}={tmp_path / 'a.jsonl'}" for key in ("path", "source"))
-    file, table = (
-        ["prompt=null", f"prompts._component_=layerskip_recipes.tasks.{name}"] for name in ("jsonl", "topv2")
-    )
-    for overrides, key in (
-        ([f"prompt_file={tmp_path / 'a.jsonl'}"], "prompt_file"),
-        (vocabulary, vocabulary[1].split("=")[0]),
-        ([*file, path_], "prompts.path"),
-        ([*table, source], "prompts.source"),
-    ):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to(file)
+    tasks = ["prompt=null", "prompts._component_=layerskip_recipes.tasks."]
+    for key, others in {
+        "prompt_file": [],
+        "self_speculation.draft_vocabulary_file": ["self_speculation.draft_vocabulary=9"],
+        "prompts.path": [tasks[0], tasks[1] + "jsonl"],
+        "prompts.source": [tasks[0], tasks[1] + "topv2"],
+    }.items():
+        message = rf"^output_file: .* would overwrite {re.escape(key)}\. .*=answers\.jsonl"
         for name in ("a.jsonl", "link.jsonl", f"../{tmp_path.name}/a.jsonl"):
-            with pytest.raises(
-                ValueError, match=rf"^output_file: .* would overwrite {re.escape(key)}\. .*=answers\.jsonl"
-            ):
-                LayerSkipGenerate(load_config(str(path), [*overrides, f"output_file={tmp_path / name}"]))
-    assert (tmp_path / "a.jsonl").read_text() == '{"prompt": "a"}\n'
+            with pytest.raises(ValueError, match=message):
+                ready(path, *others, f"{key}={file}", f"output_file={tmp_path / name}")
+    assert file.read_text() == '{"prompt": "a"}\n'
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -129,7 +148,7 @@ def test_an_output_file_that_cannot_be_written(path, tmp_path, monkeypatch, ther
     access = os.access
     monkeypatch.setattr("os.access", lambda name, mode: not Path(name).is_relative_to(protected) and access(name, mode))
     with pytest.raises(ValueError, match=r"^output_file: .* cannot be written"):
-        LayerSkipGenerate(load_config(str(path), [f"output_file={protected / 'a.jsonl'}"]))
+        ready(path, f"output_file={protected / 'a.jsonl'}")
 
 
 def test_an_existing_output_file_needs_no_folder(path, monkeypatch):
@@ -138,27 +157,74 @@ def test_an_existing_output_file_needs_no_folder(path, monkeypatch):
     GenerateConfig.load(load_config(str(path), ["output_file=/dev/null"]))
 
 
-def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
-    (tmp_path / "one.txt").write_text("import sys\n")
-    (tmp_path / "two.jsonl").write_text(
-        '{"prompt": "import sys\\n"}\n\n{"prompt": {"user": "hi", "system": "be brief"}}\n'
-    )
-    monkeypatch.setattr("sys.stdin", io.StringIO("import sys\n"))
-
-    def prompts(name):
-        return LayerSkipGenerate(load_config(str(path), [f"prompt_file={name}"])).prompts
-
-    assert prompts(tmp_path / "one.txt") == prompts("-") == ["import sys\n"]
-    assert prompts(tmp_path / "two.jsonl") == ["import sys\n", {"user": "hi", "system": "be brief"}]
+# ---- prompts and references of each source ----
 
 
-def test_what_a_prompt_takes_from_other_keys_is_filled_in(path):
-    cfg = load_config(str(path), ["prompt=null", 'prompt.user="Tell me about ${max_new_tokens} ${tokenizer.path}"'])
-    assert LayerSkipGenerate(cfg).prompts == [{"user": f"Tell me about {cfg.max_new_tokens} {cfg.tokenizer.path}"}]
+def read_examples(*args, **kwargs):
+    examples = try_examples(*args, **kwargs)
+    refuse_bad(examples)
+    return examples
 
 
-def test_the_tokenizers_limit_of_a_training_cuts_no_prompt(path):
-    limited = LayerSkipGenerate(load_config(str(path), ["prompt='x = 1 + 2 + 3 + 4'", "tokenizer.max_seq_len=4"]))
-    free = LayerSkipGenerate(load_config(str(path), ["prompt='x = 1 + 2 + 3 + 4'"]))
-    assert limited.prompt_tokens == free.prompt_tokens and len(free.prompt_tokens[0]) > 4
-    assert limited.tokenizer.max_seq_len == 4
+def test_examples_of_a_config():
+    write_lines("qa.jsonl", [{"q": "question 1?", "a": "answer 1"}, {"q": "question 2?", "a": "answer 2"}])
+    templates = {"prompt": "Q: {q}\nA:", "response": " {a}"}
+    prompts = task_component("jsonl", path="qa.jsonl", **templates, count=1, chat=True)
+    assert read_examples(prompts=prompts) == [Example({"user": "Q: question 1?\nA:"}, " answer 1")]
+    lines = [
+        {"prompt": "a", "response": "b", "id": 1},
+        {"prompt": {"user": "c"}},
+        {"prompt": "d", "response": None},
+        {"prompt": "e", "response": ""},
+    ]
+    file = write_lines("p.jsonl", lines)
+    expected = [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
+    assert read_examples(prompt_file=file) == expected
+    assert read_examples(["a", {"user": "b"}]) == [Example("a"), Example({"user": "b"})]
+
+
+def test_an_example_knows_its_line():
+    """Empty lines count, as in an editor."""
+    Path("p.jsonl").write_text('\n{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [example.line for example in read_examples(prompt_file="p.jsonl")] == [2, 4]
+
+
+def test_items_of_a_component(monkeypatch):
+    items = ["a", {"user": "b"}, {"prompt": "c", "response": "d"}]
+    monkeypatch.setattr("layerskip_recipes.tasks.human_eval", lambda: items)
+    expected = [Example("a"), Example({"user": "b"}), Example("c", "d")]
+    assert read_examples(prompts=task_component("human_eval")) == expected
+    for wrong, message in (
+        ("", "prompts: item 4: '' is empty"),
+        (3, "prompts: item 4: 3 is empty or no text"),
+        ({"response": "a"}, "prompts: item 4: {'response': 'a'} has no field prompt"),
+        ({"prompt": "a", "response": 3}, "prompts: item 4: response 3 is no text"),
+    ):
+        items[3:] = [wrong]
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            read_examples(prompts=task_component("human_eval"))
+    monkeypatch.setattr("layerskip_recipes.tasks.human_eval", lambda: "no list")
+    message = r"^prompts: layerskip_recipes.tasks.human_eval returns a str\. Allowed: a list"
+    with pytest.raises(ValueError, match=message):
+        read_examples(prompts=task_component("human_eval"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt: "b"}\n', 'prompt_file line 3: .*"prompt: "b"'),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt_file line 2: {'text': 'b'} has no field prompt"),
+        ("p.jsonl", '{"prompt": "a", "response": 3}\n', "prompt_file line 1: response 3 is no text"),
+        ("p.jsonl", '["a"]\n', "prompt_file line 1: "),
+        ("p.jsonl", 'a\n{"prompt": "a"}\nb\nc\n', "prompt_file line 1: 'a' .*also lines 3, 4"),
+        ("p.jsonl", '{"prompt": ""}\n', "prompt_file line 1: ''"),
+        ("p.jsonl", '{"prompt": 3, "response": "a"}\n', "prompt_file line 1: 3 is empty or no text"),
+        ("p.jsonl", "\n\n", "prompt_file: .*no prompt"),
+        ("p.txt", "", "prompt_file: ''"),
+        ("p.txt", b"\xff\xfe\x00", "prompt_file: .*cannot be read"),
+    ],
+)
+def test_a_broken_prompt_file(name, content, message):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="^" + message):
+        read_examples(prompt_file=name)

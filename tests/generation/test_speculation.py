@@ -1,121 +1,73 @@
-"""Greedy self-speculation gives the tokens of the full model, whatever drafts; and what is refused."""
-
-import itertools
-import re
+"""Greedy self-speculation gives the tokens of the full model, whatever drafts, in rows that prompts share or follow."""
 
 import pytest
 import torch
+from helpers.compiled import LONG, SHORT, compiles, make_small
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
-from helpers.speculation import PROMPTS, VARIANTS, perturbed, plain, run, speculation_of
+from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, perturbed, plain, run, speculation_of
 from helpers.tiny import FAMILIES, SIZE, VOCAB
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import CompiledSteps
+from layerskip_recipes.generation.reference import speculative_decode, speculative_round
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.kv_cache import decoding_kernels
 
-# ---- greedy: the tokens of the full model, whatever drafts ----
+CASES = {
+    "llama3_2": (1.4, [None, *VARIANTS, "copy, chain", "copy, look-up", *(v for v in TRAINED if "adapter" in v)]),
+    "qwen2": (1.0, [None, "chain", "copy, chain"]),
+    "gemma2": (1.0, [None, "chain", "vocabulary", "drafter", "adapter, chain", "adapter, vocabulary"]),
+    "phi3": (0.8, [None, "chain", "all"]),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "penalty", "variant"), [
-    *(("llama3_2", 1.4, variant) for variant in VARIANTS),
-    *(("gemma2", 1.0, variant) for variant in ("chain", "vocabulary", "drafter")),
-    *(("phi3", 0.8, variant) for variant in ("chain", "all")),
-], ids=str)  # fmt: skip
-def test_rows_of_a_batch_are_what_they_are_alone(variant, family, penalty):
-    """Prompts of different lengths that accept and stop differently; and each of the rows in a batch of its own."""
-    model = model_of(family)
+@pytest.mark.parametrize(
+    ("family", "variant"), [(family, variant) for family, (_, variants) in CASES.items() for variant in variants]
+)
+def test_rows_are_what_they_are_alone(family, variant):
+    """Prompts of different lengths that accept and stop differently: each in a batch of its own, all in one batch, and
+    one after the other in fewer rows, with a penalty whose tokens a row must forget."""
+    model, penalty = model_of(family), CASES[family][0]
     alone = [plain(model, prompt, 18, penalty) for prompt in PROMPTS]
     stop_tokens = [alone[0][4], alone[2][9]]
     expected = [until(tokens, stop_tokens) for tokens in alone]
     assert len(set(map(len, expected))) > 1
-    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens}
-    together = run(model, PROMPTS, 18, **arguments, speculation=speculation_of(variant, model))
-    assert together.generated == expected
-    speculation, stats = speculation_of(variant, model), GenerationStats()
-    for prompt, tokens in zip(PROMPTS, expected, strict=True):
-        generation = run(model, [prompt], 18, **arguments, speculation=speculation)
-        assert generation.generated == [tokens]
-        stats += generation.stats
-    for drafts in (stats, together.stats):
-        assert 0 < drafts.accepted < drafts.drafted
-    assert stats.tokens == together.stats.tokens == sum(map(len, expected))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_drafts_in_every_family(family):
-    model = model_of(family)
-    generation = run(model, PROMPTS[:3], 14, speculation=speculation_of("all", model))
-    assert generation.generated == [greedy(family, prompt, 14) for prompt in PROMPTS[:3]]
-    assert 0 < generation.stats.acceptance_rate < 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_any_limit(variant):
-    model = model_of("llama3_2")
-    speculation = speculation_of(variant, model)
-    for prompt, count in itertools.product(PROMPTS[:2], (1, 2, 3, 7, 18)):
-        generation = run(model, [prompt], count, speculation=speculation)
-        assert generation.generated == [plain(model, prompt, 18)[:count]]
-        assert generation.stats.tokens == count
-
-
-@pytest.mark.parametrize("variant", ["chain", "all"])
-def test_stop_tokens_wherever_they_fall(variant):
-    full = greedy("llama3_2", PROMPT, 18)
-    for stop in set(full):
-        model = model_of("llama3_2")
-        generation = run(model, [PROMPT], 18, stop_tokens=[stop], speculation=speculation_of(variant, model))
-        assert generation.generated == [until(full, [stop])]
-
-
-@pytest.mark.parametrize("variant", ["look-up", "all"])
-@pytest.mark.parametrize(("family", "limit"), [("llama3_2", 128), ("gemma2", 64)])
-def test_as_long_as_the_model_allows(family, limit, variant):
-    model = model_of(family)
-    prompt = tuple(position % VOCAB for position in range(limit - 7))
-    generation = run(model, [prompt], 7, speculation=speculation_of(variant, model))
-    assert generation.generated == [greedy(family, prompt, 7)]
-    with pytest.raises(ValueError, match=rf"^max_generated_tokens: .* {limit} .*up to 7, "):
-        Generation(model, [prompt], 8, speculation=speculation_of(variant, model))
+    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens, "choice": AlwaysLookUp()}
+    arguments["speculation"] = speculation_of(variant, model) if variant else None
+    singles = [run(model, [prompt], 18, **arguments) for prompt in PROMPTS]
+    assert [generation.generated for generation in singles] == [[tokens] for tokens in expected]
+    for rows in (None, 1, 2, 4):
+        generation = run(model, PROMPTS, 18, rows=rows, **arguments)
+        assert generation.generated == expected and all(generation.finished)
+        stats = generation.stats
+        assert (stats.drafted > 0) == (variant is not None)
+        assert 0 < stats.accepted < stats.drafted or variant not in VARIANTS
+        assert (stats.first_tokens, stats.tokens) == (len(PROMPTS), sum(map(len, expected)))
+        assert stats.prefill_tokens == sum(map(len, PROMPTS))
+        assert tuple(map(sum, zip(*generation.acceptance, strict=True))) == (stats.drafted, stats.accepted)
+        assert generation.cache.rows == (rows or len(PROMPTS))
+        # A row that took another prompt drafts, and so accepts, as if that had been its first one.
+        if rows == 1 and variant is not None:
+            assert generation.acceptance == [single.acceptance[0] for single in singles]
 
 
 def test_generate_takes_every_setting():
     """What `generate` is given reaches the draft: here at once, each with an effect of its own."""
     model, arguments = model_of("llama3_2"), {"exit_layer": 2, "num_speculations": 3}
     expected = [plain(model, prompt, 18, 1.4) for prompt in PROMPTS]
-    out = generate(
-        model,
-        [torch.tensor(prompt) for prompt in PROMPTS],
-        18,
-        repetition_penalty=1.4,
-        draft_vocabulary=range(0, VOCAB, 2),
-        prompt_lookup=1,
-        drafter=perturbed(model),
-        pad_id=96,
-        **arguments,
-    )
+    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1, "drafter": perturbed(model, 0.3)}
+    prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+    out = generate(model, prompts, 18, repetition_penalty=1.4, pad_id=96, **settings, **arguments)
     assert out.tokens.tolist() == [
         [96] * (9 - len(prompt)) + [*prompt, *tokens] for prompt, tokens in zip(PROMPTS, expected, strict=True)
     ]
-    stats = [
-        generate(model, torch.tensor(PROMPT), 30, **arguments, **setting).stats
-        for setting in (
-            {},
-            {"draft_vocabulary": range(0, VOCAB, 2)},
-            {"drafter": perturbed(model, 0.3)},
-            {"prompt_lookup": 1},
-        )
-    ]
+    one_by_one = [{}, *({key: value} for key, value in settings.items())]
+    stats = [generate(model, torch.tensor(PROMPT), 30, **arguments, **setting).stats for setting in one_by_one]
     seen = [(s.rounds, s.draft_steps, s.accepted, *s.rounds_by_kind) for s in stats]
     assert len(set(seen)) == len(seen)
 
@@ -127,15 +79,30 @@ def test_generate_takes_every_setting():
         ({"num_kv_heads": 4}, "drafter: its num_kv_heads is 4, and the model's 2"),
         ({"embed_dim": 64}, "drafter: its head_dim is 16, and the model's 8"),
         ({"vocab_size": 50}, "drafter: its vocabulary is 50, and the model's 97"),
+        ({}, "drafter: its dtype is torch.float64, and the model's"),
     ],
 )
 def test_a_drafter_that_does_not_fit(changes, message):
-    drafter = layerskip_decoder(llama3_2(**SIZE | changes))
+    drafter = layerskip_decoder(llama3_2(**SIZE | changes)).to(torch.float32 if changes else torch.float64)
     with pytest.raises(ValueError, match=f"^{message}"):
         Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3, drafter=drafter))
-    wide = layerskip_decoder(llama3_2(**SIZE)).double()
-    with pytest.raises(ValueError, match=r"^drafter: its dtype is torch\.float64, and the model's"):
-        Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3, drafter=wide))
+
+
+def test_a_drafter_needs_the_layers_of_the_exit():
+    model = model_of("llama3_2")
+    drafter = perturbed(model, 0.05, 3)
+    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2, drafter=drafter))
+    assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
+    with pytest.raises(ValueError, match=r"^exit_layer: 4 .*drafter"):
+        Generation(model, [PROMPT], 4, speculation=Speculation(4, 2, drafter=drafter))
+
+
+def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
+    model = make_model()
+    model.output = lambda x, linear=model.output: linear(x)
+    assert run(model, [PROMPT], 6, speculation=Speculation(2, 2)).generated == [greedy("llama3_2", PROMPT, 6)]
+    with pytest.raises(ValueError, match=r"^draft_vocabulary: .*Allowed: "):
+        run(model, [PROMPT], 6, speculation=Speculation(2, 2, draft_vocabulary=[1, 2]))
 
 
 def test_a_row_at_the_models_end_beside_a_short_one():
@@ -156,41 +123,6 @@ def test_what_was_drafted_behind_a_stop_counts_nowhere():
     assert (generation.stats.rounds, generation.stats.drafted, generation.stats.accepted) == (1, 1, 1)
 
 
-# ---- what is learned of drafts and look-ups ----
-
-
-class Recording(DiscountedUCB):
-    """Keeps all that it was taught, and picks strategies in turns."""
-
-    def __init__(self):
-        super().__init__(trial=1000)
-        self.taught = []
-
-    def learn(self, strategy, tokens, seconds):
-        super().learn(strategy, tokens, seconds)
-        self.taught.append((strategy.name, tokens, seconds))
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_round_that_is_cut_teaches_nothing(compile, monkeypatch):
-    """Compiled, drafts have their whole length up to the end; what is kept of the last rounds is less."""
-    model = model_of("llama3_2")
-    graphs = CompiledSteps(torch.device("cpu"))
-    graphs.failed = True  # eager steps, but otherwise as compiled ones
-    monkeypatch.setattr(engine, "compiled_steps", lambda _: graphs)
-    choice, speculation = Recording(), Speculation(2, 5, prompt_lookup=1)
-    prompt = PROMPT * 3
-    generation = Generation(model, [prompt], 24, speculation=speculation, compile=compile, choice=choice)
-    kept = [len(new[0]) for new in generation][1:]
-    rooms = [23 - sum(kept[:i]) for i in range(len(kept))]
-    assert generation.generated == [plain(model, prompt, 24)]
-    assert [tokens for _, tokens, _ in choice.taught] == [
-        tokens for tokens, room in zip(kept, rooms, strict=True) if room > 5
-    ]
-    assert 0 < len(choice.taught) < len(kept) and all(seconds > 0 for _, _, seconds in choice.taught)
-    assert {name for name, _, _ in choice.taught} == {"chain", "lookup"}
-
-
 def test_rates_are_kept_where_a_choice_is_passed_on():
     """Both ways are tried once for all generations together; without a choice each generation begins anew."""
     model, choice, prompt = model_of("llama3_2"), DiscountedUCB(trial=3), PROMPT * 3
@@ -202,57 +134,6 @@ def test_rates_are_kept_where_a_choice_is_passed_on():
     assert all(record.rounds >= learned[strategy] for strategy, record in choice.records.items())
     assert sum(record.rounds for record in choice.records.values()) > sum(learned.values())
     assert first.generated == again.generated == run(model, [prompt], 30, **arguments).generated
-
-
-# ---- refused ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message", "allowed"),
-    [
-        ({"num_speculations": 0}, "num_speculations: 0 ", "an integer of 1 or more; for example num_speculations=6"),
-        ({"num_speculations": 1.5}, "num_speculations: 1.5 ", "an integer of 1 or more"),
-        ({"prompt_lookup": 0}, "prompt_lookup: 0 ", "an integer of 1 or more (or null)"),
-        ({"draft_vocabulary": []}, "draft_vocabulary: no list ", "ids of 0..96"),
-        ({"draft_vocabulary": [0.5, 1.5]}, "draft_vocabulary: no list ", "ids of 0..96"),
-        ({"draft_vocabulary": [True, False]}, "draft_vocabulary: no list ", "ids of 0..96"),
-        ({"draft_vocabulary": "abc"}, "draft_vocabulary: no list ", "ids of 0..96"),
-        ({"draft_vocabulary": [1, 97]}, "draft_vocabulary: 97 ", "ids of 0..96"),
-        ({"draft_vocabulary": [5, -1]}, "draft_vocabulary: -1 ", "ids of 0..96"),
-        ({"exit_layer": [2, 4]}, "exit_layer: [2, 4] ", "1..6"),
-        ({"exit_layer": "2"}, "exit_layer: '2' ", "1..6"),
-        ({"exit_layer": 7}, "exit_layer: 7 ", "1..6"),
-        ({"exit_layer": 0}, "exit_layer: 0 ", "1..6"),
-        ({"exit_layer": [1, 4], "num_speculations": None}, "exit_layer: [1, 4] ", "1..6"),
-        ({"prompt_lookup": 2, "num_speculations": None}, "prompt_lookup: ", "num_speculations=6"),
-        ({"exit_layer": None}, "num_speculations: 3 ", "exit_layer=8"),
-        ({"temperature": 1.0, "min_p": 2}, "min_p: 2 ", "a number of 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty: 0 ", "a number above 0"),
-    ],
-    ids=str,
-)
-def test_wrong_settings_are_named_with_what_is_allowed(arguments, message, allowed):
-    arguments = {"exit_layer": 2, "num_speculations": 3} | arguments
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*{re.escape(allowed)}"):
-        generate(model_of("llama3_2"), torch.tensor(PROMPT), 4, **arguments)
-
-
-def test_a_drafter_needs_the_layers_of_the_exit():
-    model = model_of("llama3_2")
-    drafter = perturbed(model, 0.05, 3)
-    assert run(model, [PROMPT], 9, speculation=Speculation(3, 2, drafter=drafter)).generated == [
-        greedy("llama3_2", PROMPT, 9)
-    ]
-    with pytest.raises(ValueError, match=r"^exit_layer: 4 .*drafter"):
-        Generation(model, [PROMPT], 4, speculation=Speculation(4, 2, drafter=drafter))
-
-
-def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
-    model = make_model()
-    model.output = lambda x, linear=model.output: linear(x)
-    assert run(model, [PROMPT], 6, speculation=Speculation(2, 2)).generated == [greedy("llama3_2", PROMPT, 6)]
-    with pytest.raises(ValueError, match=r"^draft_vocabulary: .*Allowed: "):
-        run(model, [PROMPT], 6, speculation=Speculation(2, 2, draft_vocabulary=[1, 2]))
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -277,3 +158,65 @@ def test_settings_of_torch_on_a_gpu_and_elsewhere_nothing_changes(before):
             assert settings() == (before, before)
     finally:
         set_all(*kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("exit_layer", "d"), [(1, 2), (2, 4), (L, 3)])
+def test_greedy_rounds(family, exit_layer, d):
+    """Token for token, in each round: what was accepted, and the full model's next token."""
+    model, prompt = model_of(family), list(PROMPTS[1])
+    generation = Generation(model, [prompt], 16, speculation=Speculation(exit_layer, d))
+    (text, *rounds) = [new for (new,) in generation]  # the first token ends the prefill
+    text = prompt + text
+    for new in rounds:
+        room = len(prompt) + 16 - len(text)
+        assert new == speculative_round(model, text, exit_layer, d)[:room]
+        text += new
+    assert text[len(prompt) :] == speculative_decode(model, prompt, 16, exit_layer, d)
+
+
+# ---- rows that take one prompt after the other ----
+
+
+def test_each_step_yields_what_is_new_of_each_prompt():
+    """At most as many prompts as rows are under way; the third begins when one of the first two has ended."""
+    model = model_of("llama3_2")
+    generation, so_far = Generation(model, PROMPTS, 6, rows=2, speculation=Speculation(2, 3)), [[] for _ in PROMPTS]
+    for new in generation:
+        for tokens, more in zip(so_far, new, strict=True):
+            tokens += more
+        assert so_far == generation.generated
+        assert sum(bool(g) and not done for g, done in zip(so_far, generation.finished, strict=True)) <= 2
+        assert not so_far[2] or generation.finished[0] or generation.finished[1]
+    assert so_far == [plain(model, prompt, 6) for prompt in PROMPTS]
+    # What the rows hold at the end serves later prompts.
+    held = [[*prompt, *tokens, 9] for prompt, tokens in zip(PROMPTS, so_far, strict=True)]
+    last = [held[prompt] for prompt in generation.in_row]
+    again = run(model, last, 4, cache=generation.cache)
+    assert again.generated == [plain(model, tuple(text), 4) for text in last]
+    assert again.stats.reused_tokens > 0
+
+
+def test_prompts_are_stopped_while_they_run_and_while_they_wait():
+    model = model_of("llama3_2")
+    generation = Generation(model, PROMPTS[:4], 5, rows=1)
+    for _ in generation:
+        if len(generation.generated[0]) == 3 and not generation.finished[0]:
+            generation.stop(0, 2)
+            generation.stop(2, 0)
+    expected = [plain(model, prompt, 5) for prompt in PROMPTS[:4]]
+    assert generation.generated == [expected[0][:2], expected[1], [], expected[3]]
+    assert generation.stats.first_tokens == 3 and all(generation.finished)
+    with pytest.raises(ValueError, match=r"^rows: 0 is not allowed\. Allowed: 1 or more; for example rows=8$"):
+        Generation(model, PROMPTS, 5, rows=0)
+
+
+@compiles
+def test_compiled_steps_are_those_of_one_batch():
+    """Other prompts in the rows have nothing compiled again."""
+    model, prompts, arguments = make_small(width=32), [*SHORT, *LONG], {"speculation": Speculation(1, 2)}
+    expected = run(model, prompts, 6, **arguments).generated
+    run(model, LONG, 6, **arguments, compile=True)
+    generation = run(model, prompts, 6, rows=2, **arguments, compile=True)
+    assert generation.generated == expected
+    assert generation.stats.compile_s == 0

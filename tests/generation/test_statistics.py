@@ -1,17 +1,17 @@
-"""What a round of drafts costs, in calls of layers, and the statistics of a generation."""
+"""What a round of drafts costs, in calls of layers, and what a generation counts: rounds, acceptance, bytes."""
 
-import time
 from collections import Counter
 
 import pytest
 import torch
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
+from helpers.speculation import PROMPTS, perturbed, run
+from helpers.tiny import VOCAB
 
-from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.stats import is_looping
+from layerskip_recipes.generation.stats import GenerationStats, is_looping
 
 
 def count_calls(model):
@@ -26,23 +26,17 @@ def count_calls(model):
 @pytest.mark.parametrize(("exit_layer", "d"), [(1, 1), (2, 4), (5, 3), (6, 2)])
 def test_cost_of_a_round(exit_layer, d, rows):
     """d early passes with head, one without, one late pass over d+1 positions; no layer twice for a position."""
-    model = make_model()
-    steps = iter(
-        Generation(model, [PROMPT[: 2 + row] for row in range(rows)], 50, speculation=Speculation(exit_layer, d))
-    )
+    model, prompts = make_model(), [PROMPT[: 2 + row] for row in range(rows)]
+    steps = iter(Generation(model, prompts, 50, speculation=Speculation(exit_layer, d)))
     calls = count_calls(model)
     next(steps)
     assert calls == Counter({**{(layer, 1 + rows): 1 for layer in range(L)}, ("head", 1): 1})
+    layers = {(layer, 1): d + 1 for layer in range(exit_layer)}
+    layers |= {(layer, d + 1): 1 for layer in range(exit_layer, L)}
     for _ in range(2):
         calls.clear()
         next(steps)
-        assert calls == Counter(
-            {
-                **{(layer, 1): d + 1 for layer in range(exit_layer)},
-                **{(layer, d + 1): 1 for layer in range(exit_layer, L)},
-                ("head", 1): d,
-            }
-        ) + Counter({("head", d + 1): 1})
+        assert calls == Counter({**layers, ("head", 1): d}) + Counter({("head", d + 1): 1})
 
 
 def test_nothing_is_drafted_beyond_the_limit():
@@ -57,49 +51,47 @@ def test_nothing_is_drafted_beyond_the_limit():
         assert calls["head", 1] == drafts or drafts == 0
 
 
-def test_the_first_token_is_timed_from_the_call_on(monkeypatch):
-    """With what the construction of a `Generation` takes, but not what its caller does before the first step."""
-    monkeypatch.setattr(engine, "check_prompt_tokens", lambda *_: time.sleep(0.2))
-    called = time.perf_counter()
-    generation = Generation(model_of("llama3_2"), [PROMPT], 2)
-    time.sleep(0.2)
-    next(iter(generation))
-    assert 0.2 < generation.stats.prefill_s < time.perf_counter() - called - 0.2
-
-
 @pytest.mark.parametrize("exit_layer", [None, 1, 4])
 def test_cost_of_a_step(exit_layer):
     """Prefill and decoding of an exit never touch the layers above it; the head sees one position."""
-    model = make_model()
-    depth = exit_layer or L
+    model, depth = make_model(), exit_layer or L
     calls = count_calls(model)
     generate(model, torch.tensor(PROMPT), 5, exit_layer=exit_layer)
     prefill, steps = {(layer, 4): 1 for layer in range(depth)}, {(layer, 1): 4 for layer in range(depth)}
     assert calls == Counter({**prefill, **steps, ("head", 1): 5})
 
 
-@pytest.mark.parametrize(("exit_layer", "d", "count"), [(1, 2, 25), (2, 4, 30), (4, 12, 30), (5, 3, 2), (5, 3, 3)])
-def test_statistics(exit_layer, d, count):
-    """Rounds, drafted and accepted tokens as the algorithm gives them, played through with greedy decoding only."""
-    full = greedy("llama3_2", PROMPT, 30)
-    rounds, done = [], 1
+# ---- acceptance ----
+
+
+def rounds_of(prompt, count, exit_layer, d):
+    """(slot of the root, drafted, accepted) of each round, played through with greedy decoding only."""
+    full, rounds, done = greedy("llama3_2", prompt, count), [], 1
     while done < count:
         n = min(d, count - done - 1)
-        draft = greedy("llama3_2", (*PROMPT, *full[:done]), n, exit_layer)
+        draft = greedy("llama3_2", (*prompt, *full[:done]), n, exit_layer)
         accepted = next((i for i in range(n) if draft[i] != full[done + i]), n)
-        rounds.append((n, accepted))
+        rounds.append((len(prompt) + done - 1, n, accepted))
         done += accepted + 1
-    stats = generate(model_of("llama3_2"), torch.tensor(PROMPT), count, exit_layer=exit_layer, num_speculations=d).stats
-    assert (stats.rounds, stats.drafted, stats.accepted) == (
-        len(rounds),
-        sum(n for n, _ in rounds),
-        sum(accepted for _, accepted in rounds),
-    )
-    histogram = Counter(accepted for _, accepted in rounds)
-    assert stats.accepted_histogram == [histogram[k] for k in range(max(histogram) + 1)]
-    assert sum(stats.accepted_histogram) == stats.rounds
-    assert stats.acceptance_rate == (stats.accepted / stats.drafted if stats.drafted else None)
-    assert stats.tokens == count and stats.tokens_per_second > 0
+    return rounds
+
+
+@pytest.mark.parametrize(("exit_layer", "d", "count"), [(1, 2, 18), (2, 4, 18), (4, 3, 18), (4, 12, 30), (5, 3, 3)])
+def test_rounds_and_acceptance(exit_layer, d, count):
+    model, total, rounds = model_of("llama3_2"), GenerationStats(), []
+    for prompt in PROMPTS:
+        total += run(model, [prompt], count, speculation=Speculation(exit_layer, d)).stats
+        rounds += rounds_of(prompt, count, exit_layer, d)
+    drafted, accepted = [n for _, n, _ in rounds], [n for _, _, n in rounds]
+    assert (total.rounds, total.drafted, total.accepted) == (len(rounds), sum(drafted), sum(accepted))
+    assert total.draft_steps == sum(drafted) and total.rounds_by_kind == {"chain": len(rounds)}
+    assert total.acceptance_rate == sum(accepted) / sum(drafted)
+    assert total.acceptance_by_position == [
+        sum(k > i for k in accepted) / sum(n > i for n in drafted) for i in range(max(drafted))
+    ]
+    assert total.accepted_histogram == [accepted.count(k) for k in range(1 + max(accepted))]
+    assert (total.prefill_tokens, total.reused_tokens, total.first_tokens) == (sum(map(len, PROMPTS)), 0, len(PROMPTS))
+    assert total.tokens == count * len(PROMPTS) and total.tokens_per_second > 0
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -118,36 +110,70 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     assert together.rounds == max(stats.rounds for stats in alone)
 
 
-def test_statistics_of_two_runs_add_up():
-    runs = [
-        generate(model_of("llama3_2"), torch.tensor(PROMPT), n, exit_layer=2, num_speculations=n).stats for n in (3, 20)
-    ]
-    for both in (runs[0] + runs[1], runs[1] + runs[0]):
-        for name in ("tokens", "first_tokens", "rounds", "drafted", "accepted", "prefill_s", "decode_s"):
-            assert getattr(both, name) == getattr(runs[0], name) + getattr(runs[1], name)
-        assert sum(both.accepted_histogram) == both.rounds
-        assert sum(k * n for k, n in enumerate(both.accepted_histogram)) == both.accepted
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_last_exit_accepts_everything(temperature):
-    """q and p are the same model: 24 tokens after the first are 4 full rounds of 5 + 1."""
-    out = generate(
-        model_of("llama3_2"),
-        torch.tensor(PROMPT),
-        25,
-        exit_layer=L,
-        num_speculations=5,
-        temperature=temperature,
-        rng=torch.Generator().manual_seed(0),
-    )
-    assert (out.stats.rounds, out.stats.drafted, out.stats.accepted) == (4, 20, 20)
-    assert out.stats.acceptance_rate == 1 and out.stats.accepted_histogram == [0, 0, 0, 0, 0, 4]
-
-
-def test_without_drafts_there_is_no_acceptance_rate():
-    stats = generate(model_of("llama3_2"), torch.tensor(PROMPT), 5).stats
+    """q and p are the same model: 24 tokens after the first are 4 full rounds of 5 + 1. Without drafts there is no
+    rate."""
+    arguments = {"temperature": temperature, "rng": torch.Generator().manual_seed(0)}
+    model, prompt = model_of("llama3_2"), torch.tensor(PROMPT)
+    stats = generate(model, prompt, 25, exit_layer=L, num_speculations=5, **arguments).stats
+    assert (stats.rounds, stats.drafted, stats.accepted, stats.acceptance_rate) == (4, 20, 20, 1)
+    assert stats.accepted_histogram == [0, 0, 0, 0, 0, 4]
+    stats = generate(model, prompt, 5, **arguments).stats
     assert (stats.acceptance_rate, stats.drafted, stats.accepted_histogram, stats.rounds) == (None, 0, [], 4)
+
+
+# ---- bytes ----
+
+# Of a layer of the tiny model: q, k, v, output; three of the MLP; two norms. Four bytes each.
+LAYER = 4 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 64 + 2 * 32)
+HEAD = 4 * VOCAB * 32
+SLOT = 4 * 2 * 2 * 8  # keys and values of 2 heads of width 8
+
+
+@pytest.mark.parametrize("exit_layer", [None, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bytes_of_plain_steps(exit_layer, rows):
+    """The prompt's pass counts not; step i looks at the prompt and i tokens more."""
+    stats = run(model_of("llama3_2"), [PROMPT] * rows, 6, exit_layer=exit_layer).stats
+    depth = exit_layer or L
+    assert stats.weight_bytes == 5 * (depth * LAYER + HEAD)
+    assert stats.cache_bytes == rows * depth * SLOT * sum(len(PROMPT) + i for i in range(1, 6))
+    assert stats.bytes_per_token == (stats.weight_bytes + stats.cache_bytes) / (5 * rows)
+
+
+@pytest.mark.parametrize("drafter", [False, True])
+@pytest.mark.parametrize(("exit_layer", "d"), [(1, 2), (4, 3)])
+def test_bytes_of_drafts(exit_layer, d, drafter):
+    """n early passes and heads, one early pass more, a late one with the head: with a drafter a whole one."""
+    model = model_of("llama3_2")
+    speculation = Speculation(exit_layer, d, drafter=perturbed(model, 0.0) if drafter else None)
+    stats = run(model, [PROMPT], 18, speculation=speculation).stats
+    weights = cache = 0
+    for root, n, _ in rounds_of(PROMPT, 18, exit_layer, d):
+        layers = n * exit_layer + L  # the early pass of the last draft and the late one are L layers together
+        weights += layers * LAYER + (n + 1) * HEAD
+        cache += layers * SLOT * (root + n + 1)
+    assert (stats.weight_bytes, stats.cache_bytes) == (weights, cache)
+
+
+def test_statistics_add_up():
+    a = GenerationStats(5, first_tokens=1, rounds=3, weight_bytes=7, reused_tokens=2, compile_s=1.5, draft_steps=4)
+    b = GenerationStats(3, first_tokens=2, rounds=1, weight_bytes=1, cache_bytes=9, prefill_tokens=6, compile_s=0.5)
+    a.count_round(3, 1)
+    a.count_round(2, 2)
+    b.count_round(4, 0)
+    a.rounds_by_kind.update(["chain", "lookup"])
+    b.rounds_by_kind.update(["lookup"])
+    both = a + b
+    assert (both.tokens, both.first_tokens, both.rounds, both.weight_bytes, both.cache_bytes) == (8, 3, 4, 8, 9)
+    assert (both.reused_tokens, both.prefill_tokens, both.compile_s, both.draft_steps) == (2, 6, 2.0, 4)
+    assert (both.drafted, both.accepted, both.rounds_by_kind) == (9, 3, {"chain": 1, "lookup": 2})
+    assert both.accepted_histogram == [1, 1, 1]
+    assert both.acceptance_by_position == [2 / 3, 1 / 3, 0, 0]
+    assert both.bytes_per_token == 17 / 5
+    assert a.rounds == 3 and a.drafted == 5  # neither changes
+    assert GenerationStats().acceptance_by_position == [] and GenerationStats().bytes_per_token is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +182,6 @@ def test_without_drafts_there_is_no_acceptance_rate():
         ([1, 2, 3, 4] + [7] * 4, True),
         ([1, 2, 3, 4, 5] + [8, 9] * 3, True),
         (list(range(20, 28)) + [8, 9] * 3, False),  # less than half
-        (list(range(50)), False),
         ([7, 7], False),  # no three periods
         ([8, 9] * 6 + [3], False),  # over before the end
         ([], False),

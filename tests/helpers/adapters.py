@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune import config as tune_config
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
@@ -20,27 +19,17 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 SHAPE = {key: value for key, value in SIZE.items() if key not in ("rope_base", "scale_factor")}
-
-
 RANK, ALPHA = 3, 7
-
-
 ADAPTERS = {
     "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True,
     "lora_rank": RANK, "lora_alpha": ALPHA,
 }  # fmt: skip
-
-
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1_000_000}
-
-
 HF_CONFIGS = {
     "llama3_2": HF_CONFIG,
     "llama2": HF_CONFIG | {"tie_word_embeddings": False},
     "qwen2": HF_CONFIG | {"tie_word_embeddings": False} | QWEN2,
 }
-
-
 TOKENS = torch.arange(40).view(2, 20) * 7 % 300
 EXITS = (1, 2, 3, 4)
 FILE = "checkpointer.adapter_checkpoint"
@@ -149,23 +138,6 @@ def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> 
     e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
     on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
     return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the plain tensors of some shapes that come into being, other than views of what is there."""
-
-    def __init__(self, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shapes, self.count = shapes, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs, made = (
-            {x.untyped_storage().data_ptr(): x.shape for x in tensors if type(x) in (torch.Tensor, torch.nn.Parameter)}
-            for tensors in (args, [out])
-        )
-        self.count += sum(tuple(shape) in self.shapes for place, shape in made.items() if place not in inputs)
-        return out
 
 
 def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:

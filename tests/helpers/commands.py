@@ -1,4 +1,4 @@
-"""Shared by tests: last_line, run_command, run_tune."""
+"""Commands as a user types them."""
 
 import functools
 import os
@@ -13,14 +13,10 @@ from helpers import forks
 def run_command(
     name: str, *args: str, cwd: Path, env: dict | None = None, timeout: int = 600, cold: bool = False
 ) -> subprocess.CompletedProcess:
-    """`tune ARGS` or `layerskip ARGS` as a user types it, in the environment that runs the tests, without the hub.
+    """`tune ARGS`, `layerskip ARGS` or a Python script as a user types it, without the hub.
 
-    Args:
-        name: of a script beside the interpreter, or the whole path of a Python script.
-        env: variables beside those of this process; then it starts cold, as some are read at import.
-        timeout: in seconds.
-        cold: in a process of its own. Else in a fork of one that has imported all of it, which saves 5 seconds. Not
-            where CUDA may be, which knows no forks.
+    In a fork of a process that has imported all of it, which saves 5 seconds; cold in one of its own, as with other
+    variables, of which some are read at import, and where CUDA may be, which knows no forks.
     """
     command = [str(Path(sys.executable).parent / name), *args]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})

@@ -1,9 +1,6 @@
-"""Small configs for the tests: train from scratch, generate and evaluate, with a model of 4 layers and 300 tokens.
+"""Small configs for the tests: train from scratch, generate, evaluate and measure, with 4 layers and 300 tokens.
 
-Each function writes a YAML file and returns its path; `changes` replace top-level keys, None switches one off:
-
-    path = finetune_config(tmp_path, tokenizer_folder, epochs=2, layer_dropout=None)
-    recipe = LayerSkipFinetune(load_config(str(path), ["optimizer.lr=1e-3"]))
+Each function writes a YAML file and returns its path; `changes` replace top-level keys, None switches one off.
 """
 
 import json
@@ -31,6 +28,7 @@ SIZE = {
     "scale_factor": 1,
 }
 MODEL = {"_component_": "torchtune.models.llama3_2._component_builders.llama3_2", **SIZE}
+DATASET = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 64}
 # What transformers needs to open a checkpoint of that model.
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,23 +70,13 @@ def write_yaml(path: Path, content: dict[str, Any]) -> Path:
 
 
 def finetune_config(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A training from scratch, 2 steps of 2 samples of 64 tokens, that writes to `folder/out`.
-
-    Args:
-        folder: where the config goes, as finetune.yaml.
-        tokenizer: a Hugging Face tokenizer folder of 300 tokens, the fixture `tokenizer_folder`.
-        **changes: top-level keys to replace.
-    """
+    """A training from scratch, 2 steps of 2 samples of 64 tokens, that writes to `folder/out`; the tokenizer has 300
+    tokens, as that of the fixture `tokenizer_folder`."""
     config = {
         "output_dir": str(folder / "out"),
         "model": MODEL,
         "tokenizer": {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(tokenizer)},
-        "dataset": {
-            "_component_": "layerskip_recipes.quickstart.StdlibDataset",
-            "split": "heldout",
-            "seq_len": 64,
-            "max_samples": 8,
-        },
+        "dataset": DATASET | {"max_samples": 8},
         "checkpointer": {
             "_component_": "layerskip_recipes.checkpoint.scratch_checkpointer",
             "model_type": "LLAMA3_2",
@@ -168,13 +156,8 @@ def generate_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
 
 def eval_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:
     """An evaluation of all exits on 4 samples of 64 tokens."""
-    dataset = {
-        "_component_": "layerskip_recipes.quickstart.StdlibDataset",
-        "split": "heldout",
-        "seq_len": 64,
-        "max_samples": 4,
-    }
-    return write_yaml(folder / "eval.yaml", _trained(checkpoint) | {"dataset": dataset, "batch_size": 2} | changes)
+    config = _trained(checkpoint) | {"dataset": DATASET | {"max_samples": 4}, "batch_size": 2}
+    return write_yaml(folder / "eval.yaml", config | changes)
 
 
 def benchmark_config(folder: Path, checkpoint: Path, **changes: Any) -> Path:

@@ -4,15 +4,12 @@ import functools
 
 import torch
 from helpers.sampling import filtered, penalised
-from helpers.tiny import make_tiny
-from helpers.walks import walk
+from helpers.tiny import make_tiny, walk
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 
 L = 6
-
-
 PROMPT = (5, 17, 33, 8)
 
 
@@ -34,12 +31,19 @@ model_of = functools.cache(make_model)
 
 @functools.cache
 @torch.no_grad()
-def greedy(family, prompt, count, exit_layer=L):
-    """`count` tokens by argmax of g(x_E) of the last position, from scratch for each."""
+def plain(model, prompt, count, penalty=1.0, exit_layer=None):
+    """`count` tokens by argmax of g(x_E) from scratch for each, those of prompt and output penalised."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(walk(model_of(family), torch.tensor([tokens]), range(exit_layer))[0, -1].argmax().item())
+        logits = walk(model, torch.tensor([tokens]), range(exit_layer or model.num_layers))[0, -1].tolist()
+        logits = penalised(logits, tokens, penalty)
+        tokens.append(max(range(len(logits)), key=logits.__getitem__))
     return tokens[len(prompt) :]
+
+
+def greedy(family, prompt, count, exit_layer=None):
+    """The same of a tiny model."""
+    return plain(model_of(family), tuple(prompt), count, 1.0, exit_layer)
 
 
 def until(tokens, stop_tokens):
@@ -65,11 +69,11 @@ def small_model():
 
 @functools.cache
 @torch.no_grad()
-def probabilities(count, repetition_penalty=1.0, **filters):
+def probabilities(count, repetition_penalty=1.0, exit_layer=3, **filters):
     """The exact probability of each continuation of START by `count` tokens of the small model, see `numbered`."""
     probs, sequences = torch.ones(1), torch.tensor([START])
     for _ in range(count):
-        logits = walk(small_model(), sequences, range(3))[:, -1].tolist()
+        logits = walk(small_model(), sequences, range(exit_layer))[:, -1].tolist()
         following = [
             filtered(penalised(row, tokens, repetition_penalty), **filters)
             for row, tokens in zip(logits, sequences.tolist(), strict=True)

@@ -1,8 +1,4 @@
-"""What each rank of a generation test runs: `generating_ranks.py WHAT FOLDER`, see RANKS at the end.
-
-Shared by tests: ADAPTED, CASES, E, EVEN, L, LOCAL, LOCAL_MODES, MODES, NEW, OTHER_MODES, SHARED_MODEL, UNEVEN,
-other, run, sampled, walks.
-"""
+"""What each rank of a generation test runs: `generating_ranks.py WHAT FOLDER`, see RANKS at the end."""
 
 import faulthandler
 import json
@@ -41,15 +37,12 @@ L, E, NEW = 6, 2, 8
 MODES = {"speculative": {"exit_layer": E, "num_speculations": 3}, "autoregressive": {}, "early": {"exit_layer": E}}
 # What ranks could choose differently, or see differently, without rank 0's word.
 OTHER_MODES = {
-    name: {"exit_layer": E, "num_speculations": 3} | arguments
-    for name, arguments in {
-        "chain": {},
-        "look-up": {"prompt_lookup": 1},
-        "vocabulary": {"draft_vocabulary": list(range(0, 90, 2))},
-        "penalty": {"repetition_penalty": 1.3},
-        "chain, sampled": {"temperature": 1.0},
-        "look-up, sampled": {"prompt_lookup": 1, "temperature": 1.0},
-    }.items()
+    "chain": {},
+    "look-up": {"prompt_lookup": 1},
+    "vocabulary": {"draft_vocabulary": list(range(0, 90, 2))},
+    "penalty": {"repetition_penalty": 1.3},
+    "chain, sampled": {"temperature": 1.0},
+    "look-up, sampled": {"prompt_lookup": 1, "temperature": 1.0},
 }
 ADAPTED = {
     "lora": {},
@@ -58,7 +51,7 @@ ADAPTED = {
 }
 # Where both ranks share each matrix: a vocabulary of which each has half.
 EVEN = {"vocab_size": 98, "num_layers": 3}
-LOCAL_MODES = {"speculative": MODES["speculative"], "look-up": OTHER_MODES["look-up"]}
+LOCAL_MODES = {"speculative": MODES["speculative"], "look-up": MODES["speculative"] | {"prompt_lookup": 1}}
 # 33 on each of two tensor-parallel ranks, which cannot be halved again.
 UNEVEN = {"intermediate_dim": 66, "num_layers": 3}
 # With biases and a tied head two rows, eager; with a head of its own one, compiled.
@@ -74,14 +67,24 @@ def run(model, prompts=PROMPTS, new=NEW, **mode):
     return generate(model, prompts, new, **mode)
 
 
-def sampled(model):
-    return run(model, **MODES["speculative"], temperature=1.0, rng=torch.Generator().manual_seed(1)).tokens.tolist()
-
-
 def other(model, mode):
-    arguments = OTHER_MODES[mode]
-    rng = {"rng": torch.Generator().manual_seed(1)} if arguments.get("temperature") else {}
-    return run(model, new=10, **arguments, **rng).tokens.tolist()
+    rng = torch.Generator().manual_seed(1)
+    return run(model, new=10, **MODES["speculative"], **OTHER_MODES[mode], rng=rng).tokens.tolist()
+
+
+def everything(model):
+    """Greedy and sampled tokens; logits of the whole walk, of two partial ones, and of layers called directly."""
+    result = {mode: run(model, **arguments).tokens.tolist() for mode, arguments in MODES.items()}
+    rng = torch.Generator().manual_seed(1)
+    result["sampled"] = run(model, **MODES["speculative"], temperature=1.0, rng=rng).tokens.tolist()
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        half = model(tokens, exit_layer=4, unembed=False)
+        direct = model.tok_embeddings(tokens)
+        for layer in model.layers:
+            direct = layer(direct)
+        walks = [model(tokens), model(hidden=half, start_layer=4), model.unembed(direct)]
+    return result, [logits.tolist() for logits in walks]
 
 
 @contextmanager
@@ -106,18 +109,6 @@ def full_weights(model):
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
 
 
-def walks(model):
-    """Logits of the whole walk, of two partial ones, and of layers called directly; outside of inference mode too."""
-    tokens = torch.tensor(PROMPTS[:1])
-    with torch.no_grad():
-        half = model(tokens, exit_layer=4, unembed=False)
-        direct = model.tok_embeddings(tokens)
-        for layer in model.layers:
-            direct = layer(direct)
-        results = [model(tokens), model(hidden=half, start_layer=4), model.unembed(direct)]
-    return [result.tolist() for result in results]
-
-
 @contextmanager
 def gathers_before_drafts(counted):
     """A list of how many gathers had begun before each chain was drafted."""
@@ -136,10 +127,7 @@ def decode_rank(folder):
     result = {}
     for family, how in CASES:
         model = split(family, *SPLITS[how])
-        for mode, arguments in MODES.items():
-            result[f"{family}/{how}/{mode}"] = run(model, **arguments).tokens.tolist()
-        result[f"{family}/{how}/walks"] = walks(model)
-        result[f"{family}/{how}/sampled"] = sampled(model)
+        result[f"{family}/{how}"] = everything(model)
         if family == "llama3" and how == "draft_whole":
             with confused_clock():
                 for mode in OTHER_MODES:

@@ -1,12 +1,6 @@
-"""GGUF files of Llama models with a byte-level BPE tokenizer, for llama.cpp: what its converter makes of such a folder.
-
-    python tests/helpers/gguf_files.py FOLDER model.gguf Q8_0
-
-F32, BF16 and Q8_0 are the precisions of the matrices.
-"""
+"""GGUF files of Llama models with a byte-level BPE tokenizer, as the converter of llama.cpp makes them."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +26,7 @@ NAMES = {
 
 
 def write_gguf(folder: Path, file: Path, precision: str = "F32") -> Path:
-    """Write the model of a Hugging Face folder (LlamaForCausalLM without rope scaling) into a GGUF file.
-
-    Args:
-        folder: config.json, safetensors and tokenizer.json.
-        file: is written over.
-        precision: F32, BF16 or Q8_0.
-    """
+    """Write the model of a Hugging Face folder (LlamaForCausalLM without rope scaling), its matrices in F32 or BF16."""
     config = json.loads((folder / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = GGUFWriter(str(file), "llama")
@@ -57,8 +45,6 @@ def write_gguf(folder: Path, file: Path, precision: str = "F32") -> Path:
     kind = GGMLQuantizationType[precision]
     weights = {name: t for part in sorted(folder.glob("model*.safetensors")) for name, t in load_file(part).items()}
     for name, weight in weights.items():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue
         module = name.removesuffix(".weight")
         if module.startswith("model.layers."):
             layer, _, inner = module.removeprefix("model.layers.").partition(".")
@@ -95,7 +81,3 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: dict, size: int) -> None:
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     if special:
         writer.add_eos_token_id(min(special))
-
-
-if __name__ == "__main__":
-    print(write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))

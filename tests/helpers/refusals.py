@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from helpers.configs import unknown_suggestions
 
+from layerskip_recipes.benchmark.config import BenchmarkConfig
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
@@ -15,13 +17,17 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
-RECIPES = {"finetune": LayerSkipFinetune, "generate": LayerSkipGenerate, "eval": LayerSkipEval}
-
-
+RECIPES = {
+    "finetune": LayerSkipFinetune,
+    "generate": LayerSkipGenerate,
+    "eval": LayerSkipEval,
+    "benchmark": LayerSkipBenchmark,
+}
 KEYS = {
     "finetune": {*FinetuneConfig.model_fields},
     "generate": {*GenerateConfig.model_fields},
     "eval": {*EvalConfig.model_fields},
+    "benchmark": {*BenchmarkConfig.model_fields},
 }
 
 

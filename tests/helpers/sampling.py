@@ -4,10 +4,7 @@ import math
 
 import torch
 
-V = 5
-
-
-N = 60_000
+V, N = 5, 60_000
 
 
 def rng(seed=0):

@@ -41,25 +41,15 @@ MODEL = {
 
 
 def smollm2_folder(target: Path | None = None) -> Path:
-    """The folder; made once, then used again.
-
-    Args:
-        target: where it is or shall be. None: SmolLM2-135M-Instruct in $LAYERSKIP_TEST_CACHE, or in layerskip-tests of
-            the directory for temporary files.
-
-    Raises:
-        ValueError: if something else is in its place.
-    """
+    """The folder, made once, in $LAYERSKIP_TEST_CACHE or the directory for temporary files if no target is given."""
     if target is None:
         cache = os.environ.get("LAYERSKIP_TEST_CACHE") or Path(tempfile.gettempdir(), "layerskip-tests")
         target = Path(cache, "SmolLM2-135M-Instruct")
     target = Path(target).absolute()
-    in_the_way = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if _complete(target):
         return target
-    if in_the_way:
-        missing = [name for name in FILES if not (target / name).is_file()]
-        raise ValueError(f"{target} is there, but lacks {', '.join(missing)}; remove it, or name another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there, but is not complete; remove it, or name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and then renamed: whoever sees the folder sees all of it.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:

@@ -5,29 +5,16 @@ import functools
 import itertools
 
 import torch
-from helpers.decoding import PROMPT
-from helpers.sampling import penalised
+from helpers.decoding import PROMPT, plain  # noqa: F401
 from helpers.tiny import VOCAB
-from helpers.walks import walk
 
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.drafter import PLAIN
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.model.draft import Draft
 
 PROMPTS = [(5,), (9, 60, 2, 41, 41, 7, 3, 88, 1), PROMPT, (30, 31), (8, 8, 8, 8, 8)]
-
-
-@functools.cache
-@torch.no_grad()
-def plain(model, prompt, count, penalty=1.0, exit_layer=None):
-    """`count` tokens by argmax from scratch for each, those of prompt and output penalised."""
-    tokens = list(prompt)
-    for _ in range(count):
-        logits = walk(model, torch.tensor([tokens]), range(exit_layer or model.num_layers))[0, -1].tolist()
-        logits = penalised(logits, tokens, penalty)
-        tokens.append(max(range(len(logits)), key=logits.__getitem__))
-    return tokens[len(prompt) :]
 
 
 @functools.cache
@@ -38,6 +25,22 @@ def perturbed(model, noise=0.05, layers=None):
     for parameter in drafter.layers.parameters():
         parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
     return drafter
+
+
+KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2, 2)}  # of trained drafts
+
+
+def noisy(draft, noise=0.2):
+    """The draft with other weights: it says something else than the model's early layers."""
+    torch.manual_seed(60)
+    for parameter in draft.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0.1
+    return draft.requires_grad_(False).eval()
+
+
+@functools.cache
+def draft_of(model, kind):
+    return noisy(Draft(model, *KINDS[kind]), 0.05)
 
 
 VARIANTS = {
@@ -56,9 +59,21 @@ VARIANTS = {
 }
 
 
+TRAINED = {
+    f"{kind}, {name}": {"exit_layer": 2, "drafter": lambda model, kind=kind: draft_of(model, kind).decoder(model)} | way
+    for kind in KINDS
+    for name, way in {
+        "one token": {"num_speculations": 1},
+        "chain": {"num_speculations": 4},
+        "vocabulary": {"num_speculations": 3, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
+        "look-up": {"num_speculations": 3, "prompt_lookup": 1},
+    }.items()
+}
+
+
 def speculation_of(variant, model):
     """A new Speculation of that name."""
-    arguments = dict(VARIANTS[variant])
+    arguments = dict((VARIANTS | TRAINED)[variant])
     if "drafter" in arguments:
         arguments["drafter"] = arguments["drafter"](model)
     return Speculation(**arguments)

@@ -1,4 +1,4 @@
-"""Shared by tests: CountedCollectives, FAMILIES, SIZE, VOCAB, logits_of, make_tiny, unembedded."""
+"""Tiny models of each family, and plain walks through their layers."""
 
 from collections import Counter
 from typing import Any
@@ -20,8 +20,6 @@ from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 
 VOCAB = 97
-
-
 SIZE = {
     "vocab_size": VOCAB,
     "num_layers": 6,
@@ -31,8 +29,6 @@ SIZE = {
     "intermediate_dim": 64,
     "max_seq_len": 128,
 }
-
-
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": VOCAB,
@@ -75,6 +71,14 @@ def unembedded(model: Any, h: torch.Tensor) -> torch.Tensor:
     if not isinstance(model.norm, Gemma2FinalNorm):
         return model.output(model.norm(h)).float()
     return 30.0 * torch.tanh(model.output(model.norm.rms_norm(h)).float() / 30.0)
+
+
+def walk(model: Any, tokens: torch.Tensor, layers: Any, **inputs: Any) -> torch.Tensor:
+    """g(x) [b, s, v] after the given layers only, written without the decoder's forward."""
+    h = model.tok_embeddings(tokens)
+    for layer in layers:
+        h = model.layers[layer](h, **inputs)
+    return unembedded(model, h)
 
 
 def logits_of(base: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -4,19 +4,17 @@ Expected values: torchtune's plain builders with weights that are put together h
 """
 
 import functools
-import json
 import math
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.adapters import (
-    ALPHA,
     EXITS,
-    RANK,
     TOKENS,
-    Allocations,
+    WIDE_HF,
+    WIDE_SHAPE,
     EveryExit,
     adapter_config,
     by_hand,
@@ -27,15 +25,15 @@ from helpers.adapters import (
     read_hf,
     tokens_of,
 )
-from helpers.commands import run_tune
+from helpers.configs import make_checkpoint
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torchtune.modules import common_utils
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.adapters import merge_adapters
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 # Tied head; a head of its own with an adapter; biases in q, k and v.
@@ -85,7 +83,7 @@ def read(request, run_of) -> SimpleNamespace:
     return run_of(request.param)
 
 
-# ------------------------------------------------------------------------------------------------------- what trains
+# ---- what trains ----
 
 
 def test_the_losses_are_those_of_plain_pytorch(trained):
@@ -132,49 +130,7 @@ def test_only_adapters_change(trained):
         assert torch.equal(value, after[name])
 
 
-def count_head_gradients(path: Path) -> int:
-    """How many tensors of the head's shape an optimizer step makes."""
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    recipe.progress = SimpleNamespace(set_postfix_str=lambda text: None)
-    with Allocations((300, 32), (32, 300)) as made:
-        recipe._train_step(recipe.data.batches(0))
-    frozen = [p for p in recipe.model.parameters() if not p.requires_grad]
-    assert all(p.grad is None for p in frozen)
-    return made.count
-
-
-@pytest.mark.parametrize("family", ["llama3_2", "llama2", "qwen2"])
-def test_no_gradient_of_the_frozen_head_is_computed(family, tmp_path, tokenizer_folder):
-    """Nor of the embedding. The same count on a full training finds them."""
-    make_start(tmp_path / "start", family, tokenizer_folder)
-    path = adapter_config(tmp_path, tokenizer_folder, family, tmp_path / "start")
-    assert count_head_gradients(path) == 0
-    full = adapter_config(tmp_path / "full", tokenizer_folder, family, tmp_path / "start", model=plain_section(family))
-    assert count_head_gradients(full) > 0
-
-
-@pytest.mark.parametrize(("family", "builder"), [("llama3_2", {}), ("llama2", {"apply_lora_to_output": True})])
-def test_the_loss_asks_for_gradients_of_adapters_only(family, builder, tmp_path, tokenizer_folder, monkeypatch):
-    """Of the hidden states, and of the head's adapter if it has one: never of the head and the norm."""
-    make_start(tmp_path / "start", family, tokenizer_folder)
-    path = adapter_config(tmp_path, tokenizer_folder, family, tmp_path / "start", builder, max_steps_per_epoch=1)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    name_of = {p.untyped_storage().data_ptr(): name for name, p in recipe.model.named_parameters()}
-    asked, grad = set(), torch.autograd.grad
-
-    def recorded(outputs, inputs, *args, **kwargs):
-        for x in inputs if isinstance(inputs, list | tuple) else [inputs]:
-            asked.add(name_of.get(x.untyped_storage().data_ptr(), "hidden state"))
-        return grad(outputs, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", recorded)
-    recipe.train()
-    assert asked == {"hidden state"} | ({"output.lora_a.weight", "output.lora_b.weight"} if builder else set())
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints ----
 
 
 def test_the_merged_checkpoint_is_the_formula(trained):
@@ -190,19 +146,6 @@ def test_the_merged_checkpoint_is_the_formula(trained):
     assert changed == {f"{name}.weight" for name in names} | {f"{name}.bias" for name in biased}
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("in_place", [True, False])
-def test_merging_in_place_takes_no_second_copy_of_the_weights(in_place):
-    state = {"q.weight": torch.randn(8, 6), "q.lora_a.weight": torch.randn(2, 6), "q.lora_b.weight": torch.randn(8, 2)}
-    before, place = state["q.weight"].clone(), state["q.weight"].data_ptr()
-    expected = before + 16 / 2 * state["q.lora_b.weight"] @ state["q.lora_a.weight"]
-    plain = merge_adapters(state, {"r": 2, "lora_alpha": 16}, in_place)
-    assert plain.keys() == {"q.weight"}
-    torch.testing.assert_close(plain["q.weight"], expected, rtol=1e-9, atol=1e-9)
-    assert (plain["q.weight"].data_ptr() == place) == in_place
-    assert torch.equal(state["q.weight"], before) == (not in_place)
-
-
 def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(trained):
     merged = read_hf(trained.checkpoint, trained.family)
     trained.recipe.model.eval()
@@ -211,41 +154,6 @@ def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(train
             ours = trained.recipe.model(TOKENS, exit_layer=exit_layer)
             assert ours.std() > 0.1
             torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
-
-
-def test_adapters_in_pefts_names(trained):
-    """The safetensors file and the config beside it, apart from the merged weights."""
-    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
-    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    modules = [f"model.layers.{layer}.{module}" for layer in range(4) for module in attention + mlp]
-    modules += ["lm_head"] if trained.case == "llama2 output" else []
-    dora, dora_with_biases = "dora" in trained.case, trained.case == "qwen2 dora"
-    kinds = ["lora_A.weight", "lora_B.weight"] + (["lora_magnitude_vector"] if dora else [])
-    state = load_file(trained.checkpoint / "adapter" / "adapter_model.safetensors")
-    biases = {f"{module}.base_layer.bias" for module in modules if module[-6] in "qkv"} if dora_with_biases else set()
-    assert set(state) == {f"base_model.model.{name}" for name in biases} | {
-        f"base_model.model.{module}.{kind}" for module in modules for kind in kinds
-    }
-    described = json.loads((trained.checkpoint / "adapter" / "adapter_config.json").read_text())
-    assert set(described.pop("target_modules")) == {module.rpartition(".")[2] for module in modules}
-    expected = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"} | ({"use_dora": True} if dora else {})
-    assert described == expected | ({"bias": "lora_only"} if dora_with_biases else {})
-
-
-def test_pefts_form_on_the_hugging_face_weights_is_the_merged_checkpoint(trained):
-    """W + alpha/r B A, DoRA's magnitudes as PEFT applies them (to the weight alone), and biases in their place."""
-    adapters = load_file(trained.checkpoint / "adapter" / "adapter_model.safetensors")
-    start = load_file(trained.folder / "start" / "model.safetensors")
-    merged = load_file(trained.checkpoint / "model-00001-of-00001.safetensors")
-    assert set(merged) == set(start)
-    for name, weight in start.items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{module}.lora_A.weight" in adapters:
-            weight = weight + ALPHA / RANK * adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
-        if f"{module}.lora_magnitude_vector" in adapters:
-            weight = weight * (adapters[f"{module}.lora_magnitude_vector"] / weight.norm(dim=1))[:, None]
-        weight = adapters.get(f"base_model.model.{name.removesuffix('.bias')}.base_layer.bias", weight)
-        torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.slow
@@ -269,25 +177,20 @@ def test_peft_opens_the_adapters(trained, monkeypatch):
 def test_adapters_only(read, tmp_path):
     """The same adapters in both forms, and no weights beside them."""
     train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
-    folder = tmp_path / "out" / "epoch_0"
+    folder, whole = tmp_path / "out" / "epoch_0", read.checkpoint / "adapter"
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_model.pt", "adapter_model.safetensors", "adapter_config.json", "recipe_state.pt"} <= files
     assert not [name for name in files if name.startswith("model")]
-    assert (folder / "adapter_config.json").read_text() == (
-        read.checkpoint / "adapter" / "adapter_config.json"
-    ).read_text()
+    assert (folder / "adapter_config.json").read_text() == (whole / "adapter_config.json").read_text()
     state = torch.load(folder / "adapter_model.pt", weights_only=True)
-    both = (
-        load_file(folder / "adapter_model.safetensors"),
-        load_file(read.checkpoint / "adapter" / "adapter_model.safetensors"),
-    )
+    both = [load_file(place / "adapter_model.safetensors") for place in (folder, whole)]
     for ours, theirs in ((state, read.adapters), both):
         assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    path = generate_with(read, tmp_path, folder)
-    assert tokens_of(path) == tokens_of(generate_with(read, tmp_path, read.checkpoint))
+    tokens = [tokens_of(generate_with(read, tmp_path, adapters)) for adapters in (folder, read.checkpoint)]
+    assert tokens[0] == tokens[1]
 
 
-# -------------------------------------------------------------------------------------------------------- generation
+# ---- generation ----
 
 
 def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_path):
@@ -305,12 +208,12 @@ def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_
     recipe.setup()
     for name, value in recipe.model.state_dict().items():
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
-    context = list(recipe.prompt_tokens[0])
-    prompt = len(context)
+    context, new = list(recipe.prompt_tokens[0]), []
     for _ in tokens:
         with torch.no_grad():
-            context.append(read.plain.logits(weights, torch.tensor([context]))[-1][0, -1].argmax().item())
-    assert tokens == context[prompt:]
+            logits = read.plain.logits(weights, torch.tensor([context + new]))[-1]
+        new.append(logits[0, -1].argmax().item())
+    assert tokens == new
 
 
 def test_evaluation_with_adapters(read, tmp_path):
@@ -328,21 +231,55 @@ def test_evaluation_with_adapters(read, tmp_path):
         assert found[0][exit_layer] == pytest.approx(found[1][exit_layer], rel=1e-5)
 
 
+# ---- a stopped training goes on as if it had never stopped ----
+
+
 @pytest.mark.slow
-def test_tune_run_generates_with_adapters(tmp_path, tokenizer_folder):
-    """The real command, self-speculative: the text of the merged checkpoint."""
+@pytest.mark.parametrize(
+    ("family", "builder", "overrides"),
+    [
+        ("llama3_2", {}, []),
+        ("qwen2", {"use_dora": True}, ["save_adapter_weights_only=true"]),
+        ("llama2", {"apply_lora_to_output": True}, ["enable_async_checkpointing=true"]),
+        ("llama3_2", WIDE_SHAPE | {"quantize_base": True}, []),
+        # torchtune's llama3_2 takes no notice of low_cpu_ram.
+        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["low_cpu_ram=true", "enable_async_checkpointing=true"]),
+    ],
+    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards with little memory"],
+)
+def test_resume_gives_the_losses_of_the_run_that_never_stopped(
+    family, builder, overrides, tmp_path, tokenizer_folder, monkeypatch
+):
+    """From the middle of the first epoch, with dropout in the adapters and of layers: the very losses and weights."""
+    monkeypatch.setattr(common_utils, "_use_low_cpu_ram", False)  # what the recipe makes of it goes with the test
+    wide = "quantize_base" in builder
+    start = (plain_section(family) | WIDE_SHAPE, WIDE_HF) if wide else (None, {})
+    make_start(tmp_path / "start", family, tokenizer_folder, start[0], **start[1])
+    path = adapter_config(
+        tmp_path, tokenizer_folder, family, tmp_path / "start", builder | {"lora_dropout": 0.3}, epochs=2, shuffle=True,
+        layer_dropout={"prob": 0.5, "schedule": "exp"}, max_steps_per_epoch=3, save_every_n_steps=2, lr_scheduler={
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup", "num_warmup_steps": 2,
+        },
+    )  # fmt: skip
+    out = tmp_path / "out"
+    train(path, *overrides)
+    whole, end = losses(out), torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
+    assert sorted(path.name for path in out.glob("*_*[0-9]")) == ["epoch_0", "epoch_1", "step_2", "step_4"]
+    for name in ("epoch_0", "epoch_1", "step_4"):
+        shutil.rmtree(out / name)
+    (out / "logs" / "log.txt").unlink()
+    train(path, *overrides, "resume_from_checkpoint=true")
+    assert losses(out) == {step: whole[step] for step in (3, 4, 5, 6)}
+    again = torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
+    assert set(again) == set(end) and all(torch.equal(again[name], end[name]) for name in end)
+
+
+@pytest.mark.slow
+def test_resume_on_other_weights_is_refused(tmp_path, tokenizer_folder):
+    """The adapters were trained on others."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
+    make_checkpoint(tmp_path / "other", tokenizer_folder)
     path = adapter_config(tmp_path, tokenizer_folder, "llama3_2", tmp_path / "start")
     train(path)
-    run = SimpleNamespace(
-        family="llama3_2", folder=tmp_path, path=path, start=None, checkpoint=tmp_path / "out" / "epoch_0"
-    )
-    with_adapters = generate_with(run, tmp_path, run.checkpoint, output_file=str(tmp_path / "adapters.jsonl"))
-    command = run_tune("run", "layerskip_generate", "--config", str(with_adapters), cwd=tmp_path)
-    assert command.returncode == 0, command.stderr[-2000:]
-    merged = generate_with(run, tmp_path / "merged", None, output_file=str(tmp_path / "merged.jsonl"))
-    recipe = LayerSkipGenerate(load_config(str(merged)))
-    recipe.setup()
-    recipe.generate()
-    answers = (tmp_path / "adapters.jsonl").read_text()
-    assert json.loads(answers)["tokens"] == 12 and answers == (tmp_path / "merged.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint_dir.*start.*other"):
+        train(path, "resume_from_checkpoint=true", "epochs=2", f"checkpointer.checkpoint_dir={tmp_path}/other")

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from helpers.acceptance import tokens_per_round
 from helpers.tiny import VOCAB, make_tiny, unembedded
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft
@@ -91,26 +90,3 @@ def test_acceptance_of_a_trained_draft(kind, vocabulary):
     counts, accepted = F.pad(counted(batch), (0, 6)), [acceptance(final, one, ids) for one in logits]
     check_rates(found.tokens_per_round["all"], accepted[0], accepted[-1], counts)
     assert found.agreement > 0 and found.overlap == pytest.approx(accepted[0][1, counts].mean().item(), abs=1e-5)
-
-
-class CountedCasts(TorchDispatchMode):
-    """How often a tensor of a shape is cast."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape, self.count = shape, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_head_is_cast_once_for_all_chunks_and_exits():
-    """bf16 products of fp32 weights: 3 exits of two chunks."""
-    model = layerskip_decoder(make_tiny("llama3"))
-    tokens = torch.randint(VOCAB, (10, 100))
-    batch = {"tokens": tokens, "labels": tokens.clone()}
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), CountedCasts(model.output.weight.shape) as casts:
-        exit_quality(model, [batch], [2, 4, 6], CPU)
-    assert casts.count == 1

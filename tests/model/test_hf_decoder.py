@@ -1,6 +1,7 @@
 """hf_decoder and hf_checkpointer give the models of transformers: logits, gradients, cached decoding, files."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,9 +17,25 @@ from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
 from layerskip_recipes.checkpoint.hf_names import place_in_files
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import BIASES, adapter_config, fresh_adapters, merge_adapters, scaled_biases
-from layerskip_recipes.model.hf_config import parse_hf_config, read_hf_config
+from layerskip_recipes.model.hf_config import read_hf_config
 
 TOKENS = 3 + torch.arange(48).view(2, 24) * 31 % (VOCAB - 3)  # without the padding token, which transformers masks
+
+
+def decoder_of(folder):
+    """Ours, with the folder's weights."""
+    model = layerskip_decoder(hf_decoder(str(folder))).eval()
+    model.load_state_dict(hf_checkpointer(str(folder)).load_checkpoint()[MODEL_KEY])
+    return model
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Within 1e-4 of the largest value: sums of fp32 in another order."""
+    return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -27,14 +44,7 @@ def pair(request, tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp(request.param)
     theirs = make_hf_folder(request.param, folder)
-    ours = layerskip_decoder(hf_decoder(str(folder))).eval()
-    ours.load_state_dict(hf_checkpointer(str(folder)).load_checkpoint()[MODEL_KEY])
-    return SimpleNamespace(kind=request.param, folder=folder, theirs=theirs, ours=ours)
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Within 1e-4 of the largest value: sums of fp32 in another order."""
-    return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+    return SimpleNamespace(kind=request.param, folder=folder, theirs=theirs, ours=decoder_of(folder))
 
 
 def test_logits_are_those_of_transformers(pair):
@@ -61,10 +71,20 @@ def test_which_activation_gemma_means(kind, activation, tmp_path):
     content = {key: value for key, value in content.items() if key not in ("hidden_act", "hidden_activation")}
     (tmp_path / "config.json").write_text(json.dumps(content | activation))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    ours = layerskip_decoder(hf_decoder(str(tmp_path))).eval()
-    ours.load_state_dict(hf_checkpointer(str(tmp_path)).load_checkpoint()[MODEL_KEY])
     with torch.no_grad():
-        assert close(ours(TOKENS), theirs(TOKENS).logits)
+        assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
+
+
+def test_a_single_file_counts_before_the_index_of_an_earlier_save(tmp_path):
+    """As in transformers."""
+    make_hf_folder("llama", tmp_path)
+    later = load_file(tmp_path / "model.safetensors")
+    save_file({name: value + 1 for name, value in later.items()}, tmp_path / "old.safetensors", {"format": "pt"})
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(later, "old.safetensors")}))
+    reader = hf_checkpointer(str(tmp_path))
+    assert torch.equal(reader.load_checkpoint()[MODEL_KEY]["norm.scale"], later["model.norm.weight"])
+    with pytest.raises(ConfigError, match=r"^output_dir: missing"):
+        reader.save_checkpoint(reader.load_checkpoint())
 
 
 def test_loss_and_gradients_are_those_of_transformers(pair):
@@ -106,25 +126,6 @@ def test_a_written_folder_is_that_of_transformers_to_the_bit(pair, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in pair.ours.state_dict().items())
 
 
-def test_a_single_file_counts_before_the_index_of_an_earlier_save(tmp_path):
-    """As in transformers."""
-    transformers = pytest.importorskip("transformers")
-    make_hf_folder("llama", tmp_path)
-    later = load_file(tmp_path / "model.safetensors")
-    save_file({name: value + 1 for name, value in later.items()}, tmp_path / "old.safetensors", {"format": "pt"})
-    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(later, "old.safetensors")}))
-    ours = hf_checkpointer(str(tmp_path)).load_checkpoint()[MODEL_KEY]["norm.scale"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
-    assert torch.equal(ours, later["model.norm.weight"]) and torch.equal(ours, theirs)
-
-
-def test_without_an_output_dir_nothing_is_written(tmp_path):
-    make_hf_folder("llama", tmp_path)
-    reader = hf_checkpointer(path=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^output_dir: missing"):
-        reader.save_checkpoint(reader.load_checkpoint())
-
-
 # ---- adapters ----
 
 
@@ -150,28 +151,12 @@ def test_peft_opens_the_adapters(kind, dora, modules, tmp_path, monkeypatch):
     contents = {ADAPTER_KEY: adapters, ADAPTER_CONFIG: described, BIASES: biases}
     checkpointer.save_checkpoint(contents, adapter_only=True)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "epoch_0")).eval()
-    plain = layerskip_decoder(hf_decoder(str(folder))).eval()
+    plain = decoder_of(folder)
     plain.load_state_dict(merge_adapters(weights | adapters, described))
     with torch.no_grad():
         expected = model(TOKENS)
         assert close(theirs(TOKENS).logits, expected)
         assert close(plain(TOKENS), expected)
-
-
-def test_quantised_base_unpacks_in_the_state_dict(tmp_path):
-    make_hf_folder(
-        "llama", tmp_path, hidden_size=128, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8
-    )
-    lora = {"rank": 4, "quantize_base": True}
-    model = layerskip_decoder(hf_decoder(str(tmp_path), lora=lora))
-    weights = hf_checkpointer(str(tmp_path), str(tmp_path)).load_checkpoint()[MODEL_KEY]
-    model.load_state_dict(weights | fresh_adapters(model, weights, seed=0))
-    packed = [name for name, p in model.named_parameters() if type(p.data).__name__ == "NF4Tensor"]
-    assert len(packed) == 4 * 7  # every matrix of every layer
-    for name, value in model.state_dict().items():
-        if name in packed:
-            error = (value - weights[name]).abs().max()
-            assert 0 < error < 0.15 * weights[name].abs().max(), name  # 16 levels: at most half of the widest step
 
 
 # ---- what is refused ----
@@ -201,42 +186,31 @@ def test_a_window_limits_the_length(tmp_path):
 )
 def test_what_the_builder_does_not_honour_is_refused(kind, changes, message, tmp_path):
     make_hf_folder(kind, tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    change_json(tmp_path / "config.json", **changes)
     with pytest.raises(ConfigError, match=f"config.json.*{message}"):
-        parse_hf_config(raw, "config.json")
+        read_hf_config(tmp_path)
 
 
-def _cut(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _without(folder, name):
-    state = load_file(folder / "model.safetensors")
-    state.pop(name)
-    save_file(state, folder / "model.safetensors")
-
-
-def _only_index(folder, text):
+def without_weights(folder, index="{}"):
     (folder / "model.safetensors").unlink()
-    (folder / INDEX).write_text(text)
+    (folder / INDEX).write_text(index)
 
 
-def _fewer_layers(folder):
-    raw = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (folder / "config.json").write_text(json.dumps(raw))
+def without_head(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in state.items() if name != "lm_head.weight"}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut, r"model\.safetensors' cannot be read, is it complete"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors, its weights"),
-        (lambda folder: _only_index(folder, '{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
-        (lambda folder: _only_index(folder, "{"), f"{INDEX}' cannot be read"),
-        (lambda folder: _without(folder, "lm_head.weight"), "it lacks lm_head.weight"),
-        (_fewer_layers, r"it has in addition model\.layers\.3\."),
-        (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),
+        (lambda f: os.truncate(f / "model.safetensors", 1000), r"model\.safetensors' cannot be read, is it complete"),
+        (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors, its weights"),
+        (lambda f: without_weights(f, '{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
+        (lambda f: without_weights(f, "{"), f"{INDEX}' cannot be read"),
+        (without_head, "it lacks lm_head.weight"),
+        (lambda f: change_json(f / "config.json", num_hidden_layers=3), r"it has in addition model\.layers\.3\."),
+        (lambda f: (f / "config.json").unlink(), "holds no readable config.json"),
         (shutil.rmtree, "is no folder. Allowed: a folder with config.json, or a name on the hub"),
     ],
 )

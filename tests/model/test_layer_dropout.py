@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.tiny import VOCAB, logits_of, make_tiny
-from helpers.walks import walk
+from helpers.tiny import VOCAB, logits_of, make_tiny, walk
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
@@ -48,18 +47,14 @@ def rows_seen(model):
     [
         (":", range(20)),
         ("0::4", [0, 4, 8, 12, 16]),
-        ("8,12,16", [8, 12, 16]),
         (" 8, 12 ", [8, 12]),
-        ("-1", [19]),
         ("-3:", [17, 18, 19]),
         ("2:6,15", [2, 3, 4, 5, 15]),
         ("4:2:-1", [4, 3]),
-        ("0:20", range(20)),
         ("3,3,1:4", [1, 2, 3]),
         (7, [7]),
         (-20, [0]),
         ([1, 5, -1], [1, 5, 19]),
-        ((0,), [0]),
     ],
 )
 def test_select_layers(layers, expected):
@@ -69,7 +64,7 @@ def test_select_layers(layers, expected):
 @pytest.mark.parametrize(
     "layers",
     [
-        *("", ",", "1,,2", "3:3", "6", "-7", "0:7", "-7:", "::0", "1:2:1:1", "a", "1-3", "1.5", "all"),
+        *("", "1,,2", "3:3", "6", "-7", "0:7", "-7:", "::0", "1:2:1:1", "a", "1-3", "1.5"),
         *(6, [], [6], [1.5], None, 2.0, True),
     ],
 )
@@ -84,10 +79,8 @@ def test_select_layers_names_the_key_of_what_it_refuses(layers):
 @pytest.mark.parametrize("num_layers", [2, 6, 32])
 def test_exp_rates_are_the_papers(num_layers):
     """p_l = p_max (exp(l ln2 / (L-1)) - 1): nothing in the first layer, p_max in the last."""
-    rates = dropout_rates(num_layers, 0.2)
-    assert rates[0] == 0 and rates[-1] == pytest.approx(0.2, rel=1e-12)
     expected = [0.2 * (2 ** (layer / (num_layers - 1)) - 1) for layer in range(num_layers)]
-    assert rates == pytest.approx(expected, rel=1e-12)
+    assert dropout_rates(num_layers, 0.2) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +96,8 @@ def test_exp_rates_are_the_papers(num_layers):
 )
 def test_other_scales(scale, d):
     assert dropout_rates(5, 0.3, scale) == pytest.approx([0.3 * x for x in d], rel=1e-12)
-
-
-@pytest.mark.parametrize("scale", ["exp", "linear", "uniform", "log", "sin", "step"])
-def test_the_only_layer_of_a_model_is_its_last(scale):
-    assert dropout_rates(1, 0.3, scale) == pytest.approx([0.3])
+    if scale != "sigmoid":  # the only layer of a model is its last
+        assert dropout_rates(1, 0.3, scale) == pytest.approx([0.3])
 
 
 def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
@@ -118,21 +108,15 @@ def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"),
+    ("key", "value"),
     [
-        ({"prob": -0.1}, "prob"),
-        ({"prob": 1.01}, "prob"),
-        ({"prob": math.nan}, "prob"),
-        ({"prob": True}, "prob"),
-        ({"prob": "0.1"}, "prob"),
-        ({"prob": 0.1, "layers_scale": "expo"}, "layers_scale"),
-        ({"prob": 0.1, "layers": "9"}, "layers"),
-        ({"prob": 0.1, "schedule": "linear"}, "schedule"),
+        *(("prob", value) for value in (-0.1, 1.01, math.nan, True, "0.1")),
+        *(("layers_scale", "expo"), ("layers", "9"), ("schedule", "linear")),
     ],
 )
-def test_wrong_arguments_are_named(arguments, key):
+def test_wrong_arguments_are_named(key, value):
     with pytest.raises(ValueError, match=rf"^layer_dropout\.{key}: "):
-        LayerDropout(L, **arguments)
+        LayerDropout(L, **{"prob": 0.1, key: value})
 
 
 def test_schedule_scale():
@@ -140,25 +124,14 @@ def test_schedule_scale():
     assert schedule_scale(0, 11, "exp") == 0
     assert schedule_scale(10, 11, "exp") == pytest.approx(1)
     assert schedule_scale(3, 11, "exp") == pytest.approx(math.exp(0.3 * math.log(2)) - 1)
-    with pytest.raises(ValueError, match=r"^layer_dropout\.schedule: 'cosine'"):
-        schedule_scale(0, 11, "cosine")
-
-
-def test_the_progressive_schedule():
-    """Progressive Layer Dropping: theta(t) = (1 - theta) exp(-gamma t) + theta with gamma = 100 / T keeps, so
-    1 - exp(-gamma t) of the largest rate drops."""
-    theta, total = 0.5, 1000
+    # Progressive Layer Dropping: theta(t) = (1 - theta) exp(-gamma t) + theta with gamma = 100 / T keeps, so
+    # 1 - exp(-gamma t) of the largest rate drops.
     for t in (0, 7, 100, 999):
-        keeps = (1 - theta) * math.exp(-100 / total * t) + theta
-        assert (1 - theta) * schedule_scale(t, total, "progressive") == pytest.approx(1 - keeps)
-
-
-def test_the_rates_follow_the_schedule():
+        keeps = (1 - 0.5) * math.exp(-100 / 1000 * t) + 0.5
+        assert (1 - 0.5) * schedule_scale(t, 1000, "progressive") == pytest.approx(1 - keeps)
     dropout = LayerDropout(L, prob=0.4, schedule="exp")
     dropout.set_step(5, 11)
     assert dropout.max_rate == pytest.approx(0.4 * (math.sqrt(2) - 1))
-    dropout.set_step(0, 11)
-    assert dropout.draw(1000) == [None] * L
 
 
 # ---- the draw ----
@@ -167,8 +140,10 @@ def test_the_rates_follow_the_schedule():
 def test_the_draw_repeats_and_resumes():
     """The same seed gives the same draws, another seed others, and a restored generator goes on where it was saved."""
     one, same, other = (LayerDropout(L, **HALF, seed=seed) for seed in (1, 1, 2))
-    torch.manual_seed(7)  # the global seed has no part in it
+    torch.manual_seed(7)  # the global generator is neither used nor moved
+    before = torch.get_rng_state()
     first = [one.draw(16) for _ in range(3)]
+    assert torch.equal(torch.get_rng_state(), before)
     assert first == [same.draw(16) for _ in range(3)]
     assert first != [other.draw(16) for _ in range(3)]
     assert first[0] != first[1]
@@ -235,24 +210,23 @@ def test_a_sample_is_what_it_is_alone_without_its_dropped_layers(any_family):
 @pytest.mark.parametrize("shared", ["nothing", "mask", "positions", "both"])
 def test_masks_and_positions_follow_their_samples(tiny, length, shared):
     """Packed batches: each sample has its own documents; what is shared by all samples is not cut."""
-    batch = 8
-    tokens = random_tokens(batch, length)
-    lengths = [1 + row % (length - 1) for row in range(batch)]  # of the first of two documents
-    masks = torch.stack(
-        [torch.block_diag(torch.ones(n, n), torch.ones(length - n, length - n)).tril().bool() for n in lengths]
-    )
-    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(length - n)]) for n in lengths])
+    tokens, masks, positions = random_tokens(8, length), [], []
+    for first in (1 + row % (length - 1) for row in range(8)):  # the length of the first of two documents
+        second = length - first
+        masks.append(torch.block_diag(torch.ones(first, first), torch.ones(second, second)).tril().bool())
+        positions.append(torch.cat([torch.arange(first), torch.arange(second)]))
+    masks, positions = torch.stack(masks), torch.stack(positions)
     if shared in ("mask", "both"):
         masks = masks[2:3]
     if shared in ("positions", "both"):
         positions = positions[2]
     model = layerskip_decoder(tiny, layer_dropout=HALF).train()
-    run = next_draw(model.layer_dropout, batch)
+    run = next_draw(model.layer_dropout, 8)
     logits = model(tokens, mask=masks, input_pos=positions)
+    masks, positions = masks.expand(8, -1, -1), positions.expand(8, -1)
     for row, layers in enumerate(run):
-        mask = masks if masks.shape[0] == 1 else masks[row : row + 1]
-        pos = positions if positions.dim() == 1 else positions[row : row + 1]
-        expected = walk(tiny, tokens[row : row + 1], layers, mask=mask, input_pos=pos)
+        own = {"mask": masks[row : row + 1], "input_pos": positions[row : row + 1]}
+        expected = walk(tiny, tokens[row : row + 1], layers, **own)
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -267,13 +241,6 @@ def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
         for row, layers in enumerate(run):
             expected = walk(tiny, tokens[row : row + 1], [layer for layer in layers if layer < exit_layer])
             torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_dropout_leaves_the_global_generator_alone(tiny):
-    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
-    before = torch.get_rng_state()
-    model(random_tokens(8, 5))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

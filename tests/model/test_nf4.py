@@ -7,11 +7,10 @@ from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3_2._component_builders import llama3_2
 from torchtune.models.qwen2_5 import qwen2_5_0_5b
 
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import Lora, build_decoder
-from layerskip_recipes.model.nf4 import check_nf4, packs_weights, scales_per_block
+from layerskip_recipes.model.nf4 import check_nf4, scales_per_block
 
 # Rows and columns of the layers' matrices.
 SHAPES = {
@@ -32,11 +31,8 @@ def test_real_shapes_are_packed_and_sharded(shape):
     for shards in (2, 4, 8):
         parts = torch.chunk(packed, shards)
         assert torch.equal(torch.cat([part.get_original_weight() for part in parts]), whole), shards
-
-
-def test_large_matrices_keep_torchaos_blocks():
-    for shape in ((4096, 4096), (1024, 4096), (2048, 2048), (1024, 1024), (14336, 4096)):
-        assert scales_per_block(*shape) == 256
+    for large in ((4096, 4096), (1024, 4096), (1024, 1024), (14336, 4096)):
+        assert scales_per_block(*large) == 256  # torchao's own
 
 
 def smollm2(lora: Lora | None) -> nn.Module:
@@ -83,14 +79,3 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(build, shards, a
     else:
         with pytest.raises(ConfigError, match=rf"^model: .*{message}"):
             check_nf4(model, shards, any_size)
-
-
-def test_who_packs():
-    builders = {
-        "torchtune.models.llama3_2.qlora_llama3_2_1b": {},
-        "torchtune.models.llama3_2.lora_llama3_2_1b": {"quantize_base": True},
-        "layerskip_recipes.hf_decoder": {"lora": {"quantize_base": True}},
-    }
-    for path, arguments in builders.items():
-        assert packs_weights(Component({"_component_": path, **arguments})), path
-    assert not packs_weights(Component({"_component_": "layerskip_recipes.hf_decoder", "lora": {"rank": 4}}))

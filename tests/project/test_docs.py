@@ -79,11 +79,6 @@ def test_each_room_is_in_the_page_about_development():
     assert named == rooms | {"custom_generate"}  # a file that is copied, and no module
 
 
-@pytest.mark.parametrize("file", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(".github/**/*.yml")))
-def test_yaml_of_github_is_readable(file):
-    assert isinstance(yaml.safe_load((ROOT / file).read_text(encoding="utf-8")), dict)
-
-
 def test_ci_finds_the_test_command():
     """`.ci/run` takes the line of python3 after this marker."""
     section = PAGES["README.md"].read_text(encoding="utf-8").partition("<!-- tests -->")[2]

@@ -8,9 +8,7 @@ import pytest
 from helpers.hf_folders import model_with_tokenizer
 from helpers.training import few_texts, train  # noqa: F401
 
-from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -70,21 +68,22 @@ def test_what_a_checkpoint_notes(trained, models):
     }
 
 
+def generated(*settings: str) -> dict:
+    """The report of a generation of 8 tokens."""
+    recipe = LayerSkipGenerate(load_config("hf/generate", ["prompt=def main(", "max_new_tokens=8", *settings]))
+    recipe.setup()
+    return recipe.generate()
+
+
 @pytest.mark.parametrize("folder", ["", "epoch_0"])
 def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, trained):
-    prompt = ["prompt=def main(", "max_new_tokens=8", "benchmark.compare=true", "device=cpu"]
-    recipe = LayerSkipGenerate(load_config("hf/generate", [f"model_dir={trained / folder}", *prompt]))
-    recipe.setup()
-    report = recipe.generate()
+    report = generated(f"model_dir={trained / folder}", "benchmark.compare=true", "device=cpu")
     assert (report["exit_layer"], report["tokens"], report["identical"]) == (2, 8, True)
     assert report["drafted"] > 0
 
 
 def test_an_untrained_model_is_decoded_without_drafts(models):
-    settings = [f"model_dir={models['qwen3']}", "prompt=def main(", "max_new_tokens=8", "device=cpu"]
-    recipe = LayerSkipGenerate(load_config("hf/generate", settings))
-    recipe.setup()
-    report = recipe.generate()
+    report = generated(f"model_dir={models['qwen3']}", "device=cpu")
     assert (report["exit_layer"], report["tokens"], report["drafted"]) == (None, 8, 0)
 
 
@@ -93,55 +92,25 @@ def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
     model = [f"model_dir={models['qwen3']}", "device=cpu"]
     train("hf/draft", *model, f"output_dir={tmp_path}", *TRAINING, "draft.own_text=0.5")
     assert (tmp_path / "own_text.jsonl").is_file()
-    settings = [*model, "prompt=def main(", "max_new_tokens=8", "benchmark.compare=true"]
     draft = [f"self_speculation.draft={tmp_path}/epoch_0", "self_speculation.num_speculations=3"]
-    recipe = LayerSkipGenerate(load_config("hf/generate", [*settings, *draft]))
-    recipe.setup()
+    report = generated(*model, "benchmark.compare=true", *draft)
     assert "without drafts" not in caplog.text
-    report = recipe.generate()
     assert (report["exit_layer"], report["identical"]) == (2, True) and report["drafted"] > 0
-
-
-def test_evaluation_beside_the_model_before(trained, models, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = [f"model_dir={trained}", *DATA, f"compare={{before: {{path: {models['llama']}}}}}"]
-    recipe = LayerSkipEval(load_config("hf/eval", settings))
-    recipe.setup()
-    report = recipe.evaluate()
-    assert list(report["exits"]) == list(report["compare"]["before"]) == list(range(1, 9))
-    # Fewer nats after 4 steps than of weights with a standard deviation of 0.3.
-    assert report["exits"][8]["loss"] < report["compare"]["before"][8]["loss"]
-    assert {path.name for path in tmp_path.iterdir()} == {"exits.json", "exits.png"}
-
-
-def test_the_benchmark_compares_the_trained_exit(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = [f"model_dir={trained}", "max_new_tokens=6", "repeats=1", "device=cpu", "prompt=def main("]
-    settings.append("compile=false")
-    recipe = LayerSkipBenchmark(load_config("hf/benchmark", settings))
-    assert {name: variant.exit_layer for name, variant in recipe.variants.items()} == {"chosen": 2, "lookup": 2}
-    recipe.setup()
-    assert {row["name"] for row in recipe.benchmark()["results"]} == {"baseline", "chosen", "lookup"}
 
 
 def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
     train("hf/lora", *settings)
     note_good_drafts(tmp_path / "epoch_0")
-    generation = ["prompt=def main(", "max_new_tokens=4", "device=cpu"]
-    recipe = LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", *generation]))
-    recipe.setup()
     assert noted(tmp_path / "epoch_0")["exits"] == [2, 8]
-    assert recipe.generate()["exit_layer"] == 2
+    assert generated(f"model_dir={tmp_path}", "device=cpu")["exit_layer"] == 2
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
     with pytest.raises(ValueError, match=f"^model_dir: .*epoch_0' holds adapters only.*model_dir={models['llama']} "):
-        LayerSkipGenerate(load_config("hf/generate", [f"model_dir={tmp_path}", "prompt=def main(", "device=cpu"]))
-    base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}"]
+        generated(f"model_dir={tmp_path}", "device=cpu")
+    base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}", "device=cpu"]
     lora = "model.lora={rank: 16, alpha: 32, attn_modules: [q_proj, k_proj, v_proj, output_proj]}"
-    recipe = LayerSkipGenerate(load_config("hf/generate", [*base, lora, *generation]))
-    recipe.setup()
-    assert recipe.generate()["tokens"] == 4
+    assert generated(*base, lora)["tokens"] == 8
 
 
 def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):

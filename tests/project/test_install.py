@@ -60,13 +60,3 @@ def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "Skipping import of cpp extensions" not in run.stderr  # a line of torchao's, see quiet.py
     assert (tmp_path / "out" / "epoch_0" / "config.json").is_file()
-
-
-@pytest.mark.distributed
-def test_torchao_says_nothing_in_any_process(installed, tmp_path):
-    """Other warnings stay."""
-    (tmp_path / "mine.py").write_text("import logging, torchtune; logging.getLogger('torchao').warning('mine')\n")
-    command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "mine", "--config", "x"]
-    run = run_tune(*command, env={"PYTHONPATH": f"{installed}:{tmp_path}"}, cwd=tmp_path, cold=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stderr.count("mine") == 2 and "cpp extensions" not in run.stderr

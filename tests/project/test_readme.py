@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import run_command
-from helpers.configs import finetune_config, generate_config, make_checkpoint
+from helpers.configs import generate_config, make_checkpoint
 from helpers.hf_folders import model_with_tokenizer
 from helpers.pages import PAGES, ROOT, commands, examples
 from helpers.ranks import run_tune_on_ranks
@@ -129,20 +129,25 @@ def test_yaml_example_is_valid(name, workplace, layerskip, monkeypatch):
 
 # ---- in their short forms ----
 
+FEW = {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
+DATA = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
+DATA["max_samples"] = 4
 QUICKSTART = {
     "layerskip_finetune": {
         "max_steps_per_epoch": 2,
         "log_every_n_steps": 1,
-        "dataset.split": "heldout",
-        "dataset.seq_len": 64,
-        "dataset.max_samples": 16,
+        "dataset": DATA | {"seq_len": 64, "max_samples": 16},
     },
     "layerskip_generate": {"max_new_tokens": 6},
     "layerskip_eval": {"dataset.max_samples": 8, "layers": ":"},
-    "layerskip_benchmark": {"max_new_tokens": 16, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []},
+    "layerskip_benchmark": FEW | {"max_new_tokens": 16},
 }
-STEPS_OF_COST = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--method", "ours"]
-COMPILED = "tune run layerskip_generate --config quickstart/generate"  # the others decode uncompiled
+TOOLS_OPTIONS = {
+    "tools/training_cost.py": "model.num_layers=4 early_exit_loss.layers=: "
+    "--repeats 1 --steps 1 --batch 1 --seq-len 16 --method ours",
+    "tools/transformers_speed.py": "--new 4 --prompts 1 --repeats 1",
+    "tools/gpu_report.py": "--list",  # test_gpu_report.py runs the steps
+}
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> list[str]:
@@ -160,100 +165,69 @@ def flat(content: dict[str, Any], prefix: str = "") -> list[str]:
 def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
     words = at_home(words, folder)
-    if words[:2] == ["python", "tools/training_cost.py"]:
-        return [*words, "model.num_layers=4", "early_exit_loss.layers=:", *STEPS_OF_COST]
-    if words[:2] == ["python", "tools/transformers_speed.py"]:
-        return [*words, "--new", "4", "--prompts", "1", "--repeats", "1"]
-    if words[:2] == ["python", "tools/gpu_report.py"]:
-        return [*words, "--list"]  # test_gpu_report.py runs the steps
     if words[:2] != ["tune", "run"]:
-        return ["2" if word == "9" else word for word in words]  # an exit of an 8B model
+        words = ["2" if word == "9" else word for word in words]  # an exit of an 8B model
+        return [*words, *TOOLS_OPTIONS.get(words[1], "").split()]
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
     if config.startswith("quickstart/"):
-        changes = {"model.num_layers": 4, "model.vocab_size": 300, "output_dir": "quickstart"} | QUICKSTART[recipe]
-        if recipe == "layerskip_finetune":
-            changes["tokenizer.path"] = str(folder / "tokenizer")
-        if recipe == "layerskip_generate" and cfg.get("self_speculation") is not None:
-            changes["self_speculation.num_speculations"] = 2
-        if recipe == "layerskip_generate" and line != COMPILED:
-            changes["compile"] = False
-        if recipe == "layerskip_benchmark" and cfg.get("temperature") is not None:
-            del changes["temperatures"]
-        if cfg.get("prompts") is not None:
-            changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
+        changes = quickstart_changes(recipe, cfg, folder)
+        if line == "tune run layerskip_generate --config quickstart/generate":
+            del changes["compile"]  # the others decode uncompiled
     elif "model_dir" in [*cfg]:
-        changes = folder_changes(recipe, cfg, folder)
+        changes = {"device": "cpu", "dtype": "fp32"} | large_changes(recipe, cfg, folder)
         words = [*words, *stand_in(config, overrides, folder)]
-    else:
-        changes = tiny_changes(recipe, cfg, folder)
+    else:  # of torchtune's builders
+        tiny = OmegaConf.to_container(OmegaConf.load(folder / "tiny.yaml"))
+        changes = {key: tiny[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype")}
+        if recipe == "layerskip_finetune":
+            del changes["checkpointer"]["output_dir"]
+            changes["output_dir"] = str(folder / Path(cfg.output_dir).name)
+        else:
+            changes["self_speculation"] = {"exit_layer": 2, "num_speculations": 2}
+        changes |= large_changes(recipe, cfg, folder)
     return [*words, *flat(changes)]
 
 
-def tiny(folder: Path) -> dict[str, Any]:
-    """The tiny model: its sections of a config."""
-    content = OmegaConf.to_container(OmegaConf.load(folder / "tiny.yaml"))
-    assert isinstance(content, dict)
-    return {key: content[key] for key in ("model", "checkpointer", "tokenizer", "device", "dtype")}
-
-
-DATA = {
-    "_component_": "layerskip_recipes.quickstart.StdlibDataset",
-    "split": "heldout",
-    "seq_len": 32,
-    "max_samples": 4,
-}
-
-
-def folder_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What makes the run of a config that reads a model's folder a short one."""
-    changes: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
+def quickstart_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    changes = {"model.num_layers": 4, "model.vocab_size": 300, "output_dir": "quickstart"} | QUICKSTART[recipe]
     if recipe == "layerskip_finetune":
-        changes |= {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
-        changes["keep_last_n_checkpoints"] = None  # several pages train in the same folder
-        if "draft" in cfg:
-            changes |= {
-                "draft.exit_layer": 1,
-                "output_dir": str(folder / "trained_draft"),
-            }
-        changes |= {"dataset_val": DATA} if "dataset_val" in cfg else {}
-        if OmegaConf.select(cfg, "early_exit_loss.layers") is not None:
-            changes["early_exit_loss.layers"] = "1"
-        if cfg.get("layers_val") is not None:
-            changes["layers_val"] = "1"
-        if OmegaConf.select(cfg, "tokenizer.max_seq_len"):
-            changes["tokenizer.max_seq_len"] = 64
-        if OmegaConf.select(cfg, "model.lora.quantize_base"):
-            changes["model.lora.quantize_base"] = False  # the tiny model's matrices are too small for 4 bits
-        return changes
+        changes["tokenizer.path"] = str(folder / "tokenizer")
     if recipe == "layerskip_generate":
+        changes["compile"] = False
+        if cfg.get("self_speculation") is not None:
+            changes["self_speculation.num_speculations"] = 2
+    if cfg.get("temperature") is not None:
+        changes.pop("temperatures", None)
+    if cfg.get("prompts") is not None:
+        changes["prompts.count"] = max(2, cfg.get("batch_size") or 1)
+    return changes
+
+
+def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What makes the run of a large model's config a short one of a tiny model."""
+    if recipe == "layerskip_finetune":
+        changes: dict[str, Any] = {"dataset": DATA, "batch_size": 2, "gradient_accumulation_steps": 1, "epochs": 1}
+        changes["keep_last_n_checkpoints"] = None  # several pages train in the same folder
+        smaller = {
+            "draft.exit_layer": 1,
+            "dataset_val": DATA,
+            "early_exit_loss.layers": "1",
+            "layers_val": "1",
+            "tokenizer.max_seq_len": 64,
+            "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
+        }
+        changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) is not None}
+        return changes | ({"output_dir": str(folder / "trained_draft")} if "draft" in cfg else {})
+    if recipe == "layerskip_generate":
+        changes = {"max_new_tokens": 6, "compile": False}
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
             changes["self_speculation.draft"] = str(folder / "trained_draft" / "epoch_0")
-        if cfg.get("prompts") is not None:
-            changes["prompts.count"] = 2
-        return changes | {"max_new_tokens": 6, "compile": False}
+        return changes | ({"prompts.count": 2} if cfg.get("prompts") is not None else {})
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
-        return changes | {"dataset": DATA, "max_batches": 1} | ({"compare": compare} if compare else {})
-    return changes | {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
-
-
-def tiny_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What makes the config of a large model, of torchtune's builders, one of the tiny model."""
-    changes = tiny(folder)
-    if recipe == "layerskip_finetune":
-        content = OmegaConf.to_container(OmegaConf.load(finetune_config(folder, folder / "model")))
-        assert isinstance(content, dict)
-        changes |= {key: content[key] for key in ("dataset", "batch_size", "max_steps_per_epoch")}
-        changes["checkpointer"] = {k: v for k, v in changes["checkpointer"].items() if k != "output_dir"}
-        return changes | {
-            "epochs": 1,
-            "gradient_accumulation_steps": 1,
-            "output_dir": str(folder / Path(cfg.output_dir).name),
-        }
-    assert recipe == "layerskip_generate"
-    changes |= {"max_new_tokens": 6, "compile": False}
-    return changes | {"self_speculation": {"exit_layer": 2, "num_speculations": 2}}
+        return {"dataset": DATA, "max_batches": 1} | ({"compare": compare} if compare else {})
+    return FEW
 
 
 @pytest.fixture(scope="module")

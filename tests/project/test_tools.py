@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,28 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import forks
-from helpers.configs import make_checkpoint
 from helpers.tools import load
-
-from layerskip_recipes.checkpoint.export import export
-
-# ---- transformers_speed.py ----
-
-
-@pytest.mark.slow
-def test_transformers_speed_has_a_row_for_each_method(monkeypatch, capsys, tmp_path, tokenizer_folder):
-    transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    # Prompts of code are longer than the tiny model's positions, which rotate on.
-    folder = export(str(make_checkpoint(tmp_path / "model", tokenizer_folder)), str(tmp_path / "out"), exit_layer=2)
-    sizes = ["--new", "4", "--prompts", "1", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["transformers_speed.py", str(folder), *sizes])
-    load("transformers_speed").main()
-    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[1].strip() for row in table][:3] == ["plain", "custom_generate", "assistant_early_exit"]
-    assert all(float(row[2]) > 0 for row in table) and table[1][6].strip() == "yes"
-
 
 # ---- training_cost.py ----
 
@@ -55,21 +35,6 @@ def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
     assert all(row["seconds"] > 0 and row["peak_gb"] >= row["before_gb"] > 0 for row in figures.values())
     time = figures["ours, exits"]["seconds"] / figures["torchtune, exits"]["seconds"]
     assert report["ratios"]["exits / torchtune's exits, time"] == pytest.approx(time)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["quickstart/finetune", "--layers", "99"], "--layers: '99'"),
-        (["quickstart/finetune", "epochs=0"], "epochs: 0"),
-        (["quickstart/finetune", "--repeats", "0"], "--repeats: 0 is not allowed. Allowed: an integer of 1 or more"),
-        (["quickstart/finetune", "--prob", "2"], "--prob: 2.0 is not allowed. Allowed: a number of 0 to 1"),
-    ],
-)
-def test_a_mistake_in_training_cost(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        load("training_cost").main(arguments)
-    assert message in f"{caught.value.code} {capsys.readouterr().err}"
 
 
 # ---- results_page.py ----
@@ -159,19 +124,14 @@ def test_a_page_is_updated_in_place(page, tmp_path):
     assert again == text.replace("8 x 256", "99 x 256")
 
 
-def test_a_command_that_fails_says_so(page, tmp_path):
+def test_mistakes_in_the_page_and_commands_that_fail(page, tmp_path, capsys):
+    def said(*options):
+        with pytest.raises(SystemExit) as caught:
+            load("results_page").main([str(page), *options])
+        return f"{caught.value.code} {capsys.readouterr().err}"
+
     before = page.read_text()
+    assert "no block nothing. There: cost, quality" in said("--only", "nothing")
     (tmp_path / "cost.printed").unlink()
-    with pytest.raises(SystemExit, match=r"failed: [\s\S]*No such file"):
-        load("results_page").main([str(page)])
+    assert re.search(r"failed: [\s\S]*No such file", said())
     assert page.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--only", "nothing"], "no block nothing. There: cost, quality"), (["../nowhere.md"], "unrecognized")],
-)
-def test_a_mistake_in_the_page(options, message, page, capsys):
-    with pytest.raises(SystemExit) as caught:
-        load("results_page").main([str(page), *options])
-    assert message in f"{caught.value.code} {capsys.readouterr().err}"

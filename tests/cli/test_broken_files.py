@@ -1,0 +1,175 @@
+"""Bad files, configs of other recipes, and odd values for every key; test_errors.py has the rules of single keys."""
+
+import re
+import shutil
+import traceback
+from pathlib import Path
+
+import pytest
+from helpers.configs import MODEL, finetune_config
+from helpers.refusals import KEYS, RECIPES, refusal
+from omegaconf import OmegaConf
+
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.names import PACKAGE
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+
+DECODER = (
+    "model=null", "model._component_=layerskip_recipes.layerskip_decoder",
+    *(f"model.base.{key}={value}" for key, value in MODEL.items()),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ files and folders
+
+
+def test_a_prompt_longer_than_the_model(paths, tmp_path):
+    """128 positions. The message counts the prompt's tokens, since nobody knows them by heart."""
+    (tmp_path / "long.txt").write_text("x " * 200)
+    message = refusal("generate", paths["generate"], "prompt_file=long.txt")
+    assert message.startswith("prompt: its ") and "128 (max_seq_len)" in message
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_checkpoint_folder_that_lacks_files(recipe, paths, checkpoint, tmp_path):
+    """It names those that are missing, and those that are there."""
+    shutil.copytree(checkpoint, tmp_path / "half")
+    (tmp_path / "half" / "config.json").unlink()
+    files = "checkpointer.checkpoint_files=[model-00001-of-00002.safetensors, model.safetensors]"
+    message = refusal(recipe, paths[recipe], "checkpointer.checkpoint_dir=half", files)
+    missing, _, there = message.partition("There: ")
+    assert message.startswith("checkpointer.checkpoint_files: ")
+    assert "model-00001-of-00002.safetensors" in missing and "config.json" in missing
+    assert there == "model.safetensors"
+
+
+@pytest.mark.parametrize("recipe", ["generate", "eval"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_layers=5"], "lacks layers.4.attn"),
+        (["model.num_layers=3"], "has in addition layers.3."),
+        (["model.vocab_size=301"], r"tok_embeddings.weight \(300, 32\) instead of \(301, 32\)"),
+        (["checkpointer.model_type=PHI3_MINI"], "model_type|PHI3_MINI|does not fit"),
+        (["checkpointer.checkpoint_files=[config.json]"], "config.json"),
+    ],
+)
+def test_the_checkpoint_of_another_model(recipe, overrides, message, paths, monkeypatch):
+    """Only this mistake is found after loading: it says what does not fit."""
+    monkeypatch.undo()
+    monkeypatch.chdir(paths[recipe].parent)
+    assert re.search(message, refusal(recipe, paths[recipe], *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # The run's checkpoints would stand among the files that it started from.
+        (["output_dir=${checkpointer.checkpoint_dir}/out"], "^output_dir: "),
+        (["output_dir=finetune.yaml/out"], "^output_dir: "),
+        (["model={_component_: layerskip_recipes.layerskip_decoder, base: null}"], "^model: .*NoneType"),
+        (["model={_component_: layerskip_recipes.layerskip_decoder, base: {a: 3}}"], "^model: .*_component_"),
+        ([*DECODER, "model.layer_dropout.prb=0.1"], "^model.layer_dropout.prb: unknown key"),
+        ([*DECODER, "model.layer_dropout.prob=2"], "^model.layer_dropout.prob: 2 .*0 to 1"),
+        ([*DECODER, "model.layer_dropout.prob=0.1"], "^layer_dropout: .*both"),  # it is at top level too
+    ],
+)
+def test_output_folders_and_our_decoder_in_finetuning(overrides, message, paths):
+    assert re.search(message, refusal("finetune", paths["finetune"], *overrides))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.num_kv_heads=2"], "hf_config"),
+        # Else the checkpoints would have no tokenizer, and nobody would know before generation.
+        (["checkpointer.tokenizer_dir=/nowhere"], "^checkpointer.tokenizer_dir: '/nowhere'"),
+    ],
+)
+def test_from_scratch(changes, message, tmp_path, tokenizer_folder):
+    """Found at the start, not when the first checkpoint is written after hours of training."""
+    assert re.search(message, refusal("finetune", finetune_config(tmp_path, tokenizer_folder), *changes))
+
+
+# ----------------------------------------------------------------------------------------------------- other configs
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "generate", "eval"])
+@pytest.mark.parametrize("other", ["finetune", "generate", "eval"])
+def test_a_config_of_another_recipe(recipe, other, paths):
+    """A key that only the other recipe has, or one that only this recipe needs."""
+    if recipe == other:
+        RECIPES[recipe](load_config(str(paths[recipe])))
+        (paths[recipe].parent / "empty.yaml").touch()
+        assert refusal(recipe, paths[recipe].parent / "empty.yaml").split(":")[0] in ("config", "model", "output_dir")
+        return
+    own = set(load_config(str(paths[recipe])))
+    message = refusal(recipe, paths[other])
+    key = message.split(":")[0]
+    refused = "unknown key" in message or "is not honoured by this recipe" in message
+    assert (refused and key not in own) or (key in own and key not in load_config(str(paths[other])))
+
+
+def test_two_processes_on_a_recipe_for_one(paths, monkeypatch):
+    """As torchrun sets the environment with --nproc_per_node 2."""
+    for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    assert "nproc_per_node" in refusal("eval", paths["eval"])
+
+
+# ---------------------------------------------------------------------------------------------- every key, odd values
+
+ODD = ["null", "true", "-1", "abc", "[1]", "{a: 1}"]
+
+
+def all_keys(config, prefix: str = "") -> set[str]:
+    """The dotted keys of a config, sections and leaves."""
+    keys = set()
+    for name, value in config.items():
+        keys.add(prefix + name)
+        if isinstance(value, dict):
+            keys |= all_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_odd_values_are_taken_or_refused_by_key(recipe, paths):
+    """Whatever stands there, the constructor fails with a ValueError of ours that names the key, or not at all."""
+    keys = all_keys(OmegaConf.to_container(OmegaConf.load(paths[recipe]))) | KEYS[recipe]
+    keys |= {"variants.x", "variants.chain.early_exit"} if recipe == "benchmark" else set()
+    overrides = [f"{key}={value}" for key in sorted(keys) for value in ODD]
+    # All keys are resolved together, before any is looked at.
+    overrides += ["device=${nowhere}", "tokenizer.path=${nowhere}"]
+    wrong = []
+    for override in overrides:
+        try:
+            RECIPES[recipe](load_config(str(paths[recipe]), [override]))
+        except ValueError as e:
+            key = override.partition("=")[0]
+            if not Path(traceback.extract_tb(e.__traceback__)[-1].filename).is_relative_to(PACKAGE):
+                wrong.append(f"{override}: a traceback ends in {e}")
+            # A model that is changed may no longer fit what another key says.
+            elif not key.startswith("model.") and not {key, key.split(".")[0], key.split(".")[-1]} & set(
+                str(e).split(":")[0].split(".")
+            ):
+                wrong.append(f"{override}: names another key: {e}")
+        except Exception as e:
+            wrong.append(f"{override}: {type(e).__name__}: {e}")
+    assert not wrong, "\n".join([f"{len(wrong)} of {len(overrides)}", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["prompt=def f(n):"], ["def f(n):"]),
+        (["prompt.user=hi"], [{"user": "hi"}]),
+        (["prompt=null", "prompt.user=hi"], [{"user": "hi"}]),
+        ([], ["a", "b"]),
+    ],
+)
+def test_a_prompt_of_ones_own_replaces_the_configs(overrides, expected, paths, monkeypatch):
+    """Also where the config takes its prompts from a component, as the quickstart does."""
+    monkeypatch.setattr("layerskip_recipes.quickstart.heldout_prompts", lambda count: ["a", "b"])
+    change = ["prompt=null", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts", "prompts.count=2"]
+    assert LayerSkipGenerate(load_config(str(paths["generate"]), [*change, *overrides])).prompts == expected
