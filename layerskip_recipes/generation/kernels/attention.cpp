@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int SLOTS = 96;  // keys or values per pass over all queries of a head
+constexpr int QUERIES = std::min(BLOCK, 8);  // the most queries per block
 
 // s = exp(t - max t) in place, and 0 from slot `visible` on, where t = factor s or with a cap cap tanh(factor s / cap).
 // Returns the sum. The row s is padded to whole vectors.
@@ -74,7 +75,7 @@ void attention_over(
   const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
   const int64_t length = (slots + LANES - 1) / LANES * LANES;
   // Threads also share the queries of a head, in equal blocks: with three heads one of two threads would wait.
-  const int64_t blocks = (queries + BLOCK - 1) / BLOCK, size = (queries + blocks - 1) / blocks;
+  const int64_t blocks = (queries + QUERIES - 1) / QUERIES, size = (queries + blocks - 1) / blocks;
   // `count` blocks of queries of one head, from number `first` on.
   const auto attend = [&](int64_t row, int64_t head, int64_t first, int64_t count) {
     const int64_t n = std::min(count * size, queries - first), from = (row * heads * s + head * queries + first) * d;
@@ -88,12 +89,12 @@ void attention_over(
           f(i, std::min(size, n - i), scores.data() + i * length + slot, slot, std::min<int64_t>(SLOTS, slots - slot));
     };
     in_pieces([&](int64_t i, int64_t m, float* to, int64_t slot, int64_t count) {
-      block<BLOCK>(m, q + from + i * d, k + slot * d, to, d, count, d, length);
+      block<QUERIES>(m, q + from + i * d, k + slot * d, to, d, count, d, length);
     });
     for (int64_t i = 0; i < n; i++)
       sum[i] = exponents(scores.data() + i * length, at[row * s + (first + i) % s] + 1, Vector(scale), cap, slots);
     in_pieces([&](int64_t i, int64_t m, const float* p, int64_t slot, int64_t count) {
-      mixture<BLOCK>(m, p, v + slot * d, y + from + i * d, count, d, length, d, slot > 0);
+      mixture<QUERIES>(m, p, v + slot * d, y + from + i * d, count, d, length, d, slot > 0);
     });
     for (int64_t i = 0; i < n; i++)
       at::vec::map<float>([&](Vector x) { return x / Vector(sum[i]); }, y + from + i * d, y + from + i * d, d);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -19,12 +20,18 @@ namespace {
 
 using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
-#ifdef CPU_CAPABILITY_AVX2
-constexpr int SUMS = 12, BLOCK = 6;  // accumulators (12 of 16 registers), and the most rows of x per block
+// Accumulators, and the most rows of x per block: weights stream from memory once per block. `write` takes GROUP sums.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int SUMS = 27, BLOCK = 13, GROUP = LANES;  // of 32 registers
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int SUMS = 12, BLOCK = 6, GROUP = 4;  // of 16 registers
 #else
-constexpr int SUMS = LANES, BLOCK = std::min(8, LANES);
+constexpr int SUMS = LANES, BLOCK = std::min(8, LANES), GROUP = LANES;
 #endif
-using Totals = std::array<Vector, SUMS>;
+// Rows of W in a tile with m rows of x. More than 16 sums are slower, but faster than a second pass over the weights.
+constexpr int tile_rows(int m) { return (m <= 8 ? std::min(SUMS, 16) : SUMS) / m; }
+template <int COUNT>
+using Totals = std::array<Vector, (COUNT + GROUP - 1) / GROUP * GROUP>;
 constexpr int WIDE = 8192;  // numbers of x (32 kB) that stay in the L2 cache while weights stream past
 constexpr int PIECE = 1024;  // columns per pass where x is wider
 constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the slowest machine
@@ -116,7 +123,8 @@ template <int COUNT>
 // `ahead` is the prefetch distance in bytes; prefetching `in_order`, row after row, streams faster than N places in turn.
 template <int M, int N, typename W>
 [[gnu::always_inline]] inline void add(
-    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order, Totals& total) {
+    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
+    Totals<M * N>& total) {
   static_assert(M * N <= SUMS);
   constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // weights per cache line
   const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
@@ -146,27 +154,31 @@ template <int M, int N, typename W>
   for (; i < count; i += LANES) multiply(i);
 }
 
-[[gnu::always_inline]] inline Totals zeros() {
-  Totals total;
-#pragma GCC unroll 16
-  for (int j = 0; j < SUMS; j++) total[j] = Vector(0.f);
+template <int COUNT>
+[[gnu::always_inline]] inline Totals<COUNT> zeros() {
+  Totals<COUNT> total;
+#pragma GCC unroll 32
+  for (Vector& sum : total) sum = Vector(0.f);
   return total;
 }
 
 // Writes the M x N sums to y, with row stride `stride`. Their summation order does not depend on M and N.
 template <int M, int N>
-[[gnu::always_inline]] inline void write(const Totals& total, float* y, int64_t stride) {
-  float out[SUMS];
-#ifdef CPU_CAPABILITY_AVX2
+[[gnu::always_inline]] inline void write(const Totals<M * N>& total, float* y, int64_t stride) {
+  float out[std::tuple_size_v<Totals<M * N>>];
 #pragma GCC unroll 4
-  for (int i = 0; i < M * N; i += 4) {
+  for (int i = 0; i < M * N; i += GROUP) {
+#ifdef CPU_CAPABILITY_AVX2
     const __m256 low = _mm256_hadd_ps(total[i], total[i + 1]), high = _mm256_hadd_ps(total[i + 2], total[i + 3]);
     const __m256 four = _mm256_hadd_ps(low, high);
     _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
-  }
 #else
-  halves<LANES>(total).store(out);
+    std::array<Vector, GROUP> group;
+#pragma GCC unroll 16
+    for (int j = 0; j < GROUP; j++) group[j] = total[i + j];
+    halves<GROUP>(group).store(out + i);
 #endif
+  }
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
@@ -176,12 +188,12 @@ template <int M, int N, typename W>
 void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
   const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
-  Totals total = zeros();
+  Totals<M * N> total = zeros<M * N>();
 #pragma GCC unroll 4
   for (int n = 0; n < N; n += AT_ONCE) {
-    Totals part = zeros();
+    Totals<M * AT_ONCE> part = zeros<M * AT_ONCE>();
     add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < M * AT_ONCE; i++) total[n + i] = part[i];
   }
   write<M, N>(total, y, stride);
@@ -193,14 +205,14 @@ void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, step, stride);
   }
-  constexpr int N = SUMS / M;
+  constexpr int N = tile_rows(M);
   int64_t n = 0;
   if (M * k > WIDE) {  // one piece of the rows of x by all tiles, then the next piece; summed in the order of `tile`
     const int64_t tiles = columns / N, size = N * k;
-    std::vector<Totals> totals(tiles, zeros());
+    std::vector<Totals<M * N>> totals(tiles, zeros<M * N>());
     for (int64_t i = 0; i < k; i += PIECE)
       for (int64_t t = 0; t < tiles; t++) {
-        Totals total = totals[t];
+        Totals<M * N> total = totals[t];
         const int64_t count = std::min<int64_t>(PIECE, k - i), ahead = size * static_cast<int64_t>(sizeof(W));
         add<M, N>(x + i, w + t * size + i, count, k, step, ahead, false, total);
         totals[t] = total;
@@ -208,8 +220,6 @@ void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_
     for (; n < tiles * N; n += N) write<M, N>(totals[n / N], y + n, stride);
   }
   for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
-  if constexpr (N > 4)
-    for (; n + 4 <= columns; n += 4) tile<M, 4>(x, w + n * k, y + n, k, step, stride);
   for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
@@ -276,7 +286,8 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   // tiles, but for a single row wide weights stream best column by column.
   const int64_t bytes = k * static_cast<int64_t>(any.element_size());
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
-  const int64_t grain = m == 1 && fit < SUMS ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / SUMS, 1) * SUMS;
+  const int64_t blocks = (m + BLOCK - 1) / BLOCK, tile = tile_rows((m + blocks - 1) / blocks);
+  const int64_t grain = m == 1 && fit < tile ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / tile, 1) * tile;
   in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
     int64_t offset = 0;  // the matrix's first column in y
     for (const Linear* linear : linears) {
