@@ -62,7 +62,7 @@ def test_what_a_checkpoint_notes(trained, models):
         "interval": None,
         "scale": 1.0,
         "scale_fn": "uniform",
-        "layer_dropout": {"prob": 0.1, "layers_scale": "exp", "layers": ":", "schedule": "constant"},
+        "layer_dropout": None,
         "steps": 4,
         "base": str(models["llama"]),
     }
