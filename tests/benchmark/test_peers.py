@@ -46,42 +46,30 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     assert "transformers is left out" in (path.parent / "report/benchmark.md").read_text()
 
 
-def replace_torchtune(monkeypatch, fails) -> list[float]:
-    """Replaces the peer by one that decodes nothing; fails(call, temperature) says whether it raises.
-
-    Returns:
-        The temperatures of its calls; the first two of each temperature are its trial.
-    """
+def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
+    """After its trials (2 calls each), and the warm-up and turns of the first temperature (2 + 4). One that fails in the
+    trial of the second temperature does not run at the first one either."""
     calls = []
 
     def decode(prompts, sampler, seed):
         calls.append(sampler.temperature)
-        if fails(len(calls), sampler.temperature):
+        if len(calls) == fails:
             raise MemoryError("no more\nmemory")
         return [[1, 2] for _ in prompts], GenerationStats(tokens=2, first_tokens=1, decode_s=1.0)
 
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", lambda job, compiled: decode))
-    return calls
-
-
-def test_a_peer_that_works_at_one_temperature_only_is_in_no_table(path, monkeypatch):
-    """It fails in the trial of the second one, so it does not run at the first one either."""
-    calls = replace_torchtune(monkeypatch, lambda call, temperature: temperature > 0)
-    report = run(path, "peers=[torchtune]", "repeats=1")
-    assert calls == [0.0, 0.0, 0.8]
-    why = "RuntimeError: eager: MemoryError: no more, at temperature 0.8"
-    assert report["peers_left_out"] == {"torchtune": why}
-    assert [row["name"] for row in report["results"]] == OURS * 2
-
-
-def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
-    """It works in its trials (2 calls each), and in the warm-up and turns of the first temperature (2 + 4)."""
-    calls = replace_torchtune(monkeypatch, lambda call, temperature: call > 4 + 6 + 3)
+    fails = 4 + 6 + 4
     report = run(path, "peers=[torchtune]")
     assert calls == [0.0, 0.0, 0.8, 0.8] + [0.0] * 6 + [0.8] * 4
     assert report["peers_left_out"] == {"torchtune": "MemoryError: no more, at temperature 0.8"}
     assert [(row["name"], row["outputs"]) for row in report["results"]] == [(name, 4) for name in OURS * 2]
     assert report["interrupted"] is False
+    calls.clear()
+    fails = 3
+    report = run(path, "peers=[torchtune]", "repeats=1")
+    assert calls == [0.0, 0.0, 0.8]
+    assert report["peers_left_out"] == {"torchtune": "RuntimeError: eager: MemoryError: no more, at temperature 0.8"}
+    assert [row["name"] for row in report["results"]] == OURS * 2
 
 
 def timed_decoder(rates: dict, calls: list):

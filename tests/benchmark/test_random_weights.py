@@ -8,7 +8,6 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.benchmark import measuring
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.benchmark.report import speedup_by_acceptance
 from layerskip_recipes.config.loading import load_config
 
 TINY = (
@@ -59,14 +58,6 @@ def test_it_needs_no_weights(monkeypatch, capsys):
     for i, generation in enumerate(generations):
         assert not any(generation.finished)
         assert generation.stats.drafted == (3 * generation.stats.rounds if i % 2 else 0)
-
-
-def test_the_speedup_by_hand():
-    """Plain steps of 2 s, rounds of 3 drafts of 3.5 s."""
-    row = {"drafted_per_round": 3, "round_s": 3.5}
-    expected = {"0.5": 2.5 * 2 / 3.5, "0.7": 3.1 * 2 / 3.5, "0.9": 3.7 * 2 / 3.5}
-    assert speedup_by_acceptance(row, 2.0) == pytest.approx(expected)
-    assert speedup_by_acceptance({"drafted_per_round": None, "round_s": 3.5}, 2.0) is None
 
 
 def test_whatever_a_config_says_of_drafts():

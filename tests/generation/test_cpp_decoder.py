@@ -192,28 +192,31 @@ def test_compiled_code_is_of_one_torch_and_one_compiler(monkeypatch):
     assert len(set(sources)) == 4 and len({source.partition("\n")[2] for source in sources}) == 1
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
 def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
     """A token alone, behind others or beside other rows."""
     model, (text, *others) = make("llama3", precision), texts_of(5, 150)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = in_cpp(model, [text], 1)[0, -1]
-        torch.set_num_threads(2)
-        for s in (1, 2, 5, 9, 20):
-            context = in_cpp(model, [text], s)[0]
-            assert torch.equal(in_cpp(model, [text, *others], s)[0], context)
-            if s == 1:
-                assert torch.equal(context[-1], alone)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    alone = in_cpp(model, [text], 1)[0, -1]
+    torch.set_num_threads(2)
+    assert torch.equal(in_cpp(model, [text], 1)[0, -1], alone)
+    for s in (1, 2, 5, 9, 20):
+        assert torch.equal(in_cpp(model, [text, *others], s)[0], in_cpp(model, [text], s)[0])
 
 
 @pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_products_of_few_rows(n, k, dtype):
+def test_products_of_few_rows(n, k, dtype, two_threads):
     """scale (x W^T) + bias, and each row of it to the last bit what it is alone."""
     load_library()
     generator = torch.Generator().manual_seed(n * k)
@@ -225,14 +228,9 @@ def test_products_of_few_rows(n, k, dtype):
     alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
     atol = (6e-3 if dtype == torch.int8 else 1e-4) * max(1, k / 576)
     torch.testing.assert_close(alone.double(), x.double() @ w.double().T * scale + bias, atol=atol, rtol=1e-4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for rows in range(1, 22):
-            assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
-        assert torch.equal(head.logits(x.mT.contiguous().mT), alone)
-    finally:
-        torch.set_num_threads(before)
+    for rows in range(1, 22):
+        assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
+    assert torch.equal(head.logits(x.mT.contiguous().mT), alone)
     with pytest.raises(RuntimeError):
         head.logits(x[:, :, 1:])
 
@@ -253,19 +251,13 @@ def talking(precision="fp32"):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_way_of_drafting_gives_the_models_tokens(variant):
-    """Greedily, all prompts at a time and in two rows that take one after the other; no graph is made."""
+    """All prompts at a time and in two rows that take one after the other; no graph is made."""
     model = talking()
     expected = [plain(model, prompt, 16) for prompt in PROMPTS]
     for rows in (None, 2):
         generation = run(model, PROMPTS, 16, speculation=speculation_of(variant, model), rows=rows)
         assert generation.generated == expected and generation.context.cpp is not None
     assert generation.stats.accepted > 0 and compiled_steps(model).graphs == {}
-    sampler = [Sampler(0.9, top_k=20, repetition_penalty=1.2, rng=torch.Generator().manual_seed(1)) for _ in range(2)]
-    outputs = [
-        run(model, PROMPTS, 16, speculation=speculation_of(variant, model), sampler=s, compile=c).generated
-        for s, c in zip(sampler, (True, False), strict=True)
-    ]
-    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

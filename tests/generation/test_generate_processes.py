@@ -11,16 +11,6 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 
-def test_prompts_that_differ_between_ranks_are_refused(path, monkeypatch):
-    compared = []
-    monkeypatch.setattr("layerskip_recipes.generation.recipe.same_on_all", lambda value: compared.append(value) or True)
-    recipe = LayerSkipGenerate(load_config(str(path)))
-    assert compared == [([0], recipe.prompt_tokens)]
-    monkeypatch.setattr("layerskip_recipes.generation.recipe.same_on_all", lambda value: False)
-    with pytest.raises(ValueError, match=r"^prompts: differ between ranks\. .*prompt_file="):
-        LayerSkipGenerate(load_config(str(path)))
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):

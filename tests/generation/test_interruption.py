@@ -1,18 +1,15 @@
 """Ctrl-C and kills: what was generated is reported and kept."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting.chain import ChainDrafter
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
@@ -65,14 +62,6 @@ def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
     assert report["baseline_tokens"] == report["tokens"]
 
 
-@pytest.mark.parametrize(("temperature", "shown"), [(0.0, "-"), (0.8, "- (sampling)")])
-def test_ctrl_c_in_the_warm_up_compares_nothing(path, monkeypatch, capsys, temperature, shown):
-    recipe = ready(path, "benchmark.compare=true", f"temperature={temperature}")
-    monkeypatch.setattr(recipe, "_run", Mock(side_effect=KeyboardInterrupt))
-    assert recipe.generate()["identical"] is None
-    assert f"identical output   {shown}\n" in capsys.readouterr().out
-
-
 def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
     """Answers are written as they end, and the file of before is there until the end."""
     out = tmp_path / "out.jsonl"
@@ -104,26 +93,6 @@ def test_what_a_killed_run_left_is_kept(path, tmp_path, caplog):
     assert sorted(file.name for file in tmp_path.glob("out.jsonl.*")) == ["out.jsonl.partial.1", "out.jsonl.partial.2"]
     assert [Path(f"{out}.partial.{n}").read_text() for n in (1, 2)] == ["first", "second"]
     assert f"{out}.partial.2" in caplog.messages[-1]
-
-
-def test_ctrl_c_leaves_no_draft_on_the_screen(path, capsys, monkeypatch):
-    """It comes while a draft is verified: the screen ends with the accepted text, as the file has it."""
-    out = path.parent / "out.jsonl"
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    recipe, rounds = ready(path, "stream=draft", f"output_file={out}"), []
-
-    def interrupted(self, *args, verify=ChainDrafter.verify):
-        rounds.append(1)
-        if len(rounds) == 3:
-            raise KeyboardInterrupt
-        return verify(self, *args)
-
-    monkeypatch.setattr(ChainDrafter, "verify", interrupted)
-    recipe.generate()
-    shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
-    assert shown.count("\x1b[2m") == shown.count("\x1b8\x1b[J") == 3
-    text = json.loads(out.read_text())["text"]
-    assert text and re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown, flags=re.S).rstrip("\n") == text.rstrip("\n")
 
 
 def test_ctrl_c_within_rows(path, tmp_path, monkeypatch):

@@ -39,18 +39,6 @@ def test_cost_of_a_round(exit_layer, d, rows):
         assert calls == Counter({**layers, ("head", 1): d}) + Counter({("head", d + 1): 1})
 
 
-def test_nothing_is_drafted_beyond_the_limit():
-    """With room for one more token a round is one pass; with room for three it drafts two."""
-    model = make_model()
-    for count, drafts in ((2, 0), (4, 2)):
-        steps = iter(Generation(model, [PROMPT], count, speculation=Speculation(2, 5)))
-        next(steps)
-        calls = count_calls(model)
-        next(steps)
-        assert (calls[0, 1], calls[L - 1, drafts + 1], calls["head", drafts + 1]) == (drafts + 1, 1, 1)
-        assert calls["head", 1] == drafts or drafts == 0
-
-
 @pytest.mark.parametrize("exit_layer", [None, 1, 4])
 def test_cost_of_a_step(exit_layer):
     """Prefill and decoding of an exit never touch the layers above it; the head sees one position."""
