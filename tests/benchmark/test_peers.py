@@ -47,7 +47,7 @@ def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
 
 
 def test_a_peer_that_fails_later_takes_nothing_with_it(path, monkeypatch):
-    """After its trials (2 calls each), and the warm-up and turns of the first temperature (2 + 4). One that fails in the
+    """After its trials (2 calls each), warm-up and turns of the first temperature (2 + 4). One that fails in the
     trial of the second temperature does not run at the first one either."""
     calls = []
 
