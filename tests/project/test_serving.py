@@ -1,7 +1,8 @@
 """What `layerskip export` writes, in llama.cpp: the same greedy tokens as in transformers, alone and as a draft model.
 
-Needs xllamacpp (a wheel, 34 MB), which is llama.cpp's own server; and llama.cpp's converter, which is in no wheel, but
-in the source distribution of llama-cpp-python:
+Needs llama-cpp-python (`pip install llama-cpp-python` builds it, 10 minutes or so on one core) for the engine as a
+library, or xllamacpp (a wheel, 34 MB) for llama.cpp's own server, or both; and llama.cpp's converter, which is in no
+wheel, but in the source distribution of llama-cpp-python:
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-0.3.36.tar.gz
     export LLAMA_CPP_CONVERTER=$PWD/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py
@@ -13,9 +14,11 @@ import os
 import subprocess
 import sys
 import urllib.request
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers.configs import make_checkpoint
@@ -49,6 +52,7 @@ class Exported(NamedTuple):
 
     folders: dict[str, Path]
     end: int | None
+    prompts: list[str]
     tokens: list[list[int]]  # the prompts
     greedy: dict[str, list[list[int]]]
 
@@ -87,7 +91,40 @@ def exported(request, tmp_path_factory, tokenizer_folder) -> Exported:
     prompts = ["def main(", "import os\n\n\nclass ", "it's 12345, isn't it? ", "    for i in range(10):\n        "]
     tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     outs = {name: greedy(folders[name], tokens) for name in folders}
-    return Exported(folders, tokenizer.eos_token_id, tokens, outs)
+    return Exported(folders, tokenizer.eos_token_id, prompts, tokens, outs)
+
+
+@pytest.mark.parametrize("name", ["whole", "draft"])
+def test_llama_cpp_generates_what_transformers_does(name, exported):
+    model = llama(exported.gguf(name))
+    for prompt, tokens, expected in zip(exported.prompts, exported.tokens, exported.greedy[name], strict=True):
+        assert model.tokenize(prompt.encode()) == tokens
+        assert list(islice(model.generate(tokens, temp=0.0), NEW)) == expected
+
+
+def test_llama_cpp_drafts_with_the_draft(exported):
+    """`draft_model=`: the same tokens, in fewer passes than tokens."""
+    speculative = pytest.importorskip("llama_cpp.llama_speculative")
+    draft, asked = llama(exported.gguf("draft")), []
+
+    class Draft(speculative.LlamaDraftModel):
+        def __call__(self, input_ids, /, **kwargs):
+            asked.append(len(input_ids))
+            tokens = islice(draft.generate(input_ids.tolist(), temp=0.0), NUM_DRAFT)
+            return np.fromiter(tokens, dtype=np.intc)
+
+    model = llama(exported.gguf("whole"), draft_model=Draft())
+    for tokens, expected in zip(exported.tokens, exported.greedy["whole"], strict=True):
+        assert list(islice(model.generate(tokens, temp=0.0), NEW)) == expected
+    assert 0 < len(asked) < (NEW - 1) * len(exported.tokens)  # so many without an accepted draft
+
+
+def llama(path: str, **settings):
+    """In fp32 throughout: the cache is fp16 by default. One thread: more of them spin where a core is not theirs."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    return llama_cpp.Llama(path, n_ctx=128, verbose=False, **threads, **fp32, **settings)
 
 
 @pytest.mark.parametrize("names", [("whole", None), ("draft", None), ("whole", "draft")])
