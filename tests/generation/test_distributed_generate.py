@@ -135,14 +135,6 @@ def test_what_ranks_tell_each_other(decoded):
     assert processes.broadcast_from_rank0(alone) is alone
 
 
-@pytest.fixture(scope="module")
-def config_folder(tmp_path_factory, tokenizer_folder):
-    """A folder with a checkpoint and generate.yaml."""
-    folder = tmp_path_factory.mktemp("load")
-    generate_config(folder, make_checkpoint(folder / "checkpoint", tokenizer_folder))
-    return folder
-
-
 def randomise(model):
     for name, parameter in model.named_parameters():
         if name.endswith("magnitude"):
@@ -152,8 +144,10 @@ def randomise(model):
     return model
 
 
-def test_adapters_are_merged_as_one_process_merges_them(tmp_path, tokenizer_folder):
-    """QLoRA's onto what NF4 left of the weights."""
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory, tokenizer_folder):
+    """A folder with a checkpoint and generate.yaml, and a config for each kind of adapters."""
+    folder = tmp_path_factory.mktemp("load")
     builders = MODEL["_component_"].rpartition(".")[0]
     lora = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
     torch.manual_seed(0)
@@ -161,23 +155,24 @@ def test_adapters_are_merged_as_one_process_merges_them(tmp_path, tokenizer_fold
         plain = MODEL | {name: value for name, value in changes.items() if name in MODEL}
         section = plain | changes | lora | {"_component_": f"{builders}.lora_llama3_2"}
         adapted, base = (randomise(config.instantiate(OmegaConf.create(part))) for part in (section, plain))
-        (folder := tmp_path / kind).mkdir()
-        torch.save(get_adapter_params(adapted), folder / "adapter_model.pt")
-        torch.save(base.state_dict(), folder / "model.pt")
+        (files := folder / kind).mkdir()
+        torch.save(get_adapter_params(adapted), files / "adapter_model.pt")
+        torch.save(base.state_dict(), files / "model.pt")
         reader = {
-            "_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(folder),
-            "checkpoint_files": ["model.pt"], "adapter_checkpoint": str(folder / "adapter_model.pt"),
-            "output_dir": str(folder), "model_type": "LLAMA3_2",
+            "_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(files),
+            "checkpoint_files": ["model.pt"], "adapter_checkpoint": str(files / "adapter_model.pt"),
+            "output_dir": str(files), "model_type": "LLAMA3_2",
         }  # fmt: skip
-        path = generate_config(folder, tokenizer_folder, model=section, checkpointer=reader)
-        path.rename(tmp_path / f"{kind}.yaml")
-    check_success(fork("adapted", tmp_path))
-    assert written(tmp_path) == [{kind: [True, True, True] for kind in ADAPTED}] * 2
+        generate_config(files, tokenizer_folder, model=section, checkpointer=reader).rename(folder / f"{kind}.yaml")
+    generate_config(folder, make_checkpoint(folder / "checkpoint", tokenizer_folder))
+    return folder
 
 
-def test_only_rank_zero_reads_the_checkpoint(config_folder):
+def test_only_rank_zero_reads_the_checkpoint_and_adapters_are_merged_as_in_one_process(config_folder):
+    """QLoRA's onto what NF4 left of the weights."""
     check_success(fork("load", config_folder))
-    assert written(config_folder) == [{"weights": True, "buffers": True, "training": False, "tokens": True}] * 2
+    expected = {"weights": True, "buffers": True, "training": False, "tokens": True}
+    assert written(config_folder) == [dict.fromkeys(["generate", *ADAPTED], expected)] * 2
 
 
 @pytest.mark.parametrize(

@@ -173,38 +173,22 @@ def local_rank(folder):
 
 
 def load_rank(folder):
-    """load_sharded_decoder, in bf16 from fp32 files, against load_decoder."""
-    cfg = GenerateConfig.load(load_config(str(folder / "generate.yaml"), ["dtype=bf16"]))
-    whole = load_decoder(cfg, CPU)
+    """load_sharded_decoder, in bf16 from fp32 files, against load_decoder: each config of the folder."""
     if dist.get_rank() == 1:
         parallel.read_weights = None  # not to be called
-    model = parallel.load_sharded_decoder(cfg, CPU, kept_layers=2)
-    full = full_weights(model)
-    buffers = dict(model.named_buffers())
-    arguments = {"exit_layer": 2, "num_speculations": 3}
-    return {
-        "weights": full.keys() == whole.state_dict().keys()
-        and all(torch.equal(full[n], p) and full[n].dtype == torch.bfloat16 for n, p in whole.state_dict().items()),
-        "buffers": len(buffers) > 0 and all(torch.equal(buffers[n], b) for n, b in whole.named_buffers()),
-        "training": model.training,
-        "tokens": run(model, **arguments).tokens.tolist() == run(whole, **arguments).tokens.tolist(),
-    }
-
-
-def adapted_rank(folder):
-    """Adapters of each kind, merged by load_sharded_decoder as load_decoder merges them, in bf16 from fp32 files."""
-    result = {}
-    for kind in ADAPTED:
-        cfg = GenerateConfig.load(load_config(str(folder / f"{kind}.yaml"), ["dtype=bf16"]))
+    result, arguments = {}, {"exit_layer": 1, "num_speculations": 3}
+    for file in folder.glob("*.yaml"):
+        cfg = GenerateConfig.load(load_config(str(file), ["dtype=bf16"]))
         whole = load_decoder(cfg, CPU)
         model = parallel.load_sharded_decoder(cfg, CPU, kept_layers=1)
-        full = full_weights(model)
-        arguments = {"exit_layer": 1, "num_speculations": 3}
-        result[kind] = [
-            full.keys() == whole.state_dict().keys(),
-            all(torch.equal(full[n], p) for n, p in whole.state_dict().items()),
-            run(model, **arguments).tokens.tolist() == run(whole, **arguments).tokens.tolist(),
-        ]
+        full, expected, buffers = full_weights(model), whole.state_dict(), dict(model.named_buffers())
+        result[file.stem] = {
+            "weights": full.keys() == expected.keys()
+            and all(torch.equal(full[n], p) and full[n].dtype == torch.bfloat16 for n, p in expected.items()),
+            "buffers": len(buffers) > 0 and all(torch.equal(buffers[n], b) for n, b in whole.named_buffers()),
+            "training": model.training,
+            "tokens": run(model, **arguments).tokens.tolist() == run(whole, **arguments).tokens.tolist(),
+        }
     return result
 
 
@@ -221,10 +205,7 @@ def fail_load_rank(folder):
     parallel.load_sharded_decoder(cfg, CPU)
 
 
-RANKS = {
-    f.__name__.removesuffix("_rank"): f
-    for f in (decode_rank, local_rank, load_rank, adapted_rank, fail_rank, fail_load_rank)
-}
+RANKS = {f.__name__.removesuffix("_rank"): f for f in (decode_rank, local_rank, load_rank, fail_rank, fail_load_rank)}
 
 
 def grid(folder):
