@@ -83,16 +83,3 @@ def test_an_interrupted_picture_replaces_no_whole_one(tmp_path, tokenizer_folder
             monkeypatch.setattr(recipe, "_measure", measure)
         recipe.evaluate()
     assert (tmp_path / "exits.png").read_bytes() == kept and (tmp_path / "exits_interrupted.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ("{checkpoint_fils: [x]}", r"^compare.a.checkpoint_fils: .*Nearest: checkpoint_files"),
-        ("{_component_: torchtune.nothing}", r"^compare.a._component_: 'torchtune.nothing' cannot be imported"),
-    ],
-)
-def test_a_typo_in_compare_is_found_before_anything_is_measured(section, message, tmp_path, tokenizer_folder):
-    path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder))
-    with pytest.raises(ValueError, match=message):
-        LayerSkipEval(load_config(str(path), [f"compare={{a: {section}}}"]))

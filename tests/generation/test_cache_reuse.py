@@ -3,16 +3,13 @@
 from collections import Counter
 
 import pytest
-import torch
 import torch.nn.functional as F
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
-from helpers.sampling import rng
 from helpers.speculation import PROMPTS, run, speculation_of
 
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.model.kv_cache import cached_attention
 
 
 def count_positions(model):
@@ -126,30 +123,6 @@ def test_after_an_interruption_the_cache_holds_what_ran(when):
     assert again.cache is first.cache
     assert again.stats.reused_tokens == len(prompt) - (2 if when == "rounds" else 4 + 1)
     assert again.generated == [greedy("llama3_2", prompt, 12)]
-
-
-# ---- attention over the cache ----
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
-@pytest.mark.parametrize(("s", "end"), [(1, 1), (1, 9), (5, 9), (5, 5)])
-def test_cached_attention_is_that_of_expanded_heads(heads, s, end):
-    """Softmax of the scores by hand, each query head with the key head that it shares."""
-    generator = rng(70)
-    q = torch.randn(3, heads[0], s, 8, generator=generator)
-    k, v = torch.randn(2, 3, heads[1], end, 8, generator=generator)
-    seen = torch.rand(3, s, end, generator=generator) < 0.5
-    seen[:, :, 0] = True
-    masks = [torch.zeros(3, s, end).masked_fill(~seen, -torch.inf), torch.zeros(1, s, end).masked_fill(~seen[:1], -9e9)]
-    for mask in [*masks, *([None] if s in (1, end) else [])]:
-        causal = torch.zeros(1, s, end).masked_fill(torch.ones(s, end).tril(end - s) == 0, -torch.inf)
-        expected = torch.empty_like(q)
-        for head in range(heads[0]):
-            of = head * heads[1] // heads[0]
-            scores = torch.einsum("bsd,btd->bst", q[:, head], k[:, of]) / 8**0.5
-            weights = (scores + (causal if mask is None else mask)).softmax(-1)
-            expected[:, head] = torch.einsum("bst,btd->bsd", weights, v[:, of])
-        torch.testing.assert_close(cached_attention(q, k, v, mask), expected)
 
 
 @pytest.mark.parametrize("variant", [None, "chain", "drafter"])

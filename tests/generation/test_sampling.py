@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.sampling import N, V, distributions, filtered, p_value, penalised, rng
+from helpers.sampling import N, V, filtered, p_value, penalised, rng
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
@@ -17,11 +17,6 @@ from layerskip_recipes.generation.sampling import (
     random_bits,
     sample_exponential_race,
 )
-
-
-def draw(probs, generator):
-    """One token of each distribution."""
-    return sample_exponential_race(probs, random_bits(probs.shape, probs.device, generator))
 
 
 def accept(drafted, q, p, seed):
@@ -134,30 +129,6 @@ def test_half_precision_logits_are_filtered_in_fp32():
 
 
 # ---- drawing ----
-
-
-def test_draw_has_the_distribution_and_repeats():
-    p = distributions(seed=3)
-    p[1] = 0
-    p /= p.sum()
-    tokens = draw(p.expand(N, V), rng(4))
-    assert p_value(tokens, p) > 1e-3
-    assert torch.equal(tokens, draw(p.expand(N, V), rng(4)))
-
-
-def test_accept_greedy():
-    """Against a loop over drafts of a small alphabet, so that every length occurs."""
-    n = 4
-    drafted = torch.randint(0, 2, (200, n), generator=rng(7))
-    logits = torch.randn(200, n + 1, 2, generator=rng(8))
-    accepted, token = accept_greedy(drafted, logits)
-    for row in range(200):
-        chosen = [int(scores[1] > scores[0]) for scores in logits[row]]
-        count = 0
-        while count < n and chosen[count] == drafted[row, count]:
-            count += 1
-        assert (accepted[row], token[row]) == (count, chosen[count])
-    assert set(accepted.tolist()) == set(range(n + 1))
 
 
 @pytest.mark.parametrize("similar", [False, True])

@@ -11,11 +11,6 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def distributions(*shape, seed):
-    """Uneven random distributions [..., v]."""
-    return (2 * torch.randn(*shape, V, generator=rng(seed))).softmax(-1)
-
-
 def p_value(tokens, probs):
     """Chi-square test that `tokens` [n] are draws from `probs` [v]: small if they are not.
 

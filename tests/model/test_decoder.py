@@ -82,18 +82,6 @@ def test_hidden_states_are_the_outputs_of_the_layers_before_the_norm(any_family,
     torch.testing.assert_close(final, outputs[L], rtol=1e-9, atol=1e-9)
 
 
-def test_the_hook_is_called_at_each_exit_within_the_forward(tiny, tokens, layers_run):
-    """With E and x_E, before the next layer runs; the result is that without a hook."""
-    model, seen = layerskip_decoder(tiny), []
-    logits = model(tokens, exit_layer=4, on_exit=lambda e, x: seen.append((e, len(layers_run), x)))
-    assert [(e, layers) for e, layers, _ in seen] == [(e, e) for e in (1, 2, 3, 4)]
-    assert torch.equal(model.unembed(seen[-1][2]), logits)
-    seen.clear()
-    hidden = model(tokens, exit_layer=2, unembed=False)
-    resumed = model(hidden=hidden, start_layer=2, unembed=False, on_exit=lambda e, x: seen.append((e, x)))
-    assert [e for e, _ in seen] == [3, 4, 5, 6] and torch.equal(seen[-1][1], resumed)
-
-
 @pytest.mark.parametrize("split", range(1, L + 1))
 def test_a_walk_in_two_parts_is_the_whole_walk(tiny, tokens, layers_run, split):
     """Draft and verification: x_E of the first part is all that the second needs."""
