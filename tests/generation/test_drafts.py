@@ -116,7 +116,7 @@ def test_a_drafter_and_the_model_are_left_as_they_were(kind):
     layers = {*model.layers, *drafter.layers}
     generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3, drafter=drafter))
     assert generation.generated == [greedy("llama3_2", PROMPT, 10)]
-    assert not model.decoding and not drafter.decoding
+    assert drafter.training and not model.decoding and not drafter.decoding
     assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in layers)
     assert all(layer.attn.num_kv_heads == 2 for layer in layers)
     tokens = torch.tensor([PROMPT])
@@ -124,7 +124,6 @@ def test_a_drafter_and_the_model_are_left_as_they_were(kind):
 
 
 # ---- where drafts do not pay ----
-
 
 NEW = 129
 

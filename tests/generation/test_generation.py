@@ -195,7 +195,6 @@ def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
 
 # ---- refused ----
 
-
 CHAIN = {"exit_layer": 2, "num_speculations": 3}
 COUNT, VOCABULARY = "an integer of 1 or more", "ids of 0..96"
 
