@@ -1,14 +1,15 @@
 """Shared by tests of compiled steps: a small model, prompts of different lengths, and ways to decode."""
 
+import functools
 import shutil
 
 import pytest
 import torch
+from helpers import speculation
 from helpers.speculation import PROMPTS
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation.engine import Generation
 
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 
@@ -39,11 +40,7 @@ def make_small(max_seq_len=512, width=16):
     return layerskip_decoder(model).eval()
 
 
-def run(model, prompts, count, *, compile=True, **arguments):
-    generation = Generation(model, prompts, count, compile=compile, **arguments)
-    for _ in generation:
-        pass
-    return generation
+run = functools.partial(speculation.run, compile=True)
 
 
 WAYS = {
