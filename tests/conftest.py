@@ -1,6 +1,7 @@
 """Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import forks
-from helpers.configs import generate_config, make_checkpoint
+from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import FAMILIES, make_tiny
 
@@ -117,6 +118,12 @@ def tokenizer_folder() -> Path:
 def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     """The folder of `make_checkpoint`; tests only read it."""
     return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", tokenizer_folder)
+
+
+@pytest.fixture
+def finetune(tmp_path, tokenizer_folder):
+    """`finetune_config` in the test's own folder: a function of the keys that differ."""
+    return functools.partial(finetune_config, tmp_path, tokenizer_folder)
 
 
 @pytest.fixture

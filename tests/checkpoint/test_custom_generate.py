@@ -120,11 +120,6 @@ class Even(transformers.StoppingCriteria):
         return (input_ids[:, 7:] % 2 == 0).sum(1) >= 3
 
 
-def test_criteria_stop_each_row(fixed_length):
-    plain, ours = both(tiny(), prompts(), stopping_criteria=[Even()], eos_token_id=63)
-    assert torch.equal(ours, plain) and ours.shape[1] < 7 + NEW
-
-
 def test_stop_strings(tokenizer_folder, fixed_length):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     model, inputs = tiny(vocab_size=300), prompts(1, vocab_size=300)
@@ -146,9 +141,11 @@ def test_stop_strings(tokenizer_folder, fixed_length):
         {"sequence_bias": [[[5], 3.0], [[6, 7], 9.0]], "bad_words_ids": [[9], [10, 11]]},
         {"guidance_scale": 1.0, "suppress_tokens": [8, 9, 12]},
         {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))},
+        {"stopping_criteria": [Even()], "eos_token_id": 63},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
     ],
 )
-def test_processors_see_the_tokens_before_each_position(settings, fixed_length):
+def test_processors_and_criteria_see_the_tokens_before_each_position(settings, fixed_length):
     plain, ours = both(tiny(), prompts(), **settings)
     assert torch.equal(ours, plain)
     without, _ = both(tiny(), prompts())
@@ -179,11 +176,6 @@ def test_the_cache_in_a_dictionary_goes_on(family, end, fixed_length):
     further = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": NEW}
     expected = model.generate(**further, do_sample=False)
     assert torch.equal(loop.generate(model=model, **further, exit_layer=2, cache=ours.cache), expected)
-
-
-def test_several_answers_to_a_prompt(fixed_length):
-    plain, ours = both(tiny(), prompts(2), num_return_sequences=2, do_sample=True, top_k=1)
-    assert ours.shape[0] == 4 and torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8}])
@@ -218,39 +210,34 @@ def test_the_settings_stay_as_they_were():
     model.generation_config.assistant_early_exit = None
 
 
+def draft_lengths(length, count, right):
+    """The lengths of `count` rounds, whose drafts are all right or all wrong."""
+    lengths = []
+    for _ in range(count):
+        lengths.append(length.next())
+        length.learn([lengths[-1] if right else 0], lengths[-1])
+    return lengths
+
+
 def test_the_draft_length_follows_acceptance():
     length = loop.DraftLength(limit=6, draft_cost=0.2, rows_cost=0.5)
-    for _ in range(50):
-        drafted = length.next()
-        length.learn([drafted], drafted)
-    assert drafted == 6
-    lengths = []
-    for _ in range(160):
-        lengths.append(length.next())
-        length.learn([0], lengths[-1])
+    assert draft_lengths(length, 50, right=True)[-1] == 6
+    lengths = draft_lengths(length, 160, right=False)
     *_, last, first, second, third = [number for number, drafted in enumerate(lengths) if drafted]
     assert lengths[first] == lengths[second] == lengths[third] == 1
     assert [first - last, second - first, third - second] == [16, 32, 64]
 
 
 def test_a_costly_draft_that_is_always_right_is_used():
-    length = loop.DraftLength(limit=6, draft_cost=0.5, rows_cost=0.5)
-    lengths = []
-    for _ in range(20):
-        lengths.append(length.next())
-        length.learn([lengths[-1]], lengths[-1])
+    lengths = draft_lengths(loop.DraftLength(limit=6, draft_cost=0.5, rows_cost=0.5), 20, right=True)
     assert lengths[0] == 1 and lengths[-1] == 6
 
 
 @pytest.mark.parametrize("draft_cost", [0.1, 0.2, 0.37])
 def test_few_rounds_of_bad_drafts_end_them(draft_cost):
     """They cost 5% of a short answer of 48 tokens at most, even if a verification costs half a step more."""
-    length, cost = loop.DraftLength(6, draft_cost, rows_cost=0.5), 0.0
-    for _ in range(48):
-        if drafted := length.next():
-            cost += 0.5 + drafted * draft_cost
-            length.learn([0], drafted)
-    assert 0 < cost <= 0.05 * 48 + 1e-9
+    lengths = draft_lengths(loop.DraftLength(6, draft_cost, rows_cost=0.5), 48, right=False)
+    assert 0 < sum(0.5 + drafted * draft_cost for drafted in lengths if drafted) <= 0.05 * 48 + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """`layerskip export`: what it writes opens in transformers and means what it should."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.configs import finetune_config, make_checkpoint
-from helpers.training import start_section, train
+from helpers.configs import make_checkpoint, start_section
+from helpers.training import train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.drafts import FORMAT
@@ -25,18 +24,11 @@ def checkpoint(tmp_path, tokenizer_folder):
 
 @pytest.fixture
 def sharded(checkpoint):
-    """The same weights in two files, as large models have them: layers 2 and 3 in the second."""
-    weights = load_file(checkpoint / "model.safetensors")
+    """The same weights in several files, as large models have them."""
+    model = load(checkpoint)
     (checkpoint / "model.safetensors").unlink()
-    names = {1: [n for n in weights if ".2." not in n and ".3." not in n]}
-    names[2] = [n for n in weights if n not in names[1]]
-    where = {}
-    for number, part in names.items():
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, checkpoint / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.save_pretrained(checkpoint, max_shard_size="40KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
     return checkpoint
 
 
@@ -83,8 +75,7 @@ def test_the_whole_model_carries_its_exit(form, tmp_path, request):
 
 
 def test_an_end_token_ends_the_text_as_before(checkpoint, tmp_path):
-    """transformers reads it from config.json where there is no generation_config.json, as after a training from
-    scratch, and else from that alone."""
+    """transformers reads the token from config.json only where there is no generation_config.json."""
     assert not (checkpoint / "generation_config.json").exists()
     text = load(checkpoint).generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
     end = next(token for i, token in enumerate(text) if 2 <= i < 10 and token not in text[:i])
@@ -95,10 +86,11 @@ def test_an_end_token_ends_the_text_as_before(checkpoint, tmp_path):
     assert ended == text[: text.index(end) + 1]
 
 
-def test_without_an_exit_none_stays(checkpoint, tmp_path):
+@pytest.mark.parametrize("draft", [None, 1])
+def test_without_an_exit_none_stays(draft, checkpoint, tmp_path):
     """transformers takes the exit before an `assistant_model`."""
     first = export(str(checkpoint), str(tmp_path / "first"), exit_layer=2)
-    again = export(str(first), str(tmp_path / "again"))
+    again = export(str(first), str(tmp_path / "again"), draft=draft)
     assert load(again).generation_config.assistant_early_exit is None
     assert load(first).generation_config.assistant_early_exit == 2
 
@@ -114,17 +106,8 @@ def test_files_that_configs_name_come_along(checkpoint, tmp_path):
     assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
 
 
-def test_a_draft_has_no_exit_of_the_whole_model(checkpoint, tmp_path):
-    whole = export(str(checkpoint), str(tmp_path / "whole"), exit_layer=2)
-    draft = export(str(whole), str(tmp_path / "draft"), draft=1)
-    assert json.loads((whole / "generation_config.json").read_text())["assistant_early_exit"] == 2
-    settings = draft / "generation_config.json"
-    assert not settings.exists() or "assistant_early_exit" not in json.loads(settings.read_text())
-    assert load(draft).generation_config.assistant_early_exit is None
-
-
-def test_a_finetuned_checkpoint(tmp_path, tokenizer_folder):
-    train(finetune_config(tmp_path, tokenizer_folder, max_steps_per_epoch=1))
+def test_a_finetuned_checkpoint(tmp_path, finetune):
+    train(finetune(max_steps_per_epoch=1))
     out = export(str(tmp_path / "out" / "epoch_0"), str(tmp_path / "export"), exit_layer=1)
     assert not (out / "recipe_state.pt").exists()
     assert load(out).generation_config.assistant_early_exit == 1
@@ -132,21 +115,14 @@ def test_a_finetuned_checkpoint(tmp_path, tokenizer_folder):
 
 def test_lists_by_layer_are_cut():
     """Gemma 2 and Qwen 2 list the kind of each layer; other lists stay."""
-    config = {
-        "num_hidden_layers": 4,
-        "layer_types": ["a", "b", "a", "b"],
-        "architectures": ["X"],
-        "eos_token_id": [1, 2],
-    }
-    expected = config | {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
-    assert first_layers(config, 2) == expected
+    config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
+    assert first_layers(config, 2) == config | {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"draft": 5}, r"--draft: 5 .*1 to 4"),
-        ({"exit_layer": 0}, r"--exit-layer: 0 .*1 to 3"),
         ({"exit_layer": 4}, r"--exit-layer: 4 .*1 to 3"),
         ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
         ({"out": "model"}, "'.*model' exists already"),
@@ -161,25 +137,24 @@ def test_a_mistake(options, message, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "model-00001-of-00001.bin", "weights.pt"])
-def test_a_folder_without_the_weights(file, checkpoint, tmp_path):
+SECOND = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "index", "message"),
+    [
+        ("adapter_model.safetensors", None, r"model\.safetensors.*; there: adapter_model.safetensors\. Give"),
+        ("weights.pt", None, r"model\.safetensors.*; there: weights.pt\. Give a folder with merged weights"),
+        ("model-00001-of-00002.safetensors", SECOND, r"model-00002-of-00002\.safetensors, its weights"),
+    ],
+)
+def test_a_folder_without_its_weights(file, index, message, checkpoint, tmp_path):
     (checkpoint / "model.safetensors").rename(checkpoint / file)
-    message = rf"^export: '.*model' lacks model\.safetensors.*; there: {file}\. Give a folder with merged weights"
-    with pytest.raises(ValueError, match=message):
+    if index:
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"^export: '.*model' lacks {message}"):
         export(str(checkpoint), str(tmp_path / "out"))
-    assert not Path(tmp_path / "out").exists()
-
-
-def test_a_folder_without_one_of_its_files(checkpoint, tmp_path):
-    """As its index tells."""
-    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
-    files = {
-        "lm_head.weight": "model-00001-of-00002.safetensors",
-        "model.norm.weight": "model-00002-of-00002.safetensors",
-    }
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    with pytest.raises(ValueError, match=r"^export: '.*model' lacks model-00002-of-00002\.safetensors, its weights"):
-        export(str(checkpoint), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
@@ -199,9 +174,8 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torchtune", "hf"])
-def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, tokenizer_folder, monkeypatch):
-    """It says what the draft says, also where the base was named from another directory; a base that has changed since
-    is refused."""
+def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finetune, monkeypatch):
+    """Even if the config named the base from another folder. A base that has changed since is refused."""
     section = {"kind": "copy", "exit_layer": 2}
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
     if form == "hf":
@@ -209,7 +183,7 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, token
         path = {"path": checkpoint.name}
         changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", **path}
         changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", **path}
-    recipe = train(finetune_config(tmp_path, tokenizer_folder, draft=section, **changes))
+    recipe = train(finetune(draft=section, **changes))
     folder = str(tmp_path / "out" / "epoch_0")
     monkeypatch.chdir(tmp_path)
     out = export(folder, str(tmp_path / "draft"), draft=0)

@@ -18,29 +18,26 @@ def base(tmp_path_factory, tokenizer_folder):
     return make_checkpoint(tmp_path_factory.mktemp("load") / "base", tokenizer_folder)
 
 
-def of_base(base, **changes):
-    """What a training of the model needs in its config."""
+def trained(folder, tokenizer, base, **changes):
+    """The output folder of a training of the model."""
     model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(base)}
     reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(base), "output_dir": "${output_dir}"}
-    return {"model": model, "checkpointer": reader, **changes}
+    train(finetune_config(folder, tokenizer, model=model, checkpointer=reader, **changes))
+    return folder / "out"
 
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory, tokenizer_folder):
     """The folder of a run that trained the exits 2 and 4."""
-    folder = tmp_path_factory.mktemp("run")
-    train(finetune_config(folder, tokenizer_folder, **of_base(base)))
-    return folder / "out"
+    return trained(tmp_path_factory.mktemp("run"), tokenizer_folder, base)
 
 
 @pytest.fixture(scope="module")
 def draft(base, tmp_path_factory, tokenizer_folder):
     """The folder of a run that trained a draft for the base."""
-    folder = tmp_path_factory.mktemp("draft")
     section = {"kind": "adapter", "exit_layer": 1, "vocabulary": 60}
     changes = {"layer_dropout": None, "early_exit_loss": None, "draft": section}
-    train(finetune_config(folder, tokenizer_folder, **of_base(base, **changes)))
-    return folder / "out"
+    return trained(tmp_path_factory.mktemp("draft"), tokenizer_folder, base, **changes)
 
 
 def generated(model, tokenizer, **settings):

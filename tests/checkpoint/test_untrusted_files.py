@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.configs import generate_config, make_checkpoint
+from helpers.configs import generate_config, make_checkpoint, start_section
 from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
 from torchtune.training.quantization import Int8DynActInt4WeightQuantizer
@@ -52,24 +52,19 @@ BASE = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"
 CODE = {"_component_": "pathlib.Path.touch", "self": {"_component_": "pathlib.Path", "_args_": ["RAN"]}}
 
 
-@pytest.mark.parametrize("key", ["kind", "exit_layer", "num_layers", "vocabulary", "base"])
-@pytest.mark.parametrize("code", [CODE, "pathlib.Path.touch"], ids=["component", "path"])
-def test_code_in_a_drafts_description_is_refused(key, code, checkpoint, ran, tmp_path):
-    description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "num_layers": 2, "vocabulary": None}
-    base = BASE | {"folder": str(checkpoint), "hash": "0"}
-    write_description(tmp_path / "draft", description | {"base": base} | {key: code}, ran)
-    with pytest.raises(ConfigError, match=rf"layerskip\.json.*{key}"):
-        export(str(tmp_path / "draft"), str(tmp_path / "out"), draft=0)
-    assert not ran.exists()
+KEYS = ["kind", "exit_layer", "num_layers", "vocabulary", "base"]
+KEYS_OF_BASE = ["folder", "hash", "checkpointer", "files", "model_type", "_component_", "output_dir"]
 
 
-@pytest.mark.parametrize("key", ["folder", "hash", "checkpointer", "files", "model_type", "_component_", "output_dir"])
+@pytest.mark.parametrize("key", [*KEYS, *(f"base.{key}" for key in KEYS_OF_BASE)])
 @pytest.mark.parametrize("code", [CODE, "torch.hub.load", [CODE]], ids=["component", "path", "list"])
-def test_code_in_the_base_of_a_draft_is_refused(key, code, checkpoint, ran, tmp_path):
-    base = BASE | {"folder": str(checkpoint), "hash": "0"} | {key: code}
-    description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "num_layers": 2, "base": base}
+def test_code_in_a_drafts_description_is_refused(key, code, checkpoint, ran, tmp_path):
+    base = BASE | {"folder": str(checkpoint), "hash": "0"}
+    description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "num_layers": 2, "vocabulary": None, "base": base}
+    part = base if key.startswith("base.") else description
+    part[key.removeprefix("base.")] = code
     write_description(tmp_path / "draft", description, ran)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=None if part is base else rf"layerskip\.json.*{key}"):
         export(str(tmp_path / "draft"), str(tmp_path / "out"), draft=0)
     assert not ran.exists() and not (tmp_path / "out").exists()
 
@@ -84,11 +79,10 @@ def write_description(folder, description, ran):
 
 
 def as_torchtune(folder, state):
-    """The sections of a model in torchtune's own format."""
+    """The checkpointer of a model in torchtune's own format."""
     folder.mkdir()
     torch.save(state, folder / "model.pt")
-    section = {"_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(folder)}
-    return section | {"checkpoint_files": ["model.pt"], "model_type": "LLAMA3_2", "output_dir": str(folder / "out")}
+    return start_section(folder, "TorchTune", "model.pt") | {"output_dir": str(folder / "out")}
 
 
 QUANTIZER = {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQuantizer", "groupsize": 32}

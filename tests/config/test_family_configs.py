@@ -2,11 +2,11 @@
 config of torchtune has one of ours. Nothing is downloaded, and no weight takes memory."""
 
 import atexit
+import json
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ import torch
 import torchtune
 import torchtune.config
 import yaml
-from helpers.configs import described_model
+from helpers.configs import HF_CONFIG
 from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import CONFIG_DIR, find_config, our_configs, torchtune_configs
+from layerskip_recipes.config.names import our_configs, torchtune_configs
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.layer_dropout import dropout_rates
 from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
 
@@ -34,17 +33,8 @@ FAMILIES = (
     *("llama2", "code_llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral"),
     *("qwen2", "qwen2_5", "gemma", "gemma2", "phi3", "phi4"),
 )
-LEFT_OUT = {
-    "qlora": "quantised base weights",
-    "dora": "another adapter, quantised or not",
-    "qat": "quantisation-aware training",
-    "dpo": "preferences",
-    "ppo": "preferences",
-    "KD": "distillation from a second model",
-    "405B": "only as QLoRA",
-    "evaluation": "no training",
-    "generation": "no training",
-}
+# 405B exists as QLoRA only.
+LEFT_OUT = ("qlora", "dora", "qat", "dpo", "ppo", "KD", "405B", "evaluation", "generation")
 
 # The paper's table: p_max, S(t), e_scale, curriculum, R, lr, batch per device, steps; None where it gives no value.
 PAPER = {
@@ -79,16 +69,9 @@ def family_configs() -> list[str]:
 
 @cache
 def torchtunes() -> list[str]:
-    """Every full and LoRA config of the families in torchtune's folder, without `LEFT_OUT`."""
-    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml")]
-    return sorted(n for n in names if n.partition("/")[0] in FAMILIES and not any(word in n for word in LEFT_OUT))
-
-
-def is_distributed(name: str) -> bool:
-    """Whether torchtune has this config for several devices."""
-    (recipe,) = {r.name for r in get_all_recipes() for c in r.configs if c.name == name}
-    return recipe.endswith("_distributed")
+    """Every full and LoRA config of the families in torchtune, without `LEFT_OUT`."""
+    ours = (name for name in torchtune_configs() if name.partition("/")[0] in FAMILIES)
+    return sorted(name for name in ours if not any(word in name for word in LEFT_OUT))
 
 
 @cache
@@ -98,38 +81,19 @@ def header(name: str) -> str:
     return re.sub(r"\\\n#\s*", "", lines)
 
 
-def own(path: Path) -> dict[str, Any]:
-    """A file's own keys, without those that it extends."""
-    return yaml.safe_load(path.read_text())
-
-
-def bases(path: Path) -> list[str]:
-    """The names that a file extends."""
-    found = own(path).get("extends", [])
-    return found if isinstance(found, list) else [found]
-
-
-def leaves(section: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{key}{name}.")
-        else:
-            yield f"{key}{name}", value
+@cache
+def stand_in() -> list[str]:
+    """A model of 48 layers for configs that read a model's folder."""
+    folder = tempfile.mkdtemp(prefix="layerskip-")
+    atexit.register(shutil.rmtree, folder)
+    Path(folder, "config.json").write_text(json.dumps(HF_CONFIG | {"num_hidden_layers": 48}))
+    return [f"model_dir={folder}"]
 
 
 @cache
 def merged(name: str) -> DictConfig:
-    """The config; one that reads a model's folder reads one of 48 layers."""
     config = load_config(name)
     return load_config(name, stand_in()) if "model_dir" in [*config] else config
-
-
-@cache
-def stand_in() -> list[str]:
-    folder = tempfile.mkdtemp(prefix="layerskip-")
-    atexit.register(shutil.rmtree, folder)
-    return [f"model_dir={described_model(Path(folder), 48)}"]
 
 
 @cache
@@ -164,16 +128,11 @@ def each_model_once():
         yield
 
 
-SHARED = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("_*.yaml"))
-
 # Overrides in the headers of the families. They set keys of _layerskip.yaml, which all extend: once is enough.
 CHECKED: list[list[str]] = []
 
 # Found by their headers, as merging all configs takes seconds; a test below compares the headers with the recipes.
 FINETUNE = [name for name in our_configs() if re.search("^#   tune run .*layerskip_finetune", header(name), flags=re.M)]
-
-
-# ------------------------------------------------------------------------------------------------------- every config
 
 
 @pytest.mark.slow
@@ -210,100 +169,32 @@ def test_its_download_goes_where_the_config_looks(name):
     assert paths and all(path.removeprefix(folder)[:1] in ("", "/") for path in paths)
 
 
-@pytest.mark.parametrize("name", [*our_configs(), *SHARED])
-def test_it_says_only_what_is_its_own(name):
-    """No value stands again that the file inherits."""
-    path = find_config(name)
-    inherited: dict[str, Any] = {}
-    for base in bases(path):
-        inherited |= dict(leaves(OmegaConf.to_container(merged(base))))
-    repeated = {key for key, value in leaves(own(path)) if key in inherited and inherited[key] == value}
-    assert repeated == set()
-
-
-def test_each_shared_file_is_extended():
-    """The files named _* are only there to be extended."""
-    assert set(SHARED) <= {base for name in [*our_configs(), *SHARED] for base in bases(find_config(name))}
-
-
-@pytest.mark.parametrize("name", our_configs())
-def test_its_model_builds_on_the_meta_device(name):
-    model = layerskip_decoder(on_meta(name))
-    assert isinstance(model, LayerSkipDecoder)
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-@pytest.mark.parametrize("name", FINETUNE)
-def test_the_exits_of_a_step(name):
-    """The last layer is on at every step, with it 2 to 8 exits are, and within one rotation each exit has its turn."""
-    section = merged(name).get("early_exit_loss")
-    if section is None:
-        assert name in ("related/layerdrop_llama2_7B", "related/pld_scratch") or "draft" in merged(name)
-        return
-    section = OmegaConf.to_container(section, resolve=True)
-    layers = len(on_meta(name).layers)
-    if section.get("layers", ":") is None:
-        section["layers"] = "1"
-    given = {key: section[key] for key in ("interval", "layers") if key in section}
-    turns, seen = section.get("interval", 8), set()
-    for step in range(turns):
-        on = enabled_exits(section["curriculum"], step, 2 * layers * turns, layers, **given)
-        assert on[-1]
-        assert exit_weights(layers, on, section["scale"], section.get("scale_fn", "layerskip"))[-1] > 0
-        assert section["curriculum"] == "gradual" or 2 <= sum(on) <= 8
-        seen |= {layer for layer in range(layers) if on[layer]}
-    if section["curriculum"] == "rotational":
-        assert seen == set(range(layers))
-
-
-def test_the_gradual_curriculum_has_all_exits_on_from_the_middle():
-    layers = len(on_meta("paper/topv2_1_5B").layers)
-    assert sum(enabled_exits("gradual", 0, 5_800, layers)) == 1
-    assert all(enabled_exits("gradual", 2_900, 5_800, layers))
-
-
-def test_each_run_has_a_folder_of_its_own():
+def test_each_run_has_a_folder_of_its_own_and_needs_no_bitsandbytes():
     folders = [resolved(name)["output_dir"] for name in FINETUNE]
     assert len(set(folders)) == len(folders)
-
-
-def test_no_run_needs_bitsandbytes():
     assert [name for name in FINETUNE if merged(name).optimizer._component_.startswith("bitsandbytes")] == []
 
 
-# ----------------------------------------------------------------------------------------------------------- families
-
-
-def test_torchtunes_folder_has_the_configs():
-    """An empty list would let the test below pass."""
-    assert len(torchtunes()) >= 90
-    assert {name.partition("/")[0] for name in torchtunes()} == set(FAMILIES)
-    assert set(torchtunes()) <= set(torchtune_configs())
+def test_each_of_torchtunes_has_one_of_ours():
+    assert {f"{name}_layerskip" for name in torchtunes()} == set(family_configs())
+    assert len(torchtunes()) >= 90 and {name.partition("/")[0] for name in torchtunes()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", torchtunes())
-def test_each_of_torchtunes_has_one_of_ours(name):
+def test_ours_has_the_model_and_the_number_of_devices_of_torchtunes(name):
     ours = f"{name}_layerskip"
-    assert ours in our_configs()
-    assert bases(our_configs()[ours])[:2] == [name, "_layerskip"]
-    assert bool(re.search(r"tune run .*--nproc_per_node \d+ ", header(ours))) == is_distributed(name)
-    assert merged(ours).model == merged(name).model
-
-
-@pytest.mark.parametrize("name", family_configs())
-def test_each_of_ours_has_its_sections_and_one_of_torchtunes(name):
-    assert name.removesuffix("_layerskip") in torchtunes()
-    config = merged(name)
-    assert config.layer_dropout.prob == 0.1 and config.early_exit_loss.curriculum == "rotational"
-    assert config.early_exit_loss.scale in (0.1, 0.2) and config.early_exit_loss.interval < len(on_meta(name).layers)
+    assert yaml.safe_load(our_configs()[ours].read_text())["extends"][:2] == [name, "_layerskip"]
+    (recipe,) = {r.name for r in get_all_recipes() for c in r.configs if c.name == name}
+    several = re.search(r"tune run .*--nproc_per_node \d+ ", header(ours))
+    assert bool(several) == recipe.endswith("_distributed")
+    config, layers = merged(ours), len(on_meta(ours).layers)
+    assert config.model == merged(name).model
+    dropout, loss = config.layer_dropout, config.early_exit_loss
+    assert dropout.prob == 0.1 and loss.scale in (0.1, 0.2) and loss.curriculum == "rotational"
+    turns = [enabled_exits("rotational", step, 9, layers, interval=loss.interval) for step in range(loss.interval)]
+    assert all(2 <= sum(on) <= 8 for on in turns)  # the more exits a step has, the more it costs
     assert isinstance(config.seed, int)
     assert config.output_dir.startswith("/tmp/torchtune/") and "layerskip" in config.output_dir
-
-
-# -------------------------------------------------------------------------------------------------------------- papers
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -339,13 +230,9 @@ def test_the_released_weights(name):
     assert path == ("${model_dir}" if "llama3" in name else "${model_dir}/tokenizer.model")
 
 
-def test_the_released_weights_are_all_there():
-    named = {f"facebook/layerskip_{name}" for name in RELEASED}
-    assert named == {name for name in our_configs() if name.startswith("facebook/layerskip")}
-
-
-def test_the_papers_configs_are_all_there():
-    assert {f"paper/{name}" for name in PAPER} == {name for name in our_configs() if name.startswith("paper/")}
+def test_the_tables_are_complete():
+    named = {f"facebook/layerskip_{name}" for name in RELEASED} | {f"paper/{name}" for name in PAPER}
+    assert named == {name for name in our_configs() if name.startswith(("facebook/layerskip", "paper/"))}
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama2_1_5B_scratch", 1.5), ("llama2_7B_scratch", 6.74)])

@@ -12,11 +12,8 @@ import torch
 from helpers.configs import SIZE
 from helpers.smollm2 import smollm2_folder
 from jinja2 import TemplateError
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torchtune.config import instantiate
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, padded_collate_sft
-from torchtune.datasets import PackedDataset, SFTDataset, chat_dataset, instruct_dataset, text_completion_dataset
+from torchtune.data import Message
 from torchtune.models.llama3 import llama3_tokenizer
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.llama3_2._component_builders import llama3_2
@@ -25,8 +22,7 @@ from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.limits import check_vocabulary
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]",
-           "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]  # fmt: skip
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 CORPUS = [
     "You are a helpful assistant. What is two plus two? It is four.",
     "system user assistant tool ipython\nuser\nassistant\n\nWhat is it? Be brief, and think first.",
@@ -54,92 +50,22 @@ MOVING = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = 
         {{- '[INST]' + (system if is_last else '') + message.content + '[/INST]' }}
     {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}
 {% endfor %}"""
-# Reasoning models, as far as tools do not matter. Qwen3 shows the reasoning after the last question only.
-QWEN3 = r"""{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
-{%- set ns = namespace(searching=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.searching and message.role == "user" %}
-        {%- set ns.searching = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
+# Qwen3's, shortened: it shows the reasoning after the last question only.
+QWEN3 = r"""{%- set ns = namespace(last=0) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for message in messages %}
-    {%- set content = message.content if message.content is string else '' %}
-    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set reasoning_content = '' %}
-        {%- if message.reasoning_content is string %}
-            {%- set reasoning_content = message.reasoning_content %}
-        {%- elif '</think>' in content %}
-            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
-            {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') }}
-            {{- '\n</think>\n\n' + content.lstrip('\n') }}
-        {%- else %}
-            {{- '<|im_start|>' + message.role + '\n' + content }}
-        {%- endif %}
-        {{- '<|im_end|>\n' }}
-    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
+    {%- set content, reasoning = message.content, '' %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
     {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last and (loop.last or reasoning) %}
+        {{- '<think>\n' + reasoning + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- content + '<|im_end|>\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
-{%- endif %}"""
-# The system prompt says whether to reason, and is written into a longer one.
-SMOLLM3 = r"""{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
-{%- set reasoning_mode = "/think" if enable_thinking else "/no_think" -%}
-{%- set custom_instructions = "You are a helpful AI assistant named SmolLM, trained by Hugging Face." -%}
-{%- if messages[0].role == "system" -%}
-    {%- set system_message = messages[0].content -%}
-    {%- if "/no_think" in system_message -%}{%- set reasoning_mode = "/no_think" -%}
-    {%- elif "/think" in system_message -%}{%- set reasoning_mode = "/think" -%}{%- endif -%}
-    {%- set custom_instructions = system_message.replace("/no_think", "").replace("/think", "").rstrip() -%}
-{%- endif -%}
-{{- "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
-{{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\nReasoning Mode: " + reasoning_mode + "\n\n" -}}
-{{- "## Custom Instructions\n\n" + custom_instructions + "\n\n<|im_end|>\n" -}}
-{%- for message in messages -%}
-    {%- set content = message.content if message.content is string else "" -%}
-    {%- if message.role == "user" -%}
-        {{ "<|im_start|>" + message.role + "\n" + content + "<|im_end|>\n" }}
-    {%- elif message.role == "assistant" -%}
-        {% generation %}
-        {%- if reasoning_mode == "/think" -%}
-            {{ "<|im_start|>assistant\n" + content.lstrip("\n") + "<|im_end|>\n" }}
-        {%- else -%}
-            {{ "<|im_start|>assistant\n" + "<think>\n\n</think>\n" + content.lstrip("\n") + "<|im_end|>\n" }}
-        {%- endif -%}
-        {% endgeneration %}
-    {%- elif message.role == "tool" -%}
-        {{ "<|im_start|>" + "user\n" + content + "<|im_end|>\n" }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{ "<|im_start|>assistant\n" if reasoning_mode == "/think" else "<|im_start|>assistant\n<think>\n\n</think>\n" }}
-{%- endif -%}"""
-# The distillations of DeepSeek-R1 drop all reasoning, and begin a reply with it.
-DEEPSEEK = r"""{%- set ns = namespace(system_prompt='') -%}
-{%- for message in messages %}{%- if message['role'] == 'system' %}
-    {%- set ns.system_prompt = message['content'] %}
-{%- endif %}{%- endfor -%}
-{{- bos_token + ns.system_prompt -}}
-{%- for message in messages %}
-    {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] -}}{%- endif %}
-    {%- if message['role'] == 'assistant' and message['content'] is not none %}
-        {%- set content = message['content'] %}
-        {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}
-        {{- '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' -}}
-    {%- endif %}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\n' -}}{%- endif -%}"""
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 # The rarer things that transformers offers a template.
 FEATURES = """{% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}
 {% if tools is none and documents is none %}{{ {'r': message.role, 'é': '<&>'} | tojson }}{% endif %}
@@ -150,8 +76,6 @@ TEMPLATES = {
     "strict": STRICT,
     "moving": MOVING,
     "qwen3": QWEN3,
-    "smollm3": SMOLLM3,
-    "deepseek": DEEPSEEK,
     "features": FEATURES,
 }
 
@@ -271,7 +195,7 @@ def test_a_prompt_that_ends_in_bytes_leaves_the_output_whole():
         assert stream.text(tokens[3 * characters :]) == "క్షమించండి"[characters:]
 
 
-@pytest.mark.parametrize("name", ["chatml", "strict", "moving", "smollm3", "deepseek"])
+@pytest.mark.parametrize("name", ["chatml", "strict", "moving"])
 def test_a_begun_reply_is_continued(make_folder, name):
     transformers = pytest.importorskip("transformers")
     folder = make_folder(template=TEMPLATES[name])
@@ -282,64 +206,28 @@ def test_a_begun_reply_is_continued(make_folder, name):
     assert tokens == reference.apply_chat_template(chat, continue_final_message=True)["input_ids"]
 
 
+def im(role: str, *contents: str) -> str:
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for content in contents)
+
+
+FOUR = "<think>\nadd\n</think>\n\nfour"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "turns", "train_on", "expected"),
     [
-        ("chatml", QUESTION, "assistant", "<|im_start|>assistant\nIt is four. <|im_end|>\n"),
+        ("chatml", QUESTION, "assistant", im("assistant", "It is four. ")),
         # The system prompt that the template puts first goes with the first message.
-        ("chatml", QUESTION[1:] + QUESTION[:1], "user", "<|im_start|>user\n What is two plus two?\n<|im_end|>\n"),
-        (
-            "chatml",
-            LONG,
-            "assistant",
-            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
-            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
-        ),
+        ("chatml", QUESTION[::-1], "user", im("user", " What is two plus two?\n")),
+        ("chatml", LONG, "assistant", im("assistant", "It is four. ", FOUR)),
         ("strict", LONG[:3], "assistant", "assistant: It is four.</s>"),
         ("strict", LONG[:3], "system", "<s>system: Be brief</s>"),
-        ("moving", LONG, "assistant", " It is four. </s> <think>\nadd\n</think>\n\nfour</s>"),
+        ("moving", LONG, "assistant", f" It is four. </s> {FOUR}</s>"),
         ("moving", LONG, "system", "[INST]Be brief"),
-        ("qwen3", LONG[:3], "assistant", "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is four. <|im_end|>\n"),
-        (
-            "qwen3",
-            LONG,
-            "assistant",
-            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
-            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
-        ),
-        (
-            "qwen3",
-            [*LONG, *LONG[3:]],
-            "assistant",
-            "<|im_start|>assistant\nIt is four. <|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n"
-            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
-        ),
-        (
-            "qwen3",
-            LONG[1:],
-            "user",
-            "<|im_start|>user\n What is two plus two?\n<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n",
-        ),
-        (
-            "smollm3",
-            LONG,
-            "assistant",
-            "<|im_start|>assistant\nIt is four. <|im_end|>\n"
-            "<|im_start|>assistant\n<think>\nadd\n</think>\n\nfour<|im_end|>\n",
-        ),
-        (
-            "smollm3",
-            [("system", "Be brief /no_think"), *QUESTION],
-            "assistant",
-            "<|im_start|>assistant\n<think>\n\n</think>\nIt is four. <|im_end|>\n",
-        ),
-        (
-            "deepseek",
-            LONG,
-            "assistant",
-            "<｜Assistant｜>It is four. <｜end▁of▁sentence｜><｜Assistant｜>\n\nfour<｜end▁of▁sentence｜>",
-        ),
+        ("qwen3", LONG[:3], "assistant", im("assistant", "<think>\n\n</think>\n\nIt is four. ")),
+        ("qwen3", [*LONG, *LONG[3:]], "assistant", im("assistant", "It is four. ", "four", FOUR)),
+        ("qwen3", LONG[1:], "user", im("user", " What is two plus two?\n", "What is it?")),
     ],
 )
 def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, train_on, expected):
@@ -351,19 +239,14 @@ def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, t
     assert text == expected
 
 
-def test_a_message_that_the_template_mixes_up_is_refused(make_folder):
-    # Neither the beginning of the conversation nor the rest around a content stays what it was.
-    template = "{% for m in messages %}{{ loop.length ~ messages[0].content ~ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"message 0 \(user\)"):
-        hf_tokenizer(make_folder(template=template)).tokenize_messages(messages_of(*QUESTION))
-
-
-@pytest.mark.parametrize("generation_config", [None, {"eos_token_id": 2}, {"eos_token_id": [2, 4]}])
-@pytest.mark.parametrize(("name", "end_of_turn"), [("chatml", [5]), ("strict", []), (None, [])])
-def test_stop_tokens(make_folder, name, end_of_turn, generation_config):
+@pytest.mark.parametrize(
+    ("name", "ends", "expected"),
+    [(None, None, [2]), ("strict", 2, [2]), ("chatml", None, [2, 5]), ("chatml", [2, 4], [2, 4, 5])],
+)
+def test_stop_tokens(make_folder, name, ends, expected):
+    generation_config = ends and {"eos_token_id": ends}
     folder = make_folder(template=TEMPLATES.get(name), generation_config=generation_config)
-    also = [4] if generation_config and generation_config["eos_token_id"] != 2 else []
-    assert hf_tokenizer(folder).stop_tokens == [2, *also, *end_of_turn]
+    assert hf_tokenizer(folder).stop_tokens == expected
 
 
 def test_special_tokens_may_be_named_elsewhere(make_folder, tmp_path):
@@ -424,49 +307,19 @@ def test_truncation(make_folder):
     assert hf_tokenizer(folder, 1).tokenize_messages(messages) == ([2], [True])
 
 
-@pytest.mark.parametrize(("names", "pad_id"), [({}, 3), ({"pad_token": None}, 2), ({"pad_token": "<not there>"}, 2)])
+@pytest.mark.parametrize(
+    ("names", "pad_id"),
+    [
+        ({}, 3),
+        ({"pad_token": None}, 2),
+        ({"pad_token": "<not there>"}, 2),
+        ({"pad_token": None, "eos_token": None}, 0),
+    ],
+)
 def test_padding(make_folder, names, pad_id):
     tokenizer = hf_tokenizer(make_folder(template=CHATML, **names))
-    batch = []
-    for turns in (QUESTION, QUESTION[:1]):
-        sample = tokenizer({"messages": messages_of(*turns), "id": 7})
-        assert sample.keys() == {"tokens", "mask", "id"}
-        labels = [CROSS_ENTROPY_IGNORE_IDX if m else t for t, m in zip(sample["tokens"], sample["mask"], strict=True)]
-        batch.append({"tokens": sample["tokens"], "labels": labels})
-    padded = padded_collate_sft(batch, padding_idx=tokenizer.pad_id)
-    short = len(batch[1]["tokens"])
-    assert (padded["tokens"][1, short:] == pad_id).all() and (padded["labels"][1] == CROSS_ENTROPY_IGNORE_IDX).all()
-    assert hf_tokenizer(make_folder(pad_token=None, eos_token=None)).pad_id == 0
-
-
-def test_in_torchtunes_datasets(make_folder, tmp_path):
-    folder = make_folder(template=CHATML, adds_bos=True)
-    section = {"_component_": "layerskip_recipes.data.tokenizer.hf_tokenizer", "path": folder, "max_seq_len": 64}
-    tokenizer = instantiate(OmegaConf.create(section))
-    rows = [
-        {
-            "input": "What is it?",
-            "output": "four",
-            "text": "two plus two",
-            "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "four"}],
-        }
-    ] * 3
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    source = {"source": "json", "data_files": str(tmp_path / "rows.json"), "cache_dir": str(tmp_path / "cache")}
-
-    chat = chat_dataset(tokenizer, conversation_column="messages", conversation_style="openai", **source, split="train")
-    tokens = tokenizer.tokenize_messages(messages_of(("user", "What is it?"), ("assistant", "four")))[0]
-    assert isinstance(chat, SFTDataset) and chat[0]["tokens"] == tokens
-    labels = [label for label in chat[0]["labels"] if label != CROSS_ENTROPY_IGNORE_IDX]
-    assert tokenizer.decode(labels, skip_special_tokens=False) == "<|im_start|>assistant\nfour<|im_end|>\n"
-    assert instruct_dataset(tokenizer, **source, split="train")[0] == chat[0]
-
-    packed = PackedDataset(chat, max_seq_len=2 * len(tokens) + 1, padding_idx=tokenizer.pad_id)
-    assert packed[0]["tokens"].tolist() == [*tokens, *tokens, 3]
-    assert packed[0]["seq_lens"].tolist() == [len(tokens), len(tokens), 1]
-
-    text = text_completion_dataset(tokenizer, **source)[0]["tokens"]
-    assert text[0] == 1 and text[-1] == 2 and tokenizer.decode(text) == "two plus two"
+    assert tokenizer.pad_id == pad_id
+    assert tokenizer({"messages": messages_of(*QUESTION), "id": 7}).keys() == {"tokens", "mask", "id"}
 
 
 def test_workers_can_pickle_it(make_folder):
@@ -475,22 +328,30 @@ def test_workers_can_pickle_it(make_folder):
     assert pickle.loads(pickle.dumps(tokenizer)).tokenize_messages(messages) == tokenizer.tokenize_messages(messages)
 
 
-def test_errors(make_folder, tmp_path):
+# Neither the beginning of the conversation nor the rest around a content stays what it was.
+MIXED_UP = "{% for m in messages %}{{ loop.length ~ messages[0].content ~ m.content }}{% endfor %}"
+IMAGE = [Message(role="user", content=[{"type": "image", "content": None}])]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "error", "message"),
+    [
+        (STRICT, [], ValueError, "there are none"),
+        (STRICT, IMAGE, ValueError, "text only"),
+        (STRICT, messages_of(("user", "x"), ("system", "y")), TemplateError, "system comes first"),
+        (MIXED_UP, messages_of(*QUESTION), ValueError, r"message 0 \(user\)"),
+    ],
+)
+def test_messages_that_are_refused(template, messages, error, message, make_folder):
+    with pytest.raises(error, match=message):
+        hf_tokenizer(make_folder(template=template)).tokenize_messages(messages)
+
+
+def test_folders_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.path: .*/missing' is no folder"):
         hf_tokenizer(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"no tokenizer.json; only fast tokenizers are supported"):
         hf_tokenizer(str(tmp_path))
-    folder = make_folder(template=STRICT)
-    with pytest.raises(ValueError, match=r"max_seq_len: 0 is not allowed"):
-        hf_tokenizer(folder, max_seq_len=0)
-    with pytest.raises(ValueError, match=r"truncation_type: 'middle' is not allowed. Allowed: right, left"):
-        hf_tokenizer(folder, truncation_type="middle")
-    with pytest.raises(ValueError, match="there are none"):
-        hf_tokenizer(folder).tokenize_messages([])
-    with pytest.raises(ValueError, match="text only"):
-        hf_tokenizer(folder).tokenize_messages([Message(role="user", content=[{"type": "image", "content": None}])])
-    with pytest.raises(TemplateError, match="system comes first"):
-        hf_tokenizer(folder).tokenize_messages(messages_of(("user", "x"), ("system", "y")))
 
 
 @pytest.mark.real
@@ -504,7 +365,6 @@ def test_smollm2():
     source = Path(json.__file__).read_text()
     assert tokenizer.encode(source, add_eos=False) == reference(source)["input_ids"]
     assert tokenizer.decode(tokenizer.encode(source)) == source
-
     chat = [{"role": role, "content": content} for role, content in LONG[1:]]
     tokens, mask = tokenizer.tokenize_messages(messages_of(*LONG[1:]))
     assert tokens == reference.apply_chat_template(chat)["input_ids"]

@@ -9,7 +9,8 @@ from layerskip_recipes import processes
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.distributed import tensor_parallel
 
-PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
+SPLIT = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}}
+NO_PLAN = {"_component_": "builtins.dict", "a": 1}
 
 
 def check_processes(keys, model):
@@ -23,11 +24,11 @@ def check_processes(keys, model):
     ("processes", "keys", "dim"),
     [
         (1, {}, 1),
-        (1, {"tensor_parallel_plan": PLAN}, 1),
         (3, {}, 1),
-        (2, {"tensor_parallel_plan": PLAN}, 2),
-        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}, 1),
-        (4, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, 2),
+        (1, SPLIT, 1),
+        (2, SPLIT, 2),
+        (2, SPLIT | {"tensor_parallel_dim": 1}, 1),
+        (4, SPLIT | {"tensor_parallel_dim": 2}, 2),
     ],
 )
 def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
@@ -36,50 +37,27 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("processes", "keys", "message"),
+    ("processes", "family", "keys", "message"),
     [
-        (2, {"tensor_parallel_dim": 2}, "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: a comp"),
         (
-            3,
+            2,
+            "llama3",
             {"tensor_parallel_dim": 2},
-            "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; for example ",
+            "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: ",
         ),
-        (
-            1,
-            {"tensor_parallel_dim": 2},
-            "tensor_parallel_dim: 2 does not divide processes, 1. Allowed: 1; for example ",
-        ),
-        (
-            8,
-            {"tensor_parallel_dim": 8},
-            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; for ",
-        ),
-        (
-            8,
-            {"tensor_parallel_dim": 4},
-            "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; ",
-        ),
-        (
-            8,
-            {"tensor_parallel_plan": PLAN},
-            "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2;",
-        ),
-        (2, {"tensor_parallel_plan": {"_component_": "builtins.dict", "a": 1}}, "tensor_parallel_plan: builtins.dict "),
-        (2, {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); for exam"),
+        (3, "llama3", {"tensor_parallel_dim": 2}, "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; "),
+        (8, "llama3", SPLIT, "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; "),
+        (4, "llama3", SPLIT, "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; "),
+        (2, "gemma2", SPLIT, "tensor_parallel_dim: 2 cannot split a Gemma2Attention. Allowed: 1; "),
+        (2, "llama3", {"tensor_parallel_plan": NO_PLAN}, "tensor_parallel_plan: builtins.dict "),
+        (2, "llama3", {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); "),
     ],
 )
-def test_refused(processes, keys, message, monkeypatch):
+def test_refused(processes, family, keys, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ValueError) as error:
-        check_processes(keys, make_tiny("llama3"))
-    assert str(error.value).startswith(message)
-    assert "; for example " in str(error.value)
-
-
-def test_an_attention_that_torchtune_cannot_split(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"^tensor_parallel_dim: 2 cannot split a Gemma2Attention\. Allowed: 1; for "):
-        check_processes({"tensor_parallel_plan": PLAN}, make_tiny("gemma2"))
+        check_processes(keys, make_tiny(family))
+    assert str(error.value).startswith(message) and "; for example " in str(error.value)
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config
+from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config, start_section
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torchtune import config as tune_config
@@ -67,13 +67,8 @@ def make_start(folder: Path, family: str, tokenizer: Path, section: dict | None 
 
 def reader(folder: Path, family: str) -> dict:
     """A checkpointer section that starts from a folder."""
-    return {
-        "_component_": "torchtune.training.FullModelHFCheckpointer",
-        "checkpoint_dir": str(folder),
-        "checkpoint_files": [file.name for file in sorted(folder.glob("model*.safetensors"))],
-        "output_dir": "${output_dir}",
-        "model_type": family.upper(),
-    }
+    files = [file.name for file in sorted(folder.glob("model*.safetensors"))]
+    return start_section(folder, model_type=family.upper()) | {"checkpoint_files": files}
 
 
 class EveryExit(torch.nn.Module):

@@ -70,8 +70,7 @@ def write_yaml(path: Path, content: dict[str, Any]) -> Path:
 
 
 def finetune_config(folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A training from scratch, 2 steps of 2 samples of 64 tokens, that writes to `folder/out`; the tokenizer has 300
-    tokens, as that of the fixture `tokenizer_folder`."""
+    """A training from scratch, 2 steps of 2 samples of 64 tokens, that writes to `folder/out`."""
     config = {
         "output_dir": str(folder / "out"),
         "model": MODEL,
@@ -119,23 +118,23 @@ def make_checkpoint(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
     return folder
 
 
-def described_model(folder: Path, num_layers: int) -> Path:
-    """A Hugging Face folder of a model of so many layers, without its weights: for checks that read no more."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG | {"num_hidden_layers": num_layers}))
-    return folder
+def start_section(
+    folder: Path, form: str = "HF", file: str = "model.safetensors", model_type: str = "LLAMA3_2"
+) -> dict[str, Any]:
+    """The checkpointer section of a start from a checkpoint."""
+    return {
+        "_component_": f"torchtune.training.FullModel{form}Checkpointer",
+        "checkpoint_dir": str(folder),
+        "checkpoint_files": [file],
+        "output_dir": "${output_dir}",
+        "model_type": model_type,
+    }
 
 
 def _trained(checkpoint: Path) -> dict[str, Any]:
     return {
         "model": MODEL,
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer",
-            "checkpoint_dir": str(checkpoint),
-            "checkpoint_files": ["model.safetensors"],
-            "output_dir": "unused",
-            "model_type": "LLAMA3_2",
-        },
+        "checkpointer": start_section(checkpoint) | {"output_dir": "unused"},
         "tokenizer": {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(checkpoint)},
         "device": "cpu",
         "dtype": "fp32",

@@ -32,3 +32,10 @@ def check_success(ranks: list[subprocess.CompletedProcess]) -> None:
     """All of them ended with status 0."""
     said = "\n".join(rank.stdout + rank.stderr for rank in ranks)
     assert {rank.returncode for rank in ranks} == {0}, said[-4000:]
+
+
+def train_on_ranks(path: Path, *overrides: Any, processes: int = 2) -> None:
+    """`tune run layerskip_finetune --config PATH OVERRIDES` on so many processes."""
+    script = str(Path(__file__).with_name("training_ranks.py"))
+    arguments = ("train", path.parent, "--config", path, *overrides)
+    check_success(run_on_ranks(script, *arguments, cwd=path.parent, processes=processes))

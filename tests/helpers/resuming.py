@@ -1,11 +1,11 @@
-"""Shared by tests: COSINE, FILES, MOVING, checkpoints, final_weights, keep_only, packed, written."""
+"""Shared by tests of checkpoints and resume: settings that move with t, what a folder holds, and runs that go on."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from helpers.configs import MODEL
+from helpers.training import train
 from safetensors.torch import load_file
 
 COSINE = {
@@ -20,7 +20,10 @@ MOVING = {
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
     "shuffle": True,
 }
-FILES = {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json", "recipe_state.pt"}
+WEIGHTS = "model-00001-of-00001.safetensors"
+FILES = {WEIGHTS, "config.json", "tokenizer.json", "recipe_state.pt"}
+# In packs of 48 tokens: 12 packs or so.
+SHORT_TEXTS = [f"x{n} = {n * 37}\n" * (1 + n % 5) for n in range(48)]
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -30,12 +33,17 @@ def checkpoints(out: Path) -> list[str]:
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model-00001-of-00001.safetensors")
+    return load_file(folder / WEIGHTS)
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two states have the same names and are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], value) for name, value in other.items())
 
 
 def written(folder: Path) -> dict[Path, int]:
-    """When each file was written; without the config, which a logger writes at the start of each run."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".yaml"}
+    """When each file was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def keep_only(out: Path, name: str, copy: Path) -> Path:
@@ -44,11 +52,8 @@ def keep_only(out: Path, name: str, copy: Path) -> Path:
     return copy
 
 
-def packed(folder: Path) -> dict:
-    """36 short texts in packs of 48 tokens: 12 packs or so."""
-    texts = [{"text": f"x{n} = {n * 37}\n" * (1 + n % 5)} for n in range(48)]
-    (folder / "texts.json").write_text(json.dumps(texts))
-    return {
-        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
-        "data_files": str(folder / "texts.json"), "column": "text", "packed": True,
-    }  # fmt: skip
+def resumed(path: Path, name: str, *overrides: str) -> Path:
+    """The output folder of a run that goes on from the checkpoint `name` of a config's run."""
+    again = keep_only(path.parent / "out", name, path.parent / f"from_{name}")
+    train(path, f"output_dir={again}", "resume_from_checkpoint=true", *overrides)
+    return again

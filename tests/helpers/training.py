@@ -1,12 +1,11 @@
-"""Shared by tests: UNTIED, eager, few_texts, losses, paper_weights, read_log, start_section, texts, train, VALIDATION,
-validated, whole_log."""
+"""Shared by tests of trainings: fixtures, datasets and sections of a config, runs, and what a run has logged."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.configs import MODEL
+from helpers.configs import DATASET, MODEL
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import standard_library as quickstart
@@ -36,22 +35,68 @@ def eager():
         yield
 
 
-def train(path: Path, *overrides: str) -> LayerSkipFinetune:
-    """Run a config in this process."""
+# ---- sections of a config ----
+
+
+def text_data(file: Path, texts: list[str], **arguments) -> dict:
+    """A dataset of these texts, which are written to the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([{"text": text} for text in texts]))
+    return {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json",
+        "data_files": str(file),
+        "column": "text",
+        "split": "train",
+        **arguments,
+    }
+
+
+def texts(folder):
+    """40 texts of 21 to 89 tokens: ranks differ in the length of their batches and in the labels that count."""
+    lines = [f"def f{n}(x):\n    return x + {n}\n" * (1 + 7 * n % 4) for n in range(40)]
+    return text_data(folder / "texts.json", lines)
+
+
+VALIDATION = DATASET | {"seq_len": 48, "max_samples": 5}
+
+
+# ---- runs ----
+
+
+def set_up(path: Path, *overrides: str) -> LayerSkipFinetune:
+    """The recipe of a config, ready to train."""
     recipe = LayerSkipFinetune(load_config(str(path), overrides))
     recipe.setup()
+    return recipe
+
+
+def train(path: Path, *overrides: str) -> LayerSkipFinetune:
+    """Run a config in this process."""
+    recipe = set_up(path, *overrides)
     recipe.train()
     recipe.cleanup()
     return recipe
 
 
-def read_log(out: Path) -> dict[int, dict[str, float]]:
-    """The disk logger's lines by step."""
-    lines = {}
+# ---- what it logged ----
+
+
+def log_lines(out: Path) -> list[tuple[int, dict[str, float]]]:
+    """The disk logger's lines in their order: step and numbers."""
+    lines = []
     for line in (out / "logs" / "log.txt").read_text().splitlines():
         step, _, rest = line.partition(" | ")
-        lines[int(step.split()[1])] = {k: float(v) for k, v in (pair.rsplit(":", 1) for pair in rest.split())}
+        lines.append((int(step.split()[1]), {k: float(v) for k, v in (pair.rsplit(":", 1) for pair in rest.split())}))
     return lines
+
+
+def read_log(out: Path) -> dict[int, dict[str, float]]:
+    """The numbers of each step: those of the training and those of the validation."""
+    steps: dict[int, dict[str, float]] = {}
+    for step, line in log_lines(out):
+        steps.setdefault(step, {}).update(line)
+    return steps
 
 
 def losses(out: Path) -> dict[int, dict[str, float]]:
@@ -59,51 +104,9 @@ def losses(out: Path) -> dict[int, dict[str, float]]:
     return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}
 
 
-def texts(folder):
-    """40 texts of 21 to 89 tokens: ranks differ in the length of their batches and in the labels that count."""
-    file = folder / "texts.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"def f{n}(x):\n    return x + {n}\n" * (1 + 7 * n % 4) for n in range(40)]
-        file.write_text(json.dumps([{"text": text} for text in lines]))
-    return {
-        "_component_": "torchtune.datasets.text_completion_dataset",
-        "source": "json",
-        "data_files": str(file),
-        "column": "text",
-        "split": "train",
-    }
-
-
-def start_section(folder, form="HF", file="model.safetensors"):
-    """The checkpointer section of a start from a checkpoint."""
-    return {
-        "_component_": f"torchtune.training.FullModel{form}Checkpointer",
-        "checkpoint_dir": str(folder),
-        "checkpoint_files": [file],
-        "output_dir": "${output_dir}",
-        "model_type": "LLAMA3_2",
-    }
-
-
-VALIDATION = {
-    "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 48, "max_samples": 5,
-}  # fmt: skip
-
-
-def whole_log(out: Path) -> dict[int, dict[str, float]]:
-    """The disk logger's numbers by step: those of the training and those of the validation."""
-    lines: dict[int, dict[str, float]] = {}
-    for line in (out / "logs" / "log.txt").read_text().splitlines():
-        step, _, rest = line.partition(" | ")
-        pairs = (pair.rsplit(":", 1) for pair in rest.split())
-        lines.setdefault(int(step.split()[1]), {}).update({k: float(v) for k, v in pairs})
-    return lines
-
-
 def validated(out: Path) -> dict[int, dict[str, float]]:
-    """Of each step the validation's numbers, if there are any."""
-    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in whole_log(out).items()}
+    """The validation's numbers of each step that has some."""
+    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in read_log(out).items()}
     return {step: line for step, line in lines.items() if line}
 
 

@@ -1,6 +1,6 @@
 """What each rank of a training test runs: `training_ranks.py WHAT FOLDER ARGUMENTS`, see RANKS at the end.
 
-Shared by tests: COUNTED, DRAWS, DROPPED, PROB, exit_sums, lora_model, shifted, some_tokens, tiny_model.
+Shared by tests: COUNTED, DRAWS, DROPPED, PROB, some_tokens, tiny_model.
 """
 
 import json
@@ -28,7 +28,6 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 CPU = torch.device("cpu")
 PROB, DRAWS = 0.6, 4
-LORA = {"lora": True}
 # name: whether the model has adapters, how it is sharded.
 DROPPED = {
     "checkpointed": (False, {"ac_mode": "full"}),

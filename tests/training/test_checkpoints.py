@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.configs import finetune_config
-from helpers.resuming import FILES, checkpoints
-from helpers.training import train
+from helpers.resuming import FILES, WEIGHTS, checkpoints
+from helpers.training import VALIDATION, set_up, train
 from torchtune.utils import get_logger
 
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training import checkpoints as run_checkpoints
 from layerskip_recipes.training.checkpoints import Checkpoints
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 pytestmark = pytest.mark.slow
+
+SHARDS = {"save_every_n_steps": 1, "enable_async_checkpointing": True}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -32,15 +32,11 @@ pytestmark = pytest.mark.slow
         (1, ["epoch_1"]),
     ],
 )
-def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, tokenizer_folder):
+def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, finetune):
     """step_N after N steps of the whole run, epoch_N (from 0) at an epoch's end and not twice; the oldest go."""
-    dataset = {
-        "_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 16,
-        "max_samples": 10,
-    }  # fmt: skip
-    path = finetune_config(
-        tmp_path, tokenizer_folder, dataset=dataset, epochs=2, max_steps_per_epoch=None, save_every_n_steps=2,
-        keep_last_n_checkpoints=keep, enable_async_checkpointing=asynchronous,
+    path = finetune(
+        dataset=VALIDATION | {"seq_len": 16, "max_samples": 10}, epochs=2, max_steps_per_epoch=None,
+        save_every_n_steps=2, keep_last_n_checkpoints=keep, enable_async_checkpointing=asynchronous,
     )  # fmt: skip
     train(path)
     out = tmp_path / "out"
@@ -54,11 +50,8 @@ def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, tokeni
         assert step == {"epoch_0": 5, "epoch_1": 10}.get(name, int(name.split("_")[1]))
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_appears_and_before_older_ones_go(
-    tmp_path, tokenizer_folder, monkeypatch
-):
+def test_a_checkpoint_is_on_the_disk_before_it_appears_and_before_older_ones_go(tmp_path, finetune, monkeypatch):
     """Otherwise a power loss could leave neither."""
-    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, keep_last_n_checkpoints=1)
     events: list[tuple[str, Path]] = []
 
     def noted(owner, name, place):
@@ -68,7 +61,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_appears_and_before_older_ones_go(
     noted(os, "fsync", lambda args: Path(os.readlink(f"/proc/self/fd/{args[0]}")))
     noted(os, "rename", lambda args: Path(args[1]))
     noted(shutil, "rmtree", lambda args: Path(args[0]))
-    train(path)
+    train(finetune(save_every_n_steps=1, keep_last_n_checkpoints=1))
     out = tmp_path / "out"
     appeared = events.index(("rename", out / "epoch_0"))
     staging = out / ".incomplete" / "epoch_0"
@@ -78,22 +71,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_appears_and_before_older_ones_go(
     assert appeared < events.index(("fsync", out), appeared) < gone
 
 
-def _cut(file):
+def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def _garbage(file):
+def garbage(file):
     file.write_bytes(b"?" * file.stat().st_size)
 
 
-def _empty(file):
+def empty(file):
     file.write_bytes(b"")
 
 
-WEIGHTS = "model-00001-of-00001.safetensors"
 DAMAGES = [
-    *((kind, name) for kind in (_empty, _cut, _garbage) for name in ("recipe_state.pt", "written", WEIGHTS)),
-    (_empty, "config.json"), (Path.unlink, "recipe_state.pt"), (Path.unlink, WEIGHTS), (Path.unlink, "written"),
+    *((kind, name) for kind in (empty, cut, garbage) for name in ("recipe_state.pt", "written", WEIGHTS)),
+    (empty, "config.json"), (Path.unlink, "recipe_state.pt"), (Path.unlink, WEIGHTS), (Path.unlink, "written"),
 ]  # fmt: skip
 
 
@@ -124,51 +116,34 @@ def test_a_damaged_checkpoint_is_passed_over(damage, name, two_epochs, tmp_path,
 def test_runs_go_on_beside_a_damaged_checkpoint(name, two_epochs, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(two_epochs.parent / "out", out)
-    _empty(out / "epoch_1" / name)
+    empty(out / "epoch_1" / name)
     assert train(two_epochs, f"output_dir={out}").step == 4
-    _empty(out / "epoch_1" / name)
+    empty(out / "epoch_1" / name)
     resumed = train(two_epochs, f"output_dir={out}", "resume_from_checkpoint=true")
     assert resumed.checkpoints.resumed_from.name == "epoch_0" and resumed.step == 4
     assert run_checkpoints.find_checkpoint(out).name == "epoch_1"
 
 
-def test_damaged_shards_are_passed_over(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
-    train(path, "max_steps_per_epoch=3")
+def test_damaged_shards_are_passed_over(tmp_path, finetune):
+    train(finetune(**SHARDS, max_steps_per_epoch=3))
     shutil.rmtree(tmp_path / "out" / "epoch_0")
-    _cut(tmp_path / "out" / "step_2" / "__0_0.distcp")
+    cut(tmp_path / "out" / "step_2" / "__0_0.distcp")
     assert run_checkpoints.find_checkpoint(tmp_path / "out").name == "step_1"
 
 
-def test_a_finished_run_leaves_no_folder_behind(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder)
-    train(path)
-    train(path, "resume_from_checkpoint=true")
-    assert not (tmp_path / "out" / ".incomplete").exists()
-
-
-def test_a_resumed_run_that_threw_its_start_away_still_writes_whole_checkpoints(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, keep_last_n_checkpoints=1)
+@pytest.mark.parametrize("settings", [{}, SHARDS], ids=["whole", "shards"])
+def test_a_resumed_run_that_threw_its_start_away_still_writes_whole_checkpoints(settings, tmp_path, finetune):
+    """The model's config is copied from the checkpoint that the run began with, which is older than all kept ones."""
+    path, out = finetune(**settings, keep_last_n_checkpoints=1, max_steps_per_epoch=3), tmp_path / "out"
     train(path)
     train(path, "resume_from_checkpoint=true", "epochs=3")
-    assert {file.name for file in (tmp_path / "out" / "epoch_2").iterdir()} >= FILES
-    assert train(path, "resume_from_checkpoint=true", "epochs=4").step == 8
+    assert checkpoints(out) == ["epoch_2"] and not (out / ".incomplete").exists()
+    assert {file.name for file in (out / "epoch_2").iterdir()} >= FILES
+    assert train(path, "resume_from_checkpoint=true", "epochs=4").step == 12
 
 
-def test_shards_do_not_throw_away_the_config_of_the_next_whole_checkpoint(tmp_path, tokenizer_folder):
-    """It is copied from the checkpoint that the run began with, which is older than all that are kept."""
-    path = finetune_config(
-        tmp_path, tokenizer_folder, keep_last_n_checkpoints=1, save_every_n_steps=1, enable_async_checkpointing=True
-    )
-    train(path, "max_steps_per_epoch=3")
-    train(path, "max_steps_per_epoch=3", "resume_from_checkpoint=true", "epochs=2")
-    out = tmp_path / "out"
-    assert [state.parent.name for state in out.glob("*/recipe_state.pt")] == ["epoch_1"]
-    assert {file.name for file in (out / "epoch_1").iterdir()} >= FILES
-
-
-def test_a_copied_run_goes_on_from_its_last_checkpoint(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, epochs=3, save_every_n_steps=1)
+def test_a_copied_run_goes_on_from_its_last_checkpoint(tmp_path, finetune):
+    path = finetune(epochs=3, save_every_n_steps=1)
     train(path)
     copy = tmp_path / "copy"
     for name in sorted(checkpoints(tmp_path / "out")):  # epoch_2 before step_1
@@ -176,32 +151,27 @@ def test_a_copied_run_goes_on_from_its_last_checkpoint(tmp_path, tokenizer_folde
     assert train(path, f"output_dir={copy}", "resume_from_checkpoint=true").checkpoints.resumed_from.name == "epoch_2"
 
 
-def test_a_clock_that_goes_back(tmp_path, tokenizer_folder, monkeypatch):
+def test_a_clock_that_goes_back(tmp_path, finetune, monkeypatch):
     """As from one machine to another: the last checkpoint stays the newest, and is what is kept."""
-    path = finetune_config(tmp_path, tokenizer_folder, epochs=2, save_every_n_steps=1, keep_last_n_checkpoints=2)
     clock = itertools.count(1e9, -100.0)
     monkeypatch.setattr(run_checkpoints.time, "time", lambda: next(clock))
-    train(path)
+    train(finetune(epochs=2, save_every_n_steps=1, keep_last_n_checkpoints=2))
     left = [folder.name for folder in run_checkpoints.complete_checkpoints(tmp_path / "out")]
     assert left == ["step_3", "epoch_1"]
 
 
-def test_shards_are_of_their_step(tmp_path, tokenizer_folder, monkeypatch):
+def test_shards_are_of_their_step(finetune, monkeypatch):
     """What is written in the background is no memory that the next step changes."""
-    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
     given, write = [], dcp.async_save
     monkeypatch.setattr(dcp, "async_save", lambda shards, **kwargs: (given.append(shards), write(shards, **kwargs))[1])
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
+    recipe = set_up(finetune(**SHARDS))
     recipe.train()
     own = {parameter.data_ptr() for parameter in recipe.model.parameters()}
     assert given and not any(value.data_ptr() in own for shards in given for value in shards["model"].values())
     recipe.cleanup()
 
 
-def test_shards_that_cannot_be_written_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
-    path = finetune_config(tmp_path, tokenizer_folder, save_every_n_steps=1, enable_async_checkpointing=True)
-
+def test_shards_that_cannot_be_written_end_the_run(finetune, monkeypatch):
     def full(self, name, place=Checkpoints._place):
         if name == "step_1":
             raise OSError("No space left on device")
@@ -209,4 +179,4 @@ def test_shards_that_cannot_be_written_end_the_run(tmp_path, tokenizer_folder, m
 
     monkeypatch.setattr(Checkpoints, "_place", full)
     with pytest.raises(OSError, match="No space left"):
-        train(path)
+        train(finetune(**SHARDS))

@@ -2,9 +2,9 @@
 
 import pytest
 from helpers import training_ranks
-from helpers.configs import finetune_config, make_checkpoint
+from helpers.configs import start_section
 from helpers.ranks import run_on_ranks
-from helpers.training import start_section, texts
+from helpers.training import texts
 
 pytestmark = pytest.mark.distributed
 
@@ -22,16 +22,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_one_line(name, tmp_path, tokenizer_folder):
+def test_a_wrong_setting_is_one_line(name, checkpoint, tmp_path, finetune):
     """Exit status 1, before weights are read (which fails with words of its own) or anything is written."""
     start = tmp_path / "start"
-    if name == "other model":
-        make_checkpoint(start, tokenizer_folder)
-    else:
-        start.mkdir()
-        for file in ("config.json", "model.safetensors"):
-            (start / file).write_bytes(b"{}")
-    path = finetune_config(tmp_path, tokenizer_folder, dataset=texts(tmp_path), checkpointer=start_section(start))
+    start.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (start / file).write_bytes(b"{}")
+    start = checkpoint if name == "other model" else start
+    path = finetune(dataset=texts(tmp_path), checkpointer=start_section(start))
     overrides, begins, then = WRONG[name]
     arguments = ("train", tmp_path, "--config", path, *overrides)
     zero, one = run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path)

@@ -4,27 +4,19 @@ The main case goes through `tune run`; the others are forks that get the environ
 when a test first asks for it.
 """
 
-import shutil
-
 import pytest
 import torch
-from helpers import training_ranks
 from helpers.commands import run_tune
-from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint
+from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint, start_section
 from helpers.hf_folders import make_hf_folder
-from helpers.ranks import check_success, run_on_ranks
-from helpers.training import UNTIED, losses, start_section, texts, train
+from helpers.ranks import train_on_ranks
+from helpers.resuming import COSINE, keep_only
+from helpers.training import UNTIED, losses, texts, train
 from safetensors.torch import load_file
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.model.run_folder import complete_checkpoints
-
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-COSINE = {
-    "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-    "num_warmup_steps": 2,
-}
 # 12 steps of 4 samples: as one process, as two with 2 samples each, or as four with 1; where nothing is resumed fewer.
 STEPS = {"layer_dropout": None, "epochs": 2, "max_steps_per_epoch": 6, "clip_grad_norm": 1.0, "lr_scheduler": COSINE}
 FEW = ["epochs=1", "max_steps_per_epoch=3"]
@@ -76,8 +68,7 @@ CASES = {
     "validated, gathered weights kept": ("validated", 2, ["fsdp_reshard_after_forward=false", *FEW]),
     "validated, TP": ("validated", 2, ["tensor_parallel_dim=2", "batch_size=4", *FEW]),
 }  # fmt: skip
-# name: (the case whose checkpoint is taken up, None for that of one process; the config; which checkpoint; processes,
-# overrides)
+# name: (the case whose checkpoint is taken up, None for one process; config; checkpoint; processes, overrides)
 RESUMED = {
     "1 to 2, whole": (None, "tied", "epoch_0", 2),
     "1 to 2, shards": (None, "tied", "step_8", 2),
@@ -92,19 +83,21 @@ RESUMED = {
 }
 
 
-def scratch(model_type, tokenizer, **changes):
-    """The checkpointer of a start without weights."""
-    return {
-        "_component_": "layerskip_recipes.checkpoint.scratch_checkpointer",
-        "model_type": model_type,
-        "output_dir": "${output_dir}",
-        "tokenizer_dir": str(tokenizer),
-        "hf_config": HF_CONFIG | changes,
-    }
-
-
 def config_changes(kind, folder, tokenizer):
     """The keys by which the config `kind` differs from that of all."""
+
+    def scratch(model, model_type="LLAMA3_2", **changes):
+        """A model, and the checkpointer of its start without weights."""
+        section = {
+            "_component_": "layerskip_recipes.checkpoint.scratch_checkpointer",
+            "model_type": model_type,
+            "output_dir": "${output_dir}",
+            "tokenizer_dir": str(tokenizer),
+            "hf_config": HF_CONFIG | changes,
+        }
+        return {"model": model, "checkpointer": section}
+
+    two_heads = {"num_kv_heads": 2}
     if kind in ("lora", "dora"):
         start = folder / "start"
         weights = start_section(start if start.exists() else make_checkpoint(start, tokenizer))
@@ -124,40 +117,24 @@ def config_changes(kind, folder, tokenizer):
         section = {"_component_": "layerskip_recipes.hf_checkpointer", "output_dir": "${output_dir}", **path}
         return {"model": {"_component_": "layerskip_recipes.hf_decoder", **path}, "checkpointer": section}
     if kind == "gemma2":
-        return {"model": GEMMA2, "checkpointer": scratch("GEMMA2", tokenizer, head_dim=16)}
+        return scratch(GEMMA2, "GEMMA2", head_dim=16)
     if kind == "untied":
-        model, section = UNTIED | {"num_kv_heads": 2}, scratch("LLAMA2", tokenizer, num_key_value_heads=2)
-        return {"model": model, "checkpointer": section} | UNSPLIT
+        return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2) | UNSPLIT
     if kind == "dropped":
-        model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
         dropout = {"layer_dropout": {"prob": 0.5}}
-        return {"model": model, "checkpointer": section} | UNSPLIT | dropout
+        return scratch(MODEL | two_heads, num_key_value_heads=2) | UNSPLIT | dropout
     if kind == "validated":  # five samples, which no two ranks share evenly, as often as it trains
-        model, section = MODEL | {"num_kv_heads": 2}, scratch("LLAMA3_2", tokenizer, num_key_value_heads=2)
         held_out = {"dataset_val": texts(folder.parent) | {"split": "train[:5]"}, "run_val_every_n_steps": 1}
-        return {"model": model, "checkpointer": section} | UNSPLIT | held_out
-    if kind == "in_backward":
-        return {"optimizer_in_bwd": True, "clip_grad_norm": None}
-    return {}
+        return scratch(MODEL | two_heads, num_key_value_heads=2) | UNSPLIT | held_out
+    return {"optimizer_in_bwd": True, "clip_grad_norm": None} if kind == "in_backward" else {}
 
 
-def rewound(out, name, to):
-    """A copy of a run's folder as it was when checkpoint `name` was the last one, and its log anew."""
-    shutil.copytree(out, to)
-    later = [path.name for path in complete_checkpoints(out)]
-    for gone in later[later.index(name) + 1 :]:
-        shutil.rmtree(to / gone)
-    (to / "logs" / "log.txt").unlink()
-    return to
-
-
-def train_on_ranks(path, *overrides, processes=2):
-    """`tune run layerskip_finetune --config PATH OVERRIDES` on so many processes."""
-    arguments = ("train", path.parent, "--config", path, *overrides)
+@pytest.fixture(scope="module", autouse=True)
+def no_inductor():
+    """Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it."""
     with pytest.MonkeyPatch.context() as patch:
-        # Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it.
         patch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
-        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=path.parent, processes=processes))
+        yield
 
 
 def tune_on_two(path, *overrides):
@@ -236,13 +213,9 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_split_changes_the_losses(several, name):
+def test_no_split_changes_losses_and_weights(several, name):
     """Nor anything else that is logged, in 12 steps or 3; validation begins before the first."""
     same_losses(*several(name), range(name.startswith("valid") ^ 1, 4 if FEW[0] in CASES[name][2] else 13))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_split_changes_the_weights_at_the_end(several, name):
     same_weights(*several(name))
 
 
@@ -250,7 +223,7 @@ def test_no_split_changes_the_weights_at_the_end(several, name):
 def test_resume_with_other_processes(one, several, name):
     case, kind, checkpoint, processes, *overrides = RESUMED[name]
     alone = one(kind)
-    out = rewound(several(case)[1] if case else alone, checkpoint, alone.parent / name)
+    out = keep_only(several(case)[1] if case else alone, checkpoint, alone.parent / name)
     path = alone.parent / "finetune.yaml"
     overrides += [f"output_dir={out}", "resume_from_checkpoint=true"]
     if processes == 1:
@@ -272,7 +245,7 @@ def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(folder, tok
     )  # fmt: skip
     train_on_ranks(path, *how)
     out = folder / name / "out"
-    again = rewound(out, "step_2", folder / name / "again")
+    again = keep_only(out, "step_2", folder / name / "again")
     train_on_ranks(path, f"output_dir={again}", "resume_from_checkpoint=true", *how)
     never_stopped, later = losses(out), losses(again)
     assert sorted(later) == [3, 4, 5]

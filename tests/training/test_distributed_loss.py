@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import training_ranks
-from helpers.configs import SIZE, finetune_config, make_checkpoint
+from helpers.configs import SIZE, start_section
 from helpers.ranks import check_success, run_on_ranks
 from helpers.tiny import unembedded
-from helpers.training import losses, start_section, texts
+from helpers.training import losses, paper_weights, texts
 from helpers.training_ranks import COUNTED, DRAWS, DROPPED, PROB, some_tokens, tiny_model
 from torchtune import config
 from torchtune.models.llama3_2._component_builders import llama3_2
@@ -22,30 +22,17 @@ L, SEED = SIZE["num_layers"], 7
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def dropped(folder):
+def dropped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dropped")
     check_success(run_on_ranks(training_ranks.__file__, "dropped", folder, cwd=folder))
     return torch.load(folder / "dropped.pt")
 
 
 @pytest.fixture(scope="module")
-def counts(folder):
+def counts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counts")
     check_success(run_on_ranks(training_ranks.__file__, "counts", folder, cwd=folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def dropout_config(folder, tokenizer_folder):
-    """One step of two micro-batches of two samples in order, from wide weights."""
-    start = make_checkpoint(folder / "dropout" / "start", tokenizer_folder)
-    return finetune_config(
-        folder / "dropout", tokenizer_folder, dataset=texts(folder), checkpointer=start_section(start), shuffle=False,
-        layer_dropout={"prob": PROB}, gradient_accumulation_steps=2, max_steps_per_epoch=1, seed=SEED,
-    )  # fmt: skip
 
 
 def exit_sums(model, tokens, keep):
@@ -58,12 +45,9 @@ def exit_sums(model, tokens, keep):
     return torch.stack(sums)
 
 
-def papers_weights(exits, num_layers, scale=0.5):
-    """e~ of eq. 6 for these exits, 0 for the others."""
-    e = [scale * layer * (layer + 1) / 2 for layer in range(num_layers)]
-    e[-1] = num_layers - 1 + scale * (num_layers - 2) * (num_layers - 1) / 2
-    on = torch.tensor([value * (layer + 1 in exits) for layer, value in enumerate(e)], dtype=torch.float64)
-    return (on / on.sum()).float().double()  # the loss has them in fp32
+def weights_of(exits, num_layers):
+    """e~ of eq. 6 for these exits, rounded to fp32 as in the loss."""
+    return torch.tensor(paper_weights([layer + 1 in exits for layer in range(num_layers)], scale=0.5)).double()
 
 
 def same_gradients(model, found):
@@ -74,11 +58,15 @@ def same_gradients(model, found):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_the_same_draw_drops_each_ranks_own_samples(folder, dropout_config):
+def test_the_same_draw_drops_each_ranks_own_samples(checkpoint, tmp_path, finetune):
     """Two ranks, two micro-batches of two samples: the loss and the gradients of the first step, by plain PyTorch."""
-    check_success(run_on_ranks(training_ranks.__file__, "first_gradients", folder, dropout_config, cwd=folder))
-    cfg, model = load_config(str(dropout_config)), llama3_2(**SIZE)
-    read = config.instantiate(cfg.checkpointer, output_dir=str(folder / "nowhere"))
+    path = finetune(
+        dataset=texts(tmp_path), checkpointer=start_section(checkpoint), shuffle=False, layer_dropout={"prob": PROB},
+        gradient_accumulation_steps=2, max_steps_per_epoch=1, seed=SEED,
+    )  # fmt: skip
+    check_success(run_on_ranks(training_ranks.__file__, "first_gradients", tmp_path, path, cwd=tmp_path))
+    cfg, model = load_config(str(path)), llama3_2(**SIZE)
+    read = config.instantiate(cfg.checkpointer, output_dir=str(tmp_path / "nowhere"))
     model.load_state_dict(read.load_checkpoint()["model"])
     data = config.instantiate(cfg.dataset, config.instantiate(cfg.tokenizer))
     samples = [torch.tensor(data[i]["tokens"]) for i in range(8)]
@@ -95,10 +83,10 @@ def test_the_same_draw_drops_each_ranks_own_samples(folder, dropout_config):
                 sums = sums + exit_sums(model, tokens, keep[:, row])
                 count += len(tokens) - 1
     means = sums / count
-    loss = (papers_weights({1, 3, 4}, L) * means).sum()
+    loss = (weights_of({1, 3, 4}, L) * means).sum()
     loss.backward()
 
-    out = folder / "dropout" / "out"
+    out = tmp_path / "out"
     first = losses(out)[1]
     assert first["loss"] == pytest.approx(loss.item(), abs=1e-5)
     for exit_layer in (1, 3, 4):
@@ -117,7 +105,7 @@ def test_layers_that_some_samples_skip_or_all(dropped, name):
         loss = 0
         for tokens in some_tokens():
             sums = sum(exit_sums(model, tokens[row], keep[:, row]) for row in range(3))
-            loss = loss + (papers_weights(range(1, 7), 6) * sums).sum() / (3 * (tokens.shape[1] - 1)) / 2
+            loss = loss + (weights_of(range(1, 7), 6) * sums).sum() / (3 * (tokens.shape[1] - 1)) / 2
         loss.backward()
         seen |= set(keep.sum(1).tolist())
         mean, found = dropped[name, seed]

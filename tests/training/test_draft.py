@@ -1,20 +1,22 @@
 """A draft for a model that stays as it is: its loss against plain PyTorch, a run, its checkpoints, resume."""
 
 import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import finetune_config, make_checkpoint
-from helpers.resuming import keep_only
+from helpers.configs import start_section
+from helpers.resuming import keep_only, resumed, same_tensors
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, few_texts, losses, start_section, train, whole_log  # noqa: F401
+from helpers.training import VALIDATION, losses, read_log, train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
+from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -26,6 +28,7 @@ from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.model_setup import fresh_draft
 from layerskip_recipes.training.parallel import Mesh
+from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},
@@ -34,8 +37,7 @@ SECTIONS = {
 
 
 def plain_states(model, draft, tokens):
-    """The draft's logits, of an adapter for the first and second token in a row, and the last layer's; by the layers
-    one after the other."""
+    """The logits of the draft (of an adapter for its first and second token in a row) and of the last layer."""
     x = model.tok_embeddings(tokens)
     states = [x]
     for layer in model.layers:
@@ -106,120 +108,103 @@ def test_hash_names_weights_and_not_their_dtype():
     assert weights_hash(changed) != weights_hash(state)
 
 
-def draft_config(folder, tokenizer, kind="copy", **changes):
-    """A training of a draft for the model in folder/base."""
-    base = folder / "base"
-    if not base.exists():
-        make_checkpoint(base, tokenizer)
-    section = {"kind": kind, "exit_layer": 2} | ({"num_layers": 1} if kind == "adapter" else {})
-    changes = {"draft": section, "layer_dropout": None, "early_exit_loss": None} | changes
-    return finetune_config(folder, tokenizer, checkpointer=start_section(base), **changes)
+@pytest.fixture
+def draft_config(finetune, checkpoint):
+    """A training of a draft for the model of `checkpoint`."""
+
+    def config(kind="copy", **changes):
+        defaults = {"draft": SECTIONS[kind], "layer_dropout": None, "early_exit_loss": None}
+        return finetune(**{"checkpointer": start_section(checkpoint)} | defaults | changes)
+
+    return config
+
+
+def same_tokens_as_plain_decoding(model, folder, **callbacks):
+    """Whether greedy decoding with the draft of a checkpoint generates what the model generates; its settings."""
+    section = SelfSpeculation(draft=str(folder), num_speculations=3).with_vocabulary(model, None, [[1, 2]])
+    generation = run(model, [[1, 2, 3]], 12, speculation=section.build(model), **callbacks)
+    assert generation.generated == run(model, [[1, 2, 3]], 12).generated
+    return section
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_run_trains_the_draft_alone(kind, tmp_path, tokenizer_folder):
-    """The base has no gradient and no state, and is the same to the bit."""
-    path = draft_config(tmp_path, tokenizer_folder, kind, epochs=6, shuffle=False, dataset_val=VALIDATION)
-    before = load_file(tmp_path / "base" / "model.safetensors")
-    recipe = train(path, "optimizer.lr=1e-2")
-    after = load_file(tmp_path / "base" / "model.safetensors")
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
+    recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in recipe.model.parameters())
     trained = {id(parameter) for parameter in recipe.draft.parameters()}
     assert {id(p) for group in recipe.optimizers.all[0].param_groups for p in group["params"]} == trained
 
     folder = tmp_path / "out" / "epoch_5"
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "draft.safetensors", "layerskip.json", "recipe_state.pt", "written",
-    ]  # fmt: skip
+    files = ["draft.safetensors", "layerskip.json", "recipe_state.pt", "written"]
+    assert sorted(file.name for file in folder.iterdir()) == files
+    assert same_tensors(load_file(folder / "draft.safetensors"), recipe.draft.state_dict())
     described = json.loads((folder / "layerskip.json").read_text())
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
-    assert described["base"].pop("hash") == weights_hash(recipe.model.state_dict())
-    measured = read_trained_exits(folder).measured
-    assert described.pop("measured") and (measured.on, measured.exits, len(measured.draft.greedy)) == (
-        "dataset_val", {}, 12,
-    )  # fmt: skip
+    base = {"folder": str(checkpoint), "hash": weights_hash(recipe.model.state_dict()), **reader}
+    assert described.pop("measured")
     assert described == {
         "format": 3, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
-        "target": "distribution", "steps": 12, "vocabulary": None,
-        "base": {"folder": str(tmp_path / "base"), **reader},
+        "target": "distribution", "steps": 12, "vocabulary": None, "base": base,
     }  # fmt: skip
-    state = load_file(folder / "draft.safetensors")
-    assert all(torch.equal(state[name], value) for name, value in recipe.draft.state_dict().items())
-    log = whole_log(tmp_path / "out")
-    assert log[12]["loss"] < log[1]["loss"]
+
+    log, measured = read_log(tmp_path / "out"), read_trained_exits(folder).measured
+    assert log[12]["loss"] < log[1]["loss"] and log[12]["val_loss_final"] == log[0]["val_loss_final"]
     assert 0 < log[12]["val_agreement_draft"] < 1 and log[12]["val_loss_draft"] != log[0]["val_loss_draft"]
+    assert (measured.on, measured.exits, len(measured.draft.greedy)) == ("dataset_val", {}, 12)
     assert measured.draft.greedy[5] - 1 == pytest.approx(log[12]["val_accepted_length_draft"], abs=1e-3)
-    assert log[12]["val_loss_final"] == log[0]["val_loss_final"]
 
 
-def test_a_draft_beside_a_model_in_bf16_is_trained_in_fp32(tmp_path, tokenizer_folder):
+def test_a_draft_beside_a_model_in_bf16_is_trained_in_fp32(tmp_path, draft_config):
     """Near 1, where an adapter begins, numbers in bf16 lie 78 steps of this learning rate apart."""
-    path = draft_config(tmp_path, tokenizer_folder, "adapter", dtype="bf16", dataset_val=VALIDATION)
-    recipe = train(path, "optimizer.lr=1e-4")
+    recipe = train(draft_config("adapter", dtype="bf16", dataset_val=VALIDATION), "optimizer.lr=1e-4")
     assert next(recipe.model.parameters()).dtype is torch.bfloat16
     state = load_file(tmp_path / "out" / "epoch_0" / "draft.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     diagonal = state["layers.0.join.weight"].diagonal()
     assert ((diagonal - 1).abs() > 1e-6).float().mean() > 0.9 and (diagonal - 1).abs().max() < 1e-3
-    section = SelfSpeculation(draft=str(tmp_path / "out" / "epoch_0"), num_speculations=3)
-    section = section.with_vocabulary(recipe.model, None, [[1, 2]])
-    generation = run(recipe.model, [[1, 2, 3]], 12, speculation=section.build(recipe.model))
-    assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
+    same_tokens_as_plain_decoding(recipe.model, tmp_path / "out" / "epoch_0")
 
 
-def test_validation_measures_a_draft_without_its_dropout(tmp_path, tokenizer_folder):
-    path = draft_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION)
-    recipe = train(path, "model.attn_dropout=0.9")
+def test_validation_measures_a_draft_without_its_dropout(draft_config):
+    recipe = train(draft_config(dataset_val=VALIDATION), "model.attn_dropout=0.9")
     one, two = (recipe.validation.measure(recipe.model, recipe.device, 2, recipe.draft) for _ in range(2))
     assert one == two and recipe.draft.training and not recipe.model.training
 
 
-def test_a_draft_of_frequent_tokens(tmp_path, tokenizer_folder):
+def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
     """Those of the data; a generation drafts no others, and says what the model says."""
-    section = {"kind": "adapter", "exit_layer": 2, "vocabulary": 40}
-    path = draft_config(tmp_path, tokenizer_folder, draft=section)
-    recipe = train(path)
+    recipe = train(draft_config(draft=SECTIONS["adapter"] | {"vocabulary": 40}))
+    folder, drafts = tmp_path / "out" / "epoch_0", []
     counts = Counter(token for sample in recipe.data.dataset for token in sample["tokens"])
-    described = json.loads((tmp_path / "out" / "epoch_0" / "layerskip.json").read_text())["vocabulary"]
+    described = json.loads((folder / "layerskip.json").read_text())["vocabulary"]
     assert described == sorted(described) and len(set(described)) == 40
     assert min(counts[token] for token in described) >= max(counts[t] for t in counts if t not in described)
-    section = SelfSpeculation(draft=str(tmp_path / "out" / "epoch_0"), num_speculations=3)
-    section = section.with_vocabulary(recipe.model, None, [[1, 2]])
+    section = same_tokens_as_plain_decoding(recipe.model, folder, on_draft=drafts.append)
     assert (section.exit_layer, section.draft_vocabulary) == (2, described)
-    drafts = []
-    generation = run(recipe.model, [[1, 2, 3]], 12, speculation=section.build(recipe.model), on_draft=drafts.append)
     assert {token for (row,) in drafts for token in row} <= set(described)
-    assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, tmp_path, tokenizer_folder):
-    path = draft_config(
-        tmp_path, tokenizer_folder, epochs=2, save_every_n_steps=1, enable_async_checkpointing=shards,
-        keep_last_n_checkpoints=4,
-    )  # fmt: skip
+def test_resume_is_the_run_that_never_stopped(shards, tmp_path, draft_config):
+    path = draft_config(epochs=2, save_every_n_steps=1, enable_async_checkpointing=shards, keep_last_n_checkpoints=4)
     train(path)
-    out = tmp_path / "out"
-    whole, end = losses(out), load_file(out / "epoch_1" / "draft.safetensors")
+    whole, end = losses(tmp_path / "out"), load_file(tmp_path / "out" / "epoch_1" / "draft.safetensors")
     for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
-        again = keep_only(out, checkpoint, tmp_path / checkpoint)
-        train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+        again = resumed(path, checkpoint)
         assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
-        state = load_file(again / "epoch_1" / "draft.safetensors")
-        assert all(torch.equal(end[name], value) for name, value in state.items())
+        assert same_tensors(end, load_file(again / "epoch_1" / "draft.safetensors"))
 
 
-def test_resume_goes_on_with_the_same_model(tmp_path, tokenizer_folder):
-    path = draft_config(tmp_path, tokenizer_folder, epochs=2)
+def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    path = draft_config(checkpointer=start_section(base), epochs=2)
     train(path)
-    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
-    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: weights of the model was '.*' and is '.*' now"):
-        train(path, f"output_dir={again}", "resume_from_checkpoint=true")
+        resumed(path, "epoch_0")
 
 
 def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monkeypatch):
@@ -243,12 +228,11 @@ def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monk
     assert written[0] == written[1]
 
 
-def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
+def test_own_text_is_the_models_and_kept(tmp_path, draft_config):
     """Every second batch is greedy text of the model after a quarter of a sample; a resumed run reads it again."""
-    section = {"kind": "copy", "exit_layer": 2, "own_text": 0.5, "own_text_temperature": 0.0}
-    path = draft_config(tmp_path, tokenizer_folder, draft=section, epochs=2, save_every_n_steps=1)
-    recipe = train(path)
-    out = tmp_path / "out"
+    section = SECTIONS["copy"] | {"own_text": 0.5, "own_text_temperature": 0.0}
+    path = draft_config(draft=section, epochs=2, save_every_n_steps=1)
+    recipe, out = train(path), tmp_path / "out"
     lines = [json.loads(line) for line in (out / "own_text.jsonl").read_text().splitlines()]
     assert len(lines) == 64
     for line in lines[:2]:
@@ -271,8 +255,7 @@ def test_own_text_is_the_models_and_kept(tmp_path, tokenizer_folder):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_states_are_kept_by_text(packed, tmp_path):
-    """To the precision of bf16, 0 behind the last label that counts; rows are found again in other batches, with other
-    padding, and a row in which no label counts needs nothing."""
+    """In bf16, and 0 behind the last counted label. Other batches and other padding find the same rows again."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [1, 2, 3, 4]])
     counted = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
     inputs = {"input_pos": torch.tensor([[0, 1, 0, 1]] * 3), "mask": "of the packs"} if packed else {}
@@ -304,11 +287,9 @@ def test_states_are_kept_by_text(packed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, kind, monkeypatch):
-    """The second epoch, whose batches are others, runs the draft only; losses differ by the rounding to bf16. A run
-    that is resumed in between keeps anew and goes on alike."""
-    section = SECTIONS[kind] | {"own_text": 0.5}
-    path = draft_config(tmp_path, tokenizer_folder, draft=section, epochs=3, shuffle=True)
+def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config, monkeypatch):
+    """Later epochs run the draft only, and a resumed run computes the states anew. Losses differ by rounding."""
+    path = draft_config(draft=SECTIONS[kind] | {"own_text": 0.5}, epochs=3, shuffle=True)
     train(path)
     plain = losses(tmp_path / "out")
     kept = tmp_path / "kept"
@@ -319,9 +300,8 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
     recipe = train(path, f"output_dir={kept}", "draft.keep_states=true")
     assert sum(rows) == len(recipe.loss.kept.places) <= recipe.data.num_samples + 2
     assert {step: pytest.approx(value, rel=2e-2) for step, value in losses(kept).items()} == plain
-    assert sorted(f.name for f in kept.iterdir() if f.is_file()) == sorted(
-        f.name for f in (tmp_path / "out").iterdir() if f.is_file()
-    )
+    names = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (kept, tmp_path / "out")]
+    assert names[0] == names[1]
     again = keep_only(kept, "epoch_1", tmp_path / "again")
     (again / "own_text.jsonl").write_text((kept / "own_text.jsonl").read_text())
     train(path, f"output_dir={again}", "draft.keep_states=true", "resume_from_checkpoint=true")
@@ -331,25 +311,28 @@ def test_kept_states_spare_the_model_further_epochs(tmp_path, tokenizer_folder, 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "message"),
     [
-        (["draft.exit_layer=4"], "draft.exit_layer: 4 leaves the draft nothing to skip. Allowed: 1..3; "),
-        (["draft.num_layers=1"], "draft.num_layers: 1 is for draft.kind=adapter; "),
+        ("draft.exit_layer=4", "draft.exit_layer: 4 leaves the draft nothing to skip. Allowed: 1..3; "),
+        ("draft.num_layers=1", "draft.num_layers: 1 is for draft.kind=adapter; "),
         (
-            ["draft.kind=adapter", "draft.num_layers=9"],
+            "draft={kind: adapter, num_layers: 9}",
             "draft.num_layers: 9 is more than the model's layers after layer 2. Allowed: 1..2; ",
         ),
-        (["draft.kind=head"], "draft.kind: 'head' is not allowed. Allowed: copy, adapter; "),
-        (["layer_dropout={prob: 0.1}"], "layer_dropout: does nothing with draft, "),
-        (["checkpointer.checkpoint_files=[]"], "draft: needs a trained model, and this one has no weights"),
+        ("layer_dropout={prob: 0.1}", "layer_dropout: does nothing with draft, "),
+        ("checkpointer.checkpoint_files=[]", "draft: needs a trained model, and this one has no weights"),
     ],
-)  # fmt: skip
-def test_mistakes(overrides, message, tmp_path, tokenizer_folder):
-    path = draft_config(tmp_path, tokenizer_folder)
+)
+def test_mistakes(override, message, draft_config):
     with pytest.raises(ConfigError) as e:
-        train(path, *overrides)
-    assert str(e.value).startswith(message)
-    assert "\n" not in str(e.value)
+        train(draft_config(), override)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+def test_kept_states_want_one_process(draft_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    with pytest.raises(ConfigError, match=r"^draft\.keep_states: True works with one process\. Set "):
+        LayerSkipFinetune(load_config(str(draft_config()), ["draft.keep_states=true"]))
 
 
 def test_a_draft_is_a_part_of_the_model_at_first():

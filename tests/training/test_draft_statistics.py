@@ -4,12 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import training_ranks
 from helpers.acceptance import tokens_per_round
-from helpers.configs import finetune_config, make_checkpoint
-from helpers.ranks import check_success, run_on_ranks
+from helpers.configs import finetune_config, make_checkpoint, start_section
+from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
-from helpers.training import VALIDATION, few_texts, losses, start_section, texts, train  # noqa: F401
+from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa: F401
 
 from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, read_trained_exits
 from layerskip_recipes.training import draft_statistics
@@ -89,8 +88,7 @@ def test_two_processes_count_and_measure_what_one_does(tmp_path, tokenizer_folde
     )  # fmt: skip
     train(path, "batch_size=4", f"output_dir={tmp_path}/one")
     for name, more in {"two": [], "training": ["dataset_val=null"]}.items():
-        arguments = ("train", tmp_path, "--config", path, "batch_size=2", f"output_dir={tmp_path}/{name}", *more)
-        check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+        train_on_ranks(path, "batch_size=2", f"output_dir={tmp_path}/{name}", *more)
     one, two, training = (read_trained_exits(tmp_path / name / "epoch_0") for name in ("one", "two", "training"))
     assert one.vocabulary == two.vocabulary == training.vocabulary
     assert (one.measured.on, training.measured.on) == ("dataset_val", "training")

@@ -1,28 +1,19 @@
 """The finetune recipe: its losses, its log, the options of torchtune."""
 
-import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.commands import run_tune
-from helpers.configs import finetune_config
-from helpers.training import losses, read_log, train
+from helpers.resuming import resumed
+from helpers.training import losses, read_log, set_up, text_data, train
 from omegaconf import OmegaConf
 
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
-
-def test_first_step_is_the_papers_loss(tmp_path, tokenizer_folder):
-    """J of the first step from the initial weights, by plain PyTorch, without dropout."""
-    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None, shuffle=False)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
+def test_first_step_is_the_papers_loss(tmp_path, finetune):
+    recipe = set_up(finetune(layer_dropout=None, shuffle=False))
     base, dataset = recipe.model, recipe.data.dataset
     tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
@@ -44,10 +35,10 @@ def test_first_step_is_the_papers_loss(tmp_path, tokenizer_folder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offloading_and_bf16_on_a_gpu(tmp_path, tokenizer_folder):
+def test_offloading_and_bf16_on_a_gpu(tmp_path, finetune):
     """Several exits and chunks under the offloading hooks; the losses are those without."""
     exits = {"scale": 0.5, "curriculum": None, "chunk_tokens": 50}
-    path = finetune_config(tmp_path, tokenizer_folder, early_exit_loss=exits, device="cuda", dtype="bf16")
+    path = finetune(early_exit_loss=exits, device="cuda", dtype="bf16")
     train(path, f"output_dir={tmp_path}/plain")
     on = ["enable_activation_checkpointing=true", "enable_activation_offloading=true"]
     train(path, f"output_dir={tmp_path}/other", *on)
@@ -56,53 +47,36 @@ def test_offloading_and_bf16_on_a_gpu(tmp_path, tokenizer_folder):
         assert plain[step]["loss"] == pytest.approx(other[step]["loss"], rel=2e-2)  # bf16
 
 
-def test_gradient_accumulation_changes_nothing(tmp_path, tokenizer_folder):
+def test_gradient_accumulation_changes_nothing(tmp_path, finetune):
     """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
-    dataset = {
-        "_component_": "torchtune.datasets.text_completion_dataset",
-        "source": "json",
-        "data_files": str(tmp_path / "texts.json"),
-        "column": "text",
-        "split": "train",
-    }
-    (tmp_path / "texts.json").write_text(json.dumps([{"text": "import os\n" * n} for n in (1, 9, 2, 5, 7, 3, 8, 1)]))
-    logs = []
-    for name, batch, accumulation in (("one", 4, 1), ("two", 2, 2)):
-        path = finetune_config(
-            tmp_path / name, tokenizer_folder, dataset=dataset, layer_dropout=None, shuffle=False,
-            batch_size=batch, gradient_accumulation_steps=accumulation, max_steps_per_epoch=None, clip_grad_norm=1.0,
-        )  # fmt: skip
-        train(path)
-        logs.append(losses(tmp_path / name / "out"))
-    assert sorted(logs[0]) == [1, 2]
-    for step in logs[0]:
-        assert logs[0][step] == pytest.approx(logs[1][step], rel=1e-4)
+    dataset = text_data(tmp_path / "t.json", ["import os\n" * n for n in (1, 9, 2, 5, 7, 3, 8, 1)])
+    path = finetune(dataset=dataset, layer_dropout=None, shuffle=False, max_steps_per_epoch=None, clip_grad_norm=1.0)
+    train(path, f"output_dir={tmp_path}/one", "batch_size=4")
+    train(path, f"output_dir={tmp_path}/two", "batch_size=2", "gradient_accumulation_steps=2")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(one) == [1, 2]
+    for step in one:
+        assert one[step] == pytest.approx(two[step], rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    "override",
-    [
-        ["enable_activation_checkpointing=true"],
-        ["loss=torch.nn.CrossEntropyLoss"],
-        ["optimizer_in_bwd=true"],
-    ],
-    ids=lambda override: override[0],
+    "override", ["enable_activation_checkpointing=true", "loss=torch.nn.CrossEntropyLoss", "optimizer_in_bwd=true"]
 )
-def test_what_saves_memory_changes_no_loss(tmp_path, tokenizer_folder, override):
-    path = finetune_config(tmp_path, tokenizer_folder)
+def test_what_saves_memory_changes_no_loss(override, tmp_path, finetune):
+    path = finetune()
     train(path, f"output_dir={tmp_path}/plain")
-    train(path, f"output_dir={tmp_path}/other", *override)
+    train(path, f"output_dir={tmp_path}/other", override)
     plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
     for step in plain:
         assert plain[step] == pytest.approx(other[step], abs=1e-4)
 
 
 @pytest.mark.slow
-def test_compile_changes_no_loss_and_no_gradient(tmp_path, tokenizer_folder):
+def test_compile_changes_no_loss_and_no_gradient(tmp_path, finetune):
     """With dropout, checkpointing and smoothing. The losses after step 1 and the norms follow from the gradients."""
     override = ["layer_dropout.prob=0.5", "ac_mode=full"]
     override += ["loss=torch.nn.CrossEntropyLoss", "loss.label_smoothing=0.1"]
-    path = finetune_config(tmp_path, tokenizer_folder, max_steps_per_epoch=3, clip_grad_norm=0.5)
+    path = finetune(max_steps_per_epoch=3, clip_grad_norm=0.5)
     train(path, f"output_dir={tmp_path}/plain", *override)
     train(path, f"output_dir={tmp_path}/other", "compile=true", *override)
     plain, other = read_log(tmp_path / "plain"), read_log(tmp_path / "other")
@@ -113,8 +87,8 @@ def test_compile_changes_no_loss_and_no_gradient(tmp_path, tokenizer_folder):
 
 
 @pytest.mark.slow
-def test_tune_run_from_another_directory(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder)
+def test_tune_run_from_another_directory(tmp_path, finetune):
+    path = finetune()
     (tmp_path / "elsewhere").mkdir()
     run = run_tune("run", "layerskip_finetune", "--config", str(path), "batch_size=1", cwd=tmp_path / "elsewhere")
     assert run.returncode == 0, run.stderr[-2000:]
@@ -123,93 +97,42 @@ def test_tune_run_from_another_directory(tmp_path, tokenizer_folder):
     assert not os.listdir(tmp_path / "elsewhere")
 
 
-def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, tokenizer_folder):
+def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, finetune):
     """With the draws of the run's seed, for the run's batches."""
-    runs = {}
-    for name, keys in (("top", {"layer_dropout": {"prob": 0.7}}), ("model", {"layer_dropout": None})):
-        path = finetune_config(tmp_path / name, tokenizer_folder, seed=7, **keys)
-        of_model = {"_component_": "layerskip_recipes.layerskip_decoder", "layer_dropout": {"prob": 0.7}}
-        cfg = load_config(str(path))
-        if name == "model":
-            cfg.model = of_model | {"base": cfg.model}
-        recipe = LayerSkipFinetune(cfg)
-        recipe.setup()
-        dropout = recipe.model.layer_dropout
-        assert dropout.generator.initial_seed() == 7
-        recipe.train()
-        recipe.cleanup()
-        runs[name] = losses(tmp_path / name / "out")
-    assert runs["top"] == runs["model"]
+    dropout = {"prob": 0.7}
+    path = finetune(seed=7, layer_dropout=dropout)
+    model = {"_component_": "layerskip_recipes.layerskip_decoder", "layer_dropout": dropout}
+    model["base"] = OmegaConf.to_container(OmegaConf.load(path).model)
+    assert train(path).model.layer_dropout.generator.initial_seed() == 7
+    train(finetune(seed=7, layer_dropout=None, model=model), f"output_dir={tmp_path}/model")
+    assert losses(tmp_path / "model") == losses(tmp_path / "out")
 
 
-def test_every_step_trains_the_last_layer(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, layer_dropout=None)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    before = recipe.model.layers[-1].mlp.w1.weight.clone()
-    batches = recipe.data.batches(0)
-    recipe.progress = type("Progress", (), {"set_postfix_str": lambda self, text: None})()
-    for _ in range(3):
-        recipe._train_step(batches)
-        assert not torch.equal(before, recipe.model.layers[-1].mlp.w1.weight)
-        before = recipe.model.layers[-1].mlp.w1.weight.clone()
-
-
-def test_weights_of_the_log_are_the_papers(tmp_path, tokenizer_folder):
-    """`loss` is the weighted sum of the logged exits, at each step of the curriculum."""
-    path = finetune_config(tmp_path, tokenizer_folder, epochs=2)
-    train(path)
-    for step, line in read_log(tmp_path / "out").items():
-        on = enabled_exits("rotational", step - 1, 4, 4, interval=2)
-        weights = exit_weights(4, on, 0.5)
-        expected = sum(weights[e].item() * line[f"loss_exit_{e + 1}"] for e in range(4) if on[e])
-        assert line["loss"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_logged_config_is_one_that_trains(tmp_path, tokenizer_folder):
-    train(finetune_config(tmp_path, tokenizer_folder))
+def test_the_logged_config_is_one_that_trains(tmp_path, finetune):
+    train(finetune())
     logged = tmp_path / "out" / "torchtune_config.yaml"
     assert "curriculum" in OmegaConf.load(logged)
     assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
 
 
-def test_the_dropout_follows_its_schedule_over_the_whole_run(tmp_path, tokenizer_folder):
-    """Paper, eq. 4: S(t) = exp(t ln 2 / (T - 1)) - 1 with t and T in optimizer steps of all epochs; D(L-1) = 1. Each of
-    them has two micro-batches; a stop after 3 of the 6 steps changes nothing."""
-    dropout = {"prob": 0.8, "schedule": "exp", "layers_scale": "exp"}
-    path = finetune_config(
-        tmp_path, tokenizer_folder, layer_dropout=dropout, epochs=2, max_steps_per_epoch=3, batch_size=1,
-        gradient_accumulation_steps=2, save_every_n_steps=1,
+def test_the_dropout_follows_its_schedule_over_the_whole_run(tmp_path, finetune):
+    """Eq. 4: S(t) = exp(t ln 2 / (T - 1)) - 1, with t and T in optimizer steps of all epochs, not in micro-batches."""
+    path = finetune(
+        layer_dropout={"prob": 0.8, "schedule": "exp", "layers_scale": "exp"}, epochs=2, max_steps_per_epoch=3,
+        batch_size=1, gradient_accumulation_steps=2,
     )  # fmt: skip
     train(path)
-    rates = [line["layer_dropout_rate"] for line in read_log(tmp_path / "out").values()]
+    whole = losses(tmp_path / "out")
+    rates = [line["layer_dropout_rate"] for line in whole.values()]
     assert rates == pytest.approx([0.8 * (math.exp(t * math.log(2) / 5) - 1) for t in range(6)], abs=1e-6)
-    expected = losses(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
-    step, recipe._train_step = recipe._train_step, lambda batches: (stop(recipe), step(batches))
-
-    def stop(recipe):
-        if recipe.step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train()
-    recipe.cleanup()
-    train(path, "resume_from_checkpoint=true")
-    assert losses(tmp_path / "out") == expected
+    assert losses(resumed(path, "epoch_0")) == {step: whole[step] for step in (4, 5, 6)}
 
 
 @pytest.mark.parametrize("clip", [1e-3, None])
-def test_the_gradient_is_clipped(clip, tmp_path, tokenizer_folder):
+def test_the_gradient_is_clipped(clip, tmp_path, finetune):
     """One step of SGD with lr 1 moves all weights together by the gradient's norm, or by what it is clipped to."""
     sgd = {"_component_": "torch.optim.SGD", "lr": 1.0}
-    path = finetune_config(
-        tmp_path, tokenizer_folder, optimizer=sgd, layer_dropout=None, max_steps_per_epoch=1, clip_grad_norm=clip
-    )
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
+    recipe = set_up(finetune(optimizer=sgd, layer_dropout=None, max_steps_per_epoch=1, clip_grad_norm=clip))
     before = [parameter.detach().clone() for parameter in recipe.model.parameters()]
     recipe.train()
     recipe.cleanup()

@@ -1,68 +1,54 @@
 """The grid of processes and the settings that do not go with it, in this process with torchrun's WORLD_SIZE."""
 
 import pytest
-from helpers.configs import HF_CONFIG, MODEL, finetune_config
+from helpers.configs import HF_CONFIG, MODEL
 from helpers.hf_folders import model_with_tokenizer
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import mesh_sizes
 
-PLAN = {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}
-TWO_HEADS = {"num_kv_heads": 2}
+PLAN = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}}
+BACKWARD, OFFLOAD = {"optimizer_in_bwd": True}, {"fsdp_cpu_offload": True}
+EIGHT_BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}
 
 
 @pytest.fixture
-def sizes_of(tmp_path, tokenizer_folder, monkeypatch):
-    """The sizes of the grid for a model's changes, other keys, and a number of processes."""
+def sizes_of(finetune, monkeypatch):
+    """The sizes of the grid of a model with two heads for keys and values, and a number of processes."""
 
-    def sizes(model, keys, processes=2):
+    def sizes(keys, processes=2):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        cfg = load_config(str(finetune_config(tmp_path, tokenizer_folder, model=MODEL | model, **keys)))
-        cfg.checkpointer.hf_config = HF_CONFIG | {"num_key_value_heads": model.get("num_kv_heads", 1)}
+        cfg = load_config(str(finetune(model=MODEL | {"num_kv_heads": 2}, **keys)))
+        cfg.checkpointer.hf_config = HF_CONFIG | {"num_key_value_heads": 2}
         return mesh_sizes(FinetuneConfig.load(cfg))
 
     return sizes
 
 
 @pytest.mark.parametrize(
-    ("model", "keys", "message"),
+    ("keys", "message"),
     [
-        ({}, {"data_parallel_replicate_dim": 3}, "data_parallel_replicate_dim: 3 wrong: "),
-        ({}, {"data_parallel_shard_dim": 3}, "data_parallel_shard_dim: 3 wrong: "),
-        ({}, {"tensor_parallel_dim": 3}, "tensor_parallel_dim: 3 does not divide processes, 2. Allowed: 1; "),
-        ({}, {"fsdp_cpu_offload": True}, "fsdp_cpu_offload: True needs several processes with device=cuda"),
+        ({"data_parallel_replicate_dim": 3}, "data_parallel_replicate_dim: 3 wrong: "),
+        ({"data_parallel_shard_dim": 3}, "data_parallel_shard_dim: 3 wrong: "),
+        (OFFLOAD, "fsdp_cpu_offload: True needs several processes with device=cuda"),
+        (OFFLOAD | PLAN | {"tensor_parallel_dim": 2}, "fsdp_cpu_offload: True needs processes to shard over, and "),
+        (OFFLOAD | BACKWARD, "fsdp_cpu_offload: True does not go with optimizer_in_bwd"),
         (
-            TWO_HEADS,
-            {"tensor_parallel_dim": 2, "tensor_parallel_plan": PLAN, "fsdp_cpu_offload": True},
-            "fsdp_cpu_offload: True needs processes to shard over, and tensor_parallel_dim 2 takes all 2; ",
-        ),
-        (
-            {},
-            {"optimizer_in_bwd": True, "custom_sharded_layers": ["tok_embeddings"]},
+            BACKWARD | {"custom_sharded_layers": ["tok_embeddings"]},
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",
         ),
+        ({"optimizer": EIGHT_BIT}, "optimizer: torchao.optim.AdamW8bit works with one process"),
+        ({"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
         (
-            {},
-            {"optimizer_in_bwd": True, "fsdp_cpu_offload": True},
-            "fsdp_cpu_offload: True does not go with optimizer_in_bwd",
-        ),
-        (
-            {},
-            {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-3}},
-            "optimizer: torchao.optim.AdamW8bit works with one process",
-        ),
-        ({}, {"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
-        (
-            {},
-            {"tensor_parallel_plan": PLAN},
-            "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_dim",
+            PLAN,
+            "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_",
         ),
     ],
 )
-def test_splits_that_would_go_wrong_or_do_nothing_are_refused(model, keys, message, sizes_of):
+def test_splits_that_would_go_wrong_or_do_nothing_are_refused(keys, message, sizes_of):
     with pytest.raises(ValueError) as error:
-        sizes_of(model, keys)
+        sizes_of(keys)
     assert str(error.value).startswith(message)
 
 
@@ -77,11 +63,11 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
 @pytest.mark.parametrize(
     ("processes", "keys", "sizes"),
     [
-        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 1}, (1, 2, 1)),
-        (2, {"tensor_parallel_plan": PLAN, "tensor_parallel_dim": 2}, (1, 1, 2)),
-        (1, {"tensor_parallel_plan": PLAN}, (1, 1, 1)),  # on one device the plan waits for more
+        (2, PLAN | {"tensor_parallel_dim": 1}, (1, 2, 1)),
+        (2, PLAN | {"tensor_parallel_dim": 2}, (1, 1, 2)),
+        (1, PLAN, (1, 1, 1)),  # on one device the plan waits for more
         (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
     ],
 )
 def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
-    assert sizes_of(TWO_HEADS, keys, processes) == sizes
+    assert sizes_of(keys, processes) == sizes

@@ -1,12 +1,13 @@
 """StochasticAdamW: small steps move weights in bf16, and a training in bf16 goes as in fp32."""
 
+import functools
+
 import pytest
 import torch
-from helpers import training_ranks
-from helpers.configs import finetune_config, make_checkpoint
-from helpers.ranks import check_success, run_on_ranks
-from helpers.resuming import final_weights, keep_only
-from helpers.training import few_texts, losses, start_section, texts, train  # noqa: F401
+from helpers.configs import start_section
+from helpers.ranks import train_on_ranks
+from helpers.resuming import keep_only
+from helpers.training import losses, texts, train
 
 from layerskip_recipes.training import stochastic_adamw
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW, round_into
@@ -56,18 +57,18 @@ def test_rounding_has_no_bias():
     assert len(target[:, 0].unique()) == 2
 
 
-def bf16_config(folder, tokenizer, **changes):
+@pytest.fixture
+def configured(finetune, checkpoint, tmp_path):
     """A start with weights as a trained model has them; steps move them by less than half of bf16's distance."""
-    start = start_section(make_checkpoint(folder / "base", tokenizer))
-    settings = {"dataset": texts(folder), "epochs": 2, "max_steps_per_epoch": 10, "layer_dropout": None}
-    return finetune_config(folder, tokenizer, checkpointer=start, **settings | changes)
+    settings = {"dataset": texts(tmp_path), "epochs": 2, "layer_dropout": None, "clip_grad_norm": 1.0}
+    return functools.partial(finetune, checkpointer=start_section(checkpoint), **settings)
 
 
 @pytest.mark.slow
-def test_losses_in_bf16_are_those_of_fp32_within_a_percent(tmp_path, tokenizer_folder):
-    """Which AdamW in bf16 misses. Gradients are clipped."""
+def test_losses_in_bf16_are_those_of_fp32_within_a_percent(tmp_path, configured):
+    """AdamW in bf16 misses them."""
     settings = {"lr": 5e-4, "_component_": "torch.optim.AdamW"}
-    path = bf16_config(tmp_path, tokenizer_folder, clip_grad_norm=1.0, optimizer=settings, epochs=6)
+    path = configured(optimizer=settings, epochs=6, max_steps_per_epoch=10)
     ends = {}
     for name, overrides in {
         "fp32": [], "rounded": ["dtype=bf16"], "ours": ["dtype=bf16", f"optimizer._component_={OURS['_component_']}"],
@@ -80,31 +81,15 @@ def test_losses_in_bf16_are_those_of_fp32_within_a_percent(tmp_path, tokenizer_f
 
 
 @pytest.mark.slow
-def test_a_resumed_run_rounds_as_the_run_that_never_stopped(tmp_path, tokenizer_folder):
-    path = bf16_config(tmp_path, tokenizer_folder, optimizer=OURS, dtype="bf16", max_steps_per_epoch=3)
-    train(path)
-    again = keep_only(tmp_path / "out", "epoch_0", tmp_path / "again")
-    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
-    whole = losses(tmp_path / "out")
-    assert losses(again) == {step: whole[step] for step in (4, 5, 6)}
-    end = final_weights(tmp_path / "out" / "epoch_1")
-    assert all(torch.equal(end[name], value) for name, value in final_weights(again / "epoch_1").items())
-
-
-@pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes(tmp_path, tokenizer_folder):
+def test_two_processes(tmp_path, configured):
     """Sharded, clipped and resumed from shards; the noise is another one, and losses differ by less than a percent."""
-    path = bf16_config(
-        tmp_path, tokenizer_folder, optimizer=OURS, dtype="bf16", max_steps_per_epoch=4, clip_grad_norm=1.0,
-        save_every_n_steps=2, enable_async_checkpointing=True,
-    )  # fmt: skip
+    shards = {"save_every_n_steps": 2, "enable_async_checkpointing": True}
+    path = configured(optimizer=OURS, dtype="bf16", max_steps_per_epoch=4, **shards)
     train(path, "batch_size=4", f"output_dir={tmp_path}/one")
-    arguments = ["train", tmp_path, "--config", path, "batch_size=2"]
-    check_success(run_on_ranks(training_ranks.__file__, *arguments, f"output_dir={tmp_path}/two", cwd=tmp_path))
+    train_on_ranks(path, "batch_size=2", f"output_dir={tmp_path}/two")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=0.01)
     again = keep_only(tmp_path / "two", "step_6", tmp_path / "again")
-    arguments += [f"output_dir={again}", "resume_from_checkpoint=true"]
-    check_success(run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path))
+    train_on_ranks(path, "batch_size=2", f"output_dir={again}", "resume_from_checkpoint=true")
     assert losses(again) == {step: two[step] for step in (7, 8)}

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.configs import finetune_config
-from helpers.resuming import packed
-from helpers.training import read_log, train
+from helpers.resuming import SHORT_TEXTS
+from helpers.training import read_log, set_up, text_data, train
 from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
@@ -17,69 +16,45 @@ from layerskip_recipes.data.datasets import collate_packed, limit_samples, load_
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
-def test_packed_and_several_datasets_train_with_dropout(tmp_path, tokenizer_folder):
-    (tmp_path / "texts.json").write_text(json.dumps([{"text": f"x{n} = {n}\n" * 6} for n in range(40)]))
-    (tmp_path / "chat.json").write_text(
-        json.dumps(
-            [
-                {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": f"four {n}"}]}
-                for n in range(20)
-            ]
-        )
-    )
-    packed = {
-        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "texts.json"), "column": "text", "packed": True,
-    }  # fmt: skip
-    path = finetune_config(tmp_path / "packed", tokenizer_folder, dataset=packed, layer_dropout={"prob": 0.6})
+def instructions(folder: Path, rows: list[dict], end: str = "") -> dict:
+    """A dataset of questions and answers, of which only the answers are learned."""
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
+    return {
+        "_component_": "torchtune.datasets.instruct_dataset",
+        "source": "json",
+        "data_files": str(folder / "data.jsonl"),
+        "split": "train",
+        "train_on_input": False,
+    }
+
+
+SHORT = {"input": "if", "output": "else:"}
+
+
+def test_packs_train_with_dropout(tmp_path, finetune):
+    path = finetune(dataset=text_data(tmp_path / "t.json", SHORT_TEXTS, packed=True), layer_dropout={"prob": 0.6})
     train(path, "tokenizer.max_seq_len=100")
-    assert all(line["loss"] > 0 for line in read_log(tmp_path / "packed" / "out").values())
-
-    chat = {
-        "_component_": "torchtune.datasets.chat_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "chat.json"), "conversation_column": "conversations",
-        "conversation_style": "sharegpt",
-    }  # fmt: skip
-    path = finetune_config(tmp_path / "two", tokenizer_folder, dataset=[chat, packed | {"packed": False}])
-    recipe = train(path, "tokenizer.max_seq_len=100")
-    assert len(recipe.data.dataset) == 60
-    assert all(line["loss"] > 0 for line in read_log(tmp_path / "two" / "out").values())
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "out").values())
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_column_that_is_not_there(packed, tmp_path, tokenizer_folder):
-    """torchtune looks for it with the first sample."""
-    (tmp_path / "texts.json").write_text(json.dumps([{"content": "x = 1\n"}] * 8))
-    dataset = {
-        "_component_": "torchtune.datasets.text_completion_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "texts.json"), "column": "text", "packed": packed,
-    }  # fmt: skip
-    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset)
-    with pytest.raises(ValueError, match=r"^dataset: .*KeyError.*text") as caught:
-        LayerSkipFinetune(load_config(str(path), ["tokenizer.max_seq_len=32"])).setup()
-    assert packed or "Its columns: content." in str(caught.value)
-    assert not (tmp_path / "out").exists()
+def test_several_datasets_train(tmp_path, finetune):
+    datasets = [instructions(tmp_path, [SHORT] * 20), text_data(tmp_path / "t.json", SHORT_TEXTS)]
+    recipe = train(finetune(dataset=datasets), "tokenizer.max_seq_len=100")
+    assert len(recipe.data.dataset) == 20 + len(SHORT_TEXTS)
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "out").values())
 
 
 @pytest.mark.parametrize(
-    ("limit", "packed", "expected"),
-    [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64), (65, False, ValueError)],
+    ("limit", "packed", "expected"), [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64)]
 )
 def test_samples_are_cut_at_the_models_length(limit, packed, expected):
     """Not so packs, whose length the user has to say."""
     plain, packed = (Component({"_component_": "a.dataset", "packed": on}) for on in (False, packed))
-    tokenizer, model = SimpleNamespace(max_seq_len=limit), SimpleNamespace(max_seq_len=64)
-    if expected is ValueError:
-        with pytest.raises(ValueError, match=r"^tokenizer\.max_seq_len: 65 is more than .* 64; for example"):
-            limit_samples([packed], tokenizer, model)
-    else:
-        limit_samples([packed], tokenizer, model)
-        assert tokenizer.max_seq_len == expected
-        tokenizer.max_seq_len = limit
-        limit_samples([plain, packed], tokenizer, model)
+    for datasets in ([packed], [plain, packed]):
+        tokenizer = SimpleNamespace(max_seq_len=limit)
+        limit_samples(datasets, tokenizer, SimpleNamespace(max_seq_len=64))
         assert tokenizer.max_seq_len == expected
 
 
@@ -100,56 +75,23 @@ def test_packed_batches_are_torchtunes():
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_packed_text_learns_nothing_of_the_next_one(tmp_path, tokenizer_folder):
-    """Of plain text without a bos token: as many labels count as in texts that are not packed."""
+def test_a_packed_text_learns_nothing_of_the_next_one(tmp_path, tokenizer_folder, finetune):
+    """Without a bos token, as many labels count as in texts that are not packed."""
     tokenizer = hf_tokenizer(str(tokenizer_folder), max_seq_len=48)
-    model = FinetuneConfig.load(load_config(str(finetune_config(tmp_path, tokenizer_folder)))).meta_model
-    section = packed(tmp_path) | {"add_eos": False, "split_across_pack": False}
-    lengths = [len(row["tokens"]) for row in Component(section | {"packed": False}, "dataset").build(tokenizer)]
-    dataset, collate = load_data([Component(section, "dataset")], None, tokenizer, model, torch.device("cpu"))
+    model = FinetuneConfig.load(load_config(str(finetune()))).meta_model
+    section = text_data(tmp_path / "t.json", SHORT_TEXTS, add_eos=False, split_across_pack=False)
+    lengths = [len(row["tokens"]) for row in Component(section, "dataset").build(tokenizer)]
+    packed = Component(section | {"packed": True}, "dataset")
+    dataset, collate = load_data([packed], None, tokenizer, model, torch.device("cpu"))
     labels = collate([dataset[i] for i in range(len(dataset))])["labels"][:, 1:]
     assert (labels != -100).sum() == sum(lengths) - len(lengths)
 
 
-def pictures(tokenizer):
-    """Samples with a token that only a model of images embeds."""
-    return [{"tokens": [1, 2, 300], "labels": [1, 2, 300]}] * 8
-
-
-def test_a_token_that_the_model_does_not_embed(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder, dataset={"_component_": "test_training_data.pictures"})
-    with pytest.raises(ValueError, match=r"^dataset: a sample has token 300, and the model embeds 300"):
-        train(path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "what"), [(torch.zeros(8, 4), "a Tensor"), ([[1]], "a list"), ([{}], "empty"), ([{"a": 1}], "a")]
-)
-def test_samples_of_another_form(rows, what, tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("test_training_data.pictures", lambda tokenizer: rows)
-    path = finetune_config(tmp_path, tokenizer_folder, dataset={"_component_": "test_training_data.pictures"})
-    with pytest.raises(ValueError, match=rf"^dataset: samples of test_training_data.pictures are {what}\. Allowed: "):
-        train(path)
-
-
-def instructions(folder: Path, rows: list[dict]) -> dict[str, str]:
-    """A dataset of questions and answers, of which only the answers are learned."""
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {
-        "_component_": "torchtune.datasets.instruct_dataset",
-        "source": "json",
-        "data_files": str(folder / "data.jsonl"),
-        "split": "train",
-        "train_on_input": False,
-    }
-
-
-def test_what_is_cut_off_is_said(tmp_path, tokenizer_folder, caplog):
+def test_what_is_cut_off_is_said(tmp_path, finetune, caplog):
     """128 positions: of two samples the answer is lost, which makes a step that learns nothing; once each."""
-    short, long = {"input": "if", "output": "else:"}, {"input": "if x: " * 200, "output": "else:"}
-    dataset = instructions(tmp_path, [short, short, long, long, long, long])
-    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset, shuffle=False, max_steps_per_epoch=3)
-    train(path)
+    long = {"input": "if x: " * 200, "output": "else:"}
+    dataset = instructions(tmp_path, [SHORT, SHORT, long, long, long, long])
+    train(finetune(dataset=dataset, shuffle=False, max_steps_per_epoch=3))
     lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
     cut = [line for line in lines if "some samples have tokenizer.max_seq_len=128 tokens or more" in line]
     nothing = [line for line in lines if "no label counts" in line]
@@ -158,33 +100,68 @@ def test_what_is_cut_off_is_said(tmp_path, tokenizer_folder, caplog):
     assert [line["loss"] > 0 for line in read_log(tmp_path / "out").values()] == [True, False, False]
 
 
-def test_a_sample_that_cannot_be_read_is_named(tmp_path, tokenizer_folder):
-    rows = [{"input": "if", "output": "else:"}] * 3 + [{"input": "if", "output": None}]
-    path = finetune_config(tmp_path, tokenizer_folder, dataset=instructions(tmp_path, rows), shuffle=False)
-    with pytest.raises(ValueError, match=r"^dataset: its sample 3, counted from 0, cannot be read: TypeError\("):
-        train(path)
+# ---- mistakes ----
+
+MADE = {
+    "token": [{"tokens": [1, 2, 300], "labels": [1, 2, 300]}] * 8,  # which only a model of images embeds
+    "tensor": torch.zeros(8, 4),
+    "list": [[1]],
+    "empty": [{}],
+    "others": [{"a": 1}],
+}
 
 
-def test_a_broken_file_is_not_about_columns(tmp_path, tokenizer_folder):
-    dataset = instructions(tmp_path, [{"input": "if", "output": "else:"}])
-    with (tmp_path / "data.jsonl").open("a") as file:
-        file.write('\n{"input": ')
-    path = finetune_config(tmp_path, tokenizer_folder, dataset=dataset)
-    with pytest.raises(ValueError, match=r"^dataset: torchtune.datasets.instruct_dataset cannot read its files: ") as e:
-        train(path)
-    assert "JSON" in str(e.value) and "column" not in str(e.value)
+def made(tokenizer, kind: str):
+    """A dataset of a user."""
+    return MADE[kind]
 
 
-@pytest.mark.parametrize("error", ["ValueError('mine')", "TypeError('mine')", "OSError('mine')"])
-@pytest.mark.parametrize("built", [False, True])
-def test_an_error_in_a_users_own_dataset_keeps_its_traceback(built, error, tmp_path, tokenizer_folder, monkeypatch):
-    """It is no mistake in the config, and the traceback shows the line."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"own_{abs(hash((built, error)))}"
-    code = f"    def __init__(self, tokenizer):\n        {'pass' if built else f'raise {error}'}\n"
-    code += f"    def __len__(self):\n        return 8\n    def __getitem__(self, i):\n        raise {error}\n"
-    (tmp_path / f"{name}.py").write_text(f"class Own:\n{code}")
-    path = finetune_config(tmp_path, tokenizer_folder, dataset={"_component_": f"{name}.Own"})
-    with pytest.raises(Exception, match=r"^mine$") as caught:
-        LayerSkipFinetune(load_config(str(path))).setup()
-    assert not isinstance(caught.value, ConfigError) and caught.traceback[-1].path.name == f"{name}.py"
+def of_a_user(kind: str) -> dict:
+    return {"_component_": "test_training_data.made", "kind": kind}
+
+
+FORM = r"samples of test_training_data.made are"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (lambda at: text_data(at / "t.json", ["x"] * 8, column="content"), r".*KeyError.*content.*Its columns: text\."),
+        (lambda at: text_data(at / "t.json", ["x"] * 8, column="content", packed=True), r".*KeyError.*content"),
+        (lambda at: instructions(at, [SHORT] * 3 + [{"input": "if", "output": None}]), "its sample 3, .*: TypeError"),
+        (
+            lambda at: instructions(at, [SHORT], end='\n{"input": '),
+            r"torchtune\S* cannot read its files: (?!.*column).*JSON",
+        ),
+        (lambda at: of_a_user("token"), "a sample has token 300, and the model embeds 300"),
+        (lambda at: of_a_user("tensor"), rf"{FORM} a Tensor\. Allowed: "),
+        (lambda at: of_a_user("list"), rf"{FORM} a list\. Allowed: "),
+        (lambda at: of_a_user("empty"), rf"{FORM} empty\. Allowed: "),
+        (lambda at: of_a_user("others"), rf"{FORM} a\. Allowed: "),
+    ],
+)
+def test_a_dataset_that_cannot_be_used(dataset, message, tmp_path, finetune):
+    with pytest.raises(ConfigError, match=f"^dataset: {message}"):
+        train(finetune(dataset=dataset(tmp_path), shuffle=False), "tokenizer.max_seq_len=32")
+
+
+class Broken:
+    """A user's own dataset, with an error in its code."""
+
+    def __init__(self, tokenizer, built: bool) -> None:
+        if not built:
+            raise ValueError("mine")
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict:
+        raise ValueError("mine")
+
+
+@pytest.mark.parametrize(("built", "place"), [(False, "__init__"), (True, "__getitem__")])
+def test_an_error_in_a_users_own_dataset_keeps_its_traceback(built, place, finetune):
+    path = finetune(dataset={"_component_": "test_training_data.Broken", "built": built})
+    with pytest.raises(ValueError, match=r"^mine$") as caught:
+        set_up(path)
+    assert not isinstance(caught.value, ConfigError) and caught.traceback[-1].name == place

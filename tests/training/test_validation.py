@@ -8,25 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.adapters import EveryExit, adapted_section, make_start, read_hf, reader
-from helpers.configs import MODEL, finetune_config, make_checkpoint
-from helpers.resuming import final_weights
-from helpers.training import VALIDATION, losses, train, validated, whole_log
+from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
+from helpers.configs import MODEL, finetune_config, start_section
+from helpers.refusals import check
+from helpers.resuming import WEIGHTS, final_weights, same_tensors
+from helpers.training import VALIDATION, losses, read_log, set_up, train, validated
 from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 pytestmark = pytest.mark.slow
 
 EXITS = (1, 2, 3, 4)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, tokenizer_folder) -> Path:
-    """A checkpoint whose exits differ."""
-    return make_checkpoint(tmp_path_factory.mktemp("validation") / "start", tokenizer_folder)
 
 
 def chats(folder: Path) -> dict:
@@ -44,26 +37,23 @@ def chats(folder: Path) -> dict:
 
 
 def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[int, ...]) -> dict[str, float]:
-    """Loss, perplexity and agreement of each exit over the labels of all samples, one sample after the other."""
-    plain, count = EveryExit(MODEL), 0
-    loss, agreement, overlap = (dict.fromkeys(exits, 0.0) for _ in range(3))
+    """Loss, perplexity, agreement and overlap of each exit over the labels of all samples, each computed alone."""
+    plain, parts, labels = EveryExit(MODEL), [], []
     for sample in samples:
-        labels = torch.tensor(sample["labels"][1:])
-        counts = labels != -100
-        count += int(counts.sum())
+        shifted = torch.tensor(sample["labels"][1:])
         with torch.no_grad():
-            by_exit = [x[0, :-1][counts] for x in plain.logits(weights, torch.tensor([sample["tokens"]]))]
-        for e in exits:
-            loss[e] += F.cross_entropy(by_exit[e - 1], labels[counts], reduction="sum").item()
-            agreement[e] += int((by_exit[e - 1].argmax(-1) == by_exit[-1].argmax(-1)).sum())
-            overlap[e] += torch.minimum(by_exit[e - 1].softmax(-1), by_exit[-1].softmax(-1)).sum().item()
-    expected = {"val_loss_final": loss[max(exits)] / count}
+            by_exit = torch.cat(plain.logits(weights, torch.tensor([sample["tokens"]])))
+        parts.append(by_exit[:, :-1][:, shifted != -100])
+        labels.append(shifted[shifted != -100])
+    logits, labels = torch.cat(parts, 1), torch.cat(labels)
+    last = logits[-1]
+    expected = {"val_loss_final": F.cross_entropy(last, labels)}
     for e in exits:
-        expected[f"val_loss_exit_{e}"] = loss[e] / count
-        expected[f"val_perplexity_exit_{e}"] = math.exp(loss[e] / count)
-        expected[f"val_agreement_exit_{e}"] = agreement[e] / count
-        expected[f"val_overlap_exit_{e}"] = overlap[e] / count
-    return expected
+        expected[f"val_loss_exit_{e}"] = loss = F.cross_entropy(logits[e - 1], labels)
+        expected[f"val_perplexity_exit_{e}"] = loss.exp()
+        expected[f"val_agreement_exit_{e}"] = (logits[e - 1].argmax(-1) == last.argmax(-1)).float().mean()
+        expected[f"val_overlap_exit_{e}"] = torch.minimum(logits[e - 1].softmax(-1), last.softmax(-1)).sum(-1).mean()
+    return {name: value.item() for name, value in expected.items()}
 
 
 @pytest.mark.parametrize(
@@ -72,27 +62,24 @@ def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[
         ({"run_val_every_n_steps": 1, "batch_size_val": 3}, 7, EXITS),
         ({"run_val_every_n_steps": 2, "batch_size_val": 2, "max_batches_val": 2, "layers_val": "0,2"}, 4, (1, 3, 4)),
         ({"layers_val": -1}, 7, (4,)),
-        ({"layers_val": None, "max_batches_val": None}, 7, EXITS),
     ],
-    ids=["all", "some batches, some layers", "the last layer, at start and end", "null is all"],
+    ids=["all", "some batches, some layers", "the last layer, at start and end"],
 )
-def test_the_values_are_those_of_plain_pytorch(changes, count, exits, start, tmp_path, tokenizer_folder):
+def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint, tmp_path, finetune):
     """Before the training from the start's weights, after that from the checkpoints of the same steps."""
-    path = finetune_config(
-        tmp_path, tokenizer_folder, checkpointer=reader(start, "llama3_2"), dataset_val=chats(tmp_path),
-        max_steps_per_epoch=4, save_every_n_steps=1, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2},
-        **changes,
+    path = finetune(
+        checkpointer=start_section(checkpoint), dataset_val=chats(tmp_path), max_steps_per_epoch=4,
+        save_every_n_steps=1, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2}, **changes,
     )  # fmt: skip
     recipe = train(path, "tokenizer.max_seq_len=100")
     measured, every = validated(tmp_path / "out"), changes.get("run_val_every_n_steps", 4)
     assert sorted(measured) == list(range(0, 5, every))
     dataset = recipe.validation.batches.dataset
     samples = [dataset[i] for i in range(count)]
-    assert len({len(sample["tokens"]) for sample in samples}) > 2 and any(
-        -100 in sample["labels"] for sample in samples
-    )
+    assert len({len(sample["tokens"]) for sample in samples}) > 2
+    assert any(-100 in sample["labels"] for sample in samples)
     for step, values in measured.items():
-        folder = {0: start, 4: tmp_path / "out" / "epoch_0"}.get(step, tmp_path / "out" / f"step_{step}")
+        folder = {0: checkpoint, 4: tmp_path / "out" / "epoch_0"}.get(step, tmp_path / "out" / f"step_{step}")
         expected = quality(read_hf(folder, "llama3_2"), samples, exits)
         assert set(values) == set(expected)
         for name, value in expected.items():
@@ -111,18 +98,27 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, start, tmp
         ({"tokens": [[1] * 999], "labels": [[1] * 999]}, "a sample has 999 tokens"),
     ],
 )
-def test_bad_validation_data_are_told_by_their_key(batch, message, tmp_path, tokenizer_folder):
+def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
     """Also where the first sample is fine, by which the config is checked."""
-    recipe = LayerSkipFinetune(load_config(str(finetune_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION))))
-    recipe.setup()
+    recipe = set_up(finetune(dataset_val=VALIDATION))
     recipe.validation.batches = [{key: torch.tensor(value) for key, value in batch.items()}]
     with pytest.raises(ValueError, match=f"^dataset_val: {message}"):
         recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
 
 
-def test_no_batch_more_than_is_measured_is_made(tmp_path, tokenizer_folder):
-    recipe = LayerSkipFinetune(load_config(str(finetune_config(tmp_path, tokenizer_folder, dataset_val=VALIDATION))))
-    recipe.setup()
+@pytest.mark.parametrize(
+    ("override", "key", "given", "allowed"),
+    [
+        ("layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
+        ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
+    ],
+)
+def test_bad_settings(override, key, given, allowed, finetune):
+    check("finetune", finetune(dataset_val=VALIDATION), override, key, given, allowed)
+
+
+def test_no_batch_more_than_is_measured_is_made(finetune):
+    recipe = set_up(finetune(dataset_val=VALIDATION))
     batch, made = next(iter(recipe.validation.batches)), []
     recipe.validation.batches = (made.append(1) or dict(batch) for _ in range(9))
     recipe.validation.count = 2
@@ -130,45 +126,35 @@ def test_no_batch_more_than_is_measured_is_made(tmp_path, tokenizer_folder):
     assert len(made) == 2
 
 
-def test_validation_changes_no_training(tmp_path, tokenizer_folder):
+def test_validation_changes_no_training(tmp_path, tokenizer_folder, finetune):
     """Not a random number is moved: attention dropout, layer dropout, the adapters' dropout and the order go on."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
-    model = adapted_section("llama3_2", lora_dropout=0.3, attn_dropout=0.2)
-    path = finetune_config(
-        tmp_path, tokenizer_folder, model=model, checkpointer=reader(tmp_path / "start", "llama3_2"), epochs=2,
-        layer_dropout={"prob": 0.5, "schedule": "exp"}, shuffle=True,
+    path = finetune(
+        model=adapted_section("llama3_2", lora_dropout=0.3, attn_dropout=0.2), epochs=2, shuffle=True,
+        checkpointer=start_section(tmp_path / "start"), layer_dropout={"prob": 0.5, "schedule": "exp"},
     )  # fmt: skip
     train(path, f"output_dir={tmp_path}/without")
-    section = json.dumps(VALIDATION)
-    train(path, f"dataset_val={section}", "run_val_every_n_steps=1", "batch_size_val=3")
-    without, with_it = losses(tmp_path / "without"), whole_log(tmp_path / "out")
-    for step, line in without.items():
+    train(path, f"dataset_val={json.dumps(VALIDATION)}", "run_val_every_n_steps=1", "batch_size_val=3")
+    with_it = read_log(tmp_path / "out")
+    for step, line in losses(tmp_path / "without").items():
         assert {name: with_it[step][name] for name in line} == line
-    end = final_weights(tmp_path / "without" / "epoch_1")
-    assert all(torch.equal(end[name], value) for name, value in final_weights(tmp_path / "out" / "epoch_1").items())
+    ends = [final_weights(tmp_path / out / "epoch_1") for out in ("without", "out")]
+    assert same_tensors(*ends)
     assert len(validated(tmp_path / "out")) == 5
-
-
-def test_without_validation_nothing_is_measured(tmp_path, tokenizer_folder):
-    path = finetune_config(tmp_path, tokenizer_folder)
-    train(path)
-    assert not validated(tmp_path / "out") and sorted(whole_log(tmp_path / "out")) == [1, 2]
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, tokenizer_folder) -> Path:
     """A config on a start that has learned something: another step at a low rate leaves it, at a high one ruins it."""
     folder = tmp_path_factory.mktemp("good")
-    train(
-        finetune_config(
-            folder, tokenizer_folder, layer_dropout=None, epochs=10, max_steps_per_epoch=4,
-            optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2},
-        )
+    path = finetune_config(
+        folder, tokenizer_folder, layer_dropout=None, epochs=10, max_steps_per_epoch=4,
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2},
     )  # fmt: skip
-    return finetune_config(
-        folder / "next", tokenizer_folder, checkpointer=reader(folder / "out" / "epoch_9", "llama3_2"),
-        dataset_val=VALIDATION, layer_dropout=None,
-    )  # fmt: skip
+    train(path)
+    learned = start_section(folder / "out" / "epoch_9", file=WEIGHTS)
+    changes = {"checkpointer": learned, "dataset_val": VALIDATION, "layer_dropout": None}
+    return finetune_config(folder / "next", tokenizer_folder, **changes)
 
 
 def warnings_of(caplog, path: Path, *overrides: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Narrow tasks made without a download: commands with their parses, and functions with their index entries."""
+"""Data made without a download: commands with their parses, functions with their index entries, and prompts."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from layerskip_recipes.data import standard_library
-from layerskip_recipes.data.commands import PHRASES, TEMPLATES, UNSEEN, VALUES, command_dataset, commands
+from layerskip_recipes.data.commands import command_dataset, commands
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 
@@ -31,13 +31,6 @@ def test_many_commands_are_distinct_seeded_and_held_out():
     seen = slot_values(train)
     assert all(slot_values([example]) - seen for example in test)
     assert len({e["response"].split()[0] for e in test}) >= 20  # intents
-
-
-def test_every_name_in_a_template_has_values():
-    named = set(re.findall(r"\{(\w+)\}", " ".join([*sum(TEMPLATES.values(), ()), *PHRASES.values()])))
-    assert named == {*VALUES, *UNSEEN, *PHRASES}
-    for name, (train, test) in UNSEEN.items():
-        assert not set(train.split("|")) & set(test.split("|")), name
 
 
 def test_the_loss_counts_the_parse(tokenizer_folder):
@@ -67,8 +60,21 @@ def test_an_index_entry_says_what_a_function_takes_and_calls(monkeypatch):
     assert json.loads(test["response"]) == {"function": "h", "parameters": [], "returns": False, "calls": []}
 
 
-def test_bad_arguments():
-    with pytest.raises(ConfigError, match=r"prompts\.count: 0"):
-        commands(0)
-    with pytest.raises(ConfigError, match=r"prompts\.split: 'dev' .*train, test"):
-        commands(split="dev")
+def test_prompts_have_the_length_asked_for():
+    prompts = standard_library.heldout_prompts(count=3, characters=200)
+    assert [len(prompt) for prompt in prompts] == [200] * 3 and len({*prompts}) == 3
+    assert all(prompt.rstrip().endswith(":") for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (commands, {"count": 0}, r"^prompts\.count: 0 "),
+        (commands, {"split": "dev"}, r"^prompts\.split: 'dev' .*train, test"),
+        (standard_library.heldout_prompts, {"count": 9999}, r"^prompts\.count: 9999 .* of 1 to \d+; for example "),
+        (standard_library.heldout_prompts, {"characters": 10**9}, r"^prompts\.characters: 1000000000 is too long for "),
+    ],
+)
+def test_mistakes(make, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**arguments)
