@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 
 from layerskip_recipes.training import chunked_loss
-from layerskip_recipes.training.chunked_loss import add_product_, compiled, token_loss_
+from layerskip_recipes.training.chunked_loss import add_product_, compiled, cross_entropy_, token_loss_
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -23,9 +23,28 @@ def test_a_product_is_added_to_a_sum_in_fp32(dtype, device):
     torch.testing.assert_close(on_device.cpu(), expected, **{"rtol": 0, "atol": 0.05} if rounded else {})
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("size", [1.0, 300.0], ids=["usual", "large"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_loss_of_labels_puts_its_gradient_into_the_logits(size, label_smoothing, dtype, tolerance, compiled):
+    """Against autograd; logits whose exponential is no fp32 number."""
+    loss = torch.compile(cross_entropy_, backend="eager") if compiled else cross_entropy_
+    generator = torch.Generator().manual_seed(0)
+    logits = (size * torch.randn(20, 97, generator=generator, dtype=dtype)).requires_grad_()
+    labels = torch.randint(97, (20,), generator=generator)
+    expected = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    (gradient,) = torch.autograd.grad(0.25 * expected, logits)
+    ours = logits.detach().clone()
+    total = loss(ours, labels, 0.25, label_smoothing=label_smoothing)
+    torch.testing.assert_close(total, expected.detach(), rtol=tolerance, atol=tolerance)
+    # Entries of a gradient are 0.25 at most; those of the large logits are sums of exponentials near 0.
+    torch.testing.assert_close(ours, gradient, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["divergence", "overlap", "overlap+divergence", "overlap+labels"])
-def test_the_gradient_of_a_teachers_loss_takes_the_place_of_the_logits(kind, compiled):
+def test_a_loss_of_a_teacher_puts_its_gradient_into_the_logits(kind, compiled):
     torch.manual_seed(4)
     logits, teacher = torch.randn(2, 6, 50, dtype=torch.float64)
     labels = torch.randint(50, (6,))
