@@ -198,7 +198,7 @@ def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this peer
 
     cfg, model, folder, prompts = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir)), recipe.prompts
-    job = Job(cfg.model, cfg.checkpointer, model, prompts, len(prompts[0]), recipe.limit, stop_tokens=[], exits=[])
+    job = Job(cfg, model, prompts, len(prompts[0]), recipe.limit, stop_tokens=[], exits=[])
     with recipe.device:
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=cfg.torch_dtype)
     theirs.load_state_dict(to_files(model.state_dict(), read_hf_config(folder)), strict=False, assign=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
@@ -15,7 +15,7 @@ from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -45,11 +45,8 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             raise ConfigError(
                 f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
             )
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"{key}: {section!r} is not a section. Allowed: the keys of self_speculation; {EXAMPLE}")
-        kind: type[EarlyExitVariant] | type[SelfSpeculation]
-        kind = EarlyExitVariant if "early_exit" in section else SelfSpeculation
-        variants[name] = kind.parse(section, key)
+        exits = isinstance(section, Mapping) and "early_exit" in section
+        variants[name] = (EarlyExitVariant if exits else SelfSpeculation).parse(section, key)
     return variants
 
 
@@ -57,21 +54,19 @@ class FastestSetting(Section):
     """Has no keys: a trial finds the fastest setting."""
 
 
+def is_gguf(file: str) -> str:
+    if not Path(file).is_file():
+        raise ConfigError(f": {file!r} is not a file. Allowed: a GGUF file; for example {{key}}=model.gguf")
+    return file
+
+
 class LlamaCpp(Section):
     """llama.cpp through the package xllamacpp: CPU only, one prompt at a time."""
 
-    gguf: Annotated[Text, Field(examples=["model.gguf"])]
+    gguf: Annotated[Text, AfterValidator(is_gguf), Field(examples=["model.gguf"])]
     """A GGUF file of the same model in any precision; docs/serving.md shows how to make one."""
-    draft: Annotated[Text, Field(examples=["draft.gguf"])] | None = None
+    draft: Annotated[Text, AfterValidator(is_gguf), Field(examples=["draft.gguf"])] | None = None
     """A GGUF file of a draft model. The trial compares plain decoding with 2, 4 and 6 drafted tokens."""
-
-    def check_files(self) -> Iterator[str]:
-        for key, file in (("gguf", self.gguf), ("draft", self.draft)):
-            if file is not None and not Path(file).is_file():
-                yield (
-                    f"peers.llama_cpp.{key}: {file!r} is not a file. Allowed: a GGUF file; for example "
-                    f"peers.llama_cpp.{key}={'model' if key == 'gguf' else 'draft'}.gguf"
-                )
 
 
 class Peers(Section):
@@ -103,17 +98,7 @@ class BenchmarkConfig(DecodingConfig):
     """A checkpoint, prompts, and the decoding methods to compare."""
 
     IGNORED: ClassVar = {**DecodingConfig.IGNORED, "benchmark": dict}  # this recipe always compares
-    REFUSED: ClassVar = {
-        "exit_layer": "variants lists the methods",
-        "stream": "it prints figures, not texts",
-        "output_file": "it keeps figures, not texts",
-        "on_bad_prompt": "it measures all prompts or none",
-        "system_prompt": "it holds no conversation",
-        "log_level": "it logs only a few lines",
-        "tensor_parallel_plan": "it measures one device",
-        "tensor_parallel_dim": "it measures one device",
-    }
-    REQUIRES: ClassVar = {"metrics": ("stop_strings",), "tune_extends": ("tune_file",)}
+    REFUSED: ClassVar = dict.fromkeys(GenerateConfig.model_fields, "it measures variants, and prints figures only")
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
@@ -149,9 +134,7 @@ class BenchmarkConfig(DecodingConfig):
     the draft's length and precision. `grid` measures each exit with six draft lengths. Writes tune.json or grid.json, a
     table in .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
-    """The generation config that the tuned config extends. null: `tune` writes no config."""
-    tune_file: Annotated[Text, Field(examples=["tuned.yaml"])] | None = None
-    """Where to write the tuned config; the default is tuned.yaml in `report_dir`."""
+    """The generation config that the tuned config, `report_dir`/tuned.yaml, extends. null: `tune` writes no config."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
     """The folder for benchmark.json, benchmark.md and tuned.yaml. Required except with `random_weights`."""
     picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
@@ -183,7 +166,7 @@ class BenchmarkConfig(DecodingConfig):
         """Where the tuned config goes; None if no config is written."""
         if not self.tune or self.tune_extends is None:
             return None
-        return Path(self.tune_file or Path(self.report_dir or "") / "tuned.yaml")
+        return Path(self.report_dir or "") / "tuned.yaml"
 
     def check_together(self) -> Iterator[str]:
         yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
@@ -194,7 +177,6 @@ class BenchmarkConfig(DecodingConfig):
             key = self.key_of(name)
             if isinstance(variant, SelfSpeculation):
                 yield from mistakes_of(variant.check_against, model, key)
-                yield from mistakes_of(check_draft_fits, variant, self.quantizer, model, key=key)
             else:
                 yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
         if self.tuned_draft is not None:
@@ -213,11 +195,9 @@ class BenchmarkConfig(DecodingConfig):
                 'texts; for example prompt=["def main(", "import os"]'
             )
         yield from mistakes_of(check_checkpointer, self)
-        if self.peers is not None and self.peers.llama_cpp is not None:
-            yield from self.peers.llama_cpp.check_files()
         if self.tune:
             yield from mistakes_of(self._check_tune)
-        yield from mistakes_of(self.check_prompts)
+        yield from self.check_prompts()
 
     def _check_methods(self) -> Iterator[str]:
         if not (self.variants or self.self_speculation or self.tune or (self.peers and self.peers.names)):
@@ -235,7 +215,7 @@ class BenchmarkConfig(DecodingConfig):
         if self.tuned_path is None or self.tune_extends is None:
             return
         if find_config(self.tune_extends, key="tune_extends") == self.tuned_path.resolve():
-            yield f"tune_extends: the tuned config would replace {self.tune_extends}. Give another tune_file"
+            yield f"tune_extends: the tuned config would replace {self.tune_extends}. Give another report_dir"
         try:
             model = [f"model_dir={self.model_dir}"] if self.model_dir else []
             GenerateConfig.load(load_config(self.tune_extends, model))

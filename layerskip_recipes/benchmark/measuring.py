@@ -1,11 +1,8 @@
-"""Runs decoding methods in turns and records the outputs and times of each method on each batch of prompts.
-
-All methods decode a batch before the next batch starts, so changes in the machine's speed affect all of them.
-Compilation counts only in `compile_s`.
-"""
+"""Runs decoding methods in turns: all decode a batch before the next batch starts, so changes in the machine's speed
+affect all of them."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +11,11 @@ from typing import Any
 import torch
 from torchtune import utils
 
-from layerskip_recipes.benchmark.peers import Peer, Rows, short_error
+from layerskip_recipes.benchmark.peers import Peer, Rows, type_and_line
+from layerskip_recipes.generation.config import DecodingConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
@@ -51,12 +48,11 @@ def longest_prompt(prompts: Rows) -> int:
 class Turns:
     """Runs all methods on the same batches with the same settings."""
 
+    cfg: DecodingConfig
     model: LayerSkipDecoder  # in eval mode
     batches: Sequence[Rows]
     limit: int  # maximum number of new tokens per prompt
-    sampler: Callable[[float, torch.Generator | None], Sampler]  # makes the sampler for a temperature
     stop_tokens: Sequence[int]
-    compile: bool
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
@@ -69,7 +65,7 @@ class Turns:
     ) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row, and the statistics."""
         if isinstance(method, Peer):
-            return method.decode(batch, self.sampler(temperature, None), seed)
+            return method.decode(batch, self.cfg.sampler(temperature), seed)
         rng = torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
         generation = Generation(
             self.model,
@@ -77,9 +73,9 @@ class Turns:
             self.limit,
             exit_layer=method if isinstance(method, int) else None,
             speculation=method if isinstance(method, Speculation) else None,
-            sampler=self.sampler(temperature, rng),
+            sampler=self.cfg.sampler(temperature, rng),
             stop_tokens=self.stop_tokens,
-            compile=self.compile,
+            compile=self.cfg.compile,
             reserve=self.reserve,
             choice=choice or _always_drafting(),
         )
@@ -115,7 +111,7 @@ class Turns:
                 if not isinstance(method, Peer):
                     raise
                 del methods[name]
-                self.failed[name] = f"{short_error(e)}, at temperature {temperature}"
+                self.failed[name] = f"{type_and_line(e)}, at temperature {temperature}"
                 log.warning("peers: %s is left out (%s)", name, self.failed[name])
             else:
                 self.compile_s[temperature, name] += runs[name].stats.compile_s

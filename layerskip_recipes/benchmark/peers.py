@@ -1,16 +1,10 @@
 """Other libraries on the same model: torchtune's, transformers' and llama.cpp's own generation.
 
-Peers are timed like our engine: tokens after the first ones, per second of decoding. PeerTimer notes when the first new
-tokens exist: torchtune calls `custom_generate_next_token` first for the second token, and transformers calls a stopping
-criterion after the first tokens. Assisted decoding gets several tokens from its prefill; neither they nor their time
-count.
-
-Short trials find each peer's fastest setting at each temperature. Early exit tries 2, 4 and 6 drafted tokens from two
-exits, and llama.cpp tries the same lengths and no drafts. The fastest setting also runs compiled. Weights, dtype,
-device and thread count are ours; only llama.cpp reads its own weights from a GGUF file.
+Peers are timed like our engine: tokens after the first ones, per second of decoding. Assisted decoding gets several
+tokens from its prefill; neither they nor their time count. Short trials find each peer's fastest setting at each
+temperature. Weights, dtype, device and thread count are ours; only llama.cpp reads its own weights from a GGUF file.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +19,7 @@ from torchtune.generation import generate_next_token
 from layerskip_recipes.benchmark.llama_cpp import LlamaCppServer
 from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.errors import first_line
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -41,16 +36,13 @@ LENGTHS = (2, 4, 6)  # draft lengths to try
 class Job:
     """The model, prompts and limits that all peers share."""
 
-    model_section: Component
-    checkpointer: Component
+    cfg: Any  # the BenchmarkConfig, whose module imports this one
     model: LayerSkipDecoder  # torchtune's decoder shares its weights
     prompts: Rows  # the first batch, for trials
     max_prompt: int  # length of the longest prompt
     limit: int  # maximum number of new tokens
     stop_tokens: Sequence[int]
     exits: Sequence[int]  # exits that transformers_early_exit tries
-    gguf: tuple[str, str | None] | None = None  # llama.cpp's files: model and draft model
-    quantised: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +60,7 @@ class Job:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(weights_folder(self.checkpointer)), dtype=self.dtype
+            str(weights_folder(self.cfg.checkpointer)), dtype=self.dtype
         )
         # Drop the checkpoint's own defaults: each call gives all settings.
         model.generation_config = transformers.GenerationConfig()
@@ -116,28 +108,39 @@ def left_padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, int]:
 # ---- one decoder per library ----
 
 
+def timed(job: Job, generate: Callable[[torch.Tensor, int, Sampler, PeerTimer], torch.Tensor]) -> Decode:
+    """Decode with generate(prompts [b, s], padding id, sampler, timer), which returns prompts and new tokens."""
+
+    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+        tokens, pad = left_padded(rows, job.device)
+        torch.manual_seed(seed)
+        timer = PeerTimer(job.device)
+        generated = generate(tokens, pad, sampler, timer)
+        outputs = job.outputs(generated[:, tokens.shape[1] :].tolist())
+        return outputs, timer.stats(outputs)
+
+    return decode
+
+
 def torchtune_decoder(job: Job, compiled: bool) -> Decode:
     """`torchtune.generation.generate` with its KV cache; it supports only temperature and top_k."""
     with training.set_default_dtype(job.dtype), job.device:
-        model = job.model_section.build()
+        model = job.cfg.model.build()
         model.load_state_dict(job.model.state_dict(), assign=True)  # the same tensors, no copy
         model.setup_caches(len(job.prompts), job.dtype, decoder_max_seq_len=job.max_prompt + job.limit)
     model.eval()
     next_token = torch.compile(generate_next_token) if compiled else generate_next_token
 
-    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+    def generate(tokens: torch.Tensor, pad: int, sampler: Sampler, timer: PeerTimer) -> torch.Tensor:
         if sampler.penalises or (not sampler.greedy and (sampler.top_p or sampler.min_p)):
             raise ValueError("torchtune has no top_p, min_p or repetition_penalty")
-        tokens, pad = left_padded(rows, job.device)
-        torch.manual_seed(seed)
-        model.reset_caches()
-        timer = PeerTimer(job.device)
 
         def timed_next_token(*args: Any, **kwargs: Any) -> Any:
-            timer.first(len(rows))
+            timer.first(len(tokens))  # the first call is for the second token
             return next_token(*args, **kwargs)
 
-        generated, _ = torchtune_generate(
+        model.reset_caches()
+        return torchtune_generate(
             model,
             tokens,
             max_generated_tokens=job.limit,
@@ -147,26 +150,33 @@ def torchtune_decoder(job: Job, compiled: bool) -> Decode:
             top_k=1 if sampler.greedy else sampler.top_k,
             stop_tokens=list(job.stop_tokens),
             custom_generate_next_token=timed_next_token,
-        )
-        outputs = job.outputs(generated[:, tokens.shape[1] :].tolist())
-        return outputs, timer.stats(outputs)
+        )[0]
 
-    return decode
+    return timed(job, generate)
 
 
-def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
-    """transformers' `generate`; the compiled version uses a static cache."""
+def transformers_decoder(job: Job, compiled: bool, exit_layer: int | None = None, length: int = 0) -> Decode:
+    """transformers' `generate`; the compiled version uses a static cache.
+
+    With an exit it is `generate(assistant_early_exit=E)` with a constant draft length, its fastest schedule.
+    """
     from transformers import CompileConfig, GenerationConfig  # takes seconds to import
 
+    settings: dict[str, Any] = {"assistant_early_exit": exit_layer}
     if compiled:
         compile_config: Any = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
         compile_config._compile_all_devices = True  # otherwise transformers compiles only on GPUs
         # All prompts share one cache size, because each size is compiled separately.
         size = job.max_prompt + job.limit
         settings |= {"cache_implementation": "static", "max_cache_len": size, "compile_config": compile_config}
+    # transformers reads these from the assistant's defaults, and the assistant is the model itself.
+    schedule = {
+        "num_assistant_tokens": length,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
 
-    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
-        tokens, pad = left_padded(rows, job.device)
+    def generate(tokens: torch.Tensor, pad: int, sampler: Sampler, timer: PeerTimer) -> torch.Tensor:
         generation_config = GenerationConfig(
             max_new_tokens=job.limit,
             eos_token_id=list(job.stop_tokens) or None,
@@ -178,55 +188,34 @@ def transformers_decoder(job: Job, compiled: bool, **settings: Any) -> Decode:
         if not sampler.greedy:
             filters = {"top_k": sampler.top_k or 0, "top_p": sampler.top_p or 1.0, "min_p": sampler.min_p}
             generation_config.update(temperature=sampler.temperature, **filters)
-        torch.manual_seed(seed)
-        timer = PeerTimer(job.device)
-        never = torch.zeros(len(rows), dtype=torch.bool, device=job.device)
 
         def note_first_tokens(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            timer.first((input_ids.shape[1] - tokens.shape[1]) * len(rows))
+            timer.first((input_ids.shape[1] - tokens.shape[1]) * len(tokens))
             return never
 
-        generated = job.transformers_model.generate(
-            tokens,
-            attention_mask=(tokens != pad).long(),
-            generation_config=generation_config,
-            stopping_criteria=[note_first_tokens],
-        )
-        outputs = job.outputs(generated[:, tokens.shape[1] :].tolist())
-        return outputs, timer.stats(outputs)
-
-    return decode
-
-
-def early_exit_decoder(job: Job, compiled: bool, exit_layer: int, length: int) -> Decode:
-    """`generate(assistant_early_exit=E)` with a constant draft length, its fastest schedule."""
-    decode_plainly = transformers_decoder(job, compiled, assistant_early_exit=exit_layer)
-    schedule = {
-        "num_assistant_tokens": length,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-
-    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
-        # transformers reads these from the assistant's defaults, and the assistant is the model itself.
-        defaults = job.transformers_model.generation_config
-        vars(defaults).update(schedule)
+        never = torch.zeros(len(tokens), dtype=torch.bool, device=job.device)
+        defaults = vars(job.transformers_model.generation_config)
+        defaults.update(schedule if exit_layer else {})
         try:
-            return decode_plainly(rows, sampler, seed)
+            return job.transformers_model.generate(
+                tokens,
+                attention_mask=(tokens != pad).long(),
+                generation_config=generation_config,
+                stopping_criteria=[note_first_tokens],
+            )
         finally:
-            vars(defaults).update(dict.fromkeys(schedule))
+            defaults.update(dict.fromkeys(schedule))
 
-    return decode
+    return timed(job, generate)
 
 
 def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
     """llama.cpp's server on the CPU, with drafts of `length` tokens if length > 0."""
     if job.device.type != "cpu" or len(job.prompts) > 1:
         raise ValueError("it decodes one prompt at a time on a CPU here")
-    assert job.gguf is not None  # peers.llama_cpp requires it
-    gguf, draft = job.gguf
-    drafting = (draft, length) if length else ()
-    server = LlamaCppServer(gguf, job.max_prompt + job.limit + length + 1, torch.get_num_threads(), *drafting)
+    files = job.cfg.peers.llama_cpp
+    drafting = (files.draft, length) if length else ()
+    server = LlamaCppServer(files.gguf, job.max_prompt + job.limit + length + 1, torch.get_num_threads(), *drafting)
 
     def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
         tokens, stats = server.complete(rows[0], job.limit, sampler, seed, ignore_end=not job.stop_tokens)
@@ -235,37 +224,31 @@ def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
     return decode
 
 
-def _one(job: Job) -> dict[str, dict[str, int]]:
-    return {"eager": {}}
-
-
-def _exits_and_lengths(job: Job) -> dict[str, dict[str, int]]:
-    if not job.exits:
-        raise ValueError("it uses the exit_layer of the first variant that has one, and none has one")
-    return {f"exit {e}, {n} drafts": {"exit_layer": e, "length": n} for e in job.exits for n in LENGTHS}
-
-
-def _lengths(job: Job) -> dict[str, dict[str, int]]:
-    drafts = {f"{n} drafts": {"length": n} for n in LENGTHS} if job.gguf and job.gguf[1] else {}
-    return {"plain": {}} | drafts
-
-
 @dataclass(frozen=True)
 class PeerKind:
     """How to run one peer."""
 
     package: str
     decoder: Callable[..., Decode]  # (job, compiled, **arguments)
-    settings: Callable[[Job], dict[str, dict[str, int]]] = _one  # arguments to try, by the name of the setting
     compiles: bool = True
 
 
 PEERS: dict[str, PeerKind] = {
     "torchtune": PeerKind("torchtune", torchtune_decoder),
     "transformers": PeerKind("transformers", transformers_decoder),
-    "transformers_early_exit": PeerKind("transformers", early_exit_decoder, _exits_and_lengths),
-    "llama_cpp": PeerKind("xllamacpp", llama_cpp_decoder, _lengths, compiles=False),
+    "transformers_early_exit": PeerKind("transformers", transformers_decoder),
+    "llama_cpp": PeerKind("xllamacpp", llama_cpp_decoder, compiles=False),
 }
+
+
+def settings_to_try(name: str, job: Job) -> dict[str, dict[str, int]]:
+    """The arguments of a peer's decoder by the name of the setting."""
+    if name == "transformers_early_exit":
+        return {f"exit {e}, {n} drafts": {"exit_layer": e, "length": n} for e in job.exits for n in LENGTHS}
+    if name == "llama_cpp":
+        drafts = LENGTHS if job.cfg.peers.llama_cpp.draft else ()
+        return {"plain": {}} | {f"{n} drafts": {"length": n} for n in drafts}
+    return {"eager": {}}
 
 
 # ---- finding the fastest setting ----
@@ -287,10 +270,10 @@ def find_peers(
     found, left_out = {}, {}
     for name in names:
         try:
-            check_same_model(PEERS[name].package, job.checkpointer, job.quantised)
-            found[name] = fastest_setting(PEERS[name], job, sampler, compile)
+            check_same_model(PEERS[name].package, job.cfg.checkpointer, job.cfg.quantizer is not None)
+            found[name] = fastest_setting(name, job, sampler, compile)
         except Exception as e:  # a peer can raise anything, and the other methods go on
-            left_out[name] = short_error(e)
+            left_out[name] = type_and_line(e)
             log.warning("peers: %s is left out (%s)", name, left_out[name])
     return found, left_out
 
@@ -308,11 +291,9 @@ def check_same_model(package: str, checkpointer: Component, quantised: bool = Fa
         )
 
 
-def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -> Peer:
+def fastest_setting(name: str, job: Job, sampler: Sampler, compile: bool) -> Peer:
     """Try each setting on the first batch, then the fastest one compiled."""
-    if importlib.util.find_spec(kind.package) is None:
-        raise ModuleNotFoundError(f"{kind.package} is not installed")
-    settings, found = kind.settings(job), dict[str, Decode]()
+    kind, settings, found = PEERS[name], settings_to_try(name, job), dict[str, Decode]()
     rates, trial = dict[str, float](), dict[str, float | str]()
 
     def try_out(setting: str, compiled: bool, arguments: dict[str, int]) -> None:
@@ -322,20 +303,19 @@ def fastest_setting(kind: PeerKind, job: Job, sampler: Sampler, compile: bool) -
                 _, stats = found[setting](job.prompts, sampler, 0)
             trial[setting] = rates[setting] = stats.tokens_per_second or 0.0
         except Exception as e:  # for example, no compiler
-            trial[setting] = short_error(e)
+            trial[setting] = type_and_line(e)
 
     for setting, arguments in settings.items():
         try_out(setting, False, arguments)
     if not rates:
-        raise RuntimeError("; ".join(f"{setting}: {why}" for setting, why in trial.items()))
+        failed = "; ".join(f"{setting}: {why}" for setting, why in trial.items())
+        raise RuntimeError(failed or "no variant has an exit_layer")
     fastest = max(rates, key=rates.__getitem__)
     if compile and kind.compiles:
-        name = "compiled" if fastest == "eager" else f"{fastest}, compiled"
-        try_out(name, True, settings[fastest])
+        try_out("compiled" if fastest == "eager" else f"{fastest}, compiled", True, settings[fastest])
         fastest = max(rates, key=rates.__getitem__)
     return Peer(found[fastest], fastest, trial)
 
 
-def short_error(error: Exception) -> str:
-    """The type and the first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+def type_and_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

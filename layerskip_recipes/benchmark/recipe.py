@@ -1,8 +1,5 @@
-"""`tune run layerskip_benchmark` compares autoregressive decoding, self-speculation and other libraries.
-
-All methods run in one process, on one checkpoint and the same prompts. measuring.py decodes, report.py turns runs into
-figures, and tuner.py chooses variants.
-"""
+"""`tune run layerskip_benchmark` compares autoregressive decoding, self-speculation and other libraries, in one process
+and on the same prompts."""
 
 import importlib.metadata
 import json
@@ -14,7 +11,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.chosen import choose_for, with_stored_vocabulary
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -43,8 +39,8 @@ from layerskip_recipes.generation.text.prompts import Example, encode, refuse_ba
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
-from layerskip_recipes.model.memory import check_cache_fits, weight_bytes
+from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
+from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
@@ -71,6 +67,8 @@ class LayerSkipBenchmark:
         self.seed = training.set_seed(seed=cfg.seed)
         # The variants; _choose_settings returns None for one that cannot draft.
         model = layerskip_decoder(cfg.meta_model)
+        folder = None if cfg.random_weights else weights_folder(cfg.checkpointer)
+        self.trained = None if folder is None else read_trained_exits(folder)
         self.candidates: dict[str, Candidate] = {}
         self.variants: dict[str, Variant] = {}
         for name, variant in cfg.compared.items():
@@ -98,12 +96,10 @@ class LayerSkipBenchmark:
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         drafts = self._drafts
         if cfg.tuned_draft is not None:
-            drafts = [cfg.tuned_draft.with_vocabulary(model, self.tokenizer, self.prompts)]
+            drafts = [cfg.tuned_draft.with_vocabulary(model, self.prompts)]
         whole = weight_bytes(model, cfg.torch_dtype)
-        sizes = bytes_of_weights(model, whole, cfg.torch_dtype, cfg.quantizer, drafts)
-        sizes |= {"prompt": longest_prompt(self.prompts), "nodes": nodes}
-        sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
-        check_cache_fits(model, rows, slots, cfg.torch_dtype, self.device, **sizes)
+        sizes = {"prompt": longest_prompt(self.prompts), "nodes": nodes}
+        check_memory(cfg, model, self.device, drafts, whole, rows, slots, **sizes)
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
     @property
@@ -118,8 +114,7 @@ class LayerSkipBenchmark:
         if cfg.variants and variant.draft is not None:
             return variant
         if cfg.variants and variant.exit_layer is not None:
-            folder = weights_folder(cfg.checkpointer)
-            return with_stored_vocabulary(variant, None if folder is None else read_trained_exits(folder))
+            return with_stored_vocabulary(variant, self.trained)
         choice = choose_for(
             cfg, variant, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.quantizer, cfg.key_of(name)
         )
@@ -130,28 +125,22 @@ class LayerSkipBenchmark:
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         """Encode the config's prompts, and count the draft vocabularies in them."""
         cfg = self.cfg
-        check = partial(check_prompt_lengths, model, max_generated_tokens=self.limit, key="max_new_tokens")
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
         self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
         self.examples: list[Example]
-        self.examples, self.prompts = encode(examples, self.tokenizer, check)
-        refuse_bad(self.examples, [len(tokens) for tokens in self.prompts])
+        self.examples, self.prompts = encode(examples, self.tokenizer, model, self.limit)
+        refuse_bad(self.examples)
         check_references(cfg.metrics or [], self.examples)
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
-                self.variants[name] = variant.with_vocabulary(model, self.tokenizer, self.prompts, cfg.key_of(name))
+                self.variants[name] = variant.with_vocabulary(model, self.prompts, cfg.key_of(name))
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
         """Draw random prompts, and make each variant always draft its full length."""
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
-        positions, why = most_positions(model)
-        if cfg.prompt_tokens + self.limit > positions:
-            raise ConfigError(
-                f"prompt_tokens: {cfg.prompt_tokens} and {self.limit} new tokens are more than the model's {positions} "
-                f"({why}); for example prompt_tokens={max(1, positions // 4)} max_new_tokens={max(2, positions // 4)}"
-            )
+        check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
         self.stop_tokens = []
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
@@ -174,28 +163,16 @@ class LayerSkipBenchmark:
         else:
             self.model = load_decoder(cfg, self.device, None if quantise_late else cfg.quantizer)
         self.turns = Turns(
-            self.model,
-            self.batches,
-            self.limit,
-            cfg.sampler,
-            self.stop_tokens,
-            cfg.compile,
-            self.reserve,
-            self.seed,
-            self.spare_tokens,
+            cfg, self.model, self.batches, self.limit, self.stop_tokens, self.reserve, self.seed, self.spare_tokens
         )
         if cfg.tune:
-            folder = weights_folder(cfg.checkpointer)
-            trained = None if folder is None else read_trained_exits(folder)
-            self.candidates = Tuner(cfg, self.turns, trained.vocabulary if trained else None).candidates()
+            self.candidates = Tuner(cfg, self.turns, self.trained.vocabulary if self.trained else None).candidates()
             self.variants = {name: candidate.section for name, candidate in self.candidates.items()}
         # Build the drafts, then quantise.
         self.methods: dict[str, Method] = {BASELINE: None}
         for name, variant in self.variants.items():
-            if isinstance(variant, SelfSpeculation):
-                self.methods[name] = variant.build(self.model, cfg.key_of(name), cfg.batch_size)
-            else:
-                self.methods[name] = variant.early_exit
+            drafts = isinstance(variant, SelfSpeculation)
+            self.methods[name] = variant.build(self.model, cfg.key_of(name)) if drafts else variant.early_exit
         if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
@@ -206,18 +183,9 @@ class LayerSkipBenchmark:
         """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
         cfg = self.cfg
         first = next((draft.exit_layer for draft in self._drafts if draft.exit_layer and not draft.draft), 0)
-        job = Job(
-            cfg.model,
-            cfg.checkpointer,
-            self.model,
-            self.batches[0],
-            longest_prompt(self.prompts),
-            self.limit,
-            self.stop_tokens,
-            [e for e in (first, 2 * first) if 0 < e < self.model.num_layers],
-            (peers.llama_cpp.gguf, peers.llama_cpp.draft) if peers.llama_cpp else None,
-            quantised=cfg.quantizer is not None,
-        )
+        exits = [e for e in (first, 2 * first) if 0 < e < self.model.num_layers]
+        longest = longest_prompt(self.prompts)
+        job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
         for temperature in cfg.all_temperatures:
             names = [name for name in peers.names if name not in self.turns.failed]
             self.peers[temperature], failed = find_peers(names, job, cfg.sampler(temperature), cfg.compile)

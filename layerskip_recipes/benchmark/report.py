@@ -20,10 +20,9 @@ def total(runs: Sequence[Run]) -> GenerationStats:
     return sum((run.stats for run in runs), GenerationStats())
 
 
-def by_repeat(runs: Sequence[Run], without_loops: bool = False) -> list[GenerationStats]:
-    """The totals of each repeat, optionally without the batches that have a looping output."""
-    repeats = sorted({run.repeat for run in runs})
-    return [total([run for run in runs if run.repeat == i and not (without_loops and run.loops)]) for i in repeats]
+def by_repeat(runs: Sequence[Run]) -> list[GenerationStats]:
+    """The totals of each repeat."""
+    return [total([run for run in runs if run.repeat == i]) for i in sorted({run.repeat for run in runs})]
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -37,7 +36,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
 
     `baseline` has the autoregressive runs on the same prompts. Only greedy outputs are compared with it.
     """
-    stats, repeats, straight = total(runs), by_repeat(runs), by_repeat(runs, without_loops=True)
+    stats, repeats = total(runs), by_repeat(runs)
     rate = spread([s.tokens_per_second for s in repeats])
     speedup = spread([*map(ratio, repeats, by_repeat(baseline))])
     # Compare both methods on the batches where neither loops.
@@ -46,7 +45,6 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
     per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
     return {
         "tokens_per_second": rate,
-        "tokens_per_second_not_looping": spread([s.tokens_per_second for s in straight]),
         "speedup": speedup,
         "speedup_not_looping": spread([*map(ratio, *both)]),
         "outputs": sum(len(run.outputs) for run in runs),
@@ -62,15 +60,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "bytes_per_token": per_token,
         "share_of_memory_bandwidth": safe_divide(per_token * rate["median"], bandwidth) if per_token and rate else None,
         "prefill_s": safe_divide(stats.prefill_s, len(runs)),
-        "per_repeat": [
-            {
-                "decoded_tokens": every.tokens - every.first_tokens,
-                "decode_s": every.decode_s,
-                "decoded_tokens_not_looping": some.tokens - some.first_tokens,
-                "decode_s_not_looping": some.decode_s,
-            }
-            for every, some in zip(repeats, straight, strict=True)
-        ],
+        "per_repeat": [{"decoded_tokens": s.tokens - s.first_tokens, "decode_s": s.decode_s} for s in repeats],
     }
 
 
@@ -194,11 +184,7 @@ def heat_map(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         }
         shown = [[speedups.get((e, d), float("nan")) for d in lengths] for e in exits]
         panel.set_facecolor("lightgrey")
-        panel.imshow(shown, aspect="auto", cmap="viridis", origin="lower")
-        middle = statistics.median(speedups.values()) if speedups else 0.0
-        for (e, d), speedup in speedups.items():
-            place, colour = (lengths.index(d), exits.index(e)), "black" if speedup > middle else "white"
-            panel.text(*place, f"{speedup:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(panel.imshow(shown, aspect="auto", origin="lower"), ax=panel)
         panel.set_xticks(range(len(lengths)), lengths)
         panel.set_yticks(range(len(exits)), exits)
         panel.set_xlabel("drafted tokens")

@@ -205,7 +205,7 @@ class Tuner:
         if way.own_layers is not None:
             assert self.cfg.tuned_draft is not None
             written = self.cfg.tuned_draft.model_copy(update=keys)
-            return Candidate(written.with_vocabulary(self.model, None, []), written, prediction)
+            return Candidate(written.with_vocabulary(self.model, []), written, prediction)
         written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=num_tokens, **keys)
         ids = None if num_tokens is None else self.frequent[:num_tokens]
         return Candidate(written.model_copy(update={"draft_vocabulary": ids}), written, prediction)
@@ -220,7 +220,7 @@ class Tuner:
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
         section = self._candidate(Prediction(way, num_speculations, 0, 0, 0), prompt_lookup=None).section
-        method = section.build(self.model, rows=self.rows)
+        method = section.build(self.model)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
 
@@ -250,11 +250,11 @@ class Tuner:
 
 def check_config_path(path: Path) -> None:
     """Raise ConfigError if the config cannot be written, or would replace a file of the user's."""
-    check_file("tune_file", str(path))
+    check_file("report_dir", str(path))
     if path.is_file() and not path.read_bytes().startswith(FIRST_LINE.encode()):
         raise ConfigError(
-            f"tune_file: {str(path)!r} exists, and layerskip_benchmark did not write it. Allowed: a new file; for "
-            f"example tune_file={path.with_stem(path.stem + '_2')}"
+            f"report_dir: {str(path)!r} exists, and layerskip_benchmark did not write it. Allowed: another folder; for "
+            f"example report_dir={path.parent}_2"
         )
 
 

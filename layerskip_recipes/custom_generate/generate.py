@@ -70,13 +70,10 @@ def generate(
 
     early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
     layers = PartialModel(model, early_exit if exit_layer is None else exit_layer)
-    if num_speculations < 1:
-        raise ValueError(f"num_speculations: {num_speculations} must be 1 or more")
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("assistant_model: LayerSkip drafts with the model itself")
+    require(num_speculations >= 1, f"num_speculations: {num_speculations} must be 1 or more")
+    require(kwargs.get("assistant_model") is None, "assistant_model: LayerSkip drafts with the model itself")
     if stop_strings is not None:  # `model.generate` drops the tokenizer if `custom_generate` is a function
-        if kwargs.get("tokenizer") is None:
-            raise ValueError("stop_strings: needs the model's tokenizer as tokenizer=")
+        require(kwargs.get("tokenizer") is not None, "stop_strings: needs the model's tokenizer as tokenizer=")
         criteria = kwargs.get("stopping_criteria") or []
         stop = StopStringCriteria(stop_strings=stop_strings, tokenizer=kwargs["tokenizer"])
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
@@ -87,17 +84,22 @@ def generate(
     return type(model).generate(model, inputs, generation_config, **kwargs | {"custom_generate": decoding_loop})
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 class PartialModel:
     """A transformers model whose layers below and above the exit run separately."""
 
     def __init__(self, model: Any, exit_layer: int | None) -> None:
-        config = model.config
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(f"LayerSkip: cannot run {config.model_type} in part. Allowed: {', '.join(MODEL_TYPES)}")
+        config, supported = model.config, ", ".join(MODEL_TYPES)
+        known = config.model_type in MODEL_TYPES
+        require(known, f"LayerSkip: cannot run {config.model_type} in part. Allowed: {supported}")
         if exit_layer is None:
             raise ValueError("LayerSkip: no exit. Give exit_layer=, or assistant_early_exit in generation_config.json")
-        if not 1 <= exit_layer < config.num_hidden_layers:
-            raise ValueError(f"exit_layer: {exit_layer} is not one of 1 to {config.num_hidden_layers - 1}")
+        exits = range(1, config.num_hidden_layers)
+        require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
         self.decoder, self.head, self.config = model.model, model.lm_head, config
         self.kinds = getattr(config, "layer_types", None) or []
         self.below, self.above = range(exit_layer), range(exit_layer, config.num_hidden_layers)
@@ -278,36 +280,34 @@ def decode(
     """The decoding loop, which `model.generate` calls with prepared inputs."""
     # 0. Refuse settings that this loop cannot honour.
     mode, do_sample = generation_config.get_generation_mode(), bool(generation_config.do_sample)
-    if mode not in MODES:
-        raise ValueError(f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
-    for processor in logits_processor:
-        for stateful, name in WITH_STATE.items():
-            if isinstance(processor, stateful):
-                raise ValueError(f"LayerSkip: {name} is not supported, its processor keeps a state. Remove it")
+    require(mode in MODES, f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
+    for stateful, name in WITH_STATE.items():
+        used = any(isinstance(processor, stateful) for processor in logits_processor)
+        require(not used, f"LayerSkip: {name} is not supported, its processor keeps a state. Remove it")
     with_dict = generation_config.return_dict_in_generate
     for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if with_dict and getattr(generation_config, output):
-            raise ValueError(f"LayerSkip: {output} is not supported. Allowed: {output}=False")
+        asked_for = with_dict and getattr(generation_config, output)
+        require(not asked_for, f"LayerSkip: {output} is not supported. Allowed: {output}=False")
     batch, prompt_length = input_ids.shape
     longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
     pad_id, width = 0 if pad_id is None else int(pad_id), longest + num_speculations + 1
     rope = getattr(model.config, "rope_parameters", None) or {}
     kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     switch = switch or model.config.max_position_embeddings
-    if switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch)):
-        raise ValueError(f"LayerSkip: {kind} positions change after {switch} tokens. Allowed: max_length={switch}")
+    changes = switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch))
+    require(not changes, f"LayerSkip: {kind} positions change after {switch} tokens. Allowed: max_length={switch}")
     rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(num_speculations, layers.draft_cost(), layers.rows_cost(batch))
 
     # 1. Run the whole model over the prompts and choose the first token.
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache: Any = outputs.cache
-    padding: Any = model_kwargs.get("attention_mask")  # [b, cache columns], or None without padding
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        raise ValueError(f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
+    padding: Any = model_kwargs.get("attention_mask")  # [b, cache columns]
+    usable = isinstance(cache, DynamicCache) and not cache.offloading
+    require(usable, f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
     cache.activate_past_recording()  # lets layers with a sliding window drop rejected drafts
     prompt_columns = cache.get_seq_length()
-    if padding is None and batch > 1:
+    if padding is None:
         padding = torch.ones(batch, prompt_columns, dtype=torch.long, device=input_ids.device)
     position = model_kwargs["position_ids"][:, -1:].expand(batch, 1)  # of the last token in the cache
     pending, _ = choose(rows.process(outputs.logits[:, -1:].float(), 0), do_sample)  # [b, 1]: not yet in the cache
@@ -317,8 +317,7 @@ def decode(
     while rows.active:
         drafted = min(length.next(), longest - min(rows.lengths[row] for row in rows.active) - 1)
         columns = cache.get_seq_length()
-        if padding is not None:
-            padding = pad(padding, (0, drafted + 1), value=1)
+        padding = pad(padding, (0, drafted + 1), value=1)
         embedded = layers.decoder.embed_tokens(pending)
         position_ids = position + 1 + torch.arange(drafted + 1, device=position.device)  # [b, drafted + 1]
         rotary = layers.decoder.rotary_emb(embedded, position_ids)
@@ -328,7 +327,7 @@ def decode(
         # 2. Draft token by token with the layers below the exit; the last draft runs through them too.
         exits, drafts, draft_probs = [], [], []
         for i in range(drafted + 1):
-            at, seen = slice(i, i + 1), None if padding is None else padding[:, : columns + i + 1]
+            at, seen = slice(i, i + 1), padding[:, : columns + i + 1]
             settings = {"position_ids": position_ids[:, at], "position_embeddings": tuple(x[:, at] for x in rotary)}
             mask = create_masks_for_generate(layers.config, embedded, seen, cache, position_ids[:, at])
             exits.append(layers.run(layers.below, embedded, mask, cache=cache, **settings))
@@ -363,8 +362,7 @@ def decode(
         if batch == 1:  # after a stop among the drafts the cache lacks the last token, as in plain decoding
             best = rows.lengths[0] - old_length - 1
         cache.crop(best - drafted)
-        if padding is not None:
-            padding = padding[:, : columns + best + 1]
+        padding = padding[:, : columns + best + 1]
 
     if streamer is not None:
         streamer.end()

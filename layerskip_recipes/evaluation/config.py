@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
@@ -15,28 +15,21 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.config import check_exit_or_drafts
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_draft_fits
+from layerskip_recipes.generation.config import GenerateConfig, check_exit_or_drafts
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 
-def _as_folders(value: Any) -> list[str] | None:
-    folders = value if isinstance(value, list) or value is None else [value]
-    for folder in folders or ():
-        if not isinstance(folder, str) or not Path(folder).is_dir():
+def _are_folders(paths: str | list[str] | None) -> str | list[str] | None:
+    for path in [paths] if isinstance(paths, str) else paths or ():
+        if not Path(path).is_dir():
             raise ConfigError(
-                f": {folder!r} is not a folder. Allowed: folders of task files; for example task_path=tasks"
+                f": {path!r} is not a folder. Allowed: folders of task files; for example task_path=tasks"
             )
-    return folders
+    return paths
 
 
-def _by_name(value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(isinstance(part, Mapping) for part in value.values()):
-        raise ConfigError(
-            f": {value!r} is not allowed. Allowed: names, each with the checkpointer keys to change; "
-            'for example "compare={before: {checkpoint_dir: /tmp/model, checkpoint_files: [model.safetensors]}}"'
-        )
-    return {str(name): part for name, part in value.items()}
+Checkpoints = Annotated[dict[str, dict[str, Any]], Field(examples=["{before: {checkpoint_dir: /tmp/model}}"])]
 
 
 class EvalConfig(RecipeConfig):
@@ -44,34 +37,9 @@ class EvalConfig(RecipeConfig):
 
     IGNORED: ClassVar[Mapping[str, type]] = {"enable_kv_cache": bool}  # the cache is always on
     REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(GenerateConfig.model_fields, "it measures a dataset or tasks, and prints figures only"),
         "human_eval": "HumanEval is one of lm-eval's tasks: tasks=[humaneval] confirm_run_unsafe_code=true",
-        **dict.fromkeys(("prompt", "prompts", "prompt_file"), "it measures a dataset or tasks"),
-        **dict.fromkeys(("stream", "output_file"), "it prints figures, not texts"),
-        **dict.fromkeys(
-            ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_tokens", "stop_strings"),
-            "each task has its own",
-        ),
-        **dict.fromkeys(("tensor_parallel_plan", "tensor_parallel_dim"), "it measures on one device"),
-        "on_bad_prompt": "it takes no prompts from the config",
-        "benchmark": "layerskip_generate and layerskip_benchmark compare speeds",
-        "system_prompt": "it holds no conversation",
-        "compile": "it does not compile",
-        "log_level": "it logs only a few lines",
     }
-    REQUIRES: ClassVar = {
-        "dataset": ("collate_fn", "max_batches", "layers", "num_speculations", "picture"),
-        "tasks": (
-            "task_path",
-            "num_fewshot",
-            "limit",
-            "apply_chat_template",
-            "confirm_run_unsafe_code",
-            "exit_layer",
-            "self_speculation",
-            "max_new_tokens",
-        ),
-    }
-
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model, as in `layerskip_generate`."""
     batch_size: PositiveInt = 1
@@ -93,7 +61,7 @@ class EvalConfig(RecipeConfig):
 
     tasks: Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])] | None = None
     """Names of lm-eval tasks, groups or tags, or of your own task files; needs `pip install lm-eval`."""
-    task_path: Annotated[list[str] | None, BeforeValidator(_as_folders)] = None
+    task_path: Annotated[str | list[str] | None, AfterValidator(_are_folders)] = None
     """A folder, or a list of folders, with your own task files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """The number of examples before each question; null for each task's own number."""
@@ -111,7 +79,7 @@ class EvalConfig(RecipeConfig):
     max_new_tokens: Annotated[int, Field(ge=1, examples=[256])] | None = None
     """The maximum answer length for tasks that set no limit; null is 256."""
 
-    compare: Annotated[dict[str, dict[str, Any]], BeforeValidator(_by_name)] | None = None
+    compare: Checkpoints | None = None
     """Other checkpoints of the same model: a name for each, with the checkpointer keys to change."""
     report: Annotated[Text, Field(examples=["exits.json"])] | None = None
     """A JSON file for the report. The report is also the last line of the output."""
@@ -136,7 +104,6 @@ class EvalConfig(RecipeConfig):
         model = layerskip_decoder(self.meta_model)
         yield from mistakes_of(select_exits, self.layers or ":", model.num_layers, key="layers")
         yield from mistakes_of(check_exit_or_drafts, self, model)
-        yield from mistakes_of(check_draft_fits, self.self_speculation, self.quantizer, model)
 
     def checkpoints(self) -> dict[str, Self]:
         """The config for its own checkpoint and for each checkpoint in `compare`, by name."""

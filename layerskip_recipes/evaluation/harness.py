@@ -38,7 +38,6 @@ from layerskip_recipes.model.limits import most_positions
 
 log = logging.getLogger(__name__)
 
-FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")  # arguments of Sampler besides the temperature
 HEAD_TOKENS = 512  # compute logits for at most this many positions at once
 
 
@@ -46,10 +45,8 @@ HEAD_TOKENS = 512  # compute logits for at most this many positions at once
 
 
 def load_tasks(cfg: EvalConfig, tokenizer: Any, max_new_tokens: int, positions: int) -> dict[str, Any]:
-    """Load the config's tasks with their data, and check everything that needs no weights.
-
-    The model has `positions` for a prompt and its answer. The result is that of `TaskManager.load`.
-    """
+    """`TaskManager.load` of the config's tasks, and the checks that need no weights; `positions` of the model fit a
+    prompt and its answer."""
     if cfg.apply_chat_template and not getattr(tokenizer, "has_chat_template", False):
         raise ConfigError(
             f"apply_chat_template: this {type(tokenizer).__name__} has no chat template. Allowed: "
@@ -57,7 +54,7 @@ def load_tasks(cfg: EvalConfig, tokenizer: Any, max_new_tokens: int, positions: 
             "apply_chat_template=false"
         )
     # Listing lm-eval's own 14,000 tasks takes over ten seconds, so try the user's task files first.
-    names, folders = list(dict.fromkeys(cfg.tasks or [])), list(cfg.task_path or [])
+    names, folders = list(dict.fromkeys(cfg.tasks or [])), cfg.task_path
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=folders)
@@ -92,9 +89,7 @@ def _check_confirmed(name: str, cfg: EvalConfig) -> None:
 
 
 def _prepare_task(name: str, task: Task, num_fewshot: int | None, max_new_tokens: int, positions: int) -> None:
-    """Refuse a task that this model cannot run, and set its number of examples."""
-    if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"tasks: {name} has images or audio, but the model only reads text. Choose another task")
+    """Refuse a task that this model cannot run, and set its number of examples. (lm-eval refuses multimodal tasks.)"""
     if task.OUTPUT_TYPE == "generate_until":
         limit, _, _ = generation_settings(name, task.config.generation_kwargs or {}, max_new_tokens)
         if limit >= positions:
@@ -120,23 +115,16 @@ def generation_settings(
     default = {"temperature": 1.0 if gen_kwargs.get("do_sample") else 0.0}
     given: dict[str, Any] = {**normalize_gen_kwargs(default | dict(gen_kwargs), max_new_tokens)}
     until, limit, _, temperature = (given.pop(key) for key in ("until", "max_gen_toks", "do_sample", "temperature"))
-    for key in given:
-        if key not in FILTERS:
-            allowed = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *FILTERS))
-            raise ConfigError(f"tasks: {task} asks for generation_kwargs.{key}, which is unknown. Allowed: {allowed}")
     try:
         sampler = Sampler(float(temperature), **given)
-    except ValueError as e:
-        raise ConfigError(f"tasks: {task}, generation_kwargs.{e}") from e
+    except (TypeError, ValueError) as e:  # an unknown key, or a wrong value
+        raise ConfigError(f"tasks: {task}, generation_kwargs: {e}") from e
     return limit, [stop for stop in until if stop], sampler
 
 
 def run_tasks(lm: "LayerSkipLM", loaded: Mapping[str, Any], limit: int | None, chat: bool = False) -> dict[str, Any]:
-    """Run the tasks from `load_tasks`, print lm-eval's table, and return the metrics by task or group.
-
-    As in lm-eval, a metric on filtered answers is named "metric,filter". Generation tasks also have tokens,
-    tokens_per_second and acceptance_rate.
-    """
+    """Run the tasks from `load_tasks`, print lm-eval's table, and return the metrics by task or group; generation tasks
+    also have tokens, tokens_per_second and acceptance_rate."""
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same few-shot examples for every model, as in lm-eval
     results = evaluate(
@@ -187,8 +175,7 @@ class LayerSkipLM(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
         self.rows, self.exit_layer, self.self_speculation = batch_size, exit_layer, self_speculation
-        self.built_from: SelfSpeculation | None = None
-        self.speculation: Speculation | None = None
+        self.built: tuple[SelfSpeculation, Speculation] | None = None
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.max_length = model.max_seq_len
         self.stats: dict[str, GenerationStats] = defaultdict(GenerationStats)
@@ -248,10 +235,9 @@ class LayerSkipLM(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
-        """Score all answers in one forward pass: (log p, whether greedy decoding gives the answer).
+        """(log p, whether greedy decoding gives the answer) of each pair of input and answer, in one forward pass.
 
-        A pair has the input tokens, which end before the answer's last token, and the answer. Pairs with equal input
-        share a batch row.
+        An input ends before the answer's last token. Pairs with equal input share a batch row.
         """
         rows = list(dict.fromkeys(row for row, _ in pairs))
         width = max(map(len, rows))
@@ -305,12 +291,10 @@ class LayerSkipLM(TemplateLM):
     ) -> list[str]:
         """The text after each prompt, up to a stop token or string, with at most `limit` tokens."""
         # Build the drafts once; only a draft vocabulary that is counted in the prompts differs between tasks.
-        speculation = None
         if self.self_speculation is not None:
-            section = self.self_speculation.with_vocabulary(self.model, self.tokenizer, prompts)
-            if section != self.built_from:
-                self.built_from, self.speculation = section, section.build(self.model, rows=self.rows)
-            speculation = self.speculation
+            section = self.self_speculation.with_vocabulary(self.model, prompts)
+            if self.built is None or self.built[0] != section:
+                self.built = section, section.build(self.model)
         # Batch prompts of similar length: attention covers as many KV-cache slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generation = Generation(
@@ -318,7 +302,7 @@ class LayerSkipLM(TemplateLM):
             [prompts[i] for i in order],
             limit,
             exit_layer=self.exit_layer,
-            speculation=speculation,
+            speculation=self.built and self.built[1],
             sampler=replace(sampler, rng=torch.Generator(device=self._device).manual_seed(self.seed)),
             stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
             rows=self.rows,

@@ -1,10 +1,7 @@
-"""`tune run layerskip_eval` measures a checkpoint and each of its exits.
-
-One pass over a dataset measures loss, perplexity and agreement with the last layer for all exits
-(model/exit_quality.py). lm-eval's tasks run in harness.py.
-"""
+"""`tune run layerskip_eval` measures all exits of a checkpoint in one pass over a dataset, and runs lm-eval's tasks."""
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.evaluation.picture import plot_exits
 from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -115,13 +111,12 @@ class LayerSkipEval:
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit; also prints it as a table."""
         cfg, model = self.cfg, self.model
-        progress = tqdm(self.batches, total=self.total, desc=name)
-        batches = islice(progress, self.total)
         draft_length = cfg.num_speculations or 6
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
-        measured = exit_quality(model, batches, exits, self.device, num_speculations=draft_length)
+        with tqdm(self.batches, total=self.total, desc=name) as batches:
+            limited = islice(batches, self.total)
+            measured = exit_quality(model, limited, exits, self.device, num_speculations=draft_length)
         quality = {e: of_exit.report() for e, of_exit in measured.items()}
-        progress.close()
         print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {draft_length}':>6}")
         for e, q in quality.items():
             length = "-" if q["accepted_length"] is None else f"{q['accepted_length']:.2f}"
@@ -146,18 +141,34 @@ class LayerSkipEval:
             report["interrupted"] = True
         # An interrupted run replaces no earlier file.
         exits = {name: parts["exits"] for name, parts in measured.items() if "exits" in parts}
-        picture = None
         if cfg.picture is not None and exits:
-            picture = Path(cfg.picture)
-            if self.interrupted and picture.exists():
-                picture = picture.with_stem(f"{picture.stem}_interrupted")
+            picture = report_path(Path(cfg.picture), "picture", self.interrupted)
             report["picture"] = str(picture)
+            plot_exits(exits, picture, title=f"{cfg.given_folder}, {self.total} batches")
         if cfg.report is not None:
             document = report_path(Path(cfg.report), "report", self.interrupted)
             document.parent.mkdir(parents=True, exist_ok=True)
             document.write_text(json.dumps(report, indent=2) + "\n")
-        if picture is not None:
-            plot_exits(exits, picture, title=f"{cfg.given_folder}, {self.total} batches")
-            print(f"picture: {picture}")
         print(json.dumps(report), flush=True)
         return report
+
+
+def plot_exits(quality: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path, title: str) -> None:
+    """Plot loss and agreement with the last layer over the exit layer, with a line for each checkpoint."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = {"loss": "loss (nats per token)", "agreement": "agreement with the last layer"}
+    for panel, (key, label) in zip(panels, labels.items(), strict=True):
+        for name, exits in quality.items():
+            panel.plot(list(exits), [exit[key] for exit in exits.values()], marker="o", markersize=4, label=name)
+        panel.set_xlabel("exit layer (layers run)")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[1].set_ylim(0, 1.02)
+    if len(quality) > 1:
+        panels[0].legend()
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def generate(
         True
     """
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
-        rows = [strip_left_padding(row, pad_id) for row in prompt.tolist()]
+        rows = [list(dropwhile(lambda token: token == pad_id, row)) for row in prompt.tolist()]
         width = prompt.shape[1]
     else:
         one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
@@ -126,9 +127,3 @@ def generate(
         for before, after in zip(rows, generation.generated, strict=True)
     ]
     return GenerationOutput(torch.tensor(padded, device=generation.context.device), generation.stats)
-
-
-def strip_left_padding(row: list[int], pad_id: int) -> list[int]:
-    """The row without the pad tokens at its start."""
-    first = next((i for i, token in enumerate(row) if token != pad_id), len(row))
-    return row[first:]

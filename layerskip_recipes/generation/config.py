@@ -15,7 +15,7 @@ from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.drafting.section import OptionalSpeculation, check_draft_fits
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation
 from layerskip_recipes.generation.sampling import MinP, Penalty, Sampler, Temperature, TopP
 from layerskip_recipes.generation.text.prompts import INTERACTIVE
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
@@ -72,11 +72,9 @@ class DecodingConfig(RecipeConfig):
     def is_conversation(self) -> bool:
         return self.prompt == INTERACTIVE and self.prompt_file is None
 
-    def check_prompts(self) -> None:
+    def check_prompts(self) -> Iterator[str]:
         if self.prompt is None and self.prompts is None and self.prompt_file is None:
-            raise ConfigError(
-                'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
-            )
+            yield 'prompt: missing. Give prompt="text", prompt.user="question", or prompt_file=FILE (- reads stdin)'
 
 
 class Comparison(Section):
@@ -121,54 +119,46 @@ class GenerateConfig(DecodingConfig):
 
     def check_together(self) -> Iterator[str]:
         yield from mistakes_of(check_checkpointer, self)
-        yield from mistakes_of(self.check_prompts)
-        yield from mistakes_of(self._check_conversation)
-        yield from mistakes_of(self._check_output_file)
+        yield from self.check_prompts()
+        yield from self._check_conversation()
+        if self.output_file is not None:
+            yield from mistakes_of(check_file, "output_file", self.output_file)
+            yield from self._check_inputs(self.output_file)
         model = layerskip_decoder(self.meta_model)
         yield from mistakes_of(check_exit_or_drafts, self, model)
         yield from mistakes_of(self._check_processes, model)
 
-    def _check_conversation(self) -> None:
-        if not self.is_conversation:
-            if self.system_prompt is not None:
-                raise ConfigError(
-                    f"system_prompt: {self.system_prompt!r} needs prompt=interactive. For a single prompt: "
-                    f"prompt.user=QUESTION prompt.system={self.system_prompt!r}"
-                )
-            return
-        if self.batch_size > 1:
-            raise ConfigError(f"batch_size: {self.batch_size} does not work with prompt=interactive. Set batch_size=1")
-        if self.output_file is not None:
-            raise ConfigError(
-                f"output_file: {self.output_file!r} does not work with prompt=interactive. Set output_file=null"
+    def _check_conversation(self) -> Iterator[str]:
+        if not self.is_conversation and self.system_prompt is not None:
+            yield (
+                f"system_prompt: {self.system_prompt!r} needs prompt=interactive. For a single prompt: "
+                f"prompt.user=QUESTION prompt.system={self.system_prompt!r}"
             )
+        for key, single in {"batch_size": 1, "output_file": None}.items() if self.is_conversation else ():
+            if getattr(self, key) != single:
+                set_it = f"{key}={'null' if single is None else single}"
+                yield f"{key}: {getattr(self, key)!r} does not work with prompt=interactive. Set {set_it}"
 
-    def _check_output_file(self) -> None:
-        """Check that `output_file` can be written and is no input of this run."""
-        name = self.output_file
-        if name is None:
-            return
-        check_file("output_file", name)
-        draft = self.self_speculation
-        inputs = {
-            "prompt_file": self.prompt_file,
-            "self_speculation.draft_vocabulary_file": draft and draft.draft_vocabulary_file,
-            # Components name their file differently: path, source, ...
-            **{f"prompts.{key}": value for key, value in (self.prompts.arguments if self.prompts else {}).items()},
-        }
+    def _check_inputs(self, output_file: str) -> Iterator[str]:
+        """Check that the output replaces no file that this run reads."""
+        # Components name their file differently: path, source, ...
+        of_component = self.prompts.arguments if self.prompts else {}
+        inputs = {"prompt_file": self.prompt_file} | {f"prompts.{key}": value for key, value in of_component.items()}
         for key, read in inputs.items():
-            if isinstance(read, str) and os.path.exists(read) and os.path.exists(name) and os.path.samefile(read, name):
-                raise ConfigError(
-                    f"output_file: {name!r} would overwrite {key}. Allowed: another file; for example "
+            there = isinstance(read, str) and os.path.exists(read) and os.path.exists(output_file)
+            if there and os.path.samefile(read, output_file):
+                yield (
+                    f"output_file: {output_file!r} would overwrite {key}. Allowed: another file; for example "
                     "output_file=answers.jsonl"
                 )
 
-    def _check_processes(self, model: LayerSkipDecoder) -> None:
+    def _check_processes(self, model: LayerSkipDecoder) -> Iterator[str]:
         """Check what several processes cannot do."""
         parallel = check_processes(model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.device)
-        check_draft_fits(self.self_speculation, self.quantizer, model, parallel)
+        if num_processes() == 1:
+            return
         if self.compile and parallel < num_processes():
-            raise ConfigError(
+            yield (
                 f"compile: True needs one process (there are {num_processes()}), or tensor parallelism over all of "
                 f"them. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
@@ -179,9 +169,9 @@ class GenerateConfig(DecodingConfig):
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,
         }
-        for key, value in single_process_keys.items() if num_processes() > 1 else ():
+        for key, value in single_process_keys.items():
             if value is not None:
-                raise ConfigError(f"{key}: {value} needs one process, and there are {num_processes()}. Leave it out")
+                yield f"{key}: {value} needs one process, and there are {num_processes()}. Leave it out"
 
 
 def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder) -> None:

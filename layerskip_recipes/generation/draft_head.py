@@ -11,18 +11,13 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import capped, head_of, linear_of_rows
 
 
-def rows_of_head(model: LayerSkipDecoder) -> nn.Module:
-    """The module whose rows a draft head takes: of a tied head the embedding, also where the head is quantised."""
-    quantised = model.tied and isinstance(model.output, nn.Linear)
-    return model.tok_embeddings if quantised else head_of(model)
-
-
 class DraftHead(nn.Module):
     """A copy of the head matrix's rows for the token ids `vocabulary` [v'], behind the model's own norm."""
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        output = rows_of_head(model)
+        # A tied head's rows are the embedding's, also where a quantised copy replaced the head.
+        output = model.tok_embeddings if model.tied and isinstance(model.output, nn.Linear) else head_of(model)
         # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ConfigError(

@@ -1,8 +1,7 @@
 """The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
-Self-speculation (paper, section 4.3): the layers below exit E draft d tokens, and the layers from E up verify all of
-them in one pass. The engine sees drafters only through the interface in drafting/drafter.py. rows.py holds prompts and
-outputs, prefill.py fills the cache, steps.py and the drafters compute, and kernels/compiling.py compiles their steps.
+The engine sees drafters only through the interface in drafting/drafter.py. rows.py holds prompts and outputs,
+prefill.py fills the cache, steps.py and the drafters compute, and kernels/compiling.py compiles their steps.
 """
 
 import time
@@ -15,8 +14,14 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
-from layerskip_recipes.generation.drafting.plain import PlainDrafter
+from layerskip_recipes.generation.drafting.drafter import (
+    PLAIN,
+    DraftedTokens,
+    Drafter,
+    DraftStrategy,
+    PlainDrafter,
+    RoundStart,
+)
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.prefill import read_texts
@@ -128,17 +133,16 @@ class Generation:
             draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
         self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
         self.speculation = speculation
-        self.drafter = self._make_drafter(choice)
+        self.drafter: Drafter
+        if speculation is None:
+            self.drafter = PlainDrafter(self.context, self.exit_layer)
+        else:
+            self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
         # Ranks that share the generation learn a round by rank 0's seconds, which come with the next round.
         self.unlearnt: tuple[DraftStrategy, float, float] | None = None
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context.device, on=speculation is not None)
         self.stats.prefill_s = time.perf_counter() - started  # the time to the first token begins with this call
-
-    def _make_drafter(self, choice: DiscountedUCB | None) -> Drafter:
-        if self.speculation is None:
-            return PlainDrafter(self.context, self.exit_layer)
-        return make_drafter(self.speculation, self.context, self.rows.texts, choice)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -180,11 +184,10 @@ class Generation:
                     yield self.rows.by_prompt(new)
         finally:
             self.phases.forget(phases)  # those of a round that was interrupted
-            self.stats.draft_s, self.stats.verify_s = self.phases.seconds().values()
-            if timed:
-                self.stats.scale_times(self.stats.rounds / timed)
-            else:
-                self.stats.decode_s = untimed_s
+            # Rounds that compiled count like the mean of the others.
+            scale = self.stats.rounds / timed if timed else 0.0
+            self.stats.draft_s, self.stats.verify_s = (scale * s for s in self.phases.seconds().values())
+            self.stats.decode_s = scale * self.stats.decode_s if timed else untimed_s
             # The cache holds all tokens but the last one, which was never an input.
             if all(self.rows.values_in_rows(self.generated)):
                 # The draft's own layers may not have read the last ones.
@@ -264,9 +267,12 @@ class Generation:
         started, compiled = time.perf_counter(), self.context.compile_s
         self.context.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
-        start, last_slot = self._starts()
-        now = RoundStart(self.last, start, last_slot, self.rows.seen, finished, max(room))
-        self._gather_ahead()
+        starts = [length - 1 for length in self.rows.lengths]  # the slot of each row's last token
+        start = on_device(starts, self.context.device)
+        now = RoundStart(self.last, start, max(starts), self.rows.seen, finished, max(room))
+        late = self.model.num_layers if self.speculation is None else self.speculation.exit_layer
+        if late < self.model.num_layers and isinstance(self.model.layers[late], FSDPModule):
+            self.model.layers[late].unshard(async_op=True)  # gather the first sharded layer while the draft is made
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
@@ -276,7 +282,9 @@ class Generation:
         self.last = outcome[:, 1].clone()
         # The only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
-        self._learn_late(outcomes)
+        if self.context.shared:
+            nanoseconds, *_ = [row.pop() for row in outcomes]
+            self._learn(nanoseconds / 1e9)
 
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         running = [row for row, done in enumerate(finished) if not done]
@@ -291,14 +299,16 @@ class Generation:
         # A round that the limit cuts says nothing about the rate of others.
         if self.speculation is not None and now.room > self.speculation.num_speculations:
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
-            self._learn(draft.strategy, sum(map(len, kept)) / len(running), seconds)
+            self.unlearnt = draft.strategy, sum(map(len, kept)) / len(running), seconds
+            if not self.context.shared:
+                self._learn(seconds)
         return kept
 
-    def _learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
-        if self.context.shared:
-            self.unlearnt = strategy, tokens, seconds
-        else:
+    def _learn(self, seconds: float) -> None:
+        if self.unlearnt is not None:
+            strategy, tokens, _ = self.unlearnt
             self.drafter.learn(strategy, tokens, seconds)
+            self.unlearnt = None
 
     def _agreed(self, outcome: torch.Tensor) -> torch.Tensor:
         """Rank 0's result of a verification, and behind it the nanoseconds of its last round: ranks have to choose
@@ -308,27 +318,6 @@ class Generation:
         seconds = 0.0 if self.unlearnt is None else self.unlearnt[2]
         told = on_device([[round(seconds * 1e9)]] * len(outcome), self.context.device)
         return self.context.broadcast(torch.cat([outcome, told], 1))
-
-    def _learn_late(self, outcomes: list[list[int]]) -> None:
-        """Take rank 0's nanoseconds from the outcomes, and learn the last round by them."""
-        if not self.context.shared:
-            return
-        nanoseconds, *_ = [row.pop() for row in outcomes]
-        if self.unlearnt is not None:
-            strategy, tokens, _ = self.unlearnt
-            self.drafter.learn(strategy, tokens, nanoseconds / 1e9)
-            self.unlearnt = None
-
-    def _gather_ahead(self) -> None:
-        """Where late layers are sharded, the first one is gathered while the draft is made."""
-        late = self.model.num_layers if self.speculation is None else self.speculation.exit_layer
-        if late < self.model.num_layers and isinstance(self.model.layers[late], FSDPModule):
-            self.model.layers[late].unshard(async_op=True)
-
-    def _starts(self) -> tuple[torch.Tensor, int]:
-        """The slot of each row's last token [b], and the largest of them."""
-        starts = [length - 1 for length in self.rows.lengths]
-        return on_device(starts, self.context.device), max(starts)
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at its end; returns the tokens kept, none for finished rows."""

@@ -1,8 +1,7 @@
 """Generation on several processes under torchrun: sharded late layers, or tensor parallelism.
 
-If the layers below exit E were sharded, each drafted token would wait for E gathers. So every rank holds embeddings,
-draft layers, norm and head as a whole, and only the layers from E up are sharded: a verification pass gathers each of
-them once for all its tokens. All ranks decode the same prompts.
+Only the layers from exit E up are sharded: a verification pass gathers each of them once for all its tokens, and drafts
+need no communication. All ranks decode the same prompts.
 """
 
 from collections.abc import Mapping

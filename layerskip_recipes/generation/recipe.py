@@ -9,7 +9,6 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config, training, utils
 from torchtune.data import Message
-from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
@@ -18,7 +17,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays, has_compiler
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, bytes_of_weights
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
@@ -27,7 +26,7 @@ from layerskip_recipes.generation.text.prompts import Example, encode, refuse_ba
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
-from layerskip_recipes.model.memory import check_cache_fits, free_memory, weight_bytes
+from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
@@ -57,29 +56,24 @@ class LayerSkipGenerate:
         if self.interactive:
             self._tokens_of([], "?")  # a template that refuses the system prompt says so now
         else:
-            self.examples, self.prompt_tokens = encode(
-                try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file),
-                self.tokenizer,
-                lambda lengths: self._check_lengths(model, lengths),
-            )
+            examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
+            self.examples, self.prompt_tokens = encode(examples, self.tokenizer, model, self.max_new_tokens)
         self.prompts = [example.prompt for example in self.examples]
         self.good = [i for i, example in enumerate(self.examples) if example.error is None]
-        self.bad = [i for i, example in enumerate(self.examples) if example.error is not None]
+        bad = [example.error for example in self.examples if example.error is not None]
         if cfg.on_bad_prompt != "skip" or not self.good:
-            lengths = [len(tokens) for tokens in self.prompt_tokens]
-            refuse_bad(self.examples, lengths, hint=". on_bad_prompt=skip answers the rest")
-        for i in self.bad:
-            log.warning("skipped: %s", self.examples[i].error)
+            refuse_bad(self.examples, hint=". on_bad_prompt=skip answers the rest")
+        for error in bad:
+            log.warning("skipped: %s", error)
         self.compile, self.section = self._choose()
         if self.section is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
-            vocabulary, file = self.section.draft_vocabulary, self.section.draft_vocabulary_file
-            if self.interactive and isinstance(vocabulary, int) and file is None:
+            if self.interactive and isinstance(self.section.draft_vocabulary, int):
                 raise ConfigError(
-                    f"self_speculation.draft_vocabulary: {vocabulary} tokens are counted in the prompts, and prompt="
-                    "interactive has none yet; for example self_speculation.draft_vocabulary_file=corpus.txt"
+                    f"self_speculation.draft_vocabulary: {self.section.draft_vocabulary} tokens are counted in the "
+                    "prompts, and prompt=interactive has none yet. Set self_speculation.draft_vocabulary=null"
                 )
-            self.section = self.section.with_vocabulary(model, self.tokenizer, tokens)
+            self.section = self.section.with_vocabulary(model, tokens)
         if not self.interactive:
             rows = min(self.batch_size, len(self.good))
             if self.device.type == "cuda" and self.compile and self.compare:
@@ -106,12 +100,8 @@ class LayerSkipGenerate:
             parallel = self.parallel
             whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             drafts = [] if self.section is None else [self.section]
-            sizes = bytes_of_weights(model, whole, self.dtype, cfg.quantizer, drafts)
-            sizes |= {"parallel": parallel, "prompt": max(len(self.prompt_tokens[i]) for i in self.good)}
-            sizes |= {"nodes": nodes, "draft_layers": sum(draft.own_layers() for draft in drafts)}
-            check_cache_fits(model, rows, slots, self.dtype, self.device, **sizes)
-            if is_rank_zero():
-                self._warn_of_needless_shards(model)
+            sizes = {"prompt": max(len(self.prompt_tokens[i]) for i in self.good), "nodes": nodes, "parallel": parallel}
+            check_memory(cfg, model, self.device, drafts, whole, rows, slots, **sizes)
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
@@ -130,16 +120,6 @@ class LayerSkipGenerate:
             log.info(choices[compiled].why)
         return compiled, choices[compiled].section
 
-    def _warn_of_needless_shards(self, model: TransformerDecoder) -> None:
-        """Warn if one GPU has room to spare for the whole model, as gathering shards would be slower."""
-        whole = weight_bytes(model, self.dtype)
-        if self.device.type == "cuda" and num_processes() > self.parallel and 1.5 * whole < free_memory(self.device):
-            log.warning(
-                "one GPU would hold this model, of %.1f GiB. Sharded over several it is slower, since each round "
-                "gathers the layers above the exit: run one process, or split each matrix by tensor_parallel_dim",
-                whole / 2**30,
-            )
-
     def setup(self) -> None:
         """Load the model and the draft."""
         if self.shows:
@@ -155,7 +135,7 @@ class LayerSkipGenerate:
             self.model = load_decoder(self.cfg, self.device, now)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.section is not None:
-            self.speculation = self.section.build(self.model, rows=self.batch_size)
+            self.speculation = self.section.build(self.model)
         if late is not None:
             self.model = quantise_decoder(self.model, late)
 
@@ -180,18 +160,16 @@ class LayerSkipGenerate:
             "temperature": self.cfg.temperature,
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
-            "skipped": len(self.bad),
+            "skipped": len(self.examples) - len(self.good),
             **make_report(ours, baseline if self.compare else None, self.cfg.temperature == 0, self.device),
         }
         steps = find_compiled_steps(self.model)
         if steps is not None:
             report["compile_s"] = steps.seconds  # the warm-up's too
         if self.shows:
-            undrafted = ours.stats.plain_share or 0.0
-            if undrafted > 0.5:
+            if (plain := ours.stats.plain_share or 0.0) > 0.5:
                 log.info(
-                    "drafting stopped: %.0f%% of the rounds went without drafts, as plain decoding was faster",
-                    100 * undrafted,
+                    f"drafting stopped: {plain:.0%} of the rounds went without drafts, as plain decoding was faster"
                 )
             print_report(report)
             print(json.dumps(report), flush=True)
@@ -215,13 +193,11 @@ class LayerSkipGenerate:
             for batch in batches:
                 undrafted = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
                 drafted = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1, answers=answers)
-                outputs = _outputs(batch, drafted)
                 if undrafted is None:
-                    ours.add(outputs, drafted.stats, _acceptance(drafted))
+                    ours.add(batch, drafted)
                 elif not self.interrupted:  # after Ctrl-C, neither side of a comparison counts
-                    others = _outputs(batch, undrafted)
-                    baseline.add(others, undrafted.stats, _acceptance(undrafted), beside=outputs.values())
-                    ours.add(outputs, drafted.stats, _acceptance(drafted), beside=others.values())
+                    baseline.add(batch, undrafted)
+                    ours.add(batch, drafted)
                 if self.interrupted:
                     raise KeyboardInterrupt
 
@@ -313,26 +289,15 @@ class LayerSkipGenerate:
         for turn, question in enumerate(_questions()):
             try:
                 tokens = self._tokens_of(history, question)
+                check_prompt_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens")
             except ValueError as e:
                 log.warning("the question is left out: %s", e)
-                continue
-            try:
-                self._check_lengths(self.model, [len(tokens)])
-            except ValueError as e:
-                room = self._room_for_question(history)
-                if room < 1:
-                    log.warning("the conversation is over: %s", e)
-                    return
-                log.warning("the question is left out, of at most %d tokens here: %s", room, e)
                 continue
             rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
-            reserve = max(1024, 2 * (len(tokens) + self.max_new_tokens))
-            reserve = min(reserve, most_positions(self.model)[0])
-            generation = self._generation(
-                [tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=reserve
-            )
+            slots = min(max(1024, 2 * (len(tokens) + self.max_new_tokens)), most_positions(self.model)[0])
+            generation = self._generation([tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=slots)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:
@@ -343,35 +308,13 @@ class LayerSkipGenerate:
             print("" if self.cfg.stream else answer.text(generation.generated[0]), flush=True)
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
-            ours.add({turn: generation.generated[0]}, generation.stats, _acceptance(generation))
-
-    def _check_lengths(self, model: TransformerDecoder, lengths: list[int]) -> None:
-        """Raises a ConfigError unless prompts of these lengths fit the model."""
-        check_prompt_lengths(model, lengths, self.max_new_tokens, key="max_new_tokens")
+            ours.add([turn], generation)
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """System prompt, conversation and question as tokens; a ConfigError if the chat template refuses them."""
         system = [Message(role="system", content=self.cfg.system_prompt)] if self.cfg.system_prompt else []
         turn = [Message(role="user", content=question), Message(role="assistant", content="")]
         return to_tokens([*system, *history, *turn], self.tokenizer)
-
-    def _room_for_question(self, history: Sequence[Message]) -> int:
-        """Maximum length of the next question, in tokens; below 1 if the conversation is over."""
-        try:
-            shortest = len(self._tokens_of(history, "?"))
-        except ValueError:
-            return 0
-        return most_positions(self.model)[0] - self.max_new_tokens - shortest + 1
-
-
-def _outputs(batch: Sequence[int], generation: Generation) -> dict[int, list[int]]:
-    """The non-empty outputs, by index among all prompts."""
-    return {i: tokens for i, tokens in zip(batch, generation.generated, strict=True) if tokens}
-
-
-def _acceptance(generation: Generation) -> list[tuple[int, int]]:
-    """(drafted, accepted) tokens of each of these outputs."""
-    return [counts for counts, tokens in zip(generation.acceptance, generation.generated, strict=True) if tokens]
 
 
 def _questions() -> Iterator[str]:

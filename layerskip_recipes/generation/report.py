@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torchtune import utils
 
+from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, is_looping, memory_bandwidth
 
 log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path of a JSON report; the report of an interrupted run overwrites no other."""
+    """The path of a report or picture; that of an interrupted run overwrites no other."""
     if not (interrupted and document.exists()):
         return document
     log.warning("%s: the %s of an earlier run stays", key, document)
@@ -25,36 +26,15 @@ def report_path(document: Path, key: str, interrupted: bool) -> Path:
 
 @dataclass
 class Totals:
-    """Statistics of one decoding method: over all prompts, and without looping outputs."""
+    """Statistics and outputs of one decoding method over all prompts."""
 
     stats: GenerationStats = field(default_factory=GenerationStats)
-    # Of batches without a looping output, neither here nor in plain decoding.
-    compared: GenerationStats = field(default_factory=GenerationStats)
-    drafted: int = 0  # of outputs without loops
-    accepted: int = 0
-    looping: int = 0
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(
-        self,
-        outputs: dict[int, list[int]],
-        stats: GenerationStats,
-        acceptance: Sequence[tuple[int, int]],
-        beside: Iterable[list[int]] = (),
-    ) -> None:
-        """Add a batch: outputs by prompt, and the (drafted, accepted) tokens of each.
-
-        `compared` leaves out a batch with a looping output, here or in `beside`, the other method's outputs.
-        """
-        self.outputs |= outputs
-        self.stats = self.stats + stats
-        loops = [is_looping(output) for output in outputs.values()]
-        self.looping += sum(loops)
-        for (drafted, accepted), loop in zip(acceptance, loops, strict=True):
-            self.drafted += 0 if loop else drafted
-            self.accepted += 0 if loop else accepted
-        if not any(loops) and not any(map(is_looping, beside)):
-            self.compared = self.compared + stats
+    def add(self, prompts: Sequence[int], generation: Generation) -> None:
+        """Add the non-empty outputs of a batch, by the numbers of their prompts."""
+        self.stats += generation.stats
+        self.outputs |= {i: output for i, output in zip(prompts, generation.generated, strict=True) if output}
 
 
 def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
@@ -78,13 +58,11 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
-        "acceptance_by_position": stats.acceptance_by_position,
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
         "accepted_per_round": safe_divide(stats.accepted, row_rounds(stats)) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
-        "looping_outputs": ours.looping,
-        "acceptance_rate_not_looping": safe_divide(ours.accepted, ours.drafted),
+        "looping_outputs": sum(map(is_looping, ours.outputs.values())),
         "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
         "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,
@@ -99,8 +77,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "baseline_decode_s": baseline.stats.decode_s,
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
-        "speedup_not_looping": ratio(ours.compared, baseline.compared),
-        **{name: value for name, value in draft_figures(stats, baseline.stats, speedup).items() if name not in report},
+        **draft_figures(stats, baseline.stats, speedup),
         # Two samplings differ by chance; only greedy outputs can be the same tokens, if there are any.
         "identical": ours.outputs == baseline.outputs if greedy and ours.outputs else None,
     }
@@ -110,9 +87,8 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
 def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
     """Acceptance and cost of drafting, the ideal speed-up, and the share of it that was measured (engine efficiency).
 
-    The ideal is (rho d + 1) / (d c + 1), with d the drafted tokens of a round and c the time of a draft step divided by
-    the time of an autoregressive step. With `prompt_lookup`, whose drafts take no steps, the cost is c times the mean
-    number of draft steps per round instead.
+    The ideal is (rho d + 1) / (s c + 1), with d drafted tokens and s draft steps per round (fewer with look-ups), and c
+    the time of a draft step divided by that of an autoregressive step.
     """
     rounds = row_rounds(stats)
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
@@ -126,7 +102,6 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
-        "acceptance_by_position": stats.acceptance_by_position,
         "drafted_per_round": d or None,
         "draft_steps_per_round": steps if d else None,
         "draft_cost": cost,
@@ -161,43 +136,33 @@ def peak_memory_bytes(device: torch.device) -> int:
 def print_report(report: dict[str, Any]) -> None:
     """Print the report, one figure per line."""
 
-    def show(key: str, form: str, factor: float = 1.0) -> str:
-        return "-" if report[key] is None else format(report[key] * factor, form)
+    def show(key: str, form: str = ".2f", factor: float = 1.0) -> str:
+        return "-" if report.get(key) is None else format(report[key] * factor, form)
 
     reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
     compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
+    nothing = "- (sampling)" if report["temperature"] else "-"
     lines = {
         "tokens": str(report["tokens"]),
-        "prefill": f"{show('prefill_s', '.2f')} s{reused}",
-        "decode": f"{show('decode_s', '.2f')} s, {show('tokens_per_second', '.1f')} tokens/s{compiled}",
+        "prefill": f"{show('prefill_s')} s{reused}",
+        "decode": f"{show('decode_s')} s, {show('tokens_per_second', '.1f')} tokens/s{compiled}",
+        "phases": f"draft {show('draft_s')} s, verify {show('verify_s')} s, rest {show('accept_s')} s",
+        "acceptance": f"{show('acceptance_rate')} ({report['accepted']} of {report['drafted']}), "
+        f"{show('accepted_per_round')} per round",
+        "rounds": ", ".join(f"{count} {kind}" for kind, count in report["rounds_by_kind"].items()),
+        "looping outputs": f"{report['looping_outputs']} of {report['prompts']}",
+        "memory": f"peak {show('peak_memory_bytes', '.0f', 1e-6)} MB; {show('bytes_per_token', '.1f', 1e-6)} MB read "
+        f"per token, {show('share_of_memory_bandwidth', '.0%')} of the bandwidth",
+        "autoregressive": f"{show('baseline_tokens_per_second', '.1f')} tokens/s",
+        "speed-up": f"{show('speedup')}x",
+        "ideal": f"{show('ideal_speedup')}x at a draft cost of {show('draft_cost', '.3f')}; "
+        f"engine efficiency {show('engine_efficiency')}",
+        "identical output": {True: "yes", False: "NO", None: nothing}[report.get("identical")],
     }
-    if report["drafted"]:
-        phases = {"draft": "draft_s", "verify": "verify_s", "rest": "accept_s"}
-        lines["phases"] = ", ".join(f"{name} {show(key, '.2f')} s" for name, key in phases.items())
-    lines["acceptance"] = (
-        f"{show('acceptance_rate', '.2f')} ({report['accepted']} of {report['drafted']}), "
-        f"{show('accepted_per_round', '.2f')} per round"
-    )
-    if len(report["rounds_by_kind"]) > 1:
-        lines["rounds"] = ", ".join(f"{count} {kind}" for kind, count in report["rounds_by_kind"].items())
-    lines["looping outputs"] = (
-        f"{report['looping_outputs']} of {report['prompts']}; without them acceptance "
-        f"{show('acceptance_rate_not_looping', '.2f')}"
-    )
-    lines["memory"] = (
-        f"peak {show('peak_memory_bytes', '.0f', 1e-6)} MB; {show('bytes_per_token', '.1f', 1e-6)} MB read per token, "
-        f"{show('share_of_memory_bandwidth', '.0%')} of the bandwidth"
-    )
-    if "speedup" in report:
-        lines["autoregressive"] = f"{show('baseline_tokens_per_second', '.1f')} tokens/s"
-        lines["speed-up"] = f"{show('speedup', '.2f')}x; without looping outputs {show('speedup_not_looping', '.2f')}x"
-        if report["ideal_speedup"]:
-            lines["ideal"] = (
-                f"{show('ideal_speedup', '.2f')}x at a draft cost of {show('draft_cost', '.3f')}; "
-                f"engine efficiency {show('engine_efficiency', '.2f')}"
-            )
-        nothing = "- (sampling)" if report["temperature"] else "-"
-        lines["identical output"] = {True: "yes", False: "NO", None: nothing}[report["identical"]]
+    left_out = [] if report["drafted"] else ["phases", "rounds", "ideal"]
+    if "speedup" not in report:
+        left_out += ["autoregressive", "speed-up", "ideal", "identical output"]
     print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
     for name, text in lines.items():
-        print(f"{name:<19}{text}")
+        if name not in left_out:
+            print(f"{name:<19}{text}")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import on_device
 
 
@@ -19,12 +18,6 @@ class Rows:
     def __init__(
         self, prompts: Sequence[Sequence[int]], rows: int | None, limit: int, stop_tokens: Sequence[int]
     ) -> None:
-        if rows is not None and rows < 1:
-            raise ConfigError(f"rows: {rows} is not allowed. Allowed: 1 or more; for example rows=8")
-        if isinstance(stop_tokens, int):
-            raise ConfigError(
-                f"stop_tokens: {stop_tokens} is not allowed. Allowed: a list; for example [{stop_tokens}]"
-            )
         self.prompts = [list(prompt) for prompt in prompts]
         count = len(self.prompts)
         self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}
@@ -93,11 +86,8 @@ class Rows:
     @property
     def free(self) -> int | None:
         """A finished row; None if there is none, or if no prompt waits for it."""
-        return (
-            next((row for row, done in enumerate(self.values_in_rows(self.finished)) if done), None)
-            if self.waiting
-            else None
-        )
+        done = (row for row, prompt in enumerate(self.in_row) if self.finished[prompt])
+        return next(done, None) if self.waiting else None
 
     def take_next(self, row: int) -> list[int]:
         """Give the row the next prompt, and return that prompt."""

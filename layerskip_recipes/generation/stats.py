@@ -42,8 +42,6 @@ class GenerationStats:
     weight_bytes: int = 0  # read by the decoding steps
     cache_bytes: int = 0
     rounds_accepting: Counter = field(default_factory=Counter)  # [k]: rounds of a row in which k drafts were accepted
-    drafted_at: Counter = field(default_factory=Counter)  # [i]: how often an i-th token was drafted, from 0
-    accepted_at: Counter = field(default_factory=Counter)
     rounds_by_kind: Counter = field(default_factory=Counter)  # of a speculation: "chain", "lookup", "plain"
 
     @property
@@ -61,11 +59,6 @@ class GenerationStats:
     def accepted_histogram(self) -> list[int]:
         """[k]: row rounds with k accepted tokens."""
         return [self.rounds_accepting[k] for k in range(max(self.rounds_accepting, default=-1) + 1)]
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Accept rate of the first, second, ... drafted token."""
-        return [self.accepted_at[i] / self.drafted_at[i] for i in range(len(self.drafted_at))]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -89,14 +82,6 @@ class GenerationStats:
         self.drafted += drafted
         self.accepted += accepted
         self.rounds_accepting[accepted] += 1
-        self.drafted_at.update(range(drafted))
-        self.accepted_at.update(range(accepted))
-
-    def scale_times(self, factor: float) -> None:
-        """Scale the times of the timed rounds to all rounds."""
-        self.decode_s *= factor
-        self.draft_s *= factor
-        self.verify_s *= factor
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

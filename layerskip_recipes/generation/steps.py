@@ -1,11 +1,8 @@
 """The context that all steps of a generation share, and the steps of plain decoding.
 
 A compiled step is one graph (kernels/compiling.py); on a CPU its layers and heads run in C++ (kernels/cpp_decoder.py).
-The steps of draft and verification are in drafting/chain.py.
-
-Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width.
-`start` [b] is the slot of each row's last token, which is the root of the draft. `slots` is 0 .. end-1, the slots that
-attention sees; in a graph there may be more, up to the whole cache.
+Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width. `start` [b] is the slot of each row's last
+token. `slots` is 0 .. end-1, the slots that attention sees; in a graph there may be more, up to the whole cache.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -188,10 +185,6 @@ class StepContext:
         if self.draft_head is not None and seen is not None:
             seen = seen[..., self.draft_head.vocabulary]
         return self.scores(logits, seen)
-
-    def in_full_vocabulary(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Draft vocabulary indices -> token ids."""
-        return tokens if self.draft_head is None else self.draft_head.vocabulary[tokens]
 
     def full_q(self, q: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[b, s, v'] -> [b, s, v], with probability 0 for tokens outside of the draft vocabulary."""

@@ -125,11 +125,10 @@ def without_adapters(model: M) -> M:
 
 
 def correct_peft_form(folder: Path, model_type: str, biases: Mapping[str, torch.Tensor]) -> None:
-    """Correct the adapters that torchtune 0.6.1 writes for PEFT: their rows must be in the order of the weights' rows.
+    """Correct the adapters that torchtune 0.6.1 writes for PEFT.
 
-    torchtune reorders the rows of B in q and k for every family, although Qwen2's weights keep their order. It never
-    reorders DoRA's magnitudes. PEFT's DoRA does not scale biases, so scaled biases are written with the adapters, where
-    PEFT writes biases that it trained.
+    torchtune reorders the rows of B in q and k for every family, although Qwen2's weights keep their order, and never
+    reorders DoRA's magnitudes. PEFT's DoRA does not scale biases: scaled ones are written as if PEFT had trained them.
     """
     file = folder / "adapter_model.safetensors"
     if not (file.exists() and (folder / "config.json").exists()):
@@ -179,28 +178,31 @@ def check_adapters(
     model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
 ) -> None:
     """Check that the model has the adapters that a config asks for, and that they can be written."""
+    mistakes = []
     names, builder = adapter_names(meta_model), model.builder
     if not names and builder.get("lora") is not None:
-        raise ConfigError(
+        mistakes.append(
             f"model.lora: {builder.get('lora')} adapts nothing, so all weights would be trained. Allowed: modules in "
             "attn_modules, or apply_lora_to_mlp: true; for example model.lora.apply_lora_to_mlp=true, or "
             "model.lora=null to train all weights"
         )
-    if not names and builder.takes("lora_attn_modules"):
-        raise ConfigError(
+    elif not names and builder.takes("lora_attn_modules"):
+        mistakes.append(
             f"model.lora_attn_modules: {builder.path} creates no adapters with these arguments; for example "
             'model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
         )
-    if save_adapter_weights_only and not names:
-        raise ConfigError(
+    elif not names and save_adapter_weights_only:
+        mistakes.append(
             f"save_adapter_weights_only: True, but {builder.path} has no adapters. Set "
             "save_adapter_weights_only=false, or use a LoRA builder like torchtune.models.llama3_2.lora_llama3_2_1b"
         )
     if names and not safe_serialization:
-        raise ConfigError(
+        mistakes.append(
             "checkpointer.safe_serialization: False, but adapters for PEFT are written as safetensors only; set "
             "checkpointer.safe_serialization=true"
         )
+    if mistakes:
+        raise ConfigError(*mistakes)
 
 
 def adapter_file(path: str) -> Path:
@@ -215,12 +217,9 @@ def adapter_file(path: str) -> Path:
 
 def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters in torchtune's format at `path`, a checkpoint's folder or a file, if they fit the model."""
-    # Read the tensors.
     file, key = adapter_file(path), "checkpointer.adapter_checkpoint"
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-        if not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise TypeError("it holds no tensors")
     except Exception as e:
         raise ConfigError(f"{key}: {str(file)!r} is no {ADAPTER_FILE} of torchtune ({e})") from e
     # Compare alpha, names and shapes with the model.

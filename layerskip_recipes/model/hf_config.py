@@ -5,7 +5,7 @@ It refuses values that would change the model's output and that `hf_decoder` doe
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,8 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
     },
 }
-HAVE_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "GemmaForCausalLM",
-                       "Gemma2ForCausalLM")  # fmt: skip
+HAVE_ATTENTION_BIAS = DEFAULTS.keys() - {"MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"}
 HAVE_MLP_BIAS = ("LlamaForCausalLM", "SmolLM3ForCausalLM")
 ASK_FOR_WINDOWS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")  # need use_sliding_window: true
 
@@ -129,11 +128,6 @@ class HFConfig(Section):
         )
 
     @property
-    def norms_queries(self) -> bool:
-        """Whether queries and keys pass a norm before the rotation."""
-        return self.architecture == "Qwen3ForCausalLM"
-
-    @property
     def is_gemma(self) -> bool:
         """Whether embeddings are scaled, and norms multiply by 1 + weight."""
         return self.architecture.startswith("Gemma")
@@ -192,14 +186,10 @@ def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
 
 
 def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
-    file = folder / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
         raise ConfigError(f"{key}: {str(folder)!r} holds no readable config.json ({e})") from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"{key}: {str(file)!r} is no mapping")
-    return content
 
 
 def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
@@ -215,7 +205,8 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
         content["hidden_act"] = "gelu_pytorch_tanh"  # as transformers does for the first releases
     content["rope"] = _rope(content)
     config = HFConfig.parse(content, name)
-    _refuse(raw, config, name)
+    if mistakes := [f"{name}.{mistake}" for mistake in _mistakes(raw, config)]:
+        raise ConfigError(*mistakes)
     return config
 
 
@@ -231,20 +222,17 @@ def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
-    """Refuse values that the builder does not support."""
+def _mistakes(raw: Mapping[str, Any], config: HFConfig) -> Iterator[str]:
+    """What the builder does not support."""
     # Features.
     rope = config.rope
-    unsupported: dict[str, Any] = {
-        "quantization_config": raw.get("quantization_config"),
-        "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
-        "resid_pdrop": raw.get("resid_pdrop"),
-        "embd_pdrop": raw.get("embd_pdrop"),
-        "partial_rotary_factor": rope.partial_rotary_factor < 1 and config.architecture != "Phi3ForCausalLM",
-    }
-    for key, value in unsupported.items():
-        if value:
-            raise ConfigError(f"{name}.{key}: {raw.get(key, value)!r} is not supported. Allowed: a model without it")
+    unsupported = ("quantization_config", "use_bidirectional_attention", "resid_pdrop", "embd_pdrop")
+    wrong: dict[str, Any] = {key: raw.get(key) for key in unsupported}
+    if config.architecture != "Phi3ForCausalLM" and rope.partial_rotary_factor < 1:
+        wrong["partial_rotary_factor"] = rope.partial_rotary_factor
+    yield from (
+        f"{key}: {value!r} is not supported. Allowed: a model without it" for key, value in wrong.items() if value
+    )
     # Values that a rope_type needs.
     needed = {
         "linear": ("factor",),
@@ -253,17 +241,17 @@ def _refuse(raw: Mapping[str, Any], config: HFConfig, name: str) -> None:
     }
     for key in needed.get(rope.rope_type, ()):
         if key not in rope.model_fields_set:
-            raise ConfigError(f"{name}.rope_parameters.{key}: missing; rope_type {rope.rope_type} needs it")
+            yield f"rope_parameters.{key}: missing; rope_type {rope.rope_type} needs it"
     # Numbers that must fit each other.
     heads, key_heads, _ = config.heads
     if heads % key_heads:
-        raise ConfigError(f"{name}.num_key_value_heads: {key_heads} does not divide num_attention_heads, {heads}")
+        yield f"num_key_value_heads: {key_heads} does not divide num_attention_heads, {heads}"
     for key in ("layer_types", "no_rope_layers"):
         values = getattr(config, key)
         if values is not None and len(values) != config.num_hidden_layers:
-            raise ConfigError(f"{name}.{key}: {len(values)} values for num_hidden_layers {config.num_hidden_layers}")
+            yield f"{key}: {len(values)} values for num_hidden_layers {config.num_hidden_layers}"
     if rope.short_factor is not None and len(rope.short_factor) != rotary_width(config) // 2:
-        raise ConfigError(f"{name}.rope_parameters.short_factor: {len(rope.short_factor)} values do not fit the heads")
+        yield f"rope_parameters.short_factor: {len(rope.short_factor)} values do not fit the heads"
 
 
 def rotary_width(config: HFConfig) -> int:

@@ -120,7 +120,7 @@ def _layer(
             "softcapping": config.attn_logit_softcapping,
             "query_pre_attn_scalar": config.query_pre_attn_scalar,
         }
-    if config.norms_queries:
+    if config.architecture == "Qwen3ForCausalLM":
         attention = NormFirstAttention
         extra = {name: RMSNorm(head_dim, eps=config.rms_norm_eps) for name in ("q_norm", "k_norm")}
 

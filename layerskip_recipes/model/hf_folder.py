@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.run_folder import newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
@@ -24,7 +24,12 @@ def model_folder(path: str, key: str = "path") -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             folder = newest_intact(folder, "config.json") or newest_intact(folder) or folder
-        _refuse_adapters(folder, key)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+            raise ConfigError(
+                f"{key}: {str(folder)!r} holds adapters only. Allowed: their base model, with the model.lora settings "
+                f"of the training; for example {key}={base} checkpointer.adapter_checkpoint={folder}"
+            )
         return folder
     if not HUB_NAME.fullmatch(path) or folder.is_absolute():
         raise ConfigError(
@@ -39,22 +44,10 @@ def _downloaded(name: str, key: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as e:  # the hub's errors are subclasses
-        why = str(e).strip().partition("\n")[0]
         raise ConfigError(
-            f"{key}: {name!r} is no local folder, and the download from the hub failed ({why}). Allowed: a folder with "
-            "config.json; a gated model needs a token, see huggingface-cli login"
+            f"{key}: {name!r} is no local folder, and the download from the hub failed ({first_line(e)}). Allowed: a "
+            "folder with config.json; a gated model needs a token, see huggingface-cli login"
         ) from e
-
-
-def _refuse_adapters(folder: Path, key: str) -> None:
-    """Refuse a checkpoint of adapters without a model."""
-    file = folder / "adapter_config.json"
-    if file.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ConfigError(
-            f"{key}: {str(folder)!r} holds adapters only. Allowed: their base model, with the model.lora settings of "
-            f"the training; for example {key}={base} checkpointer.adapter_checkpoint={folder}"
-        )
 
 
 def copy_without_code(file: Path, place: Path) -> None:

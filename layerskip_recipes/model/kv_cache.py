@@ -4,8 +4,7 @@
 attention calls `cached_attention` (`attn._attention_call`) with unexpanded key heads (`attn.num_kv_heads`).
 
 torchtune's `KVCache` can only move forward, and passes the whole allocation to attention. A `LayerCache` goes back by
-overwriting: masks hide later slots, and attention gets only the filled part (in graphs, some slots more or all). Draft
-and verification share the cache: whichever pass runs a layer writes that layer's cache.
+overwriting: masks hide later slots, and attention gets only the filled part (in graphs, some slots more or all).
 """
 
 from collections.abc import Iterator

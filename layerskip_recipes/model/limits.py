@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder
-from torchtune.modules.model_fusion import FusionLayer
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
@@ -64,17 +63,15 @@ def check_prompt_lengths(
     check(key, max_generated_tokens, Annotated[int, Field(ge=1, examples=[128])])
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ConfigError("prompt: it has no token. Allowed: at least one token in each prompt")
-    if any(isinstance(module, FusionLayer | TransformerCrossAttentionLayer) for module in model.modules()):
-        raise ConfigError("model: generation supports decoders of self-attention layers only, no fusion layers")
     limit, what = most_positions(model)
     longest = max(prompt_lengths)
-    if longest + 1 > limit:
+    room = limit - longest
+    if room < 1:
         raise ConfigError(f"prompt: its {longest} tokens leave no room in the model's {limit} ({what})")
-    if longest + max_generated_tokens > limit:
+    if max_generated_tokens > room:
         raise ConfigError(
-            f"{key}: a prompt of {longest} tokens and {max_generated_tokens} new ones make "
-            f"{longest + max_generated_tokens}, more than the model's {limit} ({what}). Allowed here: up to "
-            f"{limit - longest}, for example {key}={limit - longest}"
+            f"{key}: {longest} prompt tokens and {max_generated_tokens} new ones are more than the model's {limit} "
+            f"({what}). Allowed here: up to {room}, for example {key}={room}"
         )
 
 

@@ -1,6 +1,7 @@
 """Memory of weights, training and generation: one set of formulas, for automatic choices and for checks."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -20,11 +21,8 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 def weight_bytes(
     model: TransformerDecoder, dtype: torch.dtype, kept_layers: int = 0, shards: int = 1, parallel: int = 1
 ) -> int:
-    """Bytes of the weights that each process holds, see `generation/parallel.py`.
-
-    Every process holds the first `kept_layers` layers whole. The other layers are sharded over `shards` processes, and
-    each matrix over `parallel` processes.
-    """
+    """Bytes of the weights that each process holds: the first `kept_layers` layers whole, the others sharded over
+    `shards` processes, and each matrix over `parallel` processes."""
     late = sum(parameter.numel() for parameter in model.layers[kept_layers:].parameters())
     early = sum(parameter.numel() for parameter in model.parameters()) - late
     return (early + late // shards) // parallel * dtype.itemsize
@@ -51,11 +49,8 @@ def mlp_width(model: TransformerDecoder) -> int:
 
 
 def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quantised: bool, chunk: int) -> int:
-    """Bytes of weights, gradients and optimizer state, and of the fp32 logits of a chunk of tokens and their gradient.
-
-    Each of the `trained` weights has a gradient and AdamW's two averages. A `quantised` matrix of a layer takes half a
-    byte per weight, and a sixteenth of that for its scales.
-    """
+    """Bytes of weights, gradients and AdamW's two averages, and of the fp32 logits of a chunk of tokens and their
+    gradient. A `quantised` matrix of a layer takes half a byte per weight, and a sixteenth of that for its scales."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     packed = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) if quantised else 0
     kept = itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
@@ -85,11 +80,8 @@ def row_bytes(
     nodes: int = 1,
     parallel: int = 1,
 ) -> int:
-    """Bytes of a batch row in generation: KV cache, activations of the prompt, and logits of a verification pass.
-
-    The cache has `length` slots, the prompt `prompt` tokens, the verification `nodes` tokens. A trained draft adds
-    `draft_layers` layers. Each matrix is shared by `parallel` processes, but every process has the whole logits.
-    """
+    """Bytes of a batch row: a KV cache of `length` slots, activations of a prompt of `prompt` tokens, and logits of a
+    verification of `nodes` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
     values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
@@ -100,49 +92,32 @@ def row_bytes(
 
 
 def check_cache_fits(
-    model: TransformerDecoder,
-    rows: int,
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    parallel: int = 1,
-    weights: int = 0,
-    prompt: int = 0,
-    draft_layers: int = 0,
-    nodes: int = 1,
-    loaded: int = 0,
+    rows: int, length: int, bytes_of: Callable[[int], int], device: torch.device, weights: int = 0, loaded: int = 0
 ) -> None:
-    """Check that `rows` batch rows (see `row_bytes`) and the weights fit into the free memory.
+    """Check that `rows` batch rows of `length` slots and the weights fit into the free memory.
 
-    This process will hold `weights` bytes of weights, and `loaded` bytes of them before they are quantised.
+    `bytes_of(length)` is `row_bytes`. This process will hold `weights` bytes of weights, `loaded` before quantisation.
     """
-    # Weights before quantisation.
     free = free_memory(device)
-    if loaded > max(weights, free):
+    row, shorter = bytes_of(length), bytes_of(length - 1)
+    # The largest batch, and for one row the longest sequence, that fits.
+    fits, positions = (free - weights) // row, length + (free - weights - row) // (row - shorter)
+    while_loading = " until they are quantised" if loaded > weights else ""
+    takes = f"weights take {max(loaded, weights) / 2**30:.1f} GiB{while_loading}, and {free / 2**30:.1f} GiB are free"
+    if loaded > max(weights, free) or positions < 1:
         raise ConfigError(
-            f"model: its weights take {loaded / 2**30:.1f} GiB until they are quantised, and {free / 2**30:.1f} "
-            "GiB are free. Allowed here: a model that fits; for example dtype=bf16, or a smaller model"
+            f"model: its {takes}. Allowed here: a model that leaves room for caches; for example dtype=bf16, "
+            "a quantizer, or more processes"
         )
-    # Weights and batch rows.
-    row, shorter = (row_bytes(model, n, dtype, prompt, draft_layers, nodes, parallel) for n in (length, length - 1))
-    left = free - weights
-    if rows * row <= left:
-        return
-    # The largest batch, or for one row the longest sequence, that fits.
-    fits, positions = left // row, length + (left - row) // (row - shorter)
-    if positions < 1:
+    if rows > fits:
+        key, allowed = "batch_size", f"up to {fits}; for example batch_size={fits}"
+        if fits < 1:
+            key = "max_new_tokens"
+            allowed = (
+                f"up to {positions} positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller "
+                "max_new_tokens (with compile=true, caches have 128 positions more than 256, 512, 1024, ...)"
+            )
         raise ConfigError(
-            f"model: its weights take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Allowed here: a "
-            "model that leaves room for caches; for example dtype=bf16, a quantizer, or more processes"
+            f"{key}: caches, prompts and steps of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, "
+            f"{takes}. Allowed here: {allowed}"
         )
-    takes = (
-        f"caches, prompts and steps of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, "
-        f"weights take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-    )
-    if fits < 1:
-        raise ConfigError(
-            f"max_new_tokens: {takes}. Allowed here: up to {positions} positions (prompt, new tokens and drafts) with "
-            "batch_size=1; for example a smaller max_new_tokens (with compile=true, caches have 128 positions more "
-            "than 256, 512, 1024, ...)"
-        )
-    raise ConfigError(f"batch_size: {takes}. Allowed here: up to {fits}; for example batch_size={fits}")

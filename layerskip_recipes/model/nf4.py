@@ -1,7 +1,6 @@
 """NF4 (QLoRA, arXiv 2305.14314): block sizes, and the check that a matrix can be packed and sharded.
 
-NF4 scales each block of 64 weights and packs the scales in blocks again. FSDP shards a packed matrix by rows, so each
-shard must hold whole blocks of scales.
+NF4 packs the scales of 64 weights each in blocks again. FSDP shards a packed matrix by rows: a shard has whole blocks.
 """
 
 from torch import nn
@@ -30,10 +29,8 @@ def packs_weights(model: Component) -> bool:
 
 
 def check_nf4(model: nn.Module, shards: int, any_size: bool) -> None:
-    """Check that each matrix of the unpacked `model` can be packed, and sharded over `shards` processes.
-
-    `any_size`: the blocks have the size of `scales_per_block`, not torchao's.
-    """
+    """Check that each matrix of the unpacked `model` can be packed, and sharded over `shards` processes, in blocks of
+    torchao's size or, for `any_size`, of `scales_per_block`."""
     for name, matrix in model.layers.named_parameters():
         if matrix.dim() != 2 or ".lora_" in name:
             continue

@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints under output_dir, oldest first."""
-    return sorted((folder for folder in _folders(output_dir) if written_at(folder)), key=written_at)
+    return sorted(filter(written_at, _folders(output_dir)), key=written_at)
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -53,8 +53,8 @@ def written_at(checkpoint: Path) -> float:
 
 def newest_intact(output_dir: Path, needs: str = RECIPE_STATE) -> Path | None:
     """The newest undamaged checkpoint that has the file `needs`. Logs each newer one that is damaged."""
-    complete = complete_checkpoints(output_dir)
-    for checkpoint in [folder for folder in _folders(output_dir) if folder not in complete] + complete[::-1]:
+    # Incomplete ones first, whose time is 0.
+    for checkpoint in sorted(_folders(output_dir), key=lambda folder: written_at(folder) or torch.inf, reverse=True):
         if (checkpoint / needs).exists():
             why = damage(checkpoint)
             if why is None:
@@ -70,21 +70,19 @@ def _warn(message: str) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, for example after a power loss; None if they are intact."""
+    name = WRITTEN
     try:
-        sizes = json.loads((checkpoint / WRITTEN).read_text())["sizes"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        return f"{WRITTEN} cannot be read ({e!r})"
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    for file in sorted(checkpoint.iterdir()):
-        try:
+        for name, size in json.loads((checkpoint / WRITTEN).read_text())["sizes"].items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+        for file in sorted(checkpoint.iterdir()):
+            name = file.name
             _open(file)
-        except Exception as e:  # each library has its own errors
-            return f"{file.name} cannot be read ({type(e).__name__})"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except Exception as e:  # each library has its own errors
+        return f"{name} cannot be read ({type(e).__name__})"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.configs import benchmark_config, make_checkpoint
@@ -29,19 +30,23 @@ def run(path: Path, *overrides: str) -> dict:
     return recipe.benchmark()
 
 
-JOB = peers.Job(*[None] * 7, exits=[3, 6])
+JOB = peers.Job(*[None] * 6, exits=[3, 6])
 
 
 def test_a_peer_that_is_not_there_or_fails_is_left_out(path, monkeypatch):
     def broken(job, compiled):
         raise RuntimeError("no such kernel\nmore")
 
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "transformers" else True)
+    def missing(job, compiled):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", broken))
+    monkeypatch.setitem(peers.PEERS, "transformers", peers.PeerKind("transformers", missing))
     report = run(path, "peers=[torchtune,transformers]", "temperatures=[0.0]", "repeats=1")
     assert [row["name"] for row in report["results"]] == OURS and "transformers" not in report["versions"]
-    left_out = {"torchtune": "RuntimeError: eager: RuntimeError: no such kernel, at temperature 0.0"}
-    left_out["transformers"] = "ModuleNotFoundError: transformers is not installed, at temperature 0.0"
+    why = {"torchtune": "RuntimeError: no such kernel"}
+    why["transformers"] = "ModuleNotFoundError: No module named 'transformers'"
+    left_out = {name: f"RuntimeError: eager: {error}, at temperature 0.0" for name, error in why.items()}
     assert report["peers_left_out"] == left_out
     assert "transformers is left out" in (path.parent / "report/benchmark.md").read_text()
 
@@ -98,23 +103,24 @@ def timed_decoder(rates: dict, calls: list):
         ({(False,): 10.0}, "eager", "RuntimeError: no compiler"),
     ],
 )
-def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled):
+def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled, monkeypatch):
     """By the second call of each; a setting that fails is noted."""
-    peer = peers.fastest_setting(peers.PeerKind("torchtune", timed_decoder(rates, [])), JOB, None, compile=True)
+    monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", timed_decoder(rates, [])))
+    peer = peers.fastest_setting("torchtune", JOB, None, compile=True)
     assert peer.setting == setting and peer.trial == {"eager": rates[False,], "compiled": compiled}
 
 
-def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled():
+def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled(monkeypatch):
     rates = {(False, e, n): 1.0 * e + n for e in (3, 6) for n in (2, 4, 6)} | {(False, 3, 4): 20.0, (True, 3, 4): 30.0}
-    calls, early_exit, llama_cpp = [], peers.PEERS["transformers_early_exit"], peers.PEERS["llama_cpp"]
-    kind = replace(early_exit, package="torchtune", decoder=timed_decoder(rates, calls))
-    peer = peers.fastest_setting(kind, JOB, None, compile=True)
+    name = "transformers_early_exit"
+    monkeypatch.setitem(peers.PEERS, name, peers.PeerKind("torchtune", timed_decoder(rates, calls := [])))
+    peer = peers.fastest_setting(name, JOB, None, compile=True)
     assert peer.setting == "exit 3, 4 drafts, compiled" and len(peer.trial) == 7
     assert set(calls) == set(rates)
-    assert peers.fastest_setting(kind, JOB, None, compile=False).setting == "exit 3, 4 drafts"
-    with_draft = [*llama_cpp.settings(replace(JOB, gguf=("model.gguf", "draft.gguf")))]
-    assert with_draft == ["plain", "2 drafts", "4 drafts", "6 drafts"]
-    assert [*llama_cpp.settings(replace(JOB, gguf=("model.gguf", None)))] == ["plain"]
+    assert peers.fastest_setting(name, JOB, None, compile=False).setting == "exit 3, 4 drafts"
+    for draft, expected in (("draft.gguf", ["plain", "2 drafts", "4 drafts", "6 drafts"]), (None, ["plain"])):
+        files = SimpleNamespace(llama_cpp=SimpleNamespace(gguf="model.gguf", draft=draft))
+        assert list(peers.settings_to_try("llama_cpp", replace(JOB, cfg=SimpleNamespace(peers=files)))) == expected
 
 
 def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
@@ -140,7 +146,8 @@ def test_what_a_peer_cannot_do_leaves_it_out(path):
     report = run(path, *alone, "peers=[torchtune,transformers_early_exit]", "temperatures=[0.8]", "top_p=0.9")
     assert [row["name"] for row in report["results"]] == ["baseline", "x"]
     why = report["peers_left_out"]
-    assert "torchtune has no top_p" in why["torchtune"] and "none has one" in why["transformers_early_exit"]
+    assert "torchtune has no top_p" in why["torchtune"]
+    assert "no variant has an exit_layer" in why["transformers_early_exit"]
 
 
 def test_peers_alone_and_a_quantised_model(path):

@@ -38,7 +38,7 @@ EVAL = [
     ("layers=9", "layers", "9", "0..3"),
     ("layers=2:2", "layers", "2:2", "selects no layer"),
     ("dataset.spit=x", "dataset.spit", "no such argument", "Nearest: split"),
-    ("compare={a: 3}", "compare", "3", "checkpoint_dir"),
+    ("compare={a: 3}", "compare.a", "3", "keys and values"),
     ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
     (
@@ -52,8 +52,6 @@ EVAL = [
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
 ]
 
-INT8 = "_component_=torchao.quantization.Int8WeightOnlyConfig"
-BOTH = f"quantizer.{INT8}; self_speculation.draft_quantizer.{INT8}"
 VOCABULARY = "self_speculation.draft_vocabulary"
 TALK = "prompt=interactive"
 GENERATE = [
@@ -66,13 +64,10 @@ GENERATE = [
     ("exit_layer=2", "exit_layer", "2", "self_speculation=null"),
     ("self_speculation.num_speculations=0", "self_speculation.num_speculations", "0", "=6"),
     ("self_speculation.num_speculation=3", "self_speculation.num_speculation", "unknown", "Nearest: num_speculations"),
-    (BOTH, "self_speculation.draft_quantizer", "no effect with quantizer", "quantizer=null"),
     (f"{VOCABULARY}=0", VOCABULARY, "0", "1 or more"),
     (f"{VOCABULARY}=[]", VOCABULARY, "no list", "0..299"),
     (f"{VOCABULARY}=[1,300]", VOCABULARY, "300", "0..299"),
-    (f"{VOCABULARY}_file=a.txt", f"{VOCABULARY}_file", "'a.txt'", "draft_vocabulary=4096"),
-    (f"{VOCABULARY}_file=a.txt; {VOCABULARY}=9", f"{VOCABULARY}_file", "'a.txt'", "not a file"),
-    (f"{TALK}; {VOCABULARY}=9", VOCABULARY, "9", f"{VOCABULARY}_file=corpus.txt"),
+    (f"{TALK}; {VOCABULARY}=9", VOCABULARY, "9", f"{VOCABULARY}=null"),
     ("quantizer._component_=torch.nn.Relu", "quantizer._component_", "'torch.nn.Relu'", "Relu"),
     ("stop_strings=['']", "stop_strings", "['']", "a list of texts"),
     ("stream=flase", "stream", "'flase'", "true, false"),
@@ -99,7 +94,6 @@ BENCHMARK = [
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
-    ("stop_strings=[END]", "stop_strings", "END", "needs metrics"),
     ("stream=true", "stream", "True", "stream=null"),
     ("variant=3", "variant", "unknown key", "Nearest: variants"),
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),

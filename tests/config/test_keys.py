@@ -37,7 +37,7 @@ KEYS = {
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
     """,
     "SelfSpeculation": """
-        draft draft_quantizer draft_vocabulary draft_vocabulary_file exit_layer num_speculations prompt_lookup
+        draft draft_quantizer draft_vocabulary exit_layer num_speculations prompt_lookup
     """,
     "Comparison": """
         compare
@@ -52,7 +52,7 @@ KEYS = {
         batch_size checkpointer compile device dtype float32_matmul_precision max_new_tokens metrics min_p model
         model_dir output_dir peers picture prompt prompt_file prompt_tokens prompts quantizer random_weights
         repeats repetition_penalty report_dir seed self_speculation stop_strings stop_tokens temperature
-        temperatures tokenizer top_k top_p tune tune_extends tune_file variants
+        temperatures tokenizer top_k top_p tune tune_extends variants
     """,
     "EarlyExitVariant": """
         early_exit

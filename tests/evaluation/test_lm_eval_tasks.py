@@ -229,7 +229,6 @@ def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tm
         (f"exit_layer=2; {DRAFTS}", r"exit_layer: 2 is set beside"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks is None.*_component_.*tasks="),
-        ("max_batches=1", r"max_batches: 1 needs dataset\. Set that, or max_batches=null"),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
     ],
 )
@@ -245,8 +244,8 @@ def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, che
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"generation_kwargs": {"until": ["."], "num_beams": 4}}, r"tiny_text asks for generation_kwargs.num_beams"),
-        ({"generation_kwargs": {"until": ["."], "top_k": 0}}, r"tiny_text, generation_kwargs.top_k: 0"),
+        ({"generation_kwargs": {"until": ["."], "num_beams": 4}}, r"tiny_text, generation_kwargs: .*num_beams"),
+        ({"generation_kwargs": {"until": ["."], "top_k": 0}}, r"tiny_text, generation_kwargs: top_k: 0"),
         ({"num_fewshot": 0}, r"num_fewshot: 2 is not for tiny_text"),
         ({"dataset_kwargs": {"data_files": "nowhere.jsonl"}}, r"tasks: tiny_text cannot be loaded: FileNotFoundError"),
         ({"unsafe_code": True}, r"tasks: tiny_text runs programs that the model writes"),

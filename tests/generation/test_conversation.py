@@ -95,21 +95,12 @@ def test_a_conversation_has_no_baseline(talk):
 
 
 def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
-    """The conversation goes on as if it had not been asked, and the message says how long one may be."""
+    """The conversation goes on as if it had not been asked."""
     recipe, report, turns = talk(f"hi\n{'x' * 150}\nand now\n")
     text = recipe.tokenizer.decode(turns[1][0])
     assert report["prompts"] == 2 and "x" * 5 not in text and text.endswith("and now<reply>")
     (message,) = [message for message in caplog.messages if "left out" in message]
-    room = int(re.search(r"at most (\d+) tokens", message)[1])
-    # After it "and now" was asked: the question's tokens take what is left of the 128.
-    question = len(recipe.tokenizer.encode("and now", add_bos=False, add_eos=False))
-    assert room == 128 - 8 - (len(turns[1][0]) - question)
-
-
-def test_a_conversation_ends_where_no_question_fits(talk, caplog):
-    _, report, _ = talk("hi\n" * 30, tokens=16)
-    assert 1 <= report["prompts"] < 128 // 16
-    assert [message.partition(":")[0] for message in caplog.messages].count("the conversation is over") == 1
+    assert "the model's 128" in message
 
 
 def test_what_a_template_refuses_ends_no_conversation(talk, caplog):

@@ -1,5 +1,7 @@
 """What a generation takes of the memory, and the messages where there is too little."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.configs import LAYER, MODEL, REST, SLOT
@@ -9,7 +11,7 @@ from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.memory import check_cache_fits, weight_bytes
+from layerskip_recipes.model.memory import check_cache_fits, row_bytes, weight_bytes
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -77,9 +79,12 @@ def test_ranks_that_share_heads_share_their_caches(monkeypatch):
     model = model_of("llama3_2")
     memory = 2 * (76_800 // 2 + 3 * 4 * model.tok_embeddings.num_embeddings)
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
-    arguments = model, 2, 100, torch.float32, torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
-        check_cache_fits(*arguments)
-    check_cache_fits(*arguments, parallel=2)
-    with pytest.raises(ValueError, match=r"^batch_size: .*up to 1;"):
-        check_cache_fits(*arguments, parallel=2, weights=1)
+
+    def check(parallel, weights=0):
+        bytes_of = partial(row_bytes, model, dtype=torch.float32, prompt=0, parallel=parallel)
+        check_cache_fits(2, 100, bytes_of, torch.device("cpu"), weights)
+
+    check(parallel=2)
+    for too_much in ({"parallel": 1}, {"parallel": 2, "weights": 1}):
+        with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
+            check(**too_much)

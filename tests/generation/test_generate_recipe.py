@@ -15,8 +15,6 @@ from torchtune.generation import generate as torchtune_generate
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.report import Totals
-from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
 
 INT8 = "torchao.quantization.Int8WeightOnlyConfig"
@@ -159,14 +157,6 @@ def test_every_variant_leaves_the_output_as_it_is(path, overrides):
     assert report["engine_efficiency"] == pytest.approx(report["speedup"] / report["ideal_speedup"])
 
 
-def test_the_draft_vocabulary_of_a_file_is_its_frequent_tokens(path, tmp_path):
-    (tmp_path / "text.txt").write_text("import os\n" * 9 + "zzz")
-    settings = {"draft_vocabulary": 4, "draft_vocabulary_file": tmp_path / "text.txt"}
-    recipe, report = run(path, *(f"self_speculation.{key}={value}" for key, value in settings.items()))
-    frequent = set(recipe.tokenizer.encode("import os\n" * 9, add_bos=False, add_eos=False))
-    assert set(recipe.speculation.draft_vocabulary) <= frequent and report["drafted"] > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_quantised_weights_are_what_decodes(path, quantizer):
@@ -243,19 +233,6 @@ def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):
     assert run_.stdout.startswith("\n--- prompt 1 of 1\ndef main(\n>>> ")
     assert json.loads(run_.stdout.splitlines()[-1])["identical"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == ["generate.yaml"]
-
-
-def test_what_does_not_loop_is_compared_on_the_same_prompts():
-    """Of three prompts one way loops on the first and the other on the second: the third is left."""
-    loop, straight = [1, 2] * 20, list(range(40))
-    outputs = {0: (loop, straight), 1: (straight, loop), 2: (straight, straight)}
-    totals, seconds = (Totals(), Totals()), ((1.0, 3.0), (5.0, 1.0), (1.0, 2.0))
-    for i, both in outputs.items():
-        for of_way, mine, other, took in zip(totals, both, both[::-1], seconds[i], strict=True):
-            of_way.add({i: mine}, GenerationStats(41, first_tokens=1, decode_s=took), [(10 + i, i)], beside=[other])
-    assert [of_way.compared.decode_s for of_way in totals] == [1.0, 2.0]
-    assert [(of_way.drafted, of_way.accepted) for of_way in totals] == [(11 + 12, 1 + 2), (10 + 12, 0 + 2)]
-    assert [of_way.looping for of_way in totals] == [1, 1]
 
 
 # ---- several processes ----

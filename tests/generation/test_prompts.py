@@ -69,17 +69,17 @@ def test_bad_prompts_are_skipped_and_have_their_place(path, tmp_path, caplog, si
 
 
 def test_a_bad_prompt_is_an_error_that_names_its_line(refused):
-    """Of several that of the longest prompt, since what is allowed for it is enough for all."""
+    """Each has its own line; the last one says how the others are answered."""
     message = refused([*LINES, '{"prompt": "' + "a" * 110 + '"}'], "max_new_tokens=120")
-    assert message.startswith("prompt: its ")
-    assert message.endswith("(prompt_file line 6) (also lines 2, 4, 7). on_bad_prompt=skip answers the rest")
+    assert [re.search(r"prompt_file line (\d)", line)[1] for line in message.splitlines()] == ["2", "4", "6", "7"]
+    assert message.endswith("(prompt_file line 7). on_bad_prompt=skip answers the rest")
     message = refused(LINES[:2])
     assert message.startswith('prompt_file line 2: \'{"prompt: "b"}\' is no JSON object')
     assert message.endswith(". on_bad_prompt=skip answers the rest")
     assert "on_bad_prompt" not in refused(LINES[1:2], "on_bad_prompt=skip")  # nothing else to answer
     # Half of a character: JSON can have it, UTF-8 cannot.
     message = refused([LINES[0], '{"prompt": "\\ud83d hi"}', '{"prompt": {"user": "x", "system": "\\ud83d"}}'])
-    assert re.match("prompt_file line 2: .* half of a character.*also lines 3", message)
+    assert re.match("prompt_file line 2: .* half of a character.*\nprompt_file line 3: ", message)
     template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
     chats = [json.dumps({"prompt": chat}) for chat in ({"user": "a"}, {"user": "a", "system": "b"})]
     assert "no system (prompt_file line 2)." in refused(chats, f"tokenizer.chat_template={json.dumps(template)}")
@@ -127,7 +127,6 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
     tasks = ["prompt=null", "prompts._component_=layerskip_recipes.tasks."]
     for key, others in {
         "prompt_file": [],
-        "self_speculation.draft_vocabulary_file": ["self_speculation.draft_vocabulary=9"],
         "prompts.path": [tasks[0], tasks[1] + "jsonl"],
         "prompts.source": [tasks[0], tasks[1] + "topv2"],
     }.items():
@@ -216,7 +215,7 @@ def test_items_of_a_component(monkeypatch):
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt_file line 2: {'text': 'b'} has no field prompt"),
         ("p.jsonl", '{"prompt": "a", "response": 3}\n', "prompt_file line 1: response 3 is no text"),
         ("p.jsonl", '["a"]\n', "prompt_file line 1: "),
-        ("p.jsonl", 'a\n{"prompt": "a"}\nb\nc\n', "prompt_file line 1: 'a' .*also lines 3, 4"),
+        ("p.jsonl", 'a\n{"prompt": "a"}\nb\nc\n', "(?s)prompt_file line 1: 'a' .* line 3: .* line 4: "),
         ("p.jsonl", '{"prompt": ""}\n', "prompt_file line 1: ''"),
         ("p.jsonl", '{"prompt": 3, "response": "a"}\n', "prompt_file line 1: 3 is empty or no text"),
         ("p.jsonl", "\n\n", "prompt_file: .*no prompt"),

@@ -75,11 +75,11 @@ def test_generate_takes_every_setting():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 7}, "drafter: it has 7 layers, and the model 6"),
-        ({"num_kv_heads": 4}, "drafter: its num_kv_heads is 4, and the model's 2"),
-        ({"embed_dim": 64}, "drafter: its head_dim is 16, and the model's 8"),
-        ({"vocab_size": 50}, "drafter: its vocabulary is 50, and the model's 97"),
-        ({}, "drafter: its dtype is torch.float64, and the model's"),
+        ({"num_layers": 7}, r"drafter: it has 7 layers\. Allowed: 2 \(exit_layer\) to 6"),
+        ({"num_kv_heads": 4}, r"drafter: its key heads, .* are \(4, 8, 97, torch.float32\), .*model's \(2, 8, 97"),
+        ({"embed_dim": 64}, r"drafter: its key heads, .* are \(2, 16, 97"),
+        ({"vocab_size": 50}, r"drafter: its key heads, .* are \(2, 8, 50"),
+        ({}, r"drafter: its key heads, .* are \(2, 8, 97, torch.float64"),
     ],
 )
 def test_a_drafter_that_does_not_fit(changes, message):
@@ -207,8 +207,6 @@ def test_prompts_are_stopped_while_they_run_and_while_they_wait():
     expected = [plain(model, prompt, 5) for prompt in PROMPTS[:4]]
     assert generation.generated == [expected[0][:2], expected[1], [], expected[3]]
     assert generation.stats.first_tokens == 3 and all(generation.finished)
-    with pytest.raises(ValueError, match=r"^rows: 0 is not allowed\. Allowed: 1 or more; for example rows=8$"):
-        Generation(model, PROMPTS, 5, rows=0)
 
 
 @compiles

@@ -74,9 +74,6 @@ def test_rounds_and_acceptance(exit_layer, d, count):
     assert (total.rounds, total.drafted, total.accepted) == (len(rounds), sum(drafted), sum(accepted))
     assert total.draft_steps == sum(drafted) and total.rounds_by_kind == {"chain": len(rounds)}
     assert total.acceptance_rate == sum(accepted) / sum(drafted)
-    assert total.acceptance_by_position == [
-        sum(k > i for k in accepted) / sum(n > i for n in drafted) for i in range(max(drafted))
-    ]
     assert total.accepted_histogram == [accepted.count(k) for k in range(1 + max(accepted))]
     assert (total.prefill_tokens, total.reused_tokens, total.first_tokens) == (sum(map(len, PROMPTS)), 0, len(PROMPTS))
     assert total.tokens == count * len(PROMPTS) and total.tokens_per_second > 0
@@ -158,10 +155,9 @@ def test_statistics_add_up():
     assert (both.reused_tokens, both.prefill_tokens, both.compile_s, both.draft_steps) == (2, 6, 2.0, 4)
     assert (both.drafted, both.accepted, both.rounds_by_kind) == (9, 3, {"chain": 1, "lookup": 2})
     assert both.accepted_histogram == [1, 1, 1]
-    assert both.acceptance_by_position == [2 / 3, 1 / 3, 0, 0]
     assert both.bytes_per_token == 17 / 5
     assert a.rounds == 3 and a.drafted == 5  # neither changes
-    assert GenerationStats().acceptance_by_position == [] and GenerationStats().bytes_per_token is None
+    assert GenerationStats().bytes_per_token is None
 
 
 @pytest.mark.parametrize(

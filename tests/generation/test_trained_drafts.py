@@ -221,7 +221,7 @@ def test_the_memory_that_a_draft_takes(kind, folders, tmp_path):
         ({"draft_quantizer": INT8, "draft_vocabulary": [3, 5]}, 5 * layers + 4 * 2 * 32),
     ):
         section = SelfSpeculation(**{"draft": str(folders / kind), "num_speculations": 2, **changes})
-        section = section.with_vocabulary(model, None, [])
+        section = section.with_vocabulary(model, [])
         assert section.own_layers() == 2
         assert section.own_weights(model, torch.float32) == expected
 

@@ -121,7 +121,7 @@ def draft_config(finetune, checkpoint):
 
 def same_tokens_as_plain_decoding(model, folder, **callbacks):
     """Whether greedy decoding with the draft of a checkpoint generates what the model generates; its settings."""
-    section = SelfSpeculation(draft=str(folder), num_speculations=3).with_vocabulary(model, None, [[1, 2]])
+    section = SelfSpeculation(draft=str(folder), num_speculations=3).with_vocabulary(model, [[1, 2]])
     generation = run(model, [[1, 2, 3]], 12, speculation=section.build(model), **callbacks)
     assert generation.generated == run(model, [[1, 2, 3]], 12).generated
     return section

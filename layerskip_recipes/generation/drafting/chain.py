@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
-from layerskip_recipes.generation.drafting.plain import choose
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose
 from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
@@ -138,7 +137,8 @@ def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     h = context.read_by_draft(x, state, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
-    token = context.in_full_vocabulary(context.sampler.choose(scores, noise))
+    token = context.sampler.choose(scores, noise)
+    token = token if context.draft_head is None else context.draft_head.vocabulary[token]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
     return token, x, None if noise is None else scores, seen, None if state is None else model.norm(h)
 

@@ -12,9 +12,15 @@ from statistics import median
 import torch
 
 from layerskip_recipes.generation.drafting.chain import CHAIN, ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import (
+    PLAIN,
+    DraftedTokens,
+    Drafter,
+    DraftStrategy,
+    RoundStart,
+    no_draft,
+)
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
-from layerskip_recipes.generation.drafting.plain import no_draft
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
 

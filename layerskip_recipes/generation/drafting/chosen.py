@@ -126,7 +126,7 @@ def choose_drafts(
 def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
     """The section with the most frequent tokens of the training data instead of their number."""
     size, stored = section.draft_vocabulary, trained and trained.vocabulary
-    if stored and isinstance(size, int) and not section.draft_vocabulary_file:
+    if stored and isinstance(size, int):
         return section.model_copy(update={"draft_vocabulary": stored[:size]})
     return section
 

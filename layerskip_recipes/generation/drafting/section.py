@@ -2,13 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field
-from torchtune import utils
-from torchtune.modules import TiedLinear, TransformerDecoder
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
@@ -23,8 +21,7 @@ from layerskip_recipes.generation.drafting.speculation import (
     check_draft_vocabulary,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-
-log = utils.get_logger("INFO")
+from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 
 
 class SelfSpeculation(Section):
@@ -45,8 +42,6 @@ class SelfSpeculation(Section):
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
     """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
     in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
-    draft_vocabulary_file: Annotated[Text, Field(examples=["corpus.txt"])] | None = None
-    """A text file in which to count the most frequent tokens, instead of in the prompts."""
     prompt_lookup: PromptLookup | None = None
     """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, if that is faster."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
@@ -60,43 +55,29 @@ class SelfSpeculation(Section):
                 f"{key}.exit_layer: {self.exit_layer} is set, but draft has its own exit. Set "
                 f"{key}.exit_layer=null or {key}.draft=null"
             )
-        vocabulary, file = self.draft_vocabulary, self.draft_vocabulary_file
-        if file is not None and not isinstance(vocabulary, int):
-            raise ConfigError(
-                f"{key}.draft_vocabulary_file: {file!r} needs a number of tokens too, for example "
-                f"{key}.draft_vocabulary=4096 {key}.draft_vocabulary_file=corpus.txt"
-            )
-        if file is not None and not Path(file).is_file():
-            raise ConfigError(f"{key}.draft_vocabulary_file: {file!r} is not a file; for example corpus.txt")
         if self.exit_layer is not None:
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
-        if isinstance(vocabulary, list):
-            check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
+        if isinstance(self.draft_vocabulary, list):
+            check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
 
     def with_vocabulary(
-        self, model: LayerSkipDecoder, tokenizer: Any, prompts: Sequence[Sequence[int]], key: str = "self_speculation"
+        self, model: LayerSkipDecoder, prompts: Sequence[Sequence[int]], key: str = "self_speculation"
     ) -> "SelfSpeculation":
-        """The section with the exit and vocabulary of `draft`, and with token ids instead of their number.
-
-        The most frequent tokens are counted in `prompts` or draft_vocabulary_file.
-        """
+        """The section with the exit and vocabulary of `draft`, and with the most frequent tokens of the prompts instead
+        of their number."""
+        changes: dict[str, Any] = {}
+        vocabulary = self.draft_vocabulary
         if self.draft is not None and self.exit_layer is None:
             description = read_description(self.draft, f"{key}.draft")
-            read: dict[str, Any] = {"exit_layer": description.exit_layer}
-            if self.draft_vocabulary is None and description.vocabulary is not None:
-                check_draft_vocabulary(description.vocabulary, model, f"{key}.draft_vocabulary")
-                read["draft_vocabulary"] = description.vocabulary
-            return self.model_copy(update=read).with_vocabulary(model, tokenizer, prompts, key)
-        if not isinstance(self.draft_vocabulary, int):
-            return self
-        texts = prompts
-        if self.draft_vocabulary_file is not None:
-            text = Path(self.draft_vocabulary_file).read_text(encoding="utf-8", errors="replace")
-            texts = [tokenizer.encode(text, add_bos=False, add_eos=False)]
-        counts = Counter(token for tokens in texts for token in tokens)
-        vocabulary = [token for token, _ in counts.most_common(self.draft_vocabulary)]
-        check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
-        return self.model_copy(update={"draft_vocabulary": vocabulary})
+            changes["exit_layer"] = description.exit_layer
+            vocabulary = description.vocabulary if vocabulary is None else vocabulary
+        if isinstance(vocabulary, int):
+            counts = Counter(token for prompt in prompts for token in prompt)
+            vocabulary = [token for token, _ in counts.most_common(vocabulary)]
+        if vocabulary != self.draft_vocabulary:
+            check_draft_vocabulary(vocabulary or [], model, f"{key}.draft_vocabulary")
+            changes["draft_vocabulary"] = vocabulary
+        return self.model_copy(update=changes)
 
     def own_layers(self) -> int:
         """The number of a trained draft's layers, which have their own caches."""
@@ -113,19 +94,14 @@ class SelfSpeculation(Section):
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
-    def build(self, model: LayerSkipDecoder, key: str = "self_speculation", rows: int = 1) -> Speculation:
-        """The speculation for a loaded model and batches of `rows`, after `with_vocabulary`."""
+    def build(self, model: LayerSkipDecoder, key: str = "self_speculation") -> Speculation:
+        """The speculation for a loaded model, after `with_vocabulary`."""
         assert self.exit_layer is not None and not isinstance(self.draft_vocabulary, int)
         drafter, head, layers = None, None, range(self.exit_layer)
         if self.draft is not None:
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
         if self.draft_quantizer is not None:
-            if rows > 1 and model.tok_embeddings.weight.device.type == "cuda":
-                log.warning(
-                    f"{key}.draft_quantizer: for several rows a GPU writes out each weight in the model's precision "
-                    f"first, and drafts get slower. Faster is batch_size=1, or {key}.draft_quantizer=null"
-                )
             if self.draft_vocabulary is not None:
                 head = quantise(DraftHead(drafter or model, self.draft_vocabulary), self.draft_quantizer)
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
@@ -142,52 +118,25 @@ def _off_without_exit(value: Any) -> Any:
 OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
 
 
-def check_draft_fits(
-    section: SelfSpeculation | None,
-    quantizer: Component | None,
-    model: TransformerDecoder,
-    parallel: int = 1,
-    key: str = "self_speculation",
-) -> None:
-    """Raise a ConfigError for drafts that do not work with a model quantised, or split over `parallel` ranks."""
-    if section is None:
-        return
-    packed = quantizer is not None and not isinstance(model.output, TiedLinear)
-    if packed or parallel > 1:
-        why = f"tensor_parallel_dim {parallel} splits" if parallel > 1 else "the quantizer packs"
-        other = "tensor_parallel_dim=1" if parallel > 1 else "quantizer=null"
-        name = None if section.draft_vocabulary is None else "draft_vocabulary"
-        if name is None and section.draft is not None and read_description(section.draft, f"{key}.draft").vocabulary:
-            name = "draft"
-        if name is not None:
-            raise ConfigError(
-                f"{key}.{name}: has a draft vocabulary, which needs rows of the model's head, and {why} them. Set "
-                f"{key}.{name}=null or {other}"
-            )
-    if section.draft_quantizer is not None and quantizer is not None and section.draft is None:
-        raise ConfigError(
-            f"{key}.draft_quantizer: has no effect with quantizer, which also packs the layers that draft. "
-            "Set one of them null; for example quantizer=null"
-        )
-
-
-def bytes_of_weights(
+def check_memory(
+    cfg: Any,
     model: LayerSkipDecoder,
-    whole: int,
-    dtype: torch.dtype,
-    quantizer: Component | None,
+    device: torch.device,
     drafts: Sequence[SelfSpeculation],
-) -> dict[str, int]:
-    """The arguments `weights` and `loaded` of `check_cache_fits`, for a model on the meta device.
-
-    `whole` is the bytes of its weights as loaded; `drafts` are the ones in memory at the same time.
-    """
-    sizes = {"weights": whole if quantizer is None else quantised_bytes(model, quantizer), "loaded": whole}
-    for draft in drafts:
-        own = draft.own_weights(model, dtype)
-        sizes["weights"] += own
-        sizes["loaded"] += own if draft.draft is not None else 0  # read before the model is quantised
-    return sizes
+    whole: int,
+    rows: int,
+    slots: int,
+    **sizes: int,
+) -> None:
+    """Check that a model on the meta device (its weights are `whole` bytes as loaded), its drafts and `rows` batch rows
+    fit into the memory; `sizes` are arguments of `row_bytes`."""
+    own = [draft.own_weights(model, cfg.torch_dtype) for draft in drafts]
+    # Trained drafts are read before the model is quantised.
+    loaded = whole + sum(size for draft, size in zip(drafts, own, strict=True) if draft.draft is not None)
+    weights = sum(own) + (whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer))
+    sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
+    bytes_of = partial(row_bytes, model, dtype=cfg.torch_dtype, **sizes)
+    check_cache_fits(rows, slots, bytes_of, device, weights, loaded)
 
 
 def quantised_drafter(

@@ -55,40 +55,30 @@ class Speculation:
 
 def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
     """Raise a ConfigError unless the drafter has an exit there, and the model's cache shapes and vocabulary."""
-    own = as_layerskip_decoder(drafter).own_layers
+    own, layers = as_layerskip_decoder(drafter).own_layers, len(drafter.layers)
     if own and exit_layer != (own.start or own.stop):
         raise ConfigError(f"exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
-    if len(drafter.layers) < exit_layer:
-        raise ConfigError(f"exit_layer: {exit_layer} is more than the drafter's layers")
-    if len(drafter.layers) > model.num_layers:
-        layers = f"{len(drafter.layers)} layers, and the model {model.num_layers}"
-        raise ConfigError(f"drafter: it has {layers}. Allowed: no more than the model, such as a quantised copy")
-    for name, value_of in {
-        "num_kv_heads": lambda decoder: decoder.layers[0].attn.num_kv_heads,
-        "head_dim": lambda decoder: decoder.layers[0].attn.head_dim,
-        "vocabulary": lambda decoder: decoder.tok_embeddings.num_embeddings,
-        "dtype": lambda decoder: decoder.tok_embeddings.weight.dtype,
-    }.items():
-        if value_of(drafter) != value_of(model):
-            raise ConfigError(
-                f"drafter: its {name} is {value_of(drafter)}, and the model's {value_of(model)}. Allowed: "
-                "a decoder that shares cache and vocabulary with the model, such as a quantised copy"
-            )
+    if not exit_layer <= layers <= model.num_layers:
+        raise ConfigError(f"drafter: it has {layers} layers. Allowed: {exit_layer} (exit_layer) to {model.num_layers}")
+
+    def shape(decoder: LayerSkipDecoder) -> tuple:
+        attn, embedding = decoder.layers[0].attn, decoder.tok_embeddings
+        return attn.num_kv_heads, attn.head_dim, embedding.num_embeddings, embedding.weight.dtype
+
+    if shape(drafter) != shape(model):
+        raise ConfigError(
+            f"drafter: its key heads, head_dim, vocabulary and dtype are {shape(drafter)}, and the model's "
+            f"{shape(model)}. Allowed: a decoder that shares cache and vocabulary, such as a quantised copy"
+        )
 
 
 def check_draft_vocabulary(
     vocabulary: torch.Tensor | Sequence[int], model: LayerSkipDecoder, key: str = "draft_vocabulary"
 ) -> None:
     """Raise a ConfigError unless these are ids of the model's tokens."""
-    size = model.tok_embeddings.num_embeddings
-    try:
-        ids = torch.as_tensor(vocabulary)
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0)
-    wrong = None
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
-        wrong = "no list of token ids"
-    elif len(unknown := ids[(ids < 0) | (ids >= size)]):
-        wrong = f"{unknown[0]} is no token of the model"
-    if wrong:
+    ids, size = torch.as_tensor(vocabulary), model.tok_embeddings.num_embeddings
+    is_list = ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64) and len(ids) > 0
+    unknown = ids[(ids < 0) | (ids >= size)].tolist() if is_list else None
+    if unknown != []:
+        wrong = f"{unknown[0]} is no token of the model" if unknown else "no list of token ids"
         raise ConfigError(f"{key}: {wrong}. Allowed: ids of 0..{size - 1}; {key}=null drafts any token")

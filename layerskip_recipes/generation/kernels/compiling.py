@@ -1,10 +1,9 @@
 """Compiled decoding steps: one graph per kind of step, kept with its model for later generations. On a CPU only models
 that cpp_decoder.py does not support use graphs.
 
-Graphs have no torch guards: a step's key names all that its graph depends on (batch rows, cache length, exit, sampler).
-On a CPU the attended length is dynamic, so one graph serves all lengths. On a GPU steps are CUDA graphs. With
-FlexAttention they see the whole cache and read the length on the device; without it they have masks, and one graph per
-power of two of the length.
+Graphs have no torch guards: a step's key names all that its graph depends on. On a CPU the attended length is dynamic.
+On a GPU steps are CUDA graphs. With FlexAttention they see the whole cache and read the length on the device; without
+it they have masks, and one graph per power of two of the length.
 """
 
 import itertools

@@ -86,8 +86,7 @@ class Parts:
 
     def linear(self, name: str, linear: Any) -> None:
         """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row."""
-        if not isinstance(linear, nn.Embedding) and type(linear) is not nn.Linear:
-            raise UnknownPartError(name)
+        _require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero = linear.weight, None, None
         if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None:  # torchao's version 2
             weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
@@ -95,11 +94,9 @@ class Parts:
             weight, scale, zero = weight.tensor_impl.get_plain()
         plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
         kinds = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
-        if not plain or weight.dtype not in kinds or (scale is not None and scale.numel() != len(weight)):
-            raise UnknownPartError(name)
-        if zero is not None and zero.any():
-            raise UnknownPartError(f"{name}: zero points")
-        _check_width(weight.shape[1], name)
+        _require(plain and weight.dtype in kinds and (scale is None or scale.numel() == len(weight)), name)
+        _require(zero is None or not zero.any(), f"{name}: zero points")
+        _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None))):
             if value is not None:
@@ -110,8 +107,7 @@ class Parts:
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        if type(norm) not in (RMSNorm, GemmaRMSNorm) or norm.eps <= 0:
-            raise UnknownPartError(name)
+        _require(type(norm) in (RMSNorm, GemmaRMSNorm) and norm.eps > 0, name)
         scale = _fp32(norm.scale)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.numbers[f"{name}.epsilon"] = norm.eps
@@ -121,8 +117,7 @@ class Parts:
         if rotation is None:
             return
         self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
-        if type(rotation) not in (RotaryPositions, *NEIGHBOURS, *HALVES):
-            raise UnknownPartError("pos_embeddings")
+        _require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
         table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
         if table not in _TABLES:
             if type(rotation) is RotaryPositions:
@@ -134,14 +129,13 @@ class Parts:
 
     def attention(self, attn: Any) -> None:
         """Attention without its cache."""
-        if type(attn) not in (MultiHeadAttention, NormFirstAttention, Gemma2Attention):
-            raise UnknownPartError("attn")
+        _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))
         self.norm("q_norm", attn.q_norm)
         self.norm("k_norm", attn.k_norm)
         self.positions(attn.pos_embeddings)
-        _check_width(attn.head_dim, "head_dim")
+        _require(attn.head_dim % VECTOR == 0, f"head_dim: {attn.head_dim} is no multiple of {VECTOR}")
         self.numbers["heads"], self.numbers["scale"] = attn.num_heads, attn.head_dim**-0.5
         self.numbers["norm_first"] = type(attn) is NormFirstAttention
         if type(attn) is Gemma2Attention:
@@ -151,9 +145,8 @@ class Parts:
         """A gated MLP."""
         kinds = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
         activation = getattr(mlp, "activation", None)
-        kind = kinds.get((type(activation), getattr(activation, "approximate", None)))
-        if type(mlp) is not FeedForward or kind is None or mlp.w3 is None:
-            raise UnknownPartError("mlp")
+        kind: Any = kinds.get((type(activation), getattr(activation, "approximate", None)))
+        _require(type(mlp) is FeedForward and kind is not None and mlp.w3 is not None, "mlp")
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
         self.numbers["activation"] = kind
@@ -171,14 +164,13 @@ def layer_parts(layer: Any) -> Parts:
         parts.linear("join", layer.join)
         parts.numbers["join_norm.epsilon"] = JoiningLayer.EPSILON
         layer = layer.layer
-    if type(layer) is not TransformerSelfAttentionLayer:
-        raise UnknownPartError(type(layer).__name__)
+    _require(type(layer) is TransformerSelfAttentionLayer, type(layer).__name__)
     parts.attention(layer.attn)
     parts.feed_forward(layer.mlp)
     for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
         parts.norm(name, getattr(layer, name))
-    if not {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys():
-        raise UnknownPartError("a layer without a norm before attention or MLP")
+    has_norms = {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys()
+    _require(has_norms, "a layer without a norm before attention or MLP")
     return parts
 
 
@@ -195,23 +187,16 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
 class CppDecoder:
     """The layers and heads of a generation's target model and draft model in C++.
 
-    Raises an `UnknownPartError` if the C++ does not support a part of a model.
-
-    Args:
-        cache: the generation's cache; the prefill allocates its layers.
-        draft_model: the model itself, or a decoder whose early layers and head draft.
-        draft_head: replaces the draft model's head.
-
-    Attributes:
-        draft: `Layers::draft` of layers.cpp with its model arguments filled in; None for an unsupported embedding.
+    Raises an `UnknownPartError` if the C++ does not support a part of a model. `draft` is `Layers::draft` of layers.cpp
+    with its model arguments filled in; None for an unsupported embedding.
     """
 
     def __init__(
         self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: DraftHead | None
     ) -> None:
         models = dict.fromkeys([model, draft_model])
-        if model.tok_embeddings.weight.dtype not in (torch.float32, torch.bfloat16):  # the cache's dtype
-            raise UnknownPartError(str(model.tok_embeddings.weight.dtype))
+        dtype = model.tok_embeddings.weight.dtype  # the cache's too
+        _require(dtype in (torch.float32, torch.bfloat16), str(dtype))
         self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
         self.heads: dict[nn.Module, Parts] = {
             each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
@@ -283,14 +268,13 @@ class CppDecoder:
 def _no_hooks(*modules: nn.Module) -> None:
     """Refuse modules with hooks, which the C++ would not call."""
     for module in (part for each in modules for part in each.modules()):
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnknownPartError(f"hooks of {type(module).__name__}")
+        _require(not (module._forward_hooks or module._forward_pre_hooks), f"hooks of {type(module).__name__}")
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _check_width(width: int, name: str) -> None:
-    if width % VECTOR:
-        raise UnknownPartError(f"{name}: {width} is no multiple of {VECTOR}")
+def _require(supported: bool, part: str) -> None:
+    if not supported:
+        raise UnknownPartError(part)

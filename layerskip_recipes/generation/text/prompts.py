@@ -1,18 +1,22 @@
 """The prompts of a generation config, from the config, a text or JSONL file, or stdin, and their tokens."""
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torchtune import utils
 from torchtune.data import Message
+from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.data.json_lines import bad_line_message, parse_json_lines
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.limits import check_prompt_lengths
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
 
@@ -43,39 +47,29 @@ def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_fi
     return [_example(item, "prompt") for item in (prompt if isinstance(prompt, list) else [prompt])]
 
 
-def refuse_bad(examples: Sequence[Example], lengths: Sequence[int] = (), hint: str = "") -> None:
-    """Raise a ConfigError if an example has an error.
-
-    The message is the error of the longest prompt (by `lengths`, in tokens), whose remedy helps all others too, and the
-    lines of the others. `hint` is added if some examples are good.
-    """
-    bad = [i for i, example in enumerate(examples) if example.error is not None]
-    if not bad:
-        return
-    worst = max(bad, key=lambda i: lengths[i] if lengths else 0)
-    lines = [str(examples[i].line) for i in bad if i != worst and examples[i].line is not None]
-    others = f" (also lines {', '.join(lines[:8])})" if lines else ""
-    raise ConfigError(f"{examples[worst].error}{others}{hint if len(bad) < len(examples) else ''}")
+def refuse_bad(examples: Sequence[Example], hint: str = "") -> None:
+    """Raise a ConfigError with the errors of the first bad examples; `hint` is added if some examples are good."""
+    bad = [example.error for example in examples if example.error is not None]
+    if bad:
+        more = f" (and {len(bad) - 5} more prompts)" if len(bad) > 5 else ""
+        *others, last = bad[:5]
+        raise ConfigError(*others, f"{last}{more}{hint if len(bad) < len(examples) else ''}")
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, check: Callable[[list[int]], None]
+    examples: Sequence[Example], tokenizer: Any, model: TransformerDecoder, max_new_tokens: int
 ) -> tuple[list[Example], list[list[int]]]:
-    """The examples, with errors for those that cannot be decoded, and the tokens of each prompt ([] for a bad one).
-
-    `check` raises a ConfigError if prompts of some lengths do not fit the model, or if there are none.
-    """
+    """The examples, with errors for those that cannot be decoded, and the tokens of each prompt."""
+    check = partial(check_prompt_lengths, model, max_generated_tokens=max_new_tokens, key="max_new_tokens")
     if not examples:
         check([])
-    checked, tokens, fits = [], [], 0  # the longest prompt that passed so far
+    checked, tokens = [], []
     for example in examples:
         made: list[int] = []
         if example.error is None:
             try:
                 made = to_tokens(example.prompt, tokenizer)
-                if not 0 < len(made) <= fits:
-                    check([len(made)])
-                    fits = len(made)
+                check([len(made)])
             except ValueError as e:
                 where = "" if example.line is None else f" (prompt_file line {example.line})"
                 example = replace(example, error=f"{e}{where}")
@@ -108,39 +102,34 @@ def _example(item: Any, key: str, line: int | None = None) -> Example:
 
     A line of JSONL must be a mapping; an unparsable line arrives here as its text.
     """
-    try:
-        if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
-            return Example(_check_prompt(item, key))
-        if isinstance(item, str):
-            raise ConfigError(f"{key}: {bad_line_message(item)}")
-        response = item.get("response")
-        if "prompt" not in item:
-            raise ConfigError(f'{key}: {str(item)[:60]} has no field prompt; for example {{"prompt": "text"}}')
-        if response is not None and not isinstance(response, str):
-            raise ConfigError(
-                f'{key}: response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}'
-            )
-        return Example(_check_prompt(item["prompt"], key), response, line)
-    except ValueError as e:
-        return Example("", line=line, error=str(e))
-
-
-def _check_prompt(prompt: Any, key: str) -> str | dict[str, str]:
-    for text in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as e:
-            at = str(text)[max(0, e.start - 10) : e.end + 10]
-            raise ConfigError(f"{key}: {at!r} is no text: half of a character. Allowed: whole ones, in UTF-8") from e
+    fields = item
+    if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
+        fields = {"prompt": item}
+    mistake = _mistake(fields) if isinstance(fields, Mapping) else bad_line_message(fields)
+    if mistake is not None:
+        return Example("", line=line, error=f"{key}: {mistake}")
+    prompt = fields["prompt"]
     if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"system", "user"}
-        texts = all(text is None or isinstance(text, str) for text in prompt.values())
-        if unknown or not prompt.get("user") or not texts:
-            raise ConfigError(f"{key}: {prompt!r} needs user: text, and may have system: text")
-        return {role: text for role, text in prompt.items() if text is not None}
-    if not isinstance(prompt, str) or not prompt:
-        raise ConfigError(f"{key}: {prompt!r} is empty or no text; for example prompt.user='Tell me a joke.'")
-    return prompt
+        prompt = {role: text for role, text in prompt.items() if text is not None}
+    return Example(prompt, fields.get("response"), line)
+
+
+def _mistake(fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with the prompt and the response of an example."""
+    if "prompt" not in fields:
+        return f'{str(fields)[:60]} has no field prompt; for example {{"prompt": "text"}}'
+    prompt, response = fields["prompt"], fields.get("response")
+    if not isinstance(response, str | None):
+        return f'response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}'
+    is_chat = isinstance(prompt, Mapping)
+    chat = prompt if is_chat else {"user": prompt}
+    texts = all(isinstance(text, str | None) for text in chat.values())
+    if not texts or not chat.get("user") or set(chat) - {"user", "system"}:
+        wanted = "needs user: text, and may have system: text"
+        return f"{prompt!r} {wanted if is_chat else 'is empty or no text; for example prompt.user=QUESTION'}"
+    if re.search("[\ud800-\udfff]", "".join(text or "" for text in chat.values())):
+        return f"{prompt!r} is no text: half of a character. Allowed: whole ones, in UTF-8"
+    return None
 
 
 def _check_open_turn(tokenizer: Any) -> None:

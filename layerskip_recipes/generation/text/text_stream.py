@@ -9,7 +9,6 @@ from typing import IO, Any
 
 from torchtune import utils
 
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.text.prompts import Example
 
@@ -22,15 +21,11 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to t
 
 
 class TextStream:
-    """The text of one output while it grows, and where it ends.
+    """The text of one output while it grows; it ends before the first stop token or stop string.
 
-    Only the last tokens are decoded with each new one: a token changes no text before the last whole character.
-
-    Args:
-        stop_tokens: they end an output and are not shown.
-        stop_strings: an output ends before the first of them.
-        prompt: tokens that the output continues. Their last few are decoded with the output, since SentencePiece drops
-            the first space of a text, such as an indentation.
+    Only the last tokens are decoded with each new one: a token changes no text before the last whole character. The
+    last tokens of `prompt`, which the output continues, are decoded with it, since SentencePiece drops the first space
+    of a text, such as an indentation.
     """
 
     def __init__(
@@ -122,8 +117,8 @@ def follow(
 ) -> None:
     """Run a generation, ending outputs at stop strings; `shown` prints the first text as it grows.
 
-    Decoding text counts as decoding time, since the user waits for it. `on_end` gets the index of each prompt whose
-    output has ended; its time does not count. After Ctrl-C the accepted text stays on the screen, the draft does not.
+    Decoding text counts as decoding time, since the user waits for it; `on_end`, which gets the index of each prompt
+    whose output has ended, does not. After Ctrl-C the accepted text stays on the screen, the draft does not.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:
@@ -167,16 +162,12 @@ class AnswersInOrder:
     def __enter__(self) -> "AnswersInOrder":
         if self.path is not None:
             partial = Path(f"{self.path}.partial")
-            try:
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                if partial.exists():  # left by a killed run
-                    kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
-                    partial.rename(kept)
-                    log.warning("output_file: the answers of an unfinished run are in %s", kept)
-                self.file = partial.open("w", encoding="utf-8")
-            except OSError as e:
-                message = f"output_file: {self.path!r} cannot be written ({e}); for example answers.jsonl"
-                raise ConfigError(message) from e
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if partial.exists():  # left by a killed run
+                kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
+                partial.rename(kept)
+                log.warning("output_file: the answers of an unfinished run are in %s", kept)
+            self.file = partial.open("w", encoding="utf-8")
             for i in self.waiting:
                 self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})
         return self
