@@ -98,7 +98,11 @@ class BenchmarkConfig(DecodingConfig):
     """A checkpoint, prompts, and the decoding methods to compare."""
 
     IGNORED: ClassVar = {**DecodingConfig.IGNORED, "benchmark": dict}  # this recipe always compares
-    REFUSED: ClassVar = dict.fromkeys(GenerateConfig.model_fields, "it measures variants, and prints figures only")
+    REFUSED: ClassVar = {
+        key: "it measures variants, and prints figures only"
+        for key in GenerateConfig.model_fields
+        if key != "benchmark"
+    }
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
