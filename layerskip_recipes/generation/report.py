@@ -159,9 +159,10 @@ def print_report(report: dict[str, Any]) -> None:
         f"engine efficiency {show('engine_efficiency')}",
         "identical output": {True: "yes", False: "NO", None: nothing}[report.get("identical")],
     }
-    left_out = [] if report["drafted"] else ["phases", "rounds", "ideal"]
-    if "speedup" not in report:
-        left_out += ["autoregressive", "speed-up", "ideal", "identical output"]
+    left_out = [] if report["drafted"] else ["phases"]
+    left_out += [] if len(report["rounds_by_kind"]) > 1 else ["rounds"]
+    left_out += [] if report.get("ideal_speedup") else ["ideal"]
+    left_out += [] if "speedup" in report else ["autoregressive", "speed-up", "identical output"]
     print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
     for name, text in lines.items():
         if name not in left_out:
