@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config, start_section
@@ -133,6 +134,19 @@ def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> 
     e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
     on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
     return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
+
+
+def check_losses(run: SimpleNamespace, rel: float) -> None:
+    """Four steps of AdamW on A, B and the magnitudes alone, every loss of the run by the paper's formula."""
+    leaves = {name: run.first[name].clone().requires_grad_() for name in run.adapters}
+    optimizer, dataset = torch.optim.AdamW(leaves.values(), lr=1e-2), run.recipe.data.dataset
+    for step in range(4):
+        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
+        loss = papers_loss(run.plain.logits(by_hand(run.start, leaves), tokens), tokens, step)
+        assert run.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=rel), f"step {step + 1}"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:

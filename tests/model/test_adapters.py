@@ -18,9 +18,9 @@ from helpers.adapters import (
     EveryExit,
     adapter_config,
     by_hand,
+    check_losses,
     generate_with,
     make_start,
-    papers_loss,
     plain_section,
     read_hf,
     tokens_of,
@@ -87,17 +87,7 @@ def read(request, run_of) -> SimpleNamespace:
 
 
 def test_the_losses_are_those_of_plain_pytorch(trained):
-    """Four steps of AdamW on A, B and the magnitudes alone, every loss by the paper's formula."""
-    leaves = {n: trained.first[n].clone().requires_grad_() for n in trained.adapters}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=1e-2)
-    dataset = trained.recipe.data.dataset
-    for step in range(4):
-        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
-        loss = papers_loss(trained.plain.logits(by_hand(trained.start, leaves), tokens), tokens, step)
-        assert trained.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=1e-4), f"step {step + 1}"
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    check_losses(trained, rel=1e-4)
 
 
 def test_it_starts_as_the_model_that_it_adapts(trained):
