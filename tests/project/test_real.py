@@ -57,13 +57,6 @@ def test_rows_of_a_batch_are_what_each_prompt_gives_alone(smollm2, prompts):
     assert [row[-len(expected) :] for row, expected in zip(together, alone, strict=True)] == alone
 
 
-def test_every_variant_gives_the_tokens_of_plain_decoding(smollm2, prompts, drafts):
-    sampling = {key: value for key, value in drafts.items() if key == "repetition_penalty"}
-    expected = generate(smollm2[0], prompts[1], 16, compile=True, **sampling)
-    out = generate(smollm2[0], prompts[1], 16, exit_layer=20, num_speculations=4, compile=True, **drafts)
-    assert out.tokens.tolist() == expected.tokens.tolist()
-
-
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
     """A few LayerSkip steps by the real recipe: its output folder and its log."""
