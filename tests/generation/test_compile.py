@@ -1,7 +1,6 @@
 """Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
 
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -219,20 +218,6 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
     (warning,) = warned(caplog)
     assert "\n" not in warning
     assert "no compiler" in warning or "AssertionError" in warning
-
-
-def test_rounds_that_compile_count_as_the_others_on_the_mean(not_compiled):
-    generation = Generation(make_small(), SHORT[:1], 9, speculation=Speculation(1, 2), compile=True)
-    phases, after = generation.phases, []
-    for _ in generation:
-        after.append((generation.stats.decode_s, generation.stats.compile_s, sum(phases.seconds().values())))
-    rounds = len(after) - 1  # the first is the prefill
-    timed = sum(one[1] == before[1] for before, one in pairwise(after))
-    assert timed == rounds - 1 > 0 and after[1][0] == after[1][2] == 0 < after[1][1]
-    stats = generation.stats
-    assert stats.decode_s == pytest.approx(after[-1][0] * rounds / timed)
-    assert stats.draft_s + stats.verify_s == pytest.approx(after[-1][2] * rounds / timed)
-    assert stats.draft_s + stats.verify_s + stats.accept_s == pytest.approx(stats.decode_s)
 
 
 def test_a_cache_serves_while_it_is_large_enough():

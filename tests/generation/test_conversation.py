@@ -147,30 +147,10 @@ def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
 
 
 class Letters:
-    """A tokenizer whose tokens are characters; it notes how many it decodes at a time."""
-
-    def __init__(self):
-        self.decoded = []
+    """A tokenizer whose tokens are characters."""
 
     def decode(self, tokens):
-        self.decoded.append(len(tokens))
         return "".join(map(chr, tokens))
-
-
-@pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 20, 12], [40]])
-@pytest.mark.parametrize("length", [1, 4000])
-def test_only_the_last_tokens_are_decoded(length, sizes):
-    """However long the text is: what one more token costs does not grow with it."""
-    tokenizer = Letters()
-    stream = TextStream(tokenizer, stop_strings=["zz"])
-    stream.extend(list(map(ord, "ab" * length)))
-    tokenizer.decoded.clear()
-    text = list(map(ord, "cd" * 20))
-    for size in sizes:
-        assert stream.extend(text[:size]) is None
-        text = text[size:]
-    assert max(tokenizer.decoded) <= 2 and len(tokenizer.decoded) <= 80
-    assert stream.grown == "ab" * length + "cd" * 20
 
 
 def test_a_stop_string_may_begin_in_one_round_and_end_in_another():

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.decoding import PROMPT, greedy, make_model, model_of
+from helpers.decoding import PROMPT, greedy, make_model
 from helpers.speculation import plain, run
 from helpers.tiny import make_tiny
 
@@ -45,32 +45,11 @@ def test_a_finished_generation_is_freed_at_once(speculation):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("counting_only")
-def test_a_model_with_compiled_steps_is_freed_at_once(traced):
-    model = layerskip_decoder(two_layers())
-    run(model, [PROMPT], 2, compile=True)
-    weight, _ = weakref.ref(model.layers[0].attn.q_proj.weight), gc.collect()
-    del model
-    assert weight() is None
-
-
-@pytest.mark.slow
 def test_a_draft_vocabulary_of_all_tokens_and_none():
     model = layerskip_decoder(two_layers("qwen3"))
     for vocabulary in (range(97), None, range(97)):
         drafts = Speculation(1, 2, draft_vocabulary=vocabulary)
         assert run(model, [PROMPT], 12, speculation=drafts, compile=True).generated == [plain(model, PROMPT, 12)]
-
-
-def test_a_conversation_keeps_its_cache_while_it_fits():
-    """Whatever room a new one would be given."""
-    model = model_of("llama3_2")
-    first = run(model, [PROMPT], 12, reserve=60)
-    longer = [*PROMPT, *first.generated[0], 3]
-    second = run(model, [longer], 12, cache=first.cache, reserve=120)
-    assert second.cache is first.cache and second.stats.reused_tokens == len(longer) - 2
-    third = run(model, [longer], 50, cache=first.cache, reserve=120)
-    assert third.cache is not first.cache and third.cache.max_len == 120
 
 
 def test_one_generation_of_a_model_at_a_time():
