@@ -26,22 +26,17 @@ def two_layers(family="llama3_2"):
     return base
 
 
-@pytest.fixture
-def counting_only():
-    """Without Python's search for cycles, which counts objects and not what they hold of a GPU's memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("counting_only")
 @pytest.mark.parametrize("speculation", [None, Speculation(2, 3), Speculation(2, 2, draft_vocabulary=[5, 8, 17])])
 def test_a_finished_generation_is_freed_at_once(speculation):
-    generation = run(make_model(), [PROMPT], 12, speculation=speculation)
-    cache, buffer = weakref.ref(generation.cache), weakref.ref(generation.cache.layers[0].k)
-    del generation
-    assert cache() is None and buffer() is None
+    """Without Python's search for cycles, which counts objects and not what they hold of a GPU's memory."""
+    gc.disable()
+    try:
+        generation = run(make_model(), [PROMPT], 12, speculation=speculation)
+        cache, buffer = weakref.ref(generation.cache), weakref.ref(generation.cache.layers[0].k)
+        del generation
+        assert cache() is None and buffer() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
