@@ -47,10 +47,6 @@ def init_processes(device_type: str, with_cpu: bool = False) -> int:
     if num_processes() == 1:
         return 0
     if device_type == "cuda":
-        count = torch.cuda.device_count()
-        if int(os.environ["LOCAL_RANK"]) >= count:
-            given = f"{os.environ.get('LOCAL_WORLD_SIZE')} processes for {count} GPUs"
-            raise ConfigError(f"nproc_per_node: {given}. Allowed: 1..{count}; for example nproc_per_node={count}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = training.get_distributed_backend(device_type, offload_ops_to_cpu=with_cpu)
     dist.init_process_group(backend, timeout=STEP_TIMEOUT)

@@ -32,6 +32,7 @@ from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.layer_dropout import LayerDropout
+from layerskip_recipes.training import chunked_loss
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.parallel import checkpoint_layers
@@ -45,7 +46,7 @@ def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, Any])
     """Our early-exit loss on these layers at each step. With only the last layer it is the plain loss."""
     loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
     if compiled:
-        loss.compile()
+        loss.chunk_loss = chunked_loss.compiled(loss.chunk_loss)
     return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
 
 
@@ -92,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         base = cfg.model.builder.build()
         tokens = torch.randint(base.tok_embeddings.weight.shape[0], (args.batch, args.seq_len + 1))
     model = layerskip_decoder(base)
-    initialise(model, cfg.init_std)
+    initialise(model)
     freeze_base(model)
     checkpoint_layers(model, cfg.checkpoint_every_layers)
     if method == "ours, one layer":

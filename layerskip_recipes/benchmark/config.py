@@ -11,8 +11,7 @@ from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
-from layerskip_recipes.config.paths import PICTURES, check_ending
-from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import Flag, Picture, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -141,7 +140,7 @@ class BenchmarkConfig(DecodingConfig):
     """The generation config that the tuned config, `report_dir`/tuned.yaml, extends. null: `tune` writes no config."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
     """The folder for benchmark.json, benchmark.md and tuned.yaml. Required except with `random_weights`."""
-    picture: Annotated[Text, Field(examples=["benchmark.png"])] | None = None
+    picture: Picture | None = None
     """A bar chart of tokens per second; a heat map with `tune=grid`. With `tune` the file is named tune or grid."""
 
     @property
@@ -173,7 +172,6 @@ class BenchmarkConfig(DecodingConfig):
         return Path(self.report_dir or "") / "tuned.yaml"
 
     def check_together(self) -> Iterator[str]:
-        yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
         yield from self._check_methods()
         # Each variant against the model.
         model = layerskip_decoder(self.meta_model)

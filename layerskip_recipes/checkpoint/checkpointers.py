@@ -7,10 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torchtune import training, utils
 from torchtune.models.gemma2 import _convert_weights
 from torchtune.modules import TransformerDecoder
@@ -19,7 +18,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files, weights_found
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Text, check
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
@@ -56,7 +55,7 @@ def weights_folder(section: Component) -> Path | None:
         if checkpoint_files(section):
             raise ConfigError("checkpointer.checkpoint_dir: missing; the folder of checkpoint_files")
         return None
-    if not Path(folder).is_dir():
+    if not Path(str(folder)).is_dir():
         raise ConfigError(
             f"checkpointer.checkpoint_dir: {folder!r} is no folder. Give the folder with the model's files"
         )
@@ -85,14 +84,13 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     """Check the checkpointer section and that it fits the model; a training takes no `adapter_checkpoint`."""
     section, model = cfg.checkpointer, cfg.meta_model
     # Check the keys.
-    for key in ("recipe_checkpoint", *(("adapter_checkpoint",) if trains else ())):
-        if section.get(key) is not None:
+    ignored = ("recipe_checkpoint", "resume_from_checkpoint", "should_load_recipe_state")
+    for key in (*ignored, "adapter_checkpoint") if trains else ignored:
+        if section.get(key):
             raise ConfigError(
-                f"checkpointer.{key}: {section.get(key)!r} is not honoured: resume_from_checkpoint=true finds the "
-                f"newest checkpoint under output_dir by itself. Set checkpointer.{key}=null"
+                f"checkpointer.{key}: {section.get(key)!r} is not honoured here: resume_from_checkpoint=true at top "
+                f"level finds the newest checkpoint under output_dir by itself. Set checkpointer.{key}=null"
             )
-    for key in ("adapter_checkpoint", "checkpoint_dir", "path"):
-        check(f"checkpointer.{key}", section.get(key), Annotated[Text, Field(examples=["/tmp/my_model"])] | None)
     # Check that adapters and model belong together.
     adapters = section.get("adapter_checkpoint")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
@@ -102,9 +100,6 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             f"{has}. Allowed: a LoRA model and its adapters, such as "
             "checkpointer.adapter_checkpoint=${output_dir}/epoch_0, or neither"
         )
-    for key in ("resume_from_checkpoint", "should_load_recipe_state"):
-        if section.get(key):
-            raise ConfigError(f"checkpointer.{key}: {section.get(key)!r} is not honoured here; set {key} at top level")
     # Check the class and the list of files.
     if inspect.isclass(section.target) and not issubclass(section.target, CHECKPOINTERS):
         raise ConfigError(
@@ -120,37 +115,30 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             "attention weights differently. Allowed: layerskip_recipes.hf_checkpointer with "
             "layerskip_recipes.hf_decoder, or torchtune's checkpointers with torchtune's builders"
         )
-    if is_scratch(section):
-        _check_described(section.get("hf_config"), model)
-
-
-def _check_described(described: Any, model: TransformerDecoder) -> None:
-    """Check that `hf_config`, the config.json of checkpoints from scratch, describes the model."""
-    if not isinstance(described, Mapping):
-        raise ConfigError(f"checkpointer.hf_config: {described!r} is no section. Give the model's config.json")
+    # Check that the config.json of checkpoints from scratch describes the model.
+    described = section.get("hf_config") if is_scratch(section) else {}
     built = {
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.layers[0].attn.num_kv_heads,
-        "hidden_size": model.tok_embeddings.weight.shape[1],
-        "vocab_size": model.tok_embeddings.weight.shape[0],
+        "hidden_size": model.tok_embeddings.embedding_dim,
+        "vocab_size": model.tok_embeddings.num_embeddings,
     }
     for key, value in built.items():
-        given = described.get(key)
-        if given != value:
+        if is_scratch(section) and described.get(key) != value:
+            given = described.get(key)
             raise ConfigError(f"checkpointer.hf_config.{key}: {given!r} does not fit the model, which has {value}")
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
     """Check that the weights exist and that output_dir is safe and has room for `writes` bytes of weights."""
-    section, output_dir = cfg.checkpointer, cfg.output_dir or ""
+    section, output_dir = cfg.checkpointer, Path(cfg.output_dir or "").resolve()
     # Check that the disk has room for a checkpoint.
     if writes:
-        place = Path(output_dir).absolute()
-        free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+        free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.parents) if path.exists())).free
         if free < writes:
             raise ConfigError(
-                f"output_dir: {output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
+                f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
                 f"{writes / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
             )
     # Check the files to read.
@@ -175,12 +163,10 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
             "or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
     # Check that writing damages no input.
-    if writes and Path(output_dir).resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"output_dir: {output_dir!r} lies in checkpointer.checkpoint_dir; choose another folder")
-    if writes and folder.resolve().parent == Path(output_dir).resolve():
+    if writes and (output_dir.is_relative_to(folder.resolve()) or output_dir == folder.resolve().parent):
         raise ConfigError(
-            f"output_dir: {output_dir!r} holds {folder.name}, where this run begins and which its own checkpoints "
-            f"may replace; choose another folder, for example output_dir={str(output_dir).rstrip('/')}_2"
+            f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir, or holds it, and this run's "
+            f"checkpoints may replace its files; for example output_dir={str(cfg.output_dir).rstrip('/')}_2"
         )
 
 

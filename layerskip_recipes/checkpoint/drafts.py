@@ -24,7 +24,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
-FORMAT = 3  # 1: an adapter read only x_E; 2: the base was a section with a _component_
+FORMAT = 3
 BY_NAME: dict[str, Any] = {checkpointer.__name__: checkpointer for checkpointer in CHECKPOINTERS}
 
 
@@ -78,12 +78,10 @@ def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> di
     return base
 
 
-def describe(
-    draft: Draft, base: Mapping[str, Any], steps: int, target: str, measured: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Build a draft's layerskip.json; it learned `target` in `steps` optimizer steps."""
+def describe(draft: Draft, base: Mapping[str, Any], steps: int, measured: Any = None) -> dict[str, Any]:
+    """Build a draft's layerskip.json; it was trained for `steps` optimizer steps."""
     shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
-    trained = {"target": target, "base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
+    trained = {"base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
     return {"format": FORMAT} | shape | trained | {"measured": measured}
 
 
@@ -101,14 +99,7 @@ def read_description(folder: str, key: str) -> DraftDescription:
             f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a draft "
             "training, such as its epoch_0"
         )
-    try:
-        content = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{key}: {str(path / DESCRIPTION)!r} cannot be read ({e})") from e
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ConfigError(f"{key}: {folder!r} has format {found!r}. Allowed: {FORMAT}; train the draft again")
-    return DraftDescription.parse(content, str(path / DESCRIPTION))
+    return DraftDescription.parse(json.loads((path / DESCRIPTION).read_text()), str(path / DESCRIPTION))
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:

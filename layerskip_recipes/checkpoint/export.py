@@ -50,20 +50,12 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     # Check the arguments and the checkpoint.
     config = read_config_json(source, "export")
     config.pop("auto_map", None)
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int):
-        raise ConfigError(f"export: config.json in {checkpoint!r} has no num_hidden_layers")
+    layers = config["num_hidden_layers"]
     for key, value, most in (("--exit-layer", exit_layer, max(layers - 1, 1)), ("--draft", draft, layers)):
         check(key, value, Annotated[int, Field(ge=1, le=most, examples=[max(layers // 4, 1)])] | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model. Leave it out with --draft {draft}")
-    try:
-        weights = weight_files(source, "export")
-    except ConfigError as e:
-        raise ConfigError(
-            f"{e}. Give a folder with merged weights, such as a finetuned epoch_0 with "
-            "checkpointer.safe_serialization=true and save_adapter_weights_only=false"
-        ) from e
+    weights = weight_files(source, "export")
     if target.exists():
         raise ConfigError(f"export: {out!r} exists already; choose another folder")
     check_folder("export", target.parent)
@@ -113,12 +105,10 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
 
 
 def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:
-    """Set or remove the exit: transformers' `assistant_model` must not name one.
-
-    transformers reads the stop tokens from generation_config.json if it exists, else from config.json.
-    """
+    """Set or remove the exit, which transformers' `assistant_model` must not name."""
     if not file.exists() and exit_layer is None:
         return
+    # transformers reads the stop tokens from this file if it exists, else from config.json.
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     settings = json.loads(file.read_text()) if file.exists() else tokens
     settings.pop("assistant_early_exit", None)

@@ -10,8 +10,7 @@ from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description, re
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.choices import best_device
-from layerskip_recipes.config.recipe_config import DeviceName
-from layerskip_recipes.config.schema import Text, checked_arguments
+from layerskip_recipes.config.schema import DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError

@@ -42,12 +42,11 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
 
 @torch.no_grad()
-def initialise(model: LayerSkipDecoder, std: float | None = None) -> None:
+def initialise(model: LayerSkipDecoder, std: float = 0.02) -> None:
     """Initialise as GPT-2 does: matrices with normal(0, std), biases with 0; norms keep torchtune's values.
 
     Matrices that write into the residual stream get std / sqrt(2 L).
     """
-    std = 0.02 if std is None else std
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from layerskip_recipes.cli.configs import RECIPES, config_class, validate
 from layerskip_recipes.cli.run import run_cli
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
+from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.errors import ConfigError
 
 
@@ -32,11 +33,9 @@ def copy_config(name: str, target: str) -> None:
     path = path / source.name if path.is_dir() else path.with_suffix(path.suffix or ".yaml")
     if path.exists():
         raise ConfigError(f"cp: {str(path)!r} exists already; choose another name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
-    except OSError as e:
-        raise ConfigError(f"cp: {str(path)!r} cannot be written ({e.strerror}); choose another name") from e
+    check_folder("cp", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
     print(f"Copied to {path}")
 
 

@@ -1,59 +1,55 @@
 """Config keys that may be null: the recipe chooses their values."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import Section
 
-S = TypeVar("S", bound=Section)
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-
 
 class Choices:
-    """The values that a recipe chooses for null keys, by dotted key."""
+    """A config whose null keys a recipe replaces; `chosen` has the new values by dotted key."""
 
     def __init__(self, cfg: Section) -> None:
-        self.cfg = cfg
+        self.cfg: Any = cfg
         self.chosen: dict[str, Any] = {}
 
     def value(self, key: str) -> Any:
-        """The chosen value of a dotted key, or else the config's."""
-        if key in self.chosen:
-            return self.chosen[key]
-        found: Any = self.cfg
+        """The value of a dotted key."""
+        found = self.cfg
         for name in key.split("."):
             found = found.get(name) if isinstance(found, Component) else getattr(found, name)
         return found
 
+    def set(self, key: str, value: Any) -> Any:
+        self.chosen[key] = value
+        self.cfg = _with_value(self.cfg, key, value)
+        return value
+
     def pick(self, key: str, make: Callable[[], Any]) -> Any:
         """The value of a key. If it is null, choose `make()`."""
-        if self.value(key) is None:
-            self.chosen[key] = make()
-        return self.value(key)
+        found = self.value(key)
+        return self.set(key, make()) if found is None else found
 
     @property
     def device(self) -> str:
         return self.pick("device", best_device)
 
 
-def with_values(section: S, values: Mapping[str, Any]) -> S:
-    """A copy of the section with new values for some dotted keys, such as "optimizer.lr"."""
-    for key, value in values.items():
-        name, _, inner = key.partition(".")
-        part = getattr(section, name)
-        if inner:
-            value = part.replace(**{inner: value}) if isinstance(part, Component) else with_values(part, {inner: value})
-        section = section.model_copy(update={name: value})
-    return section
+def _with_value(section: Section, key: str, value: Any) -> Section:
+    name, _, inner = key.partition(".")
+    part = getattr(section, name)
+    if inner:
+        value = part.replace(**{inner: value}) if isinstance(part, Component) else _with_value(part, inner, value)
+    return section.model_copy(update={name: value})
 
 
 def devices_here() -> list[str]:
     """The device types of this machine, the best one last."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ["cpu", found.type] if found is not None and found.type in DEVICES else ["cpu"]
+    return ["cpu", found.type] if found is not None and found.type in ("cuda", "mps", "xpu") else ["cpu"]
 
 
 def best_device() -> str:

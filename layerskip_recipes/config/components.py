@@ -71,19 +71,16 @@ class Component:
             parameters = inspect.signature(target).parameters
         except (TypeError, ValueError):  # a C function may have no signature
             return
-        mistakes: list[str] = []
         names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        known = {*self.arguments, *self.given}
+        mistakes: list[str] = []
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for name in self.arguments:
-                if name not in names:
-                    near = nearest(str(name), names)
-                    mistakes.append(f"{self.key}.{name}: {self.path} takes no such argument. {near}")
-            for name in self.given:
-                if name not in names:
-                    mistakes.append(f"{self.key}._component_: {self.path!r} cannot be used here, it takes no {name}")
+            for name in (name for name in self.arguments if name not in names):
+                mistakes.append(f"{self.key}.{name}: {self.path} takes no such argument. {nearest(str(name), names)}")
+            for name in (name for name in self.given if name not in names):
+                mistakes.append(f"{self.key}._component_: {self.path!r} cannot be used here, it takes no {name}")
         for name in names[self.positional :]:
-            required = parameters[name].default is inspect.Parameter.empty
-            if required and name not in self.arguments and name not in self.given:
+            if parameters[name].default is inspect.Parameter.empty and name not in known:
                 example = f"{self.key or '{key}'}.{name}=..."
                 mistakes.append(f"{self.key}.{name}: missing; {self.path} needs it, for example {example}")
         if mistakes:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         if key.startswith("~") and not equals:
             _remove((later, cfg), key[1:])
         elif equals and key:
-            _set(later, cfg, key.split("."), parse_value(text))
+            value = parse_value(text)
+            section = _select(cfg, path := key.split("."))
+            if isinstance(value, str) and isinstance(section, dict) and "_component_" in section:
+                value = {"_component_": value}
+            later = _merge(later, reduce(lambda inner, name: {name: inner}, reversed(path), value))
         else:
             raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove a key)")
     try:
@@ -92,9 +97,8 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return own
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise ConfigError(f"extends: {base!r} is not a name or path; for example extends: llama3_2/1B_full")
-        merged = _merge(merged, _load_chain(find_config(base, relative_to=path.parent, key="extends"), (*seen, path)))
+        file = find_config(str(base), relative_to=path.parent, key="extends")
+        merged = _merge(merged, _load_chain(file, (*seen, path)))
     return _merge(merged, own)
 
 
@@ -127,36 +131,18 @@ def parse_value(text: str) -> Any:
     return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
-def _set(later: dict[str, Any], cfg: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put one override into `later`. Text for a component's section sets its `_component_`."""
-    *parents, leaf = path
-    here: Any = cfg
-    for name in parents:
-        if not isinstance(later.get(name), dict):
-            if name in later and isinstance(here, dict):
-                here.pop(name, None)  # an earlier override replaced this section, so drop its old keys
-            later[name] = {}
-        later = later[name]
-        here = here.get(name) if isinstance(here, dict) else None
-    section = here.get(leaf) if isinstance(here, dict) else None
-    if isinstance(value, str) and isinstance(section, dict) and "_component_" in section:
-        if not isinstance(later.get(leaf), dict):
-            later[leaf] = {}
-        later[leaf]["_component_"] = value
-    else:
-        later[leaf] = value
+def _select(content: Any, path: Sequence[str]) -> Any:
+    """The value at a path of keys; None if there is none."""
+    for name in path:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def _remove(contents: Sequence[dict[str, Any]], key: str) -> None:
     """Remove a dotted key from each of the mappings."""
     *parents, leaf = key.split(".")
-    removed = False
-    for content in contents:
-        node: Any = content
-        for name in parents:
-            node = node.get(name) if isinstance(node, dict) else None
-        if isinstance(node, dict) and leaf in node:
-            del node[leaf]
-            removed = True
-    if not removed:
+    nodes = [node for content in contents if isinstance(node := _select(content, parents), dict) and leaf in node]
+    for node in nodes:
+        del node[leaf]
+    if not nodes:
         raise ConfigError(f"override: ~{key} removes nothing: the config has no key {key!r}")

@@ -9,24 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
-from layerskip_recipes.config.choices import DEVICES, Choices, computes_in_bf16, devices_here, with_values
+from layerskip_recipes.config.choices import Choices, computes_in_bf16, devices_here
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Auto, Section, Text, allowed
+from layerskip_recipes.config.schema import Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
 
-
-def _is_device(name: str) -> str:
-    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", name):
-        raise ConfigError(f": {name!r} is no device. Allowed: {', '.join(DEVICES)}; for example device=cpu")
-    return name
-
-
-DeviceName = Annotated[str, AfterValidator(_is_device), Field(examples=["cpu"])]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # each rank adds its rank number
 
 
@@ -65,10 +57,7 @@ class RecipeConfig(Section):
 
     @classmethod
     def load(cls, source: DictConfig) -> Self:
-        """Check a merged config without loading or writing anything.
-
-        The ConfigError lists all mistakes in single keys; if there are none, all conflicts between keys.
-        """
+        """Check a merged config. The ConfigError lists all mistakes in single keys, or else all conflicts of keys."""
         try:
             return cls._load(source)
         except ConfigError as e:  # several checks may report the same mistake
@@ -135,7 +124,7 @@ class RecipeConfig(Section):
         """A copy in which the null keys have their chosen values."""
         choices = Choices(self)
         self.choose(choices)
-        cfg = with_values(self, choices.chosen)
+        cfg = choices.cfg
         cfg.__dict__.pop("meta_model", None)  # its dtype may have changed
         cfg._chosen = choices.chosen
         cfg._source = copy.deepcopy(self._source)
@@ -172,11 +161,7 @@ class RecipeConfig(Section):
                 f"model: {self.model.path} builds a {type(model).__name__}{layers}. Allowed: a TransformerDecoder of "
                 "1 layer or more"
             )
-        if not isinstance(model.max_seq_len, int) or model.max_seq_len < 1:
-            raise ConfigError(
-                f"model.max_seq_len: {model.max_seq_len!r} is not allowed. Allowed: an integer of 1 or more; for "
-                "example model.max_seq_len=2048"
-            )
+        check("model.max_seq_len", model.max_seq_len, Annotated[int, Field(ge=1, examples=[2048])])
         return model
 
     @property

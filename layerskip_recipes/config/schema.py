@@ -34,6 +34,8 @@ R = TypeVar("R")
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Picture = Annotated[str, Field(pattern=r"\.(png|pdf|svg)$", examples=["picture.png"])]
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", examples=["cpu"])]
 # null means false, as in torchtune
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
@@ -74,10 +76,7 @@ class Section(BaseModel):
 
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
-    """Describe what an annotation such as `Annotated[int, Field(ge=1)] | None` allows, and give a valid example.
-
-    `field` adds its own constraints and examples.
-    """
+    """Describe what an annotation allows, and give a valid example. `field` adds its own constraints and examples."""
     phrases, example, nullable = [], None, False
     for kind, rules in alternatives(annotation, [field] if field else []):
         if kind is type(None):
@@ -115,7 +114,8 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
     if kind in (int, float):
         return _number_phrase(kind, rules)
     if kind is str:
-        return "text", "text"
+        patterns = [rule.pattern for rule in _flat(rules) if getattr(rule, "pattern", None)]
+        return "".join(["text", *(f" that matches {pattern}" for pattern in patterns)]), "text"
     if get_origin(kind) in (list, Sequence):
         (item,) = get_args(kind)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):

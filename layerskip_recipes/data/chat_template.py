@@ -86,10 +86,7 @@ class ChatTemplate:
         return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
 
     def _message_ends_by_content(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """`message_ends` for templates that move the system prompt, or drop the reasoning of earlier turns.
-
-        A message ends with the special token after its content.
-        """
+        """`message_ends` for templates that move or drop texts: the special token after its content ends a message."""
         found = ((self._content_span(turns, i, text), i) for i in range(len(turns)))
         spans = sorted((span, i) for span, i in found if span is not None)
         ends = []

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch.utils.data import Dataset
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
@@ -15,33 +15,16 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Text
+from layerskip_recipes.config.schema import Text, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
 
 PADDED = "torchtune.data.padded_collate_sft"
-COLLATE_EXAMPLE = f"for example collate_fn={PADDED}"
 
 # ---- the settings ----
 
 
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _check_datasets(datasets: list[Component], info: ValidationInfo) -> list[Component]:
-    if not datasets:
-        raise ConfigError(f": [] is not allowed. Allowed: {Component.ALLOWED[0]}, or a list of them")
-    if any(dataset.get("streaming") for dataset in datasets):
-        raise ConfigError(f".streaming: True, but an epoch needs a length. Set {info.field_name}.streaming=false")
-    if len({bool(dataset.get("packed")) for dataset in datasets}) > 1:
-        raise ConfigError(": some are packed and some are not. Allowed: all or none; for example packed: false in each")
-    return datasets
-
-
 def _check_collate_fn(path: str) -> str:
-    if "left_pad_sequence" in path:
-        raise ConfigError(f": {path!r} is for inference; {COLLATE_EXAMPLE}")
     collate = Component({"_component_": path}, "collate_fn")
     collate.given, collate.positional = ("padding_idx", "ignore_idx"), 1
     collate.check()
@@ -51,8 +34,8 @@ def _check_collate_fn(path: str) -> str:
 _Dataset = Annotated[Component, Takes(positional=1)]
 Datasets = Annotated[
     list[_Dataset],
-    BeforeValidator(_as_list, json_schema_input_type=_Dataset | list[_Dataset]),
-    AfterValidator(_check_datasets),
+    BeforeValidator(lambda v: v if isinstance(v, list) else [v], json_schema_input_type=_Dataset | list[_Dataset]),
+    Field(min_length=1),
 ]
 CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[PADDED])] | None
 
@@ -60,18 +43,13 @@ CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[P
 
 
 def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: TransformerDecoder) -> None:
-    """Truncate samples at the model's max_seq_len if the tokenizer has no limit.
-
-    Packed datasets need the user's limit: it is the length of a pack.
-    """
+    """Truncate samples at the model's max_seq_len if the tokenizer has no limit, which is the length of packs."""
     limit = getattr(tokenizer, "max_seq_len", 0)
     if limit is None and not any(dataset.get("packed") for dataset in datasets):
         tokenizer.max_seq_len = model.max_seq_len
-    elif limit and limit > model.max_seq_len:
-        raise ConfigError(
-            f"tokenizer.max_seq_len: {limit} is more than the model's max_seq_len {model.max_seq_len}; for example "
-            f"tokenizer.max_seq_len={model.max_seq_len}"
-        )
+    elif limit:
+        most = Field(ge=1, le=model.max_seq_len, examples=[model.max_seq_len])
+        check("tokenizer.max_seq_len", limit, Annotated[int, most])
 
 
 def collate_packed(batch: list[dict[str, Any]], flex: bool) -> dict[str, Any]:
@@ -92,93 +70,70 @@ def load_data(
     model: TransformerDecoder,
     device: torch.device,
 ) -> tuple["IndexedErrorDataset", Callable]:
-    """Load the datasets of a config as one dataset, with its collate function.
-
-    `collate_fn` is a dotted path for padded samples; packed samples always use `collate_packed`.
-    """
+    """Load the datasets of a config as one, with its collate function: `collate_packed`, or `collate_fn` if padded."""
     # Build the datasets.
     parts = []
     for section in sections:
-        with _explained_errors(section):  # a packed dataset reads all of its samples when it is built
+        with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built
             parts.append(section.build(tokenizer))
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
-    indexed = IndexedErrorDataset(dataset, sections[0].key, packed, all(map(_is_torchtunes, sections)))
-    # Choose the collate function, and try it with the first sample.
+    indexed = IndexedErrorDataset(dataset, next((s for s in sections if not _is_torchtunes(s)), sections[0]), packed)
+    # Choose the collate function, and try it with the first samples.
     if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
         return indexed, partial(collate_packed, flex=flex)
-    for section, part in zip(sections, parts, strict=True):
-        _check_first_sample(section, part)
     path = collate_fn or PADDED
     collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
-    if len(dataset):
+    for section, part in zip(sections, parts, strict=True):
+        if not len(part):
+            continue
+        with _explained_errors(section, "its first sample", part):
+            sample = part[0]
         try:
-            batch = collate([dataset[0]])
-        except (KeyError, TypeError) as e:  # a collator for samples of another kind
-            raise ConfigError(f"collate_fn: {path!r} cannot collate these samples ({e!r}); {COLLATE_EXAMPLE}") from e
+            batch = collate([sample])
+        except (KeyError, TypeError, IndexError):  # a collator for samples of another kind
+            batch = None
         if not isinstance(batch, dict) or not {"tokens", "labels"} <= batch.keys():
-            raise ConfigError(f"collate_fn: {path!r} makes no batch of tokens and labels; {COLLATE_EXAMPLE}")
+            shown = ", ".join(map(str, sample)) if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+            raise ConfigError(
+                f"collate_fn: {path!r} makes no tokens and labels of samples of {section.path} ({shown or 'empty'}). "
+                f"Allowed: samples like those of torchtune.datasets.chat_dataset; for example collate_fn={PADDED}"
+            )
     return indexed, collate
 
 
-def _check_first_sample(section: Component, dataset: Dataset) -> None:
-    if not len(dataset):  # type: ignore[arg-type]
-        return
-    with _explained_errors(section, dataset):
-        sample = dataset[0]
-    is_mapping = isinstance(sample, Mapping)
-    if not is_mapping or not {"tokens", "labels"} <= sample.keys():
-        shown = (", ".join(map(str, sample)) or "empty") if is_mapping else f"a {type(sample).__name__}"
-        raise ConfigError(
-            f"{section.key}: samples of {section.path} are {shown}. Allowed: samples with tokens and labels, such as "
-            "samples of torchtune.datasets.chat_dataset"
-        )
-
-
 class IndexedErrorDataset(Dataset):
-    """A dataset whose errors name the sample; with named=False (a user's own dataset) they keep their traceback."""
+    """A dataset whose errors name the sample, as `_explained_errors` does."""
 
-    def __init__(self, dataset: Dataset, key: str, packed: bool = False, named: bool = True) -> None:
-        self.dataset, self.key, self.packed, self.named = dataset, key, packed, named
+    def __init__(self, dataset: Dataset, section: Component, packed: bool = False) -> None:
+        self.dataset, self.section, self.packed = dataset, section, packed
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, i: int) -> Any:
-        try:
+        if i >= len(self):
+            raise IndexError(i)  # ends a loop
+        with _explained_errors(self.section, f"sample {i}, counted from 0", self.dataset):
             return self.dataset[i]
-        except Exception as e:
-            # Python ends a loop by an IndexError past the end.
-            if i >= len(self) or isinstance(e, ConfigError) or not self.named:
-                raise
-            raise ConfigError(f"{self.key}: its sample {i}, counted from 0, cannot be read: {_root_cause(e)}") from e
 
 
 def _is_torchtunes(section: Component) -> bool:
     return section.path.startswith("torchtune.")
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first error of a chain: later errors often only say that reading failed."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return repr(error)
-
-
 @contextmanager
-def _explained_errors(section: Component, dataset: Dataset | None = None) -> Iterator[None]:
+def _explained_errors(section: Component, what: str, dataset: Dataset | None = None) -> Iterator[None]:
     """Turn errors of a torchtune dataset into ConfigErrors; errors of a user's own dataset keep their traceback."""
     try:
         yield
     except Exception as e:
         if isinstance(e, ConfigError) or not _is_torchtunes(section):
             raise
-        if type(e).__module__.partition(".")[0] == "datasets":  # broken files, not missing columns
-            raise ConfigError(f"{section.key}: {section.path} cannot read its files: {_root_cause(e)}") from e
+        cause: BaseException = e
+        while isinstance(cause.__cause__, Exception):  # later errors often only say that reading failed
+            cause = cause.__cause__
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
-        there = f" Its columns: {', '.join(columns)}." if columns else ""
-        raise ConfigError(
-            f"{section.key}: {section.path} cannot read its samples ({e!r}).{there} Choose the columns with "
-            f"column, column_map or conversation_column; for example {section.key}.column=text"
-        ) from e
+        there = f". Its columns: {', '.join(columns)}; for example {section.key}.column=text" if columns else ""
+        raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e

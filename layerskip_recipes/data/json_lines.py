@@ -36,10 +36,9 @@ def read_json_lines(path: str, key: str) -> dict[int, dict[str, Any]]:
             content = file.read()
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as e:
         raise ConfigError(f"{key}: {path!r} cannot be read ({e}). Give a file with a JSON object on each line") from e
-    parsed = parse_json_lines(content)
-    objects = {number: line for number, line in parsed.items() if isinstance(line, dict)}
-    broken = [number for number in parsed if number not in objects]
-    if broken:
-        others = f" (also lines {', '.join(map(str, broken[1:9]))})" if len(broken) > 1 else ""
-        raise ConfigError(f"{key}: {path!r} line {broken[0]}: {bad_line_message(str(parsed[broken[0]]))}{others}")
+    objects: dict[int, dict[str, Any]] = {}
+    for number, line in parse_json_lines(content).items():
+        if not isinstance(line, dict):
+            raise ConfigError(f"{key}: {path!r} line {number}: {bad_line_message(line)}")
+        objects[number] = line
     return objects

@@ -129,10 +129,6 @@ def heldout_prompts(
                 if len(before) >= characters:
                     prompts.append(before[-characters:])
                 break
-    if not prompts:
-        raise ConfigError(
-            f"prompts.characters: {characters} is too long for all held-out files; for example prompts.characters=450"
-        )
     check("prompts.count", count, Annotated[int, Field(ge=1, le=len(prompts), examples=[min(8, len(prompts))])])
     return [prompts[i * len(prompts) // count] for i in range(count)]
 

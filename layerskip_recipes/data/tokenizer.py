@@ -31,32 +31,77 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 # Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False,
 # cannot show special tokens, and does not read special_tokens_map.json.
 class HFTokenizer(ModelTokenizer, Transform):
-    """Encodes texts, and messages with a chat template; made by `hf_tokenizer`.
+    """Encodes texts, and messages with a chat template; for torchtune's datasets, collators and generation recipes.
 
     `bos_id` and `eos_id` may be None. `pad_id` is eos_id or 0 if the model has no padding token. `stop_tokens` has eos,
     other stop tokens of the model, and the end of an assistant's turn. `vocab_size` is the largest id + 1.
+
+    Args:
+        path: a folder with a tokenizer.json, a run of layerskip_finetune, or a name on the hub.
+        max_seq_len: truncate messages to this number of tokens. None: never.
+        chat_template: Jinja text. None: the folder's default template or, without one, the plain texts.
+        truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
+
+    Raises:
+        ConfigError: if tokenizer.json is missing, or an argument is out of range.
     """
 
+    @checked_arguments("tokenizer.")
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        chat_template: str,
-        named_tokens: Mapping[str, str],
-        bos_id: int | None,
-        eos_id: int | None,
-        pad_id: int | None,
-        stop_tokens: Sequence[int],
-        max_seq_len: int | None,
-        truncation_type: str,
+        path: Annotated[Text, Field(examples=["/tmp/SmolLM2-135M-Instruct"])],
+        max_seq_len: Annotated[PositiveInt, Field(examples=[2048])] | None = None,
+        chat_template: str | None = None,
+        truncation_type: Literal["right", "left"] = "right",
     ) -> None:
         self.max_seq_len, self.truncation_type = max_seq_len, truncation_type
-        self.bos_id, self.eos_id = bos_id, eos_id
-        self.pad_id = next(i for i in (pad_id, eos_id, 0) if i is not None)
+        # Read the folder's files.
+        folder = model_folder(path, "tokenizer.path")
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
+                "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        config = _read_json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
+            config |= _read_json(folder / "special_tokens_map.json")
+        generation_config = _read_json(folder / "generation_config.json")
+        try:
+            tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # tokenizers raises nothing more specific
+            raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
+        tokenizer.no_padding()  # some folders contain settings of the run that saved them
+        tokenizer.no_truncation()
+        # Find the special tokens. A token is written as text, or as a mapping with its flags.
+        given = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
+        named = {key: token if isinstance(token, str) else token["content"] for key, token in given.items()}
+        # Register special tokens that are only in the base vocabulary: they would be split up in a text.
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        missing = [t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None]
+        tokenizer.add_special_tokens(missing)
         self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._tokenizer = tokenizer
-        self.template = ChatTemplate(chat_template, named_tokens, [*self.special_tokens])
-        stops = [eos_id, *stop_tokens, self.special_tokens.get(self.template.end_of_turn() or "")]
+        # Choose bos, eos and pad.
+        stop_ids = generation_config.get("eos_token_id")
+        stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
+        bos_id, eos_id, pad_id = (
+            tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
+        )
+        if bos_id is None:
+            bos_id = generation_config.get("bos_token_id")
+        # Ignore a bos token that is never added to texts, as in GPT-2 and SmolLM2.
+        adds_bos = bos_id in tokenizer.encode("").ids or config.get("add_bos_token") is True
+        self.bos_id = bos_id if adds_bos else None
+        self.eos_id = next((i for i in (eos_id, *stop_ids) if i is not None), None)
+        self.pad_id = next(i for i in (pad_id, self.eos_id, 0) if i is not None)
+        # Choose the chat template.
+        source = chat_template or default_template(folder, config)
+        if source is None:
+            source = PLAIN_TEMPLATE
+            ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+            named = {key: "" if i is None else tokenizer.id_to_token(i) or "" for key, i in ends.items()}
+        self.template = ChatTemplate(source, named, [*self.special_tokens])
+        stops = [self.eos_id, *stop_ids, self.special_tokens.get(self.template.end_of_turn() or "")]
         self.stop_tokens = list(dict.fromkeys(i for i in stops if i is not None))
 
     @property
@@ -130,65 +175,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         return truncate(tokens, limit, eos_id), truncate(mask, limit, None if eos_id is None else True)
 
 
-@checked_arguments("tokenizer.")
-def hf_tokenizer(
-    path: Annotated[Text, Field(examples=["/tmp/SmolLM2-135M-Instruct"])],
-    max_seq_len: Annotated[PositiveInt, Field(examples=[2048])] | None = None,
-    chat_template: str | None = None,
-    truncation_type: Literal["right", "left"] = "right",
-) -> HFTokenizer:
-    """A tokenizer for torchtune's datasets, collators and generation recipes.
-
-    Args:
-        path: a folder with a tokenizer.json, a run of layerskip_finetune, or a name on the hub.
-        max_seq_len: truncate messages to this number of tokens. None: never.
-        chat_template: Jinja text. None: the folder's default template or, without one, the plain texts.
-        truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
-
-    Raises:
-        ConfigError: if tokenizer.json is missing, or an argument is out of range.
-    """
-    # Read the folder's files.
-    folder = model_folder(path, "tokenizer.path")
-    if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
-            "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    config = _read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
-        config |= _read_json(folder / "special_tokens_map.json")
-    generation_config = _read_json(folder / "generation_config.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as e:  # tokenizers raises nothing more specific
-        raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
-    tokenizer.no_padding()  # some folders contain settings of the run that saved them
-    tokenizer.no_truncation()
-    # Find the special tokens. A token is written as text, or as a mapping with its flags.
-    given = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
-    named = {key: token if isinstance(token, str) else token["content"] for key, token in given.items()}
-    # Register special tokens that are only in the base vocabulary: they would be split up in a text.
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None])
-
-    stop_ids = generation_config.get("eos_token_id")
-    stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
-    bos_id, eos_id, pad_id = (tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
-    if eos_id is None and stop_ids:
-        eos_id = stop_ids[0]
-    if bos_id is None:
-        bos_id = generation_config.get("bos_token_id")
-    # Ignore a bos token that is never added to texts, as in GPT-2 and SmolLM2.
-    if bos_id not in tokenizer.encode("").ids and config.get("add_bos_token") is not True:
-        bos_id = None
-    # Choose the chat template.
-    source = chat_template or default_template(folder, config)
-    if source is None:
-        source = PLAIN_TEMPLATE
-        ends = {"bos_token": bos_id, "eos_token": eos_id}
-        named = {key: "" if i is None else tokenizer.id_to_token(i) or "" for key, i in ends.items()}
-    return HFTokenizer(tokenizer, source, named, bos_id, eos_id, pad_id, stop_ids, max_seq_len, truncation_type)
+hf_tokenizer = HFTokenizer  # its name in configs
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -19,44 +18,31 @@ Plan = Mapping[str, ParallelStyle]
 EXAMPLE_PLAN = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
 
 
-def check_processes(
-    model: TransformerDecoder, dim: int | None, plan: Component | None, device: str | None = None
-) -> int:
+def check_processes(model: TransformerDecoder, dim: int | None, plan: Component | None) -> int:
     """The number of ranks that share each matrix; raises a ConfigError if the model cannot be split.
 
     `dim` and `plan` are `tensor_parallel_dim` and `tensor_parallel_plan`; a plan without a dim means all ranks.
     """
-    processes, styles = num_processes(), read_plan(plan)
-    dim = dim or (1 if styles is None else processes)
+    processes = num_processes()
+    dim = dim or (1 if plan is None else processes)
     attn = model.layers[0].attn
     divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
+    if not isinstance(attn, MultiHeadAttention):
+        divided[f"the parts that a {type(attn).__name__} can be split into"] = 1
     largest = math.gcd(*divided.values())
     for what, number in divided.items():
         if number % dim:
             allowed = ", ".join(str(d) for d in range(1, largest + 1) if largest % d == 0)
-            raise _wrong("tensor_parallel_dim", f"{dim} does not divide {what}, {number}", allowed, largest)
-    if dim > 1 and not isinstance(attn, MultiHeadAttention):
-        raise _wrong("tensor_parallel_dim", f"{dim} cannot split a {type(attn).__name__}", "1", 1)
-    if dim > 1 and styles is None:
-        raise _wrong("tensor_parallel_plan", f"missing with tensor_parallel_dim {dim}", "a component", EXAMPLE_PLAN)
-    if processes > 1 and device not in (None, "cpu", "cuda"):
-        raise _wrong("device", f"{device!r} with {processes} processes", "cpu, cuda (a GPU for each)", "cuda")
+            raise ConfigError(
+                f"tensor_parallel_dim: {dim} does not divide {what}, {number}. Allowed: {allowed}; for example "
+                f"tensor_parallel_dim={largest}"
+            )
+    if dim > 1 and plan is None:
+        raise ConfigError(
+            f"tensor_parallel_plan: missing with tensor_parallel_dim {dim}. Allowed: a component; for example "
+            f"tensor_parallel_plan={EXAMPLE_PLAN}"
+        )
     return dim
-
-
-def read_plan(section: Component | None) -> Plan | None:
-    """The plan of `tensor_parallel_plan`; raises a ConfigError if the component builds something else."""
-    if section is None:
-        return None
-    plan = section.build()
-    if not isinstance(plan, dict) or not all(isinstance(style, ParallelStyle) for style in plan.values()):
-        given = f"{section.path} makes a {type(plan).__name__}"
-        raise _wrong("tensor_parallel_plan", given, "a dict of module names to ParallelStyle", EXAMPLE_PLAN)
-    return plan
-
-
-def _wrong(key: str, given: str, allowed: str, example: Any) -> ConfigError:
-    return ConfigError(f"{key}: {given}. Allowed: {allowed}; for example {key}={example}")
 
 
 def parallelize(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Plan) -> None:

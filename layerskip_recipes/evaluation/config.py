@@ -10,9 +10,8 @@ from typing_extensions import Self
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
-from layerskip_recipes.config.paths import PICTURES, check_ending
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Flag, Layers, PositiveInt, Text
+from layerskip_recipes.config.schema import Flag, Layers, Picture, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import GenerateConfig, check_exit_or_drafts
@@ -56,7 +55,7 @@ class EvalConfig(RecipeConfig):
     """The layers to measure as exits, such as "0::4" or "3,7"; null for all. The last exit is always measured."""
     num_speculations: Annotated[int, Field(ge=1, examples=[6])] | None = None
     """The draft length for the expected number of accepted tokens per round; null is 6."""
-    picture: Annotated[Text, Field(examples=["exits.png"])] | None = None
+    picture: Picture | None = None
     """A .png, .pdf or .svg file for a plot of loss and agreement over the exits of every checkpoint."""
 
     tasks: Annotated[list[Text], Field(min_length=1, examples=["[arc_easy]"])] | None = None
@@ -95,8 +94,6 @@ class EvalConfig(RecipeConfig):
                 "self_speculation.draft: it was trained for unquantised weights, and layerskip_eval quantises them "
                 "before reading the draft. Set quantizer=null; draft_quantizer quantises the draft"
             )
-        yield from mistakes_of(check_ending, "report", self.report, [".json"])
-        yield from mistakes_of(check_ending, "picture", self.picture, PICTURES)
         yield from mistakes_of(check_checkpointer, self)
         for name, other in self.checkpoints().items():
             yield from mistakes_of(other.checkpointer.check)

@@ -154,7 +154,7 @@ class GenerateConfig(DecodingConfig):
 
     def _check_processes(self, model: LayerSkipDecoder) -> Iterator[str]:
         """Check what several processes cannot do."""
-        parallel = check_processes(model, self.tensor_parallel_dim, self.tensor_parallel_plan, self.device)
+        parallel = check_processes(model, self.tensor_parallel_dim, self.tensor_parallel_plan)
         if num_processes() == 1:
             return
         if self.compile and parallel < num_processes():

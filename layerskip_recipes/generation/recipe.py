@@ -12,7 +12,7 @@ from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
-from layerskip_recipes.distributed.tensor_parallel import check_processes, read_plan
+from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
@@ -129,7 +129,8 @@ class LayerSkipGenerate:
         if self.section is not None and self.section.draft is not None:
             now, late = None, self.cfg.quantizer
         if num_processes() > 1:
-            plan = read_plan(self.cfg.tensor_parallel_plan)
+            section = self.cfg.tensor_parallel_plan
+            plan = None if section is None else section.build()
             self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
         else:
             self.model = load_decoder(self.cfg, self.device, now)

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchtune import utils
 
 from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_length
-from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 
@@ -28,7 +27,7 @@ class TrainingData:
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
         self.dataset, self._collate = load_data(cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device)
         self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
-        self._warned_of_cuts = not is_rank_zero()
+        self._warned_of_cuts = False
         self.num_samples = len(self.dataset)
         self.batch_size, self.shuffle, self.seed, self.mesh = cfg.batch_size, cfg.shuffle, seed, mesh
         self.samples_per_step = self.batch_size * cfg.gradient_accumulation_steps * mesh.data_size
@@ -61,11 +60,10 @@ class TrainingData:
 
     def order(self, epoch: int) -> list[int]:
         """The sample numbers of an epoch in training order, over all ranks."""
-        everyone: DistributedSampler = DistributedSampler(
-            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed, drop_last=True
-        )
-        everyone.set_epoch(epoch)
-        return list(everyone)
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        draw = torch.Generator().manual_seed(self.seed + epoch)  # as torch's DistributedSampler
+        return torch.randperm(self.num_samples, generator=draw).tolist()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """This rank's batches of an epoch, beginning with batch `start`."""

@@ -32,7 +32,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, describe_base, read_description, write_draft
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, describe_base, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -133,11 +133,8 @@ class Checkpoints:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
         if self.trained_file and self.resumed_from is not None and not self.sharded:
-            file = self.resumed_from / self.trained_file
             read = load_file if self.trained_file == DRAFT_FILE else partial(torch.load, weights_only=True)
-            if self.trained_file == DRAFT_FILE and is_rank_zero():
-                read_description(str(self.resumed_from), "resume_from_checkpoint")
-            trained = read(file) if is_rank_zero() else {}
+            trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}
         return weights, trained
 
     def base(self, weights: Weights | None) -> dict[str, Any]:
@@ -212,8 +209,6 @@ class Checkpoints:
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
-        if any(f"model.{name}" not in written for name in shards["model"]):
-            raise ConfigError(f"resume_from_checkpoint: {str(self.resumed_from)!r} lacks weights of this model")
         # Optimizer state is stored as state.PARAMETER.NAME.
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
         planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
@@ -310,21 +305,19 @@ def check_shared(folder: Path) -> None:
         )
 
 
-def _device_rng(device: torch.device) -> Any:
-    """The module that holds the device's random state: torch.cuda, torch.mps, torch.xpu, or torch itself."""
-    return torch if device.type == "cpu" else getattr(torch, device.type)
+def random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The states of all ranks' random generators by device type. Collective."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return from_every_rank(states)
 
 
-def random_states(device: torch.device) -> list[dict[str, Any]]:
-    """The states of all ranks' random generators. Collective."""
-    device_state = _device_rng(device).get_rng_state()
-    return from_every_rank({"cpu": torch.get_rng_state(), "device": device_state, "device_type": device.type})
-
-
-def restore_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
+def restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.device) -> None:
     """Restore this rank's generators. Ranks that the stopped run did not have keep their own seed."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank < len(states):
-        torch.set_rng_state(states[rank]["cpu"])
-        if states[rank]["device_type"] == device.type:
-            _device_rng(device).set_rng_state(states[rank]["device"])
+    own = states[rank] if rank < len(states) else {}
+    if "cpu" in own:
+        torch.set_rng_state(own["cpu"])
+    if device.type != "cpu" and device.type in own:
+        torch.get_device_module(device).set_rng_state(own[device.type])

@@ -73,36 +73,10 @@ def kl_divergence_(logits: torch.Tensor, teacher: torch.Tensor, scale: torch.Ten
     return total
 
 
-def overlap_loss_(
-    logits: torch.Tensor,
-    target: tuple[torch.Tensor, torch.Tensor | None],
-    scale: torch.Tensor | float = 1.0,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """1 - sum_j min(p_j, q_j) summed over tokens: the rate at which drafts sampled from q are rejected.
-
-    dLoss/dz_j = q_j (S - m_j), with m_j = 1 where q_j < p_j, else 0, and S = sum_j m_j q_j. The target is a pair: the
-    teacher's logits [n, v], and the target of another loss to add (see `token_loss_`) or None.
-    """
-    teacher, beside = target
-    other = None if beside is None else logits.clone()
-    exact = at_least_fp32(logits)
-    p, q = teacher.softmax(-1, dtype=exact), logits.softmax(-1, dtype=exact)
-    total = (1 - torch.minimum(p, q).sum(-1)).sum()
-    below = (q < p).to(exact)
-    logits.copy_(q * ((q * below).sum(-1, keepdim=True) - below) * scale)
-    if other is not None:
-        total = total + token_loss_(other, beside, scale, label_smoothing)
-        logits += other
-    return total
-
-
 def token_loss_(
-    logits: torch.Tensor, target: Any, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
+    logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float = 1.0, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """`cross_entropy_` for labels [n], `kl_divergence_` for a teacher's logits [n, v], `overlap_loss_` for a pair."""
-    if isinstance(target, tuple):
-        return overlap_loss_(logits, target, scale, label_smoothing)
+    """`cross_entropy_` for labels [n], `kl_divergence_` for a teacher's logits [n, v]."""
     if target.dim() == 2:
         return kl_divergence_(logits, target, scale)
     return cross_entropy_(logits, target, scale, label_smoothing)
@@ -138,15 +112,10 @@ def exit_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, a scalar, and the detached mean loss of each exit.
 
-    The weights are known beforehand, so each chunk's gradient is final once its logits exist. One accumulator serves
-    the head for all exits, and each exit keeps one gradient of its hidden state's size. The head computes in the hidden
-    states' dtype, or autocast's; gradients are summed in fp32.
-
-    Args:
-        head: g, within the forward pass of its decoder.
-        hidden: x_E [b, s, d] of each exit.
-        labels: [b * s]; only the rows `counted` [n] get logits.
-        teacher: maps row indices to a target that replaces the labels of the first `taught` exits.
+    `hidden` has x_E [b, s, d] of each exit. Of labels [b * s] only the rows `counted` [n] get logits. `teacher` maps
+    row indices to a target that replaces the labels of the first `taught` exits. The weights are known beforehand, so
+    each chunk's gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
+    gradients are summed in fp32.
     """
     return _ExitLosses.apply(
         chunk_loss,
@@ -233,10 +202,7 @@ def _loss_and_gradient(
     scale: torch.Tensor,
     buffer: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one chunk x [n, d], and the gradient of scale * loss with respect to x.
-
-    The gradients of the head's leaves are added to `sums`, which holds None for frozen ones.
-    """
+    """The loss of a chunk x [n, d] and the gradient of scale * loss by x. Adds the leaves' gradients to `sums`."""
     x = x.detach().requires_grad_()
     h = head.normed(x)
     matrix = head.matrix
@@ -260,10 +226,7 @@ def _loss_and_gradient(
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [v, d] += a [v, n] b [n, d], in the dtype of a and b or in fp32.
-
-    A GPU does so in one pass. On a CPU, and before torch 2.8, the product is first rounded to the dtype of a and b.
-    """
+    """total [v, d] += a [v, n] b [n, d]; on a CPU and before torch 2.8 rounded to the dtype of a and b before."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):

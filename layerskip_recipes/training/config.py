@@ -5,10 +5,9 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
-from torchtune.training import setup_torch_profiler
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
 from layerskip_recipes.config.choices import Choices
@@ -40,16 +39,9 @@ from layerskip_recipes.training.plan import choose_training
 
 
 def _with_default_component(section: Any) -> Any:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f": {section!r} is not allowed. Allowed: a section like torchtune's, or null")
-    return {"_component_": "torchtune.training.setup_torch_profiler", **section}
-
-
-def _is_torchtunes_profiler(profiler: Component) -> Component:
-    if profiler.target is not setup_torch_profiler:
-        allowed = "torchtune.training.setup_torch_profiler"
-        raise ConfigError(f"._component_: {profiler.path!r} is not allowed. Allowed: {allowed}")
-    return profiler
+    if isinstance(section, Mapping):
+        return {"_component_": "torchtune.training.setup_torch_profiler", **section}
+    return section
 
 
 Count = PositiveInt | None
@@ -58,16 +50,17 @@ Count = PositiveInt | None
 class FinetuneConfig(RecipeConfig):
     """The keys of `layerskip_finetune`: torchtune's, plus `layer_dropout` and `early_exit_loss`, or `draft`."""
 
-    # `RunLog` adds these keys to the logged config, which can be run again.
-    IGNORED: ClassVar[Mapping[str, type]] = {"versions": dict, "curriculum": dict}
+    # `RunLog` adds `versions` to the logged config, which can be run again. `low_cpu_ram` is in torchtune's configs.
+    IGNORED: ClassVar[Mapping[str, type]] = {"versions": dict, "low_cpu_ram": bool}
     REFUSED: ClassVar[Mapping[str, str]] = {
         "fsdp": "sharding needs no section. Offloading is fsdp_cpu_offload",
         "quantizer": "it is for quantisation-aware training",
     }
     REQUIRES: ClassVar = {
-        "dataset_val": ("run_val_every_n_steps", "batch_size_val", "max_batches_val", "layers_val"),
+        "dataset_val": ("run_val_every_n_steps", "max_batches_val", "layers_val"),
         "save_every_n_steps": ("enable_async_checkpointing",),
         "ac_mode": ("ac_option",),
+        "tensor_parallel_dim": ("tensor_parallel_plan",),
     }
 
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])]
@@ -112,8 +105,6 @@ class FinetuneConfig(RecipeConfig):
     """One of `torchtune.training.lr_schedulers`; null keeps the learning rate."""
     clip_grad_norm: Annotated[float, Field(ge=0, examples=[1.0])] | Literal["inf"] | None = None
     """Largest norm of the gradient; "inf" logs the norm without clipping."""
-    init_std: Annotated[float, Field(gt=0, examples=[0.02])] | None = None
-    """Standard deviation of fresh weights, 0.02 by default."""
     compile: Flag = False
     """Compile the layers and the loss; a GPU always compiles the loss."""
 
@@ -143,8 +134,6 @@ class FinetuneConfig(RecipeConfig):
 
     save_adapter_weights_only: Flag = False
     """Save only the adapters, without the merged model."""
-    low_cpu_ram: Flag = False
-    """When saving a checkpoint, unpack QLoRA's weights into a file instead of memory."""
 
     save_every_n_steps: Annotated[int, Field(ge=1, examples=[500])] | None = None
     """Also write a checkpoint `step_N` every so many steps, besides `epoch_N` after each epoch."""
@@ -159,17 +148,14 @@ class FinetuneConfig(RecipeConfig):
     same. `epochs` may grow; a changed dataset, curriculum or model is refused."""
 
     dataset_val: Datasets | None = None
-    """Held-out data, like `dataset`; measured before the first step and after the last."""
+    """Held-out data, like `dataset`; measured before the first step and after the last, `batch_size` samples at a
+    time."""
     run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
     """Also measure `dataset_val` every so many steps."""
-    batch_size_val: Count = None
-    """Batch size for `dataset_val`; null is `batch_size`."""
     max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
     """At most this many batches of `dataset_val` per process."""
     layers_val: Layers | None = None
     """The layers whose exits are measured; null: all."""
-    val_loss_margin: Annotated[float, Field(ge=0, examples=[0.05])] = 0.05
-    """Warn if the last layer's loss on `dataset_val` exceeds its value at the start by more than this fraction."""
 
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
     """torch's `set_deterministic_debug_mode`."""
@@ -179,10 +165,7 @@ class FinetuneConfig(RecipeConfig):
     """Log the metrics every so many steps."""
     log_peak_memory_stats: Flag = False
     """Also log the GPU's peak memory."""
-    profiler: (
-        Annotated[Component, BeforeValidator(_with_default_component), AfterValidator(_is_torchtunes_profiler), Takes()]
-        | None
-    ) = None
+    profiler: Annotated[Component, BeforeValidator(_with_default_component), Takes()] | None = None
     """torchtune's profiler section; records if `enabled: true`."""
 
     def choose(self, choices: Choices) -> None:
@@ -261,86 +244,74 @@ class FinetuneConfig(RecipeConfig):
                 "enable_activation_offloading: True needs every layer checkpointed, since it would also copy the "
                 "weights of the other layers; for example enable_activation_checkpointing=true ac_mode=null"
             )
-        for rule in (
-            self._check_optimizer,
-            self._check_adapters,
-            self._check_checkpointer,
-            self._check_sharded_layers,
-            self._check_draft,
-            self._check_sections,
-        ):
-            yield from mistakes_of(rule)
+        yield from mistakes_of(self._check_optimizer)
+        yield from mistakes_of(self._check_adapters)
+        yield from mistakes_of(check_checkpointer, self, trains=True)
+        yield from mistakes_of(self._check_sections)
+        if self.draft is not None:
+            yield from self._check_draft()
 
-    def _check_optimizer(self) -> None:
+    def _check_optimizer(self) -> Iterator[str]:
         """Build optimizer and schedule once for a single number: they may refuse their arguments."""
         conflicts = {
-            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
-            "clip_grad_norm": self.clip_grad_norm is not None,
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 1, "1"),
+            "clip_grad_norm": (self.clip_grad_norm is not None, "null"),
             # Offloaded gradients may still be on their way when the optimizer steps (pytorch 180666).
-            "fsdp_cpu_offload": self.fsdp_cpu_offload,
+            "fsdp_cpu_offload": (self.fsdp_cpu_offload, "false"),
         }
-        for key in (key for key, given in conflicts.items() if given and self.optimizer_in_bwd):
-            off = {"gradient_accumulation_steps": 1, "clip_grad_norm": "null"}.get(key, "false")
-            raise ConfigError(
-                f"{key}: {getattr(self, key)} does not go with optimizer_in_bwd, which steps at each backward. Set "
-                f"{key}={off} or optimizer_in_bwd=false"
-            )
+        for key, (given, off) in conflicts.items():
+            if given and self.optimizer_in_bwd:
+                yield (
+                    f"{key}: {getattr(self, key)} does not go with optimizer_in_bwd, which steps at each backward. Set "
+                    f"{key}={off} or optimizer_in_bwd=false"
+                )
         optimizer = self.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
         if self.lr_scheduler is not None:
             self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
 
-    def _check_adapters(self) -> None:
+    def _check_adapters(self) -> Iterator[str]:
         safe = self.checkpointer.get("safe_serialization") is not False
         adapters_only = self.save_adapter_weights_only
         check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
         if packs_weights(self.model):
             check_nf4(self.meta_model, num_processes(), any_size=is_hf_decoder(self.meta_model))
         if adapter_names(self.meta_model) and starts_from_scratch(self.checkpointer):
-            raise ConfigError(
+            yield (
                 f"checkpointer.checkpoint_files: missing, but the adapters of {self.model.path} need base weights; "
                 "for example [model.safetensors]"
             )
         if adapter_names(self.meta_model) and self.optimizer_in_bwd:
-            raise ConfigError(
-                "optimizer_in_bwd: True saves no memory with adapters, whose gradients are small. Set it false"
-            )
+            yield "optimizer_in_bwd: True saves no memory with adapters, whose gradients are small. Set it false"
 
-    def _check_checkpointer(self) -> None:
-        check_checkpointer(self, trains=True)
-
-    def _check_sections(self) -> None:
-        """Layers and exits must exist in the model."""
+    def _check_sections(self) -> Iterator[str]:
+        """Layers, exits and modules must exist in the model."""
         assert self.validated_exits
         if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
-            raise ConfigError("layer_dropout: is set both in the model section and at top level; keep one")
+            yield "layer_dropout: is set both in the model section and at top level; keep one"
+        # FSDP gathers weights in a forward pass, which a ModuleList lacks. `output` may name a tied head.
+        modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
+        for name in (name for name in self.custom_sharded_layers or () if name not in modules):
+            yield (
+                f"custom_sharded_layers: {name!r} is no module of the model. "
+                f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
+                "custom_sharded_layers=[tok_embeddings,output]"
+            )
         self.build_layer_dropout()
         self.exit_loss.enabled(self.num_layers, 0, 1)
 
-    def _check_draft(self) -> None:
+    def _check_draft(self) -> Iterator[str]:
         """A draft is trained for a frozen model."""
-        if self.draft is None:
-            return
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
-                raise ConfigError(f"{key}: does nothing with draft, which freezes the model. Set {key}=null")
+                yield f"{key}: does nothing with draft, which freezes the model. Set {key}=null"
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
-            raise ConfigError(
+            yield (
                 f"draft: needs a trained model, and this one has {what}. Allowed: a model section without LoRA, and a "
                 "checkpointer that reads weights; or draft=null"
             )
         if (self.tensor_parallel_dim or 1) > 1:
-            raise ConfigError(
+            yield (
                 f"tensor_parallel_dim: {self.tensor_parallel_dim} does not go with draft; FSDP shards it: "
                 "tensor_parallel_dim=null"
-            )
-
-    def _check_sharded_layers(self) -> None:
-        """FSDP gathers weights in a forward pass, which a ModuleList lacks. `output` may name a tied head."""
-        modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
-        for name in (name for name in self.custom_sharded_layers or () if name not in modules):
-            raise ConfigError(
-                f"custom_sharded_layers: {name!r} is no module of the model. "
-                f"{nearest(name, {m for m in modules if m and 'layers' not in m})}; for example "
-                "custom_sharded_layers=[tok_embeddings,output]"
             )

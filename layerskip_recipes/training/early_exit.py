@@ -16,11 +16,10 @@ from layerskip_recipes.config.schema import Auto, Layers, PositiveInt, Section, 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
-Target = Literal["labels", "last_layer", "overlap", "overlap+last_layer", "overlap+labels"]
 Scale = Annotated[float, Field(ge=0, examples=[0.2])]
 Interval = Annotated[int, Field(ge=1, examples=[8])]
 
@@ -123,10 +122,9 @@ class EarlyExitLossSection(Section):
     """How an exit's weight grows with depth; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None
     """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
-    target: Target = "labels"
+    target: Literal["labels", "last_layer"] = "labels"
     """What the early exits learn: `labels`, as in the paper; `last_layer`, the last layer's distribution, by
-    KL(p_L || p_E); `overlap` with that distribution, by 1 - sum(min(p_L, p_E)), the rate at which sampled drafts are
-    rejected; or `overlap` plus one of the others. The last layer always learns the labels."""
+    KL(p_L || p_E). The last layer always learns the labels."""
 
 
 class EarlyExitLoss:
@@ -148,8 +146,11 @@ class EarlyExitLoss:
         self.scale, self.scale_fn = section.scale, section.scale_fn
         self.curriculum, self.interval, self.layers = section.curriculum, section.interval, section.layers
         self.chunk_tokens, self.target = section.chunk_tokens, section.target
-        self.label_smoothing = label_smoothing
-        self.chunk_loss: ChunkLoss = self._chunk_loss
+
+        def chunk_loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return token_loss_(logits, target, scale, label_smoothing)
+
+        self.chunk_loss: ChunkLoss = chunk_loss
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
         """`enabled_exits` of this loss."""
@@ -163,13 +164,6 @@ class EarlyExitLoss:
         ]
         weights = exit_weights(num_layers, [any(on) for on in zip(*sets, strict=True)], self.scale, self.scale_fn)
         return (weights.nonzero()[:, 0] + 1).tolist()
-
-    def compile(self) -> None:
-        self.chunk_loss = compiled(self._chunk_loss)
-
-    def _chunk_loss(self, logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The summed loss of a chunk; its gradient replaces the logits."""
-        return token_loss_(logits, target, scale, label_smoothing=self.label_smoothing)
 
     def __call__(
         self,
@@ -220,13 +214,7 @@ class EarlyExitLoss:
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]
             final = x.detach().flatten(0, 1)
-
-            def taught(rows: Any) -> Any:
-                logits = head(final[rows])
-                beside = {"overlap": None, "overlap+last_layer": logits, "overlap+labels": labels[rows]}
-                return (logits, beside[self.target]) if self.target in beside else logits
-
-            teacher = None if self.target == "labels" else taught
+            teacher = None if self.target == "labels" else lambda rows: head(final[rows])
             arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1)
             losses.extend(exit_losses(head, states, of_exits, *arguments))
 

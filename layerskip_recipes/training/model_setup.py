@@ -55,7 +55,7 @@ def build_model(
         if state is None and several:
             with training.set_default_dtype(cfg.torch_dtype):
                 fresh = layerskip_decoder(cfg.model.build())
-                initialise(fresh, cfg.init_std)
+                initialise(fresh)
                 state = fresh.state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
@@ -84,7 +84,7 @@ def _place(
         return part
     checkpoint_layers(part, checkpoint_every)
     if isinstance(part, LayerSkipDecoder) and state is None:
-        initialise(part, cfg.init_std)
+        initialise(part)
     else:
         part.load_state_dict(state or {})
     return part
@@ -109,7 +109,7 @@ def fresh_draft(draft: Draft, base: Weights) -> Weights:
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of the adapters, by checkpoint name; empty for a model without adapters.
 
-    Returns the parameters themselves: a state_dict would unpack NF4 weights, and with low_cpu_ram copy them all. `meta`
+    Returns the parameters themselves: a state_dict would unpack all NF4 weights. `meta`
     is the model before sharding or wrapping.
     """
     names = set(adapter_names(meta))

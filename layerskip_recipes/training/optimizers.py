@@ -38,7 +38,7 @@ class Optimizers:
         else:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
-        if isinstance(self.all[0], StochasticAdamW) and trained[0].dtype is torch.bfloat16 and is_rank_zero():
+        if isinstance(self.all[0], StochasticAdamW) and trained[0].dtype is torch.bfloat16:
             log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
         for group in (group for one in self.all for group in one.param_groups):
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.

@@ -41,7 +41,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and cfg.optimizer.path == ADAMW:
         names = parameter_names(ROUNDING) or set()
         taken = {name: value for name, value in cfg.optimizer.arguments.items() if name in names}
-        choices.chosen["optimizer"] = Component({"_component_": ROUNDING, **taken}, "optimizer")
+        choices.set("optimizer", Component({"_component_": ROUNDING, **taken}, "optimizer"))
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
 
     # For other tokenizers, null is torchtune's "never truncate".

@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from torchtune.modules import common_utils
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from layerskip_recipes.training.checkpoints import (
     random_states,
     restore_random_state,
 )
+from layerskip_recipes.training.chunked_loss import compiled
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
@@ -44,7 +44,7 @@ from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
-from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, rank_zero_first, reshard
+from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, reshard
 from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation
 
@@ -72,7 +72,6 @@ class LayerSkipFinetune:
                 check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
-        common_utils._use_low_cpu_ram = cfg.low_cpu_ram  # for QLoRA's checkpoints
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # torchtune seeds each rank differently. Rank 0's seed is for what all ranks draw alike.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
@@ -80,13 +79,17 @@ class LayerSkipFinetune:
     def setup(self) -> None:
         """Load data, then weights: a mistake in the data costs no loading time."""
         cfg = self.cfg
-        if is_rank_zero():
-            config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
+        config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.loss: EarlyExitLoss | DraftLoss = cfg.exit_loss
         self.mesh = make_mesh(cfg, self.device)
-        with rank_zero_first():
-            tokenizer = self._setup_data()
-        self._warned_of_empty_step = not is_rank_zero()
+        # Rank 0 first: the others find the files that it downloads or writes. They may take as long.
+        if not is_rank_zero():
+            wait_for_all()
+        tokenizer = self._setup_data()
+        if is_rank_zero():
+            wait_for_all()
+        wait_for_all()
+        self._warned_of_empty_step = False
 
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
@@ -94,10 +97,10 @@ class LayerSkipFinetune:
         if state is not None:
             check_resumable(state["run"], self.fingerprint)
             self.seed = self.data.seed = state[training.SEED_KEY]
-            if cfg.seed not in (None, self.seed) and is_rank_zero():
+            if cfg.seed not in (None, self.seed):
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
-        self.log = RunLog(cfg, self.total_steps)
+        self.log = RunLog(cfg)
         self.losses = LossMeans()
         self._setup_model()
         if self.draft is not None:
@@ -110,8 +113,7 @@ class LayerSkipFinetune:
         self._setup_profiler()
         if state:
             self._restore(state)
-            if is_rank_zero():
-                log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.step} of {self.total_steps} steps done.")
+            log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.step} of {self.total_steps} steps done.")
 
     def _setup_data(self) -> Any:
         """Training and validation data. Returns the tokenizer."""
@@ -131,7 +133,7 @@ class LayerSkipFinetune:
     def _setup_model(self) -> None:
         cfg = self.cfg
         weights, trained = self.checkpoints.load_weights(cfg.meta_model)
-        if weights is None and is_rank_zero():
+        if weights is None:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
@@ -155,7 +157,7 @@ class LayerSkipFinetune:
             setattr(dynamo, name, max(getattr(dynamo, name), limit))
         # Always compile on a GPU: the eager loss reads and writes the logits several times more.
         if cfg.compile or self.device.type == "cuda":
-            self.loss.compile()
+            self.loss.chunk_loss = compiled(self.loss.chunk_loss)
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def _setup_profiler(self) -> None:
@@ -172,7 +174,7 @@ class LayerSkipFinetune:
     def train(self) -> None:
         """Run all epochs, with validation and checkpoints in between."""
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
-        if self.step >= self.total_steps and is_rank_zero():
+        if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
         self.profiler.start()
         if self.step == 0:
@@ -234,10 +236,8 @@ class LayerSkipFinetune:
             self._log(metrics | means | {"tokens_per_second_per_gpu": speed})
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
-        """Backward passes of a step's micro-batches, each weighted by its number of labels.
-
-        Returns this rank's number of labels that count, and its summed losses by name, "loss" first.
-        """
+        """Backward passes of a step's micro-batches. Returns this rank's number of labels that count, and its summed
+        losses by name, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
@@ -343,15 +343,14 @@ class LayerSkipFinetune:
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
-        if is_rank_zero():
-            log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
+        log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
     def _description(self) -> dict[str, Any]:
         """The content of layerskip.json: the trained exits or the draft, and how they were trained. Collective."""
         with self._computing():
             if isinstance(self.loss, DraftLoss):
                 measured = self.draft_statistics.measure(self.model, [], [], self.draft)
-                return describe(self.loss.draft, self.base, self.step, self.loss.section.target, measured)
+                return describe(self.loss.draft, self.base, self.step, measured)
             return self.draft_statistics.describe_exits(
                 self.cfg, self.model, self.loss.trained(self.cfg.num_layers, self.step, self.total_steps), self.step
             )
@@ -368,7 +367,7 @@ class LayerSkipFinetune:
             "run": self.fingerprint,
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: random_states(self.device),
-            "validation": {"first": self.validation.loss_at_start},
+            "loss_at_start": self.validation.loss_at_start,
             "draft_statistics": self.draft_statistics.state_dict(),
             "losses": self.losses.state_dict(),
         }
@@ -381,10 +380,9 @@ class LayerSkipFinetune:
             self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
-        self.validation.loss_at_start = state["validation"]["first"]
-        if "draft_statistics" in state:
-            self.draft_statistics.load_state_dict(state["draft_statistics"])
-            self.losses.load_state_dict(state["losses"], self.device)
+        self.validation.loss_at_start = state["loss_at_start"]
+        self.draft_statistics.load_state_dict(state["draft_statistics"])
+        self.losses.load_state_dict(state["losses"], self.device)
         restore_random_state(state[training.RNG_KEY], self.device)
 
     def cleanup(self) -> None:

@@ -2,7 +2,8 @@
 
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,45 +17,28 @@ from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 log = utils.get_logger("INFO")
 # A resumed run must have the same values for these keys. Other keys may change, such as lr, logging or the number of
 # ranks, and within these sections the memory settings of FREE_SETTINGS.
 SAME_KEYS = {
-    "model",
-    "dtype",
-    "compute_dtype",
-    "dataset",
-    "collate_fn",
-    "shuffle",
-    "layer_dropout",
-    "early_exit_loss",
-    "draft",
-    "loss",
-    "optimizer_in_bwd",
+    *("model", "dtype", "compute_dtype", "dataset", "collate_fn", "shuffle"),
+    *("layer_dropout", "early_exit_loss", "draft", "loss", "optimizer_in_bwd"),
 }
-FREE_SETTINGS = {
-    "early_exit_loss": ("chunk_tokens",),
-    "draft": ("chunk_tokens", "keep_states"),
-    "loss": ("num_output_chunks",),
-}
+FREE_SETTINGS = ("chunk_tokens", "keep_states", "num_output_chunks")
 STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
 
 
 class RunLog:
-    """The config's metric logger, on rank 0 only. It first logs config, versions and curriculum."""
+    """The config's metric logger, on rank 0 only. It first logs the config with versions."""
 
-    def __init__(self, cfg: FinetuneConfig, total_steps: int) -> None:
+    def __init__(self, cfg: FinetuneConfig) -> None:
         self._logger = None
         if is_rank_zero():
             self._logger = cfg.metric_logger.build()
-            extra: dict[str, Any] = {"versions": versions()}
-            if cfg.draft is None:
-                extra["curriculum"] = curriculum(cfg.exit_loss, cfg.num_layers, total_steps)
             logged: Any = OmegaConf.to_container(cfg.source)
-            self._logger.log_config(OmegaConf.create(logged | extra))
+            self._logger.log_config(OmegaConf.create(logged | {"versions": versions()}))
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         if self._logger is not None and metrics:
@@ -66,32 +50,28 @@ class RunLog:
 
 
 class LossMeans:
-    """The mean of each loss since the last log line, over the steps that computed it. Sums stay on the device."""
+    """The mean of each loss since the last log line, over the steps that computed it. Values stay on the device."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.steps: dict[str, int] = {}
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, names: Sequence[str], losses: torch.Tensor) -> None:
         """Add the losses of a step, [names]."""
         for name, loss in zip(names, losses.unbind(), strict=True):
-            self.sums[name] = self.sums[name] + loss if name in self.sums else loss
-            self.steps[name] = self.steps.get(name, 0) + 1
+            self.values[name].append(loss)
 
     def take(self) -> dict[str, float]:
         """The means, with exits in order. Starts anew."""
-        names = sorted(self.sums, key=lambda name: (len(name), name))
-        sums = torch.stack([self.sums[name] for name in names]).tolist()
-        means = {name: value / self.steps[name] for name, value in zip(names, sums, strict=True)}
-        self.sums, self.steps = {}, {}
-        return means
+        names = sorted(self.values, key=lambda name: (len(name), name))
+        means = torch.stack([torch.stack(self.values[name]).mean() for name in names]).tolist()
+        self.values.clear()
+        return dict(zip(names, means, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "steps": dict(self.steps)}
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: torch.stack(values).cpu() for name, values in self.values.items()}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.steps = dict(state["steps"])
+    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
+        self.values |= {name: [*values.to(device)] for name, values in state.items()}
 
 
 def versions() -> dict[str, str]:
@@ -103,19 +83,6 @@ def versions() -> dict[str, str]:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
     return found
-
-
-def curriculum(loss: EarlyExitLoss, num_layers: int, total_steps: int) -> dict[str, Any]:
-    """T, L, and each set of exits with the step at which it first has a loss."""
-    sets: dict[str, list[int]] = {}
-    # A rotation has `interval` sets. The gradual curriculum changes L times up to T/2.
-    changes = {-(-k * total_steps // (2 * num_layers)) for k in range(num_layers + 1)}
-    gradual = loss.curriculum == "gradual"
-    for step in sorted(changes) if gradual else range(min(total_steps, loss.interval)):
-        on = [layer + 1 for layer, enabled in enumerate(loss.enabled(num_layers, step, total_steps)) if enabled]
-        if on not in sets.values():
-            sets[f"step {step + 1}"] = on
-    return {"total_steps": total_steps, "num_layers": num_layers, "exits": sets}
 
 
 def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
@@ -132,42 +99,34 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
     fingerprint["steps in an epoch"] = data.steps_per_epoch
     fingerprint[STEPS] = data.total_steps
-    return _without_free_settings(fingerprint)
+    return fingerprint
 
 
-def _without_free_settings(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    kept = {
-        key: {name: value for name, value in section.items() if name not in FREE_SETTINGS.get(key, ())}
-        for key, section in fingerprint.items()
-        if isinstance(section, dict)
-    }
-    return fingerprint | kept
-
-
-def _first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first difference of two sections: its key and both values, None for a missing one."""
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys that `now` changes or that it lacks, with both values; None for a missing one."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
-        return key, before, now
+        yield key, before, now
+        return
     none = object()
-    name = next(name for name in [*now, *before] if before.get(name, none) != now.get(name, none))
-    return _first_difference(f"{key}.{name}", before.get(name), now.get(name))
+    for name in dict.fromkeys([*now, *before]):
+        if name not in FREE_SETTINGS and before.get(name, none) != now.get(name, none):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ConfigError that names the first changed setting."""
-    before = _without_free_settings(before)
-    for key, value in now.items():
-        noted = before.get(key)
+    """Raises a ConfigError that names the changed settings."""
+    changed = [*_differences({key: before.get(key) for key in now}, now)]
+    for key, noted, value in changed:
         if key == STEPS:
-            if noted != value and is_rank_zero():
-                log.warning(
-                    f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
-                    "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
-                    "progressive, learning rate schedules"
-                )
-        elif noted != value:
-            name, noted, value = _first_difference(key, noted, value)
-            raise ConfigError(
-                f"resume_from_checkpoint: {name} was {noted!r} and is {value!r} now. A resumed run must keep its "
-                "settings; to start anew set resume_from_checkpoint=false and another output_dir"
+            log.warning(
+                f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
+                "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
+                "progressive, learning rate schedules"
             )
+    if mistakes := [
+        f"resume_from_checkpoint: {key} was {noted!r} and is {value!r} now. A resumed run must keep its settings; to "
+        "start anew set resume_from_checkpoint=false and another output_dir"
+        for key, noted, value in changed
+        if key != STEPS
+    ]:
+        raise ConfigError(*mistakes)

@@ -5,13 +5,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
 from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
@@ -21,6 +20,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh, reshard
 
 log = utils.get_logger("INFO")
+MARGIN = 0.05  # a larger relative rise of the last layer's loss gives a warning
 
 
 class PadToRanks(Dataset):
@@ -39,7 +39,7 @@ class PadToRanks(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i < len(self.dataset):
             return self.dataset[i]
-        sample = self.dataset[i - len(self.dataset)]
+        sample = self.dataset[i % len(self.dataset)]
         none = [CROSS_ENTROPY_IGNORE_IDX] * len(sample["labels"])
         return sample | {"labels": torch.tensor(none) if isinstance(sample["labels"], torch.Tensor) else none}
 
@@ -49,23 +49,18 @@ class Validation:
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
-        self.every, self.margin, self.mesh = cfg.run_val_every_n_steps, cfg.val_loss_margin, mesh
+        self.every, self.mesh = cfg.run_val_every_n_steps, mesh
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
         self.exits = [0, cfg.num_layers] if cfg.draft else cfg.validated_exits
         indexed, collate = load_data(cfg.dataset_val, cfg.collate_fn, tokenizer, cfg.meta_model, device)
-        if len(indexed) < mesh.data_size:
-            raise ConfigError(f"dataset_val: {len(indexed)} samples are fewer than the {mesh.data_size} ranks")
         check_length(len(indexed[0]["tokens"]), cfg.meta_model, key="dataset_val")
         dataset = PadToRanks(indexed, mesh.data_size)
-        sampler: DistributedSampler = DistributedSampler(
-            dataset, num_replicas=mesh.data_size, rank=mesh.data_rank, shuffle=False
-        )
         self.batches = DataLoader(
             dataset,
-            batch_size=cfg.batch_size_val or cfg.batch_size,
-            sampler=sampler,
+            batch_size=cfg.batch_size,
+            sampler=range(mesh.data_rank, len(dataset), mesh.data_size),
             collate_fn=collate,
             generator=torch.Generator(),  # keep the global generator for training
         )
@@ -78,18 +73,17 @@ class Validation:
     def measure(
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
-        """The log metrics of each exit or of the draft. Warns if the last layer got worse by more than the margin."""
+        """The log metrics of each exit or of the draft. Warns if the last layer got worse."""
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
         quality = quality_in_training(model, some, self.exits, device, self.mesh, key="dataset_val", draft=draft)
         batches.close()
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
-        if not final <= first * (1 + self.margin) and is_rank_zero():  # also true for NaN
+        if not final <= first * (1 + MARGIN):  # also true for NaN
             log.warning(
                 f"val_loss_final: {final:.4f} after step {step} is {final / first - 1:.1%} worse than at the "
-                f"start ({first:.4f}), more than val_loss_margin={self.margin}. Lower early_exit_loss.scale, "
-                "layer_dropout.prob or lr to keep it"
+                f"start ({first:.4f}). Lower early_exit_loss.scale, layer_dropout.prob or lr to keep it"
             )
         if draft is None:
             names = ("loss", "perplexity", "agreement", "overlap")

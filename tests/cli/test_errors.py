@@ -85,7 +85,7 @@ BENCHMARK = [
     ("max_new_tokens=1000", "max_new_tokens", "1000", "up to "),
     ("prompt=[a, b, c]; batch_size=2", "batch_size", "2", "batch_size=1"),
     ("report_dir=benchmark.yaml/x", "report_dir", "'benchmark.yaml/x'", "in the way"),
-    ("picture=benchmark.txt", "picture", "'benchmark.txt'", "benchmark.png"),
+    ("picture=benchmark.txt", "picture", "'benchmark.txt'", "picture.png"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
     ("stream=true", "stream", "True", "stream=null"),
@@ -103,7 +103,6 @@ BENCHMARK = [
 ]
 
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
-TEXTS = "_component_: torchtune.datasets.text_completion_dataset, source: json"
 COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
 OFFLOADING, SHARDED = "enable_activation_offloading", "DistributedCheckpointer"
@@ -119,14 +118,12 @@ FINETUNE = [
     ("optimizer_in_bwd=true; clip_grad_norm=1.5", "clip_grad_norm", "1.5", "null"),
     ("optimizer_in_bwd=true; gradient_accumulation_steps=2", "gradient_accumulation_steps", "2", "=1 or"),
     # Data, loss, logger, profiler.
-    (f"dataset={{{TEXTS}, streaming: true}}", "dataset.streaming", "True", "=false"),
-    (f"dataset=[{{{STDLIB}}}, {{{TEXTS}, packed: true}}]", "dataset", "packed", "all or none"),
-    ("dataset={_component_: test_errors.preferences}", "dataset", "chosen_input_ids", "chat_dataset"),
+    ("dataset={_component_: test_errors.preferences}", "collate_fn", "chosen_input_ids", "chat_dataset"),
     ("dataset.seq_len=1000", "dataset", "1000", "128"),
     ("gradient_accumulation_steps=99", "dataset", "99", "lower"),
     ("model.vocab_size=200", "tokenizer", "200", "own tokenizer"),
     ("collate_fn=torchtune.data.padded_collate_dpo", "collate_fn", "'torchtune.data.padded_collate_dpo'", "_sft"),
-    ("collate_fn=torchtune.data.left_pad_sequence", "collate_fn", "left_pad_sequence", "padded_collate_sft"),
+    ("collate_fn=torchtune.data.left_pad_sequence", "collate_fn", "cannot be used here", "padding_idx"),
     ("loss=torch.nn.MSELoss", "loss._component_", "MSELoss", "torch.nn.CrossEntropyLoss"),
     ("loss=torch.nn.CrossEntropyLoss; loss.reduction=sum", "loss", "'sum'", "mean"),
     ("loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=2", "loss", "2", "1"),

@@ -11,15 +11,15 @@ from layerskip_recipes.config.schema import Section, alternatives
 
 KEYS = {
     "FinetuneConfig": """
-        ac_mode ac_option batch_size batch_size_val checkpointer clip_grad_norm collate_fn compile compute_dtype
+        ac_mode ac_option batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
         cudnn_deterministic_mode custom_sharded_layers data_parallel_replicate_dim data_parallel_shard_dim
         dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
         enable_activation_offloading enable_async_checkpointing epochs float32_matmul_precision fsdp_cpu_offload
-        fsdp_reshard_after_forward gradient_accumulation_steps init_std keep_last_n_checkpoints layer_dropout
-        layers_val log_every_n_steps log_peak_memory_stats loss low_cpu_ram lr_scheduler max_batches_val
+        fsdp_reshard_after_forward gradient_accumulation_steps keep_last_n_checkpoints layer_dropout
+        layers_val log_every_n_steps log_peak_memory_stats loss lr_scheduler max_batches_val
         max_steps_per_epoch metric_logger model model_dir optimizer optimizer_in_bwd output_dir profiler
         resume_from_checkpoint run_val_every_n_steps save_adapter_weights_only save_every_n_steps seed shuffle
-        tensor_parallel_dim tensor_parallel_plan tokenizer val_loss_margin
+        tensor_parallel_dim tensor_parallel_plan tokenizer
     """,
     "LayerDropoutSection": """
         layers layers_scale prob schedule
@@ -28,7 +28,7 @@ KEYS = {
         chunk_tokens curriculum interval layers scale scale_fn target
     """,
     "DraftSection": """
-        chunk_tokens exit_layer keep_states kind num_layers own_text own_text_temperature target vocabulary
+        chunk_tokens exit_layer keep_states kind num_layers own_text own_text_temperature vocabulary
     """,
     "GenerateConfig": """
         batch_size benchmark checkpointer compile device dtype exit_layer float32_matmul_precision log_level

@@ -161,7 +161,7 @@ def folders(tmp_path_factory, tokenizer_folder):
     base = {"folder": str(folder / "base"), "hash": weights_hash(model.state_dict())}
     for kind, shape in KINDS.items():
         draft = Draft(model, *shape)
-        write_draft(folder / kind, draft.state_dict(), describe(draft, base, steps=3, target="distribution"))
+        write_draft(folder / kind, draft.state_dict(), describe(draft, base, steps=3))
     return folder
 
 
@@ -271,7 +271,7 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
         Generation(model, PROMPTS, 4, speculation=Speculation(1, 2, drafter=draft_of(model, "copy").decoder(model)))
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
-    with pytest.raises(ConfigError, match=r"format 1\. Allowed: 3"):
+    with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
         read_draft(str(tmp_path / "new"), None, "draft")
     changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):

@@ -77,7 +77,6 @@ BAD = [
     # Generation.
     ("generate", f"~{FILE}", FILE, "None", f"{FILE}="),
     ("generate full", f"{FILE}=CHECKPOINT", FILE, "epoch_0", "neither"),
-    ("generate", f"{FILE}=[a]", FILE, "['a']", "text"),
     ("generate", f"{FILE}=/nowhere", FILE, "'/nowhere'", "neither an adapter_model.pt nor a folder with one"),
     ("generate", f"{FILE}=CHECKPOINT/config.json", FILE, "config.json'", "adapter_model.pt"),
     ("generate", f"{FILE}=CHECKPOINT/adapter/adapter_model.safetensors", FILE, "adapter_model.safetensors'", "lora_a"),

@@ -29,7 +29,6 @@ from helpers.configs import make_checkpoint
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torchtune.modules import common_utils
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
@@ -232,16 +231,12 @@ def test_evaluation_with_adapters(read, tmp_path):
         ("qwen2", {"use_dora": True}, ["save_adapter_weights_only=true"]),
         ("llama2", {"apply_lora_to_output": True}, ["enable_async_checkpointing=true"]),
         ("llama3_2", WIDE_SHAPE | {"quantize_base": True}, []),
-        # torchtune's llama3_2 takes no notice of low_cpu_ram.
-        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["low_cpu_ram=true", "enable_async_checkpointing=true"]),
+        ("llama2", WIDE_SHAPE | {"quantize_base": True}, ["enable_async_checkpointing=true"]),
     ],
-    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards with little memory"],
+    ids=["lora", "dora, adapters only", "lora in shards", "qlora", "qlora in shards"],
 )
-def test_resume_gives_the_losses_of_the_run_that_never_stopped(
-    family, builder, overrides, tmp_path, tokenizer_folder, monkeypatch
-):
+def test_resume_gives_the_losses_of_the_run_that_never_stopped(family, builder, overrides, tmp_path, tokenizer_folder):
     """From the middle of the first epoch, with dropout in the adapters and of layers: the very losses and weights."""
-    monkeypatch.setattr(common_utils, "_use_low_cpu_ram", False)  # what the recipe makes of it goes with the test
     wide = "quantize_base" in builder
     start = (plain_section(family) | WIDE_SHAPE, WIDE_HF) if wide else (None, {})
     make_start(tmp_path / "start", family, tokenizer_folder, start[0], **start[1])

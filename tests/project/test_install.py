@@ -37,7 +37,7 @@ def test_the_wheel_has_entry_modules_and_all_configs(installed):
     assert {f"layerskip_recipes/{name}" for name in configs} <= names
     assert {"layerskip_recipes/py.typed", "layerskip_recipes/custom_generate/requirements.txt"} <= names
     # Each module of the package, or a new folder is missing in pyproject.toml.
-    sources = [p for ending in ("*.py", "*.cpp") for p in (ROOT / "layerskip_recipes").rglob(ending)]
+    sources = [p for ending in ("*.py", "*.cpp", "*.yaml") for p in (ROOT / "layerskip_recipes").rglob(ending)]
     assert {p.relative_to(ROOT).as_posix() for p in sources} <= names
     assert not any(name.startswith(("recipes/", "tests/", "tools/", "examples/")) for name in names)
 

@@ -111,7 +111,7 @@ def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, f
 def test_the_logged_config_is_one_that_trains(tmp_path, finetune):
     train(finetune())
     logged = tmp_path / "out" / "torchtune_config.yaml"
-    assert "curriculum" in OmegaConf.load(logged)
+    assert "versions" in OmegaConf.load(logged)
     assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
 
 

@@ -1,6 +1,7 @@
 """KeptStates: the frozen model's states of each text, kept in a file so that later epochs train the draft alone."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ class KeptStates:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as the run
         self.places: dict[bytes, int] = {}  # digest of a text -> offset of its states in the file
-        self.size = 0
 
     def states(
         self,
@@ -36,7 +36,6 @@ class KeptStates:
         `compute` returns them for the given rows. `inputs` are the model's other inputs. input_pos tells packed texts
         apart, and so determines their mask.
         """
-
         positions = inputs.get("input_pos")
         if inputs.get("mask") is not None and positions is None:
             raise ConfigError(
@@ -45,16 +44,19 @@ class KeptStates:
             )
         # Identify each row by a digest of its tokens and positions.
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in counted.cpu()]
-        keys = []
-        for row, length in enumerate(lengths):
-            parts = [tokens[row, :length]] if positions is None else [tokens[row, :length], positions[row, :length]]
-            keys.append(hashlib.blake2b(torch.stack(parts).cpu().numpy().tobytes(), digest_size=16).digest())
+        texts = torch.stack([tokens] if positions is None else [tokens, positions], 1).cpu()
+        keys = [
+            hashlib.blake2b(text[:, :length].numpy().tobytes(), digest_size=16).digest()
+            for text, length in zip(texts, lengths, strict=True)
+        ]
         # Compute the states of new texts, and append them to the file.
         missing = [row for row, key in enumerate(keys) if key not in self.places]
         if missing:
             for row, both in zip(missing, torch.cat(compute(missing), -1), strict=True):
                 self.width, self.dtype = both.shape[-1], both.dtype
-                self._keep(keys[row], both[: lengths[row]])
+                self.places[keys[row]] = self.file.seek(0, os.SEEK_END)
+                bits = both[: lengths[row]].to("cpu", torch.bfloat16).view(torch.int16)
+                self.file.write(bits.numpy().tobytes())
         # Read all states from the file, so that new and kept ones are rounded alike.
         states = tokens.new_zeros(*tokens.shape, self.width, dtype=self.dtype)
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
@@ -64,17 +66,3 @@ class KeptStates:
                 states[row, :length] = torch.frombuffer(data, dtype=torch.bfloat16).view(length, self.width)
         x, last = states.chunk(2, -1)
         return x, last
-
-    def _keep(self, key: bytes, states: torch.Tensor) -> None:
-        """Append the states of a text, [n, width], to the file."""
-        bits = states.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        try:
-            self.file.seek(self.size)
-            self.places[key] = self.size
-            self.size += self.file.write(bits.numpy().tobytes())
-            self.file.flush()
-        except OSError as e:
-            raise ConfigError(
-                f"draft.keep_states: True failed to write after {self.size / 2**30:.1f} GiB ({e}). "
-                "Set draft.keep_states=false, or an output_dir with more room"
-            ) from e

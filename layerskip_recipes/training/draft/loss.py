@@ -3,7 +3,7 @@
 Only the draft (model/draft.py) is trained. The model is its teacher and runs forward without keeping activations.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -11,12 +11,12 @@ from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section
+from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
 
 
@@ -34,10 +34,6 @@ class DraftSection(Section):
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
     vocabulary trains and drafts faster where the head is a large part of the model."""
-    target: Literal["distribution", "argmax", "overlap", "overlap+distribution"] = "distribution"
-    """What the draft learns: `distribution`, the last layer's distribution; `argmax`, its most likely tokens; `overlap`
-    minimises 1 - sum(min(p, q)), the rate at which sampled drafts are rejected; `overlap+distribution` adds both
-    losses."""
     own_text: Fraction = 0.0
     """Share of the micro-batches that contain text by the model itself. It is generated 64 texts at a time, kept in
     own_text.jsonl in `output_dir`, and reused in each epoch."""
@@ -51,23 +47,15 @@ class DraftSection(Section):
 
     def check_against(self, model: TransformerDecoder) -> None:
         """Raises a ConfigError if the draft does not fit the model."""
-        most = len(model.layers) - 1
-        if self.exit_layer > most:
-            raise ConfigError(
-                f"draft.exit_layer: {self.exit_layer} leaves the draft nothing to skip. Allowed: 1..{most}; for "
-                f"example draft.exit_layer={max(len(model.layers) // 4, 1)}"
-            )
+        depth = len(model.layers)
+        exits = Field(ge=1, le=depth - 1, examples=[max(depth // 4, 1)])  # the draft must have something to skip
+        check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
         if self.kind == "copy" and self.num_layers is not None:
             raise ConfigError(
                 f"draft.num_layers: {self.num_layers} is for draft.kind=adapter; a copy has exit_layer layers. "
                 "Set draft.num_layers=null"
             )
-        most = len(model.layers) - self.exit_layer
-        if self.num_layers is not None and self.num_layers > most:
-            raise ConfigError(
-                f"draft.num_layers: {self.num_layers} is more than the model's layers after layer {self.exit_layer}. "
-                f"Allowed: 1..{most}; for example draft.num_layers=1"
-            )
+        check("draft.num_layers", self.num_layers, Annotated[int, Field(ge=1, le=depth - self.exit_layer)] | None)
 
     def build(self, model: LayerSkipDecoder) -> Draft:
         """A new draft. A copy starts with the model's weights."""
@@ -75,7 +63,7 @@ class DraftSection(Section):
 
 
 class DraftLoss:
-    """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q, or `section.target`'s loss.
+    """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q.
 
     Both use the model's head. If the draft has its own vocabulary, p is renormalised over it.
     """
@@ -83,9 +71,6 @@ class DraftLoss:
     def __init__(self, section: DraftSection, draft: Draft, kept: KeptStates | None = None) -> None:
         self.section, self.draft, self.kept = section, draft, kept
         self.chunk_loss: ChunkLoss = token_loss_
-
-    def compile(self) -> None:
-        self.chunk_loss = compiled(token_loss_)
 
     def __call__(
         self,
@@ -114,12 +99,6 @@ class DraftLoss:
         if self.draft.vocabulary is not None:
             head = head.cut(on_device(self.draft.vocabulary, labels.device))
 
-        def teacher(rows: Any) -> Any:
-            logits = head.unembed(final[rows])
-            if self.section.target.startswith("overlap"):
-                return logits, None if self.section.target == "overlap" else logits
-            return logits if self.section.target == "distribution" else logits.argmax(-1)
-
         total, _ = exit_losses(
             head,
             states,
@@ -128,7 +107,7 @@ class DraftLoss:
             counted,
             self.chunk_loss,
             self.section.chunk_tokens,
-            teacher=teacher,
+            teacher=lambda rows: head.unembed(final[rows]),
             taught=len(states),
         )
         return total
