@@ -239,10 +239,12 @@ class FinetuneConfig(RecipeConfig):
     # ---- rules that involve several keys ----
 
     def check_together(self) -> Iterator[str]:
-        if self.enable_activation_offloading and self.checkpoint_every_layers != 1:
+        on_gpu = self.device.startswith("cuda")
+        if self.enable_activation_offloading and not (on_gpu and self.checkpoint_every_layers == 1):
             yield (
-                "enable_activation_offloading: True needs every layer checkpointed, since it would also copy the "
-                "weights of the other layers; for example enable_activation_checkpointing=true ac_mode=null"
+                f"enable_activation_offloading: True on {self.device} needs device=cuda, and every layer checkpointed, "
+                "since it would also copy the weights of the other layers; for example "
+                "enable_activation_checkpointing=true ac_mode=null"
             )
         yield from mistakes_of(self._check_optimizer)
         yield from mistakes_of(self._check_adapters)

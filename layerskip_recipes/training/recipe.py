@@ -57,8 +57,6 @@ class LayerSkipFinetune:
     def __init__(self, source: DictConfig) -> None:
         self.cfg = cfg = FinetuneConfig.load(source)
         self.device = cfg.find_device()
-        if cfg.enable_activation_offloading and self.device.type != "cuda":
-            raise ConfigError(f"enable_activation_offloading: needs device=cuda, got {self.device.type}")
         mesh_sizes(cfg)
         init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
         if cfg.fsdp_cpu_offload:
