@@ -143,8 +143,8 @@ SECOND = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("file", "index", "message"),
     [
-        ("adapter_model.safetensors", None, r"model\.safetensors.*; there: adapter_model.safetensors\. Give"),
-        ("weights.pt", None, r"model\.safetensors.*; there: weights.pt\. Give a folder with merged weights"),
+        ("adapter_model.safetensors", None, r"model\.safetensors.*; there: adapter_model.safetensors"),
+        ("weights.pt", None, r"model\.safetensors.*; there: weights.pt"),
         ("model-00001-of-00002.safetensors", SECOND, r"model-00002-of-00002\.safetensors, its weights"),
     ],
 )

@@ -106,8 +106,7 @@ def test_a_cycle_is_an_error_that_shows_it(tmp_path):
     [
         (b"extends: quickstart/finetun", "extends: 'quickstart/finetun' .*Nearest: quickstart/finetune"),
         (b"extends: [quickstart/finetune, nothere.yaml]", "extends: 'nothere.yaml'"),
-        (b"extends: 3", "extends: 3"),
-        (b"extends: {a: b}", "extends: {'a': 'b'}"),
+        (b"extends: 3", "extends: '3'"),
         (b"a: [1\n", r"config: .*mine\.yaml"),
         (b"a: 1\na: 2\n", r"config: .*mine\.yaml"),
         (b"- a\n- b\n", r"config: .*mine\.yaml"),

@@ -72,7 +72,7 @@ def test_prompts_have_the_length_asked_for():
         (commands, {"count": 0}, r"^prompts\.count: 0 "),
         (commands, {"split": "dev"}, r"^prompts\.split: 'dev' .*train, test"),
         (standard_library.heldout_prompts, {"count": 9999}, r"^prompts\.count: 9999 .* of 1 to \d+; for example "),
-        (standard_library.heldout_prompts, {"characters": 10**9}, r"^prompts\.characters: 1000000000 is too long for "),
+        (standard_library.heldout_prompts, {"characters": 10**9}, r"^prompts\.count: 8 .*of 1 to 0"),
     ],
 )
 def test_mistakes(make, arguments, message):

@@ -1,7 +1,6 @@
 """What several processes can do, checked before anything is loaded, and the group that they join."""
 
 import pytest
-import torch
 import torch.distributed as dist
 from helpers.tiny import make_tiny
 
@@ -10,13 +9,12 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.distributed import tensor_parallel
 
 SPLIT = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}}
-NO_PLAN = {"_component_": "builtins.dict", "a": 1}
 
 
 def check_processes(keys, model):
     """`check_processes` of the keys of a config."""
     values = {key: Component(value, key) if isinstance(value, dict) else value for key, value in keys.items()}
-    names = ("tensor_parallel_dim", "tensor_parallel_plan", "device")
+    names = ("tensor_parallel_dim", "tensor_parallel_plan")
     return tensor_parallel.check_processes(model, *(values.get(name) for name in names))
 
 
@@ -48,9 +46,7 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
         (3, "llama3", {"tensor_parallel_dim": 2}, "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; "),
         (8, "llama3", SPLIT, "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; "),
         (4, "llama3", SPLIT, "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; "),
-        (2, "gemma2", SPLIT, "tensor_parallel_dim: 2 cannot split a Gemma2Attention. Allowed: 1; "),
-        (2, "llama3", {"tensor_parallel_plan": NO_PLAN}, "tensor_parallel_plan: builtins.dict "),
-        (2, "llama3", {"device": "cuda:0"}, "device: 'cuda:0' with 2 processes. Allowed: cpu, cuda (a GPU for each); "),
+        (2, "gemma2", SPLIT, "tensor_parallel_dim: 2 does not divide the parts that a Gemma2Attention can be split "),
     ],
 )
 def test_refused(processes, family, keys, message, monkeypatch):
@@ -58,14 +54,6 @@ def test_refused(processes, family, keys, message, monkeypatch):
     with pytest.raises(ValueError) as error:
         check_processes(keys, make_tiny(family))
     assert str(error.value).startswith(message) and "; for example " in str(error.value)
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    for key, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=r"^nproc_per_node: 2 processes for 1 GPUs\. Allowed: 1\.\.1; for example "):
-        processes.init_processes("cuda")
 
 
 def test_one_process_needs_no_group(monkeypatch):

@@ -27,14 +27,11 @@ def batch(rows=3, length=11, seed=0, padding=True):
 
 
 def exit_loss(logits, teacher, labels, label_smoothing, target):
-    """The loss of one exit: of the labels, of the teacher's distribution, or of its overlap with the exit's."""
+    """The loss of one exit: of the labels or of the teacher's distribution."""
+    if target == "labels":
+        return F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=label_smoothing)
     log_p, log_q = (x[labels != -100].log_softmax(-1) for x in (teacher, logits))
-    parts = {
-        "labels": F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=label_smoothing),
-        "last_layer": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True),
-        "overlap": 1 - torch.minimum(log_p.exp(), log_q.exp()).sum(-1).mean(),
-    }
-    return sum(parts[name] for name in target.split("+"))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def plain_loss(model, tokens, labels, weights, label_smoothing=0.0, target="labels"):
@@ -91,9 +88,6 @@ def check_loss(model, tokens, labels, on=(True,) * L, step=0, **settings):
         {},
         {"label_smoothing": 0.1},
         {"target": "last_layer"},
-        {"target": "overlap"},
-        {"target": "overlap+last_layer"},
-        {"target": "overlap+labels"},
     ],
     ids=str,
 )

@@ -31,19 +31,15 @@ def sizes_of(finetune, monkeypatch):
     [
         ({"data_parallel_replicate_dim": 3}, "data_parallel_replicate_dim: 3 wrong: "),
         ({"data_parallel_shard_dim": 3}, "data_parallel_shard_dim: 3 wrong: "),
-        (OFFLOAD, "fsdp_cpu_offload: True needs several processes with device=cuda"),
-        (OFFLOAD | PLAN | {"tensor_parallel_dim": 2}, "fsdp_cpu_offload: True needs processes to shard over, and "),
+        (OFFLOAD, "fsdp_cpu_offload: True needs device=cuda and several processes"),
+        (OFFLOAD | PLAN | {"tensor_parallel_dim": 2}, "fsdp_cpu_offload: True needs device=cuda and several processes"),
         (OFFLOAD | BACKWARD, "fsdp_cpu_offload: True does not go with optimizer_in_bwd"),
         (
             BACKWARD | {"custom_sharded_layers": ["tok_embeddings"]},
             "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings]",
         ),
         ({"optimizer": EIGHT_BIT}, "optimizer: torchao.optim.AdamW8bit works with one process"),
-        ({"low_cpu_ram": True}, "low_cpu_ram: True works with one process"),
-        (
-            PLAN,
-            "tensor_parallel_plan: torchtune.models.llama3.base_llama_tp_plan does nothing without tensor_parallel_",
-        ),
+        (PLAN, f"tensor_parallel_plan: {PLAN['tensor_parallel_plan']} needs tensor_parallel_dim. Set that"),
     ],
 )
 def test_splits_that_would_go_wrong_or_do_nothing_are_refused(keys, message, sizes_of):
@@ -65,7 +61,6 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
     [
         (2, PLAN | {"tensor_parallel_dim": 1}, (1, 2, 1)),
         (2, PLAN | {"tensor_parallel_dim": 2}, (1, 1, 2)),
-        (1, PLAN, (1, 1, 1)),  # on one device the plan waits for more
         (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
     ],
 )

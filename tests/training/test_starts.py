@@ -38,11 +38,11 @@ def test_resume_from_numbered_files_after_a_kill_between_two_renames(tmp_path, t
 
 
 def test_a_folder_without_its_weights_is_trained_from_scratch(checkpoint, finetune):
-    """With torchtune's checkpointer: it gives the architecture, init_std the spread of the first weights."""
+    """With torchtune's checkpointer: it gives the architecture."""
     section = start_section(checkpoint) | {"checkpoint_files": []}
-    recipe = set_up(finetune(checkpointer=section, init_std=0.001))
+    recipe = set_up(finetune(checkpointer=section))
     recipe.cleanup()
-    assert recipe.model.tok_embeddings.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert recipe.model.tok_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_the_weights_from_scratch(finetune):
