@@ -1,4 +1,4 @@
-"""What a training logs: every exit, and the config with versions and curriculum."""
+"""What a training logs: every exit, and the config with versions."""
 
 import re
 import time
@@ -10,14 +10,12 @@ from helpers.training import VALIDATION, losses, read_log, train
 from omegaconf import OmegaConf
 
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.run_log import curriculum
 
 pytestmark = pytest.mark.slow
 
 
 def test_wandb_offline_has_every_exit_and_the_config(tmp_path, finetune, monkeypatch):
-    """wandb for real, offline: the run's file holds the names and the config with versions and curriculum."""
+    """wandb for real, offline: the run's file holds the names and the config with versions."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     component = "torchtune.training.metric_logging.WandBLogger"
@@ -26,7 +24,7 @@ def test_wandb_offline_has_every_exit_and_the_config(tmp_path, finetune, monkeyp
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     kinds = ("loss", "val_loss", "val_perplexity", "val_agreement")
     names = {f"{kind}_exit_{e}" for kind in kinds for e in (1, 2, 3, 4)} | {"loss_final", "val_loss_final"}
-    names |= {"layer_dropout_rate", "versions", "layerskip-recipes", "curriculum"}
+    names |= {"layer_dropout_rate", "versions", "layerskip-recipes"}
     until = time.monotonic() + 60  # wandb's own process writes the file, and may still do so
     while (
         missing := {name for name in names if name.encode() not in record.read_bytes()}
@@ -49,12 +47,10 @@ def test_wandb_offline_has_every_exit_and_the_config(tmp_path, finetune, monkeyp
     ],
     ids=["rotational", "gradual", "all of some", "none"],
 )  # fmt: skip
-def test_the_logged_config_has_versions_and_curriculum(loss, steps, exits, tmp_path, finetune):
-    """Beside all that the config says; and the training's exits at each step are those."""
+def test_the_logged_config_has_versions_and_a_line_the_exits_of_its_step(loss, steps, exits, tmp_path, finetune):
     path = finetune(early_exit_loss=loss, max_steps_per_epoch=4, epochs=steps // 4)
     train(path)
     logged = OmegaConf.to_container(OmegaConf.load(tmp_path / "out" / "torchtune_config.yaml"))
-    assert logged.pop("curriculum") == {"total_steps": steps, "num_layers": 4, "exits": exits}
     versions = logged.pop("versions")
     for name in ("layerskip-recipes", "torch", "torchtune", "torchao"):
         assert versions[name] == version(name)
@@ -66,14 +62,6 @@ def test_the_logged_config_has_versions_and_curriculum(loss, steps, exits, tmp_p
         if loss and loss["curriculum"] == "rotational":
             on = sets[(step - 1) % len(sets)]
         assert sorted(int(name.split("_")[2]) for name in line if name.startswith("loss_exit_")) == on
-
-
-def test_the_curriculum_of_a_long_gradual_run_is_logged_to_its_end():
-    """Sets that appear late too, up to 16 of them: T = 800000 and L = 4 are 100000 steps a layer."""
-    logged = curriculum(EarlyExitLoss(curriculum="gradual"), 4, 800_000)["exits"]
-    assert logged == {
-        "step 1": [4], "step 100001": [3, 4], "step 200001": [2, 3, 4], "step 300001": [1, 2, 3, 4],
-    }  # fmt: skip
 
 
 def test_a_line_has_the_means_since_the_last_one(tmp_path, finetune):
