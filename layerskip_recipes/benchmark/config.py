@@ -178,7 +178,7 @@ class BenchmarkConfig(DecodingConfig):
         for name, variant in self.compared.items():
             key = self.key_of(name)
             if isinstance(variant, SelfSpeculation):
-                yield from mistakes_of(variant.check_against, model, key)
+                yield from mistakes_of(variant.check_against, model, key, self.quantizer)
             else:
                 yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
         if self.tuned_draft is not None:

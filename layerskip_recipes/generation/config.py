@@ -177,7 +177,8 @@ class GenerateConfig(DecodingConfig):
 def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder) -> None:
     """Check that `exit_layer` or `self_speculation` fits the model, and that only one of them is set."""
     if cfg.self_speculation is not None:
-        cfg.self_speculation.check_against(model)
+        parallel = getattr(cfg, "tensor_parallel_dim", None)
+        cfg.self_speculation.check_against(model, quantizer=cfg.quantizer, parallel=parallel)
     if cfg.exit_layer is not None:
         model.check_exit(cfg.exit_layer)
         if cfg.self_speculation is not None:

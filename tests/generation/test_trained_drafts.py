@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from helpers.speculation import (
     search,
     speculation_of,
 )
+from torchtune.modules import TiedLinear
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.checkpoint.drafts import describe, read_draft, write_draft
 from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
@@ -276,3 +280,23 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):
         EvalConfig.load(load_config(str(eval_config(tmp_path, base, **changes))))
+
+
+def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
+    """A tied head's rows are the embedding's, which no quantizer packs."""
+    folder = shutil.copytree(folders / "copy", tmp_path / "draft")
+    description = json.loads((folder / "layerskip.json").read_text())
+    (folder / "layerskip.json").write_text(json.dumps(description | {"vocabulary": [1, 2]}))
+    section, int8 = SelfSpeculation(draft=str(folder), num_speculations=2), Component(INT8)
+    untied = SimpleNamespace(output=torch.nn.Linear(2, 4))
+    section.check_against(SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))), quantizer=int8)
+    section.check_against(untied)
+    for other, split in {"quantizer": {"quantizer": int8}, "tensor_parallel_dim": {"parallel": 2}}.items():
+        message = (
+            rf"^self_speculation\.draft: has a draft vocabulary, .* Set self_speculation\.draft=null or {other}=null"
+        )
+        with pytest.raises(ConfigError, match=message):
+            section.check_against(untied, **split)
+    own = SelfSpeculation(exit_layer=1, draft_quantizer=int8)
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_quantizer: has no effect with quantizer"):
+        own.check_against(SimpleNamespace(output=untied, check_exit=lambda *_: None), quantizer=int8)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field
+from torchtune.modules import TiedLinear
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
@@ -48,8 +49,17 @@ class SelfSpeculation(Section):
     """Quantises the layers and the head that draft (of a trained draft, its own layers). Verification stays in full
     precision."""
 
-    def check_against(self, model: LayerSkipDecoder, key: str = "self_speculation") -> None:
-        """Raise a ConfigError if the section does not fit the model; `key` names the section in messages."""
+    def check_against(
+        self,
+        model: LayerSkipDecoder,
+        key: str = "self_speculation",
+        quantizer: Component | None = None,
+        parallel: int | None = None,
+    ) -> None:
+        """Raise a ConfigError if the section does not fit the model, quantised or split over `parallel` ranks.
+
+        `key` names the section in messages.
+        """
         if self.draft is not None and self.exit_layer is not None:
             raise ConfigError(
                 f"{key}.exit_layer: {self.exit_layer} is set, but draft has its own exit. Set "
@@ -59,6 +69,21 @@ class SelfSpeculation(Section):
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
+        if quantizer is not None and self.draft_quantizer is not None and self.draft is None:
+            raise ConfigError(
+                f"{key}.draft_quantizer: has no effect with quantizer, which also packs the layers that draft. "
+                "Set one of them null; for example quantizer=null"
+            )
+        # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
+        packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), (parallel or 1) > 1
+        some = self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
+        if some and (packed or split):
+            name = "draft" if self.draft_vocabulary is None else "draft_vocabulary"
+            other, how = ("tensor_parallel_dim", "splits") if split else ("quantizer", "packs")
+            raise ConfigError(
+                f"{key}.{name}: has a draft vocabulary, which needs rows of the head, and {other} {how} them. Set "
+                f"{key}.{name}=null or {other}=null"
+            )
 
     def with_vocabulary(
         self, model: LayerSkipDecoder, prompts: Sequence[Sequence[int]], key: str = "self_speculation"
