@@ -246,12 +246,11 @@ def test_own_text_is_the_models_and_kept(tmp_path, draft_config):
     assert losses(again) == {step: whole[step] for step in (3, 4)}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_states_are_kept_by_text(packed, tmp_path):
+def test_states_are_kept_by_text(tmp_path):
     """In bf16, and 0 behind the last counted label. Other batches and other padding find the same rows again."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [1, 2, 3, 4]])
     counted = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    inputs = {"input_pos": torch.tensor([[0, 1, 0, 1]] * 3), "mask": "of the packs"} if packed else {}
+    packs = {"input_pos": torch.tensor([[0, 1, 0, 1]] * 3), "mask": "of the packs"}
     kept, calls = KeptStates(tmp_path / "new"), []
 
     def compute(rows):
@@ -259,22 +258,17 @@ def test_states_are_kept_by_text(packed, tmp_path):
         x = torch.stack([torch.stack([tokens[row] + i / 7 for i in range(4)], -1) for row in rows])
         return x, -x
 
-    x, last = kept.states(tokens, counted, compute, inputs)
+    x, last = kept.states(tokens, counted, compute, packs)
     exact = torch.stack([tokens + i / 7 for i in range(4)], -1)
     there = torch.arange(4)[None, :, None] < torch.tensor([3, 2, 0])[:, None, None]
     torch.testing.assert_close(x, torch.where(there, exact, 0.0), rtol=2**-8, atol=0)
     torch.testing.assert_close(last, -x, rtol=0, atol=0)
     order = [1, 2, 0]
-    wide = torch.cat([tokens[order], torch.zeros(3, 2, dtype=torch.long)], 1)
-    more = torch.cat([counted[order], torch.zeros(3, 2, dtype=torch.bool)], 1)
-    if packed:
-        inputs["input_pos"] = torch.tensor([[0, 1, 0, 1, 0, 0]] * 3)
-    again, _ = kept.states(wide, more, compute, inputs)
+    wide, more, places = (F.pad(values[order], (0, 2)) for values in (tokens, counted, packs["input_pos"]))
+    again, _ = kept.states(wide, more, compute, packs | {"input_pos": places})
     assert calls == [[0, 1, 2]] and torch.equal(again[:, :4], x[order])
-    if packed:  # the same tokens as one text
-        inputs["input_pos"] = torch.arange(4).expand(3, 4)
-        kept.states(tokens, counted, compute, inputs)
-        assert calls[1:] == [[0]]
+    kept.states(tokens, counted, compute, packs | {"input_pos": torch.arange(4).expand(3, 4)})
+    assert calls[1:] == [[0]]  # as one text, its tokens have other states
     with pytest.raises(ConfigError, match=r"^draft\.keep_states: True knows texts by tokens and positions"):
         kept.states(tokens, counted, compute, {"mask": "of somebody's own"})
 

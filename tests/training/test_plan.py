@@ -37,11 +37,9 @@ TOKEN = 16 * 64 + 4 * 128  # numbers that a layer keeps for a token; its widest 
 KEPT, RECOMPUTED = 4 * 12 * TOKEN, 4 * (12 * 64 + TOKEN)  # bytes for a token in fp32
 
 
-def folder_of(tmp_path, exits=None, **changes):
-    """A folder with config.json, which is all that a choice reads, and with layerskip.json if there are exits."""
+def folder_of(tmp_path, **changes):
+    """A folder with config.json, which is all that a choice reads."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL | changes))
-    if exits is not None:
-        (tmp_path / "layerskip.json").write_text(json.dumps({"exits": exits}))
     return str(tmp_path)
 
 
