@@ -7,7 +7,7 @@ when a test first asks for it.
 import pytest
 import torch
 from helpers.commands import run_tune
-from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, make_checkpoint, start_section
+from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, start_section
 from helpers.hf_folders import make_hf_folder
 from helpers.ranks import train_on_ranks
 from helpers.resuming import COSINE, keep_only
@@ -83,7 +83,7 @@ RESUMED = {
 }
 
 
-def config_changes(kind, folder, tokenizer):
+def config_changes(kind, folder, tokenizer, checkpoint):
     """The keys by which the config `kind` differs from that of all."""
 
     def scratch(model, model_type="LLAMA3_2", **changes):
@@ -99,9 +99,10 @@ def config_changes(kind, folder, tokenizer):
 
     two_heads = {"num_kv_heads": 2}
     if kind in ("lora", "dora"):
-        start = folder / "start"
-        weights = start_section(start if start.exists() else make_checkpoint(start, tokenizer))
-        return {"model": LORA | ({"use_dora": True} if kind == "dora" else {}), "checkpointer": weights}
+        return {
+            "model": LORA | ({"use_dora": True} if kind == "dora" else {}),
+            "checkpointer": start_section(checkpoint),
+        }
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
@@ -137,12 +138,6 @@ def no_inductor():
         yield
 
 
-def tune_on_two(path, *overrides):
-    """The real `tune run` with torchrun, from another folder than the config's."""
-    command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-    return run_tune(*command, *overrides, cwd=path.parent.parent, timeout=400)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -154,13 +149,15 @@ def saves(case, kind):
 
 
 @pytest.fixture(scope="module")
-def one(folder, tokenizer_folder):
+def one(folder, tokenizer_folder, checkpoint):
     """The run of a config in this process: its output folder, whose parent has finetune.yaml."""
 
     def run(kind, *overrides):
         out = folder / kind / " ".join(["one", *overrides])
         if not out.exists():
-            changes = {"dataset": texts(folder), "batch_size": 2} | config_changes(kind, folder, tokenizer_folder)
+            changes = {"dataset": texts(folder), "batch_size": 2} | config_changes(
+                kind, folder, tokenizer_folder, checkpoint
+            )
             path = finetune_config(folder / kind, tokenizer_folder, **STEPS | changes)
             train(path, f"output_dir={out}", "batch_size=4", *saves(None, kind), *overrides)
         return out
@@ -177,11 +174,12 @@ def several(one):
         alone = one(kind, *(override for override in overrides if override in FEW))
         out, path = alone.parent / name, alone.parent / "finetune.yaml"
         overrides = [f"output_dir={out}", *overrides, *saves(name, kind)]
-        if not out.exists() and name != "tune run":
-            train_on_ranks(path, *overrides, processes=processes)
-        elif not out.exists():
-            done = tune_on_two(path, *overrides)
+        if not out.exists() and name == "tune run":
+            command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
+            done = run_tune(*command, *overrides, cwd=path.parent.parent, timeout=400)
             assert done.returncode == 0, done.stderr[-4000:]
+        elif not out.exists():
+            train_on_ranks(path, *overrides, processes=processes)
         return alone, out
 
     return run
@@ -207,9 +205,8 @@ def same_weights(one, other):
         }
         for out in (one, other)
     )
-    assert ours and ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=0)
+    assert ours
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -235,17 +232,15 @@ def test_resume_with_other_processes(one, several, name):
 
 
 @pytest.mark.parametrize("how", [[], ["enable_async_checkpointing=true"]], ids=["whole", "shards"])
-def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(folder, tokenizer_folder, how):
+def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(how, tmp_path, finetune):
     """Layer dropout, which all ranks draw alike, and the attention's, which each draws for itself."""
-    name = f"drawn {len(how)}"
-    model = MODEL | {"attn_dropout": 0.3}
-    path = finetune_config(
-        folder / name, tokenizer_folder, model=model, dataset=texts(folder), batch_size=2, save_every_n_steps=2,
-        layer_dropout={"prob": 0.5}, max_steps_per_epoch=5,
+    path = finetune(
+        model=MODEL | {"attn_dropout": 0.3}, dataset=texts(tmp_path), layer_dropout={"prob": 0.5},
+        max_steps_per_epoch=5, save_every_n_steps=2,
     )  # fmt: skip
     train_on_ranks(path, *how)
-    out = folder / name / "out"
-    again = keep_only(out, "step_2", folder / name / "again")
+    out = tmp_path / "out"
+    again = keep_only(out, "step_2", tmp_path / "again")
     train_on_ranks(path, f"output_dir={again}", "resume_from_checkpoint=true", *how)
     never_stopped, later = losses(out), losses(again)
     assert sorted(later) == [3, 4, 5]
