@@ -4,18 +4,12 @@ import shutil
 
 import pytest
 import torch
-from helpers.configs import finetune_config, make_checkpoint
+from helpers.configs import finetune_config
 from helpers.training import train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes import generate, load_model
 from layerskip_recipes.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer_folder):
-    """A Hugging Face folder."""
-    return make_checkpoint(tmp_path_factory.mktemp("load") / "base", tokenizer_folder)
 
 
 def trained(folder, tokenizer, base, **changes):
@@ -27,17 +21,17 @@ def trained(folder, tokenizer, base, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(base, tmp_path_factory, tokenizer_folder):
+def run(checkpoint, tmp_path_factory, tokenizer_folder):
     """The folder of a run that trained the exits 2 and 4."""
-    return trained(tmp_path_factory.mktemp("run"), tokenizer_folder, base)
+    return trained(tmp_path_factory.mktemp("run"), tokenizer_folder, checkpoint)
 
 
 @pytest.fixture(scope="module")
-def draft(base, tmp_path_factory, tokenizer_folder):
+def draft(checkpoint, tmp_path_factory, tokenizer_folder):
     """The folder of a run that trained a draft for the base."""
     section = {"kind": "adapter", "exit_layer": 1, "vocabulary": 60}
     changes = {"layer_dropout": None, "early_exit_loss": None, "draft": section}
-    return trained(tmp_path_factory.mktemp("draft"), tokenizer_folder, base, **changes)
+    return trained(tmp_path_factory.mktemp("draft"), tokenizer_folder, checkpoint, **changes)
 
 
 def generated(model, tokenizer, **settings):
@@ -48,27 +42,26 @@ def generated(model, tokenizer, **settings):
 
 def test_five_lines(run):
     model, tokenizer = load_model(str(run))
-    prompt = tokenizer.prompt("def read(path):")
-    out = generate(model, prompt, 24, num_speculations=4, stop_tokens=tokenizer.stop_tokens)
-    assert tokenizer.decode(out.tokens[0]) == generated(model, tokenizer)[0]
-    assert out.stats.drafted > 0 and not model.training
+    text, stats = generated(model, tokenizer, num_speculations=4)
+    assert text == generated(model, tokenizer)[0]
+    assert stats.drafted > 0 and not model.training
 
 
-def test_which_exit_drafts(run, base):
+def test_which_exit_drafts(run, checkpoint):
     """The trained one that is nearest to a quarter of the depth; an exit that is given counts first."""
     model, tokenizer = load_model(str(run / "epoch_0"))
     assert model.drafting == {"exit_layer": 2}
     first, plain = generated(model, tokenizer, num_speculations=4, exit_layer=1), generated(model, tokenizer)
     assert first[0] == plain[0] and plain[1].drafted == 0
-    untrained, tokenizer = load_model(str(base))
+    untrained, tokenizer = load_model(str(checkpoint))
     with pytest.raises(ConfigError, match="num_speculations: 4 needs exit_layer too"):
         generated(untrained, tokenizer, num_speculations=4)
 
 
-def test_a_trained_draft(base, draft):
+def test_a_trained_draft(checkpoint, draft):
     """Beside its model, or by its own folder, which names the model."""
-    plain = generated(*load_model(str(base)))[0]
-    for model, tokenizer in (load_model(str(base), draft=str(draft)), load_model(str(draft))):
+    plain = generated(*load_model(str(checkpoint)))[0]
+    for model, tokenizer in (load_model(str(checkpoint), draft=str(draft)), load_model(str(draft))):
         assert model.drafting["exit_layer"] == 1 and len(model.drafting["draft_vocabulary"]) <= 60
         text, stats = generated(model, tokenizer, num_speculations=3)
         assert text == plain and stats.drafted > 0
@@ -80,19 +73,19 @@ def test_a_draft_of_another_model(run, draft):
         load_model(str(run), draft=str(draft))
 
 
-def test_device_and_dtype(base):
-    model, _ = load_model(str(base), device="cpu", dtype="bf16")
+def test_device_and_dtype(checkpoint):
+    model, _ = load_model(str(checkpoint), device="cpu", dtype="bf16")
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
-    whole, _ = load_model(str(base), device="cpu")
+    whole, _ = load_model(str(checkpoint), device="cpu")
     assert whole.tok_embeddings.weight.dtype == torch.float32
     for arguments, message in (({"dtype": "fp16"}, "dtype: 'fp16'"), ({"device": "gpu"}, "device: 'gpu'")):
         with pytest.raises(ConfigError, match=message):
-            load_model(str(base), **arguments)
+            load_model(str(checkpoint), **arguments)
 
 
-def test_changed_files_do_not_change_a_loaded_model(base, tmp_path):
+def test_changed_files_do_not_change_a_loaded_model(checkpoint, tmp_path):
     """Its weights are no views of the file."""
-    folder = shutil.copytree(base, tmp_path / "model")
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
     model, _ = load_model(str(folder), device="cpu")
     before = model.norm.scale.clone()
     weights = load_file(folder / "model.safetensors")

@@ -99,10 +99,7 @@ def config_changes(kind, folder, tokenizer, checkpoint):
 
     two_heads = {"num_kv_heads": 2}
     if kind in ("lora", "dora"):
-        return {
-            "model": LORA | ({"use_dora": True} if kind == "dora" else {}),
-            "checkpointer": start_section(checkpoint),
-        }
+        return {"model": LORA | {"use_dora": kind == "dora"}, "checkpointer": start_section(checkpoint)}
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
@@ -155,10 +152,8 @@ def one(folder, tokenizer_folder, checkpoint):
     def run(kind, *overrides):
         out = folder / kind / " ".join(["one", *overrides])
         if not out.exists():
-            changes = {"dataset": texts(folder), "batch_size": 2} | config_changes(
-                kind, folder, tokenizer_folder, checkpoint
-            )
-            path = finetune_config(folder / kind, tokenizer_folder, **STEPS | changes)
+            changes = STEPS | config_changes(kind, folder, tokenizer_folder, checkpoint)
+            path = finetune_config(folder / kind, tokenizer_folder, dataset=texts(folder), **changes)
             train(path, f"output_dir={out}", "batch_size=4", *saves(None, kind), *overrides)
         return out
 
