@@ -220,6 +220,8 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     file, key = adapter_file(path), "checkpointer.adapter_checkpoint"
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("it holds no tensors")
     except Exception as e:
         raise ConfigError(f"{key}: {str(file)!r} is no {ADAPTER_FILE} of torchtune ({e})") from e
     # Compare alpha, names and shapes with the model.

@@ -64,7 +64,7 @@ def test_a_copy_means_the_same_from_anywhere(name, layerskip):
 def test_cp_overwrites_nothing(layerskip):
     Path("mine.yaml").write_text("mine: 1\n")
     assert "cp: 'mine.yaml' exists" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml"))
-    assert "'mine.yaml/mine.yaml'" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml/mine.yaml"))
+    assert "cp: 'mine.yaml' cannot be written" in mistake(layerskip("cp", "quickstart/finetune", "mine.yaml/mine.yaml"))
     assert Path("mine.yaml").read_text() == "mine: 1\n"
 
 
@@ -140,7 +140,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         ("validate quickstart/generate device=cpu:", "device: 'cpu:' is not allowed"),
         ("validate quickstart/eval layers=99", "layers: 99"),
         ("validate quickstart/benchmark metrics=[foo]", "metrics: ['foo'] is not allowed. Allowed: a list of rouge1"),
-        ("validate quickstart/eval report=x.txt", "report: 'x.txt' is not allowed"),
+        ("validate quickstart/eval picture=x.txt", "picture: 'x.txt' is not allowed"),
         ("validate quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetune batch_size", "override: 'batch_size'"),

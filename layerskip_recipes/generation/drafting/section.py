@@ -76,8 +76,9 @@ class SelfSpeculation(Section):
             )
         # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
         packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), (parallel or 1) > 1
-        some = self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
-        if some and (packed or split):
+        if (packed or split) and (
+            self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
+        ):
             name = "draft" if self.draft_vocabulary is None else "draft_vocabulary"
             other, how = ("tensor_parallel_dim", "splits") if split else ("quantizer", "packs")
             raise ConfigError(
