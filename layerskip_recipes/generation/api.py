@@ -79,6 +79,7 @@ def generate(
         >>> out.stats.accepted <= out.stats.drafted
         True
     """
+    # The prompts as lists of tokens.
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
         rows = [list(dropwhile(lambda token: token == pad_id, row)) for row in prompt.tolist()]
         width = prompt.shape[1]
@@ -86,6 +87,7 @@ def generate(
         one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
+    # How to draft.
     if num_speculations is not None and exit_layer is None and "drafter" not in speculation:
         known = getattr(model, "drafting", {})  # what `load_model` found
         exit_layer, speculation = known.get("exit_layer"), {**known, **speculation}
@@ -94,13 +96,13 @@ def generate(
         given = f"num_speculations: {num_speculations} needs exit_layer too"
         raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
     if speculation and num_speculations is None:
-        Speculation(1, 1, **speculation)  # a TypeError for a name that nobody knows
+        Speculation(1, 1, **speculation)  # a TypeError for an unknown name
         name = next(iter(speculation))
         raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
     drafts = None
     if num_speculations is not None and exit_layer is not None:
         drafts = Speculation(exit_layer, num_speculations, **speculation)
-    # Ranks that share a model draw and choose alike; others may each have a model and prompts of their own.
+    # Ranks that share a model need the same prompts and random numbers. Other ranks are independent.
     shared = is_split(model)
     if shared and not same_on_all(rows):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
@@ -121,6 +123,7 @@ def generate(
     )
     for _ in generation:
         pass
+    # Pad the outputs.
     longest = max(len(row) for row in generation.generated)
     padded = [
         [pad_id] * (width - len(before)) + before + after + [pad_id] * (longest - len(after))

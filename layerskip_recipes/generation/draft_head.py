@@ -16,9 +16,9 @@ class DraftHead(nn.Module):
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        # A tied head's rows are the embedding's, also where a quantised copy replaced the head.
+        # A tied head has the embedding's rows, even if a quantised copy has replaced the head.
         output = model.tok_embeddings if model.tied and isinstance(model.output, nn.Linear) else head_of(model)
-        # Quantised and split weights are subclasses of tensors, whose rows cannot be taken.
+        # Quantised and split weights are tensor subclasses, which do not support taking rows.
         if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
             raise ConfigError(
                 f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
@@ -36,7 +36,7 @@ class DraftHead(nn.Module):
 _DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary()
 
 
-@torch.inference_mode(False)  # a tensor of inference mode could not be written later, outside of that mode
+@torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
 @torch.no_grad()
 def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> DraftHead:
     """The draft head with the model's current weights, updated in place if possible: CUDA graphs hold its address."""

@@ -43,7 +43,7 @@ class Generation:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.
         prompts: token ids without padding.
         max_generated_tokens: maximum number of new tokens per prompt.
-        exit_layer: without speculation, the exit that decodes; None: the whole model.
+        exit_layer: without speculation, take every token from this exit; None: from the whole model.
         speculation: how to draft; None decodes without drafts.
         sampler: how to choose tokens; None: greedily.
         stop_tokens: an output ends with the first of these tokens.
@@ -59,7 +59,7 @@ class Generation:
 
     Attributes:
         generated: new tokens of each prompt so far.
-        finished: which prompts have their whole output.
+        finished: whether the output of each prompt is complete.
         in_row: index of the prompt that each row decodes, or decoded last.
         acceptance: (drafted, accepted) tokens of each prompt.
 
@@ -96,12 +96,12 @@ class Generation:
     ) -> None:
         started = time.perf_counter()
         self.model = as_layerskip_decoder(model)
-        # How many layers say what stands: all of them behind drafts.
+        # The layers whose tokens are final: with speculation all layers.
         self.exit_layer = self.model.num_layers
         if speculation is None and exit_layer is not None:
             self.exit_layer = self.model.check_exit(exit_layer)
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
-        # Lists of the rows, for whoever follows the generation.
+        # The same lists as in `rows`, for callers.
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row, self.acceptance = self.rows.in_row, self.rows.acceptance
         sampler = sampler or Sampler()
@@ -117,9 +117,9 @@ class Generation:
         self.started = False
 
         compiled = compiled_steps(self.model) if compile else None
-        # The last generated token is never an input. A draft may reach beyond a row's limit: there is room for it too.
+        # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
         needed = max(lengths) + max_generated_tokens + drafted + 1
-        size = cache_length if compile else int  # the slots of a cache for so many
+        size = cache_length if compile else int  # rounds up for compiled steps
         draft_model, draft_head = self.model, None
         if speculation is not None and speculation.drafter is not None:
             draft_model = as_layerskip_decoder(speculation.drafter)
@@ -138,11 +138,11 @@ class Generation:
             self.drafter = PlainDrafter(self.context, self.exit_layer)
         else:
             self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
-        # Ranks that share the generation learn a round by rank 0's seconds, which come with the next round.
+        # The last round's strategy, tokens per row and seconds. Other ranks get rank 0's seconds with the next round.
         self.unlearnt: tuple[DraftStrategy, float, float] | None = None
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context.device, on=speculation is not None)
-        self.stats.prefill_s = time.perf_counter() - started  # the time to the first token begins with this call
+        self.stats.prefill_s = time.perf_counter() - started  # time to the first token includes this setup
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -153,14 +153,14 @@ class Generation:
                 "another Generation of this model has not ended: iterate it to its end, or close() its iterator"
             )
         self.started = True
-        timed, untimed_s = 0, 0.0  # rounds without compilation; seconds of the others beside compilation
-        phases = 0  # of the timed rounds
+        timed, untimed_s = 0, 0.0  # rounds without compilation; seconds of the other rounds, minus compilation
+        phases = 0  # number of phases in the timed rounds
         try:
             with self._models_in_use():
                 started, compiled = time.perf_counter(), self.compile_s
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
-                self.context.load_cpp()  # if no text was read by it; in the first round it would count as decoding
+                self.context.load_cpp()  # if prefill did not; in the first round it would count as decoding
                 self.traffic = MemoryTraffic(self.context)
                 self.stats.compile_s = self.compile_s - compiled
                 self.stats.prefill_s += time.perf_counter() - started - self.stats.compile_s
@@ -183,14 +183,13 @@ class Generation:
                         self.phases.forget(phases)
                     yield self.rows.by_prompt(new)
         finally:
-            self.phases.forget(phases)  # those of a round that was interrupted
+            self.phases.forget(phases)  # the phases of an interrupted round
             # Rounds that compiled count like the mean of the others.
             scale = self.stats.rounds / timed if timed else 0.0
             self.stats.draft_s, self.stats.verify_s = (scale * s for s in self.phases.seconds().values())
             self.stats.decode_s = scale * self.stats.decode_s if timed else untimed_s
-            # The cache holds all tokens but the last one, which was never an input.
+            # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):
-                # The draft's own layers may not have read the last ones.
                 self.cache.tokens = [text[: -1 - self.drafter.behind] for text in self.rows.texts]
 
     @property
@@ -264,6 +263,7 @@ class Generation:
 
     def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one token of the full model."""
+        # Draft from the last token of each row.
         started, compiled = time.perf_counter(), self.context.compile_s
         self.context.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
@@ -277,6 +277,7 @@ class Generation:
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
+        # Verify.
         with self.phases.phase("verify"):
             outcome = self._agreed(self.drafter.verify(draft, now))
         self.last = outcome[:, 1].clone()
@@ -286,6 +287,7 @@ class Generation:
             nanoseconds, *_ = [row.pop() for row in outcomes]
             self._learn(nanoseconds / 1e9)
 
+        # Append the tokens to the texts, and count them.
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         running = [row for row, done in enumerate(finished) if not done]
         for row in running if draft.strategy != PLAIN else ():
@@ -296,7 +298,7 @@ class Generation:
             self.stats.count_round(drafted, accepted)
             self.rows.count_drafts(row, drafted, accepted)
         self._count_round(draft)
-        # A round that the limit cuts says nothing about the rate of others.
+        # Learn the round's rate, unless a limit may have cut the round.
         if self.speculation is not None and now.room > self.speculation.num_speculations:
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
             self.unlearnt = draft.strategy, sum(map(len, kept)) / len(running), seconds
@@ -311,8 +313,8 @@ class Generation:
             self.unlearnt = None
 
     def _agreed(self, outcome: torch.Tensor) -> torch.Tensor:
-        """Rank 0's result of a verification, and behind it the nanoseconds of its last round: ranks have to choose
-        alike, and a broadcast of its own would let the host wait once more."""
+        """Rank 0's result of a verification, followed by the nanoseconds of its last round. All ranks must learn the
+        same times, and a separate broadcast would make the host wait once more."""
         if not self.context.shared:
             return outcome
         seconds = 0.0 if self.unlearnt is None else self.unlearnt[2]

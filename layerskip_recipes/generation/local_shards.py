@@ -1,7 +1,7 @@
 """Tensor parallelism for decoding on plain tensors: each rank multiplies by its part of a matrix, then sums or gathers.
 
 torch's `parallelize_module` turns each weight into a DTensor. The host then needs 60 to 120 us per linear layer, longer
-than a GPU needs for one token, and milliseconds for every new text length.
+than a GPU takes to multiply one token by it, and milliseconds for every new text length.
 """
 
 from collections.abc import Mapping

@@ -35,7 +35,7 @@ def load_sharded_decoder(
     model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():
         if adapter_names(model):
-            # Merge them as a single process would: in this dtype, and with QLoRA into weights rounded by NF4.
+            # Merge them as a single process does: in this dtype, and with QLoRA into weights rounded by NF4.
             state = load_decoder(cfg, torch.device("cpu")).state_dict()
         else:
             state = read_weights(reading_checkpointer(cfg))

@@ -12,13 +12,13 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import causal_mask
 
 CHUNK = 512  # tokens per pass behind cached tokens, which limits the size of the mask
-SHORT = 128  # up to this length C++ is faster than torch; also its chunk
+SHORT = 128  # up to this length C++ is faster than torch; also the size of its chunks
 
 
 def reads_in_cpp(context: StepContext, tokens: int) -> bool:
     """Whether C++ reads a text of this length: a short text, or any bf16 text on a CPU where torch is slow in bf16.
 
-    This must not depend on the other rows: torch rounds bf16 differently, so a row would get other tokens than alone.
+    This must not depend on the other rows: torch rounds bf16 differently, and a row must get the same tokens as alone.
     """
     slow = context.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return context.has_cpp and (slow or tokens <= SHORT)
@@ -45,7 +45,7 @@ def read_texts(
 def _groups(context: StepContext, lengths: Sequence[int], depth: int) -> list[tuple[list[int], bool]]:
     """The texts to read together, and whether C++ reads them.
 
-    C++ computes each text bit for bit as it would alone. torch may not, so next to C++ it reads texts one by one.
+    In C++ a text's result does not depend on the other texts. In torch it may, so torch then reads texts one by one.
     """
     everything = [*range(len(lengths))]
     short = [i for i in everything if reads_in_cpp(context, lengths[i])]

@@ -31,7 +31,7 @@ from layerskip_recipes.processes import init_processes, is_rank_zero, num_proces
 
 log = utils.get_logger("INFO")
 
-TURNS = 10  # of a conversation, to decide whether compiling pays
+TURNS = 10  # expected number of turns in a conversation, to decide whether compiling pays
 
 
 class LayerSkipGenerate:
@@ -51,6 +51,7 @@ class LayerSkipGenerate:
         self.exit_layer = cfg.exit_layer
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
+        # Read and tokenize the prompts.
         self.examples: list[Example] = []
         self.prompt_tokens: list[list[int]] = []
         if self.interactive:
@@ -65,6 +66,7 @@ class LayerSkipGenerate:
             refuse_bad(self.examples, hint=". on_bad_prompt=skip answers the rest")
         for error in bad:
             log.warning("skipped: %s", error)
+        # Choose how to draft, and the size of the cache.
         self.compile, self.section = self._choose()
         if self.section is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
@@ -80,13 +82,13 @@ class LayerSkipGenerate:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             nodes = self.section.num_speculations + 1 if self.section is not None else 1
             room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
-            # The same for all batches, so that compiled steps know one size.
+            # The same for all batches, so that steps are compiled for one size.
             self.reserve = room + max(64, nodes) if self.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
         self.kept_layers = (self.exit_layer if self.section is None else self.section.exit_layer) or 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
-        # Before the seed: processes that draw one share it.
+        # Join the other processes. This comes before the seed, which they share.
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -96,7 +98,7 @@ class LayerSkipGenerate:
                 "for example prompt_file=prompts.jsonl"
             )
         if not self.interactive:
-            # Memory is looked at only now, as each process has its own GPU.
+            # Check the memory only now, as each process has its own GPU.
             parallel = self.parallel
             whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             drafts = [] if self.section is None else [self.section]
@@ -107,7 +109,7 @@ class LayerSkipGenerate:
         self.shows = is_rank_zero()
 
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:
-        """Whether to compile, and how to draft, where the config leaves it open."""
+        """Whether to compile and how to draft, chosen if the config does not say."""
         cfg, compiled = self.cfg, self.cfg.compile
         how = (cfg.batch_size, cfg.quantizer)
         choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
@@ -124,7 +126,7 @@ class LayerSkipGenerate:
         """Load the model and the draft."""
         if self.shows:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
-        # A trained draft is checked against the weights as they were, so they are quantised after it is there.
+        # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
         now, late = self.cfg.quantizer, None
         if self.section is not None and self.section.draft is not None:
             now, late = None, self.cfg.quantizer
@@ -166,7 +168,7 @@ class LayerSkipGenerate:
         }
         steps = find_compiled_steps(self.model)
         if steps is not None:
-            report["compile_s"] = steps.seconds  # the warm-up's too
+            report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
             if (plain := ours.stats.plain_share or 0.0) > 0.5:
                 log.info(
@@ -271,7 +273,7 @@ class LayerSkipGenerate:
         return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
 
     def _show(self, i: int, answer: str) -> None:
-        """Print an answer of a batch; without batches it was printed while it grew."""
+        """Print an answer of a batch; with batch_size 1 it was printed as it grew."""
         if self.batch_size > 1:
             self._print_head(i)
             print(answer, flush=True)

@@ -159,6 +159,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"engine efficiency {show('engine_efficiency')}",
         "identical output": {True: "yes", False: "NO", None: nothing}[report.get("identical")],
     }
+    # Leave out what does not apply to this run.
     left_out = [] if report["drafted"] else ["phases"]
     left_out += [] if len(report["rounds_by_kind"]) > 1 else ["rounds"]
     left_out += [] if report.get("ideal_speedup") else ["ideal"]

@@ -1,4 +1,4 @@
-"""The host's state of a generation: prompts, outputs so far, and which prompt each row decodes."""
+"""What the host knows of a generation: prompts, outputs so far, and which prompt each row decodes."""
 
 from collections import deque
 from collections.abc import Sequence

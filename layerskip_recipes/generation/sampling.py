@@ -98,7 +98,7 @@ def accept_sampled(
     p_x = p[:, :n].gather(-1, drafted[..., None])[..., 0]
     q_x = q.gather(-1, drafted[..., None])[..., 0]
     accepted = (uniform * q_x < p_x).long().cumprod(1).sum(1)
-    # After all n the next token comes from p itself: as if q were 0 there.
+    # If all n are accepted, the next token is drawn from p itself, as if q were 0.
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
     row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
     p_row, q_row = p.gather(1, row)[:, 0], q.gather(1, row)[:, 0]
@@ -106,10 +106,10 @@ def accept_sampled(
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """norm(max(0, p - q)), what a rejection leaves of p; p, q [..., v]."""
+    """norm(max(0, p - q)), the distribution of the token that replaces a rejected one; p, q [..., v]."""
     rest = (p - q).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
-    # Equal up to rounding, p - q can vanish: a rejection there is rounding too.
+    # If p and q differ only by rounding, p - q can vanish everywhere.
     return torch.where(total > 0, rest / total, p)
 
 
@@ -122,11 +122,12 @@ class SamplerTensors(NamedTuple):
     repetition_penalty: torch.Tensor
 
 
-@dataclass  # not frozen: torch 2.6 would take all of its numbers for a part of each graph
+@dataclass  # not frozen: torch 2.6 would treat its numbers as constants of each graph
 class Sampler:
     """How to choose tokens: greedily at temperature 0, else from the filtered distribution, see `next_token_probs`.
 
-    `rng` is a generator on the model's device; None: torch's global one. A setting out of range is a ConfigError.
+    `rng` is a generator on the model's device; None: torch's global one. Raises a ConfigError for a setting out of
+    range.
     """
 
     temperature: float = 0.0
@@ -143,7 +144,7 @@ class Sampler:
         check("top_p", self.top_p, TopP | None)
         check("min_p", self.min_p, MinP | None)
         check("repetition_penalty", self.repetition_penalty, Penalty)
-        # Stored, as a compiled graph that reads the temperature would hold for one temperature only.
+        # Stored: a compiled graph that read the temperature would be valid for one temperature only.
         self.greedy = self.temperature == 0
         self.top_p = None if self.top_p == 1 else self.top_p
         self.min_p = self.min_p or None
@@ -160,7 +161,6 @@ class Sampler:
         return not self.penalises and (self.greedy or unfiltered)
 
     def settings(self, device: torch.device) -> SamplerTensors:
-        """The numbers on a device."""
 
         def tensor(number: float) -> torch.Tensor:
             return torch.tensor(number, dtype=torch.float32, device=device)

@@ -27,13 +27,13 @@ class GenerationStats:
     """
 
     tokens: int = 0
-    first_tokens: int = 0  # of each text the one that ends its prefill
+    first_tokens: int = 0  # chosen at the end of prefill, one per prompt
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     draft_steps: int = 0
     prefill_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt, found in the cache
+    reused_tokens: int = 0  # prompt tokens found in the cache
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
@@ -41,8 +41,8 @@ class GenerationStats:
     compile_s: float = 0.0
     weight_bytes: int = 0  # read by the decoding steps
     cache_bytes: int = 0
-    rounds_accepting: Counter = field(default_factory=Counter)  # [k]: rounds of a row in which k drafts were accepted
-    rounds_by_kind: Counter = field(default_factory=Counter)  # of a speculation: "chain", "lookup", "plain"
+    rounds_accepting: Counter = field(default_factory=Counter)  # [k]: row rounds with k accepted tokens
+    rounds_by_kind: Counter = field(default_factory=Counter)  # "chain", "lookup", "plain"; empty without speculation
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -133,7 +133,7 @@ class StepContext:
         unembed: bool = True,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or their x_{start_layer}, at the slots `at` [b, s]; only C++ can run some `rows`."""
+        """Run layers over tokens, or their x_{start_layer}, at the slots `at` [b, s]; only C++ takes cache `rows`."""
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             x: Any = tokens if hidden is None else hidden
@@ -194,7 +194,7 @@ class StepContext:
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens of the text (`seen` [b, v]) and of `tokens` [b, k] up to each position -> [b, k, v]."""
+        """The tokens `seen` in the text [b, v], and those of `tokens` [b, k] up to each position -> bool [b, k, v]."""
         counts = torch.zeros(*tokens.shape, seen.shape[-1], device=seen.device)
         return seen[:, None] | (counts.scatter_(2, tokens[..., None], 1).cumsum(1) > 0)
 
@@ -226,7 +226,6 @@ class Step:
         return self.run(slots, *args) if graphs is None else graphs(self, slots, *args)
 
     def run(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
-        """Run eagerly."""
         return self.function(self.context, *self.settings, slots, *args)
 
 

@@ -75,7 +75,7 @@ class TrainingData:
                 sampler=mine,
                 collate_fn=self._collate,
                 drop_last=True,
-                generator=torch.Generator(),  # keep the global generator for the model's draws
+                generator=torch.Generator(),  # draw nothing from the global generator, which the model uses
             )
         )
 

@@ -144,9 +144,9 @@ class Checkpoints:
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
-        """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0. Killing it leaves earlier checkpoints intact.
+        """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0. If killed, earlier checkpoints stay intact.
 
-        `contents` comes from `checkpoint_contents`, `state` serves a resumed run, `description` goes to layerskip.json.
+        `contents` comes from `checkpoint_contents`, `state` is for a resumed run, `description` goes to layerskip.json.
         """
         self.finish()
         self._clear()
@@ -213,7 +213,7 @@ class Checkpoints:
         absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
         planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
         dcp.load(shards, storage_reader=reader, planner=planner, process_group=file_group())
-        wait_for_all()  # some ranks read for longer than others
+        wait_for_all()  # a slow reader would exceed the timeout of the next collective
         states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
         return sorted({name.rpartition(".")[0] for name in states})
 

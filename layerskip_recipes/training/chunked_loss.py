@@ -83,7 +83,7 @@ def token_loss_(
 
 
 def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """The compiled loss, or with a warning the eager one where torch cannot compile it."""
+    """The compiled loss. If torch cannot compile it, warns and runs the eager one."""
     fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
 
     def loss(logits: torch.Tensor, target: Any, scale: torch.Tensor) -> torch.Tensor:
@@ -145,13 +145,13 @@ class _ExitLosses(torch.autograd.Function):
         wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
         leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
-        # Sum gradients in fp32: bf16 would lose most summands, of which each chunk of each exit adds one.
+        # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)
         # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
         plain = head.matrix is not None
         buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute) if plain else None
-        # A chunk's tensors die with the chunk, so saved-tensor hooks (offloading) must not see them.
+        # Activation offloading must not see a chunk's tensors, which are freed after the chunk.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
             trained = [wants_gradient and weight > 0 for weight in weights]
@@ -175,7 +175,7 @@ class _ExitLosses(torch.autograd.Function):
                         chunk_sum = chunk_loss(logits, target, torch.zeros_like(count))
                     exit_sums[i] += chunk_sum
         per_exit = exit_sums / count
-        # Pinned memory avoids a device synchronisation.
+        # The weighted sum. Pinned memory avoids a device synchronisation.
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
         total = (per_exit * factors).sum()
@@ -186,7 +186,7 @@ class _ExitLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        # In place, then freed: nobody calls backward twice through the same loss.
+        # In place, then freed: backward runs only once per loss.
         grads, ctx.grads = ctx.grads, None
         return (None,) * 9 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
 
@@ -211,7 +211,7 @@ def _loss_and_gradient(
         grad = end.detach().clone()
         chunk_sum = chunk_loss(grad, target, scale)
     else:
-        # By hand: autograd would allocate a tensor of the matrix's size per chunk, and sum them in its dtype.
+        # Not by autograd, which would allocate a gradient of the matrix's size per chunk, and sum them in its dtype.
         with torch.no_grad():
             grad_logits = head.unembed(h, out=buffer[: len(h)])
             chunk_sum = chunk_loss(grad_logits, target, scale)
@@ -226,7 +226,7 @@ def _loss_and_gradient(
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [v, d] += a [v, n] b [n, d]; on a CPU and before torch 2.8 rounded to the dtype of a and b before."""
+    """total [v, d] += a [v, n] b [n, d]. On a CPU or before torch 2.8, the product is first rounded to a's dtype."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):

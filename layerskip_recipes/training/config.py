@@ -96,8 +96,8 @@ class FinetuneConfig(RecipeConfig):
     """At most this many optimizer steps per epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
-    """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. For all weights it is 3e-5 at
-    the width of Llama 2 7B, and more for narrower models. If `dtype: null` becomes bf16 for all weights,
+    """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. If all weights are trained, it
+    is 3e-5 at the width of Llama 2 7B, and more for narrower models. If `dtype: null` then becomes bf16,
     `StochasticAdamW` replaces AdamW."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is computed, so that only one gradient exists at a time."""
@@ -118,11 +118,11 @@ class FinetuneConfig(RecipeConfig):
     """Keep the inputs of checkpointed layers in CPU memory; needs a GPU."""
 
     data_parallel_replicate_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Copies of the sharded model (HSDP)."""
+    """Number of copies of the sharded model (HSDP)."""
     data_parallel_shard_dim: Literal[-1] | PositiveInt | None = None
-    """Ranks over which each copy is sharded; -1 takes all remaining ranks."""
+    """Number of ranks over which each copy is sharded; -1 takes all remaining ranks."""
     tensor_parallel_dim: Annotated[int, Field(ge=1, examples=[2])] | None = None
-    """Ranks that share each matrix; needs `tensor_parallel_plan`."""
+    """Number of ranks that share each matrix; needs `tensor_parallel_plan`."""
     tensor_parallel_plan: Annotated[Component, Takes()] | None = None
     """torchtune's plan, such as `{_component_: torchtune.models.llama3.base_llama_tp_plan}`."""
     custom_sharded_layers: Annotated[list[Text], Field(examples=["[tok_embeddings,output]"])] | None = None
@@ -136,7 +136,7 @@ class FinetuneConfig(RecipeConfig):
     """Save only the adapters, without the merged model."""
 
     save_every_n_steps: Annotated[int, Field(ge=1, examples=[500])] | None = None
-    """Also write a checkpoint `step_N` every so many steps, besides `epoch_N` after each epoch."""
+    """Number of steps between checkpoints `step_N`; `epoch_N` is always written after each epoch."""
     keep_last_n_checkpoints: Annotated[int, Field(ge=1, examples=[2])] | None = None
     """Keep this many of the newest checkpoints and delete older ones. A fresh run refuses an earlier run's folder."""
     enable_async_checkpointing: Flag = False
@@ -151,7 +151,7 @@ class FinetuneConfig(RecipeConfig):
     """Held-out data, like `dataset`; measured before the first step and after the last, `batch_size` samples at a
     time."""
     run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
-    """Also measure `dataset_val` every so many steps."""
+    """Number of steps between further measurements of `dataset_val`."""
     max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
     """At most this many batches of `dataset_val` per process."""
     layers_val: Layers | None = None
@@ -162,14 +162,14 @@ class FinetuneConfig(RecipeConfig):
     metric_logger: Annotated[Component, Takes()]
     """One of `torchtune.training.metric_logging`."""
     log_every_n_steps: PositiveInt = 1
-    """Log the metrics every so many steps."""
+    """Number of steps between log lines."""
     log_peak_memory_stats: Flag = False
     """Also log the GPU's peak memory."""
     profiler: Annotated[Component, BeforeValidator(_with_default_component), Takes()] | None = None
     """torchtune's profiler section; records if `enabled: true`."""
 
     def choose(self, choices: Choices) -> None:
-        # The choices build the model and the draft.
+        # Check these first: the choices build the model and the draft.
         check_lora_arguments(self.model)
         if self.draft is not None:
             self.draft.check_against(self.meta_model)
@@ -184,7 +184,7 @@ class FinetuneConfig(RecipeConfig):
 
     @cached_property
     def exit_loss(self) -> EarlyExitLoss:
-        """The early-exit loss over the `loss` section. Without `early_exit_loss` only the last layer has a loss."""
+        """The loss of the sections `loss` and `early_exit_loss`; without the second, only the last layer's."""
         base = self.loss.build()
         given: dict[str, Any] = {}
         if (ignored := getattr(base, "ignore_index", -100)) != -100:
@@ -206,7 +206,6 @@ class FinetuneConfig(RecipeConfig):
         return EarlyExitLoss(**dict(self.early_exit_loss), **given)
 
     def build_layer_dropout(self) -> LayerDropout | None:
-        """The dropout of the `layer_dropout` section, or None."""
         return None if self.layer_dropout is None else LayerDropout(self.num_layers, **dict(self.layer_dropout))
 
     @property
@@ -302,7 +301,6 @@ class FinetuneConfig(RecipeConfig):
         self.exit_loss.enabled(self.num_layers, 0, 1)
 
     def _check_draft(self) -> Iterator[str]:
-        """A draft is trained for a frozen model."""
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 yield f"{key}: does nothing with draft, which freezes the model. Set {key}=null"

@@ -16,7 +16,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
-# Data to measure in each process, about as much as two training steps read.
+# Each process measures at least this much data, about two training steps.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 
 
@@ -30,7 +30,7 @@ class DraftStatistics:
         self.validation, self.mesh, self.device = validation, mesh, device
         self.recent: deque[dict[str, Any]] = deque()
         self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
-        self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes of the runs before this one
+        self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
         """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
@@ -77,6 +77,7 @@ class DraftStatistics:
         self, model: LayerSkipDecoder, exits: Sequence[int], vocabulary: Sequence[int], draft: Draft | None = None
     ) -> dict[str, Any] | None:
         """layerskip.json's section "measured", for exits or a draft; None if nothing can be measured. Collective."""
+        # The exits and batches to measure.
         early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
         batches = _first(self.validation.batches) if self.validation.on else list(self.recent)
         count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
@@ -111,7 +112,7 @@ class DraftStatistics:
 
 
 def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As few batches as are enough."""
+    """The first batches that are enough to measure."""
     some: list[dict[str, Any]] = []
     for batch in batches:
         some.append(batch)

@@ -45,7 +45,7 @@ def exit_weights(
     Args:
         num_layers: L.
         enabled: C(t, l), L flags.
-        scale: e_scale, 0 or more. 0 leaves the ordinary loss.
+        scale: e_scale, 0 or more. With 0, only the last layer has a weight.
         scale_fn: the form of e(l).
 
     Returns:
@@ -108,7 +108,7 @@ class EarlyExitLossSection(Section):
     """The losses of early exits (paper, eq. 5)."""
 
     scale: Scale = 0.2
-    """e_scale, the weight of the early exits against the last exit; 0 leaves the ordinary loss."""
+    """e_scale, the weight of the early exits relative to the last layer; 0 trains on the last layer's loss only."""
     curriculum: Curriculum = "rotational"
     """Which exits have a loss at a step. `rotational`: every `interval`-th layer, moving by one layer at each step.
     `gradual`: from the last layer down, reaching all layers after half of the steps. null: all layers at each step. The
@@ -119,7 +119,7 @@ class EarlyExitLossSection(Section):
     """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: all of them with a curriculum, otherwise
     the layer at a fifth of the depth."""
     scale_fn: ScaleFn = "layerskip"
-    """How an exit's weight grows with depth; `layerskip` is the paper's sum 0 + 1 + ... + l."""
+    """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None
     """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
     target: Literal["labels", "last_layer"] = "labels"
@@ -130,11 +130,11 @@ class EarlyExitLossSection(Section):
 class EarlyExitLoss:
     """J = sum_l e~(t, l) CE(g(x_{l+1}), Y) (paper, eq. 5).
 
-    Exits are unembedded one after the other in chunks of tokens, and each chunk's gradient is taken at once. So logits
-    exist for one chunk at a time, whatever the number of exits.
+    Exits are unembedded one after the other in chunks of tokens, and each chunk's gradient is computed immediately. So
+    only one chunk has logits at a time, for any number of exits.
 
     Args:
-        label_smoothing: of the cross-entropy.
+        label_smoothing: as in torch.nn.CrossEntropyLoss.
         **settings: the fields of `EarlyExitLossSection`.
 
     Raises:
@@ -153,7 +153,6 @@ class EarlyExitLoss:
         self.chunk_loss: ChunkLoss = chunk_loss
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
-        """`enabled_exits` of this loss."""
         return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.layers)
 
     def trained(self, num_layers: int, steps: int, total_steps: int) -> list[int]:

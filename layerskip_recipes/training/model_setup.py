@@ -93,8 +93,8 @@ def _place(
 def fresh_draft(draft: Draft, base: Weights) -> Weights:
     """A draft's first weights: the model's layers from `draft.start` on, and its norm.
 
-    An adapter's first layer begins with the sum of the two states that it joins. Random layers needed twice the tokens
-    to learn as much.
+    An adapter's first layer begins with the sum of its two input states. Random layers needed twice the tokens to learn
+    as much.
     """
     of_layer = re.compile(r"^layers\.(\d+)(\.layer(?=\.))?")
 
@@ -109,8 +109,7 @@ def fresh_draft(draft: Draft, base: Weights) -> Weights:
 def adapter_parameters(model: nn.Module, meta: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of the adapters, by checkpoint name; empty for a model without adapters.
 
-    Returns the parameters themselves: a state_dict would unpack all NF4 weights. `meta`
-    is the model before sharding or wrapping.
+    `meta` is the model before sharding or wrapping. There is no state_dict, which would unpack all NF4 weights.
     """
     names = set(adapter_names(meta))
     return {name: p.detach() for n, p in model.named_parameters() if (name := clean_name(n)) in names}

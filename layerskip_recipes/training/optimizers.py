@@ -85,7 +85,7 @@ class Optimizers:
         """Load a `state_dict` from any number of ranks: whole tensors on rank 0, or this rank's shards.
 
         Learning rate, weight decay and so on stay as in the config. `never_stepped` names the parameters without state
-        in shards, because layer dropout has skipped their layers so far. A whole state just lacks them.
+        in shards: layer dropout has skipped their layers so far. A whole state has no entry for them.
         """
         learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
         if not learned:  # SGD without momentum has no state, and torch does not load an empty one
@@ -100,6 +100,7 @@ class Optimizers:
                 fresh = self.state_dict(whole=True)
                 if is_rank_zero():
                     state["state"] |= {name: fresh["state"][name] for name in never_stepped}
+        # Load the state, and restore the settings of the config.
         groups = [group for one in self.all for group in one.param_groups]
         own = [
             {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}

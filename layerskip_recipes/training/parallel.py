@@ -61,7 +61,7 @@ class Mesh:
 
 
 def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
-    """The numbers of replicate, shard and tensor ranks; a ConfigError for what does not go with several processes."""
+    """The numbers of replicate, shard and tensor ranks. Raises a ConfigError for settings that do not fit them."""
     processes, model, draft = num_processes(), cfg.meta_model, cfg.draft
     tensor = check_processes(model, cfg.tensor_parallel_dim or 1, cfg.tensor_parallel_plan)
     left = processes // tensor  # ranks to replicate and shard over
@@ -73,6 +73,7 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
             f"{shard} x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product "
             f"of {processes}; for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
+    # Settings that do not work with these ranks: message -> whether it applies.
     low_bit = cfg.optimizer.path.startswith("torchao.")
     shared = "tok_embeddings" in (cfg.custom_sharded_layers or ()) and isinstance(model.output, TiedLinear)
     mistakes: dict[str, Any] = {

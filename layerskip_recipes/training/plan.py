@@ -1,6 +1,6 @@
-"""Chooses the keys of a training that are null, by model and machine. The configs `hf/*` leave all of them null.
+"""Chooses the null keys of a training config from the model and the machine. The configs `hf/*` leave all of them null.
 
-A value in the config replaces the choice of its key, and later choices take it into account.
+Keys with a value are kept, and later choices take them into account.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
 
 SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
-LONGEST = {"cpu": 512}  # tokens per sample; time limits a CPU, not memory
+LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -29,7 +29,7 @@ ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_ad
 
 
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
-    """Choose the keys that are null. The order matters: each choice uses those before it."""
+    """Choose the null keys, in an order in which each choice may use the earlier ones."""
     device = choices.device
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
@@ -44,7 +44,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         choices.set("optimizer", Component({"_component_": ROUNDING, **taken}, "optimizer"))
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
 
-    # For other tokenizers, null is torchtune's "never truncate".
+    # The length of a sample, and the batch. For other tokenizers, a null length is torchtune's "never truncate".
     if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:
         choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
     length = choices.value("tokenizer.max_seq_len")
@@ -55,6 +55,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
     choices.pick("gradient_accumulation_steps", lambda: max(SAMPLES_PER_STEP // (size * num_processes()), 1))
 
+    # Learning rate and exits.
     if "lr" in cfg.optimizer.arguments:
         width = cfg.meta_model.tok_embeddings.embedding_dim
         choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
@@ -64,7 +65,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
 
 
 def full_learning_rate(width: int) -> float:
-    """3e-5 (4096 / width)^1.5, at most 1e-3: the paper's 3e-5 for Llama 2 7B, and more for narrower models.
+    """3e-5 (4096 / width)^1.5, at most 1e-3, which is 3e-5 for Llama 2 7B as in the paper.
 
     The paper uses 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 2.1e-5 and 8.5e-5.
     """
@@ -72,7 +73,7 @@ def full_learning_rate(width: int) -> float:
 
 
 class TrainingMemory:
-    """Estimates what fits into nine tenths of a GPU's memory, or half of the machine's."""
+    """Estimates what fits into 90% of a GPU's memory, or half of the machine's."""
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
@@ -94,7 +95,7 @@ class TrainingMemory:
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
         kept = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), chunk)
-        # A draft is always in fp32: each weight with its gradient and two averages.
+        # A draft is always in fp32: 16 bytes for each weight, its gradient and two averages.
         return there - (kept + 16 * self.of_draft) // num_processes()
 
     def recompute(self, dtype: str, length: int) -> bool | None:

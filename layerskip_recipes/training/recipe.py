@@ -71,7 +71,7 @@ class LayerSkipFinetune:
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
         self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
-        # torchtune seeds each rank differently. Rank 0's seed is for what all ranks draw alike.
+        # torchtune gives each rank its own seed. For random choices that all ranks share, use rank 0's.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
 
     def setup(self) -> None:
@@ -80,7 +80,7 @@ class LayerSkipFinetune:
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.loss: EarlyExitLoss | DraftLoss = cfg.exit_loss
         self.mesh = make_mesh(cfg, self.device)
-        # Rank 0 first: the others find the files that it downloads or writes. They may take as long.
+        # Data. Rank 0 goes first, and the others find the files that it downloads or writes. Then it waits for them.
         if not is_rank_zero():
             wait_for_all()
         tokenizer = self._setup_data()
@@ -89,6 +89,7 @@ class LayerSkipFinetune:
         wait_for_all()
         self._warned_of_empty_step = False
 
+        # The state of a stopped run, if its settings are the same.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
         self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)
@@ -98,6 +99,8 @@ class LayerSkipFinetune:
             if cfg.seed not in (None, self.seed):
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
+
+        # Model, optimizer and profiler. A draft also needs the weights that it was trained on.
         self.log = RunLog(cfg)
         self.losses = LossMeans()
         self._setup_model()
@@ -234,8 +237,8 @@ class LayerSkipFinetune:
             self._log(metrics | means | {"tokens_per_second_per_gpu": speed})
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
-        """Backward passes of a step's micro-batches. Returns this rank's number of labels that count, and its summed
-        losses by name, "loss" first."""
+        """Forward and backward passes of a step. Returns this rank's number of labels that count, and its summed losses
+        by name, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
@@ -269,7 +272,7 @@ class LayerSkipFinetune:
             )
         self.data.warn_of_cuts(batch["tokens"])
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        # Found on the CPU, to avoid a device synchronisation.
+        # On the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
         self.draft_statistics.see(batch, labels.flatten()[counted])
         batch |= {"labels": labels, "counted": counted}
@@ -297,8 +300,8 @@ class LayerSkipFinetune:
         self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stop before weights become NaN (an optimizer in backward has moved them already). Warn once of a step without
-        labels. This is the only device synchronisation of a step."""
+        """Stop before weights become NaN (an optimizer in backward has moved them already). Warn once if no label
+        counts. This is the only device synchronisation of a step."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True

@@ -61,7 +61,7 @@ class LossMeans:
             self.values[name].append(loss)
 
     def take(self) -> dict[str, float]:
-        """The means, with exits in order. Starts anew."""
+        """The means, with exits in order; clears the values."""
         names = sorted(self.values, key=lambda name: (len(name), name))
         means = torch.stack([torch.stack(self.values[name]).mean() for name in names]).tolist()
         self.values.clear()
@@ -103,7 +103,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted keys that `now` changes or that it lacks, with both values; None for a missing one."""
+    """Yield the dotted keys whose values differ, with both values; None for a missing one."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         yield key, before, now
         return

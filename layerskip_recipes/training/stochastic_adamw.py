@@ -17,8 +17,8 @@ class StochasticAdamW(Optimizer):
     moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
     than its precision. Weights in fp32 get plain AdamW.
 
-    The noise depends only on the numbers of step and parameter. So a resumed run draws the same noise, and so
-    do ranks that hold copies of a weight. The arguments mean what they mean in `torch.optim.AdamW`.
+    The noise depends only on the step number and the parameter's number. So a resumed run draws the same noise, and so
+    do ranks that hold copies of a weight. The arguments are those of `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ def _update(
 def round_into(target: torch.Tensor, value: torch.Tensor, noise: torch.Generator) -> None:
     """Copy fp32 values to a tensor; into bf16 with unbiased stochastic rounding. Overwrites `value`."""
     if target.dtype is torch.bfloat16:
-        # bf16 is the upper half of fp32. Noise in the lower half carries over with the right probability.
+        # bf16 is the upper half of fp32's bits. Noise added to the lower half carries with the right probability.
         bits = value.view(torch.int32)
         bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
         bits &= -(1 << 16)

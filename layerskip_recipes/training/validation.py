@@ -62,7 +62,7 @@ class Validation:
             batch_size=cfg.batch_size,
             sampler=range(mesh.data_rank, len(dataset), mesh.data_size),
             collate_fn=collate,
-            generator=torch.Generator(),  # keep the global generator for training
+            generator=torch.Generator(),  # draw nothing from the global generator, which training uses
         )
         self.count = min(len(self.batches), cfg.max_batches_val or len(self.batches))
 

@@ -165,8 +165,8 @@ def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
 def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
     """The full model over all drafted tokens, after a draft's own layers have read the tokens that are new to them.
 
-    tokens [b, n + 1], the root first; hidden [b, n, d], x_E of all but the last, or None to run all layers; start [b];
-    state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
+    tokens [b, n + 1], first the last token of the text; hidden [b, n, d], x_E of all but the last, or None to run all
+    layers; start [b]; state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
     """
     model, draft, at = context.model, context.draft_model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     if not context.own_layers and (hidden is None or not context.shares_layers):
@@ -209,7 +209,7 @@ def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden
 
 
 def outcome(accepted, following, drafted, states):
-    """The result of `Drafter.verify`, one tensor for one wait of the host, and the last accepted token's state or None.
+    """The result of `Drafter.verify`, one tensor so that the host waits once, and the last accepted token's state.
 
     accepted, following [b], drafted [b, n], states [b, n + 1, d] or None -> [b, 2 + n], [b, 1, d] or None.
     """

@@ -59,13 +59,13 @@ class DiscountedUCB:
     The weight of a measurement falls with every round, so each strategy is tried again now and then.
 
     Plain decoding is one of the strategies, and drafts have a budget. A round loses its duration in plain steps minus
-    its tokens. A strategy stops where a round without an accepted token would exceed the budget. Plain rounds then earn
+    its tokens. A strategy stops if a round without an accepted token would exceed the budget. Plain rounds then earn
     the next try. So a text whose drafts are never accepted is hardly slower than plain decoding.
 
     Pass one object to several generations to keep what was learned.
 
     Args:
-        trial: rounds of each way of drafting before any choice; plain decoding has one.
+        trial: rounds of each drafting strategy before any choice; plain decoding gets one.
         memory: rounds (of any strategy) after which a measurement has lost two thirds of its weight.
         margin: relative margin after one drafting round; after n rounds it is margin / sqrt(n).
         plain: whether plain decoding is a strategy; without it drafts have no budget.
@@ -77,7 +77,7 @@ class DiscountedUCB:
         self.lost, self.repaid, self.stopped = 0.0, REPAID, False
 
     def begin_text(self) -> None:
-        """Retry drafts as early as at first: they may do better on another text."""
+        """Retry drafts as soon as on the first text: they may do better on another one."""
         self.repaid = REPAID
 
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
@@ -128,7 +128,7 @@ class DiscountedUCB:
 class ChoosingDrafter(ChainDrafter):
     """Drafts from the exit, from the text, or not at all, as `DiscountedUCB` chooses.
 
-    Look-ups of short and of long matches are separate strategies: together, a few bad ones ended all look-ups.
+    Look-ups of short and of long matches are separate strategies. As one strategy, a few bad ones ended all look-ups.
     """
 
     def __init__(

@@ -78,13 +78,13 @@ def choose_drafts(
     int8: bool = False,
     key: str = "self_speculation",
 ) -> Choice:
-    """The section with its missing keys; keys that it has stay, null too.
+    """Fill in the section's missing keys. A key that is given keeps its value, even null.
 
     Args:
-        folder: of the model, with or without layerskip.json.
+        folder: the model's, with or without layerskip.json.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
-        key: of the section, for messages.
+        key: the section's name in messages.
     """
     if section is None:
         return Choice(None, None, costs.plain)
@@ -100,7 +100,7 @@ def choose_drafts(
     if not ways:
         return Choice(None, _untrained(folder, trained, costs.num_layers, key), costs.plain)
 
-    # Only the vocabularies, precisions and lengths that the user left open.
+    # Rank the vocabularies, precisions and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
     rates = {way: tokens_per_round(measured, temperature) for way, measured in ways.items()}
@@ -124,7 +124,7 @@ def choose_drafts(
 
 
 def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
-    """The section with the most frequent tokens of the training data instead of their number."""
+    """Replace a vocabulary's size by the most frequent tokens of the training data, if the checkpoint lists them."""
     size, stored = section.draft_vocabulary, trained and trained.vocabulary
     if stored and isinstance(size, int):
         return section.model_copy(update={"draft_vocabulary": stored[:size]})
@@ -153,7 +153,7 @@ def _trained_draft(folder: str, key: str) -> dict[Way, TokensPerRound]:
 
 
 def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
-    """Each exit with the user's vocabulary, and the acceptance of the next smaller measured vocabulary."""
+    """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
         return {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
     size = given if isinstance(given, int) else len(given)
@@ -182,7 +182,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
-    """Whether compiling saves more time than it takes, by the seconds per token of both; and a log line."""
+    """Whether compiling saves more time than it takes, given the seconds per token of both; and a log line."""
     saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type]
     faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
     if saved > needed:

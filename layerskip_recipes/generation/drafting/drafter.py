@@ -54,7 +54,7 @@ class DraftedTokens:
 
 
 class Drafter(ABC):
-    """Proposes and verifies a draft each round. Any proposal leaves the output that of the full model."""
+    """Proposes and verifies a draft each round. A proposal never changes the output, which is the full model's."""
 
     behind: int = 0  # how many of the last tokens the draft's own layers have not read
 

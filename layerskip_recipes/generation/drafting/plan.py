@@ -17,7 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, TrainedExits, exit_that_drafts
 
-# Of an unmeasured trained exit: each drafted token is accepted with probability 0.7.
+# For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
 ASSUMED = TokensPerRound(**{key: [(1 - 0.7**n) / 0.3 for n in range(2, 10)] for key in ("greedy", "sampled")})
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 
@@ -25,7 +25,7 @@ LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 class Way(NamedTuple):
     """A way of drafting, except for the draft length."""
 
-    exit_layer: int  # the model's layers that draft; 0 for a trained draft of its own layers only
+    exit_layer: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
     own_layers: int | None = None  # a trained draft's layers, which run after the model's first `exit_layer` layers

@@ -46,7 +46,7 @@ class SelfSpeculation(Section):
     prompt_lookup: PromptLookup | None = None
     """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, if that is faster."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the layers and the head that draft (of a trained draft, its own layers). Verification stays in full
+    """Quantises the layers and the head that draft (for a trained draft, its own layers). Verification stays in full
     precision."""
 
     def check_against(

@@ -30,7 +30,7 @@ class Speculation:
         draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the drafter's head.
 
     Raises:
-        ConfigError: if a number is out of range. A Generation refuses what does not fit its model.
+        ConfigError: if a number is out of range. `Generation` raises it for settings that do not fit its model.
     """
 
     exit_layer: int
@@ -54,7 +54,7 @@ class Speculation:
 
 
 def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
-    """Raise a ConfigError unless the drafter has an exit there, and the model's cache shapes and vocabulary."""
+    """Raise a ConfigError unless the drafter has this exit, and the model's cache shapes, vocabulary and dtype."""
     own, layers = as_layerskip_decoder(drafter).own_layers, len(drafter.layers)
     if own and exit_layer != (own.start or own.stop):
         raise ConfigError(f"exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")

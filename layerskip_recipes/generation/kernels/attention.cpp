@@ -8,7 +8,7 @@ namespace {
 constexpr int SLOTS = 96;  // keys or values per pass over all queries of a head
 constexpr int QUERIES = std::min(BLOCK, 8);  // the most queries per block
 
-// s = exp(t - max t) in place, and 0 from slot `visible` on, where t = factor s or with a cap cap tanh(factor s / cap).
+// s = exp(t - max t) in place, where t = factor s, or cap tanh(factor s / cap) with a cap; 0 from slot `visible` on.
 // Returns the sum. The row s is padded to whole vectors.
 float exponents(float* s, int64_t visible, const Vector& factor, float cap, int64_t slots) {
   const Vector none(-std::numeric_limits<float>::infinity());

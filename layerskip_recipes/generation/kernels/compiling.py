@@ -25,16 +25,16 @@ _numbers = itertools.count()  # dynamo remembers shapes by function name, for th
 
 
 def rounded_length(length: int, device: torch.device) -> int:
-    """Round up to 64s, or on a GPU, where each length with masks needs a graph, to a power of two of at least 256."""
+    """Round up to a multiple of 64; on a GPU, where each length needs a graph, to a power of two of at least 256."""
     if device.type == "cuda":
         return max(256, 1 << (length - 1).bit_length())
     return -(-length // 64) * 64
 
 
 def cache_length(needed: int) -> int:
-    """The slots of a cache for compiled steps: few sizes, since graphs depend on it, and a whole number of blocks.
+    """Round a cache's slots up to one of few sizes, since graphs depend on it, and to a whole number of blocks.
 
-    More than any attended length: torch would treat a length that equals the cache's as a constant.
+    This is more than any attended length: torch would treat a length that equals the cache's as a constant.
     """
     return max(256, 1 << (needed - 1).bit_length()) + BLOCK
 
@@ -71,7 +71,7 @@ class CompiledSteps:
         return kept
 
     def prepare(self, load: Callable[[], bool]) -> bool:
-        """Whether steps can be compiled, by calling `load`, which returns whether it had to compile; warns if not."""
+        """Call `load`, which returns whether it had to compile. Returns whether it worked, and warns if not."""
         if not self.failed:
             started = time.perf_counter()
             try:
@@ -132,7 +132,7 @@ class CompiledSteps:
                 self.failed = not self.graphs and not self._is_quantised(step)
                 self.refused[key] = name
                 _warn("here" if self.failed else f"for {name}", e)
-            # On a GPU the step may have run half-way. One process can repeat it, since it only writes behind the text.
+            # On a GPU the step may have run half-way. One process can repeat it, as it only wrote behind the text.
             # With several ranks the others may wait in a collective.
             if cuda and step.context.shared:
                 raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e

@@ -81,7 +81,7 @@ def encode(
 def _read_prompt_file(name: str) -> list[Example]:
     lines = name.endswith(".jsonl")
     try:
-        # In JSONL a byte that is not UTF-8 spoils its line, not the file.
+        # In JSONL, a byte that is not UTF-8 is an error of its line only.
         errors = "surrogateescape" if lines else "strict"
         content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8", errors=errors)
     except (OSError, UnicodeDecodeError) as e:

@@ -24,8 +24,8 @@ class TextStream:
     """The text of one output while it grows; it ends before the first stop token or stop string.
 
     Only the last tokens are decoded with each new one: a token changes no text before the last whole character. The
-    last tokens of `prompt`, which the output continues, are decoded with it, since SentencePiece drops the first space
-    of a text, such as an indentation.
+    output continues `prompt`, whose last tokens are decoded with it, since SentencePiece drops the first space of a
+    text, such as an indentation.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        """Print the new text; until the last call without an incomplete character or the start of a stop string."""
+        """Print the new text. If not `last`, hold back an incomplete character or the start of a stop string."""
         text = self.grown
         if last:
             text += self._continue(self.window, self.window_text, self.unread) if self.unread else ""
@@ -117,8 +117,8 @@ def follow(
 ) -> None:
     """Run a generation, ending outputs at stop strings; `shown` prints the first text as it grows.
 
-    Decoding text counts as decoding time, since the user waits for it; `on_end`, which gets the index of each prompt
-    whose output has ended, does not. After Ctrl-C the accepted text stays on the screen, the draft does not.
+    `on_end` gets the index of each prompt whose output has ended. Detokenizing counts as decoding time, since the user
+    waits for it; `on_end` does not. After Ctrl-C the accepted text stays on the screen, the draft does not.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:

@@ -15,8 +15,8 @@ from layerskip_recipes.errors import ConfigError
 class KeptStates:
     """The states that a draft learns from, in bf16, in a temporary file that disappears with the process.
 
-    The first epoch also uses the states rounded to bf16. A resumed run computes them again, in other batches, so its
-    numbers agree up to the rounding of matrix products.
+    The first epoch also uses the states rounded to bf16. A resumed run computes them again in different batches, so its
+    losses agree only up to the rounding of matrix products.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,10 +31,10 @@ class KeptStates:
         compute: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
         inputs: Mapping[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Draft.teacher_states` of each token, twice [b, s, d]; 0 after a row's last counted label.
+        """The two results of `Draft.teacher_states`, each [b, s, d]; 0 after a row's last counted label.
 
-        `compute` returns them for the given rows. `inputs` are the model's other inputs. input_pos tells packed texts
-        apart, and so determines their mask.
+        `compute` returns them for some rows. `inputs` are the model's other inputs. A packed row's mask follows from
+        its input_pos, so tokens and positions identify a row.
         """
         positions = inputs.get("input_pos")
         if inputs.get("mask") is not None and positions is None:

@@ -33,7 +33,7 @@ class DraftSection(Section):
     """Number of layers of an adapter, 1 by default."""
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
-    vocabulary trains and drafts faster where the head is a large part of the model."""
+    vocabulary trains and drafts faster if the head is a large part of the model."""
     own_text: Fraction = 0.0
     """Share of the micro-batches that contain text by the model itself. It is generated 64 texts at a time, kept in
     own_text.jsonl in `output_dir`, and reused in each epoch."""
