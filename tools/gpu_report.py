@@ -88,7 +88,7 @@ def run_step(name: str, limit_s: float, args: argparse.Namespace) -> dict[str, A
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with suppress(ProcessLookupError):  # what the step started, too
+            with suppress(ProcessLookupError):  # also ends the processes that the step started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return {
@@ -125,7 +125,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report in Markdown."""
     lines = ["# Report of a GPU", ""]
     if results:
         last = max(results.values(), key=lambda result: result["on"]["date"])

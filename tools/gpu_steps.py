@@ -73,7 +73,6 @@ class Place:
         return TINY if self.tiny else SHAPES[name]
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Save a row."""
         print(row, flush=True)
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -370,7 +369,7 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
 
 
 def train(place: Place, shape: str) -> None:
-    """Of the 1B a step beside torchtune's and Liger's, then recipes with all weights; of the 8B docs/gpu_8b.md's."""
+    """Measure training. 1B: one step of ours, torchtune and Liger, then recipes that train all weights. 8B: hf/*."""
     if shape == "1b":
         measure_step(place, "ours")
         if not place.tiny:
@@ -378,7 +377,7 @@ def train(place: Place, shape: str) -> None:
             for method in ("ours, exits", "ours, dropout", "torchtune", "torchtune, exits", "liger"):
                 measure_step(place, method)
     plain = {"early_exit_loss": None, "layer_dropout": None}
-    # Operations of a token for each weight: forward 2, gradients of the states 2, of the weights 2.
+    # FLOPs per token and weight: 2 in the forward pass, 2 for the states' gradients, 2 for the weights' gradients.
     runs: list[tuple[str, int, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {})]
     if shape == "8b":
         runs = [("hf/draft", 2, {}), ("hf/lora", 4, {}), ("hf/full", 6, {})]
@@ -392,7 +391,7 @@ def train(place: Place, shape: str) -> None:
         place.free()
         try:
             measure_training(place, folder, config, keys, per_weight * weights / peak)
-        except Exception as error:  # such as too little memory; the others are measured
+        except Exception as error:  # such as too little memory; go on with the next recipe
             failed.append(traceback.format_exc())
             place.record({"recipe": config, "failed": f"{type(error).__name__}: {error}"[:200]})
     shutil.rmtree(folder)

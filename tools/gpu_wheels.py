@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What images with a GPU build of torch come with; what else they have follows from these.
+# The packages of an image with a GPU build of torch. It also has their dependencies.
 INSTALLED = ("torch==2.11.0", "transformers==5.17.0", "pandas", "pyarrow", "matplotlib")
 LEFT_OUT = ("wandb",)
-# Not in every image of these versions: only recent releases of typer, which transformers needs, need pydantic.
+# Images may lack these: only recent releases of typer, a dependency of transformers, need pydantic.
 ALWAYS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")
 FOR_THE_REPORT = ("pytest", "pytest-xdist", "liger-kernel")
 
@@ -68,7 +68,7 @@ def collect(folder: Path, installed: dict[str, str], options: Sequence[str]) -> 
     everything = resolve([*needed, *FOR_THE_REPORT, *pins], options)
     missing = [f"{n}=={v}" for n, v in everything.items() if n not in installed or n in ALWAYS]
     pip("download", "--quiet", "--no-deps", f"--dest={folder}", *options, *missing)
-    with tempfile.TemporaryDirectory() as copy:  # a build folder in the checkout may hold files that are gone by now
+    with tempfile.TemporaryDirectory() as copy:  # a build folder in the checkout may hold deleted files
         source = shutil.copytree(
             ROOT, Path(copy) / "source", ignore=shutil.ignore_patterns("build", ".*", "*.egg-info")
         )

@@ -34,7 +34,7 @@ BLOCK = re.compile(r"(<!-- run (?P<name>\w+): (?P<command>.+?) -->\n)(?P<figures
 def run(command: str) -> tuple[Report, Path | None]:
     """Run a command. Returns its report and picture (or None)."""
     print(f"+ {command}", flush=True)
-    # The programs of this environment are found where it is not activated, too.
+    # Find this environment's programs even if it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
         shlex.split(command), capture_output=True, text=True, check=False, env=os.environ | {"PATH": path}
@@ -47,7 +47,6 @@ def run(command: str) -> tuple[Report, Path | None]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
 
 
@@ -99,7 +98,7 @@ def _variants(report: Report) -> list[Report]:
 
 
 def tuner(report: Report) -> list[str]:
-    """Predicted and measured speeds. Of a grid only the fastest variant: its picture shows the others."""
+    """Predicted and measured speeds. For a grid only the fastest variant, since its picture shows the others."""
     if report["tune"] == "grid":
         best, *others = _variants(report)
         fastest = f"\nFastest of {1 + len(others)} ways: {best['name']}, {best['speedup']['median']:.2f}x."
@@ -110,7 +109,7 @@ def tuner(report: Report) -> list[str]:
     return [f"{_measured_on(report)}\n", *table(["pair", "predicted", "measured"], rows)]
 
 
-# The key by which a report is recognised. The first one that is there counts.
+# A report is recognised by the first of these keys that it has.
 FIGURES: dict[str, Callable[[Report], list[str]]] = {
     "ratios": training_cost,
     "exits": quality_by_exit,
@@ -155,7 +154,6 @@ def update(page: Path, only: Sequence[str], missing: bool) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the arguments and update the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="a Markdown file with blocks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these blocks")

@@ -85,6 +85,7 @@ def liger_loss(model: Any) -> LossOfStep:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure one method here: seconds per step after the first, and GB of memory before the steps and at peak."""
+    # The model and random tokens.
     cfg, method = FinetuneConfig.load(load_config(args.config, args.overrides)), args.method
     device = cfg.find_device()
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
@@ -104,6 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chunks: dict[str, Any] = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
     if compiled:
         training.compile_model(model, verbose=False)
+    # The method's loss.
     if method == "ours, dropout":
         model.layer_dropout = LayerDropout(depth, prob=args.prob, layers_scale="uniform")
     if method == "torchtune":
@@ -114,6 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         step = liger_loss(model)
     else:
         step = our_loss(model, exits if method == "ours, exits" else last, compiled, chunks)
+    # Time the steps, with all gradients allocated.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     before, seconds = peak_memory_bytes(device) / 2**30, []
@@ -155,6 +158,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         }
         for method, of_method in runs.items()
     }
+    # Ratios.
     plain, torchtunes = figures["ours"], figures["torchtune"]
     one = figures["ours, one layer"]["seconds"]
     layers_s = (plain["seconds"] - one) / (depth - 1) * depth if depth > 1 else one
@@ -189,7 +193,6 @@ def print_report(name: str, report: Mapping[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the arguments and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a finetune config's name or path")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

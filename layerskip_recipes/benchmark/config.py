@@ -122,8 +122,8 @@ class BenchmarkConfig(DecodingConfig):
     max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
     """The maximum number of new tokens per prompt."""
     repeats: PositiveInt | None = None
-    """How many times each method decodes all prompts. The report has the median and the range. null: 3, or as few as
-    decode 12 prompts."""
+    """How many times each method decodes all prompts. The report has the median and the range. null: as many as
+    decode 12 prompts, at most 3."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
     """Scores of the outputs against the prompts' references."""
     random_weights: Flag = False

@@ -21,7 +21,6 @@ def total(runs: Sequence[Run]) -> GenerationStats:
 
 
 def by_repeat(runs: Sequence[Run]) -> list[GenerationStats]:
-    """The totals of each repeat."""
     return [total([run for run in runs if run.repeat == i]) for i in sorted({run.repeat for run in runs})]
 
 

@@ -81,7 +81,7 @@ def checkpoint_files(section: Component) -> list[str]:
 
 
 def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
-    """Check the checkpointer section and that it fits the model; a training takes no `adapter_checkpoint`."""
+    """Check the checkpointer section and that it fits the model. Training does not support `adapter_checkpoint`."""
     section, model = cfg.checkpointer, cfg.meta_model
     # Check the keys.
     ignored = ("recipe_checkpoint", "resume_from_checkpoint", "should_load_recipe_state")

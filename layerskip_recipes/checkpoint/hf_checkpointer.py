@@ -114,7 +114,7 @@ class HFCheckpointer:
             module = hf_name(name.removesuffix(".bias"), self.config)
             tensors[f"base_model.model.{module}.base_layer.bias"] = value
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        # The files
+        # Write the files.
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = dict(described)
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in whole})

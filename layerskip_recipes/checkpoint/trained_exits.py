@@ -43,7 +43,7 @@ class Measured(BaseModel):
     exits: dict[int, dict[str, TokensPerRound]] = {}
     """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
     draft: TokensPerRound | None = None
-    """Of a trained draft with its own vocabulary."""
+    """For a trained draft, with its own vocabulary."""
 
 
 class TrainedExits(BaseModel):

@@ -68,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """The console script."""
     args = _parser().parse_args()
     sys.path.append(os.getcwd())  # as `tune run` does, for components in the working directory
     run_cli(lambda: _run(args))

@@ -82,7 +82,7 @@ def _run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the pipe, such as `| head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         sys.exit(1)
-    except KeyboardInterrupt:  # early only: a recipe with results to print catches it itself
+    except KeyboardInterrupt:  # a recipe that has results to print catches it itself
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
@@ -90,7 +90,7 @@ def _run(main: Callable[[], None]) -> None:
 def fail(error: ConfigError) -> NoReturn:
     """Print each mistake as one line on stderr and exit with status 1."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        # The first process prints mistakes that all find, and torchrun ends this one during the sleep.
+        # The first process prints mistakes that all processes find, and torchrun ends this one during the sleep.
         time.sleep(5)
     for mistake in error.args:
         print(f"ValueError: {' '.join(str(mistake).split())}", file=sys.stderr)

@@ -17,7 +17,6 @@ class Choices:
         self.chosen: dict[str, Any] = {}
 
     def value(self, key: str) -> Any:
-        """The value of a dotted key."""
         found = self.cfg
         for name in key.split("."):
             found = found.get(name) if isinstance(found, Component) else getattr(found, name)

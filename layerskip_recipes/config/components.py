@@ -42,7 +42,6 @@ class Component:
 
     @cached_property
     def target(self) -> Callable:
-        """The callable that the path names."""
         found = find_component(self.path, self.key)
         if not callable(found):
             raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, not a callable")
@@ -55,7 +54,6 @@ class Component:
         return Component(base, f"{self.key}.base") if isinstance(base, Mapping) and "_component_" in base else self
 
     def takes(self, argument: str) -> bool:
-        """Whether the callable has a parameter of this name."""
         return argument in (parameter_names(self.path) or ())
 
     def replace(self, **arguments: Any) -> "Component":

@@ -43,7 +43,7 @@ CollateFn = Annotated[Text, AfterValidator(_check_collate_fn), Field(examples=[P
 
 
 def limit_samples(datasets: Iterable[Component], tokenizer: Any, model: TransformerDecoder) -> None:
-    """Truncate samples at the model's max_seq_len if the tokenizer has no limit, which is the length of packs."""
+    """Truncate samples at the model's max_seq_len if the tokenizer has no limit. Packs need a limit: their length."""
     limit = getattr(tokenizer, "max_seq_len", 0)
     if limit is None and not any(dataset.get("packed") for dataset in datasets):
         tokenizer.max_seq_len = model.max_seq_len

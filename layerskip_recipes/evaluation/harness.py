@@ -45,8 +45,8 @@ HEAD_TOKENS = 512  # compute logits for at most this many positions at once
 
 
 def load_tasks(cfg: EvalConfig, tokenizer: Any, max_new_tokens: int, positions: int) -> dict[str, Any]:
-    """`TaskManager.load` of the config's tasks, and the checks that need no weights; `positions` of the model fit a
-    prompt and its answer."""
+    """Load the config's tasks with `TaskManager.load`, after the checks that need no weights. A prompt and its answer
+    have at most `positions` tokens."""
     if cfg.apply_chat_template and not getattr(tokenizer, "has_chat_template", False):
         raise ConfigError(
             f"apply_chat_template: this {type(tokenizer).__name__} has no chat template. Allowed: "
@@ -72,7 +72,7 @@ def load_tasks(cfg: EvalConfig, tokenizer: Any, max_new_tokens: int, positions: 
         loaded = manager.load(names)
     except Exception as e:  # task files can contain any code
         raise ConfigError(f"tasks: {', '.join(names)} cannot be loaded: {type(e).__name__}: {e}") from e
-    # Groups and tags are known by their tasks only now.
+    # The tasks of groups and tags are known only now.
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             _check_confirmed(name, cfg)
@@ -225,7 +225,7 @@ class LayerSkipLM(TemplateLM):
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, answer) in enumerate(requests):
             requests_of[tuple((context + answer)[:-1][-self.max_length :])].append(i)
-        # Longest first, so that running out of memory happens at once.
+        # Longest first, so that a lack of memory shows at the start.
         rows = sorted(requests_of, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(rows), self.rows), desc="loglikelihood", disable=disable_tqdm):

@@ -78,7 +78,6 @@ class GenerationStats:
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
     def count_round(self, drafted: int, accepted: int) -> None:
-        """Count one round of one row."""
         self.drafted += drafted
         self.accepted += accepted
         self.rounds_accepting[accepted] += 1

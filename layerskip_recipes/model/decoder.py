@@ -228,7 +228,7 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
 
 def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
     """Integers, or lists of them, as a tensor on a device, without a device synchronisation."""
-    # Only CUDA orders a non-blocking copy before the memory of its source is freed.
+    # Only CUDA keeps the source's memory until a non-blocking copy has read it.
     cuda = device.type == "cuda"
     return torch.tensor(numbers, dtype=torch.long, pin_memory=cuda).to(device, non_blocking=cuda)
 
@@ -238,7 +238,7 @@ def is_plain_attention(layer: nn.Module) -> bool:
     return isinstance(layer.attn, MultiHeadAttention)
 
 
-# For each plain decoder, its modules and its `LayerSkipDecoder`: reusing the latter keeps its compiled graphs.
+# Each plain decoder's modules, and its `LayerSkipDecoder`, which is reused to keep its compiled graphs.
 _DECODERS: WeakKeyDictionary[TransformerDecoder, tuple[list[nn.Module], LayerSkipDecoder]] = WeakKeyDictionary()
 
 

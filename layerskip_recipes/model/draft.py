@@ -1,4 +1,4 @@
-"""Draft: trained layers and a norm that draft for a frozen model, and use its embedding and its head."""
+"""Draft: trained layers and a norm that draft for a frozen model, with the model's embedding and head."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 Kind = Literal["copy", "adapter"]
 
-# Unroll length of an adapter's training. It drafts the first token from the model's last state, and the second from its
-# own last state, as it drafts all later tokens.
+# Unroll length of an adapter's training. It drafts the first token from the model's last state, and the second one from
+# its own last state, as it does for all later tokens.
 IN_A_ROW = 2
 
 

@@ -33,7 +33,7 @@ class ExitQuality:
     accepted_length: float | None  # greedily accepted tokens per round of d drafted ones; None without any text
     tokens_per_round: dict[str, dict[str, list[float]]] = field(repr=False)
     """By draft vocabulary, "greedy" and "sampled" (at temperature 1): expected tokens per round of 1 to d drafted ones,
-    the token after the accepted ones included. A text is two labels in a row, or more; {} without one."""
+    including the token after the accepted ones. {} unless there is a text: at least two labels in a row."""
 
     @property
     def perplexity(self) -> float:
@@ -48,7 +48,7 @@ def expected_rounds(first: torch.Tensor, later: torch.Tensor, text: torch.Tensor
     """The expected number of rounds that write the texts [..], for drafts of 1 to d = `longest` tokens: [.., d].
 
     first, later [.., s]: the probability that a token is accepted as the first of a draft, or as a later one. text
-    [.., s]: True for tokens of a text; tokens that are not part of it separate texts.
+    [.., s]: True for tokens of a text; other tokens separate texts.
 
     A round at token i accepts at least k tokens with probability S_k(i) = first_i later_(i+1) .. later_(i+k-1). So
     the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) + sum_k S_k(i) (R(i+k+1) - R(i+k)), or
@@ -217,7 +217,7 @@ class _Batch:
                         for number, draft in by_exit[e]:
                             z = logits[:, draft.ids]
                             overlap = torch.minimum(p[:, draft.ids], z.softmax(-1)).sum(-1)
-                            # Where all drafted tokens have the same state, it is the later tokens' state too.
+                            # An exit with one state uses it for the first and for later drafted tokens.
                             accepted[later:, number, 0, part] = (draft.best(z) == top).float()
                             accepted[later:, number, 1, part] = overlap
         # Counts over samples.
@@ -227,7 +227,7 @@ class _Batch:
             wrong = self._by_position(~flags).any(-1)
             self.sums.exits[index, 2] += (has_labels & ~wrong).sum()
             self.sums.exits[index, 3] += has_labels.sum()
-        # Rounds. The first token of a text comes from its prefill. Many small operations: on the CPU.
+        # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
         text = (self.counts & F.pad(self.counts[:, :-1], (1, 0))).cpu()
         first_drafted, later_drafted = self._by_position(accepted).cpu()
         rounds = expected_rounds(first_drafted, later_drafted, text, self.sums.num_speculations).sum(-2)

@@ -27,7 +27,7 @@ class Head:
     """g of a decoder, called without the hooks of its modules; `norm` replaces the model's norm.
 
     Use it within the decoder's forward (`on_exit=`), where FSDP has gathered the root's parameters. `parameters` are
-    the gathered ones of norm and output (if tied, the embedding's); their gradients reach the sharded ones.
+    the gathered parameters of norm and output (tied: the embedding's); their gradients reach the sharded parameters.
     """
 
     def __init__(self, model: Any, norm: nn.Module | None = None) -> None:

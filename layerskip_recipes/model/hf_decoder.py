@@ -129,7 +129,7 @@ def _layer(
 
     return TransformerSelfAttentionLayer(
         attn=attention(
-            embed_dim=heads * head_dim,  # torchtune requires a multiple of heads; the model's width may be none
+            embed_dim=heads * head_dim,  # torchtune requires a multiple of heads, which the model's width need not be
             num_heads=heads,
             num_kv_heads=key_heads,
             head_dim=head_dim,

@@ -70,7 +70,7 @@ class DecodingCache:
         self.rows, self.draft_layers = rows, draft_layers
         self.max_len = max_len
         self.slots = torch.arange(max_len, device=model.tok_embeddings.weight.device)
-        # Not two attributes: torch 2.13 forgets attributes that a graph sets after FlexAttention.
+        # One list instead of two attributes: torch 2.13 loses attributes that a graph sets after FlexAttention.
         self.cursor: list[Any] = [None, 0]
         # The model's layers, then the draft's own layers.
         self.layers = [LayerCache(max_len, self.cursor) for _ in range(model.num_layers + draft_layers)]
@@ -131,7 +131,7 @@ class BlockAttention:
     """FlexAttention over a whole cache in a compiled step; queries are at the slots `at` [b, s].
 
     The kernel finds the last visible block on the device and reads none behind it, so one graph serves all text
-    lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. `max_len` is whole blocks.
+    lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. BLOCK divides `max_len`.
     """
 
     def __init__(self, at: torch.Tensor, max_len: int) -> None:

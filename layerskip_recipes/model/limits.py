@@ -1,4 +1,4 @@
-"""What a model can take: its vocabulary and its context length."""
+"""Checks of tokens and lengths against a model's vocabulary and context length."""
 
 from collections.abc import Sequence
 from numbers import Integral

@@ -1,6 +1,7 @@
 """NF4 (QLoRA, arXiv 2305.14314): block sizes, and the check that a matrix can be packed and sharded.
 
-NF4 packs the scales of 64 weights each in blocks again. FSDP shards a packed matrix by rows: a shard has whole blocks.
+NF4 has one scale per 64 weights, and quantises the scales in blocks too. FSDP shards a packed matrix by rows, and each
+shard needs whole blocks.
 """
 
 from torch import nn

@@ -49,7 +49,6 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """This process's data-parallel rank."""
         return 0 if self.devices is None else dist.get_rank() // self.tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

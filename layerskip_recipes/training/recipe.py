@@ -374,7 +374,6 @@ class LayerSkipFinetune:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Restore the state of the stopped run."""
         if self.checkpoints.sharded:
             shards = {"model": self._learned_weights(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
             never_stepped = self.checkpoints.load_shards(shards)

@@ -56,7 +56,6 @@ class LossMeans:
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, names: Sequence[str], losses: torch.Tensor) -> None:
-        """Add the losses of a step, [names]."""
         for name, loss in zip(names, losses.unbind(), strict=True):
             self.values[name].append(loss)
 
