@@ -24,7 +24,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 
 def page() -> str:
-    """The page with its introduction and new tables."""
     introduction = PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
     return f"{introduction}{MARKER}\n{markdown({name: config_class(name) for name in RECIPES})}"
 
@@ -44,7 +43,6 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
 
 
 def _is_common(key: str, field: FieldInfo) -> bool:
-    """Whether the key belongs to all recipes."""
     common = RecipeConfig.model_fields.get(key)
     return common is not None and (_row(key, common) == _row(key, field))
 
@@ -94,7 +92,6 @@ def _row(key: str, field: FieldInfo) -> list[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    """A default value in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

@@ -118,7 +118,6 @@ def shown(value: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table with the columns of all rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([shown(row.get(column)) for column in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]

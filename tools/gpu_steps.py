@@ -432,7 +432,6 @@ STEPS: dict[str, Callable[[Place], None]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run one step in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("rows", type=Path, help="the file that gets the rows")

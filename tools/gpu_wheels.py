@@ -77,7 +77,6 @@ def collect(folder: Path, installed: dict[str, str], options: Sequence[str]) -> 
 
 
 def main(arguments: list[str]) -> None:
-    """Collect the wheels and print how to install them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the wheels go; it must be empty")
     parser.add_argument("--installed", type=Path, help="what `python -m pip freeze` prints on the machine")

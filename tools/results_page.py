@@ -51,7 +51,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def training_cost(report: Report) -> list[str]:
-    """Time and memory of a training step."""
     rows = [[name, f"{row['seconds']:.3f}", f"{row['peak_gb']:.2f}"] for name, row in report["figures"].items()]
     ratios = [f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items()]
     head = f"{report['batch']} x {report['seq_len']} random tokens, exits of layers {report['layers']} and the last.\n"
@@ -59,7 +58,6 @@ def training_cost(report: Report) -> list[str]:
 
 
 def quality_by_exit(report: Report) -> list[str]:
-    """Loss and agreement of each exit."""
     rows = [
         [e, *(f"{row[key]:.3f}" for key in ("loss", "accuracy", "agreement")), show(row["accepted_length"], ".2f")]
         for e, row in report["exits"].items()
@@ -79,7 +77,6 @@ def _measured_on(report: Report) -> str:
 
 
 def speed(report: Report) -> list[str]:
-    """One table of methods per temperature."""
     lines = [_measured_on(report)]
     lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
     drafts = ("acceptance", "tokens/round", "ideal", "efficiency")
@@ -119,7 +116,6 @@ FIGURES: dict[str, Callable[[Report], list[str]]] = {
 
 
 def figures(report: Report) -> list[str]:
-    """The lines for the page from a report."""
     for key, write in FIGURES.items():
         if report.get(key):
             return write(report)

@@ -180,7 +180,6 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
 
 
 def print_report(name: str, report: Mapping[str, Any]) -> None:
-    """Print a table, then the report as one line of JSON."""
     print(
         f"{name}: batch {report['batch']} x {report['seq_len']} tokens, exits of layers {report['layers']} and the last"
     )

@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    # Load the model twice, without and with the exported decoding loop, and read the prompts.
     tokenizer = AutoTokenizer.from_pretrained(args.folder, padding_side="left")
     load = AutoModelForCausalLM.from_pretrained
     model, ours = (load(args.folder, dtype=torch.float32, trust_remote_code=trust) for trust in (False, True))
@@ -63,6 +64,7 @@ def main() -> None:
     if args.batch == 1:  # transformers drafts for one prompt at a time only
         methods["assistant_early_exit"] = model.generate
         methods[f"assistant_early_exit, {NUM_SPECULATIONS} drafts"] = early_exit
+    # Measure all methods in turns.
     clock: dict[str, list[float]] = {name: [] for name in methods}
     processor: dict[str, list[float]] = {name: [] for name in methods}
     equal = dict.fromkeys(methods, True)
@@ -79,6 +81,7 @@ def main() -> None:
                     processor[name].append(time.process_time() - start_processor)
                 expected = tokens if expected is None else expected
                 equal[name] &= torch.equal(tokens, expected)
+    # Print the table.
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"{args.folder}: exit {exit_layer} of {model.config.num_hidden_layers}, {versions}")
     print(f"{torch.get_num_threads()} threads, {len(prompts)} prompts, {args.batch} at a time, {args.new} new tokens")

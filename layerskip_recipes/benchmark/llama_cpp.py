@@ -20,7 +20,7 @@ SERVER = Path(__file__).with_name("llama_cpp_server.py")
 
 
 class LlamaCppServer:
-    """A server that decodes one prompt at a time and ends with this process; a prompt and its answer have `room`."""
+    """Decodes one prompt at a time and ends with this process; `room` is the most tokens of a prompt and its answer."""
 
     def __init__(self, gguf: str, room: int, threads: int, draft: str | None = None, num_speculations: int = 0) -> None:
         self.room = room

@@ -226,8 +226,6 @@ def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
 
 @dataclass(frozen=True)
 class PeerKind:
-    """How to run one peer."""
-
     package: str
     decoder: Callable[..., Decode]  # (job, compiled, **arguments)
     compiles: bool = True
@@ -266,7 +264,7 @@ class Peer:
 def find_peers(
     names: Sequence[str], job: Job, sampler: Sampler, compile: bool
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that support the config, each in its fastest setting, and the reasons of the others."""
+    """The peers that support the config, each in its fastest setting, and why the others are left out."""
     found, left_out = {}, {}
     for name in names:
         try:

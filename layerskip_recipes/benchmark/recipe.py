@@ -258,7 +258,6 @@ class LayerSkipBenchmark:
         return {"metrics": text_metrics(self.cfg.metrics, outputs, references)}
 
     def _settings(self) -> dict[str, Any]:
-        """The command, versions, machine and settings of the run."""
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
         used = {PEERS[name].package for peers in self.peers.values() for name in peers if name not in self.turns.failed}

@@ -127,7 +127,6 @@ class HFCheckpointer:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _matrix(self, file_name: str) -> torch.Tensor:
-        """A matrix in the folder's files, mapped."""
         files = map(load_file, weight_files(self._checkpoint_dir))
         return next(tensors[file_name] for tensors in files if file_name in tensors)
 

@@ -152,7 +152,6 @@ def parameter_names(path: Any) -> set[str] | None:
 
 
 def find_component(path: Any, key: str = "") -> Any:
-    """Import the object at a dotted path."""
     # Importing torchtune takes seconds, and `layerskip cat` rarely needs it.
     from torchtune.config._errors import InstantiationError
     from torchtune.config._utils import _get_component_from_path

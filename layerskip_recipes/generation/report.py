@@ -17,7 +17,7 @@ log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path of a report or picture; that of an interrupted run overwrites no other."""
+    """The path of a report or picture; an interrupted run does not overwrite an earlier one."""
     if not (interrupted and document.exists()):
         return document
     log.warning("%s: the %s of an earlier run stays", key, document)
@@ -134,7 +134,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the report, one figure per line."""
 
     def show(key: str, form: str = ".2f", factor: float = 1.0) -> str:
         return "-" if report.get(key) is None else format(report[key] * factor, form)

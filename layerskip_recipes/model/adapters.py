@@ -206,7 +206,7 @@ def check_adapters(
 
 
 def adapter_file(path: str) -> Path:
-    """The file for `checkpointer.adapter_checkpoint`, which is a path of a file or of its folder."""
+    """The file for `checkpointer.adapter_checkpoint`, which is the path of a file or of its folder."""
     file = Path(path) / ADAPTER_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError(
@@ -242,7 +242,7 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
 def check_tensors(
     expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], message: str, advice: str = ""
 ) -> None:
-    """Raise a ConfigError of message, mistake and advice if tensors are missing, foreign or of another shape."""
+    """Raise a ConfigError (message, mistake, advice) if tensors are missing, unknown or have another shape."""
     reshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()

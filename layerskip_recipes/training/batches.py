@@ -43,7 +43,7 @@ class TrainingData:
         check_length(len(self.dataset[0]["tokens"]), cfg.meta_model)
 
     def warn_of_cuts(self, tokens: torch.Tensor) -> None:
-        """Warn once that samples are cut: tokenizers do so silently, perhaps before the answer begins."""
+        """Warn once that samples are cut: tokenizers do this silently, and the answer may be lost."""
         if self._warned_of_cuts or self.cut_at is None or tokens.shape[1] < self.cut_at:
             return
         self._warned_of_cuts = True

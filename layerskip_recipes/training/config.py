@@ -253,7 +253,7 @@ class FinetuneConfig(RecipeConfig):
             yield from self._check_draft()
 
     def _check_optimizer(self) -> Iterator[str]:
-        """Build optimizer and schedule once for a single number: they may refuse their arguments."""
+        """Build optimizer and schedule once for a single weight: they may refuse their arguments."""
         conflicts = {
             "gradient_accumulation_steps": (self.gradient_accumulation_steps > 1, "1"),
             "clip_grad_norm": (self.clip_grad_norm is not None, "null"),

@@ -33,7 +33,6 @@ class StochasticAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the weights that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

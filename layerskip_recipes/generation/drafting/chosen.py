@@ -132,7 +132,7 @@ def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | Non
 
 
 def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExits | None) -> SelfSpeculation:
-    """The section with the keys of a prediction, except for the given ones."""
+    """Set the section's keys as in a prediction, except for the given keys."""
     vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
     chosen: dict[str, Any] = {
         "exit_layer": best.way.exit_layer,
@@ -175,7 +175,7 @@ def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: in
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether steps can be compiled: this takes a C++ compiler on a CPU, triton on a GPU."""
+    """Whether steps can be compiled, which needs a C++ compiler on a CPU, and triton on a GPU."""
     if device.type == "cpu":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     return device.type == "cuda" and find_spec("triton") is not None

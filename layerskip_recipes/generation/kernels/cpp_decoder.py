@@ -128,7 +128,6 @@ class Parts:
         self.tensors |= dict(zip(("cos", "sin"), _TABLES[table], strict=True))
 
     def attention(self, attn: Any) -> None:
-        """Attention without its cache."""
         _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))

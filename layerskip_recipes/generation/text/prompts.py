@@ -59,7 +59,7 @@ def refuse_bad(examples: Sequence[Example], hint: str = "") -> None:
 def encode(
     examples: Sequence[Example], tokenizer: Any, model: TransformerDecoder, max_new_tokens: int
 ) -> tuple[list[Example], list[list[int]]]:
-    """The examples, with errors for those that cannot be decoded, and the tokens of each prompt."""
+    """The examples, with errors for prompts that the model cannot take, and the tokens of each prompt."""
     check = partial(check_prompt_lengths, model, max_generated_tokens=max_new_tokens, key="max_new_tokens")
     if not examples:
         check([])
