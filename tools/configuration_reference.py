@@ -55,7 +55,7 @@ def _tables(fields: Mapping[str, FieldInfo], known: dict[type[Section], str]) ->
         sections = [section for section in _sections(field.annotation) if section.model_fields]
         new = [section for section in sections if section not in known]
         for section in sections:
-            # A mapping of sections has names of the user's choice between its key and the keys of a section.
+            # In a mapping of sections, a name of the user's choice stands between the key and a section's keys.
             prefix = f"{key}." if section in _direct(field.annotation) else f"{key}.NAME."
             if section in known:
                 yield f"The keys `{prefix}KEY` are those of [{known[section]}](#{known[section]})."

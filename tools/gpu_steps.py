@@ -219,7 +219,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
     step_s = figures(runs["baseline"], runs["baseline"], False, 0.0)["round_s"]
     for name, method in methods.items():
         of_method = runs[name]
-        if isinstance(method, Peer):  # its rounds are steps, each a token of every row
+        if isinstance(method, Peer):  # its rounds are steps with one token per row
             rows = len(of_method[0].outputs)
             rounds = [1000 * rows / (run.stats.tokens_per_second or float("nan")) for run in of_method]
             place.record(of_row | {"method": name, "ms a round": spread(rounds)})

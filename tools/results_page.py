@@ -139,7 +139,7 @@ def update(page: Path, only: Sequence[str], missing: bool) -> None:
             shutil.copy(picture, copy)
             lines.append(f"\n![{name.replace('_', ' ')}]({copy.name})")
         new = f"{blocks[name][1]}" + "\n".join(lines) + "\n\n<!-- end -->"
-        # The page is read again, as somebody may have edited the page while the command ran.
+        # Read the page again: somebody may have edited it while the command ran.
         text = BLOCK.sub(
             lambda block: new if block["name"] == name else block[0],  # noqa: B023 - called at once
             page.read_text(),

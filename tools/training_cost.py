@@ -38,7 +38,7 @@ from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.parallel import checkpoint_layers
 
 METHODS = ("ours", "ours, exits", "torchtune", "torchtune, exits", "ours, dropout", "ours, one layer")
-LIGER = "liger"  # its own method, as it needs a GPU and a package that is not ours
+LIGER = "liger"  # not in METHODS, as it needs a GPU and an optional package
 LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, labels) [b, s] -> the loss
 
 
@@ -162,7 +162,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     plain, torchtunes = figures["ours"], figures["torchtune"]
     one = figures["ours, one layer"]["seconds"]
     layers_s = (plain["seconds"] - one) / (depth - 1) * depth if depth > 1 else one
-    left_s = plain["seconds"] - args.prob * layers_s  # without the share of the layers that dropout leaves out
+    left_s = plain["seconds"] - args.prob * layers_s  # a step without the share of the layers that dropout skips
     exits, theirs = figures["ours, exits"], figures["torchtune, exits"]
     ratios = {
         "exits / torchtune's exits, time": exits["seconds"] / theirs["seconds"],

@@ -138,7 +138,8 @@ class Generation:
             self.drafter = PlainDrafter(self.context, self.exit_layer)
         else:
             self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
-        # The last round's strategy, tokens per row and seconds. Other ranks get rank 0's seconds with the next round.
+        # The last round's strategy, tokens per row and seconds. Several ranks learn it in the next round, which brings
+        # rank 0's seconds.
         self.unlearnt: tuple[DraftStrategy, float, float] | None = None
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context.device, on=speculation is not None)

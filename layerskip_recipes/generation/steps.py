@@ -133,7 +133,7 @@ class StepContext:
         unembed: bool = True,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or their x_{start_layer}, at the slots `at` [b, s]; only C++ takes cache `rows`."""
+        """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, C++ only."""
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             x: Any = tokens if hidden is None else hidden

@@ -16,7 +16,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
-# Each process measures at least this much data, about two training steps.
+# Each process measures this many samples or tokens, about as many as two training steps have.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 
 

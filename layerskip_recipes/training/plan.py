@@ -34,7 +34,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
 
-    # bf16 rounds small steps of the weights away. Adapters and drafts are trained in fp32 anyway.
+    # In bf16, rounding undoes small steps of the weights. Adapters and drafts are trained in fp32 anyway.
     dtype = choices.pick(
         "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
     )

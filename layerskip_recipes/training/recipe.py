@@ -89,7 +89,7 @@ class LayerSkipFinetune:
         wait_for_all()
         self._warned_of_empty_step = False
 
-        # The state of a stopped run, if its settings are the same.
+        # The state of a stopped run, which must have had the same settings.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
         self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)

@@ -175,7 +175,7 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     # Slow tuning, which finds kernels that multiply a single row by int8 weights without unpacking them.
     cuda: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
-    # The step's key ensures the shapes.
+    # The step's key already fixes the shapes.
     options: dict[str, Any] = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe

@@ -282,8 +282,8 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   const int64_t k = any.size(1);
   int64_t n = 0;
   for (const Linear* linear : linears) n += linear->columns();
-  // A thread pays off from 32 or 64 kB of weights, which stay in its cache for all rows of x. A grain is a number of whole
-  // tiles, but for a single row wide weights stream best column by column.
+  // A thread pays off from 32 or 64 kB of weights, which stay in its cache for all rows of x. A grain is a number of
+  // whole tiles, but for a single row wide weights stream best column by column.
   const int64_t bytes = k * static_cast<int64_t>(any.element_size());
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
   const int64_t blocks = (m + BLOCK - 1) / BLOCK, tile = tile_rows((m + blocks - 1) / blocks);

@@ -15,7 +15,7 @@ from layerskip_recipes.generation.text.prompts import Example
 log = utils.get_logger("INFO")
 
 # A draft is dim and stays in its line, since a terminal cannot restore the cursor once the screen has scrolled. So
-# wrapping is off while it is printed. The leading space makes a full line wrap before.
+# wrapping is off while it is printed. The leading space makes a full line wrap first.
 DRAFT, PLAIN, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
 
