@@ -314,8 +314,7 @@ class Generation:
             self.unlearnt = None
 
     def _agreed(self, outcome: torch.Tensor) -> torch.Tensor:
-        """Rank 0's result of a verification, followed by the nanoseconds of its last round. All ranks must learn the
-        same times, and a separate broadcast would make the host wait once more."""
+        """Rank 0's verification result and the nanoseconds of its last round, in one broadcast for one wait."""
         if not self.context.shared:
             return outcome
         seconds = 0.0 if self.unlearnt is None else self.unlearnt[2]

@@ -1,1 +1,1 @@
-"""The decoder and its parts: dropout, head, KV cache, adapters, Hugging Face folders, measures. Imports config only."""
+"""The decoder and its parts: dropout, head, KV cache, adapters, Hugging Face folders. Imports config and below."""

@@ -1,1 +1,1 @@
-"""`layerskip_finetune`: layer dropout and early-exit loss in training. Imports generation and what lies below."""
+"""`layerskip_finetune`: layer dropout and early-exit loss in training. Imports generation and below."""

@@ -1,8 +1,8 @@
 """The checkpoints of a training run: written atomically, the oldest deleted, the newest found on resume.
 
-A checkpoint is written to a staging folder and renamed, so `epoch_N` or `step_N` is complete or does not exist. It has
-one of two forms. Whole: rank 0 gathers the model and torchtune's checkpointer writes it, readable anywhere. Shards:
-every rank writes its own in the background (torch.distributed.checkpoint); they only serve to resume from.
+A checkpoint is written to a staging folder and renamed, so `epoch_N` or `step_N` is complete or does not exist. For a
+whole checkpoint, rank 0 gathers the model, and the config's checkpointer writes it. A sharded checkpoint only serves to
+resume: every rank writes its shards in the background (torch.distributed.checkpoint).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The losses of several exits and their gradients, chunk by chunk in the forward pass (used by early_exit.py).
+"""The losses of several exits and their gradients, computed chunk by chunk in the forward pass.
 
 Only one chunk of tokens has logits at a time, in one buffer shared by all exits. Each exit keeps its hidden state and
 that state's gradient, [b, s, d].

@@ -121,8 +121,7 @@ class Optimizers:
                 one.state.pop(trained[name], None)
 
     def _load_in_one_process(self, states: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
-        """`load_state_dict` in one process. torch's function wants all state on one device, but bitsandbytes pages a
-        part of it."""
+        """`load_state_dict` in one process, where torch's function would refuse state that bitsandbytes has paged."""
         names = {parameter: name for name, parameter in trained.items()}
         for one in self.all:
             own = one.state_dict()["param_groups"]

@@ -237,8 +237,7 @@ class LayerSkipFinetune:
             self._log(metrics | means | {"tokens_per_second_per_gpu": speed})
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
-        """Forward and backward passes of a step. Returns this rank's number of labels that count, and its summed losses
-        by name, "loss" first."""
+        """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
@@ -300,8 +299,7 @@ class LayerSkipFinetune:
         self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stop before weights become NaN (an optimizer in backward has moved them already). Warn once if no label
-        counts. This is the only device synchronisation of a step."""
+        """Warn once if no label counts; stop if the loss or gradient is not finite. A step's only synchronisation."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True

@@ -1,7 +1,7 @@
 """Drafts from an early exit, token by token, and their verification in one forward pass.
 
-A round of n drafted tokens costs n early passes with the head, one early pass of the last token without it, and one
-late pass over n + 1 tokens that starts from the early hidden states (paper, section 4.3).
+A round of n drafted tokens costs n early passes with the head, one early pass without the head for the last token, and
+one late pass over n + 1 tokens that starts from the early hidden states (paper, section 4.3).
 """
 
 from collections.abc import Sequence
