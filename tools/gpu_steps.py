@@ -369,7 +369,7 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
 
 
 def train(place: Place, shape: str) -> None:
-    """Measure training. 1B: one step of ours, torchtune and Liger, then recipes that train all weights. 8B: hf/*."""
+    """Measure training: for 1B single steps (ours, torchtune, Liger) and hf/full; for 8B hf/draft, hf/lora, hf/full."""
     if shape == "1b":
         measure_step(place, "ours")
         if not place.tiny:
