@@ -18,13 +18,17 @@ Plan = Mapping[str, ParallelStyle]
 EXAMPLE_PLAN = "{_component_: torchtune.models.llama3.base_llama_tp_plan}"
 
 
-def check_processes(model: TransformerDecoder, dim: int | None, plan: Component | None) -> int:
-    """The number of ranks that share each matrix; raises a ConfigError if the model cannot be split.
+def ranks_per_matrix(dim: int | None, plan: Component | None) -> int:
+    """The number of ranks that share each matrix, by `tensor_parallel_dim` and `tensor_parallel_plan`.
 
-    `dim` and `plan` are `tensor_parallel_dim` and `tensor_parallel_plan`; a plan without a dim means all ranks.
+    A plan without a dim means all ranks.
     """
-    processes = num_processes()
-    dim = dim or (1 if plan is None else processes)
+    return dim or (1 if plan is None else num_processes())
+
+
+def check_processes(model: TransformerDecoder, dim: int | None, plan: Component | None) -> int:
+    """`ranks_per_matrix`; raises a ConfigError if the model cannot be split over that many."""
+    processes, dim = num_processes(), ranks_per_matrix(dim, plan)
     attn = model.layers[0].attn
     divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
     if not isinstance(attn, MultiHeadAttention):

@@ -13,7 +13,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
-from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes
+from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes, ranks_per_matrix
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation
 from layerskip_recipes.generation.sampling import MinP, Penalty, Sampler, Temperature, TopP
@@ -125,7 +125,9 @@ class GenerateConfig(DecodingConfig):
             yield from mistakes_of(check_file, "output_file", self.output_file)
             yield from self._check_inputs(self.output_file)
         model = layerskip_decoder(self.meta_model)
-        yield from mistakes_of(check_exit_or_drafts, self, model)
+        yield from mistakes_of(
+            check_exit_or_drafts, self, model, ranks_per_matrix(self.tensor_parallel_dim, self.tensor_parallel_plan)
+        )
         yield from mistakes_of(self._check_processes, model)
 
     def _check_conversation(self) -> Iterator[str]:
@@ -174,10 +176,9 @@ class GenerateConfig(DecodingConfig):
                 yield f"{key}: {value} needs one process, and there are {num_processes()}. Leave it out"
 
 
-def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder) -> None:
+def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder, parallel: int = 1) -> None:
     """Check that `exit_layer` or `self_speculation` fits the model, and that only one of them is set."""
     if cfg.self_speculation is not None:
-        parallel = getattr(cfg, "tensor_parallel_dim", None)
         cfg.self_speculation.check_against(model, quantizer=cfg.quantizer, parallel=parallel)
     if cfg.exit_layer is not None:
         model.check_exit(cfg.exit_layer)

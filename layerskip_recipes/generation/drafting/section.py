@@ -54,7 +54,7 @@ class SelfSpeculation(Section):
         model: LayerSkipDecoder,
         key: str = "self_speculation",
         quantizer: Component | None = None,
-        parallel: int | None = None,
+        parallel: int = 1,
     ) -> None:
         """Raise a ConfigError if the section does not fit the model, quantised or split over `parallel` ranks.
 
@@ -75,15 +75,19 @@ class SelfSpeculation(Section):
                 "Set one of them null; for example quantizer=null"
             )
         # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
-        packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), (parallel or 1) > 1
+        packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), parallel > 1
         if (packed or split) and (
             self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
         ):
             name = "draft" if self.draft_vocabulary is None else "draft_vocabulary"
-            other, how = ("tensor_parallel_dim", "splits") if split else ("quantizer", "packs")
+            other, how = (
+                ("tensor_parallel_dim=1", "tensor parallelism splits")
+                if split
+                else ("quantizer=null", "quantizer packs")
+            )
             raise ConfigError(
-                f"{key}.{name}: has a draft vocabulary, which needs rows of the head, and {other} {how} them. Set "
-                f"{key}.{name}=null or {other}=null"
+                f"{key}.{name}: has a draft vocabulary, which needs rows of the head, and {how} them. Set "
+                f"{key}.{name}=null or {other}"
             )
 
     def with_vocabulary(
