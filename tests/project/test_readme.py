@@ -2,7 +2,7 @@
 
 The quick tier checks them as written, by `layerskip validate`. The slow tier runs them as written, with overrides
 appended that shorten a training, or put a tiny model in the place of one that has to be downloaded; not those of
-results, which are records of long runs.
+results and lab notes, which are records of long runs.
 """
 
 import json
@@ -38,7 +38,7 @@ ELSEWHERE = (
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
 TO_BE_RUN = {
     line: words
-    for line, words in commands(page for page in PAGES if "results" not in page).items()
+    for line, words in commands(page for page in PAGES if Path(page).stem not in ("results", "lab_notes")).items()
     if not line.startswith(ELSEWHERE)
 }
 
