@@ -7,7 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-SLICE = 2**24  # weights converted to fp32 at a time
+# Weights converted to fp32 at a time: they fit into the caches of a CPU, and keep a GPU busy.
+CPU_SLICE, GPU_SLICE = 2**18, 2**24
 
 
 class StochasticAdamW(Optimizer):
@@ -50,8 +51,9 @@ class StochasticAdamW(Optimizer):
             noise = torch.Generator(weight.device).manual_seed(step * 100_003 + number)
             w, m, v = (_local(x).view(-1) for x in (weight, state["exp_avg"], state["exp_avg_sq"]))
             grad = _local(p.grad).reshape(-1)
-            for start in range(0, len(grad), SLICE):
-                some = slice(start, start + SLICE)
+            length = CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE
+            for start in range(0, len(grad), length):
+                some = slice(start, start + length)
                 _update(w[some], m[some], v[some], grad[some], step, group, noise)
         return loss
 
@@ -86,7 +88,11 @@ def round_into(target: torch.Tensor, value: torch.Tensor, noise: torch.Generator
     """Copy fp32 values to a tensor; into bf16 with unbiased stochastic rounding. Overwrites `value`."""
     if target.dtype is torch.bfloat16:
         # bf16 is the upper half of fp32's bits. Noise added to the lower half carries with the right probability.
-        bits = value.view(torch.int32)
-        bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
+        # Each random word of 64 bits is the noise of four values, from -2^15 to 2^15 - 1.
+        bits = value.view(torch.int32).view(-1)
+        words = torch.empty(-(-len(bits) // 4), dtype=torch.int64, device=bits.device)
+        words.random_(-(2**63), None, generator=noise)
+        bits += words.view(torch.int16)[: len(bits)].to(torch.int32)
+        bits += 1 << 15
         bits &= -(1 << 16)
     target.copy_(value)

@@ -40,7 +40,7 @@ def test_a_small_step_moves_a_weight_of_bf16():
 
 
 def test_weights_of_fp32_get_plain_adamw(monkeypatch):
-    monkeypatch.setattr(stochastic_adamw, "SLICE", 3000)
+    monkeypatch.setattr(stochastic_adamw, "CPU_SLICE", 3000)
     settings = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
     expected, _ = stepped(torch.optim.AdamW, torch.float32, **settings)
     ours, _ = stepped(StochasticAdamW, torch.float32, **settings)
