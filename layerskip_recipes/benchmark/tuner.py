@@ -27,7 +27,7 @@ from layerskip_recipes.config.names import find_config, our_configs, torchtune_c
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
+from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8, LOOKUP
 from layerskip_recipes.generation.drafting.plan import Costs, Prediction, StepCost, Way, ranked, with_int8
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.sampling import Sampler
@@ -195,12 +195,12 @@ class Tuner:
             p = c.prediction
             print(f"{c.name:<36}{p.tokens_per_round:>15.2f}{1000 * p.round_s:>12.2f}{p.speedup:>9.2f}x")
         if self.cfg.tune is True:
-            found.append(self._candidate(chosen[0], prompt_lookup=3))
+            found.append(self._candidate(chosen[0], LOOKUP))
         return {candidate.name: candidate for candidate in found}
 
-    def _candidate(self, prediction: Prediction, **others: Any) -> Candidate:
+    def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
         way, num_tokens = prediction.way, prediction.way.vocabulary
-        keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, **others}
+        keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, "prompt_lookup": lookup}
         keys["draft_quantizer"] = INT8 if way.int8 else None
         if way.own_layers is not None:
             assert self.cfg.tuned_draft is not None
@@ -219,7 +219,7 @@ class Tuner:
         return {(way, d): self._probe(way, d) for way, d in ways}
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
-        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0), prompt_lookup=None).section
+        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
         method = section.build(self.model)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())

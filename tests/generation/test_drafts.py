@@ -1,6 +1,7 @@
 """What each drafter proposes, against walks and searches in the text; and decoding without drafts that do not pay."""
 
 import copy
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,18 @@ def test_look_ups_are_what_a_search_finds(ngram):
         assert generation.stats.rounds_by_kind["lookup"] == found
         stats += generation.stats
     assert stats.rounds_by_kind["lookup"] > 5 and 0 < stats.acceptance_rate < 1
+
+
+def test_look_ups_alone():
+    """The whole model as the exit: rounds without a match are plain steps."""
+    model, kinds = small_model(), Counter()
+    for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
+        speculation = Speculation(len(model.layers), 4, prompt_lookup=2)
+        generation, rounds = drafts_of(model, [prompt], 24, speculation, choice=AlwaysLookUp())
+        assert generation.generated == [plain(model, prompt, 24)] and generation.stats.draft_steps == 0
+        assert all(draft == search(text, 2, 4)[: len(draft)] for (text,), (draft,) in rounds)
+        kinds += generation.stats.rounds_by_kind
+    assert kinds["lookup"] > 3 and kinds["plain"] > 3 and not kinds["chain"]
 
 
 def test_a_look_up_needs_every_row_that_still_runs():

@@ -48,8 +48,8 @@ def described(folder, exits, trained=(6, 30), draft=None):
     return folder
 
 
-def choose(folder, temperature=0.0, compiled=True, given=None, dtype=torch.float32, int8=None, **settings):
-    costs = smollm2_costs(dtype, compiled=compiled)
+def choose(folder, temperature=0.0, compiled=True, given=None, int8=None, batch_rows=1, **settings):
+    costs = smollm2_costs(compiled=compiled, batch_rows=batch_rows)
     int8 = compiled if int8 is None else int8
     return choose_drafts(SelfSpeculation(**(given or {})), folder, costs, temperature, int8=int8, **settings)
 
@@ -122,6 +122,21 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
 
 
+def test_look_ups(tmp_path):
+    """Beside a draft of single rows; alone where no exit pays, if the user asks for them."""
+    good, bad = described(tmp_path / "good", {6: TASK}), described(tmp_path / "bad", {6: {"all": ([1.05], [1.1])}})
+    assert choose(good).section.prompt_lookup == 3
+    assert choose(good, batch_rows=2).section.prompt_lookup is None
+    for given in ({"prompt_lookup": 5}, {"prompt_lookup": None}):
+        found = choose(good, given=given).section
+        assert (found.exit_layer, found.prompt_lookup) == (6, given["prompt_lookup"])
+    assert choose(bad).section is choose(bad, given={"prompt_lookup": None}).section is None
+    for folder in (bad, tmp_path / "nowhere"):
+        found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
+        assert found.section == SelfSpeculation(exit_layer=30, num_speculations=4, prompt_lookup=2)
+        assert found.why.startswith("Drafts by look-ups alone. ")
+
+
 def test_a_trained_exit_that_nobody_measured(tmp_path):
     found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
     assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
@@ -180,7 +195,8 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
         return greedy[d - 1] * plain / (d * (own + below) + plain * (1 + share * d) + 2e-4)
 
     best = max(range(1, 9), key=speedup)
-    assert found.section == SelfSpeculation(draft=str(tmp_path), num_speculations=best, draft_quantizer=INT8)
+    chosen = {"num_speculations": best, "draft_quantizer": INT8, "prompt_lookup": 3}
+    assert found.section == SelfSpeculation(draft=str(tmp_path), **chosen)
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
 
 
@@ -223,3 +239,5 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
     (checkpoint / "layerskip.json").unlink()
     recipe, report = run()
     assert report["exit_layer"] is None and report["drafted"] == 0
+    recipe, report = run("self_speculation.prompt_lookup=1", "benchmark.compare=true", "max_new_tokens=40")
+    assert report["exit_layer"] == 4 and report["drafted"] > 0 and report["identical"] is True

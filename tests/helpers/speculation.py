@@ -95,7 +95,7 @@ class AlwaysLookUp(DiscountedUCB):
     """Looks up wherever the text offers a draft, fast or not."""
 
     def pick(self, strategies):
-        return strategies[-1]
+        return strategies[-1] if strategies else PLAIN
 
 
 class PlainBetween(DiscountedUCB):

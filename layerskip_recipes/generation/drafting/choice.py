@@ -82,6 +82,8 @@ class DiscountedUCB:
 
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
         """The strategy of the next round: one of these, or plain decoding."""
+        if not strategies:
+            return PLAIN
         if self.plain:
             within = [strategy for strategy in strategies if self.lost + self._most_lost(strategy) < BUDGET]
             if not within and not self.stopped:
@@ -128,7 +130,8 @@ class DiscountedUCB:
 class ChoosingDrafter(ChainDrafter):
     """Drafts from the exit, from the text, or not at all, as `DiscountedUCB` chooses.
 
-    Look-ups of short and of long matches are separate strategies. As one strategy, a few bad ones ended all look-ups.
+    The whole model as the exit means look-ups alone. Look-ups of short and of long matches are separate strategies: as
+    one strategy, a few bad ones ended all look-ups.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class ChoosingDrafter(ChainDrafter):
     ) -> None:
         super().__init__(context, speculation.exit_layer, speculation.num_speculations)
         self.lookup, self.choice = lookup, choice
+        alone = lookup is not None and speculation.exit_layer == context.model.num_layers
+        self.own: list[DraftStrategy] = [] if alone else [CHAIN]
 
     def begin(self, final: torch.Tensor) -> None:
         self.choice.begin_text()
@@ -148,7 +153,7 @@ class ChoosingDrafter(ChainDrafter):
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         found = None if self.lookup is None else self.lookup.propose(now)
-        offered = [CHAIN] if found is None or not found.length else [CHAIN, found.strategy]
+        offered = [*self.own, *([found.strategy] if found is not None and found.length else [])]
         picked = self.choice.pick(offered)
         if picked == PLAIN:
             return no_draft(self.context, now)

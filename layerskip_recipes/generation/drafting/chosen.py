@@ -45,7 +45,8 @@ class Choice:
         return self.step_s / max(self.speedup, 1.0)
 
 
-CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer")
+CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer", "prompt_lookup")
+LOOKUP = 3  # tokens of prompt look-up
 INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
 
@@ -98,7 +99,7 @@ def choose_drafts(
             return Choice(section, None, costs.plain)  # no measurement to choose by
         ways = known_ways(trained, costs.num_layers, section.exit_layer)
     if not ways:
-        return Choice(None, _untrained(folder, trained, costs.num_layers, key), costs.plain)
+        return _without_exit(section, _untrained(folder, trained, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:
@@ -116,11 +117,21 @@ def choose_drafts(
         f"({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
         f"acceptance {'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
-    asked_for = section.draft is not None or section.exit_layer is not None or section.prompt_lookup is not None
+    asked_for = section.draft is not None or section.exit_layer is not None
     if best.speedup < LEAST_GAIN and not asked_for:
-        return Choice(None, f"No drafts: none should pay. The best would be {said}", costs.plain)
+        return _without_exit(section, f"No drafts: none should pay. The best would be {said}", costs)
     why = None if given.issuperset(CHOSEN) else f"Drafts: {said}"
-    return Choice(with_choice(section, best, trained), why, costs.plain, best.speedup)
+    # Rows of a batch rarely have a match at the same time.
+    lookup = LOOKUP if costs.batch_rows == 1 else None
+    return Choice(with_choice(section, best, trained, lookup), why, costs.plain, best.speedup)
+
+
+def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
+    """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
+    if section.prompt_lookup is None:
+        return Choice(None, why, costs.plain)
+    alone = {"exit_layer": costs.num_layers, "draft_vocabulary": None, "draft_quantizer": None}
+    return Choice(section.model_copy(update=alone), f"Drafts by look-ups alone. {why}", costs.plain)
 
 
 def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
@@ -131,7 +142,9 @@ def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | Non
     return section
 
 
-def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExits | None) -> SelfSpeculation:
+def with_choice(
+    section: SelfSpeculation, best: Prediction, trained: TrainedExits | None, lookup: int | None
+) -> SelfSpeculation:
     """Set the section's keys as in a prediction, except for the given keys."""
     vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
     chosen: dict[str, Any] = {
@@ -139,6 +152,7 @@ def with_choice(section: SelfSpeculation, best: Prediction, trained: TrainedExit
         "num_speculations": best.num_speculations,
         "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
         "draft_quantizer": INT8 if best.way.int8 else None,
+        "prompt_lookup": lookup,
     }
     if section.draft is not None:  # its folder has exit and vocabulary
         del chosen["exit_layer"], chosen["draft_vocabulary"]

@@ -28,13 +28,14 @@ from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 class SelfSpeculation(Section):
     """How tokens are drafted. The output is always that of the whole model.
 
-    `layerskip_generate` chooses a missing `exit_layer`, `num_speculations`, `draft_vocabulary` or `draft_quantizer`, by
-    the acceptance that training stored in layerskip.json and the estimated costs on this machine.
+    `layerskip_generate` chooses missing keys by the acceptance that training stored in layerskip.json and the estimated
+    costs on this machine.
     """
 
     exit_layer: Annotated[int, Field(examples=[8])] | None = None
     """E: the number of layers that draft, 1 to L. With `draft`, null means the exit of that draft. Without `draft`,
-    null decodes without drafts, and a missing key chooses a trained exit."""
+    null decodes without drafts, and a missing key chooses a trained exit. With `prompt_lookup`, L means look-ups
+    alone."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
     training with a section `draft`."""
@@ -44,7 +45,8 @@ class SelfSpeculation(Section):
     """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
     in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
     prompt_lookup: PromptLookup | None = None
-    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, if that is faster."""
+    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. A
+    missing key means 3 for one prompt at a time."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the layers and the head that draft (for a trained draft, its own layers). Verification stays in full
     precision."""
