@@ -89,7 +89,7 @@ class FinetuneConfig(RecipeConfig):
     fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes but loses small steps: near 0.02, bf16
     numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
-    """Micro-batches per optimizer step; null: enough for 8 samples."""
+    """Micro-batches per optimizer step; null: enough for 8 samples, 4 on a CPU."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None
