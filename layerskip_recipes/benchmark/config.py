@@ -14,7 +14,7 @@ from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.schema import Flag, Picture, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -106,7 +106,7 @@ class BenchmarkConfig(DecodingConfig):
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
     `{early_exit: E}` to take every token from exit E. null drops a variant of the extended config."""
-    self_speculation: SelfSpeculation | None = None
+    self_speculation: OptionalSpeculation = None
     """The only variant if `variants` is missing, so a generation config can be measured unchanged."""
     peers: Annotated[
         Peers | None,
@@ -119,8 +119,10 @@ class BenchmarkConfig(DecodingConfig):
     """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """The only temperature if `temperatures` is missing, so a generation config can be measured unchanged."""
-    max_new_tokens: Annotated[int, Field(ge=2, examples=[128])] = 128
-    """The maximum number of new tokens per prompt."""
+    max_new_tokens: Annotated[int, BeforeValidator(lambda n: 128 if n is None else n), Field(ge=2, examples=[128])] = (
+        128
+    )
+    """The maximum number of new tokens per prompt; null is 128."""
     repeats: PositiveInt | None = None
     """How many times each method decodes all prompts. The report has the median and the range. null: as many as
     decode 12 prompts, at most 3."""

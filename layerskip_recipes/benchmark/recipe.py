@@ -25,8 +25,8 @@ from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device, weights_folder
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits
+from layerskip_recipes.checkpoint.checkpointers import described_folder, prepare_device
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, exit_that_drafts, read_trained_exits
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
@@ -67,7 +67,7 @@ class LayerSkipBenchmark:
         self.seed = training.set_seed(seed=cfg.seed)
         # The variants; _choose_settings returns None for one that cannot draft.
         model = layerskip_decoder(cfg.meta_model)
-        folder = None if cfg.random_weights else weights_folder(cfg.checkpointer)
+        folder = None if cfg.random_weights else described_folder(cfg.checkpointer)
         self.trained = None if folder is None else read_trained_exits(folder)
         self.candidates: dict[str, Candidate] = {}
         self.variants: dict[str, Variant] = {}
@@ -109,8 +109,12 @@ class LayerSkipBenchmark:
     def _choose_settings(self, name: str, variant: Variant) -> Variant | None:
         """Fill in what the section leaves open, as generation does; None if nothing can draft."""
         cfg = self.cfg
-        if cfg.random_weights or not isinstance(variant, SelfSpeculation):
+        if not isinstance(variant, SelfSpeculation):
             return variant
+        if cfg.random_weights:  # a missing exit is the usual one
+            depth = layerskip_decoder(cfg.meta_model).num_layers
+            usual = None if variant.draft is not None else exit_that_drafts(range(1, depth), depth)
+            return variant.model_copy(update={"exit_layer": variant.exit_layer or usual})
         if cfg.variants and variant.draft is not None:
             return variant
         if cfg.variants and variant.exit_layer is not None:
@@ -182,8 +186,9 @@ class LayerSkipBenchmark:
     def _find_peers(self, peers: Peers) -> None:
         """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
         cfg = self.cfg
-        first = next((draft.exit_layer for draft in self._drafts if draft.exit_layer and not draft.draft), 0)
-        exits = [e for e in (first, 2 * first) if 0 < e < self.model.num_layers]
+        depth = self.model.num_layers
+        early = [e for draft in self._drafts if not draft.draft and (e := draft.exit_layer) and e < depth]
+        exits = [e for e in (early[0], 2 * early[0]) if e < depth] if early else []
         longest = longest_prompt(self.prompts)
         job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
         for temperature in cfg.all_temperatures:

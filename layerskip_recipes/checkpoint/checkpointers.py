@@ -62,6 +62,12 @@ def weights_folder(section: Component) -> Path | None:
     return Path(folder)
 
 
+def described_folder(section: Component) -> Path | None:
+    """The folder that may have a layerskip.json: that of the adapters, or else of the weights."""
+    adapters = section.get("adapter_checkpoint")
+    return weights_folder(section) if adapters is None else adapter_file(str(adapters)).parent
+
+
 def checkpoint_files(section: Component) -> list[str]:
     """The file names in a section for a torchtune checkpointer; expands {filename_format, max_filename}."""
     files = section.get("checkpoint_files")

@@ -15,7 +15,7 @@ from layerskip_recipes.config.schema import Flag, Layers, Picture, PositiveInt, 
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import GenerateConfig, check_exit_or_drafts
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 
@@ -73,7 +73,7 @@ class EvalConfig(RecipeConfig):
     container or a virtual machine."""
     exit_layer: int | None = None
     """The exit that answers the tasks; null for the last layer."""
-    self_speculation: SelfSpeculation | None = None
+    self_speculation: OptionalSpeculation = None
     """Decode generation tasks self-speculatively. Greedy answers stay the same; the report has speed and acceptance."""
     max_new_tokens: Annotated[int, Field(ge=1, examples=[256])] | None = None
     """The maximum answer length for tasks that set no limit; null is 256."""
@@ -94,6 +94,8 @@ class EvalConfig(RecipeConfig):
                 "self_speculation.draft: it was trained for unquantised weights, and layerskip_eval quantises them "
                 "before reading the draft. Set quantizer=null; draft_quantizer quantises the draft"
             )
+        if self.compare and self.self_speculation is not None and self.self_speculation.draft is not None:
+            yield "self_speculation.draft: it was trained for one checkpoint. Set compare=null"
         yield from mistakes_of(check_checkpointer, self)
         for name, other in self.checkpoints().items():
             yield from mistakes_of(other.checkpointer.check)

@@ -79,7 +79,7 @@ class LayerSkipEval:
                     del self.model  # one model at a time in memory
                     self.model = load_decoder(checkpoint, self.device, checkpoint.quantizer)
                 print(f"\n{name}")
-                self._measure(name, measured.setdefault(name, {}))
+                self._measure(name, checkpoint, measured.setdefault(name, {}))
             self.interrupted = False
         except KeyboardInterrupt:
             done = [f"{part} of {name}" for name, parts in measured.items() for part in parts]
@@ -88,9 +88,8 @@ class LayerSkipEval:
             report = self._report(measured) if any(measured.values()) else {}
         return report
 
-    def _measure(self, name: str, measured: dict[str, Any]) -> None:
-        """Measure the loaded model, and add "exits" and "tasks" as each finishes."""
-        cfg = self.cfg
+    def _measure(self, name: str, cfg: EvalConfig, measured: dict[str, Any]) -> None:
+        """Measure the loaded model of a checkpoint's config, and add "exits" and "tasks" as each finishes."""
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
         if self.tasks is not None:

@@ -171,7 +171,8 @@ class LayerSkipGenerate:
         if steps is not None:
             report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
-            if (plain := ours.stats.plain_share or 0.0) > 0.5:
+            only_looks_up = self.section is not None and self.section.only_looks_up(self.model.num_layers)
+            if (plain := ours.stats.plain_share or 0.0) > 0.5 and not only_looks_up:
                 log.info(
                     f"drafting stopped: {plain:.0%} of the rounds went without drafts, as plain decoding was faster"
                 )

@@ -111,8 +111,8 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
 
 
 def row_rounds(stats: GenerationStats) -> int:
-    """Rounds summed over rows, each until it finishes. Without drafts, a row gets one token per round."""
-    return sum(stats.rounds_accepting.values()) or stats.tokens - stats.first_tokens
+    """Rounds summed over rows, each until it finishes. A round gives the accepted tokens and one of the whole model."""
+    return stats.tokens - stats.first_tokens - stats.accepted
 
 
 def safe_divide(a: float, b: float) -> float | None:

@@ -36,7 +36,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
 
-    # In bf16, rounding undoes small steps of the weights. Adapters and drafts are trained in fp32 anyway.
+    # In bf16, rounding undoes small steps. Those of adapters are large enough, and drafts are trained in fp32 anyway.
     dtype = choices.pick(
         "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
     )
@@ -55,7 +55,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         lambda: cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False,
     )
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
-    at_once = size * num_processes()
+    at_once = size * num_processes() // (cfg.tensor_parallel_dim or 1)  # tensor ranks share their samples
     micro_batches = choices.pick("gradient_accumulation_steps", lambda: max(memory.most_samples // at_once, 1))
 
     # Learning rate and exits.

@@ -113,7 +113,7 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     bad = described(tmp_path / "bad", {6: {"all": ([1.05] * 8, [1.1] * 8)}})
     found = choose(bad)
     assert found.section is None and found.speedup == 1.0
-    assert found.why.startswith("No drafts: none should pay. The best would be exit 6, ") and "0.9" in found.why
+    assert found.why.startswith("No drafts: no exit should pay. The best would be exit 6, ") and "0.9" in found.why
     found = choose(tmp_path / "nowhere")
     assert found.section is None and "has no layerskip.json" in found.why
     assert found.why.endswith("To draft anyway: self_speculation.exit_layer=7")
@@ -134,7 +134,7 @@ def test_look_ups(tmp_path):
     for folder in (bad, tmp_path / "nowhere"):
         found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
         assert found.section == SelfSpeculation(exit_layer=30, num_speculations=4, prompt_lookup=2)
-        assert found.why.startswith("Drafts by look-ups alone. ")
+        assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
 
 def test_a_trained_exit_that_nobody_measured(tmp_path):

@@ -139,8 +139,8 @@ class ChoosingDrafter(ChainDrafter):
     ) -> None:
         super().__init__(context, speculation.exit_layer, speculation.num_speculations)
         self.lookup, self.choice = lookup, choice
-        alone = lookup is not None and speculation.exit_layer == context.model.num_layers
-        self.own: list[DraftStrategy] = [] if alone else [CHAIN]
+        whole = speculation.exit_layer == context.model.num_layers and speculation.drafter is None
+        self.own: list[DraftStrategy] = [] if whole and lookup is not None else [CHAIN]
 
     def begin(self, final: torch.Tensor) -> None:
         self.choice.begin_text()

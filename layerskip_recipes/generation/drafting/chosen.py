@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.checkpoint.checkpointers import weights_folder
+from layerskip_recipes.checkpoint.checkpointers import described_folder
 from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, TokensPerRound, TrainedExits, read_trained_exits
 from layerskip_recipes.config.components import Component
@@ -65,7 +65,7 @@ def choose_for(
     plain = quantizer is None and num_processes() == 1
     dtype = cfg.torch_dtype if quantizer is None else torch.int8
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
-    int8, folder = plain and compiled and not gpu, weights_folder(cfg.checkpointer)
+    int8, folder = plain and compiled and not gpu, described_folder(cfg.checkpointer)
     return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, key=key)
 
 
@@ -82,7 +82,7 @@ def choose_drafts(
     """Fill in the section's missing keys. A key that is given keeps its value, even null.
 
     Args:
-        folder: the model's, with or without layerskip.json.
+        folder: that of the weights or adapters, with or without layerskip.json.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
         key: the section's name in messages.
@@ -91,6 +91,8 @@ def choose_drafts(
         return Choice(None, None, costs.plain)
     trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
     section = with_stored_vocabulary(section, trained)
+    if section.only_looks_up(costs.num_layers):
+        return Choice(section, None, costs.plain)
     given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
     if section.draft is not None:
         ways = _trained_draft(section.draft, f"{key}.draft")
@@ -119,19 +121,22 @@ def choose_drafts(
     )
     asked_for = section.draft is not None or section.exit_layer is not None
     if best.speedup < LEAST_GAIN and not asked_for:
-        return _without_exit(section, f"No drafts: none should pay. The best would be {said}", costs)
-    why = None if given.issuperset(CHOSEN) else f"Drafts: {said}"
-    # Rows of a batch rarely have a match at the same time.
-    lookup = LOOKUP if costs.batch_rows == 1 else None
-    return Choice(with_choice(section, best, trained, lookup), why, costs.plain, best.speedup)
+        return _without_exit(section, f"no exit should pay. The best would be {said}", costs)
+    # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
+    lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
+    chosen = with_choice(section, best, trained, lookup)
+    also = "" if chosen.prompt_lookup is None else f"; look-ups of the last {chosen.prompt_lookup} tokens"
+    why = None if given.issuperset(CHOSEN) else f"Drafts: {said}{also}"
+    return Choice(chosen, why, costs.plain, best.speedup)
 
 
 def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if section.prompt_lookup is None:
-        return Choice(None, why, costs.plain)
+        return Choice(None, f"No drafts: {why}", costs.plain)
     alone = {"exit_layer": costs.num_layers, "draft_vocabulary": None, "draft_quantizer": None}
-    return Choice(section.model_copy(update=alone), f"Drafts by look-ups alone. {why}", costs.plain)
+    said = f"Drafts: look-ups of the last {section.prompt_lookup} tokens alone, because {why}"
+    return Choice(section.model_copy(update=alone), said, costs.plain)
 
 
 def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
@@ -185,7 +190,7 @@ def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: in
         why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
         why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"
-    return f"{why}: decoding goes without drafts. To draft anyway: {key}.exit_layer={max(num_layers // 4, 1)}"
+    return f"{why}. To draft anyway: {key}.exit_layer={max(num_layers // 4, 1)}"
 
 
 def has_compiler(device: torch.device) -> bool:

@@ -45,8 +45,8 @@ class SelfSpeculation(Section):
     """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
     in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
     prompt_lookup: PromptLookup | None = None
-    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. A
-    missing key means 3 for one prompt at a time."""
+    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. Where
+    the recipe chooses an exit or a draft for one prompt at a time, a missing key means 3."""
     draft_quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the layers and the head that draft (for a trained draft, its own layers). Verification stays in full
     precision."""
@@ -110,6 +110,11 @@ class SelfSpeculation(Section):
             check_draft_vocabulary(vocabulary or [], model, f"{key}.draft_vocabulary")
             changes["draft_vocabulary"] = vocabulary
         return self.model_copy(update=changes)
+
+    def only_looks_up(self, num_layers: int) -> bool:
+        """Whether look-ups draft alone, as the exit is the whole model."""
+        own = self.draft is not None or self.draft_quantizer is not None
+        return self.prompt_lookup is not None and self.exit_layer == num_layers and not own
 
     def own_layers(self) -> int:
         """The number of a trained draft's layers, which have their own caches."""
