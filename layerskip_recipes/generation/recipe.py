@@ -85,8 +85,8 @@ class LayerSkipGenerate:
             # The same for all batches, so that steps are compiled for one size.
             self.reserve = room + max(64, nodes) if self.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
-        kept = self.exit_layer if self.section is None else self.section.exit_layer
-        self.kept_layers = 0 if kept in (None, model.num_layers) else kept
+        kept = (self.exit_layer if self.section is None else self.section.exit_layer) or 0
+        self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
         # Join the other processes. This comes before the seed, which they share.
