@@ -83,13 +83,13 @@ class FinetuneConfig(RecipeConfig):
     shuffle: bool = True
     """Shuffle the samples anew in each epoch."""
     batch_size: Annotated[PositiveInt, Auto()] = 1
-    """Samples per micro-batch and process; null: as many as fit into memory, at most 8, or 4 on a CPU."""
+    """Samples per micro-batch and process; null: as many as fit into memory, at most 8."""
     compute_dtype: Annotated[Literal["fp32", "bf16"], Auto()] = "fp32"
     """With `dtype: fp32`, `bf16` (null: on a GPU) multiplies in bf16. Weights, gradients and optimizer state stay in
     fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes but loses small steps: near 0.02, bf16
     numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
-    """Micro-batches per optimizer step; null: enough for 8 samples, 4 on a CPU."""
+    """Micro-batches per optimizer step; null: enough for 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None
@@ -97,8 +97,8 @@ class FinetuneConfig(RecipeConfig):
 
     optimizer: Annotated[Component, Takes(positional=1)]
     """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. If all weights are trained, it
-    is 3e-5 at the width of Llama 2 7B, more for narrower models, and less for steps of fewer than 8 samples. If
-    `dtype: null` then becomes bf16, `StochasticAdamW` replaces AdamW."""
+    is 3e-5 at the width of Llama 2 7B, and more for narrower models. If `dtype: null` then becomes bf16,
+    `StochasticAdamW` replaces AdamW."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is computed, so that only one gradient exists at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None

@@ -20,9 +20,7 @@ from layerskip_recipes.processes import num_processes
 if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
 
-# Samples per step: small steps learn most from a given number of tokens, and keep a CPU as busy as large ones.
-SAMPLES = {"cpu": 4}
-SAMPLES_ELSEWHERE = 8
+SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
 LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
@@ -55,26 +53,24 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         lambda: cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False,
     )
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
-    at_once = size * num_processes() // (cfg.tensor_parallel_dim or 1)  # tensor ranks share their samples
-    micro_batches = choices.pick("gradient_accumulation_steps", lambda: max(memory.most_samples // at_once, 1))
+    at_once = max(size * num_processes() // (cfg.tensor_parallel_dim or 1), 1)  # tensor ranks share samples
+    choices.pick("gradient_accumulation_steps", lambda: max(SAMPLES_PER_STEP // at_once, 1))
 
     # Learning rate and exits.
     if "lr" in cfg.optimizer.arguments:
         width = cfg.meta_model.tok_embeddings.embedding_dim
-        samples = at_once * micro_batches
-        choices.pick("optimizer.lr", lambda: full_learning_rate(width, samples) if memory.all_weights else 3e-4)
+        choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
     if cfg.early_exit_loss is not None:
         depth = max(round(cfg.num_layers / 5), 1)  # deep enough to agree with the last layer, and still fast
         choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(depth - 1))
 
 
-def full_learning_rate(width: int, samples: int = 8) -> float:
-    """3e-5 (4096 / width)^1.5, at most 1e-3; for steps of fewer than 8 samples times (samples / 8)^0.5.
+def full_learning_rate(width: int) -> float:
+    """3e-5 (4096 / width)^1.5, at most 1e-3, which is 3e-5 for Llama 2 7B as in the paper.
 
-    The paper uses 3e-5 for Llama 2 7B, 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 3e-5, 2.1e-5 and
-    8.5e-5.
+    The paper uses 2e-5 for 13B and 1e-4 for finetuning 1.5B; the formula gives 2.1e-5 and 8.5e-5.
     """
-    return min(float(f"{3e-5 * (4096 / width) ** 1.5 * min(samples / 8, 1) ** 0.5:.2g}"), 1e-3)
+    return min(float(f"{3e-5 * (4096 / width) ** 1.5:.2g}"), 1e-3)
 
 
 class TrainingMemory:
@@ -82,7 +78,6 @@ class TrainingMemory:
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
-        self.most_samples = SAMPLES.get(device, SAMPLES_ELSEWHERE)
         model, adapters = cfg.meta_model, get_adapter_params(cfg.meta_model)
         draft = None if cfg.draft is None else cfg.draft.build(layerskip_decoder(model))
         # Whether all weights are trained, not just a draft or adapters.
@@ -121,6 +116,6 @@ class TrainingMemory:
         return length
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
-        """The largest power of two that fits, at most a step's samples."""
+        """The number of samples that fit: 1, 2, 4 or 8."""
         fits = self.room(dtype) // (token_bytes(self.cfg.meta_model, ITEMSIZE[dtype], recompute) * length)
-        return max(size for size in (1, 2, 4, 8) if size <= min(max(fits, 1), self.most_samples))
+        return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))

@@ -72,20 +72,9 @@ def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
     assert gradual["early_exit_loss.layers"] == ":"
 
 
-@pytest.mark.parametrize(
-    ("width", "samples", "lr"),
-    [
-        (4096, 8, 3e-5),
-        (4096, 2, 1.5e-5),
-        (4096, 64, 3e-5),
-        (5120, 8, 2.1e-5),
-        (2048, 8, 8.5e-5),
-        (576, 4, 4e-4),
-        (64, 8, 1e-3),
-    ],
-)
-def test_the_learning_rate_of_all_weights(width, samples, lr):
-    assert full_learning_rate(width, samples) == lr
+@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.1e-5), (2048, 8.5e-5), (1024, 2.4e-4), (64, 1e-3)])
+def test_the_learning_rate_of_all_weights(width, lr):
+    assert full_learning_rate(width) == lr
 
 
 @pytest.mark.parametrize(
@@ -118,8 +107,10 @@ def test_a_sample_fits_into_half_of_the_memory(room, length, again, chosen):
     assert (made["tokenizer.max_seq_len"], made["enable_activation_checkpointing"]) == (length, again)
 
 
-@pytest.mark.parametrize(("samples", "size", "micro_batches"), [(0, 1, 4), (1, 1, 4), (3, 2, 2), (7, 4, 1), (99, 4, 1)])
-def test_batches_are_powers_of_two_and_a_step_has_4_samples(samples, size, micro_batches, chosen, monkeypatch):
+@pytest.mark.parametrize(
+    ("samples", "size", "micro_batches"), [(0, 1, 8), (1, 1, 8), (3, 2, 4), (7, 4, 2), (8, 8, 1), (99, 8, 1)]
+)
+def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro_batches, chosen, monkeypatch):
     def batches(memory):
         made = chosen("device=cpu", "tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", memory=memory)
         return made["batch_size"], made["gradient_accumulation_steps"]
@@ -184,15 +175,15 @@ def test_values_of_the_users_replace_choices(tmp_path):
     overrides = [f"model_dir={folder_of(tmp_path)}", "device=cpu", "batch_size=2", "optimizer.lr=0.1"]
     cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.layers=3"]))
     assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.layers) == (2, 0.1, 3)
-    assert cfg.gradient_accumulation_steps == 2 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
-    assert cfg.source.gradient_accumulation_steps == 2  # a config that is logged has what was chosen
+    assert cfg.gradient_accumulation_steps == 4 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
+    assert cfg.source.gradient_accumulation_steps == 4  # a config that is logged has what was chosen
 
 
 def test_a_missing_key_has_torchtunes_default(chosen):
     made = chosen("device=cpu", "~batch_size", "~tokenizer.max_seq_len", "~optimizer.lr", "~compute_dtype")
     others = {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps", "early_exit_loss.layers"}
     assert set(made) == others
-    assert made["gradient_accumulation_steps"] == 4
+    assert made["gradient_accumulation_steps"] == 8
 
 
 def test_lengths_are_no_longer_than_the_model_takes(chosen):
