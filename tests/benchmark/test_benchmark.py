@@ -263,3 +263,11 @@ def test_drafts_that_are_looked_up_cost_no_step():
     assert row["draft_cost"] == pytest.approx(0.1) and row["drafted_per_round"] == 4
     assert row["ideal_speedup"] == pytest.approx((0.5 * 4 + 1) / (2 * 0.1 + 1))
     assert row["engine_efficiency"] == pytest.approx(2.0 / (3 / 1.2))
+
+
+def test_rounds_without_drafts_are_rounds():
+    """15 plain rounds, and 5 whose 4 drafted tokens all stood: 40 tokens in 20 rounds."""
+    ours = stats(40, 1.0, rounds=20, drafted=20, accepted=20)
+    ours.rounds_accepting[4] = 5
+    row = draft_figures(ours, stats(40, 2.0, rounds=40), speedup=2.0)
+    assert row["tokens_per_round"] == row["ideal_speedup"] == 2.0 and row["drafted_per_round"] == 1.0

@@ -74,6 +74,14 @@ def test_whatever_a_config_says_of_drafts():
     report = run(*own, "repeats=1", "report_dir=out", "picture=out/x.png")
     assert [row["name"] for row in report["results"]] == ["baseline", "a", "b"]
     assert {path.name for path in Path("out").iterdir()} == {"benchmark.json", "benchmark.md", "x.png"}
+    missing = [
+        "max_new_tokens=null",
+        "prompt_tokens=8",
+        "~self_speculation.exit_layer",
+        "self_speculation.num_speculations=2",
+    ]
+    report = run(*missing, "repeats=1")
+    assert report["max_new_tokens"] == 128 and report["results"][1]["drafted_per_round"] == 2
     report = run("self_speculation.prompt_lookup=2", "repeats=1")
     drafted = load_config("quickstart/generate").self_speculation.num_speculations
     assert report["results"][1]["drafted_per_round"] == drafted

@@ -227,6 +227,7 @@ def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tm
         ("exit_layer=5", r"exit_layer: 5 is not an exit of this model. Allowed: 1\.\.4"),
         (DRAFTS.replace("2", "5", 1), r"self_speculation.exit_layer: 5 .*1\.\.4"),
         (f"exit_layer=2; {DRAFTS}", r"exit_layer: 2 is set beside"),
+        ("compare={a: {checkpoint_dir: x}}; self_speculation={draft: x}", r"self_speculation.draft: .* one checkpoint"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks is None.*_component_.*tasks="),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),

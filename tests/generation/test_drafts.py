@@ -108,6 +108,10 @@ def test_look_ups_alone():
         assert all(draft == search(text, 2, 4)[: len(draft)] for (text,), (draft,) in rounds)
         kinds += generation.stats.rounds_by_kind
     assert kinds["lookup"] > 3 and kinds["plain"] > 3 and not kinds["chain"]
+    # Another model's layers draft also as a whole.
+    speculation = Speculation(len(model.layers), 4, prompt_lookup=2, drafter=perturbed.__wrapped__(model, 0.3))
+    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation)
+    assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
 def test_a_look_up_needs_every_row_that_still_runs():

@@ -137,6 +137,15 @@ def test_look_ups(tmp_path):
         assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
 
+def test_the_whole_model_as_the_exit(tmp_path):
+    """With look-ups it is look-ups alone; quantised, it drafts."""
+    folder = described(tmp_path, {6: TASK})
+    found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
+    assert found.section == SelfSpeculation(exit_layer=30, prompt_lookup=2) and found.why is None
+    found = choose(folder, given={"exit_layer": 30, "draft_quantizer": INT8})
+    assert found.section.draft_quantizer == INT8 and found.section.prompt_lookup is None
+
+
 def test_a_trained_exit_that_nobody_measured(tmp_path):
     found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
     assert found.section.exit_layer == 8 and "acceptance assumed" in found.why

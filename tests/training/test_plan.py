@@ -121,6 +121,13 @@ def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro
     assert batches(4 * memory) == (size, max(micro_batches // 4, 1))
 
 
+def test_ranks_that_share_a_matrix_share_their_samples(chosen, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    plan = "tensor_parallel_plan={_component_: torchtune.models.llama3.base_llama_tp_plan}"
+    made = chosen("device=cpu", "batch_size=1", "tensor_parallel_dim=2", plan)
+    assert made["gradient_accumulation_steps"] == 4
+
+
 @pytest.mark.parametrize(("weights_fit", "expected"), [(True, "fp32"), (False, "bf16")])
 def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, chosen, monkeypatch):
     """Of a GPU nine tenths are taken. Nothing else asks for memory, so that all else is bf16."""
