@@ -72,7 +72,7 @@ def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
     assert gradual["early_exit_loss.layers"] == ":"
 
 
-@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.1e-5), (2048, 8.5e-5), (1024, 2.4e-4), (64, 1e-3)])
+@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.2e-5), (2048, 7.4e-5), (1024, 1.8e-4), (64, 1e-3)])
 def test_the_learning_rate_of_all_weights(width, lr):
     assert full_learning_rate(width) == lr
 
