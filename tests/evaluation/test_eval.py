@@ -75,10 +75,10 @@ def test_an_interrupted_picture_replaces_no_whole_one(tmp_path, tokenizer_folder
         if interrupts:
             kept, load = (tmp_path / "exits.png").read_bytes(), recipe._measure
 
-            def measure(name, measured, load=load):
+            def measure(name, *others, load=load):
                 if name == "again":
                     raise KeyboardInterrupt
-                load(name, measured)
+                load(name, *others)
 
             monkeypatch.setattr(recipe, "_measure", measure)
         recipe.evaluate()
