@@ -236,7 +236,8 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
         return {"dataset": DATA, "max_batches": 1} | ({"compare": compare} if compare else {})
-    return {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
+    few = {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
+    return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
 
 
 @pytest.fixture(scope="module")
