@@ -29,6 +29,10 @@ class EarlyExitVariant(Section):
 
 
 Variant = SelfSpeculation | EarlyExitVariant
+NEW_TOKENS = 128
+NewTokens = Annotated[
+    int, BeforeValidator(lambda n: NEW_TOKENS if n is None else n), Field(ge=2, examples=[NEW_TOKENS])
+]
 
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
@@ -119,9 +123,7 @@ class BenchmarkConfig(DecodingConfig):
     """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """The only temperature if `temperatures` is missing, so a generation config can be measured unchanged."""
-    max_new_tokens: Annotated[int, BeforeValidator(lambda n: 128 if n is None else n), Field(ge=2, examples=[128])] = (
-        128
-    )
+    max_new_tokens: NewTokens = NEW_TOKENS
     """The maximum number of new tokens per prompt; null is 128."""
     repeats: PositiveInt | None = None
     """How many times each method decodes all prompts. The report has the median and the range. null: as many as

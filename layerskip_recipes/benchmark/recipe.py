@@ -187,8 +187,8 @@ class LayerSkipBenchmark:
         """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
         cfg = self.cfg
         depth = self.model.num_layers
-        early = [e for draft in self._drafts if not draft.draft and (e := draft.exit_layer) and e < depth]
-        exits = [e for e in (early[0], 2 * early[0]) if e < depth] if early else []
+        first = next((d.exit_layer for d in self._drafts if not d.draft and 0 < (d.exit_layer or 0) < depth), None)
+        exits = [e for e in (first, 2 * first) if e < depth] if first else []
         longest = longest_prompt(self.prompts)
         job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
         for temperature in cfg.all_temperatures:
