@@ -20,6 +20,7 @@ from torchtune import training
 
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
@@ -43,6 +44,8 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         checkpoint: a Hugging Face folder with safetensors, such as `epoch_N`, or a trained draft of kind copy.
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
+
+    0 is the trained exit, which layerskip.json names.
     """
     source, target = Path(checkpoint), Path(out)
     if (source / DRAFT_FILE).exists():
@@ -51,6 +54,9 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     config = read_config_json(source, "export")
     config.pop("auto_map", None)
     layers = config["num_hidden_layers"]
+    if 0 in (exit_layer, draft):
+        trained = _trained_exit(source, layers)
+        exit_layer, draft = (trained if value == 0 else value for value in (exit_layer, draft))
     for key, value, most in (("--exit-layer", exit_layer, max(layers - 1, 1)), ("--draft", draft, layers)):
         check(key, value, Annotated[int, Field(ge=1, le=most, examples=[max(layers // 4, 1)])] | None)
     if exit_layer is not None and draft is not None:
@@ -78,6 +84,17 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             sync(file)
         folder.rename(target)
     return target
+
+
+def _trained_exit(source: Path, layers: int) -> int:
+    described = read_trained_exits(source)
+    trained = exit_that_drafts((described and described.exits) or [], layers)
+    if trained is None:
+        raise ConfigError(
+            f"export: {str(source / DESCRIPTION)!r} names no early exit. Allowed: a number, for example "
+            f"{max(layers // 4, 1)} after --exit-layer or --draft"
+        )
+    return trained
 
 
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:

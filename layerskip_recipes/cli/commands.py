@@ -61,9 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     out.add_argument("checkpoint", help="a Hugging Face folder such as epoch_0, or a trained draft of kind copy")
     out.add_argument("folder", help="the output folder, which must not exist")
-    out.add_argument("--exit-layer", type=int, help="the exit for transformers' assistant_early_exit")
-    first = "export the first E layers with norm and head; for a trained draft leave out E"
-    out.add_argument("--draft", type=int, metavar="E", nargs="?", const=0, help=first)
+    exit_help = "the exit for transformers' assistant_early_exit; without E, the trained exit"
+    draft_help = "export the first E layers with norm and head; without E, up to the trained exit, or a trained draft"
+    for key, text in (("--exit-layer", exit_help), ("--draft", draft_help)):
+        out.add_argument(key, type=int, metavar="E", nargs="?", const=0, help=text)
     return parser
 
 

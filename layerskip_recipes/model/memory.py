@@ -57,13 +57,13 @@ def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quant
     return kept + chunk * model.tok_embeddings.num_embeddings * 2 * 4
 
 
-def token_bytes(model: TransformerDecoder, itemsize: int, recompute: bool) -> int:
-    """Bytes of the activations that a training step keeps per token until the backward pass.
+def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool) -> int:
+    """Bytes of the activations that `depth` trained layers keep per token until the backward pass.
 
     A layer keeps about 16 vectors of the model's width and 4 of the feed-forward network's. With activation
     checkpointing (`recompute`) only one layer keeps them at a time, and the other layers keep their inputs.
     """
-    width, depth = model.tok_embeddings.embedding_dim, len(model.layers)
+    width = model.tok_embeddings.embedding_dim
     layer = 16 * width + 4 * mlp_width(model)
     return itemsize * (layer + depth * width if recompute else depth * layer)
 

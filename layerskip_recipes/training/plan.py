@@ -12,6 +12,7 @@ from layerskip_recipes.config.choices import Choices, computes_in_bf16
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import machine_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
@@ -86,6 +87,8 @@ class TrainingMemory:
         learned = [] if draft is not None else adapters.values() or model.parameters()
         self.trained = sum(parameter.numel() for parameter in learned)
         self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
+        # Layers that keep activations. A draft's layers run once per unrolled token, beside a layer of the frozen model.
+        self.depth = len(model.layers) if draft is None else IN_A_ROW * draft.num_layers + 1
 
     def room(self, dtype: str) -> int:
         """Bytes left for activations."""
@@ -102,8 +105,12 @@ class TrainingMemory:
 
     def recompute(self, dtype: str, length: int) -> bool | None:
         """Whether a sample needs activation checkpointing; None if it does not even fit with it."""
-        room, model = self.room(dtype), self.cfg.meta_model
-        return next((a for a in (False, True) if token_bytes(model, ITEMSIZE[dtype], a) * length <= room), None)
+        room = self.room(dtype)
+        return next((again for again in (False, True) if self.sample_bytes(dtype, length, again) <= room), None)
+
+    def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
+        itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
+        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute) * length
 
     def fits(self, dtype: str) -> bool:
         """Whether a sample of usual length fits."""
@@ -118,5 +125,5 @@ class TrainingMemory:
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
         """The number of samples that fit: 1, 2, 4 or 8."""
-        fits = self.room(dtype) // (token_bytes(self.cfg.meta_model, ITEMSIZE[dtype], recompute) * length)
+        fits = self.room(dtype) // self.sample_bytes(dtype, length, recompute)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))

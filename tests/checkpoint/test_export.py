@@ -113,6 +113,13 @@ def test_a_finetuned_checkpoint(tmp_path, finetune):
     assert load(out).generation_config.assistant_early_exit == 1
 
 
+def test_without_a_number_the_trained_exit_is_taken(checkpoint, tmp_path):
+    (checkpoint / "layerskip.json").write_text('{"exits": [2, 4]}')
+    whole, first = (export(str(checkpoint), str(tmp_path / key), **{key: 0}) for key in ("exit_layer", "draft"))
+    assert json.loads((whole / "generation_config.json").read_text())["assistant_early_exit"] == 2
+    assert load(first).config.num_hidden_layers == 2
+
+
 def test_lists_by_layer_are_cut():
     """Gemma 2 and Qwen 2 list the kind of each layer; other lists stay."""
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
@@ -125,6 +132,8 @@ def test_lists_by_layer_are_cut():
         ({"draft": 5}, r"--draft: 5 .*1 to 4"),
         ({"exit_layer": 4}, r"--exit-layer: 4 .*1 to 3"),
         ({"exit_layer": 1, "draft": 1}, "--exit-layer: 1 is for the whole model"),
+        ({"exit_layer": 0}, "layerskip.json' names no early exit. .* 1 after --exit-layer"),
+        ({"draft": 0}, "layerskip.json' names no early exit"),
         ({"out": "model"}, "'.*model' exists already"),
         ({"checkpoint": "nowhere"}, "'.*nowhere' holds no readable config.json"),
         ({"out": "model/config.json/out"}, "export: .*config.json' is in the way"),

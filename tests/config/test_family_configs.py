@@ -1,11 +1,10 @@
 """Every config of ours validates, its model builds, its header starts it, its exits make sense; and each full and LoRA
 config of torchtune has one of ours. Nothing is downloaded, and no weight takes memory."""
 
-import atexit
 import json
+import os
 import re
 import shlex
-import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -84,8 +83,7 @@ def header(name: str) -> str:
 @cache
 def stand_in() -> list[str]:
     """A model of 48 layers for configs that read a model's folder."""
-    folder = tempfile.mkdtemp(prefix="layerskip-")
-    atexit.register(shutil.rmtree, folder)
+    folder = tempfile.mkdtemp(dir=os.environ["LAYERSKIP_TEST_RUN"])  # conftest.py deletes it
     Path(folder, "config.json").write_text(json.dumps(HF_CONFIG | {"num_hidden_layers": 48}))
     return [f"model_dir={folder}"]
 
