@@ -10,6 +10,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
+from layerskip_recipes.checkpoint.trained_exits import exits_to_measure
 from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
@@ -155,7 +156,8 @@ class FinetuneConfig(RecipeConfig):
     max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
     """At most this many batches of `dataset_val` per process."""
     layers_val: Layers | None = None
-    """The layers whose exits are measured; null: all."""
+    """The layers whose exits are measured; null: the exits with a loss, at most four of them. The last layer is always
+    measured."""
 
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
     """torch's `set_deterministic_debug_mode`."""
@@ -233,7 +235,10 @@ class FinetuneConfig(RecipeConfig):
     @property
     def validated_exits(self) -> list[int]:
         """The exits that validation measures, in ascending order."""
-        return select_exits(":" if self.layers_val is None else self.layers_val, self.num_layers, key="layers_val")
+        if self.layers_val is not None:
+            return select_exits(self.layers_val, self.num_layers, key="layers_val")
+        trained = [] if self.early_exit_loss is None else select_exits(self.early_exit_loss.layers, self.num_layers)
+        return [*exits_to_measure(trained, self.num_layers), self.num_layers]
 
     # ---- rules that involve several keys ----
 

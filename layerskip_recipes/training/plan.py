@@ -100,8 +100,10 @@ class TrainingMemory:
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
         kept = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), chunk)
-        # A draft is always in fp32: 16 bytes for each weight, its gradient and two averages.
-        return there - (kept + 16 * self.of_draft) // num_processes()
+        # A draft is always in fp32: 16 bytes for each weight, its gradient and two averages. The head's gradient is
+        # summed in fp32, by each process for itself.
+        head = 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
+        return there - head - (kept + 16 * self.of_draft) // num_processes()
 
     def recompute(self, dtype: str, length: int) -> bool | None:
         """Whether a sample needs activation checkpointing; None if it does not even fit with it."""

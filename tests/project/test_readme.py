@@ -222,7 +222,6 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "draft.exit_layer": 1,
             "dataset_val": DATA,
             "early_exit_loss.layers": "1",
-            "layers_val": "1",
             "tokenizer.max_seq_len": 64,
             "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
         }

@@ -33,6 +33,7 @@ MATRICES = 12 * (2 * 8192 + 2 * 4096 + 3 * 6400)
 OTHERS = 2 * 64_000 + 12 * (2 * 64 + 2 * 32) + 64
 WEIGHTS = MATRICES + OTHERS
 LOGITS = 512 * 1000 * 8
+HEAD = 64_000 * 4  # the gradient's sum in fp32
 TOKEN = 16 * 64 + 4 * 128  # numbers that a layer keeps for a token; its widest matrix has 128 rows
 KEPT, RECOMPUTED = 4 * 12 * TOKEN, 4 * (12 * 64 + TOKEN)  # bytes for a token in fp32
 
@@ -103,7 +104,7 @@ def test_the_exit_that_drafts(trained, layers, exit_layer):
     ],
 )
 def test_a_sample_fits_into_half_of_the_memory(room, length, again, chosen):
-    made = chosen("device=cpu", memory=16 * WEIGHTS + LOGITS + room)
+    made = chosen("device=cpu", memory=16 * WEIGHTS + HEAD + LOGITS + room)
     assert (made["tokenizer.max_seq_len"], made["enable_activation_checkpointing"]) == (length, again)
 
 
@@ -115,7 +116,7 @@ def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro
         made = chosen("device=cpu", "tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", memory=memory)
         return made["batch_size"], made["gradient_accumulation_steps"]
 
-    memory = 16 * WEIGHTS + LOGITS + samples * KEPT * 512
+    memory = 16 * WEIGHTS + HEAD + LOGITS + samples * KEPT * 512
     assert batches(memory) == (size, micro_batches)
     monkeypatch.setenv("WORLD_SIZE", "4")  # they share the memory, and the weights
     assert batches(4 * memory) == (size, max(micro_batches // 4, 1))
@@ -131,7 +132,7 @@ def test_ranks_that_share_a_matrix_share_their_samples(chosen, monkeypatch):
 @pytest.mark.parametrize(("weights_fit", "expected"), [(True, "fp32"), (False, "bf16")])
 def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, chosen, monkeypatch):
     """Of a GPU nine tenths are taken. Nothing else asks for memory, so that all else is bf16."""
-    needed = 16 * WEIGHTS + 4 * LOGITS + 512 * RECOMPUTED
+    needed = 16 * WEIGHTS + HEAD + 4 * LOGITS + 512 * RECOMPUTED
     there = needed * 10 // 9 + (10 if weights_fit else -10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
