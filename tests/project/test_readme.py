@@ -60,13 +60,8 @@ def header_commands() -> dict[str, list[str]]:
 
 
 TINY = "models/Qwen3-0.6B"
-MADE = (
-    "out",
-    "out_trial",
-    "out_8b",
-    "out_8b_trial",
-    "task",
-)  # folders of runs that the pages decode with, by commands before
+# Folders of runs that the pages decode with, by commands before.
+MADE = ("out", "out_trial", "out_data", "out_8b", "out_8b_trial", "task")
 
 
 def at_home(words: list[str], folder: Path) -> list[str]:
@@ -95,13 +90,14 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     """A folder to type commands in: the examples of the pages, the tools, and a tiny model."""
     folder = tmp_path_factory.mktemp("readme")
     for name, content in examples().items():
-        (folder / name).write_text(content.replace("~/models", str(folder / "models")))
+        (folder / name).write_text(at_home([content], folder)[0])
     # What the README downloads, and what trainings make of it.
     model = model_with_tokenizer("qwen3", folder / TINY, tokenizer_folder)
     for name in MADE:
         shutil.copytree(model, folder / name / "epoch_0")
         torch.save({}, folder / name / "epoch_0" / "recipe_state.pt")
         mark_complete(folder / name / "epoch_0", time=1.0)
+    (folder / "held_out.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     (folder / "benchmark").mkdir()
     (folder / "benchmark" / "tuned.yaml").write_text(f"{FIRST_LINE}a test\nextends: hf/generate\nmodel_dir: {model}\n")
     (folder / "tools").symlink_to(ROOT / "tools")
@@ -175,7 +171,6 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
     """The command with overrides that make it small."""
     words = at_home(words, folder)
     if words[:2] != ["tune", "run"]:
-        words = ["2" if word == "9" else word for word in words]  # an exit of an 8B model
         return [*words, *TOOLS_OPTIONS.get(words[1], "").split()]
     recipe, config, overrides = split(words)
     cfg = load_config(config, overrides)
