@@ -191,6 +191,10 @@ class BenchmarkConfig(DecodingConfig):
             for key in ("peers", "metrics", "tune"):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
+            for name, variant in self.compared.items():
+                if isinstance(variant, SelfSpeculation) and variant.draft is not None:
+                    key = f"{self.key_of(name)}.draft"
+                    yield f"{key}: {variant.draft!r} needs its model, and random_weights has none. Set {key}=null"
             return
         # Checkpoint, files and prompts.
         if self.report_dir is None:

@@ -44,7 +44,8 @@ MEASURED_WITH = (
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 NOTHING_TO_DRAFT = (
-    "max_new_tokens: every output ended with its first token, so there is nothing to draft. Give other prompts"
+    "max_new_tokens: the outputs ended with their first tokens, so there is nothing to draft. Give other prompts or "
+    "more tokens, for example max_new_tokens=128"
 )
 
 
@@ -53,7 +54,7 @@ class Candidate:
     """A way of drafting to measure."""
 
     section: SelfSpeculation  # to measure: its draft vocabulary is a list of token ids
-    written: SelfSpeculation  # for the tuned config: its draft vocabulary is a number of tokens
+    written: SelfSpeculation  # for the tuned config: its draft vocabulary is a number of the checkpoint's tokens
     prediction: Prediction
 
     @property
@@ -163,6 +164,7 @@ class Tuner:
         self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         counted = Counter(token for prompt in self.prompts for token in prompt)
+        self.stored = bool(stored)
         self.frequent = list(stored or [token for token, _ in counted.most_common()])
         self.device = self.model.tok_embeddings.weight.device
 
@@ -208,7 +210,9 @@ class Tuner:
             return Candidate(written.with_vocabulary(self.model, []), written, prediction)
         written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=num_tokens, **keys)
         ids = None if num_tokens is None else self.frequent[:num_tokens]
-        return Candidate(written.model_copy(update={"draft_vocabulary": ids}), written, prediction)
+        section = written.model_copy(update={"draft_vocabulary": ids})
+        # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
+        return Candidate(section, written if self.stored else section, prediction)
 
     def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
@@ -222,7 +226,10 @@ class Tuner:
         section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
         method = section.build(self.model)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
-        return sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
+        stats = sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
+        if not stats.draft_steps:
+            raise ConfigError(NOTHING_TO_DRAFT)
+        return stats
 
     def _trained_draft(
         self, draft: SelfSpeculation, precisions: Sequence[bool]
@@ -267,10 +274,10 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     if cfg.model_dir is not None:
         folder = Path(cfg.model_dir)
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
-    model = [f"model_dir={content['model_dir']}"] if "model_dir" in content else []
-    base = GenerateConfig.load(load_config(extends, model))
+    base = GenerateConfig.load(load_config(extends, [] if cfg.model_dir is None else [f"model_dir={cfg.model_dir}"]))
     wanted = {key: getattr(cfg, key) for key in MEASURED_WITH} | {"temperature": cfg.all_temperatures[0]}
     wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
+    wanted |= {key: getattr(cfg, key) for key in ("model", "checkpointer", "tokenizer")}
     for key, value in wanted.items():
         # Generation would choose a missing `compile`.
         if value != getattr(base, key) or (key == "compile" and key not in base.model_fields_set):

@@ -137,14 +137,14 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
-    """Check that the weights exist and that output_dir is safe and has room for `writes` bytes of weights."""
+    """Check that the weights exist and that output_dir is safe and has room for a checkpoint of `writes` bytes."""
     section, output_dir = cfg.checkpointer, Path(cfg.output_dir or "").resolve()
     # Check that the disk has room for a checkpoint.
     if writes:
         free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.parents) if path.exists())).free
         if free < writes:
             raise ConfigError(
-                f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint's weights take "
+                f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint takes "
                 f"{writes / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
             )
     # Check the files to read.

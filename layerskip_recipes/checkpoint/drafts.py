@@ -15,6 +15,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     checkpoint_files,
     corrected,
     reads_hf_folder,
+    weights_folder,
 )
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, write_description
 from layerskip_recipes.config.components import Component
@@ -68,8 +69,8 @@ class DraftDescription(Section):
 def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Build the fields of `Base` from a checkpointer section and its weights."""
     folder = section.get("path") if reads_hf_folder(section) else section.get("checkpoint_dir")
-    if Path(folder).is_dir():  # still valid from another working directory
-        folder = str(Path(folder).absolute())
+    if Path(folder).is_dir():  # still valid from another working directory, and once a run there has gone on
+        folder = str((weights_folder(section) or Path(folder)).absolute())
     target: Any = section.target
     base = {"folder": folder, "hash": weights_hash(weights)}
     base["checkpointer"] = next(name for name, known in BY_NAME.items() if issubclass(target, known))

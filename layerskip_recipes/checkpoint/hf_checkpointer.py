@@ -44,7 +44,7 @@ class HFCheckpointer:
     def __init__(
         self, path: str, output_dir: str | None = None, shard_size: str = "5GB", adapter_checkpoint: str | None = None
     ) -> None:
-        self._checkpoint_dir = model_folder(path)  # torchtune's name of the attribute
+        self.path, self._checkpoint_dir = path, model_folder(path)  # the second is torchtune's name
         self.config: HFConfig = read_hf_config(self._checkpoint_dir)
         self.output_dir, self.shard_size = None if output_dir is None else Path(output_dir), shard_size
 
@@ -118,7 +118,8 @@ class HFCheckpointer:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = dict(described)
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in whole})
-        config["base_model_name_or_path"] = str(self._checkpoint_dir.resolve())
+        is_local = Path(self.path).expanduser().exists()  # otherwise a name on the hub
+        config["base_model_name_or_path"] = str(self._checkpoint_dir.resolve()) if is_local else self.path
         if ranks:
             config["rank_pattern"] = {name: described["r"] * n for name, n in ranks.items()}
             config["alpha_pattern"] = {name: described["lora_alpha"] * n for name, n in ranks.items()}

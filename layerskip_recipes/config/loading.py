@@ -98,8 +98,18 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         file = find_config(str(base), relative_to=path.parent, key="extends")
-        merged = _merge(merged, _load_chain(file, (*seen, path)))
-    return _merge(merged, own)
+        merged = _merge_files(merged, _load_chain(file, (*seen, path)))
+    return _merge_files(merged, own)
+
+
+def _merge_files(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`_merge`, but another dataset inherits no arguments: a split or a count is meant for one dataset."""
+    base = dict(base)
+    for key in ("dataset", "dataset_val"):
+        old, new = base.get(key), later.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and "_component_" in new:
+            base[key] = old if new["_component_"] == old.get("_component_") else {}
+    return _merge(base, later)
 
 
 def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

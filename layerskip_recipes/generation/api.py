@@ -57,7 +57,7 @@ def generate(
         top_k, top_p, min_p: filters of draft and verification, see `next_token_probs`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
         stop_tokens: a row ends with the first of these tokens.
-        pad_id: fills the output.
+        pad_id: fills the output; at the start of a row of [b, s] it is padding.
         rng: a generator on the model's device, for reproducible sampling. Ranks that share a model use rank 0's state.
             With num_speculations, measured times decide where to draft, so one seed may give different tokens.
         compile: compile the steps. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
@@ -80,11 +80,15 @@ def generate(
         True
     """
     # The prompts as lists of tokens.
+    if isinstance(prompt, str):
+        raise ConfigError(f"prompt: {prompt!r} is a text. Allowed: token ids, for example tokenizer.prompt({prompt!r})")
+    if hasattr(prompt, "__array__"):  # numpy's arrays too
+        prompt = torch.as_tensor(prompt)
     if isinstance(prompt, torch.Tensor) and prompt.dim() == 2:
         rows = [list(dropwhile(lambda token: token == pad_id, row)) for row in prompt.tolist()]
         width = prompt.shape[1]
     else:
-        one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and not hasattr(prompt[0], "__len__"))
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
     # How to draft.

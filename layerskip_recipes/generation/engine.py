@@ -61,7 +61,6 @@ class Generation:
         generated: new tokens of each prompt so far.
         finished: whether the output of each prompt is complete.
         in_row: index of the prompt that each row decodes, or decoded last.
-        acceptance: (drafted, accepted) tokens of each prompt.
 
     Raises:
         ConfigError: see `generate`.
@@ -103,7 +102,7 @@ class Generation:
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
         # The same lists as in `rows`, for callers.
         self.generated, self.finished = self.rows.generated, self.rows.finished
-        self.in_row, self.acceptance = self.rows.in_row, self.rows.acceptance
+        self.in_row = self.rows.in_row
         sampler = sampler or Sampler()
         drafted = 0
         if speculation is not None:
@@ -141,6 +140,7 @@ class Generation:
         # The last round's strategy, tokens per row and seconds. Several ranks learn it in the next round, which brings
         # rank 0's seconds.
         self.unlearnt: tuple[DraftStrategy, float, float] | None = None
+        self.counted: dict[int, tuple[int, int]] = {}  # by prompt: drafted and accepted tokens of the last round
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.phases = PhaseTimer(self.context.device, on=speculation is not None)
         self.stats.prefill_s = time.perf_counter() - started  # time to the first token includes this setup
@@ -200,7 +200,13 @@ class Generation:
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
-        self.stats.tokens -= self.rows.end(prompt, keep)
+        dropped = self.rows.end(prompt, keep)
+        self.stats.tokens -= dropped
+        if dropped and prompt in self.counted:  # as for a stop token, tokens after the end are not counted
+            drafted, accepted = self.counted.pop(prompt)
+            kept = max(accepted - dropped, 0)
+            self.stats.count_round(drafted, accepted, times=-1)
+            self.stats.count_round(kept, kept)
 
     # ---- the cache ----
 
@@ -291,16 +297,18 @@ class Generation:
         # Append the tokens to the texts, and count them.
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         running = [row for row, done in enumerate(finished) if not done]
+        self.counted = {}
         for row in running if draft.strategy != PLAIN else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             accepted = len(kept[row]) - 1
             stopped = accepted < outcomes[row][0]
             drafted = accepted if stopped else min(draft.length, room[row] - 1)
             self.stats.count_round(drafted, accepted)
-            self.rows.count_drafts(row, drafted, accepted)
+            self.counted[self.rows.in_row[row]] = drafted, accepted
+        self.stats.row_rounds += len(running)
         self._count_round(draft)
-        # Learn the round's rate, unless a limit may have cut the round.
-        if self.speculation is not None and now.room > self.speculation.num_speculations:
+        # Learn the round's rate, unless a limit may have cut the round. The first round of a short output counts.
+        if self.speculation is not None and now.room > min(self.speculation.num_speculations, self.rows.limit - 2):
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
             self.unlearnt = draft.strategy, sum(map(len, kept)) / len(running), seconds
             if not self.context.shared:

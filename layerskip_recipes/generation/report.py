@@ -60,7 +60,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "acceptance_rate": stats.acceptance_rate,
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
-        "accepted_per_round": safe_divide(stats.accepted, row_rounds(stats)) if stats.drafted else None,
+        "accepted_per_round": safe_divide(stats.accepted, stats.row_rounds) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
         "looping_outputs": sum(map(is_looping, ours.outputs.values())),
         "bytes_per_token": stats.bytes_per_token,
@@ -90,7 +90,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     The ideal is (rho d + 1) / (s c + 1), with d drafted tokens and s draft steps per round (fewer with look-ups), and c
     the time of a draft step divided by that of an autoregressive step.
     """
-    rounds = row_rounds(stats)
+    rounds = stats.row_rounds
     d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
     plain_s, draft_s = safe_divide(baseline.decode_s, baseline.rounds), safe_divide(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if d and draft_s and plain_s else None
@@ -108,11 +108,6 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
         "ideal_speedup": ideal,
         "engine_efficiency": speedup / ideal if speedup and ideal else None,
     }
-
-
-def row_rounds(stats: GenerationStats) -> int:
-    """Rounds summed over rows, each until it finishes. A round gives the accepted tokens and one of the whole model."""
-    return stats.tokens - stats.first_tokens - stats.accepted
 
 
 def safe_divide(a: float, b: float) -> float | None:

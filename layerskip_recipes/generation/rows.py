@@ -23,7 +23,6 @@ class Rows:
         self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}
         self.generated: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
-        self.acceptance = [(0, 0)] * count
         self.in_row = list(range(min(rows or count, count)))
         self.waiting = deque(range(len(self.in_row), count))
         self.seen: torch.Tensor | None = None
@@ -68,11 +67,6 @@ class Rows:
             kept.append(cut)
         self._see(kept)
         return kept
-
-    def count_drafts(self, row: int, drafted: int, accepted: int) -> None:
-        """Add a round's drafted and accepted tokens to those of the prompt in this row."""
-        before = self.acceptance[self.in_row[row]]
-        self.acceptance[self.in_row[row]] = (before[0] + drafted, before[1] + accepted)
 
     def end(self, prompt: int, keep: int) -> int:
         """End an output after its first `keep` tokens; returns the number of dropped tokens."""

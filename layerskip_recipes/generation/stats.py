@@ -29,6 +29,7 @@ class GenerationStats:
     tokens: int = 0
     first_tokens: int = 0  # chosen at the end of prefill, one per prompt
     rounds: int = 0
+    row_rounds: int = 0  # summed over rows, each until it finishes; a round gives the accepted tokens and one more
     drafted: int = 0
     accepted: int = 0
     draft_steps: int = 0
@@ -58,7 +59,7 @@ class GenerationStats:
     @property
     def accepted_histogram(self) -> list[int]:
         """[k]: row rounds with k accepted tokens."""
-        return [self.rounds_accepting[k] for k in range(max(self.rounds_accepting, default=-1) + 1)]
+        return [self.rounds_accepting[k] for k in range(max(+self.rounds_accepting, default=-1) + 1)]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -77,10 +78,10 @@ class GenerationStats:
         count = self.tokens - self.first_tokens
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
-    def count_round(self, drafted: int, accepted: int) -> None:
-        self.drafted += drafted
-        self.accepted += accepted
-        self.rounds_accepting[accepted] += 1
+    def count_round(self, drafted: int, accepted: int, times: int = 1) -> None:
+        self.drafted += times * drafted
+        self.accepted += times * accepted
+        self.rounds_accepting[accepted] += times
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

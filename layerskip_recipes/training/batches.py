@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from torchtune import utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.errors import ConfigError
@@ -53,9 +54,10 @@ class TrainingData:
         )
 
     def frequent_tokens(self, count: int, most_samples: int = 2048) -> list[int]:
-        """The `count` most frequent tokens in at most `most_samples` evenly spread samples, in ascending order."""
+        """The `count` most frequent labels in at most `most_samples` evenly spread samples, in ascending order."""
         samples = range(0, self.num_samples, -(-self.num_samples // most_samples))
-        counts = Counter(token for i in samples for token in torch.as_tensor(self.dataset[i]["tokens"]).tolist())
+        counts = Counter(label for i in samples for label in torch.as_tensor(self.dataset[i]["labels"]).tolist())
+        counts.pop(CROSS_ENTROPY_IGNORE_IDX, None)
         return sorted(token for token, _ in counts.most_common(count))
 
     def order(self, epoch: int) -> list[int]:

@@ -242,8 +242,10 @@ class Checkpoints:
         sync(self.output_dir)  # delete nothing before the new checkpoint is on disk
         if self.keep:
             source = self._checkpointer._checkpoint_dir  # the next save copies config and tokenizer from here
-            for old in complete_checkpoints(self.output_dir)[: -self.keep]:
-                if old != source:
+            there = complete_checkpoints(self.output_dir)
+            models = [folder for folder in there if not (folder / ".metadata").exists()]  # others are shards
+            for old in there[: -self.keep]:
+                if old != source and old not in models[-1:]:
                     os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
         shutil.rmtree(self.staging, ignore_errors=True)
 

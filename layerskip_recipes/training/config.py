@@ -216,14 +216,15 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint's weights."""
-        if self.save_adapter_weights_only:
-            adapters = get_adapter_params(self.meta_model).values()
-            return sum(parameter.numel() for parameter in adapters) * self.torch_dtype.itemsize
-        if self.draft is None:
-            return weight_bytes(self.meta_model, self.torch_dtype)
-        draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-        return sum(parameter.numel() for parameter in draft.parameters()) * torch.float32.itemsize
+        """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight."""
+        if self.draft is not None:
+            draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
+            return 3 * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
+        whole = weight_bytes(self.meta_model, self.torch_dtype)
+        adapters = self.torch_dtype.itemsize * sum(p.numel() for p in get_adapter_params(self.meta_model).values())
+        if not adapters:
+            return 3 * whole
+        return 3 * adapters + (0 if self.save_adapter_weights_only else whole)
 
     @property
     def checkpoint_every_layers(self) -> int:

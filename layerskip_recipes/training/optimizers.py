@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torchtune import training
 from torchtune.utils import get_logger
 
@@ -21,6 +21,7 @@ from layerskip_recipes.training.parallel import clean_name, group_by_mesh
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
 
 log = get_logger("INFO")
+ROUNDED_AWAY = 1e-4  # weights near 0.02 lie as far apart in bf16
 
 
 class Optimizers:
@@ -38,8 +39,17 @@ class Optimizers:
         else:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
-        if isinstance(self.all[0], StochasticAdamW) and trained[0].dtype is torch.bfloat16:
+        for number, one in enumerate(self.all):
+            one.first = number  # type: ignore[attr-defined] # for StochasticAdamW
+        bf16 = trained[0].dtype is torch.bfloat16
+        if bf16 and isinstance(self.all[0], StochasticAdamW):
             log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
+        elif bf16 and isinstance(self.all[0], Adam) and self.all[0].defaults["lr"] < ROUNDED_AWAY:
+            log.warning(
+                "optimizer: in bf16, %s loses most of its steps to rounding. For example "
+                "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW",
+                cfg.optimizer.path,
+            )
         for group in (group for one in self.all for group in one.param_groups):
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
@@ -49,6 +59,12 @@ class Optimizers:
             cfg.lr_scheduler.build(one, num_training_steps=steps, last_epoch=done - 1)
             for one in (self.all if cfg.lr_scheduler is not None else [])
         ]
+        warmup = cfg.lr_scheduler.get("num_warmup_steps") if cfg.lr_scheduler is not None else None
+        if isinstance(warmup, int) and warmup > steps // 2:
+            log.warning(
+                f"lr_scheduler.num_warmup_steps: {warmup} of the run's {steps} steps, so the learning rate hardly "
+                f"reaches its value. For example lr_scheduler.num_warmup_steps={steps // 10}"
+            )
 
     @property
     def lr(self) -> float:

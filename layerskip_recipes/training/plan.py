@@ -87,8 +87,9 @@ class TrainingMemory:
         learned = [] if draft is not None else adapters.values() or model.parameters()
         self.trained = sum(parameter.numel() for parameter in learned)
         self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
-        # Layers that keep activations. A draft runs once per unrolled token, beside a layer of the frozen model.
-        self.depth = len(model.layers) if draft is None else IN_A_ROW * draft.num_layers + 1
+        # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
+        passes = IN_A_ROW if draft is not None and draft.kind == "adapter" else 1
+        self.depth = len(model.layers) if draft is None else passes * draft.num_layers + 1
 
     def room(self, dtype: str) -> int:
         """Bytes left for activations."""

@@ -1,6 +1,7 @@
 """What a run records about itself: metrics, and the settings that a resumed run must share."""
 
 import platform
+import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torchtune import utils
 
+from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import is_rank_zero
@@ -77,7 +79,7 @@ def versions() -> dict[str, str]:
     """The versions of this package and its main dependencies, and the commit of a git checkout."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
     found = {name: version(name) for name in names} | {"python": platform.python_version()}
-    if (CHECKOUT / ".git").exists():
+    if (CHECKOUT / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
@@ -91,8 +93,9 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
     if adapter_names(cfg.meta_model) or cfg.draft:  # these only fit the weights that they were trained on
-        fingerprint["checkpointer.checkpoint_dir"] = cfg.given_folder
+        fingerprint["checkpointer.checkpoint_dir"] = str(weights_folder(cfg.checkpointer))  # a run's newest checkpoint
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
+    fingerprint["tokenizer.chat_template"] = cfg.tokenizer.get("chat_template")
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step

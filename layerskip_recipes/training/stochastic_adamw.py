@@ -18,9 +18,11 @@ class StochasticAdamW(Optimizer):
     moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
     than its precision. Weights in fp32 get plain AdamW.
 
-    The noise depends only on the step number and the parameter's number. So a resumed run draws the same noise, and so
-    do ranks that hold copies of a weight. The arguments are those of `torch.optim.AdamW`.
+    The noise depends only on the step number and the parameter's number, from `first` on. So a resumed run draws the
+    same noise, and so do ranks that hold copies of a weight. The arguments are those of `torch.optim.AdamW`.
     """
+
+    first = 0  # of several optimizers, each has other numbers
 
     def __init__(
         self,
@@ -38,7 +40,7 @@ class StochasticAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbered = enumerate((group, p) for group in self.param_groups for p in group["params"])
+        numbered = enumerate(((group, p) for group in self.param_groups for p in group["params"]), self.first)
         for number, (group, p) in numbered:
             if p.grad is None:
                 continue

@@ -141,6 +141,14 @@ def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_fo
     assert best is None or written.self_speculation.model_fields_set.issuperset(CHOSEN)
 
 
+def test_the_config_has_the_checkpoint_that_was_measured(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path, make_checkpoint(tmp_path / "other", tokenizer_folder))
+    write_config(tmp_path / "tuned.yaml", tuning_config(tmp_path, checkpoint, str(user)), None, "because")
+    written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
+    assert written.given_folder == str(checkpoint)
+
+
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
@@ -175,8 +183,10 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, t
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
     assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
-    vocabularies = [c.section.draft_vocabulary for c in recipe.candidates.values() if c.section.draft_vocabulary]
-    assert not stored or all(ids == [*range(40)] for ids in vocabularies)
+    some = [c for c in recipe.candidates.values() if c.section.draft_vocabulary]
+    assert not stored or all(c.section.draft_vocabulary == [*range(40)] for c in some)
+    # Where no tokens are stored, generation would count those of its own prompts.
+    assert all(c.written.draft_vocabulary == (40 if stored else c.section.draft_vocabulary) for c in some)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
@@ -242,7 +252,16 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
         LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
 
 
+def test_outputs_too_short_for_a_draft(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path / "user", checkpoint)
+    settings = {"tune": True, "tune_extends": str(user), "max_new_tokens": 2}
+    recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
+    with pytest.raises(ValueError, match=r"^max_new_tokens: .*max_new_tokens=128"):
+        recipe.setup()
+
+
 def test_outputs_of_one_token():
     model = small_layers(make_tiny())
-    with pytest.raises(ValueError, match=r"^max_new_tokens: every output ended with its first token"):
+    with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with their first tokens"):
         measured_rates(model, [([1, 2], [3])], {None: None}, Sampler(0.0))

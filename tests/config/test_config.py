@@ -1,6 +1,7 @@
 """From a config's name to a merged config: lookup, `extends`, overrides, and torchtune's own configs."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,17 @@ def test_another_component_keeps_the_arguments_that_it_has(way, base):
     overrides = [] if way == "file" else [f"{way}={SGD}"]
     config = load_config(path, [*overrides, "optimizer.momentum=0.9"])
     assert config.optimizer == {"_component_": SGD, "lr": 1e-3, "weight_decay": 0.1, "momentum": 0.9}
+
+
+def test_another_dataset_in_a_file_inherits_nothing(tmp_path):
+    """hf/full holds the last 200 samples of Alpaca out, which means nothing for the user's data."""
+    dataset = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json", "data_files": "my.json"}
+    path = tmp_path / "my.yaml"
+    path.write_text(json.dumps({"extends": "hf/full", "model_dir": "model", "dataset": dataset}))
+    assert "split" in load_config("hf/full").dataset
+    assert load_config(str(path)).dataset == dataset
+    path.write_text(json.dumps({"extends": "hf/full", "dataset": {"packed": True}}))
+    assert load_config(str(path)).dataset == {**load_config("hf/full").dataset, "packed": True}
 
 
 def test_a_component_that_takes_any_argument_inherits_those_that_it_names():

@@ -14,6 +14,8 @@ import torch
 from helpers.compiled import has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
 from helpers.tiny import QWEN3, SIZE
+from torch import UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -309,10 +311,13 @@ def test_huge_pages_hold_the_same_numbers(monkeypatch):
     """The kernel has moved the pages, or has refused to: then nothing happens."""
     tensor = torch.randn(3 * PAGE)  # 24 MB
     before = tensor.clone()
-    monkeypatch.setattr(huge_pages, "_tried", set())  # of other weights, which may have had this address
+    monkeypatch.setattr(huge_pages, "_tried", {})
     assert use_huge_pages([tensor, torch.empty(0)])
     assert torch.equal(tensor, before)
     assert not use_huge_pages([tensor], most_seconds=0)
+    # New memory at an address that was tried before is in small pages.
+    monkeypatch.setattr(huge_pages, "_tried", dict.fromkeys(huge_pages._tried, StorageWeakRef(UntypedStorage(1))))
+    assert use_huge_pages([tensor], most_seconds=0)
     allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     kernel = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
     if allowed.exists() and "[never]" not in allowed.read_text() and kernel >= (6, 1):

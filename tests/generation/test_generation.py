@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torchtune.generation
@@ -13,6 +14,7 @@ from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -119,11 +121,33 @@ def test_a_row_is_stopped_on_request(arguments):
             assert generation.stats.tokens == sum(map(len, generation.generated))
     expected = [greedy("llama3_2", PROMPT, 20)[:keep], greedy("llama3_2", PROMPT[:1], 20)]
     assert generation.generated == expected and generation.finished == [True, True]
-    assert generation.stats.tokens == keep + 20 and generation.stats.rounds > rounds
+    stats = generation.stats
+    assert stats.tokens == keep + 20 and stats.rounds > rounds
+    # Each round gives the accepted tokens and one more, also the round that was cut.
+    assert stats.tokens - stats.first_tokens == stats.accepted + stats.row_rounds
+    assert stats.accepted <= stats.drafted and stats.accepted == sum(k * n for k, n in stats.rounds_accepting.items())
     # The cache holds only the tokens that were kept, so that a later prompt goes on from them.
     prompts = [(*prompt, *tokens, 9) for prompt, tokens in zip(prompts, expected, strict=True)]
     again = Generation(model, prompts, 4, cache=generation.cache)
     assert list(again)[-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
+
+
+def test_short_outputs_are_drafted_too():
+    """Their first rounds are learned, although the limit may cut them."""
+    choice, kinds = DiscountedUCB(plain=True), Counter()
+    for _ in range(12):
+        generation = Generation(model_of("llama3_2"), [PROMPT], 7, speculation=Speculation(3, 6), choice=choice)
+        list(generation)
+        kinds += generation.stats.rounds_by_kind
+    assert kinds["plain"] and kinds["chain"]
+
+
+def test_prompts_of_numpy():
+    expected = generate(model_of("llama3_2"), torch.tensor(PROMPT), 8).tokens
+    for prompt in (np.array(PROMPT), [*np.array(PROMPT)], np.array([PROMPT]), [np.array(PROMPT)]):
+        assert torch.equal(generate(model_of("llama3_2"), prompt, 8).tokens, expected)
+    with pytest.raises(ValueError, match=r"^prompt: 'a text' is a text.*tokenizer.prompt"):
+        generate(model_of("llama3_2"), "a text", 8)
 
 
 @pytest.mark.parametrize("end", ["finished", "break", "the model fails", "the caller fails"])

@@ -14,6 +14,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text.prompts import Example, refuse_bad, try_examples
+from layerskip_recipes.generation.text.text_stream import AnswersInOrder
 
 LINES = [
     '{"prompt": "a = 1"}',
@@ -148,6 +149,17 @@ def test_an_output_file_that_cannot_be_written(path, tmp_path, monkeypatch, ther
     monkeypatch.setattr("os.access", lambda name, mode: not Path(name).is_relative_to(protected) and access(name, mode))
     with pytest.raises(ValueError, match=r"^output_file: .* cannot be written"):
         ready(path, f"output_file={protected / 'a.jsonl'}")
+
+
+def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
+    out, examples = tmp_path / "a.jsonl", [Example("x"), Example("y")]
+    for answers in (1, 2):
+        with pytest.raises(KeyboardInterrupt), AnswersInOrder(str(out), examples, print) as file:
+            for i in range(answers):
+                file.add(i, "z", 1)
+            raise KeyboardInterrupt
+    lines = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2}
 
 
 def test_an_existing_output_file_needs_no_folder(path, monkeypatch):

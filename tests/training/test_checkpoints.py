@@ -1,5 +1,6 @@
 """Which checkpoints a run leaves, in which order, and with which files."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -158,6 +159,24 @@ def test_a_clock_that_goes_back(tmp_path, finetune, monkeypatch):
     train(finetune(epochs=2, save_every_n_steps=1, keep_last_n_checkpoints=2))
     left = [folder.name for folder in run_checkpoints.complete_checkpoints(tmp_path / "out")]
     assert left == ["step_3", "epoch_1"]
+
+
+def test_shards_do_not_push_the_last_model_out(tmp_path, finetune):
+    """Generation needs a whole checkpoint; shards only serve to resume."""
+    path = finetune(**SHARDS, keep_last_n_checkpoints=2, max_steps_per_epoch=3)
+    train(path)
+    recipe = set_up(path, "resume_from_checkpoint=true", "epochs=2")
+    recipe.checkpoints._place = functools.partial(_place_until, recipe.checkpoints, "epoch_1")
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    recipe.cleanup()
+    assert sorted(checkpoints(tmp_path / "out")) == ["epoch_0", "step_4", "step_5"]
+
+
+def _place_until(self, name, place):
+    if place == name:
+        raise KeyboardInterrupt
+    Checkpoints._place(self, place)
 
 
 def test_shards_are_of_their_step(finetune, monkeypatch):

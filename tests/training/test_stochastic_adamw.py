@@ -7,7 +7,8 @@ import torch
 from helpers.configs import start_section
 from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
-from helpers.training import losses, texts, train
+from helpers.training import losses, set_up, texts, train
+from torchtune.utils import get_logger
 
 from layerskip_recipes.training import stochastic_adamw
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW, round_into
@@ -62,6 +63,24 @@ def configured(finetune, checkpoint, tmp_path):
     """A start with weights as a trained model has them; steps move them by less than half of bf16's distance."""
     settings = {"dataset": texts(tmp_path), "epochs": 2, "layer_dropout": None, "clip_grad_norm": 1.0}
     return functools.partial(finetune, checkpointer=start_section(checkpoint), **settings)
+
+
+def test_optimizers_of_single_weights_draw_other_noise():
+    """As with `optimizer_in_bwd`; `Optimizers` numbers them."""
+    weights = [torch.full((4096,), 0.02, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    for number, weight in enumerate(weights):
+        weight.grad = torch.ones_like(weight)
+        optimizer = StochasticAdamW([weight], lr=2e-5)
+        optimizer.first = number
+        optimizer.step()
+    assert not torch.equal(*weights)
+
+
+def test_steps_that_rounding_would_lose_are_told(configured, caplog):
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        set_up(configured(optimizer={"_component_": "torch.optim.AdamW", "lr": 2e-5}, dtype="bf16")).cleanup()
+        set_up(configured(optimizer=OURS | {"lr": 2e-5}, dtype="bf16")).cleanup()
+    assert sum("loses most of its steps" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.slow

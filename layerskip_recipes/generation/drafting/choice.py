@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from statistics import median
 
 import torch
@@ -24,10 +25,10 @@ from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
 
-# In steps of plain decoding:
-BUDGET = 4.5  # loss at which drafting stops, 3.5% of 128 tokens
-MOST_SAVED = 16.0  # the most that good drafts save up for harder text
-REPAID = 1 / 48  # regained by a plain round while drafting is stopped; halved each time that drafting stops
+# Losses in steps of plain decoding at which an exit's drafts and look-ups stop: together 3.7% of 128 tokens.
+BUDGETS = {"chain": 4.0, "lookup": 0.75}
+MOST_SAVED = 3.5  # the most that good drafts save up for harder text, in budgets
+REPAID = 1 / 48  # steps regained by a plain round while drafting is stopped; halved each time that drafting stops
 
 
 @dataclass
@@ -52,15 +53,41 @@ class _Record:
         return sum(tokens for _, tokens in self.recent) / sum(min(seconds, most) for seconds, _ in self.recent)
 
 
+@dataclass
+class _Budget:
+    """What drafts of one kind may lose. One budget for both kinds would let cheap look-ups spend what chains need."""
+
+    most: float
+    lost: float = 0.0
+    repaid: float = REPAID
+    stopped: bool = False
+
+    def allows(self, losses: Sequence[float]) -> list[bool]:
+        """Whether the budget covers each of the possible losses of the next round."""
+        allowed = [self.lost + loss < self.most for loss in losses]
+        if not any(allowed) and not self.stopped:
+            self.repaid /= 2
+        self.stopped = not any(allowed)
+        return allowed
+
+    def spend(self, loss: float) -> None:
+        # Capped, so that one slow round does not stop drafts for long.
+        self.lost = min(max(self.lost + loss, -MOST_SAVED * self.most), 2 * self.most)
+        self.repaid = REPAID if self.lost < 0 else self.repaid
+
+    def repay(self) -> None:
+        self.lost -= self.repaid if self.stopped else 0.0
+
+
 class DiscountedUCB:
     """Chooses the strategy with the most tokens per second: each is tried, then the one with the best bound runs.
 
     The bound is the rate plus a margin: discounted upper confidence bounds (Garivier and Moulines, arXiv 0805.3415).
     The weight of a measurement falls with every round, so each strategy is tried again now and then.
 
-    Plain decoding is one of the strategies, and drafts have a budget. A round loses its duration in plain steps minus
-    its tokens. A strategy stops if a round without an accepted token would exceed the budget. Plain rounds then earn
-    the next try. So a text whose drafts are never accepted is hardly slower than plain decoding.
+    Plain decoding is one of the strategies, and each kind of draft has a budget. A round loses its duration in plain
+    steps minus its tokens. A strategy stops if a round without an accepted token would exceed the budget. Plain rounds
+    then earn the next try. So a text whose drafts are never accepted is hardly slower than plain decoding.
 
     Pass one object to several generations to keep what was learned.
 
@@ -74,21 +101,22 @@ class DiscountedUCB:
     def __init__(self, trial: int = 4, memory: float = 64.0, margin: float = 0.7, plain: bool = True) -> None:
         self.trial, self.memory, self.margin, self.plain = trial, memory, margin, plain
         self.records: dict[DraftStrategy, _Record] = {}
-        self.lost, self.repaid, self.stopped = 0.0, REPAID, False
+        self.budgets = {kind: _Budget(most) for kind, most in BUDGETS.items()}
 
     def begin_text(self) -> None:
         """Retry drafts as soon as on the first text: they may do better on another one."""
-        self.repaid = REPAID
+        for budget in self.budgets.values():
+            budget.repaid = REPAID
 
     def pick(self, strategies: Sequence[DraftStrategy]) -> DraftStrategy:
         """The strategy of the next round: one of these, or plain decoding."""
         if not strategies:
             return PLAIN
         if self.plain:
-            within = [strategy for strategy in strategies if self.lost + self._most_lost(strategy) < BUDGET]
-            if not within and not self.stopped:
-                self.repaid /= 2
-            self.stopped = not within
+            within: list[DraftStrategy] = []
+            for kind, budget in self.budgets.items():
+                if offered := [strategy for strategy in strategies if strategy.name == kind]:
+                    within += compress(offered, budget.allows([self._most_lost(strategy) for strategy in offered]))
             # The first round is plain: its time is the unit of losses.
             strategies = [PLAIN, *(within if self.rate(PLAIN) else [])]
         records = {strategy: self.records.setdefault(strategy, _Record()) for strategy in strategies}
@@ -104,12 +132,10 @@ class DiscountedUCB:
         record.weight += 1
         record.recent.append((seconds, tokens))
         if strategy == PLAIN:
-            self.lost -= self.repaid if self.stopped else 0.0
+            for budget in self.budgets.values():
+                budget.repay()
         elif self.rate(PLAIN):
-            steps = min(seconds, 3 * record.usual) * self.rate(PLAIN)
-            # Capped, so that one slow round does not stop drafts for long.
-            self.lost = min(max(self.lost + steps - tokens, -MOST_SAVED), 2 * BUDGET)
-            self.repaid = REPAID if self.lost < 0 else self.repaid
+            self.budgets[strategy.name].spend(min(seconds, 3 * record.usual) * self.rate(PLAIN) - tokens)
 
     def rate(self, strategy: DraftStrategy) -> float:
         """Tokens per second and row; 0 for a strategy that never ran."""
@@ -147,6 +173,7 @@ class ChoosingDrafter(ChainDrafter):
         super().begin(final)
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
+        self.choice.begin_text()
         super().replace(row, text, final)
         if self.lookup is not None:
             self.lookup.replace(row, text)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 PAGE = 2 << 20
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # from Linux's mman.h; the second since Linux 6.1
-_tried = set[int]()  # page addresses divided by PAGE
+_tried: dict[int, StorageWeakRef] = {}  # the weights whose pages were tried, by page address divided by PAGE
 
 
 def use_huge_pages(tensors: Iterable[torch.Tensor], most_seconds: float = 10.0) -> bool:
@@ -19,12 +20,14 @@ def use_huge_pages(tensors: Iterable[torch.Tensor], most_seconds: float = 10.0) 
 
     A page takes about 10 ms. Tensors stay in small pages if Linux refuses, or after `most_seconds`.
     """
-    pages = set[int]()
+    pages: dict[int, StorageWeakRef] = {}
     for tensor in tensors:
-        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        pages |= set(range(start // PAGE, (start + size - 1) // PAGE + 1))
-    new = sorted(pages - _tried)
-    _tried.update(new)
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        pages |= dict.fromkeys(range(start // PAGE, (start + size - 1) // PAGE + 1), StorageWeakRef(storage))
+    # Memory that was freed and taken again is in small pages.
+    new = sorted(page for page in pages if page not in _tried or _tried[page].expired())
+    _tried.update({page: pages[page] for page in new})
     if sys.platform != "linux":
         return bool(new)
     madvise = ctypes.CDLL(None).madvise

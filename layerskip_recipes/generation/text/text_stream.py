@@ -10,6 +10,7 @@ from typing import IO, Any
 from torchtune import utils
 
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.text.prompts import Example
 
 log = utils.get_logger("INFO")
@@ -147,8 +148,9 @@ def follow(
 class AnswersInOrder:
     """Shows answers in prompt order and writes them to a file, in whatever order they come.
 
-    A context manager that writes the finished answers to `path` at its end, also after an interruption. A killed run
-    leaves them in PATH.partial, in order of completion. A prompt with an error is not shown; the file has its error.
+    A context manager that writes the finished answers to `path` at its end. After an interruption it does so as well,
+    but not over an earlier file. A killed run leaves them in PATH.partial, in order of completion. A prompt with an
+    error is not shown; the file has its error.
     """
 
     def __init__(self, path: str | None, examples: Sequence[Example], show: Callable[[int, str], None]) -> None:
@@ -160,7 +162,9 @@ class AnswersInOrder:
         self.file: IO[str] | None = None
 
     def __enter__(self) -> "AnswersInOrder":
-        if self.path is not None:
+        if self.path is not None and Path(self.path).exists() and not Path(self.path).is_file():
+            self.file = open(self.path, "w", encoding="utf-8")  # a pipe or device, such as /dev/stdout
+        elif self.path is not None:
             partial = Path(f"{self.path}.partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
             if partial.exists():  # left by a killed run
@@ -168,8 +172,8 @@ class AnswersInOrder:
                 partial.rename(kept)
                 log.warning("output_file: the answers of an unfinished run are in %s", kept)
             self.file = partial.open("w", encoding="utf-8")
-            for i in self.waiting:
-                self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})
+        for i in self.waiting:
+            self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})
         return self
 
     def add(self, i: int, answer: str, tokens: int, interrupted: bool = False) -> None:
@@ -181,13 +185,15 @@ class AnswersInOrder:
             self._show(self.next)
             self.next += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for i in sorted(self.waiting):
             self._show(i)
-        if self.file is not None:
-            self.file.close()
-            lines = "".join(self.lines[i] for i in sorted(self.lines))
-            Path(self.path or "").write_text(lines, encoding="utf-8")
+        if self.file is None:
+            return
+        self.file.close()
+        if self.file.name != self.path:
+            target = report_path(Path(self.path or ""), "output_file", interrupted=error is not None)
+            target.write_text("".join(self.lines[i] for i in sorted(self.lines)), encoding="utf-8")
             Path(self.file.name).unlink()
 
     def _show(self, i: int) -> None:
