@@ -11,16 +11,16 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT
+from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
@@ -28,12 +28,19 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8, LOOKUP
-from layerskip_recipes.generation.drafting.plan import Costs, Prediction, StepCost, Way, ranked, with_int8
+from layerskip_recipes.generation.drafting.plan import (
+    Costs,
+    Prediction,
+    StepCost,
+    Way,
+    ranked,
+    tokens_per_round,
+    with_int8,
+)
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.exit_quality import expected_rounds
+from layerskip_recipes.model.exit_quality import ALL, exit_quality
 
 GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
@@ -66,51 +73,34 @@ class Candidate:
         return "_".join([*parts, *(["int8"] if way.int8 else []), *(["lookup"] if self.section.prompt_lookup else [])])
 
 
-@torch.no_grad()
 def measured_rates(
     model: LayerSkipDecoder,
     texts: Iterable[tuple[Sequence[int], Sequence[int]]],
-    vocabularies: Mapping[int | None, Sequence[int] | None],
-    sampler: Sampler,
+    vocabulary: Sequence[int],
+    sizes: Sequence[int],
+    temperature: float,
     longest: int = LONGEST_DRAFT,
 ) -> dict[Way, list[float]]:
-    """Expected tokens per round for drafts of 1 to `longest` tokens, for each exit and draft vocabulary, in one pass
-    over `texts`, pairs of a prompt and the model's output.
+    """Expected tokens per round for drafts of 1 to `longest` tokens, for each exit and draft vocabulary.
 
-    A token drafted from q is accepted with probability sum_v min(p_v, q_v), which is 1 or 0 for greedy decoding.
-    `vocabularies` maps the number of tokens to their ids, and None to None for the whole vocabulary.
+    One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
+    `vocabulary`, for n in `sizes`.
     """
-    device = model.tok_embeddings.weight.device
-    ids = {n: None if some is None else torch.tensor(some, device=device) for n, some in vocabularies.items()}
-    exits = list(range(1, model.num_layers))
-    ways = [Way(e, n) for e, n in product(exits, ids)]
-    drafted, rounds = 0, torch.zeros(len(ways), longest, dtype=torch.float64)
-    for prompt, output in texts:
-        final, hidden = model.hidden_states(torch.tensor([[*prompt, *output]], device=device), exits)
-        # Row i predicts output token i + 1. The prefill gives token 0, so it is never drafted.
-        rows = slice(len(prompt), len(prompt) + len(output) - 1)
-        whole = model.unembed(final[:, rows])[0]
-        accepted = []
-        for e in exits:
-            draft = model.unembed(hidden[e][:, rows])[0]
-            accepted += [_accepted(whole, draft, some, sampler).cpu() for some in ids.values()]
-        by_way = torch.stack(accepted)
-        drafted += by_way.shape[1]
-        rounds += expected_rounds(by_way, by_way, torch.ones_like(by_way, dtype=torch.bool), longest)
-    if not drafted:
-        raise ConfigError(NOTHING_TO_DRAFT)
-    return dict(zip(ways, (drafted / rounds).tolist(), strict=True))
-
-
-def _accepted(whole: torch.Tensor, draft: torch.Tensor, ids: torch.Tensor | None, sampler: Sampler) -> torch.Tensor:
-    """The acceptance probability [n] at each position, from logits [n, v] and the ids that can be drafted."""
-    some = draft if ids is None else draft[:, ids]
-    if sampler.greedy:
-        chosen = some.argmax(-1)
-        return (whole.argmax(-1) == (chosen if ids is None else ids[chosen])).float()
-    settings = sampler.settings(whole.device)
-    p, q = (sampler.scores(logits, None, settings) for logits in (whole, some))
-    return torch.minimum(p if ids is None else p[:, ids], q).sum(-1)
+    batches = (
+        {
+            "tokens": torch.tensor([[*prompt, *output]]),
+            "labels": torch.tensor([[*[CROSS_ENTROPY_IGNORE_IDX] * len(prompt), *output]]),
+        }
+        for prompt, output in texts
+    )
+    exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
+    options: dict[str, Any] = {"num_speculations": longest, "vocabulary": vocabulary, "sizes": sizes}
+    quality = exit_quality(model, batches, exits, device, **options)
+    return {
+        Way(e, None if name == ALL else int(name)): tokens_per_round(TokensPerRound(**rates), temperature)
+        for e in exits[:-1]
+        for name, rates in quality[e].tokens_per_round.items()
+    }
 
 
 def fitted_costs(
@@ -181,10 +171,9 @@ class Tuner:
             rates, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
-            vocabularies = {None: None} | {n: self.frequent[:n] for n in sizes}
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            sampler = self.cfg.sampler(self.temperature)
-            rates = with_int8(measured_rates(self.model, texts, vocabularies, sampler), precisions)
+            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature)
+            rates = with_int8(found, precisions)
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
@@ -192,13 +181,13 @@ class Tuner:
         predictions = ranked(rates, costs)
         chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
-        found = [self._candidate(prediction) for prediction in chosen]
-        for c in found:
+        candidates = [self._candidate(prediction) for prediction in chosen]
+        for c in candidates:
             p = c.prediction
             print(f"{c.name:<36}{p.tokens_per_round:>15.2f}{1000 * p.round_s:>12.2f}{p.speedup:>9.2f}x")
         if self.cfg.tune is True:
-            found.append(self._candidate(chosen[0], LOOKUP))
-        return {candidate.name: candidate for candidate in found}
+            candidates.append(self._candidate(chosen[0], LOOKUP))
+        return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
         way, num_tokens = prediction.way, prediction.way.vocabulary
