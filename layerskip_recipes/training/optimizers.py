@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torchtune import training
 from torchtune.utils import get_logger
 
@@ -40,11 +40,12 @@ class Optimizers:
             groups = [{"params": group} for group in group_by_mesh(trained)]
             self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
         for number, one in enumerate(self.all):
-            one.first = number  # type: ignore[attr-defined] # for StochasticAdamW
+            if isinstance(one, StochasticAdamW):
+                one.first = number
         bf16 = trained[0].dtype is torch.bfloat16
         if bf16 and isinstance(self.all[0], StochasticAdamW):
             log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
-        elif bf16 and isinstance(self.all[0], Adam) and self.all[0].defaults["lr"] < ROUNDED_AWAY:
+        elif bf16 and isinstance(self.all[0], Adam | AdamW) and self.all[0].defaults["lr"] < ROUNDED_AWAY:
             log.warning(
                 "optimizer: in bf16, %s loses most of its steps to rounding. For example "
                 "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW",
