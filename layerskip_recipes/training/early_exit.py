@@ -117,7 +117,7 @@ class EarlyExitLossSection(Section):
     """R of the rotational curriculum."""
     layers: Annotated[Layers, Auto()] = ":"
     """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: all of them with a curriculum, otherwise
-    the layer at a fifth of the depth."""
+    the layer at a seventh of the depth."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None

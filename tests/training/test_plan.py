@@ -64,16 +64,16 @@ def test_what_a_training_keeps_in_bf16_and_nf4(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "trained"), [(1, "0"), (4, "0"), (12, "1"), (16, "2"), (28, "5"), (30, "5"), (80, "15")]
+    ("layers", "trained"), [(1, "0"), (4, "0"), (12, "1"), (16, "1"), (28, "3"), (30, "3"), (80, "10")]
 )
 def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
-    """Exit E is layer E - 1, here at a fifth of the depth; a curriculum is for all exits."""
+    """Exit E is layer E - 1, here at a seventh of the depth; a curriculum is for all exits."""
     assert chosen("device=cpu", num_hidden_layers=layers)["early_exit_loss.layers"] == trained
     gradual = chosen("device=cpu", "early_exit_loss.curriculum=gradual", num_hidden_layers=layers)
     assert gradual["early_exit_loss.layers"] == ":"
 
 
-@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.2e-5), (2048, 7.4e-5), (1024, 1.8e-4), (64, 1e-3)])
+@pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 1e-3)])
 def test_the_learning_rate_of_all_weights(width, lr):
     assert full_learning_rate(width) == lr
 
