@@ -238,7 +238,8 @@ class FinetuneConfig(RecipeConfig):
         """The exits that validation measures, in ascending order."""
         if self.layers_val is not None:
             return select_exits(self.layers_val, self.num_layers, key="layers_val")
-        trained = [] if self.early_exit_loss is None else select_exits(self.early_exit_loss.layers, self.num_layers)
+        loss = self.early_exit_loss
+        trained = [] if loss is None else select_exits(loss.layers, self.num_layers, key="early_exit_loss.layers")
         return [*exits_to_measure(trained, self.num_layers), self.num_layers]
 
     # ---- rules that involve several keys ----

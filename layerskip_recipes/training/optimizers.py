@@ -45,7 +45,12 @@ class Optimizers:
         bf16 = trained[0].dtype is torch.bfloat16
         if bf16 and isinstance(self.all[0], StochasticAdamW):
             log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
-        elif bf16 and isinstance(self.all[0], Adam | AdamW) and self.all[0].defaults["lr"] < ROUNDED_AWAY:
+        elif (
+            bf16
+            and len(trained) == len([*model.parameters()])  # adapters begin at zero, where bf16 is fine enough
+            and isinstance(self.all[0], Adam | AdamW)
+            and self.all[0].defaults["lr"] < ROUNDED_AWAY
+        ):
             log.warning(
                 "optimizer: in bf16, %s loses most of its steps to rounding. For example "
                 "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW",

@@ -257,7 +257,7 @@ def test_looping_outputs_count_apart():
 
 def test_drafts_that_are_looked_up_cost_no_step():
     """Of 10 rounds of 4 drafts 5 were drafted, at .1 of a plain step each; half of the 40 drafts stood."""
-    ours = stats(30, 1.0, rounds=10, drafted=40, accepted=20, draft_steps=20, draft_s=0.2)
+    ours = stats(30, 1.0, rounds=10, row_rounds=10, drafted=40, accepted=20, draft_steps=20, draft_s=0.2)
     ours.rounds_accepting[2] = 10
     row = draft_figures(ours, stats(30, 3.0, rounds=30), speedup=2.0)
     assert row["draft_cost"] == pytest.approx(0.1) and row["drafted_per_round"] == 4
@@ -267,7 +267,7 @@ def test_drafts_that_are_looked_up_cost_no_step():
 
 def test_rounds_without_drafts_are_rounds():
     """15 plain rounds, and 5 whose 4 drafted tokens all stood: 40 tokens in 20 rounds."""
-    ours = stats(40, 1.0, rounds=20, drafted=20, accepted=20)
+    ours = stats(40, 1.0, rounds=20, row_rounds=20, drafted=20, accepted=20)
     ours.rounds_accepting[4] = 5
     row = draft_figures(ours, stats(40, 2.0, rounds=40), speedup=2.0)
     assert row["tokens_per_round"] == row["ideal_speedup"] == 2.0 and row["drafted_per_round"] == 1.0

@@ -184,7 +184,7 @@ def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     drafted = run(model, prompts, NEW, speculation=speculation, choice=DiscountedUCB(plain=True))
     assert drafted.generated == plainly.generated
     assert drafted.stats.decode_s < 1.05 * plainly.stats.decode_s
-    assert drafted.stats.plain_share > (0.5 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0
+    assert drafted.stats.plain_share > (0.3 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0
 
 
 def test_good_drafts_are_hardly_slower_by_the_choice(clock):

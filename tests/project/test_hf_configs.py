@@ -53,11 +53,11 @@ def how_trained(checkpoint: Path) -> dict:
 
 
 def test_what_a_checkpoint_notes(trained, models):
-    """One exit is trained, at a fifth of the depth."""
-    assert [*noted(trained / "epoch_0")["measured"]["exits"]] == ["2"]
+    """One exit is trained, at a seventh of the depth."""
+    assert [*noted(trained / "epoch_0")["measured"]["exits"]] == ["1"]
     assert how_trained(trained / "epoch_0") == {
         "num_layers": 8,
-        "exits": [2, 8],
+        "exits": [1, 8],
         "curriculum": None,
         "interval": None,
         "scale": 1.0,
@@ -78,7 +78,7 @@ def generated(*settings: str) -> dict:
 @pytest.mark.parametrize("folder", ["", "epoch_0"])
 def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, trained):
     report = generated(f"model_dir={trained / folder}", "benchmark.compare=true", "device=cpu")
-    assert (report["exit_layer"], report["tokens"], report["identical"]) == (2, 8, True)
+    assert (report["exit_layer"], report["tokens"], report["identical"]) == (1, 8, True)
     assert report["drafted"] > 0
 
 
@@ -102,8 +102,8 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
     train("hf/lora", *settings)
     note_good_drafts(tmp_path / "epoch_0")
-    assert noted(tmp_path / "epoch_0")["exits"] == [2, 8]
-    assert generated(f"model_dir={tmp_path}", "device=cpu")["exit_layer"] == 2
+    assert noted(tmp_path / "epoch_0")["exits"] == [1, 8]
+    assert generated(f"model_dir={tmp_path}", "device=cpu")["exit_layer"] == 1
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
     with pytest.raises(ValueError, match=f"^model_dir: .*epoch_0' holds adapters only.*model_dir={models['llama']} "):
