@@ -98,8 +98,9 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
         torch.save({}, folder / name / "epoch_0" / "recipe_state.pt")
         mark_complete(folder / name / "epoch_0", time=1.0)
     (folder / "held_out.jsonl").write_text('{"question": "x", "answer": "y"}\n')
-    (folder / "benchmark").mkdir()
-    (folder / "benchmark" / "tuned.yaml").write_text(f"{FIRST_LINE}a test\nextends: hf/generate\nmodel_dir: {model}\n")
+    for name in ("benchmark", "benchmark_8b"):
+        (folder / name).mkdir()
+        (folder / name / "tuned.yaml").write_text(f"{FIRST_LINE}a test\nextends: hf/generate\nmodel_dir: {model}\n")
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
