@@ -42,20 +42,9 @@ class Optimizers:
         for number, one in enumerate(self.all):
             if isinstance(one, StochasticAdamW):
                 one.first = number
-        bf16 = trained[0].dtype is torch.bfloat16
-        if bf16 and isinstance(self.all[0], StochasticAdamW):
-            log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
-        elif (
-            bf16
-            and len(trained) == len([*model.parameters()])  # adapters begin at zero, where bf16 is fine enough
-            and isinstance(self.all[0], Adam | AdamW)
-            and self.all[0].defaults["lr"] < ROUNDED_AWAY
-        ):
-            log.warning(
-                "optimizer: in bf16, %s loses most of its steps to rounding. For example "
-                "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW",
-                cfg.optimizer.path,
-            )
+        if trained[0].dtype is torch.bfloat16:
+            # Adapters begin at zero, where bf16 is fine enough.
+            _tell_of_rounding(self.all[0], whole=len(trained) == len([*model.parameters()]))
         for group in (group for one in self.all for group in one.param_groups):
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
@@ -155,3 +144,14 @@ class Optimizers:
                 if names[parameter] in states
             }
             one.load_state_dict({"state": learned, "param_groups": own})
+
+
+def _tell_of_rounding(optimizer: Optimizer, whole: bool) -> None:
+    """Log whether small steps move weights in bf16; `whole`: all weights of the model are trained."""
+    if isinstance(optimizer, StochasticAdamW):
+        log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
+    elif whole and isinstance(optimizer, Adam | AdamW) and optimizer.defaults["lr"] < ROUNDED_AWAY:
+        log.warning(
+            "optimizer: in bf16, AdamW loses most of its steps to rounding. For example "
+            "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
+        )
