@@ -108,20 +108,23 @@ def exit_losses(
     chunk_loss: ChunkLoss,
     chunk_tokens: int | None,
     teacher: Teacher | None = None,
-    taught: int = 0,
+    early: int = 0,
+    head_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, a scalar, and the detached mean loss of each exit.
 
     `hidden` has x_E [b, s, d] of each exit. Of labels [b * s] only the rows `counted` [n] get logits. `teacher` maps
-    row indices to a target that replaces the labels of the first `taught` exits. The weights are known beforehand, so
-    each chunk's gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
+    row indices to a target that replaces the labels of the first `early` exits. These exits change only those rows of
+    the output matrix that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so each chunk's
+    gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
     gradients are summed in fp32.
     """
     return _ExitLosses.apply(
         chunk_loss,
         chunk_tokens,
         teacher,
-        taught,
+        early,
+        head_rows,
         head,
         labels,
         counted,
@@ -136,7 +139,9 @@ class _ExitLosses(torch.autograd.Function):
     """`exit_losses` for autograd: the forward pass computes the gradients, and the backward pass returns them."""
 
     @staticmethod
-    def forward(ctx, chunk_loss, chunk_tokens, teacher, taught, head, labels, counted, weights, grad_enabled, *tensors):
+    def forward(
+        ctx, chunk_loss, chunk_tokens, teacher, early, head_rows, head, labels, counted, weights, grad_enabled, *tensors
+    ):
         parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
         kind, compute = hidden[0].device.type, compute_dtype(hidden[0])
         all_count, labels = len(counted) == len(labels), labels[counted]
@@ -162,11 +167,11 @@ class _ExitLosses(torch.autograd.Function):
                 rows = part if all_count else counted[part]
                 lesson = labels[part] if teacher is None else teacher(rows)
                 for i, x in enumerate(hidden):
-                    target = lesson if i < taught else labels[part]
+                    target, changed = (lesson, head_rows) if i < early else (labels[part], None)
                     states = x[rows].to(compute)
                     if trained[i]:
                         chunk_sum, grad = _loss_and_gradient(
-                            chunk_loss, head, leaves, sums, states, target, weights[i] / count, buffer
+                            chunk_loss, head, leaves, sums, states, target, weights[i] / count, buffer, changed
                         )
                         hidden_grads[i][rows] = grad.to(x.dtype)
                     else:
@@ -188,7 +193,7 @@ class _ExitLosses(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         # In place, then freed: backward runs only once per loss.
         grads, ctx.grads = ctx.grads, None
-        return (None,) * 9 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
+        return (None,) * 10 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
 
 
 @torch.enable_grad()
@@ -201,8 +206,10 @@ def _loss_and_gradient(
     target: Any,
     scale: torch.Tensor,
     buffer: Any,
+    head_rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a chunk x [n, d] and the gradient of scale * loss by x. Adds the leaves' gradients to `sums`."""
+    """The loss of a chunk x [n, d] and the gradient of scale * loss by x. Adds the leaves' gradients to `sums`, those
+    of the output only for `head_rows`."""
     x = x.detach().requires_grad_()
     h = head.normed(x)
     matrix = head.matrix
@@ -215,12 +222,16 @@ def _loss_and_gradient(
         with torch.no_grad():
             grad_logits = head.unembed(h, out=buffer[: len(h)])
             chunk_sum = chunk_loss(grad_logits, target, scale)
-            if sums[matrix] is not None:
-                add_product_(sums[matrix], grad_logits.T, h.to(grad_logits.dtype))
             end, grad = h, grad_logits @ leaves[matrix]
+            if sums[matrix] is not None:
+                if head_rows is not None:
+                    grad_logits *= head_rows
+                add_product_(sums[matrix], grad_logits.T, h.to(grad_logits.dtype))
     others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
     x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
     for i, leaf_grad in zip(others, grads, strict=True):
+        if head_rows is not None and len(leaf_grad) == len(head_rows):  # the output's matrix or bias
+            leaf_grad = leaf_grad * head_rows.view(-1, *[1] * (leaf_grad.dim() - 1))
         sums[i] += leaf_grad
     return chunk_sum, x_grad
 

@@ -31,6 +31,7 @@ class DraftStatistics:
         self.recent: deque[dict[str, Any]] = deque()
         self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
         self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
+        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each token counted above, in all processes
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
         """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
@@ -40,6 +41,14 @@ class DraftStatistics:
             while len(self.recent) > 1 and _enough(list(self.recent)[1:]):
                 self.recent.popleft()
 
+    def label_rows(self, labels: torch.Tensor) -> torch.Tensor:
+        """[v], 1 for each token that has been a label, including `labels` [n] of this micro-batch. Collective.
+
+        Early exits change only these rows of the head. At first an exit gives some probability to every token, and Adam
+        would move the embeddings of tokens that the data does not have as fast as the others.
+        """
+        return self.mesh.largest(self.labelled.index_fill_(0, labels, 1.0))
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts over all processes. Collective."""
         exact = torch.float64 if self.device.type != "mps" else torch.float32
@@ -48,6 +57,7 @@ class DraftStatistics:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.before = state["label_counts"]
+        self.labelled.copy_(self.before > 0)
 
     def vocabulary(self) -> list[int]:
         """The label tokens so far, the most frequent first. Collective."""

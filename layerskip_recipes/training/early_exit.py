@@ -173,6 +173,7 @@ class EarlyExitLoss:
         step: int,
         total_steps: int,
         counted: torch.Tensor | None = None,
+        head_rows: torch.Tensor | None = None,
         **inputs: Any,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The loss of one batch.
@@ -184,6 +185,8 @@ class EarlyExitLoss:
             total_steps: T.
             counted: [n], the indices in labels.flatten() of the labels that count; only they get logits. None computes
                 them here, which synchronises a GPU.
+            head_rows: [v], 1 for each token whose row of the output matrix the early exits may change, else 0; None:
+                all rows. The last layer's loss may always change all of them.
             **inputs: the decoder's mask, input_pos, ...
 
         Returns:
@@ -214,7 +217,7 @@ class EarlyExitLoss:
             states = [hidden[e] for e in exits]
             final = x.detach().flatten(0, 1)
             teacher = None if self.target == "labels" else lambda rows: head(final[rows])
-            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1)
+            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1, head_rows)
             losses.extend(exit_losses(head, states, of_exits, *arguments))
 
         model(tokens, on_exit=on_exit, unembed=False, **inputs)

@@ -280,6 +280,7 @@ class LayerSkipFinetune:
         with self.offloading, self._computing():
             if isinstance(self.loss, DraftLoss):
                 return len(counted), self.loss(self.model, tokens, labels, **batch), {}
+            batch["head_rows"] = self.draft_statistics.label_rows(labels.flatten()[batch["counted"]])
             loss, exits = self.loss(self.model, tokens, labels, step=self.step, total_steps=self.total_steps, **batch)
         return len(counted), loss, exits
 

@@ -108,6 +108,6 @@ class DraftLoss:
             self.chunk_loss,
             self.section.chunk_tokens,
             teacher=lambda rows: head.unembed(final[rows]),
-            taught=len(states),
+            early=len(states),
         )
         return total
