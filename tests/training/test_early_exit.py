@@ -99,6 +99,25 @@ def test_loss_and_gradients_are_those_of_plain_autograd(family, settings, chunks
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("family", ["llama2", "llama3_2", "gemma2"])
+def test_early_exits_change_only_the_given_rows_of_the_head(family):
+    """All else gets the gradient of plain autograd, also the input side of a tied embedding."""
+    model, (tokens, labels) = layerskip_decoder(make_tiny(family)), batch()
+    rows, weights = (torch.arange(VOCAB) % 3 == 0).double(), paper_weights((True,) * L, 0.2)
+    total, _ = EarlyExitLoss(curriculum=None)(model, tokens, labels, step=0, total_steps=9, head_rows=rows)
+    ours, plain = gradients(total, model), gradients(plain_loss(model, tokens, labels, weights)[0], model)
+    # The early exits' gradient by the head's matrix alone, with their hidden states as constants.
+    _, hidden = model.hidden_states(tokens, exits=range(1, L))
+    logits = [unembedded(model, hidden[e].detach()).flatten(0, 1) for e in range(1, L)]
+    early = sum(w * exit_loss(z, z, labels.flatten(), 0.0, "labels") for w, z in zip(weights, logits, strict=False))
+    name = "output.weight" if family == "llama2" else "tok_embeddings.weight"
+    (through_head,) = torch.autograd.grad(early, model.get_parameter(name))
+    assert through_head[rows == 0].abs().max() > 1e-4
+    plain[name] -= (1 - rows)[:, None] * through_head
+    assert_same_gradients(ours, plain)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("step", "on"), [(0, (0, 2, 4, 5)), (1, (1, 3, 5))])
 def test_the_curriculum_decides_which_exits_weigh(step, on, tiny):
     """e(0) = 0 in the paper's scale: exit 1 is measured and not trained."""
