@@ -31,7 +31,7 @@ class DraftStatistics:
         self.recent: deque[dict[str, Any]] = deque()
         self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
         self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
-        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each token counted above, in all processes
+        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each token with a count above 0
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
         """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
@@ -41,13 +41,13 @@ class DraftStatistics:
             while len(self.recent) > 1 and _enough(list(self.recent)[1:]):
                 self.recent.popleft()
 
-    def label_rows(self, labels: torch.Tensor) -> torch.Tensor:
-        """[v], 1 for each token that has been a label, including `labels` [n] of this micro-batch. Collective.
+    def label_rows(self) -> torch.Tensor:
+        """[v], 1 for each token that was a label in an earlier step, else 0. Collective.
 
         Early exits change only these rows of the head. At first an exit gives some probability to every token, and Adam
         would move the embeddings of tokens that the data does not have as fast as the others.
         """
-        return self.mesh.largest(self.labelled.index_fill_(0, labels, 1.0))
+        return self.mesh.largest(self.labelled).clone()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts over all processes. Collective."""

@@ -239,12 +239,13 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
+        head_rows = self.draft_statistics.label_rows()
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             if self.own_text is not None:
                 number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
                 batch = self.own_text.batch(number, self.model) or batch
-            count, loss, exits = self._forward(batch)
+            count, loss, exits = self._forward(batch, head_rows)
             # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
@@ -260,7 +261,9 @@ class LayerSkipFinetune:
                 losses[name] = losses.get(name, 0.0) + value * count
         return tokens, losses
 
-    def _forward(self, batch: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
+    def _forward(
+        self, batch: dict[str, Any], head_rows: torch.Tensor
+    ) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
         """The number of labels that count in a micro-batch, its loss J, and the loss of each exit."""
         check_batch(batch["tokens"], self.model)
         rows, samples = len(batch["tokens"]), self.cfg.batch_size
@@ -280,8 +283,9 @@ class LayerSkipFinetune:
         with self.offloading, self._computing():
             if isinstance(self.loss, DraftLoss):
                 return len(counted), self.loss(self.model, tokens, labels, **batch), {}
-            batch["head_rows"] = self.draft_statistics.label_rows(labels.flatten()[batch["counted"]])
-            loss, exits = self.loss(self.model, tokens, labels, step=self.step, total_steps=self.total_steps, **batch)
+            self.draft_statistics.labelled.index_fill_(0, labels.flatten()[batch["counted"]], 1.0)
+            now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps, "head_rows": head_rows}
+            loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
         return len(counted), loss, exits
 
     def _computing(self) -> torch.autocast:
