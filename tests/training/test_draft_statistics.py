@@ -13,6 +13,7 @@ from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa
 from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, read_trained_exits
 from layerskip_recipes.training import draft_statistics
 from layerskip_recipes.training.draft_statistics import DraftStatistics
+from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 EXITS = {"curriculum": None, "layers": "0,1,2", "scale": 1.0, "scale_fn": "uniform"}
 
@@ -70,6 +71,26 @@ def test_a_run_without_validation_measures_its_last_batches(tmp_path, tokenizer_
     train(path, f"output_dir={tmp_path}/unmeasured")
     assert losses(tmp_path / "unmeasured") == whole
     assert read_trained_exits(tmp_path / "unmeasured" / "epoch_0").measured is None
+
+
+def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(tmp_path, tokenizer_folder, monkeypatch):
+    """All micro-batches of a step have the same rows."""
+    given, call = [], EarlyExitLoss.__call__
+
+    def recorded(self, *args, head_rows, **options):
+        given.append(head_rows.clone())
+        return call(self, *args, head_rows=head_rows, **options)
+
+    monkeypatch.setattr(EarlyExitLoss, "__call__", recorded)
+    recipe = train(
+        finetune_config(
+            tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=VALIDATION | {"max_samples": 12},
+            max_steps_per_epoch=3, gradient_accumulation_steps=2, shuffle=True,
+        )
+    )  # fmt: skip
+    assert len(given) == 6 and set(given[-1].tolist()) == {0.0, 1.0}
+    for part, rows in enumerate(given):
+        assert rows.nonzero()[:, 0].tolist() == sorted(label_counts(recipe, part // 2))
 
 
 def test_a_run_without_early_exits_measures_nothing(tmp_path, tokenizer_folder):
