@@ -47,7 +47,12 @@ def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, Any])
     loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
     if compiled:
         loss.chunk_loss = chunked_loss.compiled(loss.chunk_loss)
-    return lambda tokens, labels: loss(model, tokens, labels, step=0, total_steps=1)[0]
+
+    def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = torch.ones(model.tok_embeddings.num_embeddings, device=tokens.device)
+        return loss(model, tokens, labels, step=0, total_steps=1, head_rows=rows)[0]
+
+    return step
 
 
 def torchtune_loss(model: Any) -> LossOfStep:

@@ -71,6 +71,10 @@ class Head:
         plain = plain and not isinstance(self.output.weight, TorchAOBaseTensor)  # `mm` takes no quantised tensor
         return self._places.index((self.output, "weight")) if plain else None
 
+    def has_token_rows(self, i: int) -> bool:
+        """Whether `parameters[i]` is the output's own matrix or bias, with one row per token; adapters are not."""
+        return self._places[i][0] is self.output
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [n, v] of hidden states [n, d], in fp32 (in fp64 if the model is)."""
         logits = self.unembed(self.normed(x))

@@ -115,8 +115,8 @@ def exit_losses(
 
     `hidden` has x_E [b, s, d] of each exit. Of labels [b * s] only the rows `counted` [n] get logits. `teacher` maps
     row indices to a target that replaces the labels of the first `early` exits. These exits change only those rows of
-    the output matrix that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so each chunk's
-    gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
+    the output's matrix and bias that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so
+    each chunk's gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
     gradients are summed in fp32.
     """
     return _ExitLosses.apply(
@@ -230,8 +230,8 @@ def _loss_and_gradient(
     others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
     x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
     for i, leaf_grad in zip(others, grads, strict=True):
-        if head_rows is not None and len(leaf_grad) == len(head_rows):  # the output's matrix or bias
-            leaf_grad = leaf_grad * head_rows.view(-1, *[1] * (leaf_grad.dim() - 1))
+        if head_rows is not None and head.has_token_rows(i):
+            leaf_grad.mul_(head_rows.view(-1, *[1] * (leaf_grad.dim() - 1)))
         sums[i] += leaf_grad
     return chunk_sum, x_grad
 

@@ -1,4 +1,8 @@
-"""Statistics in layerskip.json that help to choose a draft: frequent label tokens, and measured acceptance."""
+"""Statistics of label tokens and drafts.
+
+layerskip.json gets frequent label tokens and measured acceptance, which help to choose a draft. Early exits get the
+rows of the head that they train.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -31,7 +35,7 @@ class DraftStatistics:
         self.recent: deque[dict[str, Any]] = deque()
         self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
         self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
-        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each token with a count above 0
+        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each label token of an early-exit training
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
         """Record a micro-batch, still on the CPU, and its labels that count, [n]."""

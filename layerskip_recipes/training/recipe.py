@@ -239,7 +239,7 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
-        head_rows = self.draft_statistics.label_rows()
+        head_rows = self.draft_statistics.label_rows() if self.draft is None else None
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             if self.own_text is not None:
@@ -262,7 +262,7 @@ class LayerSkipFinetune:
         return tokens, losses
 
     def _forward(
-        self, batch: dict[str, Any], head_rows: torch.Tensor
+        self, batch: dict[str, Any], head_rows: torch.Tensor | None
     ) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
         """The number of labels that count in a micro-batch, its loss J, and the loss of each exit."""
         check_batch(batch["tokens"], self.model)
