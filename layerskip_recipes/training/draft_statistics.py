@@ -35,7 +35,6 @@ class DraftStatistics:
         self.recent: deque[dict[str, Any]] = deque()
         self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
         self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
-        self.labelled = torch.zeros(num_tokens, device=device)  # 1 for each label token of an early-exit training
 
     def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
         """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
@@ -51,17 +50,19 @@ class DraftStatistics:
         Early exits change only these rows of the head. At first an exit gives some probability to every token, and Adam
         would move the embeddings of tokens that the data does not have as fast as the others.
         """
-        return self.mesh.largest(self.labelled).clone()
+        return (self._label_counts() > 0).float()
+
+    def _label_counts(self) -> torch.Tensor:
+        """The counts over all processes since the first step, [v] on the device. Collective."""
+        exact = torch.float64 if self.device.type != "mps" else torch.float32
+        return self.mesh.sum(self.counts.to(self.device, exact)) + self.before.to(self.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts over all processes. Collective."""
-        exact = torch.float64 if self.device.type != "mps" else torch.float32
-        ours = self.mesh.sum(self.counts.to(self.device, exact)).cpu().round().long()
-        return {"label_counts": self.before + ours}
+        return {"label_counts": self._label_counts().cpu().round().long()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.before = state["label_counts"]
-        self.labelled.copy_(self.before > 0)
 
     def vocabulary(self) -> list[int]:
         """The label tokens so far, the most frequent first. Collective."""

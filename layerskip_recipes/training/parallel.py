@@ -58,12 +58,6 @@ class Mesh:
             tensor /= self.tensor  # tensor-parallel ranks see the same samples: count them once
         return tensor
 
-    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest values over all ranks, in place."""
-        if self.devices is not None:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
 
 def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
     """The numbers of replicate, shard and tensor ranks. Raises a ConfigError for settings that do not fit them."""

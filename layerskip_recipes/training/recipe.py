@@ -283,7 +283,6 @@ class LayerSkipFinetune:
         with self.offloading, self._computing():
             if isinstance(self.loss, DraftLoss):
                 return len(counted), self.loss(self.model, tokens, labels, **batch), {}
-            self.draft_statistics.labelled.index_fill_(0, labels.flatten()[batch["counted"]], 1.0)
             now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps, "head_rows": head_rows}
             loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
         return len(counted), loss, exits
