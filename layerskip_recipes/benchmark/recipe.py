@@ -26,7 +26,7 @@ from layerskip_recipes.benchmark.report import device_name, figures, heat_map, m
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import described_folder, prepare_device
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, exit_that_drafts, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
@@ -112,8 +112,7 @@ class LayerSkipBenchmark:
         if not isinstance(variant, SelfSpeculation):
             return variant
         if cfg.random_weights:  # a missing exit is the usual one
-            depth = layerskip_decoder(cfg.meta_model).num_layers
-            usual = None if variant.draft is not None else exit_that_drafts(range(1, depth), depth)
+            usual = usual_exit(layerskip_decoder(cfg.meta_model).num_layers)
             return variant.model_copy(update={"exit_layer": variant.exit_layer or usual})
         if cfg.variants and variant.draft is not None:
             return variant

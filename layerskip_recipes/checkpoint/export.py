@@ -20,7 +20,7 @@ from torchtune import training
 
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.config.schema import check
@@ -92,7 +92,7 @@ def _trained_exit(source: Path, layers: int) -> int:
     if trained is None:
         raise ConfigError(
             f"export: {str(source / DESCRIPTION)!r} names no early exit. Allowed: a number, for example "
-            f"{max(layers // 4, 1)} after --exit-layer or --draft"
+            f"{usual_exit(layers)} after --exit-layer or --draft"
         )
     return trained
 

@@ -85,6 +85,11 @@ def read_trained_exits(folder: Path) -> TrainedExits | None:
     raise ConfigError(f"{str(file)!r} cannot be read ({why}). It describes the trained exits: delete or repair it")
 
 
+def usual_exit(num_layers: int) -> int:
+    """The exit at a seventh of the depth, which trains and drafts by default; a fifth was slower (docs/results.md)."""
+    return max(round(num_layers / 7), 1)
+
+
 def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
     """The trained early exits; if more than four, the exits nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
     early = sorted(e for e in trained if e < num_layers)

@@ -16,7 +16,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
-from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays, has_compiler
+from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
@@ -114,7 +114,7 @@ class LayerSkipGenerate:
         cfg, compiled = self.cfg, self.cfg.compile
         how = (cfg.batch_size, cfg.quantizer)
         choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
-        if "compile" not in cfg.model_fields_set and has_compiler(self.device) and num_processes() == 1:
+        if "compile" not in cfg.model_fields_set and num_processes() == 1:
             batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)
             compiled, why = compiling_pays(choices[False].token_s, choices[True].token_s, steps, self.device)

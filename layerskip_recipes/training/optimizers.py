@@ -150,8 +150,12 @@ def _tell_of_rounding(optimizer: Optimizer, whole: bool) -> None:
     """Log whether small steps move weights in bf16; `whole`: all weights of the model are trained."""
     if isinstance(optimizer, StochasticAdamW):
         log.info("StochasticAdamW rounds weights in bf16 at random, so that small steps move them.")
-    elif whole and isinstance(optimizer, Adam | AdamW) and optimizer.defaults["lr"] < ROUNDED_AWAY:
+        return
+    at_random = getattr(optimizer, "bf16_stochastic_round", None)  # torchao's optimizers have it
+    rounds = isinstance(optimizer, Adam | AdamW) or at_random is False
+    if whole and rounds and optimizer.defaults["lr"] < ROUNDED_AWAY:
+        key = "_component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
         log.warning(
-            "optimizer: in bf16, AdamW loses most of its steps to rounding. For example "
-            "optimizer._component_=layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
+            f"optimizer: in bf16, {type(optimizer).__name__} loses most of its steps to rounding. For example "
+            f"optimizer.{key if at_random is None else 'bf16_stochastic_round=true'}"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchtune.modules.peft import get_adapter_params
 
+from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.choices import Choices, computes_in_bf16
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.data.tokenizer import hf_tokenizer
@@ -62,8 +63,8 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         width = cfg.meta_model.tok_embeddings.embedding_dim
         choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
     if cfg.early_exit_loss is not None:
-        depth = max(round(cfg.num_layers / 7), 1)  # a fifth was slower (docs/results.md)
-        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(depth - 1))
+        layer = usual_exit(cfg.num_layers) - 1
+        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(layer))
 
 
 def full_learning_rate(width: int) -> float:

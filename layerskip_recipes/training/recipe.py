@@ -331,6 +331,10 @@ class LayerSkipFinetune:
             with self._computing():
                 measured = self.validation.measure(self.model, self.device, self.step, self.draft)
             self.log.write(measured, self.step)
+            own = f"val_agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
+            shown = ["val_loss_final", *(name for name in measured if "agreement" in name and name != own)]
+            values = ", ".join(f"{name} {measured[name]:.3f}" for name in shown)
+            log.info(f"Validation after step {self.step}: {values}")
 
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint. A collective call."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from itertools import product
 
 import pytest
@@ -116,7 +117,7 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert found.why.startswith("No drafts: no exit should pay. The best would be exit 6, ") and "0.9" in found.why
     found = choose(tmp_path / "nowhere")
     assert found.section is None and "has no layerskip.json" in found.why
-    assert found.why.endswith("To draft anyway: self_speculation.exit_layer=7")
+    assert found.why.endswith("To draft anyway: self_speculation.exit_layer=4")
     assert choose(described(tmp_path / "last", {}, trained=(30,))).section is None
     # Who asks for drafts gets them.
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
@@ -222,6 +223,12 @@ def test_compiling_pays_for_long_runs_only():
     assert pays and "5.0x faster" in why and "400 s" in why
     pays, why = compiling_pays(0.05, 0.01, 100, cpu)
     assert not pays and "save about 4 s" in why and "compile=true" in why
+
+
+def test_without_a_compiler_steps_are_not_compiled_and_the_log_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    pays, why = compiling_pays(0.05, 0.01, 10_000, torch.device("cpu"))
+    assert not pays and why == "Not compiled, and so slower: no C++ compiler was found"
 
 
 @pytest.mark.slow

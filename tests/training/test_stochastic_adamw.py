@@ -80,7 +80,14 @@ def test_steps_that_rounding_would_lose_are_told(configured, caplog):
     with caplog.at_level("WARNING", logger=get_logger().name):
         set_up(configured(optimizer={"_component_": "torch.optim.AdamW", "lr": 2e-5}, dtype="bf16")).cleanup()
         set_up(configured(optimizer=OURS | {"lr": 2e-5}, dtype="bf16")).cleanup()
-    assert sum("loses most of its steps" in message for message in caplog.messages) == 1
+        eight_bits = {"_component_": "torchao.optim.AdamW8bit", "lr": 2e-5}
+        set_up(configured(optimizer=eight_bits, dtype="bf16")).cleanup()
+        set_up(configured(optimizer=eight_bits | {"bf16_stochastic_round": True}, dtype="bf16")).cleanup()
+    told = [message for message in caplog.messages if "loses most of its steps" in message]
+    assert [message.rpartition("optimizer.")[2] for message in told] == [
+        f"_component_={OURS['_component_']}",
+        "bf16_stochastic_round=true",
+    ]
 
 
 @pytest.mark.slow

@@ -66,13 +66,14 @@ def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[
     ],
     ids=["all", "some batches, some layers", "the last layer, at start and end", "the exit with a loss"],
 )
-def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint, tmp_path, finetune):
+def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint, tmp_path, finetune, caplog):
     """Before the training from the start's weights, after that from the checkpoints of the same steps."""
     path = finetune(
         checkpointer=start_section(checkpoint), dataset_val=chats(tmp_path), max_steps_per_epoch=4,
         save_every_n_steps=1, optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2}, **changes,
     )  # fmt: skip
-    recipe = train(path, "tokenizer.max_seq_len=100")
+    with caplog.at_level(logging.INFO, logger=get_logger().name):
+        recipe = train(path, "tokenizer.max_seq_len=100")
     measured, every = validated(tmp_path / "out"), changes.get("run_val_every_n_steps", 4)
     assert sorted(measured) == list(range(0, 5, every))
     dataset = recipe.validation.batches.dataset
@@ -80,6 +81,9 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint
     assert len({len(sample["tokens"]) for sample in samples}) > 2
     assert any(-100 in sample["labels"] for sample in samples)
     for step, values in measured.items():
+        (told,) = [message for message in caplog.messages if message.startswith(f"Validation after step {step}: ")]
+        assert f"val_loss_final {values['val_loss_final']:.3f}" in told and "exit_4" not in told
+        assert all(f"val_agreement_exit_{e} {values[f'val_agreement_exit_{e}']:.3f}" in told for e in exits[:-1])
         folder = {0: checkpoint, 4: tmp_path / "out" / "epoch_0"}.get(step, tmp_path / "out" / f"step_{step}")
         expected = quality(read_hf(folder, "llama3_2"), samples, exits)
         assert set(values) == set(expected)

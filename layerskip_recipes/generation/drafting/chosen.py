@@ -12,7 +12,13 @@ import torch
 
 from layerskip_recipes.checkpoint.checkpointers import described_folder
 from layerskip_recipes.checkpoint.drafts import read_description
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, TokensPerRound, TrainedExits, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import (
+    DESCRIPTION,
+    TokensPerRound,
+    TrainedExits,
+    read_trained_exits,
+    usual_exit,
+)
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.generation.drafting.plan import (
@@ -190,7 +196,7 @@ def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: in
         why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
         why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"
-    return f"{why}. To draft anyway: {key}.exit_layer={max(num_layers // 4, 1)}"
+    return f"{why}. To draft anyway: {key}.exit_layer={usual_exit(num_layers)}"
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -202,6 +208,9 @@ def has_compiler(device: torch.device) -> bool:
 
 def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
     """Whether compiling saves more time than it takes, given the seconds per token of both; and a log line."""
+    if not has_compiler(device):
+        why = {"cpu": "no C++ compiler was found", "cuda": "triton is not installed"}
+        return False, f"Not compiled, and so slower: {why.get(device.type, f'not possible on {device.type}')}"
     saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type]
     faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
     if saved > needed:
