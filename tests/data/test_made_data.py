@@ -6,7 +6,7 @@ import re
 import pytest
 
 from layerskip_recipes.data import standard_library
-from layerskip_recipes.data.commands import command_dataset, commands
+from layerskip_recipes.data.commands import VALUES, command_dataset, commands
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 
@@ -28,6 +28,9 @@ def test_many_commands_are_distinct_seeded_and_held_out():
     assert len(texts) == 40_000
     assert commands(10, "train") == train[:10] != commands(10, "train", seed=1)
     # Every test command has a slot value that no training command has.
+    split = [values for values in VALUES.values() if isinstance(values, dict)]
+    shown, held_out = ({value for values in split for value in values[name]} for name in ("train", "test"))
+    assert not shown & held_out and min(len(values["test"]) for values in split) >= 14
     seen = slot_values(train)
     assert all(slot_values([example]) - seen for example in test)
     assert len({e["response"].split()[0] for e in test}) >= 20  # intents
