@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torchtune import training
 
 from layerskip_recipes.errors import ConfigError
@@ -137,3 +138,8 @@ def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     shared = tensor.clone(memory_format=torch.contiguous_format)
     dist.broadcast(shared, src=0)
     return shared
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

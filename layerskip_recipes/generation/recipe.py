@@ -41,7 +41,7 @@ class LayerSkipGenerate:
         self.cfg = cfg = GenerateConfig.load(source)
         log.setLevel(cfg.log_level)
         self.device, self.dtype = prepare_device(cfg), cfg.torch_dtype
-        self.max_new_tokens, self.batch_size = cfg.max_new_tokens, cfg.batch_size
+        self.max_new_tokens = cfg.max_new_tokens
         self.interactive = cfg.is_conversation
         self.compare = cfg.compares and not self.interactive
         if cfg.compares and self.interactive:
@@ -66,6 +66,7 @@ class LayerSkipGenerate:
             refuse_bad(self.examples, hint=". on_bad_prompt=skip answers the rest")
         for error in bad:
             log.warning("skipped: %s", error)
+        self.batch_size = min(cfg.batch_size, len(self.good) or 1)
         # Choose how to draft, and the size of the cache.
         self.compile, self.section = self._choose()
         if self.section is not None:
@@ -77,7 +78,7 @@ class LayerSkipGenerate:
                 )
             self.section = self.section.with_vocabulary(model, tokens)
         if not self.interactive:
-            rows = min(self.batch_size, len(self.good))
+            rows = self.batch_size
             if self.device.type == "cuda" and self.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             nodes = self.section.num_speculations + 1 if self.section is not None else 1
@@ -112,7 +113,7 @@ class LayerSkipGenerate:
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:
         """Whether to compile and how to draft, chosen if the config does not say."""
         cfg, compiled = self.cfg, self.cfg.compile
-        how = (cfg.batch_size, cfg.quantizer)
+        how = (self.batch_size, cfg.quantizer)
         choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
         if "compile" not in cfg.model_fields_set and num_processes() == 1:
             batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)

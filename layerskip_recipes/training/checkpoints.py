@@ -265,6 +265,15 @@ def restore_set_aside(output_dir: Path) -> None:
             os.rename(aside, place)
 
 
+def not_finite(what: str, output_dir: Path, lr: float) -> ConfigError:
+    """The error of a run that stops because of infinite or missing numbers; `lr` is the config's."""
+    there = bool(complete_checkpoints(output_dir))
+    under = f"under {str(output_dir)!r}"
+    last = f"The last checkpoint {under} is whole" if there else f"There is no checkpoint {under} yet"
+    resume = "resume_from_checkpoint=true " if there else ""
+    return ConfigError(f"{what}. {last}; for example {resume}optimizer.lr={lr / 2:.2g}")
+
+
 def find_checkpoint(output_dir: Path) -> Path:
     """The newest intact checkpoint under output_dir, found by rank 0 for all ranks; a ConfigError if there is none."""
     found = None

@@ -306,11 +306,21 @@ class FinetuneConfig(RecipeConfig):
             )
         self.build_layer_dropout()
         self.exit_loss.enabled(self.num_layers, 0, 1)
+        section, depth = self.early_exit_loss, self.num_layers
+        if section is not None and section.scale > 0 and len(select_exits(section.layers, depth)) > 1:
+            steps = section.interval  # of a whole rotation
+            if self.exit_loss.trained(depth, steps, steps) == [depth]:
+                yield (
+                    f"early_exit_loss.layers: {section.layers!r} trains no early exit, because scale_fn "
+                    f"{section.scale_fn!r} gives layer 0 no weight; for example early_exit_loss.scale_fn=uniform"
+                )
 
     def _check_draft(self) -> Iterator[str]:
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 yield f"{key}: does nothing with draft, which freezes the model. Set {key}=null"
+        if getattr(self.meta_model, "layer_dropout", None) is not None:
+            yield "model.layer_dropout: does nothing with draft, which freezes the model. Set model.layer_dropout=null"
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             yield (

@@ -4,7 +4,6 @@ layerskip.json gets frequent label tokens and measured acceptance, which help to
 rows of the head that they train.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import from_every_rank
+from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
@@ -25,24 +25,21 @@ ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 
 
 class DraftStatistics:
-    """Counts label tokens, and measures acceptance when a checkpoint is saved.
+    """Counts label tokens, and measures acceptance when a checkpoint is saved: on the validation data, or else on the
+    first training batches."""
 
-    Without validation data it measures the last training batches, which it keeps on the CPU.
-    """
+    def __init__(
+        self, validation: Validation, data: TrainingData, mesh: Mesh, device: torch.device, num_tokens: int
+    ) -> None:
+        self.validation, self.data, self.mesh = validation, data, mesh
+        # Counts are exact below 2^53. mps has no float64.
+        exact = torch.float64 if device.type != "mps" else torch.float32
+        self.counts = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process, since the start or resume
+        self.before = torch.zeros_like(self.counts)  # in all processes, before the resume
 
-    def __init__(self, validation: Validation, mesh: Mesh, device: torch.device, num_tokens: int) -> None:
-        self.validation, self.mesh, self.device = validation, mesh, device
-        self.recent: deque[dict[str, Any]] = deque()
-        self.counts = torch.zeros(num_tokens, dtype=torch.long)  # in this process, since the start or resume
-        self.before = torch.zeros(num_tokens, dtype=torch.long)  # in all processes, before the resume
-
-    def see(self, batch: dict[str, Any], label_tokens: torch.Tensor) -> None:
-        """Record a micro-batch, still on the CPU, and its labels that count, [n]."""
-        self.counts += torch.bincount(label_tokens, minlength=len(self.counts))
-        if not self.validation.on:
-            self.recent.append(dict(batch))
-            while len(self.recent) > 1 and _enough(list(self.recent)[1:]):
-                self.recent.popleft()
+    def see(self, label_tokens: torch.Tensor) -> None:
+        """Count the labels of a micro-batch, [n], on the device."""
+        self.counts.index_add_(0, label_tokens, self.counts.new_ones(1).expand(len(label_tokens)))
 
     def label_rows(self) -> torch.Tensor:
         """[v], 1 for each token that was a label in an earlier step, else 0. Collective.
@@ -54,15 +51,14 @@ class DraftStatistics:
 
     def _label_counts(self) -> torch.Tensor:
         """The counts over all processes since the first step, [v] on the device. Collective."""
-        exact = torch.float64 if self.device.type != "mps" else torch.float32
-        return self.mesh.sum(self.counts.to(self.device, exact)) + self.before.to(self.device)
+        return self.mesh.sum(self.counts.clone()) + self.before
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts over all processes. Collective."""
         return {"label_counts": self._label_counts().cpu().round().long()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.before = state["label_counts"]
+        self.before = state["label_counts"].to(self.counts)
 
     def vocabulary(self) -> list[int]:
         """The label tokens so far, the most frequent first. Collective."""
@@ -94,7 +90,7 @@ class DraftStatistics:
         """layerskip.json's section "measured", for exits or a draft; None if nothing can be measured. Collective."""
         # The exits and batches to measure.
         early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
-        batches = _first(self.validation.batches) if self.validation.on else list(self.recent)
+        batches = _first(self.validation.batches if self.validation.on else self.data.batches(0))
         count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
         if not early or not count:
             return None
@@ -103,9 +99,9 @@ class DraftStatistics:
         try:
             quality = quality_in_training(
                 model,
-                map(dict, batches[-count:]),
+                batches[:count],
                 [*early, model.num_layers],
-                self.device,
+                self.counts.device,
                 self.mesh,
                 draft=draft,
                 num_speculations=LONGEST_DRAFT,

@@ -27,6 +27,7 @@ LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not mem
 LONGEST_ELSEWHERE = 2048
 SHORTEST = 128
 ITEMSIZE = {"fp32": 4, "bf16": 2}
+SPEED_ARGUMENTS = ("fused", "foreach", "capturable")  # of AdamW; they do not change its steps
 ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
 
 
@@ -40,9 +41,9 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     dtype = choices.pick(
         "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
     )
-    if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and cfg.optimizer.path == ADAMW:
-        names = parameter_names(ROUNDING) or set()
-        taken = {name: value for name, value in cfg.optimizer.arguments.items() if name in names}
+    taken = {name: value for name, value in cfg.optimizer.arguments.items() if name not in SPEED_ARGUMENTS}
+    replaceable = cfg.optimizer.path == ADAMW and (parameter_names(ROUNDING) or set()).issuperset(taken)
+    if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and replaceable:
         choices.set("optimizer", Component({"_component_": ROUNDING, **taken}, "optimizer"))
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and bf16 else "fp32")
 
@@ -52,11 +53,15 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     length = choices.value("tokenizer.max_seq_len")
     again = choices.pick(
         "enable_activation_checkpointing",
-        lambda: cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False,
+        lambda: (
+            cfg.enable_activation_offloading
+            or (cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False)
+        ),
     )
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
     at_once = max(size * num_processes() // (cfg.tensor_parallel_dim or 1), 1)  # tensor ranks share samples
-    choices.pick("gradient_accumulation_steps", lambda: max(SAMPLES_PER_STEP // at_once, 1))
+    more = 1 if cfg.optimizer_in_bwd else max(SAMPLES_PER_STEP // at_once, 1)
+    choices.pick("gradient_accumulation_steps", lambda: more)
 
     # Learning rate and exits.
     if "lr" in cfg.optimizer.arguments:

@@ -25,13 +25,21 @@ from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
-from layerskip_recipes.model.run_folder import complete_checkpoints
-from layerskip_recipes.processes import from_rank_zero, init_processes, is_rank_zero, num_processes, wait_for_all
+from layerskip_recipes.processes import (
+    from_every_rank,
+    from_rank_zero,
+    init_processes,
+    is_rank_zero,
+    local_part,
+    num_processes,
+    wait_for_all,
+)
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import (
     Checkpoints,
     check_earlier_runs,
     find_checkpoint,
+    not_finite,
     random_states,
     restore_random_state,
 )
@@ -127,7 +135,7 @@ class LayerSkipFinetune:
         self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
-        self.draft_statistics = DraftStatistics(self.validation, self.mesh, self.device, num_tokens)
+        self.draft_statistics = DraftStatistics(self.validation, self.data, self.mesh, self.device, num_tokens)
         self.total_steps = self.data.total_steps
         return tokenizer
 
@@ -239,7 +247,7 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
-        head_rows = self.draft_statistics.label_rows() if self.draft is None else None
+        head_rows = self.draft_statistics.label_rows() if self.cfg.early_exit_loss is not None else None
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             if self.own_text is not None:
@@ -276,10 +284,10 @@ class LayerSkipFinetune:
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
         # On the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
-        self.draft_statistics.see(batch, labels.flatten()[counted])
         batch |= {"labels": labels, "counted": counted}
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
+        self.draft_statistics.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
             if isinstance(self.loss, DraftLoss):
                 return len(counted), self.loss(self.model, tokens, labels, **batch), {}
@@ -303,7 +311,7 @@ class LayerSkipFinetune:
         self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
     def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Warn once if no label counts; stop if the loss or gradient is not finite. A step's only synchronisation."""
+        """Warn once if no label counts; stop if the loss or gradient is not finite. Waits for the device."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True
@@ -313,14 +321,8 @@ class LayerSkipFinetune:
             )
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
-            there = bool(complete_checkpoints(self.output_dir))
-            under = f"under {self.cfg.output_dir!r}"
-            last = f"The last checkpoint {under} is whole" if there else f"There is no checkpoint {under} yet"
-            raise ConfigError(
-                f"{name}: not finite at step {self.step + 1}, with {self._samples()}. {last}; "
-                f"for example {'resume_from_checkpoint=true ' if there else ''}"
-                f"optimizer.lr={self.optimizers.base_lr / 2:.2g}"
-            )
+            what = f"{name}: not finite at step {self.step + 1}, with {self._samples()}"
+            raise not_finite(what, self.output_dir, self.optimizers.base_lr)
 
     def _samples(self) -> str:
         own = "" if self.own_text is None else ", or in the model's own text that replaced some of them"
@@ -331,13 +333,16 @@ class LayerSkipFinetune:
             with self._computing():
                 measured = self.validation.measure(self.model, self.device, self.step, self.draft)
             self.log.write(measured, self.step)
-            own = f"val_agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
-            shown = ["val_loss_final", *(name for name in measured if "agreement" in name and name != own)]
-            values = ", ".join(f"{name} {measured[name]:.3f}" for name in shown)
-            log.info(f"Validation after step {self.step}: {values}")
+            own = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
+            shown = [name for name in measured if "final" in name or ("agreement" in name and own not in name)]
+            log.info(f"Validation after step {self.step}: {', '.join(f'{n} {measured[n]:.3f}' for n in shown)}")
 
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint. A collective call."""
+        if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
+            whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
+            if not all(from_every_rank(whole)):
+                raise not_finite(f"weights: not finite at step {self.step}", self.output_dir, self.optimizers.base_lr)
         optimizer = self.optimizers.state_dict(whole=not shards)
         state, description = self._state(), self._description()
         if shards:

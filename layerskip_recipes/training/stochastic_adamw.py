@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from layerskip_recipes.processes import local_part
 
 # Weights converted to fp32 at a time: they fit into the caches of a CPU, and keep a GPU busy.
 CPU_SLICE, GPU_SLICE = 2**18, 2**24
@@ -49,19 +50,15 @@ class StochasticAdamW(Optimizer):
                 state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state["step"] += 1
             step = int(state["step"])
-            weight = _local(p)
+            weight = local_part(p)
             noise = torch.Generator(weight.device).manual_seed(step * 100_003 + number)
-            w, m, v = (_local(x).view(-1) for x in (weight, state["exp_avg"], state["exp_avg_sq"]))
-            grad = _local(p.grad).reshape(-1)
+            w, m, v = (local_part(x).view(-1) for x in (weight, state["exp_avg"], state["exp_avg_sq"]))
+            grad = local_part(p.grad).reshape(-1)
             length = CPU_SLICE if weight.device.type == "cpu" else GPU_SLICE
             for start in range(0, len(grad), length):
                 some = slice(start, start + length)
                 _update(w[some], m[some], v[some], grad[some], step, group, noise)
         return loss
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _update(

@@ -11,6 +11,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
 from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
@@ -55,6 +56,8 @@ class Validation:
             return
         self.exits = [0, cfg.num_layers] if cfg.draft else cfg.validated_exits
         indexed, collate = load_data(cfg.dataset_val, cfg.collate_fn, tokenizer, cfg.meta_model, device)
+        if not len(indexed):
+            raise ConfigError("dataset_val: it has no sample. Allowed: at least one, or dataset_val=null")
         check_length(len(indexed[0]["tokens"]), cfg.meta_model, key="dataset_val")
         dataset = PadToRanks(indexed, mesh.data_size)
         self.batches = DataLoader(

@@ -250,6 +250,7 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
     assert recipe.section.exit_layer == 1 and recipe.section.num_speculations > 3 and not recipe.compile
     assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
     assert recipe.section.draft_quantizer is None  # eager
+    assert run("batch_size=8")[0].section == recipe.section  # one prompt makes no batch
     recipe, report = run("self_speculation.num_speculations=2")
     assert report["num_speculations"] == 2 and report["exit_layer"] == 1
     (checkpoint / "layerskip.json").unlink()

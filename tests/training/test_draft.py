@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import start_section
+from helpers.configs import MODEL, start_section
 from helpers.resuming import keep_only, resumed, same_tensors
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
@@ -314,6 +314,12 @@ def test_mistakes(override, message, draft_config):
     with pytest.raises(ConfigError) as e:
         train(draft_config(), override)
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+def test_the_models_own_layer_dropout_is_refused_too(draft_config):
+    model = {"_component_": "layerskip_recipes.layerskip_decoder", "base": MODEL, "layer_dropout": {"prob": 0.1}}
+    with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does nothing with draft, "):
+        train(draft_config(model=model))
 
 
 def test_kept_states_want_one_process(draft_config, monkeypatch):

@@ -122,6 +122,11 @@ def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro
     assert batches(4 * memory) == (size, max(micro_batches // 4, 1))
 
 
+def test_an_optimizer_in_backward_steps_with_each_batch(chosen):
+    made = chosen("device=cpu", "batch_size=2", "optimizer_in_bwd=true", "clip_grad_norm=null")
+    assert made["gradient_accumulation_steps"] == 1
+
+
 def test_ranks_that_share_a_matrix_share_their_samples(chosen, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     plan = "tensor_parallel_plan={_component_: torchtune.models.llama3.base_llama_tp_plan}"
@@ -143,6 +148,7 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
     optimizer = made.get("optimizer", Component({"_component_": "torch.optim.AdamW"}))
     assert optimizer.path.endswith(".StochasticAdamW") is (expected == "bf16") and "fused" not in optimizer.arguments
     assert made["optimizer.lr"] == 1e-3 and "optimizer" not in chosen("device=cuda", "dtype=bf16")
+    assert "optimizer" not in chosen("device=cuda", "optimizer.maximize=true")  # another algorithm
     assert chosen("device=cuda", name="lora")["dtype"] == "bf16"
     assert chosen("device=cuda", name="draft")["dtype"] == "bf16"
     assert chosen("device=cuda", name="generate")["dtype"] == "bf16"

@@ -111,11 +111,18 @@ def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
         recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
 
 
+def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
+    monkeypatch.setattr("layerskip_recipes.training.validation.load_data", lambda *args: ([], None))
+    with pytest.raises(ValueError, match=r"^dataset_val: it has no sample\."):
+        set_up(finetune(dataset_val=VALIDATION))
+
+
 @pytest.mark.parametrize(
     ("override", "key", "given", "allowed"),
     [
         ("layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
         ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
+        ("early_exit_loss={layers: 0, curriculum: null}", "early_exit_loss.layers", "0", "scale_fn=uniform"),
     ],
 )
 def test_bad_settings(override, key, given, allowed, finetune):

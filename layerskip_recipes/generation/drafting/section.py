@@ -138,9 +138,10 @@ class SelfSpeculation(Section):
         if self.draft is not None:
             drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
             layers = drafter.own_layers
+        if self.draft_vocabulary is not None:
+            head = DraftHead(drafter or model, self.draft_vocabulary)
         if self.draft_quantizer is not None:
-            if self.draft_vocabulary is not None:
-                head = quantise(DraftHead(drafter or model, self.draft_vocabulary), self.draft_quantizer)
+            head = None if head is None else quantise(head, self.draft_quantizer)
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
         return Speculation(
             self.exit_layer, self.num_speculations, self.draft_vocabulary, self.prompt_lookup, drafter, head

@@ -27,7 +27,8 @@ class Speculation:
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
         drafter: a decoder whose early layers and head draft instead of the model's, such as a quantised copy.
-        draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the drafter's head.
+        draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the model's head, or of a
+            trained draft's.
 
     Raises:
         ConfigError: if a number is out of range. `Generation` raises it for settings that do not fit its model.
