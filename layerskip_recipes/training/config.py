@@ -307,7 +307,7 @@ class FinetuneConfig(RecipeConfig):
         self.build_layer_dropout()
         self.exit_loss.enabled(self.num_layers, 0, 1)
         section, depth = self.early_exit_loss, self.num_layers
-        if section is not None and section.scale > 0 and len(select_exits(section.layers, depth)) > 1:
+        if section is not None and section.scale > 0 and 1 < len(select_exits(section.layers, depth)) < depth:
             steps = section.interval  # of a whole rotation
             if self.exit_loss.trained(depth, steps, steps) == [depth]:
                 yield (
