@@ -86,7 +86,7 @@ def read_trained_exits(folder: Path) -> TrainedExits | None:
 
 
 def usual_exit(num_layers: int) -> int:
-    """The exit at a seventh of the depth, which trains and drafts by default; a fifth was slower (docs/results.md)."""
+    """The exit at a seventh of the depth, which is trained by default; a fifth was slower (docs/lab_notes.md)."""
     return max(round(num_layers / 7), 1)
 
 
