@@ -319,6 +319,8 @@ class FinetuneConfig(RecipeConfig):
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
                 yield f"{key}: does nothing with draft, which freezes the model. Set {key}=null"
+        if smoothing := getattr(self.loss.build(), "label_smoothing", 0):
+            yield f"loss.label_smoothing: {smoothing} does nothing with draft, which learns no labels. Set it to 0"
         if getattr(self.meta_model, "layer_dropout", None) is not None:
             yield "model.layer_dropout: does nothing with draft, which freezes the model. Set model.layer_dropout=null"
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):

@@ -307,6 +307,10 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
             "draft.num_layers: 9 is not allowed. Allowed: an integer of 1 to 2 (or null); ",
         ),
         ("layer_dropout={prob: 0.1}", "layer_dropout: does nothing with draft, "),
+        (
+            "loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}",
+            "loss.label_smoothing: 0.1 does nothing with draft, ",
+        ),
         ("checkpointer.checkpoint_files=[]", "draft: needs a trained model, and this one has no weights"),
     ],
 )
