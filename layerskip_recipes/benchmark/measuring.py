@@ -17,6 +17,7 @@ from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
+from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
@@ -52,6 +53,7 @@ class Turns:
     model: LayerSkipDecoder  # in eval mode
     batches: Sequence[Rows]
     limit: int  # maximum number of new tokens per prompt
+    tokenizer: Any  # for stop strings, which peers do not see; None for random weights
     stop_tokens: Sequence[int]
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
@@ -79,6 +81,9 @@ class Turns:
             reserve=self.reserve,
             choice=choice or _always_drafting(),
         )
+        if (strings := self.cfg.stop_strings) and self.tokenizer is not None:
+            follow(generation, [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch])
+            return generation.generated, generation.stats
         rounds: Any = iter(generation)
         with closing(rounds):
             for _ in rounds:

@@ -47,7 +47,7 @@ PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
 # Settings that affect the choice, besides the temperature.
 MEASURED_WITH = (
-    *("dtype", "float32_matmul_precision", "compile"),
+    *("device", "dtype", "float32_matmul_precision", "compile"),
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 NOTHING_TO_DRAFT = (
@@ -206,7 +206,7 @@ class Tuner:
     def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
         early = max(self.model.num_layers // 8, 1)
-        late = max(self.model.num_layers // 2, early + 1)
+        late = max(self.model.num_layers // 2, min(early + 1, self.model.num_layers - 1))
         kinds = [(Way(early, small), 8), (Way(late, small), 4), (Way(early), 4)]
         ways = [(way._replace(int8=int8), d) for int8 in precisions for way, d in kinds]
         return {(way, d): self._probe(way, d) for way, d in ways}

@@ -7,18 +7,19 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torchtune import training, utils
 from torchtune.models.gemma2 import _convert_weights
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer, hf_checkpointer, weight_files, weights_found
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import check
+from layerskip_recipes.config.schema import PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
@@ -31,6 +32,7 @@ CHECKPOINTERS = (
     training.FullModelMetaCheckpointer,
     training.FullModelTorchTuneCheckpointer,
 )
+ShardSize = Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*[KMGT]B\s*$", examples=["5GB"])] | PositiveInt | None
 ModelType = Literal[tuple(training.ModelType.__members__)]  # type: ignore[valid-type]
 
 
@@ -114,21 +116,23 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
         )
     if "model_type" in section.arguments:
         check("checkpointer.model_type", section.get("model_type"), ModelType)
+    check("checkpointer.shard_size", section.get("shard_size"), ShardSize)
     checkpoint_files(section)
-    if reads_hf_folder(section) != is_hf_decoder(model) and not starts_from_scratch(section):
+    if reads_hf_folder(section) != is_hf_decoder(model):
         raise ConfigError(
             f"checkpointer._component_: {section.path} does not fit the model of {cfg.model.path}: they order "
             "attention weights differently. Allowed: layerskip_recipes.hf_checkpointer with "
             "layerskip_recipes.hf_decoder, or torchtune's checkpointers with torchtune's builders"
         )
     # Check that the config.json of checkpoints from scratch describes the model.
-    described = section.get("hf_config") if is_scratch(section) else {}
+    described = {"tie_word_embeddings": False, **section.get("hf_config")} if is_scratch(section) else {}
     built = {
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.layers[0].attn.num_kv_heads,
         "hidden_size": model.tok_embeddings.embedding_dim,
         "vocab_size": model.tok_embeddings.num_embeddings,
+        "tie_word_embeddings": isinstance(model.output, TiedLinear),
     }
     for key, value in built.items():
         if is_scratch(section) and described.get(key) != value:

@@ -1,6 +1,5 @@
 """The files of a trained draft: its weights, and `layerskip.json`, which describes the draft and its base model."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
 )
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, write_description
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -100,7 +100,7 @@ def read_description(folder: str, key: str) -> DraftDescription:
             f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a draft "
             "training, such as its epoch_0"
         )
-    return DraftDescription.parse(json.loads((path / DESCRIPTION).read_text()), str(path / DESCRIPTION))
+    return DraftDescription.parse(read_json(path / DESCRIPTION, key), str(path / DESCRIPTION))
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:

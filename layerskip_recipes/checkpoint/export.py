@@ -22,11 +22,10 @@ from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
-from layerskip_recipes.config.paths import check_folder
+from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.hf_config import read_config_json
 from layerskip_recipes.model.hf_folder import copy_without_code
 from layerskip_recipes.model.run_folder import sync
 
@@ -51,7 +50,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
     # Check the arguments and the checkpoint.
-    config = read_config_json(source, "export")
+    config = read_json(source / "config.json", "export")
     config.pop("auto_map", None)
     layers = config["num_hidden_layers"]
     if 0 in (exit_layer, draft):

@@ -18,15 +18,17 @@ from torchtune import training
 
 from layerskip_recipes.checkpoint.hf_names import from_files, hf_name, place_in_files, to_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
-from layerskip_recipes.model.hf_config import HFConfig, read_config_json, read_hf_config
+from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import copy_without_code, model_folder
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # copied, except OWN_FILES
+# Copied, except OWN_FILES.
+OTHER_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
 OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json")
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers in old checkpoints
 
@@ -70,13 +72,13 @@ class HFCheckpointer:
         if not adapter_only:
             state = contents[training.MODEL_KEY]
             save_torch_state_dict(to_files(state, self.config), folder, max_shard_size=self.shard_size)
-            config = read_config_json(self._checkpoint_dir)
+            config = read_json(self._checkpoint_dir / "config.json", "checkpointer.path")
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = {key: config[key] for key in config if key not in ("torch_dtype", "auto_map")} | {"dtype": dtype}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in {path for pattern in OTHER_FILES for path in self._checkpoint_dir.glob(pattern)}:
             if file.name not in OWN_FILES:
-                copy_without_code(file, folder / file.name)
+                copy_without_code(file, folder / file.relative_to(self._checkpoint_dir))
         if training.ADAPTER_KEY in contents:
             torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
             self._write_peft(contents, folder)
@@ -146,7 +148,7 @@ def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
     index = folder / INDEX
     # As in transformers: an index beside a single file is a leftover of an earlier save.
     if index.is_file() and not (folder / SINGLE).is_file():
-        files = [folder / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+        files = [folder / name for name in sorted({*read_json(index, key)["weight_map"].values()})]
     else:
         files = [folder / SINGLE]
     missing = [file.name for file in files if not file.is_file()]

@@ -138,7 +138,10 @@ def parse_value(text: str) -> Any:
             return text
     loader = _Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return loader.construct_object(yaml.ScalarNode(tag, text))
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except yaml.YAMLError:  # "=" and "<<" have a meaning only in a mapping
+        return text
 
 
 def _select(content: Any, path: Sequence[str]) -> Any:

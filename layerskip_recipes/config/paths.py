@@ -1,9 +1,19 @@
-"""Early checks of the paths that a recipe will write to. They create nothing."""
+"""Reads JSON files, and checks the paths that a recipe will write to without creating anything."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
+
+
+def read_json(file: Path, key: str) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises a ConfigError that names `key` if the file is missing or damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise ConfigError(f"{key}: {str(file.parent)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 
 def check_folder(key: str, folder: Path) -> None:

@@ -8,7 +8,6 @@ It gives the tokens of transformers' `apply_chat_template` and torchtune's loss 
       max_seq_len: 2048
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, default_template
 from layerskip_recipes.errors import ConfigError
@@ -62,10 +62,10 @@ class HFTokenizer(ModelTokenizer, Transform):
                 f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
                 "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
-            config |= _read_json(folder / "special_tokens_map.json")
-        generation_config = _read_json(folder / "generation_config.json")
+            config |= _read(folder / "special_tokens_map.json")
+        generation_config = _read(folder / "generation_config.json")
         try:
             tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # tokenizers raises nothing more specific
@@ -178,5 +178,5 @@ class HFTokenizer(ModelTokenizer, Transform):
 hf_tokenizer = HFTokenizer  # its name in configs
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, "tokenizer.path") if file.is_file() else {}

@@ -39,6 +39,13 @@ class EvalConfig(RecipeConfig):
         **dict.fromkeys(GenerateConfig.model_fields, "it measures a dataset or tasks, and prints figures only"),
         "human_eval": "HumanEval is one of lm-eval's tasks: tasks=[humaneval] confirm_run_unsafe_code=true",
     }
+    REQUIRES: ClassVar = {
+        "dataset": ("collate_fn", "max_batches", "layers", "num_speculations"),
+        "tasks": (
+            *("task_path", "num_fewshot", "limit", "apply_chat_template", "confirm_run_unsafe_code", "exit_layer"),
+            *("self_speculation", "max_new_tokens"),
+        ),
+    }
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model, as in `layerskip_generate`."""
     batch_size: PositiveInt = 1

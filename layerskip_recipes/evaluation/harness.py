@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
@@ -204,7 +205,12 @@ class LayerSkipLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation up to the start of the reply, or to the end of a partial reply."""
-        return self.tokenizer.template.render_prompt(chat_history)
+        try:
+            return self.tokenizer.template.render_prompt(chat_history)
+        except TemplateError as e:
+            raise ConfigError(
+                f"apply_chat_template: the model's template rejects a task's prompt ({e}). Set it false"
+            ) from e
 
     # ---- log-likelihoods ----
 

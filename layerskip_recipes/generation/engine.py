@@ -161,7 +161,6 @@ class Generation:
                 started, compiled = time.perf_counter(), self.compile_s
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
-                self.context.load_cpp()  # if prefill did not; in the first round it would count as decoding
                 self.traffic = MemoryTraffic(self.context)
                 self.stats.compile_s = self.compile_s - compiled
                 self.stats.prefill_s += time.perf_counter() - started - self.stats.compile_s
@@ -241,6 +240,7 @@ class Generation:
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
         final = read_texts(self.context, prompts, self.exit_layer, reused)
         self.drafter.begin(final)
+        self.context.load_cpp()  # its head chooses each row's first token, even if torch has read the prompts
         self.last = self._first_tokens(final, self.context.noise(), self.rows.seen)
         return self._keep([[token] for token in self.last.tolist()])
 

@@ -3,7 +3,6 @@
 It refuses values that would change the model's output and that `hf_decoder` does not support.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, nearest
 from layerskip_recipes.errors import ConfigError
 
@@ -182,14 +182,7 @@ class HFConfig(Section):
 
 def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
     """The config of a Hugging Face folder; `key` is the folder's config key in messages."""
-    return parse_hf_config(read_config_json(folder, key), str(folder / "config.json"))
-
-
-def read_config_json(folder: Path, key: str = "path") -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise ConfigError(f"{key}: {str(folder)!r} holds no readable config.json ({e})") from e
+    return parse_hf_config(read_json(folder / "config.json", key), str(folder / "config.json"))
 
 
 def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:

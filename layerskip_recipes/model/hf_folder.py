@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.run_folder import newest_intact
 
@@ -25,7 +26,7 @@ def model_folder(path: str, key: str = "path") -> Path:
         if not (folder / "config.json").is_file():
             folder = newest_intact(folder, "config.json") or newest_intact(folder) or folder
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+            base = read_json(folder / "adapter_config.json", key).get("base_model_name_or_path")
             raise ConfigError(
                 f"{key}: {str(folder)!r} holds adapters only. Allowed: their base model, with the model.lora settings "
                 f"of the training; for example {key}={base} checkpointer.adapter_checkpoint={folder}"
@@ -52,6 +53,7 @@ def _downloaded(name: str, key: str) -> Path:
 
 def copy_without_code(file: Path, place: Path) -> None:
     """Copy a file of a model folder. A config loses `auto_map`, which names code for transformers to run."""
+    place.parent.mkdir(exist_ok=True)
     shutil.copy(file, place)
     if file.name.endswith("config.json"):
         content = json.loads(place.read_text(encoding="utf-8"))

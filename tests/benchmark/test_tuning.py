@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.benchmark.tuner import fitted_costs, grid, measured_rates, pick, write_config
+from layerskip_recipes.benchmark.tuner import Tuner, fitted_costs, grid, measured_rates, pick, write_config
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
@@ -88,6 +89,14 @@ def test_costs_are_found_from_probes():
         assert found.round_s(way, d) == pytest.approx(costs.round_s(way, d))
 
 
+@pytest.mark.parametrize("num_layers", [2, 3, 4])
+def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
+    monkeypatch.setattr(Tuner, "_probe", lambda self, way, d: way)
+    tuner = Tuner.__new__(Tuner)
+    tuner.model = SimpleNamespace(num_layers=num_layers)
+    assert all(1 <= way.kept_layers < num_layers for way in tuner._probes([False], 10).values())
+
+
 def test_the_best_few_and_the_grid():
     costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
     rates = {Way(e, n): [10 - 9 * 0.9**d for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
@@ -143,6 +152,15 @@ def test_the_config_has_the_checkpoint_that_was_measured(tmp_path, tokenizer_fol
     write_config(tmp_path / "tuned.yaml", tuning_config(tmp_path, checkpoint, str(user)), None, "because")
     written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
     assert written.given_folder == str(checkpoint)
+
+
+def test_the_config_has_the_device_that_was_measured(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path, checkpoint)
+    cfg = tuning_config(tmp_path, checkpoint, str(user))
+    for device in (cfg.device, "cuda:7"):
+        write_config(tmp_path / "tuned.yaml", cfg.model_copy(update={"device": device}), None, "because")
+        assert load_config(str(tmp_path / "tuned.yaml")).device == device
 
 
 def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):

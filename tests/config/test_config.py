@@ -157,6 +157,8 @@ def test_yaml_as_people_write_it(base):
         ("prompt", "# a comment", "# a comment"),
         ("prompt", '"quoted" text', '"quoted" text'),
         ("prompt", "- item", "- item"),
+        ("prompt", "=", "="),
+        ("prompt", "<<", "<<"),
         ("prompt", "@decorator", "@decorator"),
         ("prompt", "{unfinished", "{unfinished"),
         ("prompt", "[a, b]", ["a", "b"]),

@@ -354,6 +354,13 @@ def test_folders_that_are_refused(tmp_path):
         hf_tokenizer(str(tmp_path))
 
 
+def test_a_damaged_file_is_named(make_folder):
+    folder = Path(make_folder())
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ValueError, match=r"^tokenizer.path: .* holds no readable generation_config.json \("):
+        hf_tokenizer(str(folder))
+
+
 @pytest.mark.real
 def test_smollm2():
     transformers = pytest.importorskip("transformers")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +17,8 @@ from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 
 pytest.importorskip("lm_eval")
@@ -164,6 +167,13 @@ def test_tasks_beside_a_dataset_and_through_the_chat_template(tmp_path, checkpoi
     assert set(contexts) == {"<user>import os<me>"}
 
 
+def test_a_template_that_rejects_a_prompt_is_one_line(tokenizer_folder):
+    template = "{% if messages %}{{ raise_exception('no such role') }}{% endif %}"
+    lm = SimpleNamespace(tokenizer=hf_tokenizer(str(tokenizer_folder), chat_template=template))
+    with pytest.raises(ConfigError, match=r"^apply_chat_template: .* rejects a task's prompt \(no such role\)"):
+        harness.LayerSkipLM.apply_chat_template(lm, [{"role": "user", "content": "?"}])
+
+
 # ---- programs that the model writes ----
 
 
@@ -229,6 +239,8 @@ def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tm
         (f"exit_layer=2; {DRAFTS}", r"exit_layer: 2 is set beside"),
         ("compare={a: {checkpoint_dir: x}}; self_speculation={draft: x}", r"self_speculation.draft: .* one checkpoint"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
+        ("tasks=null", r"task_path: '.*' needs tasks\. Set that, or task_path=null"),
+        ("dataset=null; layers=1", r"layers: '?1'? needs dataset\. Set that, or layers=null"),
         ("tasks=null; task_path=null; max_new_tokens=null", r"dataset: None, and tasks is None.*_component_.*tasks="),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
     ],

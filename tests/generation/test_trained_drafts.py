@@ -273,6 +273,10 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the drafter's\. Allowed: 2"):
         model = model_of("llama3_2")
         Generation(model, PROMPTS, 4, speculation=Speculation(1, 2, drafter=draft_of(model, "copy").decoder(model)))
+    shutil.copytree(copy, tmp_path / "damaged")
+    (tmp_path / "damaged" / "layerskip.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^draft: '.*damaged' holds no readable layerskip.json"):
+        read_draft(str(tmp_path / "damaged"), None, "draft")
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
