@@ -99,8 +99,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
         row = table[name]
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["drafted_per_round"] == row["drafted"] / row["rounds"]
-        kinds = row["rounds_by_kind"]  # plain: a last round without room for a draft
-        assert set(kinds) <= {"chain", "plain"} and sum(kinds.values()) == row["rounds"] and kinds.get("plain", 0) <= 4
+        assert row["rounds_by_kind"] == {"chain": row["rounds"]}
         assert row["tokens_per_round"] == pytest.approx(row["accepted"] / row["rounds"] + 1)
         cost = row["draft_s_per_round"] / row["draft_steps_per_round"] / base["round_s"]
         assert row["draft_cost"] == pytest.approx(cost)

@@ -213,7 +213,7 @@ def test_rounds_without_a_draft_change_no_token(variant):
     assert generation.generated == [plain(model, prompt, 18) for prompt in PROMPTS]
     stats = generation.stats
     empty = sum(not draft[0] for draft in drafts)  # with those that have no room for a draft
-    assert 3 < stats.rounds_by_kind["plain"] == empty
+    assert 3 < stats.rounds_by_kind["plain"] <= empty
     assert stats.plain_share == stats.rounds_by_kind["plain"] / stats.rounds
     assert stats.rounds_accepting.total() <= 3 * (stats.rounds - stats.rounds_by_kind["plain"])
 

@@ -117,7 +117,7 @@ def config_changes(kind, folder, tokenizer, checkpoint):
     if kind == "gemma2":
         return scratch(GEMMA2, "GEMMA2", head_dim=16)
     if kind == "untied":
-        return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2) | UNSPLIT
+        return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2, tie_word_embeddings=False) | UNSPLIT
     if kind == "dropped":
         dropout = {"layer_dropout": {"prob": 0.5}}
         return scratch(MODEL | two_heads, num_key_value_heads=2) | UNSPLIT | dropout

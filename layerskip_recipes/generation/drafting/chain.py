@@ -10,14 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layerskip_recipes.generation.drafting.drafter import (
-    DraftedTokens,
-    Drafter,
-    DraftStrategy,
-    RoundStart,
-    choose,
-    no_draft,
-)
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose
 from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
@@ -54,7 +47,7 @@ class ChainDrafter(Drafter):
         context, depth = self.context, now.depth(self.context, self.longest)
         slots = context.cache.slots[: now.last_slot + depth + 1]
         if depth == 0:
-            return no_draft(context, now)
+            return DraftedTokens(CHAIN, slots, now.last[:, None])
         self._catch_up(now)
         noise = context.draft_noise(depth)
         plain = self.last_state is None and context.sampler.only_temperature
