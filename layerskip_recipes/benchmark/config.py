@@ -188,7 +188,7 @@ class BenchmarkConfig(DecodingConfig):
         if self.tuned_draft is not None:
             yield from mistakes_of(self.tuned_draft.check_against, model)
         if self.random_weights:
-            for key in ("peers", "metrics", "tune"):
+            for key in ("peers", "metrics", "tune", "stop_strings"):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
             for name, variant in self.compared.items():

@@ -53,7 +53,7 @@ class Turns:
     model: LayerSkipDecoder  # in eval mode
     batches: Sequence[Rows]
     limit: int  # maximum number of new tokens per prompt
-    tokenizer: Any  # for stop strings, which peers do not see; None for random weights
+    tokenizer: Any  # for stop strings; None for random weights, which have no text
     stop_tokens: Sequence[int]
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
@@ -65,9 +65,15 @@ class Turns:
     def decode(
         self, method: Method, temperature: float, batch: Rows, seed: int, choice: DiscountedUCB | None = None
     ) -> tuple[list, GenerationStats]:
-        """Decode one batch: the new tokens of each row, and the statistics."""
+        """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
+
+        Peers do not see stop strings, so their statistics count the tokens after them.
+        """
+        strings = self.cfg.stop_strings
+        texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
         if isinstance(method, Peer):
-            return method.decode(batch, self.cfg.sampler(temperature), seed)
+            rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
+            return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
         rng = torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
         generation = Generation(
             self.model,
@@ -81,8 +87,8 @@ class Turns:
             reserve=self.reserve,
             choice=choice or _always_drafting(),
         )
-        if (strings := self.cfg.stop_strings) and self.tokenizer is not None:
-            follow(generation, [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch])
+        if texts:
+            follow(generation, texts)
             return generation.generated, generation.stats
         rounds: Any = iter(generation)
         with closing(rounds):

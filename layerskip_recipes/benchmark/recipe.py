@@ -144,7 +144,7 @@ class LayerSkipBenchmark:
         """Draw random prompts, and make each variant always draft its full length."""
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
-        self.tokenizer, self.stop_tokens = None, []  # random tokens have no text
+        self.tokenizer, self.stop_tokens = None, []
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
@@ -165,17 +165,8 @@ class LayerSkipBenchmark:
                 self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
         else:
             self.model = load_decoder(cfg, self.device, None if quantise_late else cfg.quantizer)
-        self.turns = Turns(
-            cfg,
-            self.model,
-            self.batches,
-            self.limit,
-            self.tokenizer,
-            self.stop_tokens,
-            reserve=self.reserve,
-            seed=self.seed,
-            spare_tokens=self.spare_tokens,
-        )
+        tokens = (self.limit, self.tokenizer, self.stop_tokens, self.reserve)
+        self.turns = Turns(cfg, self.model, self.batches, *tokens, self.seed, self.spare_tokens)
         if cfg.tune:
             self.candidates = Tuner(cfg, self.turns, self.trained.vocabulary if self.trained else None).candidates()
             self.variants = {name: candidate.section for name, candidate in self.candidates.items()}

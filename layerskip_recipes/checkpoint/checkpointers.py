@@ -32,7 +32,7 @@ CHECKPOINTERS = (
     training.FullModelMetaCheckpointer,
     training.FullModelTorchTuneCheckpointer,
 )
-ShardSize = Annotated[str, Field(pattern=r"(?i)^\s*\d+(\.\d+)?\s*[KMGT]B\s*$", examples=["5GB"])] | PositiveInt | None
+ShardSize = Annotated[str, Field(pattern=r"^\d+ ?[KMGT]B$", examples=["5GB"])] | PositiveInt | None
 ModelType = Literal[tuple(training.ModelType.__members__)]  # type: ignore[valid-type]
 
 

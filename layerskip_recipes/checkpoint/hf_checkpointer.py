@@ -148,7 +148,7 @@ def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
     index = folder / INDEX
     # As in transformers: an index beside a single file is a leftover of an earlier save.
     if index.is_file() and not (folder / SINGLE).is_file():
-        files = [folder / name for name in sorted({*read_json(index, key)["weight_map"].values()})]
+        files = [folder / name for name in sorted({*read_json(index, key).get("weight_map", {}).values()})]
     else:
         files = [folder / SINGLE]
     missing = [file.name for file in files if not file.is_file()]

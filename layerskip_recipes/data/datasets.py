@@ -73,7 +73,9 @@ def load_data(
     """Load the datasets of a config as one, with its collate function: `collate_packed`, or `collate_fn` if padded."""
     # Build the datasets.
     if len({bool(section.get("packed")) for section in sections}) > 1:
-        raise ConfigError(f"{sections[0].key}: some of the list are packed, others not. Give all the same `packed`")
+        raise ConfigError(
+            f"{sections[0].key}: some datasets of the list are packed, others not. Set packed=true in all or none"
+        )
     parts = []
     for section in sections:
         with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built

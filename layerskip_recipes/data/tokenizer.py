@@ -62,10 +62,10 @@ class HFTokenizer(ModelTokenizer, Transform):
                 f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
                 "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        config = _read(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
-            config |= _read(folder / "special_tokens_map.json")
-        generation_config = _read(folder / "generation_config.json")
+            config |= _read_optional(folder / "special_tokens_map.json")
+        generation_config = _read_optional(folder / "generation_config.json")
         try:
             tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # tokenizers raises nothing more specific
@@ -178,5 +178,5 @@ class HFTokenizer(ModelTokenizer, Transform):
 hf_tokenizer = HFTokenizer  # its name in configs
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_optional(file: Path) -> dict[str, Any]:
     return read_json(file, "tokenizer.path") if file.is_file() else {}

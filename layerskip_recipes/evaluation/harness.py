@@ -209,7 +209,7 @@ class LayerSkipLM(TemplateLM):
             return self.tokenizer.template.render_prompt(chat_history)
         except TemplateError as e:
             raise ConfigError(
-                f"apply_chat_template: the model's template rejects a task's prompt ({e}). Set it false"
+                f"apply_chat_template: the chat template rejects a task's prompt ({e}). Set apply_chat_template=false"
             ) from e
 
     # ---- log-likelihoods ----

@@ -17,6 +17,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.errors import ConfigError
 
@@ -228,7 +229,7 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
     if not config_file.exists():
         config_file = file.parent / PEFT_FOLDER / "adapter_config.json"
-    alpha = json.loads(config_file.read_text()).get("lora_alpha") if config_file.exists() else None
+    alpha = read_json(config_file, key).get("lora_alpha") if config_file.exists() else None
     if alpha is not None and alpha != own["lora_alpha"]:
         raise ConfigError(
             f"model.lora_alpha: {own['lora_alpha']}, but the adapters of {path!r} were trained with {alpha}; for "

@@ -174,7 +174,8 @@ def test_decoding_ends_at_a_stop_string(path):
     texts = [recipe.tokenizer.decode(tokens[: n + 1]) for n in range(len(tokens))]
     stop = texts[5][-2:]
     first = next(n for n, text in enumerate(texts, start=1) if stop in text)
-    again, _ = run(path, *few, f"stop_strings={json.dumps([stop])}")
+    again, report = run(path, *few, f"stop_strings={json.dumps([stop])}", "peers=[torchtune]")
+    assert rows(report, 0.0)["torchtune"]["identical"] is True
     for method in ("baseline", "chain", "short"):
         (one,) = again.runs[0.0, method]
         assert one.outputs == [tokens[:first]] and one.stats.tokens == first

@@ -93,6 +93,7 @@ def test_whatever_a_config_says_of_drafts():
         ("self_speculation=null", r"variants: None has nothing to compare.* variants\.chain\.exit_layer=3"),
         ("prompt_tokens=0", "prompt_tokens: 0"),
         ("prompt_tokens=1020", "max_new_tokens: 1020 prompt tokens and .* the model's 1024 "),
+        ("stop_strings=[a]", "stop_strings: .* needs a checkpoint, and random_weights has none"),
         ("peers=[torchtune]", "peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
         ("metrics=[bleu]", "metrics: .* needs a checkpoint"),
         ("tune=true", "tune: True needs a checkpoint"),

@@ -207,6 +207,7 @@ def without_head(folder):
         (lambda f: os.truncate(f / "model.safetensors", 1000), r"model\.safetensors' cannot be read, is it complete"),
         (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors, its weights"),
         (lambda f: without_weights(f, '{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors"),
+        (without_weights, "it lacks model.embed_tokens.weight"),
         (lambda f: without_weights(f, "{"), "holds no readable model.safetensors.index.json"),
         (without_head, "it lacks lm_head.weight"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=3), r"it has in addition model\.layers\.3\."),

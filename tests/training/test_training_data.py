@@ -136,7 +136,7 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
         ),
         (
             lambda at: [text_data(at / f"{on}.json", SHORT_TEXTS, packed=on) for on in (True, False)],
-            "some of the list are packed, others not",
+            "some datasets of the list are packed, others not",
         ),
         (lambda at: of_a_user("token"), "a sample has token 300, and the model embeds 300"),
         (lambda at: of_a_user("tensor"), rf"{FORM} \(a Tensor\)\. Allowed: "),
