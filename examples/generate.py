@@ -35,7 +35,7 @@ def main() -> None:
     drafted = generate(model, prompt, NEW_TOKENS, exit_layer=exit_layer, num_speculations=4, stop_tokens=stop_tokens)
     ended = time.perf_counter()
     print(f"autoregressive: {middle - began:.2f} s; drafts from exit {exit_layer}: {ended - middle:.2f} s")
-    print(f"acceptance {drafted.stats.acceptance_rate:.2f}; same tokens: {plain.tokens.equal(drafted.tokens)}")
+    print(f"acceptance {drafted.stats.acceptance_rate}; same tokens: {plain.tokens.equal(drafted.tokens)}")
 
     # The same as an iterator, for streaming: each round makes some tokens of each row final.
     speculation = Speculation(exit_layer=exit_layer, num_speculations=4)

@@ -52,7 +52,9 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
     # Check the arguments and the checkpoint.
     config = read_json(source / "config.json", "export")
     config.pop("auto_map", None)
-    layers = config["num_hidden_layers"]
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ConfigError(f"export: {str(source / 'config.json')!r} has no num_hidden_layers. Allowed: a text model")
     if 0 in (exit_layer, draft):
         trained = _trained_exit(source, layers)
         exit_layer, draft = (trained if value == 0 else value for value in (exit_layer, draft))

@@ -33,7 +33,7 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a name that `layerskip ls` lists")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides; ~key removes a key")
-    args, unknown = parser.parse_known_args()
+    args, unknown = parser.parse_known_intermixed_args()
     log = get_logger("INFO")
     log.addFilter(logs_here)
     if unknown:

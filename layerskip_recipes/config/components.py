@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 
+BUILD_ERRORS = (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, IndexError, ImportError)
 KNOWN_PACKAGES = ("torch.", "torchtune.", "torchao.", "bitsandbytes.", "layerskip_recipes.")
 
 
@@ -93,7 +94,7 @@ class Component:
             return instantiate(OmegaConf.create(self.section), *args, **kwargs)
         except ConfigError as e:
             raise type(e)(*map(self._by_key, e.args)) from e
-        except (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, InstantiationError) as e:
+        except (*BUILD_ERRORS, InstantiationError) as e:
             if not self.path.startswith(KNOWN_PACKAGES) and not isinstance(e, InstantiationError):
                 raise  # the traceback points into the user's own code
             given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())

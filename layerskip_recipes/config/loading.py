@@ -34,8 +34,8 @@ class _Loader(_SafeLoader):
 
 
 _NUMBERS = {
-    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
-    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)$",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
     r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
 }
 _Loader.yaml_implicit_resolvers = {
@@ -62,7 +62,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             section = _select(cfg, path := key.split("."))
             if isinstance(value, str) and isinstance(section, dict) and "_component_" in section:
                 value = {"_component_": value}
-            later = _merge(later, reduce(lambda inner, name: {name: inner}, reversed(path), value))
+            change = reduce(lambda inner, name: {name: inner}, reversed(path), value)
+            cfg, later = (_merge(cfg, change) if value is None else cfg), _merge(later, change)
         else:
             raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove a key)")
     try:

@@ -18,6 +18,7 @@ from layerskip_recipes.config.choices import Choices, computes_in_bf16, devices_
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
+from layerskip_recipes.processes import num_processes
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]  # each rank adds its rank number
 
@@ -183,6 +184,8 @@ class RecipeConfig(Section):
             raise ConfigError(
                 f"device: {wanted!r} is not available. Allowed here: {', '.join(there)}; for example device={there[-1]}"
             )
+        if index and num_processes() > 1:
+            raise ConfigError(f"device: {wanted!r} is one device for {num_processes()} processes. Set device={kind}")
         if kind == "cuda" and index:
             torch.cuda.set_device(int(index))  # torchtune and torch use plain "cuda" in places
         device = torch.device(wanted)

@@ -1,6 +1,7 @@
 """`tune run layerskip_generate`: batches, streaming, chat, comparison and several processes around `Generation`."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -126,8 +127,9 @@ class LayerSkipGenerate:
 
     def setup(self) -> None:
         """Load the model and the draft."""
-        if self.shows:
+        if self.shows and log.isEnabledFor(logging.INFO):
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
+            log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
         now, late = self.cfg.quantizer, None
         if self.section is not None and self.section.draft is not None:

@@ -132,7 +132,7 @@ class LayerSkipDecoder(TransformerDecoder):
                     # FSDP hooks the gradients of the model's output and of the layer's output. If both were the same
                     # tensor, the order of the hooks would depend on the dropped rows: ranks could gather in different
                     # orders and hang.
-                    h = h.view_as(h)
+                    h = h.clone()
                 on_exit(layer + 1, h)
         return self.unembed(h) if unembed else h
 

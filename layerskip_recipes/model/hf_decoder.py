@@ -26,7 +26,7 @@ from torchtune.modules.common_utils import _register_reparametrize_state_dict_ho
 from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from layerskip_recipes.config.schema import Fraction, PositiveInt, Section
+from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, Rope, read_hf_config, rotary_width
 from layerskip_recipes.model.hf_folder import model_folder
@@ -75,6 +75,7 @@ def hf_decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any
     folder = model_folder(path)
     config = read_hf_config(folder)
     longest, key = config.longest
+    check("model.max_seq_len", max_seq_len, Annotated[PositiveInt, Field(examples=[longest])] | None)
     if max_seq_len is not None and max_seq_len > longest:
         raise ConfigError(
             f"model.max_seq_len: {max_seq_len} is more than {key} {longest} in {str(folder / 'config.json')!r}. "

@@ -56,7 +56,6 @@ def copy_without_code(file: Path, place: Path) -> None:
     place.parent.mkdir(exist_ok=True)
     shutil.copy(file, place)
     if file.name.endswith("config.json"):
-        content = json.loads(place.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and "auto_map" in content:
-            del content["auto_map"]
+        content = read_json(file, "model folder")
+        if content.pop("auto_map", None) is not None:
             place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
-from layerskip_recipes.training.plan import choose_training
+from layerskip_recipes.training.plan import ADAMW, ROUNDING, choose_training
 
 
 def _with_default_component(section: Any) -> Any:
@@ -216,15 +216,16 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight."""
+        """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight (another optimizer: none)."""
+        copies = 3 if self.optimizer.path in (ADAMW, ROUNDING) else 1
         if self.draft is not None:
             draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-            return 3 * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
+            return copies * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
         whole = weight_bytes(self.meta_model, self.torch_dtype)
         adapters = self.torch_dtype.itemsize * sum(p.numel() for p in get_adapter_params(self.meta_model).values())
         if not adapters:
-            return 3 * whole
-        return 3 * adapters + (0 if self.save_adapter_weights_only else whole)
+            return copies * whole
+        return copies * adapters + (0 if self.save_adapter_weights_only else whole)
 
     @property
     def checkpoint_every_layers(self) -> int:

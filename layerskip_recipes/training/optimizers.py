@@ -70,10 +70,11 @@ class Optimizers:
         """The config's learning rate, before the schedule."""
         return self.all[0].param_groups[0]["initial_lr"]
 
-    def step(self) -> None:
-        """Update the weights (an optimizer in backward has done so already) and the learning rate."""
+    def step(self, learns: bool = True) -> None:
+        """Update the weights, unless no label counted (an optimizer in backward has stepped), and the learning rate."""
         if not self.in_backward:
-            self.all[0].step()
+            if learns:
+                self.all[0].step()
             self.all[0].zero_grad(set_to_none=True)
         for scheduler in self.schedulers:
             scheduler.step()

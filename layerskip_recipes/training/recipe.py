@@ -217,7 +217,7 @@ class LayerSkipFinetune:
             dropout.set_step(self.step, self.total_steps)
         tokens, losses = self._backward(batches)
         sums = self.mesh.sum(torch.stack([torch.tensor(float(tokens), device=self.device), *losses.values()]))
-        count = sums[0].clamp(min=1)  # a step in which no label counts changes nothing
+        count = sums[0].clamp(min=1)
 
         # Scale to the mean over all micro-batches and ranks, then clip. An optimizer in backward has already stepped.
         metrics: dict[str, Any] = {}
@@ -227,15 +227,16 @@ class LayerSkipFinetune:
             clip = self.cfg.clip_grad_norm
             norm = clip_gradients(self.learner, math.inf if clip is None else float(clip))
             metrics |= {} if clip is None else {"grad_norm": norm}
-        self._check_sums(sums[0], sums[1], norm)
+        learns = self._check_sums(sums[0], sums[1], norm)
         metrics["lr"] = self.optimizers.lr
-        self.optimizers.step()
+        self.optimizers.step(learns)
         self.step += 1
         self.profiler.step()
 
         # Log the means since the last log line.
-        self.losses.add(list(losses), sums[1:] / count)
-        if self.step % self.cfg.log_every_n_steps == 0:
+        if learns:
+            self.losses.add(list(losses), sums[1:] / count)
+        if self.step % self.cfg.log_every_n_steps == 0 and self.losses.values:
             means = self.losses.take()
             if len(means) > 1:
                 metrics["loss_final"] = means[f"loss_exit_{self.cfg.num_layers}"]
@@ -310,8 +311,8 @@ class LayerSkipFinetune:
         speed = metrics["tokens_per_second_per_gpu"]
         self.progress.set_postfix_str(f"loss {metrics['loss']:.3f}, {final}{speed:.0f} tok/s")
 
-    def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Warn once if no label counts; stop if the loss or gradient is not finite. Waits for the device."""
+    def _check_sums(self, tokens: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether any label counts; if not, warn once. Stops at a loss or gradient that is not finite. Synchronises."""
         labels, change = torch.stack([tokens, loss + norm]).tolist()
         if not labels and not self._warned_of_empty_step:
             self._warned_of_empty_step = True
@@ -323,6 +324,7 @@ class LayerSkipFinetune:
             name = "loss" if not loss.isfinite() else "gradient norm"
             what = f"{name}: not finite at step {self.step + 1}, with {self._samples()}"
             raise not_finite(what, self.output_dir, self.optimizers.base_lr)
+        return labels > 0
 
     def _samples(self) -> str:
         own = "" if self.own_text is None else ", or in the model's own text that replaced some of them"

@@ -99,15 +99,18 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
+    if cfg.draft is not None and cfg.draft.own_text:  # which replaces whole micro-batches
+        fingerprint["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
     fingerprint["steps in an epoch"] = data.steps_per_epoch
     fingerprint[STEPS] = data.total_steps
     return fingerprint
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted keys whose values differ, with both values; None for a missing one."""
+    """Yield the dotted keys whose values differ, with both values; None for a missing one. The log prints "3" as 3."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
-        yield key, before, now
+        if str(before) != str(now):
+            yield key, before, now
         return
     none = object()
     for name in dict.fromkeys([*now, *before]):

@@ -1,6 +1,7 @@
 """`layerskip export`: what it writes opens in transformers and means what it should."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_lists_by_layer_are_cut():
     """Gemma 2 and Qwen 2 list the kind of each layer; other lists stay."""
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
     assert first_layers(config, 2) == config | {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
+
+
+def test_broken_files(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^model folder: '.*' holds no readable tokenizer_config\.json"):
+        export(str(tmp_path / "broken"), str(tmp_path / "out"))
+    (tmp_path / "broken" / "config.json").write_text('{"n_layer": 2}')
+    with pytest.raises(ValueError, match=r"^export: '.*config\.json' has no num_hidden_layers"):
+        export(str(tmp_path / "broken"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

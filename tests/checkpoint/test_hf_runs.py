@@ -80,6 +80,8 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypat
     adapters = FinetuneConfig.load(load_config(path, ["save_adapter_weights_only=true"]))
     count = sum(value.numel() for name, value in whole.meta_model.named_parameters() if "lora" in name)
     merged = sum(value.numel() for value in whole.meta_model.parameters())
+    sgd = FinetuneConfig.load(load_config(path, ["optimizer=torch.optim.SGD", "save_adapter_weights_only=true"]))
+    assert sgd.checkpoint_bytes == 4 * count
     assert adapters.checkpoint_bytes == 3 * 4 * count and whole.checkpoint_bytes == 3 * 4 * count + 4 * merged
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"output_dir: .* has 0\.0 GiB left, and a checkpoint takes 0\.0 GiB"):

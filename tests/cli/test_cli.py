@@ -215,7 +215,7 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
         (generate_main, "quickstart/finetune", "layerskip_finetune"),
         (finetune_main, "quickstart/generate", "layerskip_generate"),
     ):
-        monkeypatch.setattr(sys, "argv", ["recipe", "--config", config])
+        monkeypatch.setattr(sys, "argv", ["recipe", "device=cpu", "--config", config, "seed=1"])  # on both sides
         with pytest.raises(SystemExit, match="1"):
             start()
         err = capsys.readouterr().err

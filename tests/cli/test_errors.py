@@ -112,6 +112,7 @@ FINETUNE = [
     # Optimizer, schedule, clipping.
     ("optimizer.lr=.nan", "optimizer", "nan", "Invalid learning rate"),
     ("optimizer.betas=[2,2]", "optimizer", "2", "beta"),
+    ("optimizer.betas=[0.9]", "optimizer", "0.9", "index"),
     (f"{COSINE}; lr_scheduler.num_warmup_steps=abc", "lr_scheduler", "get_cosine_schedule_with_warmup", ""),
     (STEP_LR, "lr_scheduler", "torch.optim.lr_scheduler.StepLR", "num_training_steps"),
     ("clip_grad_norm=-1", "clip_grad_norm", "-1", "0 or more or inf (or null)"),

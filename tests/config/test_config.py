@@ -159,6 +159,8 @@ def test_yaml_as_people_write_it(base):
         ("prompt", "- item", "- item"),
         ("prompt", "=", "="),
         ("prompt", "<<", "<<"),
+        ("prompt", "._", "._"),
+        ("prompt", "0x_", "0x_"),
         ("prompt", "@decorator", "@decorator"),
         ("prompt", "{unfinished", "{unfinished"),
         ("prompt", "[a, b]", ["a", "b"]),
@@ -177,6 +179,7 @@ def test_the_value_of_an_override(key, text, value, base):
         ("seed", ["seed=1", "~seed"], None),
         ("seed", ["~seed", "seed=1"], 1),
         ("new.key", ["new.key=1", "~new.key"], None),
+        ("metric_logger", ["metric_logger=null", "metric_logger.a=1"], {"a": 1}),
     ],
 )
 def test_a_tilde_removes_a_key_and_overrides_count_in_their_order(key, overrides, expected, base):

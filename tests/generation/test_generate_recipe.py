@@ -48,6 +48,14 @@ def test_greedy_output_is_torchtunes(path, capsys):
     assert text.strip() and f">>> {text}\n" in out
 
 
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_the_log_level_holds_for_the_whole_run(path, level, caplog):
+    caplog.set_level("DEBUG")
+    run(path, f"log_level={level}")
+    shown = {record.levelname for record in caplog.records if record.name.startswith("torchtune")}
+    assert ("INFO" in shown) == (level == "INFO") and "DEBUG" not in shown
+
+
 def test_the_report_adds_up(path):
     _, report = run(path, "prompt=[import os, class A, x = 1]")
     assert report["prompts"] == 3

@@ -110,6 +110,12 @@ def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):
     assert choose(folder, temperature=1.0).section.draft_vocabulary is None
 
 
+def test_a_vocabulary_smaller_than_all_measured_ones_has_their_worst_rates(tmp_path):
+    """By the rates of all tokens, drafting from 100 tokens would pay; by those of 512 it does not."""
+    exits = {6: {"all": ([2.0, 4.0, 6.0, 8.0] * 2,) * 2, "512": ([1.0] * 8,) * 2}}
+    assert choose(described(tmp_path, exits), given={"draft_vocabulary": 100}).section is None
+
+
 def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     bad = described(tmp_path / "bad", {6: {"all": ([1.05] * 8, [1.1] * 8)}})
     found = choose(bad)

@@ -167,6 +167,8 @@ def test_a_window_limits_the_length(tmp_path):
     assert hf_decoder(str(tmp_path)).max_seq_len == 64
     with pytest.raises(ConfigError, match=r"max_seq_len: 65 is more than sliding_window 64 .*Allowed: 1\.\.64"):
         hf_decoder(str(tmp_path), max_seq_len=65)
+    with pytest.raises(ConfigError, match=r"^model\.max_seq_len: 0 .*1 or more"):
+        hf_decoder(str(tmp_path), max_seq_len=0)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,10 @@ def test_own_text_is_the_models_and_kept(tmp_path, draft_config):
     train(path, f"output_dir={again}", "resume_from_checkpoint=true")
     assert losses(again) == {step: whole[step] for step in (3, 4)}
 
+    # It replaces whole micro-batches, so they must be as large as before.
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps was 1 and is 2 now"):
+        train(path, "resume_from_checkpoint=true", "batch_size=1", "gradient_accumulation_steps=2")
+
 
 def test_states_are_kept_by_text(tmp_path):
     """In bf16, and 0 behind the last counted label. Other batches and other padding find the same rows again."""

@@ -1,12 +1,15 @@
 """The grid of processes and the settings that do not go with it, in this process with torchrun's WORLD_SIZE."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from helpers.configs import HF_CONFIG, MODEL
 from helpers.hf_folders import model_with_tokenizer
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.parallel import mesh_sizes
+from layerskip_recipes.training.parallel import make_mesh, mesh_sizes
 
 PLAN = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}}
 BACKWARD, OFFLOAD = {"optimizer_in_bwd": True}, {"fsdp_cpu_offload": True}
@@ -66,3 +69,22 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
 )
 def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
     assert sizes_of(keys, processes) == sizes
+
+
+def test_processes_that_chose_other_values_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("layerskip_recipes.training.parallel.mesh_sizes", lambda cfg: (1, 2, 1))
+    monkeypatch.setattr(
+        "layerskip_recipes.training.parallel.from_every_rank", lambda chosen: [chosen, {"batch_size": 2}]
+    )
+    with pytest.raises(ValueError, match=r"^batch_size: null chose 2 on rank 1 and 8 on another"):
+        make_mesh(SimpleNamespace(chosen={"batch_size": 8}), torch.device("cpu"))
+
+
+def test_processes_do_not_share_one_device(finetune, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("layerskip_recipes.config.recipe_config.devices_here", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = FinetuneConfig.load(load_config(str(finetune()), ["device=cuda:0", "dtype=fp32"]))
+    with pytest.raises(ValueError, match=r"^device: 'cuda:0' is one device for 2 processes\. Set device=cuda$"):
+        cfg.find_device()

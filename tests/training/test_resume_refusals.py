@@ -12,6 +12,7 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
+from layerskip_recipes.training.run_log import check_resumable
 
 
 def test_another_end_is_said(finetune, caplog):
@@ -83,6 +84,12 @@ def test_what_may_change_on_resume(stopped):
     )  # fmt: skip
     assert sorted(losses(again)) == [4]
     assert checkpoints(again) == ["step_3", "epoch_1"]
+
+
+def test_an_exit_may_be_given_as_the_log_prints_it():
+    check_resumable({"early_exit_loss": {"layers": "3"}}, {"early_exit_loss": {"layers": 3}})
+    with pytest.raises(ValueError, match=r"early_exit_loss\.layers was '3' and is 4 now"):
+        check_resumable({"early_exit_loss": {"layers": "3"}}, {"early_exit_loss": {"layers": 4}})
 
 
 def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):

@@ -91,13 +91,17 @@ def test_what_is_cut_off_is_said(tmp_path, finetune, caplog):
     """128 positions: of two samples the answer is lost, which makes a step that learns nothing; once each."""
     long = {"input": "if x: " * 200, "output": "else:"}
     dataset = instructions(tmp_path, [SHORT, SHORT, long, long, long, long])
-    train(finetune(dataset=dataset, shuffle=False, max_steps_per_epoch=3))
+    path = finetune(dataset=dataset, shuffle=False, max_steps_per_epoch=3, lr_scheduler=None)
+    after = dict(train(path).model.named_parameters())
     lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
     cut = [line for line in lines if "some samples have tokenizer.max_seq_len=128 tokens or more" in line]
     nothing = [line for line in lines if "no label counts" in line]
     assert len(cut) == 1 and len(nothing) == 1
     assert nothing[0].startswith("step 2 learns nothing: no label counts in samples [2, 3] of the dataset.")
-    assert [line["loss"] > 0 for line in read_log(tmp_path / "out").values()] == [True, False, False]
+    assert sorted(read_log(tmp_path / "out")) == [1]
+    # Without labels, AdamW's momentum does not move the weights either.
+    before = train(path, "max_steps_per_epoch=1", f"output_dir={tmp_path}/one_step").model.named_parameters()
+    assert all(torch.equal(after[name], value) for name, value in before)
 
 
 # ---- mistakes ----

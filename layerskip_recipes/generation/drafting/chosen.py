@@ -1,5 +1,6 @@
 """Chooses the missing keys of `self_speculation`, from plan.py's predictions, and whether to compile."""
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -183,10 +184,10 @@ def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | 
         return {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
     size = given if isinstance(given, int) else len(given)
     found: dict[Way, TokensPerRound] = {}
-    by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or 0)
+    by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or math.inf)
     for way, rates in by_size:
         wanted = way._replace(vocabulary=size)
-        if (way.vocabulary or 0) <= size or wanted not in found:
+        if (way.vocabulary or math.inf) <= size or wanted not in found:
             found[wanted] = rates
     return found
 

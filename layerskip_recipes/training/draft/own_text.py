@@ -90,8 +90,9 @@ class OwnText:
             rows=from_rank_zero(num_rows),
             shared=dist.is_initialized(),
         )
-        for _ in generation:
-            pass
+        with torch.compiler.set_stance("force_eager"):  # the growing masks would exhaust dynamo's recompilations
+            for _ in generation:
+                pass
         reshard(model)
         new = [
             {"prompt": len(prompt), "tokens": prompt + written}
