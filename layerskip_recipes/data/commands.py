@@ -4,7 +4,8 @@
     parse:   [IN:PLAY_MUSIC play [SL:MUSIC_TRACK_TITLE golden rivers ] by [SL:MUSIC_ARTIST_NAME amy ] ]
 
 A command is its parse without the brackets, which mark intents (IN) and slots (SL). The grammar is in
-commands.yaml. Every template has a slot whose test values never occur in training.
+commands.yaml. Every template has a slot whose test values never occur in training. A fifth of these slots has an
+invented word in training, so that a model learns to copy words that it has never seen.
 """
 
 import random
@@ -23,6 +24,15 @@ Split = Literal["train", "test"]
 _GRAMMAR = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 TEMPLATES: dict[str, list[str]] = _GRAMMAR["templates"]  # by domain
 VALUES: dict[str, Any] = _GRAMMAR["values"]  # by name: a list, or {"train": list, "test": list}
+HELD_OUT = {
+    word for values in VALUES.values() if isinstance(values, dict) for value in values["test"] for word in value.split()
+}
+
+
+def _invented_word(rng: random.Random) -> str:
+    starts, ends = _GRAMMAR["syllables"].values()
+    word = "".join(rng.choice(starts) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) + rng.choice(ends)
+    return _invented_word(rng) if word in HELD_OUT else word
 
 
 def _parse(rng: random.Random, split: Split) -> str:
@@ -31,7 +41,12 @@ def _parse(rng: random.Random, split: Split) -> str:
     def fill(match: re.Match) -> str:
         inline, name = match.groups()
         choices = VALUES[name] if inline is None else inline.split("|")
-        return rng.choice(choices if isinstance(choices, list) else choices[split])
+        if isinstance(choices, list):
+            return rng.choice(choices)
+        words = rng.choice(choices[split]).split()
+        if split == "train" and rng.random() < 0.2:
+            words[rng.randrange(len(words))] = _invented_word(rng)
+        return " ".join(words)
 
     text = rng.choice(rng.choice([*TEMPLATES.values()]))
     while (filled := re.sub(r"\((.*?)\)|\{(\w+)\}", fill, text)) != text:  # phrases contain further placeholders

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from layerskip_recipes.data import standard_library
-from layerskip_recipes.data.commands import VALUES, command_dataset, commands
+from layerskip_recipes.data.commands import TEMPLATES, VALUES, command_dataset, commands
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 
@@ -34,6 +34,20 @@ def test_many_commands_are_distinct_seeded_and_held_out():
     seen = slot_values(train)
     assert all(slot_values([example]) - seen for example in test)
     assert len({e["response"].split()[0] for e in test}) >= 20  # intents
+
+
+def words(texts: object) -> set[str]:
+    return {*re.findall(r"[a-z]+", json.dumps(texts))}
+
+
+def test_training_shows_invented_words_but_none_that_is_held_out():
+    split = [values for values in VALUES.values() if isinstance(values, dict)]
+    common = [TEMPLATES, *(values for values in VALUES.values() if values not in split)]
+    known = {name: words([common, *(values[name] for values in split)]) for name in ("train", "test")}
+    train, test = ([words(e["prompt"]["user"]) for e in commands(2000, name)] for name in ("train", "test"))
+    assert all(command <= known["test"] for command in test)
+    assert not any(command & (known["test"] - known["train"]) for command in train)
+    assert 0.25 < sum(not command <= known["train"] for command in train) / 2000 < 0.45
 
 
 def test_the_loss_counts_the_parse(tokenizer_folder):
