@@ -111,7 +111,7 @@ def first_gradients_rank(folder, path, *overrides):
     recipe = LayerSkipFinetune(load_config(path, overrides))
     recipe.setup()
     step, seen = recipe.optimizers.step, []
-    recipe.optimizers.step = lambda: (seen.append(gradients(recipe.model)), step())
+    recipe.optimizers.step = lambda learns: (seen.append(gradients(recipe.model)), step(learns))
     recipe.train()
     recipe.cleanup()
     if dist.get_rank() == 0:

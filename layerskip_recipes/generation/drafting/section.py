@@ -69,7 +69,6 @@ class SelfSpeculation(Section):
             )
         if self.exit_layer is not None:
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
-        draft = None if self.draft is None else read_description(self.draft, f"{key}.draft")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
         if quantizer is not None and self.draft_quantizer is not None and self.draft is None:
@@ -79,7 +78,9 @@ class SelfSpeculation(Section):
             )
         # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
         packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), parallel > 1
-        if (packed or split) and (self.draft_vocabulary or (draft is not None and draft.vocabulary)):
+        if (packed or split) and (
+            self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
+        ):
             name = "draft" if self.draft_vocabulary is None else "draft_vocabulary"
             other, how = (
                 ("tensor_parallel_dim=1", "tensor parallelism splits")
