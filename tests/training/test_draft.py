@@ -221,6 +221,21 @@ def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monk
     assert written[0] == written[1]
 
 
+def test_own_text_leaves_compiled_layers_alone(tmp_path):
+    """Its growing masks would exhaust dynamo's recompilations, and training would then run eagerly."""
+    model, compiled = layerskip_decoder(make_tiny()), []
+    for layer in model.layers:
+        layer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    data = SimpleNamespace(
+        dataset=[{"tokens": [3] * 8, "labels": [3] * 8}], num_samples=1, batch_size=2, seed=1, mesh=Mesh()
+    )
+    section = DraftSection(exit_layer=1, own_text=1.0)
+    OwnText(section, data, [], tmp_path, resumes=False).batch(0, model)
+    assert not compiled
+    model(torch.tensor([[1, 2, 3]]))
+    assert compiled
+
+
 def test_own_text_is_the_models_and_kept(tmp_path, draft_config):
     """Every second batch is greedy text of the model after a quarter of a sample; a resumed run reads it again."""
     section = SECTIONS["copy"] | {"own_text": 0.5, "own_text_temperature": 0.0}
