@@ -128,7 +128,7 @@ def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int
         return
     # transformers reads the stop tokens from this file if it exists, else from config.json.
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    settings = read_json(file, "export") if file.exists() else tokens
+    settings = read_json(file, "export", tokens)
     settings.pop("assistant_early_exit", None)
     if exit_layer is not None:
         settings["assistant_early_exit"] = exit_layer

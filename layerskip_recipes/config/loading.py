@@ -63,7 +63,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             if isinstance(value, str) and isinstance(section, dict) and "_component_" in section:
                 value = {"_component_": value}
             change = reduce(lambda inner, name: {name: inner}, reversed(path), value)
-            cfg, later = (_merge(cfg, change) if value is None else cfg), _merge(later, change)
+            later = _merge(later, change)
+            if value is None:  # so that later keys of this section do not inherit
+                cfg = _merge(cfg, change)
         else:
             raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove a key)")
     try:

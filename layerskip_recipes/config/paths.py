@@ -8,8 +8,11 @@ from typing import Any
 from layerskip_recipes.errors import ConfigError, first_line
 
 
-def read_json(file: Path, key: str) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises a ConfigError that names `key` if the file is missing or damaged."""
+def read_json(file: Path, key: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises a ConfigError that names `key` if the file is damaged, or missing without a
+    `default`."""
+    if default is not None and not file.exists():
+        return default
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e:

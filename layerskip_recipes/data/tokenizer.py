@@ -10,7 +10,6 @@ It gives the tokens of transformers' `apply_chat_template` and torchtune's loss 
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -62,10 +61,10 @@ class HFTokenizer(ModelTokenizer, Transform):
                 f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
                 "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        config = _read_optional(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json", "tokenizer.path", {})
         if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
-            config |= _read_optional(folder / "special_tokens_map.json")
-        generation_config = _read_optional(folder / "generation_config.json")
+            config |= read_json(folder / "special_tokens_map.json", "tokenizer.path", {})
+        generation_config = read_json(folder / "generation_config.json", "tokenizer.path", {})
         try:
             tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # tokenizers raises nothing more specific
@@ -176,7 +175,3 @@ class HFTokenizer(ModelTokenizer, Transform):
 
 
 hf_tokenizer = HFTokenizer  # its name in configs
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file, "tokenizer.path") if file.is_file() else {}

@@ -229,7 +229,7 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
     if not config_file.exists():
         config_file = file.parent / PEFT_FOLDER / "adapter_config.json"
-    alpha = read_json(config_file, key).get("lora_alpha") if config_file.exists() else None
+    alpha = read_json(config_file, key, {}).get("lora_alpha")
     if alpha is not None and alpha != own["lora_alpha"]:
         raise ConfigError(
             f"model.lora_alpha: {own['lora_alpha']}, but the adapters of {path!r} were trained with {alpha}; for "
