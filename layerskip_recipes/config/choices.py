@@ -58,3 +58,9 @@ def best_device() -> str:
 def computes_in_bf16(device: str) -> bool:
     """Whether the device is a CUDA GPU with native bf16."""
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def multiplies_in_bf16(device: str) -> bool:
+    """Whether products in bf16 are faster than in fp32: on such a GPU, or a CPU with bf16 instructions."""
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return on_cpu if device == "cpu" else computes_in_bf16(device)

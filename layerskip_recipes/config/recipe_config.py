@@ -44,6 +44,8 @@ class RecipeConfig(Section):
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
     """The model of the configs `hf/*`: a Hugging Face folder, an output folder of `layerskip_finetune` (its newest
     checkpoint), or a name on the Hugging Face Hub. Other keys refer to it."""
+    data_dir: Annotated[Text, Field(examples=["my_data"])] | None = None
+    """The data of the configs `qa/*`: a folder with `train.jsonl` and `test.jsonl`. Other keys refer to it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """The folder that training writes to. For other recipes, a variable that other keys refer to."""
     device: Annotated[DeviceName, Auto()] = None  # type: ignore[assignment]

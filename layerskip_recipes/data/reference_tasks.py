@@ -62,7 +62,7 @@ def task(
         prompt: a Python format string over a row's fields, such as "Question: {question}\\nAnswer:".
         response: the format string of the reference. It follows an example's prompt directly, so start it with a space.
         n_shot: number of examples before every prompt.
-        count: number of prompts to measure; None for all.
+        count: number of prompts to measure, at most; None for all.
         chat: format the prompt with the chat template, as a user's message.
     """
     return _few_shot(_load(source, split), prompt, response, n_shot, count, chat)
@@ -114,10 +114,10 @@ def _few_shot(
     rows: Iterable[Row], prompt: str, response: str, n_shot: int, count: int | None, chat: bool = False
 ) -> Examples:
     rows = list(rows if count is None else islice(rows, n_shot + count))
-    if len(rows) < (needed := n_shot + (count or 1)):
-        works = f"; for example prompts.n_shot=0 prompts.count={len(rows)}" if rows else ""
+    if len(rows) <= n_shot:
         raise ConfigError(
-            f"prompts.count: n_shot={n_shot} and count={count} need {needed} rows, but only {len(rows)} fit{works}"
+            f"prompts.n_shot: {n_shot} examples and a prompt need {n_shot + 1} rows, but only {len(rows)} fit. "
+            "Allowed: fewer examples, or a larger file"
         )
     filled = [(_fill(prompt, row), _fill(response, row)) for row in rows]
     examples = "".join(f"{question}{answer}\n\n" for question, answer in filled[:n_shot])

@@ -34,8 +34,8 @@ def model_folder(path: str, key: str = "path") -> Path:
         return folder
     if not HUB_NAME.fullmatch(path) or folder.is_absolute():
         raise ConfigError(
-            f"{key}: {path!r} is no folder. Allowed: a folder with config.json, or a name on the hub; for example "
-            f"{key}=~/models/Qwen3-0.6B"
+            f"{key}: {path!r} is no folder. Allowed: a folder with config.json, the output folder of a finished "
+            f"training, or a name on the hub; for example {key}=~/models/Qwen3-0.6B"
         )
     return _downloaded(path, key)
 
@@ -47,7 +47,8 @@ def _downloaded(name: str, key: str) -> Path:
     except (OSError, ValueError) as e:  # the hub's errors are subclasses
         raise ConfigError(
             f"{key}: {name!r} is no local folder, and the download from the hub failed ({first_line(e)}). Allowed: a "
-            "folder with config.json; a gated model needs a token, see huggingface-cli login"
+            "folder with config.json, or the output folder of a finished training; a gated model on the hub needs a "
+            "token, see huggingface-cli login"
         ) from e
 
 

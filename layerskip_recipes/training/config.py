@@ -86,9 +86,9 @@ class FinetuneConfig(RecipeConfig):
     batch_size: Annotated[PositiveInt, Auto()] = 1
     """Samples per micro-batch and process; null: as many as fit into memory, at most 8."""
     compute_dtype: Annotated[Literal["fp32", "bf16"], Auto()] = "fp32"
-    """With `dtype: fp32`, `bf16` (null: on a GPU) multiplies in bf16. Weights, gradients and optimizer state stay in
-    fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes but loses small steps: near 0.02, bf16
-    numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
+    """With `dtype: fp32`, `bf16` multiplies in bf16 (null: if the GPU or CPU has instructions for it). Weights,
+    gradients and optimizer state stay in fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes
+    but loses small steps: near 0.02, bf16 numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
     """Micro-batches per optimizer step; null: enough for 8 samples."""
     epochs: PositiveInt = 1

@@ -12,8 +12,8 @@ from layerskip_recipes.config.schema import Section, alternatives
 KEYS = {
     "FinetuneConfig": """
         ac_mode ac_option batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
-        cudnn_deterministic_mode custom_sharded_layers data_parallel_replicate_dim data_parallel_shard_dim
-        dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
+        cudnn_deterministic_mode custom_sharded_layers data_dir data_parallel_replicate_dim
+        data_parallel_shard_dim dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
         enable_activation_offloading enable_async_checkpointing epochs float32_matmul_precision fsdp_cpu_offload
         fsdp_reshard_after_forward gradient_accumulation_steps keep_last_n_checkpoints layer_dropout
         layers_val log_every_n_steps log_peak_memory_stats loss lr_scheduler max_batches_val
@@ -31,7 +31,7 @@ KEYS = {
         chunk_tokens exit_layer keep_states kind num_layers own_text own_text_temperature vocabulary
     """,
     "GenerateConfig": """
-        batch_size benchmark checkpointer compile device dtype exit_layer float32_matmul_precision log_level
+        batch_size benchmark checkpointer compile data_dir device dtype exit_layer float32_matmul_precision log_level
         max_new_tokens min_p model model_dir on_bad_prompt output_dir output_file prompt prompt_file prompts
         quantizer repetition_penalty seed self_speculation stop_strings stop_tokens stream system_prompt
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
@@ -43,14 +43,14 @@ KEYS = {
         compare
     """,
     "EvalConfig": """
-        apply_chat_template batch_size checkpointer collate_fn compare confirm_run_unsafe_code dataset device
-        dtype exit_layer float32_matmul_precision layers limit max_batches max_new_tokens model model_dir
+        apply_chat_template batch_size checkpointer collate_fn compare confirm_run_unsafe_code data_dir dataset
+        device dtype exit_layer float32_matmul_precision layers limit max_batches max_new_tokens model model_dir
         num_fewshot num_speculations output_dir picture quantizer report seed self_speculation task_path tasks
         tokenizer
     """,
     "BenchmarkConfig": """
-        batch_size checkpointer compile device dtype float32_matmul_precision max_new_tokens metrics min_p model
-        model_dir output_dir peers picture prompt prompt_file prompt_tokens prompts quantizer random_weights
+        batch_size checkpointer compile data_dir device dtype float32_matmul_precision max_new_tokens metrics min_p
+        model model_dir output_dir peers picture prompt prompt_file prompt_tokens prompts quantizer random_weights
         repeats repetition_penalty report_dir seed self_speculation stop_strings stop_tokens temperature
         temperatures tokenizer top_k top_p tune tune_extends variants
     """,

@@ -110,14 +110,14 @@ WRONG = [
     ('prompt="{q:d}"', "prompts", "'{q:d}' does not fit", "'Question: {question}'"),
     ("prompt=3", "prompts.prompt", "3", "Allowed: text"),
     ("n_shot=-1", "prompts.n_shot", "-1", "0 or more"),
-    ("path=empty.jsonl", "prompts.count", "need 1 rows", "only 0 fit"),
-    ("n_shot=2; count=4", "prompts.count", "need 6 rows, but only 5 fit", "prompts.n_shot=0 prompts.count=5"),
+    ("path=empty.jsonl", "prompts.n_shot", "need 1 rows", "only 0 fit"),
+    ("n_shot=5; count=4", "prompts.n_shot", "5 examples and a prompt", "need 6 rows, but only 5 fit"),
     ("task=cnn_dm_summarization; source=no.csv", "prompts.source", "'no.csv'", ".parquet"),
     ("task=cnn_dm_summarization; source=no/such", "prompts.source", "'no/such'", "on the hub"),
     ("task=cnn_dm_summarization; source=qa.csv; count=1; n_shot=0", "prompts", "'qa.csv' row 0 (KeyError", "(q, a)"),
     ("task=topv2", "prompts.source", "missing", "topv2 needs it"),
     ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
-    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.count", "need 100 rows", "only 0 fit"),
+    ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.n_shot", "need 1 rows", "only 0 fit"),
     ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
 ]
 

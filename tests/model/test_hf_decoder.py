@@ -214,7 +214,7 @@ def without_head(folder):
         (without_head, "it lacks lm_head.weight"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=3), r"it has in addition model\.layers\.3\."),
         (lambda f: (f / "config.json").unlink(), "holds no readable config.json"),
-        (shutil.rmtree, "is no folder. Allowed: a folder with config.json, or a name on the hub"),
+        (shutil.rmtree, "is no folder. Allowed: a folder with config.json, the output folder of a finished training"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(damage, message, tmp_path):

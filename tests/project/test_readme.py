@@ -61,7 +61,7 @@ def header_commands() -> dict[str, list[str]]:
 
 TINY = "models/Qwen3-0.6B"
 # Folders of runs that the pages decode with, by commands before.
-MADE = ("out", "out_trial", "out_data", "out_8b", "out_8b_trial", "task")
+MADE = ("qa", "qa_plain", "trial", "out", "out_chat", "out_8b", "out_8b_trial", "task")
 
 
 def at_home(words: list[str], folder: Path) -> list[str]:
@@ -97,8 +97,10 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
         shutil.copytree(model, folder / name / "epoch_0")
         torch.save({}, folder / name / "epoch_0" / "recipe_state.pt")
         mark_complete(folder / name / "epoch_0", time=1.0)
-    (folder / "held_out.jsonl").write_text('{"question": "x", "answer": "y"}\n')
-    for name in ("benchmark", "benchmark_8b"):
+    (folder / "my_data").mkdir()
+    for name in ("train", "test"):
+        (folder / "my_data" / f"{name}.jsonl").write_text('{"input": "wake me", "output": "07:00"}\n' * 8)
+    for name in ("qa/benchmark", "benchmark", "benchmark_8b"):
         (folder / name).mkdir()
         (folder / name / "tuned.yaml").write_text(f"{FIRST_LINE}a test\nextends: hf/generate\nmodel_dir: {model}\n")
     (folder / "tools").symlink_to(ROOT / "tools")
@@ -222,6 +224,8 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
         }
         changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) is not None}
+        if cfg.get("data_dir") is not None:  # the workplace has its files
+            del changes["dataset"], changes["dataset_val"]
         return changes | ({"output_dir": str(folder / "trained_draft")} if "draft" in cfg else {})
     if recipe == "layerskip_generate":
         changes = {"max_new_tokens": 6, "compile": False}
@@ -230,7 +234,8 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return changes | ({"prompts.count": 2} if cfg.get("prompts") is not None else {})
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
-        return {"dataset": DATA, "max_batches": 1} | ({"compare": compare} if compare else {})
+        data = {} if cfg.get("data_dir") is not None else {"dataset": DATA}
+        return data | {"max_batches": 1} | ({"compare": compare} if compare else {})
     few = {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
     return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
 
@@ -283,15 +288,12 @@ def test_config_header_command_runs(line, run):
 @pytest.mark.slow
 def test_what_the_lines_on_a_model_of_ones_own_say(run, workplace):
     """Training, generation, benchmark, and generation as the benchmark found it best."""
-    training, generation, benchmark = [line for line in TO_BE_RUN if " hf/" in line][:3]
-    tuned = "tune run layerskip_generate --config benchmark/tuned.yaml"
-    lines = {line: TO_BE_RUN.get(line, line.split()) for line in (training, generation, benchmark, tuned)}
-    done = [run(line, words) for line, words in lines.items()]
+    done = [run(line, TO_BE_RUN[line]) for line in [line for line in TO_BE_RUN if " qa/" in line][:4]]
     assert [command.returncode for command in done] == [0, 0, 0, 0]
     said = [command.stdout + command.stderr for command in done]
     assert "Chosen for this model and machine: " in said[0] and "early_exit_loss.layers=0" in said[0]
     assert "Drafts: exit " in said[1] or "No drafts: no exit should pay" in said[1]
     assert '"acceptance_rate"' in said[1]
-    assert "written to benchmark/tuned.yaml" in said[2]
-    best = OmegaConf.load(workplace / "benchmark" / "tuned.yaml")
-    assert best.model_dir == f"{workplace}/out/epoch_0"
+    assert "written to qa/benchmark/tuned.yaml" in said[2]
+    best = OmegaConf.load(workplace / "qa" / "benchmark" / "tuned.yaml")
+    assert best.model_dir == f"{workplace}/qa"

