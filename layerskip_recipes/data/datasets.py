@@ -139,5 +139,9 @@ def _explained_errors(section: Component, what: str, dataset: Dataset | None = N
         while isinstance(cause.__cause__, Exception):  # later errors often only say that reading failed
             cause = cause.__cause__
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
-        there = f". Its columns: {', '.join(columns)}; for example {section.key}.column=text" if columns else ""
+        there = ""
+        if columns:
+            pair = section.takes("column_map")
+            works = f"column_map={{input: {columns[0]}, output: {columns[-1]}}}" if pair else "column=text"
+            there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{works}"'
         raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e

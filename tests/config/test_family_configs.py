@@ -91,7 +91,8 @@ def stand_in() -> list[str]:
 @cache
 def merged(name: str) -> DictConfig:
     config = load_config(name)
-    return load_config(name, stand_in()) if "model_dir" in [*config] else config
+    data = ["data_dir=my_data"] if "data_dir" in [*config] else []
+    return load_config(name, [*stand_in(), *data]) if "model_dir" in [*config] else config
 
 
 @cache

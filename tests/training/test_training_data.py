@@ -135,6 +135,10 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
             r".* sample 3, .*: TypeError",
         ),
         (
+            lambda at: instructions(at, [{"question": "if", "answer": "else:"}]),
+            r".*KeyError\('input'\).*for example \"dataset.column_map={input: question, output: answer}\"",
+        ),
+        (
             lambda at: instructions(at, [SHORT], end='\n{"input": '),
             r"torchtune\S* cannot read its data: (?!.*column).*JSON",
         ),
