@@ -4,8 +4,8 @@
     parse:   [IN:PLAY_MUSIC play [SL:MUSIC_TRACK_TITLE golden rivers ] by [SL:MUSIC_ARTIST_NAME amy ] ]
 
 A command is its parse without the brackets, which mark intents (IN) and slots (SL). The grammar is in
-commands.yaml. Every template has a slot whose test values never occur in training. A fifth of these slots has an
-invented word in training, so that a model learns to copy words that it has never seen.
+commands.yaml. Every template has a slot whose test values never occur in training. In training, two fifths of these
+slots have a word that does not belong there: one of a list, or an invented one. So a model learns to copy any word.
 """
 
 import random
@@ -29,10 +29,14 @@ HELD_OUT = {
 }
 
 
-def _invented_word(rng: random.Random) -> str:
-    starts, ends = _GRAMMAR["syllables"].values()
-    word = "".join(rng.choice(starts) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) + rng.choice(ends)
-    return _invented_word(rng) if word in HELD_OUT else word
+def _other_word(rng: random.Random) -> str:
+    """A word of the list, or an invented one; never one of the test values."""
+    if rng.random() < 0.5:
+        word = rng.choice(_GRAMMAR["words"])
+    else:
+        starts, ends = _GRAMMAR["syllables"].values()
+        word = "".join(rng.choice(starts) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))) + rng.choice(ends)
+    return _other_word(rng) if word in HELD_OUT else word
 
 
 def _parse(rng: random.Random, split: Split) -> str:
@@ -44,8 +48,8 @@ def _parse(rng: random.Random, split: Split) -> str:
         if isinstance(choices, list):
             return rng.choice(choices)
         words = rng.choice(choices[split]).split()
-        if split == "train" and rng.random() < 0.2:
-            words[rng.randrange(len(words))] = _invented_word(rng)
+        if split == "train" and rng.random() < 0.4:
+            words[rng.randrange(len(words))] = _other_word(rng)
         return " ".join(words)
 
     text = rng.choice(rng.choice([*TEMPLATES.values()]))
