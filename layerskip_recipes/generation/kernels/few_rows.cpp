@@ -22,7 +22,7 @@ using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 // Accumulators, and the most rows of x per block: weights stream from memory once per block. `write` takes GROUP sums.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int SUMS = 27, BLOCK = 13, GROUP = LANES;  // of 32 registers
+constexpr int SUMS = 27, BLOCK = 10, GROUP = LANES;  // of 32 registers; 13 rows per block overflow an L1 cache of 32 kB
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int SUMS = 12, BLOCK = 6, GROUP = 4;  // of 16 registers
 #else
