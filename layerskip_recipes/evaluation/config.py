@@ -104,7 +104,7 @@ class EvalConfig(RecipeConfig):
         if self.compare and self.self_speculation is not None and self.self_speculation.draft is not None:
             yield "self_speculation.draft: it was trained for one checkpoint. Set compare=null"
         yield from mistakes_of(check_checkpointer, self)
-        for name, other in [*self.checkpoints().items()][1:]:
+        for name, other in [*self.checkpoints().items()][1:]:  # without its own
             yield from mistakes_of(other.checkpointer.check)
             yield from (f"compare.{name}: {mistake}" for mistake in mistakes_of(check_checkpointer, other))
         model = layerskip_decoder(self.meta_model)
