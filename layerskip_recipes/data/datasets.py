@@ -14,7 +14,7 @@ from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
-from layerskip_recipes.config.components import Component, Takes
+from layerskip_recipes.config.components import Component, Takes, parameter_names
 from layerskip_recipes.config.schema import Text, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
@@ -139,9 +139,9 @@ def _explained_errors(section: Component, what: str, dataset: Dataset | None = N
         while isinstance(cause.__cause__, Exception):  # later errors often only say that reading failed
             cause = cause.__cause__
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
+        setting = next((name for name in parameter_names(section.path) or () if "column" in name), None)
         there = ""
-        if columns:
-            pair = section.takes("column_map")
-            works = f"column_map={{input: {columns[0]}, output: {columns[-1]}}}" if pair else "column=text"
-            there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{works}"'
+        if columns and setting:
+            works = f"{{input: {columns[0]}, output: {columns[-1]}}}" if setting == "column_map" else columns[0]
+            there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{setting}={works}"'
         raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e

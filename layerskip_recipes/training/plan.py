@@ -9,7 +9,7 @@ import torch
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
-from layerskip_recipes.config.choices import Choices, computes_in_bf16, multiplies_in_bf16
+from layerskip_recipes.config.choices import Choices, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -45,7 +45,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     replaceable = cfg.optimizer.path == ADAMW and (parameter_names(ROUNDING) or set()).issuperset(taken)
     if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and replaceable:
         choices.set("optimizer", Component({"_component_": ROUNDING, **taken}, "optimizer"))
-    choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and multiplies_in_bf16(device) else "fp32")
+    choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and has_bf16_products(device) else "fp32")
 
     # The length of a sample, and the batch. For other tokenizers, a null length is torchtune's "never truncate".
     if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.model.exit_quality import exit_quality
 
@@ -91,6 +93,12 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     both = evaluate(checkpoint=checkpoint, compare={"other": {"checkpoint_dir": str(other)}}, report=str(report))
     assert both["exits"] == alone[checkpoint] != alone[other] == both["compare"]["other"]
     assert json.loads(report.read_text()) == json.loads(json.dumps(both))
+
+
+def test_a_missing_model_is_one_mistake(tmp_path):
+    with pytest.raises(ConfigError) as e:
+        EvalConfig.load(load_config("hf/eval", [f"model_dir={tmp_path}/none"]))
+    assert len(e.value.args) == 1 and str(e.value).startswith(f"model_dir: '{tmp_path}/none' is no folder.")
 
 
 @pytest.mark.slow

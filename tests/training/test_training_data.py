@@ -128,7 +128,10 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (lambda at: text_data(at / "t.json", ["x"] * 8, column="content"), r".*KeyError.*content.*Its columns: text; "),
+        (
+            lambda at: text_data(at / "t.json", ["x"] * 8, column="content"),
+            r".*KeyError.*content.*Its columns: text; .*dataset.column=text",
+        ),
         (lambda at: text_data(at / "t.json", ["x"] * 8, column="content", packed=True), r".*KeyError.*content"),
         (
             lambda at: instructions(at, [SHORT] * 3 + [{"input": "if", "output": None}]),
