@@ -31,10 +31,11 @@ from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8, LOOKUP
 from layerskip_recipes.generation.drafting.plan import (
     Costs,
     Prediction,
+    Round,
     StepCost,
     Way,
+    expected_rounds,
     ranked,
-    tokens_per_round,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -80,8 +81,10 @@ def measured_rates(
     sizes: Sequence[int],
     temperature: float,
     longest: int = LONGEST_DRAFT,
-) -> dict[Way, list[float]]:
-    """Expected tokens per round for drafts of 1 to `longest` tokens, for each exit and draft vocabulary.
+    ended: bool = False,
+) -> dict[Way, list[Round]]:
+    """The rounds of drafts of at most 1 to `longest` tokens, which may end at low confidence, for each exit and draft
+    vocabulary.
 
     One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
     `vocabulary`, for n in `sizes`.
@@ -97,7 +100,7 @@ def measured_rates(
     options: dict[str, Any] = {"num_speculations": longest, "vocabulary": vocabulary, "sizes": sizes}
     quality = exit_quality(model, batches, exits, device, **options)
     return {
-        Way(e, None if name == ALL else int(name)): tokens_per_round(TokensPerRound(**rates), temperature)
+        Way(e, None if name == ALL else int(name)): expected_rounds(TokensPerRound(**rates), temperature, ended)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
@@ -172,7 +175,8 @@ class Tuner:
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature)
+            ended = self.device.type == "cpu" and self.rows == 1
+            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature, ended=ended)
             rates = with_int8(found, precisions)
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
@@ -213,7 +217,7 @@ class Tuner:
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
         section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
-        method = section.build(self.model)
+        method = section.model_copy(update={"min_confidence": 0.0}).build(self.model)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         stats = sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
         if not stats.draft_steps:
@@ -222,16 +226,16 @@ class Tuner:
 
     def _trained_draft(
         self, draft: SelfSpeculation, precisions: Sequence[bool]
-    ) -> tuple[dict[Way, Sequence[float]], dict[tuple[Way, int], GenerationStats]]:
-        """Tokens per round and times of a trained draft, from probes with drafts of 8 tokens."""
-        rates, timed = dict[Way, Sequence[float]](), {}
+    ) -> tuple[dict[Way, Sequence[Round]], dict[tuple[Way, int], GenerationStats]]:
+        """Rounds and times of a trained draft, from probes with drafts of 8 tokens."""
+        rates, timed = dict[Way, Sequence[Round]](), {}
         for int8 in precisions:
             way = Way(0, None, int8, own_layers=draft.own_layers())
             stats = timed[way, 8] = self._probe(way, 8)
             rounds = sum(stats.rounds_accepting.values())
             # The tokens that the same rounds would have written with shorter drafts.
             written = [sum(n * min(k, d) for k, n in stats.rounds_accepting.items()) for d in range(1, 9)]
-            rates[way] = [1 + accepted / rounds for accepted in written]
+            rates[way] = [Round(1 + accepted / rounds, d) for d, accepted in enumerate(written, 1)]
         return rates, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:

@@ -5,7 +5,7 @@
       "vocabulary": [198, 11, ...],                     label tokens of the training data, most frequent first
       "measured": {
         "on": "dataset_val", "labels": 20480,
-        "exits": {"6": {"all": {"greedy": [1.69, 2.2, ...], "sampled": [1.63, 2.1, ...]}, "2048": ...}}
+        "exits": {"6": {"all": {"greedy": [1.69, 2.2, ...], "sampled": [1.63, ...], "ended": ...}, "2048": ...}}
       }
     }
 
@@ -29,12 +29,24 @@ LONGEST_DRAFT = 12  # the longest draft that is measured, in tokens
 Rates = Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)]
 
 
+class EndedDrafts(BaseModel):
+    """Tokens per round, and drafted tokens, for drafts of at most 1, 2, .. tokens that end at low confidence."""
+
+    greedy: list[tuple[float, float]]
+    sampled: list[tuple[float, float]]
+
+
 class TokensPerRound(BaseModel):
-    """Expected tokens per round for drafts of 1, 2, .. tokens, teacher-forced (exit_quality.expected_rounds)."""
+    """Expected tokens per round for drafts of 1, 2, .. tokens, teacher-forced (exit_quality.expected_rounds).
+
+    They include the token after the accepted ones.
+    """
 
     greedy: Rates
     sampled: Rates
     """At temperature 1."""
+    ended: EndedDrafts | None = None
+    """None in checkpoints before version 0.2."""
 
 
 class Measured(BaseModel):

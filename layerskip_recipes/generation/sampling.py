@@ -113,6 +113,15 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, rest / total, p)
 
 
+def confidence(scores: torch.Tensor, greedy: bool) -> torch.Tensor:
+    """The probability of the draft's likeliest token, [b, v'] -> [b]; the product over a draft is its confidence.
+
+    An exit that was trained on labels is about right in it: the token is accepted with this probability. A draft may
+    end wherever past tokens and distributions say so without any effect on the output's distribution.
+    """
+    return (scores.softmax(-1) if greedy else scores).amax(-1)
+
+
 class SamplerTensors(NamedTuple):
     """A `Sampler`'s numbers as tensors [], inputs of a graph rather than constants in it; None: the filter is off."""
 

@@ -18,6 +18,7 @@ from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
 from layerskip_recipes.model.limits import check_batch
 
 ALL = "all"  # name of the draft vocabulary with all tokens
+MIN_CONFIDENCE = 0.5  # where drafts end by default, see `self_speculation.min_confidence`
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class ExitQuality:
     agreement: float  # fraction of labels at which the exit and the last layer choose the same token
     overlap: float  # mean of sum_v min(p_v, q_v): the accept rate of a sampled token at temperature 1
     accepted_length: float | None  # greedily accepted tokens per round of d drafted ones; None without any text
-    tokens_per_round: dict[str, dict[str, list[float]]] = field(repr=False)
-    """By draft vocabulary, "greedy" and "sampled" (at temperature 1): expected tokens per round of 1 to d drafted ones,
-    including the token after the accepted ones. {} unless there is a text: at least two labels in a row."""
+    tokens_per_round: dict[str, dict[str, Any]] = field(repr=False)
+    """By draft vocabulary, a `TokensPerRound` of checkpoint/trained_exits.py for drafts of 1 to d tokens. {} unless there
+    is a text: at least two labels in a row."""
 
     @property
     def perplexity(self) -> float:
@@ -44,26 +45,46 @@ class ExitQuality:
         return {name: getattr(self, name) for name in names}
 
 
-def expected_rounds(first: torch.Tensor, later: torch.Tensor, text: torch.Tensor, longest: int) -> torch.Tensor:
-    """The expected number of rounds that write the texts [..], for drafts of 1 to d = `longest` tokens: [.., d].
+def expected_rounds(
+    first: torch.Tensor,
+    later: torch.Tensor,
+    text: torch.Tensor,
+    longest: int,
+    sure: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expected numbers of rounds and of drafted tokens that write the texts [..], for drafts of at most 1 to d =
+    `longest` tokens: [.., d] each.
 
     first, later [.., s]: the probability that a token is accepted as the first of a draft, or as a later one. text
-    [.., s]: True for tokens of a text; other tokens separate texts.
+    [.., s]: True for tokens of a text; other tokens separate texts. With `sure`, the same two of `sampling.confidence`,
+    a draft ends where their product is below MIN_CONFIDENCE.
 
-    A round at token i accepts at least k tokens with probability S_k(i) = first_i later_(i+1) .. later_(i+k-1). So
-    the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) + sum_k S_k(i) (R(i+k+1) - R(i+k)), or
-    with G(i) = R(i) - R(i+1): G(i) = 1 - sum_k S_k(i) G(i+k). The sum of G is R at the first token.
+    A round at token i drafts l(i) tokens, and accepts at least k <= l(i) of them with probability S_k(i) = first_i
+    later_(i+1) .. later_(i+k-1). So the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) +
+    sum_k S_k(i) (R(i+k+1) - R(i+k)), or with G(i) = R(i) - R(i+1): G(i) = 1 - sum_k S_k(i) G(i+k). The sum of G is R at
+    the first token. With l(i) instead of 1 it is the number of drafted tokens.
     """
-    first, later = (torch.where(text, x, 0.0).double() for x in (first, later))
-    reach = F.pad(later, (0, longest)).unfold(-1, longest, 1)[..., :-1, :].clone()
-    reach[..., 0] = first
-    reach = reach.cumprod(-1)[..., None]  # S_k(i): [.., s, k, 1]
+
+    def products(first: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+        """[.., s, k]: of the values of the first k tokens of a draft at token i."""
+        first, later = (torch.where(text, x, 0.0).double() for x in (first, later))
+        values = F.pad(later, (0, longest)).unfold(-1, longest, 1)[..., :-1, :].clone()
+        values[..., 0] = first
+        return values.cumprod(-1)
+
+    reach = products(first, later)  # S_k(i)
+    drafts = torch.ones_like(reach)  # whether a draft at token i has a k-th token
+    if sure is not None:
+        drafts[..., 1:] = products(*sure)[..., :-1] >= MIN_CONFIDENCE
     within = torch.ones(longest, longest, dtype=torch.float64).triu()  # [k, d]: k <= d
-    more = first.new_zeros(*first.shape[:-1], first.shape[-1] + longest, longest)  # G(i) for each d
-    for i in reversed(range(first.shape[-1])):
-        fewer = (reach[..., i, :, :] * within * more[..., i + 1 : i + 1 + longest, :]).sum(-2)
-        more[..., i, :] = torch.where(text[..., i, None], 1 - fewer, 0.0)
-    return more.sum(-2)
+    reach = (reach * drafts)[..., None] * within  # [.., s, k, d]
+    counts = torch.stack([torch.ones_like(drafts), drafts @ within], -2)  # [.., s, 2, d]: 1 and l(i)
+    more = reach.new_zeros(*reach.shape[:-3], reach.shape[-3] + longest, 2, longest)  # G(i) of both, for each d
+    for i in reversed(range(reach.shape[-3])):
+        fewer = (reach[..., i, :, None, :] * more[..., i + 1 : i + 1 + longest, :, :]).sum(-3)
+        more[..., i, :, :] = torch.where(text[..., i, None, None], counts[..., i, :, :] - fewer, 0.0)
+    rounds, drafted = more.sum(-3).unbind(-2)
+    return rounds, drafted
 
 
 @torch.no_grad()  # not inference mode: FSDP could not reuse its tensors in training
@@ -136,8 +157,9 @@ class _Draft:
 class _Sums:
     """Sums over all batches.
 
-    `exits` [E, 4]: loss, correct tokens, samples with all tokens correct, samples. `drafts` [D, 2, 1 + d], greedy and
-    sampled: acceptance of the first drafted token, and rounds for drafts of 1 to d tokens. `tokens`: written in rounds.
+    `exits` [E, 4]: loss, correct tokens, samples with all tokens correct, samples. `drafts` [D, 2, 1 + 3 d], greedy and
+    sampled: acceptance of the first drafted token; rounds for drafts of 1 to d tokens; rounds and drafted tokens for
+    drafts that end at low confidence. `tokens`: written in rounds.
     """
 
     def __init__(
@@ -146,7 +168,7 @@ class _Sums:
         self.of_exits, self.of_drafts, self.num_speculations = exits, drafts, num_speculations
         widest = torch.float32 if device.type == "mps" else torch.float64
         self.exits = torch.zeros(len(exits), 4, dtype=widest, device=device)
-        self.drafts = torch.zeros(len(drafts), 2, 1 + num_speculations, dtype=widest, device=device)
+        self.drafts = torch.zeros(len(drafts), 2, 1 + 3 * num_speculations, dtype=widest, device=device)
         self.tokens = torch.zeros(1, dtype=widest, device=device)
 
     def quality(self, add_up: Callable[[torch.Tensor], torch.Tensor], last: int, key: str) -> dict[int, ExitQuality]:
@@ -159,7 +181,9 @@ class _Sums:
         count = drafts[[draft.exit_layer for draft in self.of_drafts].index(last), 0, 0].item()
         if not count > 0:
             raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-        shares, rates = drafts[:, :, 0] / count, (tokens / drafts[:, :, 1:]).tolist()
+        shares, found = drafts[:, :, 0] / count, drafts[:, :, 1:].unflatten(-1, (3, -1)).unbind(2)
+        rates, ended = (tokens / found[0]).tolist(), torch.stack([tokens / found[1], found[2] / found[1]], -1).tolist()
+        kinds = ("greedy", "sampled")
         quality = {}
         for e, (loss, right, exact, samples) in zip(self.of_exits, exits.tolist(), strict=True):
             own = {draft.name: i for i, draft in enumerate(self.of_drafts) if draft.exit_layer == e}
@@ -173,7 +197,9 @@ class _Sums:
                 overlap=min(overlap, 1.0),
                 accepted_length=rates[own[ALL]][0][-1] - 1 if tokens else None,
                 tokens_per_round={
-                    name: dict(zip(("greedy", "sampled"), rates[i], strict=True)) for name, i in own.items() if tokens
+                    name: dict(zip(kinds, rates[i], strict=True)) | {"ended": dict(zip(kinds, ended[i], strict=True))}
+                    for name, i in own.items()
+                    if tokens
                 },
             )
         return quality
@@ -196,10 +222,10 @@ class _Batch:
     def compare(self, head: Head, last: int) -> None:
         """Compare the kept exits with the last layer, and add to the sums."""
         # Per exit and label: is it right? Per draft and label: is it accepted, greedily and when sampled, as the first
-        # drafted token and as a later one?
+        # drafted token and as a later one? And how sure is the draft?
         final_states = self.states[last][0]
         right = torch.empty(len(self.sums.of_exits), len(self.labels), dtype=torch.bool, device=final_states.device)
-        accepted = final_states.new_empty(2, len(self.sums.of_drafts), 2, len(self.labels), dtype=torch.float32)
+        drafted = final_states.new_empty(2, len(self.sums.of_drafts), 3, len(self.labels), dtype=torch.float32)
         size, computing = chunk_tokens(final_states.device.type), compute_dtype(final_states)
         by_exit = {e: [(i, d) for i, d in enumerate(self.sums.of_drafts) if d.exit_layer == e] for e in self.states}
         # Cast the head once; autocast would cast it for each chunk and exit.
@@ -216,10 +242,11 @@ class _Batch:
                             right[index, part] = logits.argmax(-1) == labels
                         for number, draft in by_exit[e]:
                             z = logits[:, draft.ids]
-                            overlap = torch.minimum(p[:, draft.ids], z.softmax(-1)).sum(-1)
+                            q = z.softmax(-1)
                             # An exit with one state uses it for the first and for later drafted tokens.
-                            accepted[later:, number, 0, part] = (draft.best(z) == top).float()
-                            accepted[later:, number, 1, part] = overlap
+                            drafted[later:, number, 0, part] = (draft.best(z) == top).float()
+                            drafted[later:, number, 1, part] = torch.minimum(p[:, draft.ids], q).sum(-1)
+                            drafted[later:, number, 2, part] = q.amax(-1)
         # Counts over samples.
         self.sums.exits[:, 1] += right.sum(-1)
         has_labels = self.counts.any(-1)
@@ -229,10 +256,12 @@ class _Batch:
             self.sums.exits[index, 3] += has_labels.sum()
         # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
         text = (self.counts & F.pad(self.counts[:, :-1], (1, 0))).cpu()
-        first_drafted, later_drafted = self._by_position(accepted).cpu()
-        rounds = expected_rounds(first_drafted, later_drafted, text, self.sums.num_speculations).sum(-2)
-        self.sums.drafts[:, :, 0] += accepted[0].sum(-1)
-        self.sums.drafts[:, :, 1:] += rounds.to(self.sums.drafts)
+        both = self._by_position(drafted).cpu()
+        (first, later), (sure, sure_later) = both[:, :, :2], both[:, :, 2:]
+        rounds, _ = expected_rounds(first, later, text, self.sums.num_speculations)
+        ended = expected_rounds(first, later, text, self.sums.num_speculations, (sure, sure_later))
+        self.sums.drafts[:, :, 0] += drafted[0, :, :2].sum(-1)
+        self.sums.drafts[:, :, 1:] += torch.cat([rounds, *ended], -1).sum(-2).to(self.sums.drafts)
         self.sums.tokens += text.sum()
 
     def _by_position(self, values: torch.Tensor) -> torch.Tensor:

@@ -112,14 +112,14 @@ class DraftStatistics:
         if not all(quality[e].overlap >= 0 and quality[e].tokens_per_round for e in early):
             return None  # the last step ruined the weights, or there is no text of two tokens
         measured = {"on": "dataset_val" if self.validation.on else "training", "labels": quality[early[0]].labels}
-        by_exit = {
-            e: {
-                name: {kind: [round(n, 4) for n in tokens] for kind, tokens in found.items()}
-                for name, found in quality[e].tokens_per_round.items()
-            }
-            for e in early
-        }
+        by_exit = {e: _rounded(quality[e].tokens_per_round) for e in early}
         return measured | ({"exits": by_exit} if draft is None else {"draft": by_exit[0]["all"]})
+
+
+def _rounded(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: _rounded(value) for key, value in found.items()}
+    return [_rounded(value) for value in found] if isinstance(found, list) else round(found, 4)
 
 
 def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose
-from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled
+from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled, confidence
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
 CHAIN = DraftStrategy("chain")
@@ -19,10 +19,16 @@ MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread du
 
 
 class ChainDrafter(Drafter):
-    """Drafts up to `longest` tokens one by one from the exit E = `exit_layer`."""
+    """Drafts up to `longest` tokens one by one from the exit E = `exit_layer`.
 
-    def __init__(self, context: StepContext, exit_layer: int, longest: int) -> None:
+    A draft ends early where it is less likely than `min_confidence` to be accepted as a whole. This needs steps whose
+    results the host sees at once, and whose shapes may vary: not on a GPU, not with graphs, not on several ranks.
+    """
+
+    def __init__(self, context: StepContext, exit_layer: int, longest: int, min_confidence: float = 0.0) -> None:
         self.context, self.exit_layer, self.longest = context, exit_layer, longest
+        can_stop = context.device.type == "cpu" and context.graphs is None and not context.shared
+        self.min_confidence = min_confidence if can_stop else 0.0
         # For an adapter: the normed x_L of the token before the last one, [b, 1, d].
         self.last_state: torch.Tensor | None = None
         # Inputs of plain rounds that a trained draft's own layers have not read: slots [b, 1], and tokens [b, 1] or an
@@ -52,26 +58,35 @@ class ChainDrafter(Drafter):
         noise = context.draft_noise(depth)
         plain = self.last_state is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.draft is not None:
+            running, least = torch.tensor(now.finished).logical_not().float(), self.min_confidence
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            return DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments))
-        return self._token_by_token(now, depth, slots, noise)
+            draft = DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments, running, least))
+        else:
+            draft = self._token_by_token(now, depth, slots, noise)
+        draft.slots = slots[: now.last_slot + draft.length + 1]
+        return draft
 
     def _token_by_token(
         self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None
     ) -> DraftedTokens:
         context, seen, state = self.context, now.seen, self.last_state
         tokens, hidden, q = [now.last], [], []
-        step = Step(context, draft_token, self.exit_layer)
+        step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
+        confident = torch.tensor(now.finished).logical_not().float()  # [b]; read only on a CPU
         for i in range(depth):
             noise_i = None if noise is None else noise[:, i].contiguous()
             results = step(slots, tokens[-1], now.start + i, noise_i, seen, state)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next replay of this CUDA graph overwrites its outputs.
                 results = [None if result is None else result.clone() for result in results]
-            token, x, q_token, seen, state = results
+            token, x, q_token, sure, seen, state = results
             tokens.append(token)
             hidden.append(x)
             q.append(q_token)
+            if self.min_confidence:
+                confident = confident * sure
+                if confident.max() < self.min_confidence:
+                    break
         all_q = None if noise is None else torch.stack(q, 1)
         return DraftedTokens(CHAIN, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
 
@@ -128,10 +143,11 @@ class ChainDrafter(Drafter):
 # ---- steps of drafts ----
 
 
-def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise, seen, state):
+def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, noise, seen, state):
     """Draft one token per row: last, start [b]; noise [b, v'], seen [b, v], state [b, 1, d], each or None.
 
-    Returns the token [b], x_E of `last` [b, 1, d], q [b, v'] or None, `seen` with the token, and an adapter's state.
+    Returns the token [b], x_E of `last` [b, 1, d], q [b, v'] or None, with `confident` the `confidence` [b], `seen`
+    with the token, and an adapter's state.
     """
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
@@ -140,7 +156,8 @@ def draft_token(context: StepContext, exit_layer: int, slots, last, start, noise
     token = context.sampler.choose(scores, noise)
     token = token if context.draft_head is None else context.draft_head.vocabulary[token]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
-    return token, x, None if noise is None else scores, seen, None if state is None else model.norm(h)
+    sure = confidence(scores, context.sampler.greedy) if confident else None
+    return token, x, None if noise is None else scores, sure, seen, None if state is None else model.norm(h)
 
 
 def read_later(context: StepContext, slots, inputs, at):

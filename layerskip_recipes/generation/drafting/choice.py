@@ -163,7 +163,7 @@ class ChoosingDrafter(ChainDrafter):
     def __init__(
         self, context: StepContext, speculation: Speculation, lookup: LookupDrafter | None, choice: DiscountedUCB
     ) -> None:
-        super().__init__(context, speculation.exit_layer, speculation.num_speculations)
+        super().__init__(context, speculation.exit_layer, speculation.num_speculations, speculation.min_confidence)
         self.lookup, self.choice = lookup, choice
         whole = speculation.exit_layer == context.model.num_layers and speculation.drafter is None
         self.own: list[DraftStrategy] = [] if whole and lookup is not None else [CHAIN]

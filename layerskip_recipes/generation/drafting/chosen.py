@@ -29,9 +29,10 @@ from layerskip_recipes.generation.drafting.plan import (
     Prediction,
     Way,
     estimated_costs,
+    expected_rounds,
     known_ways,
     ranked,
-    tokens_per_round,
+    shortest,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -72,8 +73,9 @@ def choose_for(
     plain = quantizer is None and num_processes() == 1
     dtype = cfg.torch_dtype if quantizer is None else torch.int8
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
-    int8, folder = plain and compiled and not gpu, described_folder(cfg.checkpointer)
-    return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, key=key)
+    int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
+    folder = described_folder(cfg.checkpointer)
+    return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
@@ -84,6 +86,7 @@ def choose_drafts(
     *,
     plain_head: bool = True,
     int8: bool = False,
+    ends: bool = False,
     key: str = "self_speculation",
 ) -> Choice:
     """Fill in the section's missing keys. A key that is given keeps its value, even null.
@@ -92,6 +95,7 @@ def choose_drafts(
         folder: that of the weights or adapters, with or without layerskip.json.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
+        ends: drafts of one prompt can end at low confidence.
         key: the section's name in messages.
     """
     if section is None:
@@ -113,17 +117,18 @@ def choose_drafts(
     # Rank the vocabularies, precisions and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
-    rates = {way: tokens_per_round(measured, temperature) for way, measured in ways.items()}
+    ends = ends and costs.batch_rows == 1 and section.min_confidence > 0
+    rates = {way: expected_rounds(measured, temperature, ends) for way, measured in ways.items()}
     precisions = [False, True] if int8 else [False]
     if "draft_quantizer" in given:
         precisions = [section.draft_quantizer is not None]
     lengths = [section.num_speculations] if "num_speculations" in given else None
-    best = ranked(with_int8(rates, precisions), costs, lengths)[0]
+    best = shortest(ranked(with_int8(rates, precisions), costs, lengths))
 
     # Draft if it should pay, or if the user asked for it.
     said = (
-        f"{best.way}, {best.num_speculations} drafted tokens per round; expected speed-up {best.speedup:.2f}x "
-        f"({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
+        f"{best.way}, {'up to ' if ends else ''}{best.num_speculations} drafted tokens per round; expected speed-up "
+        f"{best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
         f"acceptance {'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
     asked_for = section.draft is not None or section.exit_layer is not None

@@ -4,12 +4,14 @@ draft vocabulary and precision.
     speed-up = n t / (d c + v + o)
 
 n is the expected number of tokens in a round of d drafted tokens, t the time of a plain step, c of a draft step, v of
-the verification pass over d + 1 tokens, and o the overhead of a round. Training stores n for each d in the checkpoint;
-`estimated_costs` estimates the times from the weights' bytes. The tuner measures both.
+the verification pass over d + 1 tokens, and o the overhead of a round. Training stores n in the checkpoint for each
+maximum of d, and where drafts end at low confidence the mean of d; `estimated_costs` estimates the times from the
+weights' bytes. The tuner measures both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,17 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, TrainedExits, exit_that_drafts
 
 # For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
-ASSUMED = TokensPerRound(**{key: [(1 - 0.7**n) / 0.3 for n in range(2, 10)] for key in ("greedy", "sampled")})
+_ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
+ASSUMED = TokensPerRound(greedy=_ASSUMED, sampled=_ASSUMED)
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
+ABOUT_EQUAL = 0.98  # of two predictions, as shares of the best: then the shorter draft is chosen
+
+
+class Round(NamedTuple):
+    """The expected tokens of a round, and how many tokens it drafts."""
+
+    tokens: float
+    drafted: float
 
 
 class Way(NamedTuple):
@@ -43,7 +54,7 @@ class Way(NamedTuple):
 
 class Prediction(NamedTuple):
     way: Way
-    num_speculations: int
+    num_speculations: int  # the most drafted tokens
     tokens_per_round: float
     round_s: float
     speedup: float  # over autoregressive decoding
@@ -73,15 +84,15 @@ class Costs:
     round: float  # bookkeeping on the host
     batch_rows: int = 1
 
-    def round_s(self, way: Way, num_speculations: int) -> float:
-        """Seconds of the draft steps and of the verification pass over d + 1 tokens."""
+    def round_s(self, way: Way, drafted: float) -> float:
+        """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
         rows = self.vocabulary if way.vocabulary is None else way.vocabulary
         if way.own_layers is None:
             draft = self.draft[way.int8].seconds(way.exit_layer, rows)
         else:
             draft = self.draft[way.int8].seconds(way.own_layers, rows) + way.exit_layer * self.draft[False].layer
-        verified = num_speculations * self.batch_rows * (1 - way.kept_layers / self.num_layers)
-        return num_speculations * draft + self.plain * (1 + self.further_row * verified) + self.round
+        verified = drafted * self.batch_rows * (1 - way.kept_layers / self.num_layers)
+        return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
 
 
 class Machine(NamedTuple):
@@ -124,23 +135,38 @@ def estimated_costs(
     return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows)
 
 
-def tokens_per_round(measured: TokensPerRound, temperature: float) -> list[float]:
-    """The measured tokens per round, linear between temperatures 0 and 1."""
-    sampling = min(temperature, 1.0)
-    return [(1 - sampling) * n + sampling * m for n, m in zip(measured.greedy, measured.sampled, strict=True)]
+def expected_rounds(measured: TokensPerRound, temperature: float, ended: bool = False) -> list[Round]:
+    """The measured rounds of drafts of at most 1, 2, .. tokens, linear between temperatures 0 and 1.
+
+    `ended`: drafts end at low confidence.
+    """
+    if ended and measured.ended is not None:
+        both = zip(measured.ended.greedy, measured.ended.sampled, strict=True)
+    else:
+        both = zip(*([*zip(n, count(1), strict=False)] for n in (measured.greedy, measured.sampled)), strict=True)
+    w = min(temperature, 1.0)
+    return [Round(*((1 - w) * n + w * m for n, m in zip(*pair, strict=True))) for pair in both]
 
 
 def ranked(
-    rates: Mapping[Way, Sequence[float]], costs: Costs, lengths: Iterable[int] | None = None
+    rates: Mapping[Way, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All ways with all draft lengths (None: the measured ones), fastest first; `rates` has their tokens per round."""
+    """All ways with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
     found = []
-    for way, tokens in rates.items():
-        for d in range(1, len(tokens) + 1) if lengths is None else lengths:
-            n = tokens[min(d, len(tokens)) - 1]  # longer drafts than measured: at least as many tokens
-            seconds = costs.round_s(way, d)
-            found.append(Prediction(way, d, n, seconds, n * costs.plain / seconds))
+    for way, rounds in rates.items():
+        for d in range(1, len(rounds) + 1) if lengths is None else lengths:
+            tokens, drafted = rounds[min(d, len(rounds)) - 1]
+            if d > len(rounds) == drafted:  # longer drafts than measured: at least as many tokens
+                drafted = d
+            seconds = costs.round_s(way, drafted)
+            found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
+
+
+def shortest(predictions: Sequence[Prediction]) -> Prediction:
+    """The shortest draft of those about as fast as the first one: it loses least if fewer tokens are accepted."""
+    equal = [p for p in predictions if p.speedup >= ABOUT_EQUAL * predictions[0].speedup]
+    return min(equal, key=lambda p: (p.num_speculations, -p.speedup))
 
 
 def known_ways(
@@ -166,6 +192,6 @@ def known_ways(
     return {} if found is None else {Way(found): ASSUMED}
 
 
-def with_int8(rates: Mapping[Way, Sequence[float]], precisions: Sequence[bool]) -> dict[Way, Sequence[float]]:
+def with_int8(rates: Mapping[Way, Sequence[Round]], precisions: Sequence[bool]) -> dict[Way, Sequence[Round]]:
     """The ways in each precision. We measured no difference in acceptance between int8 and full precision."""
     return {way._replace(int8=int8): tokens for way, tokens in rates.items() for int8 in precisions}

@@ -16,12 +16,14 @@ from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.speculation import (
+    Confidence,
     NumSpeculations,
     PromptLookup,
     Speculation,
     check_draft_vocabulary,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 
 
@@ -40,7 +42,11 @@ class SelfSpeculation(Section):
     """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
     training with a section `draft`."""
     num_speculations: NumSpeculations = 6
-    """Tokens drafted per round."""
+    """The most tokens drafted per round."""
+    min_confidence: Confidence = MIN_CONFIDENCE
+    """Ends a draft early, on a CPU and in one process: after a token at which the product of the draft's largest
+    probabilities is below this, so that further tokens would probably be rejected. 0: drafts always have
+    `num_speculations` tokens."""
     draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
     """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
     in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
@@ -144,7 +150,13 @@ class SelfSpeculation(Section):
             head = None if head is None else quantise(head, self.draft_quantizer)
             drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
         return Speculation(
-            self.exit_layer, self.num_speculations, self.draft_vocabulary, self.prompt_lookup, drafter, head
+            self.exit_layer,
+            self.num_speculations,
+            draft_vocabulary=self.draft_vocabulary,
+            prompt_lookup=self.prompt_lookup,
+            min_confidence=self.min_confidence,
+            drafter=drafter,
+            draft_head=head,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from layerskip_recipes.config.schema import check
+from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
@@ -15,6 +15,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decod
 # Shared with the `self_speculation` section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
+Confidence = Annotated[Fraction, Field(examples=[0.5])]
 
 
 @dataclass
@@ -23,9 +24,11 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts.
-        num_speculations: d, the tokens drafted per round.
+        num_speculations: d, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
+        min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always d
+            tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         drafter: a decoder whose early layers and head draft instead of the model's, such as a quantised copy.
         draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the model's head, or of a
             trained draft's.
@@ -38,12 +41,14 @@ class Speculation:
     num_speculations: int
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: int | None = None
+    min_confidence: float = 0.0
     drafter: LayerSkipDecoder | None = None
     draft_head: DraftHead | None = None
 
     def __post_init__(self) -> None:
         check("num_speculations", self.num_speculations, NumSpeculations)
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
+        check("min_confidence", self.min_confidence, Confidence)
 
     def check(self, model: LayerSkipDecoder) -> None:
         """Raise a ConfigError for settings that do not fit the model."""
