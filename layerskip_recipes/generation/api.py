@@ -52,7 +52,7 @@ def generate(
         max_generated_tokens: maximum number of new tokens per row.
         exit_layer: E. With num_speculations, the exit of the draft; None takes the trained exit or draft of a model
             from `load_model`. Without num_speculations, every token comes from this exit; None uses the whole model.
-        num_speculations: d, the tokens to draft per round; 1 or more.
+        num_speculations: d, the most tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters of draft and verification, see `next_token_probs`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
@@ -62,7 +62,7 @@ def generate(
             With num_speculations, measured times decide where to draft, so one seed may give different tokens.
         compile: compile the steps. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
             filters and each value of top_k need graphs of their own.
-        **speculation: draft_vocabulary, prompt_lookup, drafter, as in `Speculation`.
+        **speculation: draft_vocabulary, prompt_lookup, min_confidence, drafter, as in `Speculation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.

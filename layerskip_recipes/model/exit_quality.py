@@ -18,7 +18,7 @@ from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
 from layerskip_recipes.model.limits import check_batch
 
 ALL = "all"  # name of the draft vocabulary with all tokens
-MIN_CONFIDENCE = 0.5  # where drafts end by default, see `self_speculation.min_confidence`
+MIN_CONFIDENCE = 0.4  # where drafts end by default, see `self_speculation.min_confidence`
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ExitQuality:
     overlap: float  # mean of sum_v min(p_v, q_v): the accept rate of a sampled token at temperature 1
     accepted_length: float | None  # greedily accepted tokens per round of d drafted ones; None without any text
     tokens_per_round: dict[str, dict[str, Any]] = field(repr=False)
-    """By draft vocabulary, a `TokensPerRound` of checkpoint/trained_exits.py for drafts of 1 to d tokens. {} unless there
-    is a text: at least two labels in a row."""
+    """By draft vocabulary, a `TokensPerRound` of checkpoint/trained_exits.py for drafts of 1 to d tokens. {} without a
+    text: at least two labels in a row."""
 
     @property
     def perplexity(self) -> float:

@@ -18,7 +18,7 @@ from layerskip_recipes.benchmark.tuner import Tuner, fitted_costs, grid, measure
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
-from layerskip_recipes.generation.drafting.plan import Costs, StepCost, Way, ranked
+from layerskip_recipes.generation.drafting.plan import Costs, Round, StepCost, Way, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.stats import GenerationStats
 
@@ -67,7 +67,9 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
             for i, r in enumerate(rows):
                 overlap = torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum()
                 accepted[row, i + 1] = overlap
-        assert rates == pytest.approx(tokens_per_round(accepted, accepted, counts, range(1, longest + 1)), abs=1e-5)
+        expected = tokens_per_round(accepted, accepted, counts, range(1, longest + 1))
+        assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
+        assert [d for _, d in rates] == [1, 2, 3, 4]
     assert found[Way(5)][0] > found[Way(1)][0]  # the later exit knows more
 
 
@@ -99,7 +101,7 @@ def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
 
 def test_the_best_few_and_the_grid():
     costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
-    rates = {Way(e, n): [10 - 9 * 0.9**d for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
+    rates = {Way(e, n): [Round(10 - 9 * 0.9**d, d) for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
     predictions = ranked(rates, costs)
     picked = pick(predictions)
     assert picked[0] == predictions[0] and picked[0].way == Way(1, 50) and len(picked) == 4

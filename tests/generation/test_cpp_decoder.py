@@ -278,7 +278,7 @@ def test_every_way_of_drafting_gives_the_models_tokens(variant):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("variant", ["chain", "vocabulary", "drafter"])
+@pytest.mark.parametrize("variant", ["chain", "confident", "vocabulary", "drafter"])
 @pytest.mark.parametrize("family", ["llama3", "gemma"])
 def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch):
     """Its drafts and outputs are those of torch's operations, token by token."""

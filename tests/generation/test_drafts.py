@@ -65,6 +65,28 @@ def test_a_draft_is_the_exits_own_text(vocabulary, penalty):
             assert draft == expected or text is None
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_draft_ends_where_the_exit_is_not_sure(temperature):
+    """After the token at which the product of the exit's largest probabilities is below the limit; a batch when all
+    rows that still run are there."""
+    model, count, least, d = model_of("llama3_2"), 24, 0.02, 5
+    speculation, lengths = Speculation(2, d, min_confidence=least), Counter()
+    for prompts in ([PROMPTS[0]], PROMPTS[:3]):
+        _, rounds = drafts_of(model, prompts, count, speculation, Sampler(temperature, rng=rng(5)))
+        for texts, drafts in rounds:
+            room = count - min(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True) if text)
+            ends = []
+            for text, draft in zip(texts, drafts, strict=True):
+                if text is None:
+                    continue
+                logits = walk(model, torch.tensor([[*text, *draft]]), range(2))[0, len(text) - 1 : -1].double()
+                sure = (logits / (temperature or 1)).softmax(-1).amax(-1).cumprod(0)
+                ends.append(next((k + 1 for k in range(len(draft)) if sure[k] < least), d))
+            assert len(drafts[0]) == min(max(ends), d, room - 1)
+            lengths[len(drafts[0])] += 1
+    assert len(lengths) > 2
+
+
 def test_a_drafter_drafts_in_the_models_place():
     """From exit 1 of a drafter whose attention is the model's, so that what stands in the cache is its own too."""
     model = model_of("llama3_2")

@@ -11,10 +11,10 @@ from helpers.configs import generate_config, make_checkpoint
 from helpers.smollm2 import MODEL
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.checkpoint.trained_exits import TokensPerRound
+from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.chosen import INT8, choose_drafts, compiling_pays
-from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, tokens_per_round
+from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, expected_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
@@ -98,9 +98,37 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
 
 
 def test_acceptance_by_temperature():
-    measured = TokensPerRound(greedy=[1.8, 2.5], sampled=[1.5, 2.0])
-    assert tokens_per_round(measured, 0.0) == [1.8, 2.5] and tokens_per_round(measured, 2.0) == [1.5, 2.0]
-    assert tokens_per_round(measured, 0.8) == pytest.approx([0.2 * 1.8 + 0.8 * 1.5, 0.2 * 2.5 + 0.8 * 2.0])
+    ended = EndedDrafts(greedy=[(1.8, 1.0), (2.3, 1.7)], sampled=[(1.5, 1.0), (1.9, 1.6)])
+    measured = TokensPerRound(greedy=[1.8, 2.5], sampled=[1.5, 2.0], ended=ended)
+    assert expected_rounds(measured, 0.0) == [(1.8, 1), (2.5, 2)] and expected_rounds(measured, 2.0)[1] == (2.0, 2)
+    assert expected_rounds(measured, 0.8)[1] == pytest.approx((0.2 * 2.5 + 0.8 * 2.0, 2))
+    assert expected_rounds(measured, 0.0, True) == [(1.8, 1.0), (2.3, 1.7)]
+    assert expected_rounds(measured, 0.8, True)[1] == pytest.approx((0.2 * 2.3 + 0.8 * 1.9, 0.2 * 1.7 + 0.8 * 1.6))
+
+
+def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp_path):
+    """By the formula of plan.py: up to 8 tokens, of which 4.5 are drafted in the mean. In a batch all rows must end."""
+    greedy, sampled = TASK["2048"]
+    ended = [(n - 0.2, min(d, 0.5 * d + 0.5)) for d, n in enumerate(greedy, 1)]
+    folder = described(tmp_path, {6: {"2048": (greedy, sampled)}})
+    content = json.loads((folder / "layerskip.json").read_text())
+    content["measured"]["exits"]["6"]["2048"]["ended"] = {"greedy": ended, "sampled": ended}
+    (folder / "layerskip.json").write_text(json.dumps(content))
+    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
+    step = (6 * LAYER + 2048 * 576) / 2e10 + 2e-5 + 6 * 5e-6
+
+    def speedup(tokens, drafted):
+        return tokens * plain / (drafted * step + plain * (1 + 0.06 * drafted) + 2e-4)
+
+    found = choose(folder, ends=True)
+    assert found.section.num_speculations == max(range(1, 9), key=lambda d: speedup(*ended[d - 1])) == 8
+    assert found.speedup == pytest.approx(speedup(*ended[7]), rel=1e-6) and "up to 8 drafted tokens" in found.why
+    fixed = choose(folder)
+    assert fixed.speedup == pytest.approx(max(speedup(n, d) for d, n in enumerate(greedy, 1)), rel=1e-6)
+    assert fixed.speedup < found.speedup
+    assert choose(folder, ends=True, given={"min_confidence": 0}).speedup == fixed.speedup
+    in_batch = [choose(folder, ends=ends, batch_rows=2).speedup for ends in (False, True)]
+    assert in_batch[0] == in_batch[1]
 
 
 def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):

@@ -31,6 +31,8 @@ LONG = {"exit_layer": 1, "num_speculations": 3}
         (SHORT | {"draft_vocabulary": torch.tensor([0, 2, 3], dtype=torch.int32)}, T1),
         (SHORT | {"drafter": True}, T1),
         (LONG | {"prompt_lookup": 1}, T1),
+        (LONG | {"min_confidence": 0.2}, {"temperature": 0.8}),
+        (LONG | {"min_confidence": 0.3}, T1 | {"top_k": 3}),
         (
             SHORT | {"draft_vocabulary": [0, 1, 3], "drafter": True},
             {"temperature": 1.1, "top_k": 5, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 0.7},

@@ -46,6 +46,7 @@ def draft_of(model, kind):
 VARIANTS = {
     "chain": {"exit_layer": 2, "num_speculations": 4},
     "one token": {"exit_layer": 1, "num_speculations": 1},
+    "confident": {"exit_layer": 2, "num_speculations": 6, "min_confidence": 0.02},
     "vocabulary": {"exit_layer": 2, "num_speculations": 4, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
     "look-up": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
     "drafter": {"exit_layer": 2, "num_speculations": 4, "drafter": perturbed},

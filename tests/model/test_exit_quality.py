@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.acceptance import tokens_per_round
+from helpers.acceptance import followed_rounds, tokens_per_round
 from helpers.tiny import VOCAB, make_tiny, unembedded
 
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -35,16 +35,23 @@ def counted(batch):
 
 
 def acceptance(final, logits, ids):
-    """[2, b, s], padded to 20 positions: whether the best of some tokens is the last layer's; sum_v min(p_v, q_v)."""
+    """[3, b, s], padded to 20 positions: whether the best of some tokens is the last layer's; sum_v min(p_v, q_v); the
+    largest q_v."""
     agrees = torch.tensor(ids)[logits[..., ids].argmax(-1)] == final.argmax(-1)
-    overlap = torch.minimum(final.softmax(-1)[..., ids], logits[..., ids].softmax(-1)).sum(-1)
-    return F.pad(torch.stack([agrees.to(overlap), overlap]), (0, 20 - final.shape[1]))
+    q = logits[..., ids].softmax(-1)
+    overlap = torch.minimum(final.softmax(-1)[..., ids], q).sum(-1)
+    return F.pad(torch.stack([agrees.to(overlap), overlap, q.max(-1).values]), (0, 20 - final.shape[1]))
 
 
 def check_rates(found, first, later, counts):
-    """Tokens per round of 1 to 8 drafted tokens, greedily and sampled."""
+    """Tokens per round of 1 to 8 drafted tokens, greedily and sampled; and of drafts that end at a confidence of .4."""
+    *first, sure = first
+    *later, sure_later = later
     for kind, a, b in zip(("greedy", "sampled"), first, later, strict=True):
         assert found[kind] == pytest.approx(tokens_per_round(a, b, counts, range(1, 9)), abs=1e-5), kind
+        ended = followed_rounds(a, b, counts, range(1, 9), (sure, sure_later), 0.4)
+        torch.testing.assert_close(torch.tensor(found["ended"][kind]), torch.tensor(ended), atol=1e-5, rtol=0)
+        assert 1 <= ended[-1][1] < 8
 
 
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
@@ -65,7 +72,7 @@ def test_acceptance_by_draft_vocabulary(family, float64):
                 accepted = torch.cat([acceptance(*pair, ids) for pair in pairs], 1)
                 check_rates(found[e].tokens_per_round[name], accepted, accepted, counts)
                 if name == "all":
-                    means = accepted[:, counts].mean(-1).tolist()
+                    means = accepted[:2, counts].mean(-1).tolist()
                     assert [found[e].agreement, found[e].overlap] == pytest.approx(means, abs=1e-6)
             assert found[e].accepted_length == found[e].tokens_per_round["all"]["greedy"][-1] - 1
     assert list(found[6].tokens_per_round) == ["all"] and found[6].overlap == pytest.approx(1)

@@ -32,7 +32,6 @@ from layerskip_recipes.generation.drafting.plan import (
     expected_rounds,
     known_ways,
     ranked,
-    shortest,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -123,13 +122,14 @@ def choose_drafts(
     if "draft_quantizer" in given:
         precisions = [section.draft_quantizer is not None]
     lengths = [section.num_speculations] if "num_speculations" in given else None
-    best = shortest(ranked(with_int8(rates, precisions), costs, lengths))
+    best = ranked(with_int8(rates, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
         f"{best.way}, {'up to ' if ends else ''}{best.num_speculations} drafted tokens per round; expected speed-up "
-        f"{best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs {best.round_s / costs.plain:.2f} plain steps; "
-        f"acceptance {'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
+        f"{best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
+        f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
+        f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
     asked_for = section.draft is not None or section.exit_layer is not None
     if best.speedup < LEAST_GAIN and not asked_for:

@@ -23,7 +23,6 @@ from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, TrainedEx
 _ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
 ASSUMED = TokensPerRound(greedy=_ASSUMED, sampled=_ASSUMED)
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
-ABOUT_EQUAL = 0.98  # of two predictions, as shares of the best: then the shorter draft is chosen
 
 
 class Round(NamedTuple):
@@ -161,12 +160,6 @@ def ranked(
             seconds = costs.round_s(way, drafted)
             found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
-
-
-def shortest(predictions: Sequence[Prediction]) -> Prediction:
-    """The shortest draft of those about as fast as the first one: it loses least if fewer tokens are accepted."""
-    equal = [p for p in predictions if p.speedup >= ABOUT_EQUAL * predictions[0].speedup]
-    return min(equal, key=lambda p: (p.num_speculations, -p.speedup))
 
 
 def known_ways(

@@ -15,7 +15,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decod
 # Shared with the `self_speculation` section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
-Confidence = Annotated[Fraction, Field(examples=[0.5])]
+Confidence = Annotated[Fraction, Field(examples=[0.4])]
 
 
 @dataclass
