@@ -304,7 +304,8 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
         context.load_cpp()
         at = torch.full((2, 1), 8)
         alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        _, hidden, _ = context.cpp.draft(text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature)
+        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature, torch.ones(2), 0.0)
+        _, hidden, _ = context.cpp.draft(*arguments)
     assert torch.equal(hidden, alone)
 
 
