@@ -116,8 +116,8 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def confidence(scores: torch.Tensor, greedy: bool) -> torch.Tensor:
     """The probability of the draft's likeliest token, [b, v'] -> [b]; the product over a draft is its confidence.
 
-    An exit that was trained on labels is about right in it: the token is accepted with this probability. A draft may
-    end wherever past tokens and distributions say so without any effect on the output's distribution.
+    An exit that was trained on labels is about right: the token is accepted with this probability. Where a draft ends
+    may depend on its tokens and distributions so far, without an effect on the output's distribution.
     """
     return (scores.softmax(-1) if greedy else scores).amax(-1)
 

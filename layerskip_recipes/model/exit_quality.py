@@ -77,11 +77,12 @@ def expected_rounds(
     if sure is not None:
         drafts[..., 1:] = products(*sure)[..., :-1] >= MIN_CONFIDENCE
     within = torch.ones(longest, longest, dtype=torch.float64).triu()  # [k, d]: k <= d
-    reach = (reach * drafts)[..., None] * within  # [.., s, k, d]
+    reach = (reach * drafts)[..., None, None]
     counts = torch.stack([torch.ones_like(drafts), drafts @ within], -2)  # [.., s, 2, d]: 1 and l(i)
-    more = reach.new_zeros(*reach.shape[:-3], reach.shape[-3] + longest, 2, longest)  # G(i) of both, for each d
-    for i in reversed(range(reach.shape[-3])):
-        fewer = (reach[..., i, :, None, :] * more[..., i + 1 : i + 1 + longest, :, :]).sum(-3)
+    *batch, length, _, _ = counts.shape
+    more = counts.new_zeros(*batch, length + longest, 2, longest)  # G(i) of both, for each d
+    for i in reversed(range(length)):
+        fewer = (reach[..., i, :, :, :] * within[:, None] * more[..., i + 1 : i + 1 + longest, :, :]).sum(-3)
         more[..., i, :, :] = torch.where(text[..., i, None, None], counts[..., i, :, :] - fewer, 0.0)
     rounds, drafted = more.sum(-3).unbind(-2)
     return rounds, drafted
