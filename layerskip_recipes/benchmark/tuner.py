@@ -7,6 +7,7 @@
 5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
 """
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,14 +35,14 @@ from layerskip_recipes.generation.drafting.plan import (
     Round,
     StepCost,
     Way,
-    expected_rounds,
     ranked,
+    rates_of,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.exit_quality import ALL, exit_quality
+from layerskip_recipes.model.exit_quality import ALL, MIN_CONFIDENCE, exit_quality
 
 GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
@@ -71,7 +72,8 @@ class Candidate:
         parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
         if way.vocabulary is not None and way.own_layers is None:
             parts.append(f"vocabulary{way.vocabulary}")
-        return "_".join([*parts, *(["int8"] if way.int8 else []), *(["lookup"] if self.section.prompt_lookup else [])])
+        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.section.prompt_lookup}
+        return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
 def measured_rates(
@@ -81,10 +83,9 @@ def measured_rates(
     sizes: Sequence[int],
     temperature: float,
     longest: int = LONGEST_DRAFT,
-    ended: bool = False,
-) -> dict[Way, list[Round]]:
-    """The rounds of drafts of at most 1 to `longest` tokens, which may end at low confidence, for each exit and draft
-    vocabulary.
+    endings: Sequence[bool] = (False,),
+) -> dict[Way, Sequence[Round]]:
+    """The rounds of drafts of at most 1 to `longest` tokens, for each exit, draft vocabulary and end.
 
     One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
     `vocabulary`, for n in `sizes`.
@@ -99,11 +100,12 @@ def measured_rates(
     exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
     options: dict[str, Any] = {"num_speculations": longest, "vocabulary": vocabulary, "sizes": sizes}
     quality = exit_quality(model, batches, exits, device, **options)
-    return {
-        Way(e, None if name == ALL else int(name)): expected_rounds(TokensPerRound(**rates), temperature, ended)
+    ways = {
+        Way(e, None if name == ALL else int(name)): TokensPerRound(**rates)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
+    return rates_of(ways, temperature, endings)
 
 
 def fitted_costs(
@@ -160,6 +162,7 @@ class Tuner:
         self.stored = bool(stored)
         self.frequent = list(stored or [token for token, _ in counted.most_common()])
         self.device = self.model.tok_embeddings.weight.device
+        self.endings = [False, True] if self.device.type == "cpu" and self.rows == 1 else [False]
 
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name; prints the predictions."""
@@ -175,8 +178,7 @@ class Tuner:
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            ended = self.device.type == "cpu" and self.rows == 1
-            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature, ended=ended)
+            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature, endings=self.endings)
             rates = with_int8(found, precisions)
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
@@ -197,6 +199,7 @@ class Tuner:
         way, num_tokens = prediction.way, prediction.way.vocabulary
         keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, "prompt_lookup": lookup}
         keys["draft_quantizer"] = INT8 if way.int8 else None
+        keys["min_confidence"] = MIN_CONFIDENCE if way.ends else 0.0
         if way.own_layers is not None:
             assert self.cfg.tuned_draft is not None
             written = self.cfg.tuned_draft.model_copy(update=keys)
@@ -217,7 +220,7 @@ class Tuner:
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
         section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
-        method = section.model_copy(update={"min_confidence": 0.0}).build(self.model)
+        method = section.build(self.model)
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         stats = sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
         if not stats.draft_steps:
@@ -227,15 +230,18 @@ class Tuner:
     def _trained_draft(
         self, draft: SelfSpeculation, precisions: Sequence[bool]
     ) -> tuple[dict[Way, Sequence[Round]], dict[tuple[Way, int], GenerationStats]]:
-        """Rounds and times of a trained draft, from probes with drafts of 8 tokens."""
+        """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
         rates, timed = dict[Way, Sequence[Round]](), {}
-        for int8 in precisions:
-            way = Way(0, None, int8, own_layers=draft.own_layers())
-            stats = timed[way, 8] = self._probe(way, 8)
+        for int8, ends in itertools.product(precisions, self.endings):
+            way = Way(0, None, int8, own_layers=draft.own_layers(), ends=ends)
+            stats = self._probe(way, 8)
+            if not ends:
+                timed[way, 8] = stats
             rounds = sum(stats.rounds_accepting.values())
             # The tokens that the same rounds would have written with shorter drafts.
             written = [sum(n * min(k, d) for k, n in stats.rounds_accepting.items()) for d in range(1, 9)]
-            rates[way] = [Round(1 + accepted / rounds, d) for d, accepted in enumerate(written, 1)]
+            drafted = [min(d, stats.drafted / rounds) for d in range(1, 9)]
+            rates[way] = [Round(1 + accepted / rounds, m) for accepted, m in zip(written, drafted, strict=True)]
         return rates, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:

@@ -15,7 +15,6 @@ from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.hf_decoder import hf_decoder
 from layerskip_recipes.model.hf_folder import model_folder
 
@@ -78,7 +77,7 @@ def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[
     if draft is not None:
         trained = read_draft(str(model_folder(draft, "draft")), model, "draft")
         arguments: dict[str, Any] = {"exit_layer": trained.exit_layer, "draft_vocabulary": trained.vocabulary}
-        return arguments | {"drafter": trained.decoder(model), "min_confidence": MIN_CONFIDENCE}
+        return arguments | {"drafter": trained.decoder(model)}
     described = read_trained_exits(folder)
     exit_layer = exit_that_drafts((described and described.exits) or [], model.num_layers)
-    return {} if exit_layer is None else {"exit_layer": exit_layer, "min_confidence": MIN_CONFIDENCE}
+    return {} if exit_layer is None else {"exit_layer": exit_layer}

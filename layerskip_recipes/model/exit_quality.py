@@ -18,7 +18,7 @@ from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
 from layerskip_recipes.model.limits import check_batch
 
 ALL = "all"  # name of the draft vocabulary with all tokens
-MIN_CONFIDENCE = 0.4  # where drafts end by default, see `self_speculation.min_confidence`
+MIN_CONFIDENCE = 0.4  # the `self_speculation.min_confidence` that is measured and chosen
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,28 @@ def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp
         return tokens * plain / (drafted * step + plain * (1 + 0.06 * drafted) + 2e-4)
 
     found = choose(folder, ends=True)
+    assert found.section.min_confidence == 0.4
     assert found.section.num_speculations == max(range(1, 9), key=lambda d: speedup(*ended[d - 1])) == 8
     assert found.speedup == pytest.approx(speedup(*ended[7]), rel=1e-6) and "up to 8 drafted tokens" in found.why
     fixed = choose(folder)
     assert fixed.speedup == pytest.approx(max(speedup(n, d) for d, n in enumerate(greedy, 1)), rel=1e-6)
     assert fixed.speedup < found.speedup
     assert choose(folder, ends=True, given={"min_confidence": 0}).speedup == fixed.speedup
-    in_batch = [choose(folder, ends=ends, batch_rows=2).speedup for ends in (False, True)]
-    assert in_batch[0] == in_batch[1]
+    in_batch = [choose(folder, ends=ends, batch_rows=2) for ends in (False, True)]
+    assert in_batch[0] == in_batch[1] and in_batch[1].section.min_confidence == 0
+
+
+def test_drafts_do_not_end_early_where_the_exit_agrees_without_being_sure(tmp_path):
+    """Then ended drafts would write too few tokens. Who asks for an end gets it."""
+    folder = described(tmp_path, {6: TASK})
+    content = json.loads((folder / "layerskip.json").read_text())
+    for rates in content["measured"]["exits"]["6"].values():
+        rates["ended"] = {key: [(1.8, 1.0), *[(2.0, 1.2)] * 7] for key in ("greedy", "sampled")}
+    (folder / "layerskip.json").write_text(json.dumps(content))
+    found, fixed = choose(folder, ends=True), choose(folder)
+    assert found == fixed and found.section.min_confidence == 0
+    asked = choose(folder, ends=True, given={"min_confidence": 0.6})
+    assert asked.section.min_confidence == 0.6 and asked.speedup < found.speedup
 
 
 def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):

@@ -29,12 +29,13 @@ from layerskip_recipes.generation.drafting.plan import (
     Prediction,
     Way,
     estimated_costs,
-    expected_rounds,
     known_ways,
     ranked,
+    rates_of,
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
 
 
@@ -52,7 +53,7 @@ class Choice:
         return self.step_s / max(self.speedup, 1.0)
 
 
-CHOSEN = ("exit_layer", "num_speculations", "draft_vocabulary", "draft_quantizer", "prompt_lookup")
+CHOSEN = ("exit_layer", "num_speculations", "min_confidence", "draft_vocabulary", "draft_quantizer", "prompt_lookup")
 LOOKUP = 3  # tokens of prompt look-up
 INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
@@ -113,11 +114,13 @@ def choose_drafts(
     if not ways:
         return _without_exit(section, _untrained(folder, trained, costs.num_layers, key), costs)
 
-    # Rank the vocabularies, precisions and lengths that the user left open.
+    # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
-    ends = ends and costs.batch_rows == 1 and section.min_confidence > 0
-    rates = {way: expected_rounds(measured, temperature, ends) for way, measured in ways.items()}
+    endings = [False, True] if ends and costs.batch_rows == 1 else [False]
+    if "min_confidence" in given and len(endings) > 1:
+        endings = [section.min_confidence > 0]
+    rates = rates_of(ways, temperature, endings)
     precisions = [False, True] if int8 else [False]
     if "draft_quantizer" in given:
         precisions = [section.draft_quantizer is not None]
@@ -126,8 +129,8 @@ def choose_drafts(
 
     # Draft if it should pay, or if the user asked for it.
     said = (
-        f"{best.way}, {'up to ' if ends else ''}{best.num_speculations} drafted tokens per round; expected speed-up "
-        f"{best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
+        f"{best.way}, {'up to ' if best.way.ends else ''}{best.num_speculations} drafted tokens per round; expected "
+        f"speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
         f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
         f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
@@ -167,6 +170,7 @@ def with_choice(
     chosen: dict[str, Any] = {
         "exit_layer": best.way.exit_layer,
         "num_speculations": best.num_speculations,
+        "min_confidence": MIN_CONFIDENCE if best.way.ends else 0.0,
         "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
         "draft_quantizer": INT8 if best.way.int8 else None,
         "prompt_lookup": lookup,

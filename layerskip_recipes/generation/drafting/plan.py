@@ -39,6 +39,7 @@ class Way(NamedTuple):
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
     own_layers: int | None = None  # a trained draft's layers, which run after the model's first `exit_layer` layers
+    ends: bool = False  # at low confidence, see `self_speculation.min_confidence`
 
     @property
     def kept_layers(self) -> int:
@@ -145,6 +146,17 @@ def expected_rounds(measured: TokensPerRound, temperature: float, ended: bool = 
         both = zip(*([*zip(n, count(1), strict=False)] for n in (measured.greedy, measured.sampled)), strict=True)
     w = min(temperature, 1.0)
     return [Round(*((1 - w) * n + w * m for n, m in zip(*pair, strict=True))) for pair in both]
+
+
+def rates_of(
+    ways: Mapping[Way, TokensPerRound], temperature: float, endings: Sequence[bool]
+) -> dict[Way, Sequence[Round]]:
+    """The rounds of each way without and with an end at low confidence, as in `endings`."""
+    return {
+        way._replace(ends=ends): expected_rounds(measured, temperature, ends)
+        for way, measured in ways.items()
+        for ends in endings
+    }
 
 
 def ranked(
