@@ -71,6 +71,11 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
         assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
         assert [d for _, d in rates] == [1, 2, 3, 4]
     assert found[Way(5)][0] > found[Way(1)][0]  # the later exit knows more
+    both = measured_rates(model, texts, some, [len(some)], temperature, longest, endings=[False, True])
+    assert {way: rates for way, rates in both.items() if not way.ends} == found
+    for way, rates in found.items():
+        for (tokens, drafted), ended in zip(rates, both[way._replace(ends=True)], strict=True):
+            assert 1 <= ended.drafted <= drafted and 1 <= ended.tokens <= tokens
 
 
 def test_costs_are_found_from_probes():

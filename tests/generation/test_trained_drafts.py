@@ -242,8 +242,11 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     )  # fmt: skip
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
-    lengths = [candidate.section.num_speculations for candidate in recipe.candidates.values()]
-    assert len(lengths) >= 2 and all(c.section.draft == "adapter" for c in recipe.candidates.values())
+    tried = [candidate.section for candidate in recipe.candidates.values()]
+    longest = max(tried, key=lambda section: section.num_speculations)
+    assert len({section.num_speculations for section in tried}) >= 2 and all(
+        c.section.draft == "adapter" for c in recipe.candidates.values()
+    )
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)
@@ -253,8 +256,8 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     monkeypatch.setattr(recipe.turns, "decode", timed)
     recipe.benchmark()
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
-    expected = {"draft": str(folders / "adapter"), "num_speculations": max(lengths), "prompt_lookup": None}
-    assert cfg.self_speculation == SelfSpeculation(**expected)
+    expected = {"draft": str(folders / "adapter"), "num_speculations": longest.num_speculations, "prompt_lookup": None}
+    assert cfg.self_speculation == SelfSpeculation(**expected, min_confidence=longest.min_confidence)
 
 
 def test_mistakes(folders, tmp_path, tokenizer_folder):
