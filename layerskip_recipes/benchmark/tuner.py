@@ -1,9 +1,10 @@
 """`layerskip_benchmark tune=true` finds the fastest way of drafting on this machine.
 
 1. Decode the prompts autoregressively.
-2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary.
+2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, with
+   drafts of a fixed length and with drafts that end at low confidence.
 3. Time a few short probes: they give the cost of the parts of a round.
-4. Predict the speed of every exit, draft length, draft vocabulary and draft precision with plan.py.
+4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with plan.py.
 5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
 """
 

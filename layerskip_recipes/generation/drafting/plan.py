@@ -1,5 +1,5 @@
 """Predicts the fastest way of drafting: expected tokens divided by seconds per round, for each exit, draft length,
-draft vocabulary and precision.
+draft vocabulary, end and precision.
 
     speed-up = n t / (d c + v + o)
 
