@@ -121,8 +121,8 @@ def estimated_costs(
     machine = MACHINES[gpu, compiled]
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     rows, width = model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim
-    # Verifying several batch rows takes several passes over the weights, which costs half as much again per token.
-    further_row = machine.further_row * (1 if batch_rows == 1 else 1.5)
+    # Verifying several batch rows takes several passes over the weights, and costs 1.5 to 2.5 times as much per token.
+    further_row = machine.further_row * (1 if batch_rows == 1 else 2)
     batch = 1 + further_row * (batch_rows - 1)
 
     def cost(itemsize: int) -> StepCost:
