@@ -50,14 +50,14 @@ def expected_rounds(
     later: torch.Tensor,
     text: torch.Tensor,
     longest: int,
-    sure: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sure: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The expected numbers of rounds and of drafted tokens that write the texts [..], for drafts of at most 1 to d =
     `longest` tokens: [.., d] each.
 
     first, later [.., s]: the probability that a token is accepted as the first of a draft, or as a later one. text
-    [.., s]: True for tokens of a text; other tokens separate texts. With `sure`, the same two of `sampling.confidence`,
-    a draft ends where their product is below MIN_CONFIDENCE.
+    [.., s]: True for tokens of a text; other tokens separate texts. `sure`: the same two of `sampling.confidence`; a
+    draft ends where their product is below MIN_CONFIDENCE, and never with ones.
 
     A round at token i drafts l(i) tokens, and accepts at least k <= l(i) of them with probability S_k(i) = first_i
     later_(i+1) .. later_(i+k-1). So the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) +
@@ -72,10 +72,9 @@ def expected_rounds(
         values[..., 0] = first
         return values.cumprod(-1)
 
-    reach = products(first, later)  # S_k(i)
-    drafts = torch.ones_like(reach)  # whether a draft at token i has a k-th token
-    if sure is not None:
-        drafts[..., 1:] = products(*sure)[..., :-1] >= MIN_CONFIDENCE
+    # Whether a draft at token i has a k-th token, and S_k(i).
+    drafts = (F.pad(products(*sure)[..., :-1], (1, 0), value=1.0) >= MIN_CONFIDENCE).double()
+    drafts, reach = torch.broadcast_tensors(drafts, products(first, later))
     within = torch.ones(longest, longest, dtype=torch.float64).triu()  # [k, d]: k <= d
     reach = (reach * drafts)[..., None, None]
     counts = torch.stack([torch.ones_like(drafts), drafts @ within], -2)  # [.., s, 2, d]: 1 and l(i)
@@ -258,11 +257,12 @@ class _Batch:
         # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
         text = (self.counts & F.pad(self.counts[:, :-1], (1, 0))).cpu()
         both = self._by_position(drafted).cpu()
-        (first, later), (sure, sure_later) = both[:, :, :2], both[:, :, 2:]
-        rounds, _ = expected_rounds(first, later, text, self.sums.num_speculations)
-        ended = expected_rounds(first, later, text, self.sums.num_speculations, (sure, sure_later))
+        first, later = both[:, :, :2]
+        # Drafts of a fixed length, as if the draft were always sure, and drafts that end.
+        sure, sure_later = (torch.stack([torch.ones_like(x), x]) for x in both[:, :, 2:])
+        rounds, counts = expected_rounds(first, later, text, self.sums.num_speculations, (sure, sure_later))
         self.sums.drafts[:, :, 0] += drafted[0, :, :2].sum(-1)
-        self.sums.drafts[:, :, 1:] += torch.cat([rounds, *ended], -1).sum(-2).to(self.sums.drafts)
+        self.sums.drafts[:, :, 1:] += torch.cat([*rounds, counts[1]], -1).sum(-2).to(self.sums.drafts)
         self.sums.tokens += text.sum()
 
     def _by_position(self, values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.chosen import INT8, choose_drafts, compiling_pays
-from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, expected_rounds
+from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
@@ -100,10 +100,10 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
 def test_acceptance_by_temperature():
     ended = EndedDrafts(greedy=[(1.8, 1.0), (2.3, 1.7)], sampled=[(1.5, 1.0), (1.9, 1.6)])
     measured = TokensPerRound(greedy=[1.8, 2.5], sampled=[1.5, 2.0], ended=ended)
-    assert expected_rounds(measured, 0.0) == [(1.8, 1), (2.5, 2)] and expected_rounds(measured, 2.0)[1] == (2.0, 2)
-    assert expected_rounds(measured, 0.8)[1] == pytest.approx((0.2 * 2.5 + 0.8 * 2.0, 2))
-    assert expected_rounds(measured, 0.0, True) == [(1.8, 1.0), (2.3, 1.7)]
-    assert expected_rounds(measured, 0.8, True)[1] == pytest.approx((0.2 * 2.3 + 0.8 * 1.9, 0.2 * 1.7 + 0.8 * 1.6))
+    assert measured_rounds(measured, 0.0) == [(1.8, 1), (2.5, 2)] and measured_rounds(measured, 2.0)[1] == (2.0, 2)
+    assert measured_rounds(measured, 0.8)[1] == pytest.approx((0.2 * 2.5 + 0.8 * 2.0, 2))
+    assert measured_rounds(measured, 0.0, True) == [(1.8, 1.0), (2.3, 1.7)]
+    assert measured_rounds(measured, 0.8, True)[1] == pytest.approx((0.2 * 2.3 + 0.8 * 1.9, 0.2 * 1.7 + 0.8 * 1.6))
 
 
 def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp_path):

@@ -56,23 +56,22 @@ class ChainDrafter(Drafter):
             return DraftedTokens(CHAIN, slots, now.last[:, None])
         self._catch_up(now)
         noise = context.draft_noise(depth)
+        running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
         plain = self.last_state is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.draft is not None:
-            running, least = torch.tensor(now.finished).logical_not().float(), self.min_confidence
             arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            draft = DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments, running, least))
+            draft = DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments, running, self.min_confidence))
         else:
-            draft = self._token_by_token(now, depth, slots, noise)
+            draft = self._token_by_token(now, depth, slots, noise, running)
         draft.slots = slots[: now.last_slot + draft.length + 1]
         return draft
 
     def _token_by_token(
-        self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None
+        self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None, confident: torch.Tensor
     ) -> DraftedTokens:
         context, seen, state = self.context, now.seen, self.last_state
         tokens, hidden, q = [now.last], [], []
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
-        confident = torch.tensor(now.finished).logical_not().float()  # [b]; read only on a CPU
         for i in range(depth):
             noise_i = None if noise is None else noise[:, i].contiguous()
             results = step(slots, tokens[-1], now.start + i, noise_i, seen, state)

@@ -11,7 +11,6 @@ weights' bytes. The tuner measures both.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -135,17 +134,17 @@ def estimated_costs(
     return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows)
 
 
-def expected_rounds(measured: TokensPerRound, temperature: float, ended: bool = False) -> list[Round]:
+def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = False) -> list[Round]:
     """The measured rounds of drafts of at most 1, 2, .. tokens, linear between temperatures 0 and 1.
 
-    `ended`: drafts end at low confidence.
+    `ends`: drafts end at low confidence, if this was measured.
     """
-    if ended and measured.ended is not None:
-        both = zip(measured.ended.greedy, measured.ended.sampled, strict=True)
+    if ends and measured.ended is not None:
+        greedy, sampled = measured.ended.greedy, measured.ended.sampled
     else:
-        both = zip(*([*zip(n, count(1), strict=False)] for n in (measured.greedy, measured.sampled)), strict=True)
+        greedy, sampled = ([(n, float(d)) for d, n in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
     w = min(temperature, 1.0)
-    return [Round(*((1 - w) * n + w * m for n, m in zip(*pair, strict=True))) for pair in both]
+    return [Round((1 - w) * n + w * m, (1 - w) * d + w * e) for (n, d), (m, e) in zip(greedy, sampled, strict=True)]
 
 
 def rates_of(
@@ -153,7 +152,7 @@ def rates_of(
 ) -> dict[Way, Sequence[Round]]:
     """The rounds of each way without and with an end at low confidence, as in `endings`."""
     return {
-        way._replace(ends=ends): expected_rounds(measured, temperature, ends)
+        way._replace(ends=ends): measured_rounds(measured, temperature, ends)
         for way, measured in ways.items()
         for ends in endings
     }
@@ -166,10 +165,8 @@ def ranked(
     found = []
     for way, rounds in rates.items():
         for d in range(1, len(rounds) + 1) if lengths is None else lengths:
-            tokens, drafted = rounds[min(d, len(rounds)) - 1]
-            if d > len(rounds) == drafted:  # longer drafts than measured: at least as many tokens
-                drafted = d
-            seconds = costs.round_s(way, drafted)
+            tokens, drafted = rounds[min(d, len(rounds)) - 1]  # longer drafts than measured: at least as many tokens
+            seconds = costs.round_s(way, drafted if way.ends else d)
             found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
