@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, described_folder
+from layerskip_recipes.checkpoint.drafts import own_draft
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.schema import Flag, Picture, PositiveInt, Section, Text
@@ -156,9 +157,12 @@ class BenchmarkConfig(DecodingConfig):
 
     @property
     def tuned_draft(self) -> SelfSpeculation | None:
-        """The section of a trained draft whose length and precision `tune` chooses."""
-        given = self.self_speculation
-        return given if self.tune and given is not None and given.draft is not None else None
+        """The section of the trained draft, given or the model's own, whose length and precision `tune` chooses."""
+        if not self.tune:
+            return None
+        given = self.self_speculation or SelfSpeculation()
+        draft = given.draft or own_draft(described_folder(self.checkpointer), self.checkpointer.target)
+        return None if draft is None else given.model_copy(update={"draft": draft})
 
     def key_of(self, variant: str) -> str:
         return f"variants.{variant}" if self.variants else "self_speculation"
@@ -185,8 +189,8 @@ class BenchmarkConfig(DecodingConfig):
                 yield from mistakes_of(variant.check_against, model, key, self.quantizer)
             else:
                 yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
-        if self.tuned_draft is not None:
-            yield from mistakes_of(self.tuned_draft.check_against, model)
+        if self.tune and self.self_speculation is not None:
+            yield from mistakes_of(self.self_speculation.check_against, model)
         if self.random_weights:
             for key in ("peers", "metrics", "tune", "stop_strings"):
                 if value := getattr(self, key):

@@ -25,6 +25,8 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
 
 DRAFT_FILE = "draft.safetensors"
+DRAFT = "draft"  # in a model's folder, the folder of a draft that was trained beside it
+BESIDE = ".."  # the folder of its base
 FORMAT = 3
 BY_NAME: dict[str, Any] = {checkpointer.__name__: checkpointer for checkpointer in CHECKPOINTERS}
 
@@ -33,7 +35,7 @@ class Base(Section):
     """The model that a draft was trained for. Users download this file with weights, so it must not name code."""
 
     folder: Text
-    """A local folder, or a name on the hub."""
+    """A local folder, or a name on the hub. BESIDE: the model's folder has the draft's folder."""
     hash: Text
     """See `weights_hash`."""
     checkpointer: Literal[tuple(BY_NAME)] = "HFCheckpointer"  # type: ignore[valid-type]
@@ -71,9 +73,8 @@ def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> di
     folder = section.get("path") if reads_hf_folder(section) else section.get("checkpoint_dir")
     if Path(folder).is_dir():  # still valid from another working directory, and once a run there has gone on
         folder = str((weights_folder(section) or Path(folder)).absolute())
-    target: Any = section.target
     base = {"folder": folder, "hash": weights_hash(weights)}
-    base["checkpointer"] = next(name for name, known in BY_NAME.items() if issubclass(target, known))
+    base["checkpointer"] = _name_of(section.target)
     if not reads_hf_folder(section):
         base |= {"files": checkpoint_files(section), "model_type": section.get("model_type")}
     return base
@@ -92,6 +93,20 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
     write_description(folder, description)
 
 
+def own_draft(model: Path | None, reader: Any = None) -> str | None:
+    """The folder of the draft that was trained beside the model of a folder, if any; None too if the `reader`, a
+    checkpointer class, does not read the model as in training."""
+    if model is None or not (model / DRAFT / DRAFT_FILE).is_file():
+        return None
+    folder = str(model / DRAFT)
+    same = reader is None or _name_of(reader) == read_description(folder, DRAFT).base.checkpointer
+    return folder if same else None
+
+
+def _name_of(checkpointer: Any) -> str:
+    return next(name for name, known in BY_NAME.items() if issubclass(checkpointer, known))
+
+
 def read_description(folder: str, key: str) -> DraftDescription:
     """Read a draft's layerskip.json; errors name `key`."""
     path = Path(folder)
@@ -100,7 +115,11 @@ def read_description(folder: str, key: str) -> DraftDescription:
             f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a draft "
             "training, such as its epoch_0"
         )
-    return DraftDescription.parse(read_json(path / DESCRIPTION, key), str(path / DESCRIPTION))
+    described = DraftDescription.parse(read_json(path / DESCRIPTION, key), str(path / DESCRIPTION))
+    if described.base.folder != BESIDE:
+        return described
+    base = described.base.model_copy(update={"folder": str(path.absolute().parent)})
+    return described.model_copy(update={"base": base})
 
 
 def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:

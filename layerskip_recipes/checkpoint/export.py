@@ -18,7 +18,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torchtune import training
 
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -44,11 +44,13 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
 
-    0 is the trained exit, which layerskip.json names.
+    0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model.
     """
     source, target = Path(checkpoint), Path(out)
     if (source / DRAFT_FILE).exists():
         return _export_trained(checkpoint, out, exit_layer, draft)
+    if draft == 0 and exit_layer is None and (own := own_draft(source)):
+        return _export_trained(own, out, exit_layer, draft)
     # Check the arguments and the checkpoint.
     config = read_json(source / "config.json", "export")
     config.pop("auto_map", None)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torchtune import training
 
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, read_description, read_draft
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts, read_trained_exits
 from layerskip_recipes.config.choices import best_device
@@ -35,7 +35,7 @@ def load_model(
     Args:
         path: a run of layerskip_finetune (loads its newest checkpoint), a checkpoint, a Hugging Face folder, or a name
             on the hub. A trained draft also loads the model that it was trained for.
-        draft: a run or a checkpoint with a draft trained for this model.
+        draft: a run or a checkpoint with a draft trained for this model; None takes one that was trained beside it.
         device: such as "cpu" or "cuda:1"; None chooses the best device.
         dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
 
@@ -58,6 +58,7 @@ def load_model(
                 "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
             )
         draft, folder = str(folder), model_folder(base.folder)
+    draft = draft or own_draft(folder, HFCheckpointer)
     torch_device = torch.device(device or best_device())
     dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16

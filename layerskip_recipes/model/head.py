@@ -44,8 +44,8 @@ class Head:
         ]
         self.parameters = [gather_parameter(module._parameters[name]) for module, name in self._places]
 
-    def cut(self, vocabulary: torch.Tensor) -> "Head":
-        """A frozen copy of this head with only the rows of the tokens `vocabulary` [v']."""
+    def cut(self, vocabulary: torch.Tensor | slice) -> "Head":
+        """A frozen head with only the rows of the tokens `vocabulary` [v']: a copy, or a view for a slice."""
         places = zip(self._places, self.parameters, strict=True)
         output = linear_of_rows({name: value for (module, name), value in places if module is self.output}, vocabulary)
         return Head(SimpleNamespace(output=output, norm=self.norm, logit_cap=self.cap))

@@ -13,7 +13,7 @@ from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.run_folder import newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
-DOWNLOADED = ["*.json", "model*.safetensors", "*.jinja", "*.model"]
+DOWNLOADED = ["*.json", "model*.safetensors", "draft/*.safetensors", "*.jinja", "*.model"]
 
 
 def model_folder(path: str, key: str = "path") -> Path:

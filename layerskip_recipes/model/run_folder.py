@@ -17,8 +17,8 @@ SIZED = (".safetensors", ".pt", ".bin", ".distcp")
 
 def mark_complete(checkpoint: Path, time: float) -> None:
     """Record when a checkpoint was written, and flush all of it to the disk."""
-    files = [file for file in checkpoint.iterdir() if file.suffix in SIZED or file.name == ".metadata"]
-    sizes = {file.name: file.stat().st_size for file in files}
+    files = [file for file in checkpoint.rglob("*") if file.suffix in SIZED or file.name == ".metadata"]
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
     (checkpoint / WRITTEN).write_text(json.dumps({"time": time, "sizes": sizes}))
     for file in checkpoint.rglob("*"):
         sync(file)
@@ -76,8 +76,8 @@ def damage(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-        for file in sorted(checkpoint.iterdir()):
-            name = file.name
+        for file in sorted(checkpoint.rglob("*")):
+            name = str(file.relative_to(checkpoint))
             _open(file)
     except FileNotFoundError:
         return f"{name} is missing"

@@ -32,7 +32,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, describe_base, write_draft
+from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -91,8 +91,11 @@ class Checkpoints:
         self.keep = cfg.keep_last_n_checkpoints
         self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        self.trained_file = DRAFT_FILE if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
-        whole = self.resumed_from if not (self.trained_file or self.sharded) else None
+        # What is read from the checkpoint of a stopped run, besides a model that is trained as a whole.
+        draft_file = DRAFT_FILE if cfg.draft is None or not cfg.draft.finetune_model else f"{DRAFT}/{DRAFT_FILE}"
+        self.trained_file = draft_file if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
+        keeps_model = self.trained_file in (DRAFT_FILE, ADAPTER_FILE)
+        whole = self.resumed_from if not (keeps_model or self.sharded) else None
         section = cfg.checkpointer
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
@@ -133,7 +136,7 @@ class Checkpoints:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
         if self.trained_file and self.resumed_from is not None and not self.sharded:
-            read = load_file if self.trained_file == DRAFT_FILE else partial(torch.load, weights_only=True)
+            read = partial(torch.load, weights_only=True) if self.trained_file == ADAPTER_FILE else load_file
             trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}
         return weights, trained
 
@@ -147,13 +150,19 @@ class Checkpoints:
         """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0. If killed, earlier checkpoints stay intact.
 
         `contents` comes from `checkpoint_contents`, `state` is for a resumed run, `description` goes to layerskip.json.
+        A draft that is trained beside the model comes as contents[DRAFT] and description[DRAFT].
         """
         self.finish()
         self._clear()
+        model, described = dict(contents), dict(description)
+        draft, of_draft = model.pop(DRAFT, None), described.pop(DRAFT, None)
         if self.trained_file == DRAFT_FILE:
-            write_draft(self.staging / name, contents[training.MODEL_KEY], description)
+            write_draft(self.staging / name, model[training.MODEL_KEY], described)
         else:
-            self._write_model(name, contents, description)
+            self._write_model(name, model, described)
+        if draft is not None:
+            base = describe_base(_resumed_section(self._section, self.staging / name), model[training.MODEL_KEY])
+            write_draft(self.staging / name / DRAFT, draft, of_draft | {"base": base | {"folder": BESIDE}})
         torch.save(dict(state), self.staging / name / RECIPE_STATE)
         self._place(name)
 
@@ -165,6 +174,7 @@ class Checkpoints:
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
         folder = self.staging / "epoch_0"
         folder = folder.rename(self.staging / name)
+        shutil.rmtree(folder / DRAFT, ignore_errors=True)  # torchtune copies that of the starting checkpoint
         if training.ADAPTER_KEY not in contents:
             # torchtune copies it from the starting checkpoint, and transformers would look for adapters here.
             (folder / "adapter_config.json").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
-from layerskip_recipes.checkpoint.trained_exits import exits_to_measure
+from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, usual_exit
 from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
@@ -72,7 +72,7 @@ class FinetuneConfig(RecipeConfig):
     early_exit_loss: EarlyExitLossSection | None = None
     """Early-exit losses; null trains on the last layer's loss only."""
     draft: DraftSection | None = None
-    """Train a draft for the model, whose own weights stay frozen."""
+    """Train a draft for the model, which is frozen or finetuned beside it."""
     loss: Annotated[Component, Takes()]
     """`torchtune.modules.loss.CEWithChunkedOutputLoss`, or `torch.nn.CrossEntropyLoss` with its `label_smoothing`.
     `early_exit_loss.chunk_tokens` replaces `num_output_chunks`."""
@@ -174,8 +174,9 @@ class FinetuneConfig(RecipeConfig):
         # Check these first: the choices build the model and the draft.
         check_lora_arguments(self.model)
         if self.draft is not None:
-            self.draft.check_against(self.meta_model)
-        choose_training(self, choices)
+            choices.pick("draft.exit_layer", lambda: usual_exit(self.num_layers))
+            choices.cfg.draft.check_against(self.meta_model)
+        choose_training(choices.cfg, choices)
 
     # ---- values derived from the keys ----
 
@@ -218,10 +219,11 @@ class FinetuneConfig(RecipeConfig):
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight (another optimizer: none)."""
         copies = 3 if self.optimizer.path in (ADAMW, ROUNDING) else 1
+        whole = weight_bytes(self.meta_model, self.torch_dtype)
         if self.draft is not None:
             draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-            return copies * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
-        whole = weight_bytes(self.meta_model, self.torch_dtype)
+            own = copies * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
+            return own + (copies * whole if self.draft.finetune_model else 0)
         adapters = self.torch_dtype.itemsize * sum(p.numel() for p in get_adapter_params(self.meta_model).values())
         if not adapters:
             return copies * whole
@@ -319,11 +321,15 @@ class FinetuneConfig(RecipeConfig):
     def _check_draft(self) -> Iterator[str]:
         for key in ("layer_dropout", "early_exit_loss", "layers_val"):
             if getattr(self, key) is not None:
-                yield f"{key}: does nothing with draft, which freezes the model. Set {key}=null"
-        if smoothing := getattr(self.loss.build(), "label_smoothing", 0):
+                yield f"{key}: does not go with draft. Set {key}=null"
+        trains = self.draft.finetune_model
+        for key, off in (("own_text", "0"), ("keep_states", "false")):
+            if trains and (value := getattr(self.draft, key)):
+                yield f"draft.{key}: {value} needs a frozen model. Set draft.{key}={off} or draft.finetune_model=false"
+        if not trains and (smoothing := getattr(self.loss.build(), "label_smoothing", 0)):
             yield f"loss.label_smoothing: {smoothing} does nothing with draft, which learns no labels. Set it to 0"
         if getattr(self.meta_model, "layer_dropout", None) is not None:
-            yield "model.layer_dropout: does nothing with draft, which freezes the model. Set model.layer_dropout=null"
+            yield "model.layer_dropout: does not go with draft. Set model.layer_dropout=null"
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             yield (

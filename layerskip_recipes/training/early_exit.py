@@ -14,9 +14,9 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.schema import Auto, Layers, PositiveInt, Section, checked_arguments
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, OnExit
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
@@ -152,6 +152,9 @@ class EarlyExitLoss:
 
         self.chunk_loss: ChunkLoss = chunk_loss
 
+    def compile(self) -> None:
+        self.chunk_loss = compiled(self.chunk_loss)
+
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
         return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.layers)
 
@@ -174,6 +177,7 @@ class EarlyExitLoss:
         total_steps: int,
         counted: torch.Tensor | None = None,
         head_rows: torch.Tensor | None = None,
+        also: OnExit | None = None,
         **inputs: Any,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The loss of one batch.
@@ -187,6 +191,7 @@ class EarlyExitLoss:
                 them here, which synchronises a GPU.
             head_rows: [v], 1 for each token whose row of the output matrix the early exits may change, else 0; None:
                 all rows. The last layer's loss may always change all of them.
+            also: called after each layer, as the decoder's `on_exit`.
             **inputs: the decoder's mask, input_pos, ...
 
         Returns:
@@ -203,6 +208,8 @@ class EarlyExitLoss:
         losses: list[torch.Tensor] = []
 
         def on_exit(exit_layer: int, x: torch.Tensor) -> None:
+            if also is not None:
+                also(exit_layer, x)
             if exit_layer in exits:
                 hidden[exit_layer] = x
             if exit_layer < model.num_layers:

@@ -17,10 +17,11 @@ from torchtune.utils import get_logger
 from layerskip_recipes.distributed.loading import suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.parallel import clean_name, group_by_mesh
+from layerskip_recipes.training.parallel import clean_name, group_by_mesh, parts_of
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
 
 log = get_logger("INFO")
+DRAFT_RATE = 4  # times the model's learning rate, for a draft that is trained beside it
 ROUNDED_AWAY = 1e-4  # weights near 0.02 lie as far apart in bf16
 
 
@@ -31,20 +32,20 @@ class Optimizers:
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
         self.in_backward = cfg.optimizer_in_bwd
-        trained = [p for p in model.parameters() if p.requires_grad]
+        parts = _trained(cfg, model)
         if self.in_backward:
-            each = {p: cfg.optimizer.build([p]) for p in trained}
+            each = {p: cfg.optimizer.build([{"params": [p], **rate}]) for trained, rate in parts for p in trained}
             training.register_optim_in_bwd_hooks(model=model, optim_dict=each)
             self.all: list[Optimizer] = list(each.values())
         else:
-            groups = [{"params": group} for group in group_by_mesh(trained)]
-            self.all = [cfg.optimizer.build(groups if len(groups) > 1 else trained)]
+            groups = [{"params": same, **rate} for trained, rate in parts for same in group_by_mesh(trained)]
+            self.all = [cfg.optimizer.build(groups)]
         for number, one in enumerate(self.all):
             if isinstance(one, StochasticAdamW):
                 one.first = number
-        if trained[0].dtype is torch.bfloat16:
+        if parts[0][0][0].dtype is torch.bfloat16:
             # Adapters begin at zero, where bf16 is fine enough.
-            _tell_of_rounding(self.all[0], whole=len(trained) == len([*model.parameters()]))
+            _tell_of_rounding(self.all[0], whole=all(p.requires_grad for p in model.parameters()))
         for group in (group for one in self.all for group in one.param_groups):
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
@@ -145,6 +146,14 @@ class Optimizers:
                 if names[parameter] in states
             }
             one.load_state_dict({"state": learned, "param_groups": own})
+
+
+def _trained(cfg: FinetuneConfig, model: nn.Module) -> list[tuple[list[nn.Parameter], dict[str, float]]]:
+    """The trained parameters of each part of the model, and the arguments of their group in the optimizer."""
+    found = [([p for p in part.parameters() if p.requires_grad], dict[str, float]()) for part in parts_of(model)]
+    if len(found) > 1 and isinstance(lr := cfg.optimizer.get("lr"), float):
+        found[1][1]["lr"] = DRAFT_RATE * lr
+    return found
 
 
 def _tell_of_rounding(optimizer: Optimizer, whole: bool) -> None:

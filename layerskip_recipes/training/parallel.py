@@ -153,6 +153,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def parts_of(learner: nn.Module) -> list[nn.Module]:
+    """The model and the draft that are trained beside each other, or the only one that is trained."""
+    return [*learner.children()] if isinstance(learner, nn.ModuleDict) else [learner]
+
+
 def group_by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group parameters by mesh: fused and foreach operations cannot mix meshes."""
     groups: dict[Any, list[nn.Parameter]] = {}

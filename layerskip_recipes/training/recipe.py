@@ -20,7 +20,7 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
-from layerskip_recipes.checkpoint.drafts import describe
+from layerskip_recipes.checkpoint.drafts import DRAFT, describe
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -43,7 +43,6 @@ from layerskip_recipes.training.checkpoints import (
     random_states,
     restore_random_state,
 )
-from layerskip_recipes.training.chunked_loss import compiled
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
@@ -52,7 +51,7 @@ from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
-from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, reshard
+from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
 from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation
 
@@ -112,7 +111,7 @@ class LayerSkipFinetune:
         self.log = RunLog(cfg)
         self.losses = LossMeans()
         self._setup_model()
-        if self.draft is not None:
+        if self.draft is not None and self.learner is self.draft:
             base = {"weights of the model": from_rank_zero(self.base.get("hash"))}
             self.fingerprint |= base
             if state:
@@ -148,11 +147,14 @@ class LayerSkipFinetune:
         self.own_text: OwnText | None = None
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
+            of_model = cfg.exit_loss if cfg.draft.finetune_model else None
+            if of_model is not None:
+                self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
             kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
-            self.loss = DraftLoss(cfg.draft, self.draft, kept)
-            self.base = self.checkpoints.base(weights)
+            self.loss = DraftLoss(cfg.draft, self.draft, kept, of_model)
+            self.base = {} if of_model is not None else self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 resumes = self.checkpoints.resumed_from is not None
                 self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
@@ -166,7 +168,7 @@ class LayerSkipFinetune:
             setattr(dynamo, name, max(getattr(dynamo, name), limit))
         # Always compile on a GPU: the eager loss reads and writes the logits several times more.
         if cfg.compile or self.device.type == "cuda":
-            self.loss.chunk_loss = compiled(self.loss.chunk_loss)
+            self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def _setup_profiler(self) -> None:
@@ -225,7 +227,8 @@ class LayerSkipFinetune:
         if not self.optimizers.in_backward:
             training.scale_grads(self.learner, self.mesh.data_size / count)
             clip = self.cfg.clip_grad_norm
-            norm = clip_gradients(self.learner, math.inf if clip is None else float(clip))
+            norms = [clip_gradients(part, math.inf if clip is None else float(clip)) for part in parts_of(self.learner)]
+            norm = torch.stack(norms).norm()
             metrics |= {} if clip is None else {"grad_norm": norm}
         learns = self._check_sums(sums[0], sums[1], norm)
         metrics["lr"] = self.optimizers.lr
@@ -248,13 +251,15 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
-        head_rows = self.draft_statistics.label_rows() if self.cfg.early_exit_loss is not None else None
+        now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
+        if self.cfg.early_exit_loss is not None:
+            now["head_rows"] = self.draft_statistics.label_rows()
         for part in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             if self.own_text is not None:
                 number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
                 batch = self.own_text.batch(number, self.model) or batch
-            count, loss, exits = self._forward(batch, head_rows)
+            count, loss, exits = self._forward(batch, now)
             # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
@@ -270,10 +275,8 @@ class LayerSkipFinetune:
                 losses[name] = losses.get(name, 0.0) + value * count
         return tokens, losses
 
-    def _forward(
-        self, batch: dict[str, Any], head_rows: torch.Tensor | None
-    ) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
-        """The number of labels that count in a micro-batch, its loss J, and the loss of each exit."""
+    def _forward(self, batch: dict[str, Any], now: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
+        """The number of labels that count in a micro-batch, its loss J at this step, and the loss of each exit."""
         check_batch(batch["tokens"], self.model)
         rows, samples = len(batch["tokens"]), self.cfg.batch_size
         if rows != samples and self.model.layer_dropout is not None and num_processes() > 1:
@@ -290,9 +293,6 @@ class LayerSkipFinetune:
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         self.draft_statistics.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
-            if isinstance(self.loss, DraftLoss):
-                return len(counted), self.loss(self.model, tokens, labels, **batch), {}
-            now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps, "head_rows": head_rows}
             loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
         return len(counted), loss, exits
 
@@ -353,7 +353,11 @@ class LayerSkipFinetune:
             )
         else:
             adapters_only = self.cfg.save_adapter_weights_only
-            contents = checkpoint_contents(self.learner, self.cfg.meta_model, self.device, adapters_only)
+            trained = self.draft if self.learner is self.draft else self.model
+            contents = checkpoint_contents(trained, self.cfg.meta_model, self.device, adapters_only)
+            if self.draft is not None and trained is self.model:
+                of_draft = checkpoint_contents(self.draft, self.cfg.meta_model, self.device)
+                contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
@@ -362,12 +366,16 @@ class LayerSkipFinetune:
     def _description(self) -> dict[str, Any]:
         """The content of layerskip.json: the trained exits or the draft, and how they were trained. Collective."""
         with self._computing():
-            if isinstance(self.loss, DraftLoss):
+            of_draft: dict[str, Any] = {}
+            if self.draft is not None:
                 measured = self.draft_statistics.measure(self.model, [], [], self.draft)
-                return describe(self.loss.draft, self.base, self.step, measured)
-            return self.draft_statistics.describe_exits(
-                self.cfg, self.model, self.loss.trained(self.cfg.num_layers, self.step, self.total_steps), self.step
-            )
+                of_draft = describe(self.draft, self.base, self.step, measured)
+                if self.learner is self.draft:
+                    return of_draft
+            # The settings of the exits.
+            trained = self.cfg.exit_loss.trained(self.cfg.num_layers, self.step, self.total_steps)
+            described = self.draft_statistics.describe_exits(self.cfg, self.model, trained, self.step)
+            return described | ({DRAFT: of_draft} if of_draft else {})
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""

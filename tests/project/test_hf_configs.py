@@ -98,6 +98,18 @@ def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
     assert (report["exit_layer"], report["identical"]) == (2, True) and report["drafted"] > 0
 
 
+def test_a_draft_beside_the_model(models, tmp_path):
+    """Generation takes it from the model's folder, and answers as without drafts."""
+    train("hf/task", f"model_dir={models['qwen3']}", f"output_dir={tmp_path}", *TRAINING)
+    assert noted(tmp_path / "epoch_0")["exits"] == [8]
+    described = noted(tmp_path / "epoch_0" / "draft")
+    assert (described["kind"], described["exit_layer"]) == ("copy", 1)
+    described["measured"]["draft"] = {key: [1.0 + 0.95 * d for d in range(1, 9)] for key in ("greedy", "sampled")}
+    (tmp_path / "epoch_0" / "draft" / "layerskip.json").write_text(json.dumps(described))
+    report = generated(f"model_dir={tmp_path}", "benchmark.compare=true", "device=cpu")
+    assert report["identical"] is True and report["drafted"] > 0
+
+
 def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
     train("hf/lora", *settings)

@@ -61,7 +61,7 @@ def header_commands() -> dict[str, list[str]]:
 
 TINY = "models/Qwen3-0.6B"
 # Folders of runs that the pages decode with, by commands before.
-MADE = ("qa", "qa_plain", "trial", "out", "out_chat", "out_8b", "out_8b_trial", "task")
+MADE = ("qa", "trial", "out", "out_chat", "out_8b", "out_8b_trial", "task")
 
 
 def at_home(words: list[str], folder: Path) -> list[str]:
@@ -226,7 +226,11 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) is not None}
         if cfg.get("data_dir") is not None:  # the workplace has its files
             del changes["dataset"], changes["dataset_val"]
-        return changes | ({"output_dir": str(folder / "trained_draft")} if "draft" in cfg else {})
+        return changes | (
+            {"output_dir": str(folder / "trained_draft")}
+            if cfg.get("draft") is not None and not cfg.draft.get("finetune_model")
+            else {}
+        )
     if recipe == "layerskip_generate":
         changes = {"max_new_tokens": 6, "compile": False}
         if OmegaConf.select(cfg, "self_speculation.draft") is not None:
@@ -291,8 +295,8 @@ def test_what_the_lines_on_a_model_of_ones_own_say(run, workplace):
     done = [run(line, TO_BE_RUN[line]) for line in [line for line in TO_BE_RUN if " qa/" in line][:4]]
     assert [command.returncode for command in done] == [0, 0, 0, 0]
     said = [command.stdout + command.stderr for command in done]
-    assert "Chosen for this model and machine: " in said[0] and "early_exit_loss.layers=0" in said[0]
-    assert "Drafts: exit " in said[1] or "No drafts: no exit should pay" in said[1]
+    assert "Chosen for this model and machine: " in said[0] and "draft.exit_layer=1" in said[0]
+    assert "Drafts: trained draft, " in said[1] or "No drafts: the trained draft should not pay" in said[1]
     assert '"acceptance_rate"' in said[1]
     assert "written to qa/benchmark/tuned.yaml" in said[2]
     best = OmegaConf.load(workplace / "qa" / "benchmark" / "tuned.yaml")

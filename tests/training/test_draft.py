@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(family, vocabulary, kind,
     labels[0, :3] = -100
     counted = (labels != -100).flatten().nonzero()[:, 0]
     ids = draft.vocabulary = None if vocabulary is None else list(vocabulary)
-    loss = DraftLoss(section, draft)(model, tokens, labels, counted=counted)
+    loss, _ = DraftLoss(section, draft)(model, tokens, labels, counted=counted)
     (3 * loss).backward()
     found = {name: parameter.grad for name, parameter in draft.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -325,7 +325,7 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
             "draft={kind: adapter, num_layers: 9}",
             "draft.num_layers: 9 is not allowed. Allowed: an integer of 1 to 2 (or null); ",
         ),
-        ("layer_dropout={prob: 0.1}", "layer_dropout: does nothing with draft, "),
+        ("layer_dropout={prob: 0.1}", "layer_dropout: does not go with draft. "),
         (
             "loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}",
             "loss.label_smoothing: 0.1 does nothing with draft, ",
@@ -341,7 +341,7 @@ def test_mistakes(override, message, draft_config):
 
 def test_the_models_own_layer_dropout_is_refused_too(draft_config):
     model = {"_component_": "layerskip_recipes.layerskip_decoder", "base": MODEL, "layer_dropout": {"prob": 0.1}}
-    with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does nothing with draft, "):
+    with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does not go with draft. "):
         train(draft_config(model=model))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.checkpoint.checkpointers import described_folder
-from layerskip_recipes.checkpoint.drafts import read_description
+from layerskip_recipes.checkpoint.drafts import own_draft, read_description
 from layerskip_recipes.checkpoint.trained_exits import (
     DESCRIPTION,
     TokensPerRound,
@@ -75,7 +75,9 @@ def choose_for(
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
     int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
     folder = described_folder(cfg.checkpointer)
-    return choose_drafts(section, folder, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
+    # A trained draft needs one process, and the weights that it was trained for.
+    own = own_draft(folder, cfg.checkpointer.target) if plain else None
+    return choose_drafts(section, folder, costs, temperature, own=own, plain_head=plain, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
@@ -84,6 +86,7 @@ def choose_drafts(
     costs: Costs,
     temperature: float,
     *,
+    own: str | None = None,
     plain_head: bool = True,
     int8: bool = False,
     ends: bool = False,
@@ -93,6 +96,7 @@ def choose_drafts(
 
     Args:
         folder: that of the weights or adapters, with or without layerskip.json.
+        own: the folder of a draft that was trained beside the model, which drafts without `draft` and `exit_layer`.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
@@ -100,6 +104,9 @@ def choose_drafts(
     """
     if section is None:
         return Choice(None, None, costs.plain)
+    asked_for = section.draft is not None or section.exit_layer is not None
+    if not asked_for and own is not None:
+        section = section.model_copy(update={"draft": own})
     trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
     section = with_stored_vocabulary(section, trained)
     if section.only_looks_up(costs.num_layers):
@@ -134,9 +141,9 @@ def choose_drafts(
         f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
         f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
-    asked_for = section.draft is not None or section.exit_layer is not None
     if best.speedup < LEAST_GAIN and not asked_for:
-        return _without_exit(section, f"no exit should pay. The best would be {said}", costs)
+        nothing = "no exit should pay" if section.draft is None else "the trained draft should not pay"
+        return _without_exit(section, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
     lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
     chosen = with_choice(section, best, trained, lookup)
@@ -149,7 +156,7 @@ def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if section.prompt_lookup is None:
         return Choice(None, f"No drafts: {why}", costs.plain)
-    alone = {"exit_layer": costs.num_layers, "draft_vocabulary": None, "draft_quantizer": None}
+    alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_quantizer": None}
     said = f"Drafts: look-ups of the last {section.prompt_lookup} tokens alone, because {why}"
     return Choice(section.model_copy(update=alone), said, costs.plain)
 

@@ -1,6 +1,7 @@
-"""The `draft` section and the loss of a draft for a frozen model.
+"""The `draft` section and the loss of a draft.
 
-Only the draft (model/draft.py) is trained. The model is its teacher and runs forward without keeping activations.
+The draft (model/draft.py) learns from the model and changes nothing in it. The model is frozen, and then runs forward
+without keeping activations, or it is finetuned in the same step.
 """
 
 from typing import Annotated, Any
@@ -11,26 +12,31 @@ from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import Flag, Fraction, PositiveInt, Section, check
+from layerskip_recipes.config.schema import Auto, Flag, Fraction, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
 from layerskip_recipes.training.draft.kept_states import KeptStates
+from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 
 class DraftSection(Section):
-    """Train a draft for a frozen model, in place of `layer_dropout` and `early_exit_loss`."""
+    """Train a draft, in place of `layer_dropout` and `early_exit_loss`."""
 
-    exit_layer: Annotated[PositiveInt, Field(examples=[6])]
-    """E: the draft copies the model's first E layers, or continues from the hidden state after them."""
+    exit_layer: Annotated[PositiveInt, Field(examples=[6]), Auto()]
+    """E: the draft copies the model's first E layers, or continues from the hidden state after them; null: a seventh of
+    the depth."""
     kind: Kind = "adapter"
     """`adapter` trains new layers on top of the model's first E layers; they also see the last layer's state of the
     previous token. `copy` trains a copy of the first E layers, which other programs can run as a model of its own. Both
     have their own norm before the model's head."""
     num_layers: PositiveInt | None = None
     """Number of layers of an adapter, 1 by default."""
+    finetune_model: Flag = False
+    """Finetune the model in the same run, on its last layer's loss; the draft changes nothing in it. false: the model
+    is frozen."""
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
     vocabulary trains and drafts faster if the head is a large part of the model."""
@@ -65,12 +71,24 @@ class DraftSection(Section):
 class DraftLoss:
     """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q.
 
-    Both use the model's head. If the draft has its own vocabulary, p is renormalised over it.
+    Both use the model's head. If the draft has its own vocabulary, p is renormalised over it. `of_model` is the loss of
+    a model that is finetuned as well; without it the model is frozen.
     """
 
-    def __init__(self, section: DraftSection, draft: Draft, kept: KeptStates | None = None) -> None:
-        self.section, self.draft, self.kept = section, draft, kept
+    def __init__(
+        self,
+        section: DraftSection,
+        draft: Draft,
+        kept: KeptStates | None = None,
+        of_model: EarlyExitLoss | None = None,
+    ) -> None:
+        self.section, self.draft, self.kept, self.of_model = section, draft, kept, of_model
         self.chunk_loss: ChunkLoss = token_loss_
+
+    def compile(self) -> None:
+        self.chunk_loss = compiled(self.chunk_loss)
+        if self.of_model is not None:
+            self.of_model.compile()
 
     def __call__(
         self,
@@ -79,25 +97,37 @@ class DraftLoss:
         labels: torch.Tensor,
         *,
         counted: torch.Tensor,
+        step: int = 0,
+        total_steps: int = 1,
         **inputs: Any,
-    ) -> torch.Tensor:
-        """The mean loss over the labels that count. labels [b, s] are already shifted; `counted` [n] indexes
-        labels.flatten()."""
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The sum of the draft's loss and the model's, means over the labels that count, and the model's by exit.
+
+        labels [b, s] are already shifted; `counted` [n] indexes labels.flatten().
+        """
 
         def states_of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             chosen = on_device(rows, tokens.device)
             return self.draft.teacher_states(model, tokens[chosen], **take_rows(inputs, chosen, len(tokens)))
 
-        # The frozen model's states, and the draft's states computed from them.
-        if self.kept is None:
+        # The model's states, and the draft's states computed from them.
+        of_model: torch.Tensor | float = 0.0
+        by_exit: dict[int, torch.Tensor] = {}
+        if self.of_model is not None:
+            kept: dict[int, torch.Tensor] = {}
+            now: dict[str, Any] = {"step": step, "total_steps": total_steps, "counted": counted}
+            now["also"] = self.draft.keeper(model, tokens, kept)
+            of_model, by_exit = self.of_model(model, tokens, labels, **now, **inputs)
+            x, last = kept[self.draft.start], kept[model.num_layers]
+        elif self.kept is None:
             x, last = self.draft.teacher_states(model, tokens, **inputs)
         else:
             x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, states_of, inputs)
         states = self.draft.states(x, last, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # the states are already normed
-        if self.draft.vocabulary is not None:
-            head = head.cut(on_device(self.draft.vocabulary, labels.device))
+        own = self.draft.vocabulary
+        head = head.cut(slice(None) if own is None else on_device(own, labels.device))
 
         total, _ = exit_losses(
             head,
@@ -110,4 +140,4 @@ class DraftLoss:
             teacher=lambda rows: head.unembed(final[rows]),
             early=len(states),
         )
-        return total
+        return of_model + total, by_exit

@@ -1,0 +1,190 @@
+"""A draft that is trained beside its model: the model is that of ordinary finetuning, and generation finds it."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from helpers.configs import generate_config, start_section
+from helpers.ranks import train_on_ranks
+from helpers.resuming import COSINE, WEIGHTS, final_weights, keep_only, resumed, same_tensors
+from helpers.tiny import VOCAB, make_tiny
+from helpers.training import VALIDATION, losses, read_log, texts, train
+from safetensors.torch import load_file
+
+from layerskip_recipes import generate, load_model
+from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.optimizers import DRAFT_RATE
+
+KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}
+BESIDE = {kind: section | {"finetune_model": True} for kind, section in KINDS.items()}
+
+
+@pytest.fixture
+def beside_config(finetune, checkpoint):
+    """A training of a model and of its draft, which starts from `checkpoint`."""
+
+    def config(kind="copy", **changes):
+        settings = {"draft": BESIDE[kind], "layer_dropout": None, "early_exit_loss": None, "clip_grad_norm": 0.5}
+        return finetune(**{"checkpointer": start_section(checkpoint)} | settings | changes)
+
+    return config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gemma2", "qwen2_tied"])
+def test_both_learn_what_they_learn_alone(family, kind, float64):
+    """The sum of the losses; the gradients of the model are its own, and so are those of the draft."""
+    model = layerskip_decoder(make_tiny(family))
+    section = DraftSection.parse(BESIDE[kind])
+    draft = section.build(model)
+    draft.vocabulary = None if kind == "copy" else list(range(5, 90, 2))
+    tokens, labels = torch.randint(VOCAB, (2, 9)), torch.randint(VOCAB, (2, 9))
+    labels[0, :3] = -100
+    counted = (labels != -100).flatten().nonzero()[:, 0]
+
+    def gradients(loss):
+        for part in (model, draft):
+            part.zero_grad()
+        loss.backward()
+        return [{name: p.grad for name, p in part.named_parameters()} for part in (model, draft)]
+
+    last = EarlyExitLoss(curriculum=None, layers=str(model.num_layers - 1))
+    both, by_exit = DraftLoss(section, draft, of_model=last)(model, tokens, labels, counted=counted)
+    of_model, of_draft = gradients(both)
+    alone, _ = DraftLoss(section, draft)(model, tokens, labels, counted=counted)
+    [_, expected] = gradients(alone)
+    torch.testing.assert_close(of_draft, expected)
+    logits = model(tokens).flatten(0, 1)
+    ordinary = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100)
+    [expected, _] = gradients(ordinary)
+    torch.testing.assert_close(of_model, expected)
+    torch.testing.assert_close(both, ordinary + alone)
+    assert by_exit == {model.num_layers: pytest.approx(ordinary.item())}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, beside_config):
+    """To the bit, also with a clipped gradient. The draft learns faster, and moves with the folder."""
+    path = beside_config(kind, epochs=8, shuffle=False, dataset_val=VALIDATION, lr_scheduler=COSINE)
+    recipe = train(path, "optimizer.lr=3e-3")
+    train(path, "optimizer.lr=3e-3", "draft=null", f"output_dir={tmp_path / 'plain'}")
+    trained = final_weights(tmp_path / "out" / "epoch_7")
+    assert same_tensors(trained, final_weights(tmp_path / "plain" / "epoch_7"))
+    assert not same_tensors(trained, load_file(checkpoint / "model.safetensors"))
+    rates = [group["initial_lr"] for group in recipe.optimizers.all[0].param_groups]
+    assert rates == [3e-3, DRAFT_RATE * 3e-3]
+
+    log, plain = read_log(tmp_path / "out"), read_log(tmp_path / "plain")
+    assert log[16]["val_loss_final"] == plain[16]["val_loss_final"] < log[0]["val_loss_final"]
+    assert log[16]["loss_final"] == pytest.approx(plain[16]["loss"]) and log[16]["loss"] > log[16]["loss_final"]
+    of_draft = {step: log[step]["loss"] - log[step]["loss_final"] for step in (1, 16)}
+    assert of_draft[16] < of_draft[1]
+
+    moved = shutil.move(tmp_path / "out" / "epoch_7", tmp_path / "moved")
+    described = read_description(own_draft(moved), "draft")
+    assert (described.base.folder, described.kind, described.measured.on) == (str(moved), kind, "dataset_val")
+    assert described.base.hash == weights_hash(recipe.model.state_dict())
+    draft = read_draft(own_draft(moved), recipe.model, "draft")
+    assert same_tensors(draft.state_dict(), recipe.draft.state_dict())
+    assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
+
+
+def test_generation_finds_the_draft(checkpoint, tmp_path, beside_config, caplog):
+    """It drafts if that should pay. One that another reader's weights do not fit is left alone."""
+    model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
+    reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint), "output_dir": "unused"}
+    config = beside_config(model=model, checkpointer=reader, epochs=20, shuffle=False)
+    train(config, "optimizer.lr=3e-3", "checkpointer.output_dir=${output_dir}")
+    folder = tmp_path / "out" / "epoch_19"
+    own = str(folder / "draft")
+    rates = json.loads((folder / "draft" / "layerskip.json").read_text())
+    rates["measured"]["draft"]["greedy"] = [1.9, 2.7, 3.4, 4.0, 4.5, 5.0, 5.4, 5.7]
+    (folder / "draft" / "layerskip.json").write_text(json.dumps(rates))
+
+    changes = {"checkpointer": reader | {"path": str(folder)}, "self_speculation": {}, "model": model}
+    with caplog.at_level(logging.INFO):
+        recipe = LayerSkipGenerate(load_config(str(generate_config(tmp_path, folder, **changes))))
+    assert recipe.section.draft == own and "Drafts: trained draft, " in caplog.text
+    recipe.setup()
+    report = recipe.generate()
+    assert report["drafted"] > 0
+    loaded, tokenizer = load_model(str(folder))
+    assert len(loaded.drafting["drafter"].layers) == 2
+    plain = generate(loaded, tokenizer.prompt("def main("), 8).tokens[0]
+    assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
+
+    described = read_description(own, "draft").model_dump()
+    described["base"] |= {"folder": "..", "checkpointer": "FullModelHFCheckpointer"}
+    described["base"] |= {"files": ["model.safetensors"], "model_type": "LLAMA3_2"}
+    (folder / "draft" / "layerskip.json").write_text(json.dumps(described))
+    assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
+    assert load_model(str(folder))[0].drafting == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
+    path = beside_config(
+        epochs=2,
+        save_every_n_steps=1,
+        enable_async_checkpointing=shards,
+        keep_last_n_checkpoints=4,
+        lr_scheduler=COSINE,
+    )
+    train(path)
+    whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
+    for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
+        again = resumed(path, checkpoint)
+        assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
+        assert same_tensors(final_weights(end), final_weights(again / "epoch_1"))
+        drafts = [load_file(folder / "draft" / "draft.safetensors") for folder in (end, again / "epoch_1")]
+        assert same_tensors(*drafts)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_what_one_trains(tmp_path, beside_config):
+    """Both are sharded; one process goes on where two stopped."""
+    path = beside_config(
+        dataset=texts(tmp_path), dataset_val=texts(tmp_path) | {"split": "train[:5]"}, epochs=2, max_steps_per_epoch=4,
+        save_every_n_steps=2, enable_async_checkpointing=True,
+    )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(path, f"output_dir={one}", "batch_size=4")
+    train_on_ranks(path, f"output_dir={two}", "batch_size=2", "ac_mode=full")
+    again = keep_only(two, "step_6", tmp_path / "again")
+    train(path, f"output_dir={again}", "batch_size=4", "resume_from_checkpoint=true")
+    expected = losses(one)
+    for out, first in ((two, 1), (again, 7)):
+        found = losses(out)
+        assert {step: found[step] for step in range(first, 9)} == {
+            step: pytest.approx(expected[step], abs=1e-5, rel=2e-5) for step in range(first, 9)
+        }
+        for file in ("draft/draft.safetensors", WEIGHTS):
+            weights, others = (load_file(folder / "epoch_1" / file) for folder in (one, out))
+            torch.testing.assert_close(others, weights, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("draft.own_text=0.5", "draft.own_text: 0.5 needs a frozen model. Set draft.own_text=0 or "),
+        ("draft.keep_states=true", "draft.keep_states: True needs a frozen model. Set draft.keep_states=false or "),
+        ("early_exit_loss={scale: 0.1}", "early_exit_loss: does not go with draft. Set "),
+        ("checkpointer.checkpoint_files=[]", "draft: needs a trained model, and this one has no weights"),
+    ],
+)
+def test_mistakes(override, message, beside_config):
+    with pytest.raises(ConfigError) as e:
+        train(beside_config(), override)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
