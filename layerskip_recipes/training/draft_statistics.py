@@ -4,12 +4,13 @@ layerskip.json gets frequent label tokens and measured acceptance, which help to
 rows of the head that they train.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layerskip_recipes.checkpoint.drafts import DRAFT, describe
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, MOST_TOKENS, exits_to_measure
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -65,10 +66,30 @@ class DraftStatistics:
         counts, tokens = self.state_dict()["label_counts"].sort(descending=True, stable=True)
         return tokens[counts > 0][:MOST_TOKENS].tolist()
 
-    def describe_exits(
+    def describe(
+        self,
+        cfg: FinetuneConfig,
+        model: LayerSkipDecoder,
+        draft: Draft | None,
+        base: Mapping[str, Any],
+        steps: int,
+        total_steps: int,
+    ) -> dict[str, Any]:
+        """The content of layerskip.json: the trained exits or the draft, and how they were trained. Collective.
+
+        A draft beside its model is described in the entry DRAFT.
+        """
+        of_draft = None
+        if draft is not None:
+            of_draft = describe(draft, base, steps, self.measure(model, [], [], draft))
+            if cfg.draft is None or not cfg.draft.finetune_model:
+                return of_draft
+        described = self._describe_exits(cfg, model, cfg.exit_loss.trained(cfg.num_layers, steps, total_steps), steps)
+        return described | ({} if of_draft is None else {DRAFT: of_draft})
+
+    def _describe_exits(
         self, cfg: FinetuneConfig, model: LayerSkipDecoder, exits: Sequence[int], steps: int
     ) -> dict[str, Any]:
-        """The content of layerskip.json for a model with trained exits. Collective."""
         loss, base, vocabulary = cfg.exit_loss, cfg.given_folder, self.vocabulary()
         return {
             "num_layers": cfg.num_layers,

@@ -20,7 +20,7 @@ from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
-from layerskip_recipes.checkpoint.drafts import DRAFT, describe
+from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -145,6 +145,7 @@ class LayerSkipFinetune:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
+        self.base: dict[str, Any] = {}  # of a draft for a frozen model
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
             of_model = cfg.exit_loss if cfg.draft.finetune_model else None
@@ -154,7 +155,8 @@ class LayerSkipFinetune:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
             kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
             self.loss = DraftLoss(cfg.draft, self.draft, kept, of_model)
-            self.base = {} if of_model is not None else self.checkpoints.base(weights)
+            if of_model is None:
+                self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 resumes = self.checkpoints.resumed_from is not None
                 self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
@@ -364,18 +366,10 @@ class LayerSkipFinetune:
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
     def _description(self) -> dict[str, Any]:
-        """The content of layerskip.json: the trained exits or the draft, and how they were trained. Collective."""
+        """The content of layerskip.json. Collective."""
         with self._computing():
-            of_draft: dict[str, Any] = {}
-            if self.draft is not None:
-                measured = self.draft_statistics.measure(self.model, [], [], self.draft)
-                of_draft = describe(self.draft, self.base, self.step, measured)
-                if self.learner is self.draft:
-                    return of_draft
-            # The settings of the exits.
-            trained = self.cfg.exit_loss.trained(self.cfg.num_layers, self.step, self.total_steps)
-            described = self.draft_statistics.describe_exits(self.cfg, self.model, trained, self.step)
-            return described | ({DRAFT: of_draft} if of_draft else {})
+            steps = (self.step, self.total_steps)
+            return self.draft_statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""
