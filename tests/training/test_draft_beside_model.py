@@ -81,6 +81,8 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     trained = final_weights(tmp_path / "out" / "epoch_7")
     assert same_tensors(trained, final_weights(tmp_path / "plain" / "epoch_7"))
     assert not same_tensors(trained, load_file(checkpoint / "model.safetensors"))
+    parts = (recipe.model, recipe.draft)
+    assert recipe.cfg.checkpoint_bytes == 3 * 4 * sum(p.numel() for part in parts for p in part.parameters())
     rates = [group["initial_lr"] for group in recipe.optimizers.all[0].param_groups]
     assert rates == [3e-3, DRAFT_RATE * 3e-3]
 

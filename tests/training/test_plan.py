@@ -181,6 +181,15 @@ def test_what_is_trained_counts_with_its_gradients_and_averages(name, trained, l
     assert chosen("device=cpu", name=name, memory=needed - 2)["batch_size"] == 1
 
 
+def test_a_draft_beside_its_model_counts_with_it(chosen):
+    """The copy has two layers, a seventh of twelve, and their activations."""
+    copied = 2 * (MATRICES // 12 + 2 * 64 + 2 * 32) + 64
+    needed = 16 * (WEIGHTS + copied) + HEAD + LOGITS + 2 * 512 * KEPT * 14 // 12
+    made = chosen("device=cpu", name="task", memory=needed)
+    assert made.items() >= {"batch_size": 2, "draft.exit_layer": 2, "optimizer.lr": 1e-3}.items()
+    assert chosen("device=cpu", name="task", memory=needed - 2)["batch_size"] == 1
+
+
 def test_what_a_draft_leaves_to_the_user(chosen):
     made = chosen("device=cpu", name="draft")
     assert "optimizer.lr" not in made and "early_exit_loss.layers" not in made
