@@ -91,11 +91,11 @@ class Checkpoints:
         self.keep = cfg.keep_last_n_checkpoints
         self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        # What is read from the checkpoint of a stopped run, besides a model that is trained as a whole.
-        draft_file = DRAFT_FILE if cfg.draft is None or not cfg.draft.finetune_model else f"{DRAFT}/{DRAFT_FILE}"
-        self.trained_file = draft_file if cfg.draft else ADAPTER_FILE if adapter_names(cfg.meta_model) else None
-        keeps_model = self.trained_file in (DRAFT_FILE, ADAPTER_FILE)
-        whole = self.resumed_from if not (keeps_model or self.sharded) else None
+        # A stopped run's checkpoint has the model, unless only adapters or a draft are trained, and these in a file.
+        has_adapters = bool(adapter_names(cfg.meta_model))
+        self.draft_file = DRAFT_FILE if cfg.freezes_model else f"{DRAFT}/{DRAFT_FILE}" if cfg.draft else None
+        self.trained_file = ADAPTER_FILE if has_adapters else self.draft_file
+        whole = None if has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
         section = cfg.checkpointer
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
@@ -136,7 +136,7 @@ class Checkpoints:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
         if self.trained_file and self.resumed_from is not None and not self.sharded:
-            read = partial(torch.load, weights_only=True) if self.trained_file == ADAPTER_FILE else load_file
+            read = load_file if self.draft_file else partial(torch.load, weights_only=True)
             trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}
         return weights, trained
 
@@ -156,7 +156,7 @@ class Checkpoints:
         self._clear()
         model, described = dict(contents), dict(description)
         draft, of_draft = model.pop(DRAFT, None), described.pop(DRAFT, None)
-        if self.trained_file == DRAFT_FILE:
+        if self.draft_file == DRAFT_FILE:
             write_draft(self.staging / name, model[training.MODEL_KEY], described)
         else:
             self._write_model(name, model, described)

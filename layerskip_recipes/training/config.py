@@ -216,6 +216,11 @@ class FinetuneConfig(RecipeConfig):
         return len(self.meta_model.layers)
 
     @property
+    def freezes_model(self) -> bool:
+        """Whether only a draft is trained."""
+        return self.draft is not None and not self.draft.finetune_model
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight (another optimizer: none)."""
         copies = 3 if self.optimizer.path in (ADAMW, ROUNDING) else 1
@@ -223,7 +228,7 @@ class FinetuneConfig(RecipeConfig):
         if self.draft is not None:
             draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
             own = copies * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
-            return own + (copies * whole if self.draft.finetune_model else 0)
+            return own + (0 if self.freezes_model else copies * whole)
         adapters = self.torch_dtype.itemsize * sum(p.numel() for p in get_adapter_params(self.meta_model).values())
         if not adapters:
             return copies * whole

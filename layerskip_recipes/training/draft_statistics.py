@@ -82,7 +82,7 @@ class DraftStatistics:
         of_draft = None
         if draft is not None:
             of_draft = describe(draft, base, steps, self.measure(model, [], [], draft))
-            if cfg.draft is None or not cfg.draft.finetune_model:
+            if cfg.freezes_model:
                 return of_draft
         described = self._describe_exits(cfg, model, cfg.exit_loss.trained(cfg.num_layers, steps, total_steps), steps)
         return described | ({} if of_draft is None else {DRAFT: of_draft})

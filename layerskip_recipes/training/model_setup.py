@@ -48,7 +48,7 @@ def build_model(
         # Always in fp32: bf16 would round small steps away.
         draft = None if cfg.draft is None else cfg.draft.build(model).float()
     freeze_base(model)
-    if cfg.draft is not None and not cfg.draft.finetune_model:
+    if cfg.freezes_model:
         model.requires_grad_(False)
     state = None if weights is None else dict(weights)
     if is_rank_zero():
@@ -67,8 +67,7 @@ def build_model(
     of_draft: Weights = {}
     if is_rank_zero():
         of_draft = fresh_draft(draft, state or {}) if trained is None else trained
-    frozen = not cfg.draft.finetune_model
-    _place(model, state, cfg, device, mesh, 0 if frozen else every).train(not frozen)
+    _place(model, state, cfg, device, mesh, 0 if cfg.freezes_model else every).train(not cfg.freezes_model)
     return model, _place(draft, of_draft, cfg, device, mesh, every).train()
 
 

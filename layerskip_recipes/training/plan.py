@@ -89,15 +89,14 @@ class TrainingMemory:
         model, adapters = cfg.meta_model, get_adapter_params(cfg.meta_model)
         draft = None if cfg.draft is None else cfg.draft.build(layerskip_decoder(model))
         # Whether all weights are trained, not just a draft or adapters.
-        frozen = cfg.draft is not None and not cfg.draft.finetune_model
-        self.all_weights = not (frozen or adapters)
-        learned = [] if frozen else adapters.values() or model.parameters()
+        self.all_weights = not (cfg.freezes_model or adapters)
+        learned = [] if cfg.freezes_model else adapters.values() or model.parameters()
         self.trained = sum(parameter.numel() for parameter in learned)
         self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
         # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
         passes = IN_A_ROW if draft is not None and draft.kind == "adapter" else 1
         own = 0 if draft is None else passes * draft.num_layers
-        self.depth = own + (1 if frozen else len(model.layers))
+        self.depth = own + (1 if cfg.freezes_model else len(model.layers))
 
     def room(self, dtype: str) -> int:
         """Bytes left for activations."""

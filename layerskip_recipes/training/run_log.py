@@ -92,8 +92,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     if len(cfg.dataset) == 1:
         given["dataset"] = cfg.dataset[0].section
     fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
-    frozen = cfg.draft is not None and not cfg.draft.finetune_model
-    if adapter_names(cfg.meta_model) or frozen:  # adapters and drafts only fit the weights that they were trained on
+    if adapter_names(cfg.meta_model) or cfg.freezes_model:  # these only fit the weights that they were trained on
         fingerprint["checkpointer.checkpoint_dir"] = str(weights_folder(cfg.checkpointer))  # a run's newest checkpoint
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
     fingerprint["tokenizer.chat_template"] = cfg.tokenizer.get("chat_template")
