@@ -400,13 +400,13 @@ def train(place: Place, shape: str) -> None:
 
 
 def finetune(place: Place) -> None:
-    """Finetune a real model for parsing commands, with one exit at a quarter of its depth; then tune its drafts."""
+    """Finetune a real model for parsing commands, beside it a copy of its first quarter; then tune the copy's drafts."""
     if place.model_dir is None:
         place.record({"left out": "no --model-dir was given"})
         return
-    exit_layer = max(1, read_hf_config(place.model_dir).num_hidden_layers // 4)
+    layers = max(1, read_hf_config(place.model_dir).num_hidden_layers // 4)
     started, out = time.perf_counter(), f"output_dir={place.work / 'finetuned'}"
-    training = [f"early_exit_loss.layers={exit_layer - 1}", f"layers_val={exit_layer - 1}", "save_every_n_steps=null"]
+    training = [f"draft.exit_layer={layers}", "save_every_n_steps=null"]
     training += ["max_steps_per_epoch=2", "dataset_val.count=2"] if place.tiny else ["max_steps_per_epoch=200"]
     run_recipe(place, "layerskip_finetune", "task/finetune", f"model_dir={place.model_dir.resolve()}", out, *training)
     place.record({"part": "training", "seconds": time.perf_counter() - started})
