@@ -400,7 +400,7 @@ def train(place: Place, shape: str) -> None:
 
 
 def finetune(place: Place) -> None:
-    """Finetune a real model for parsing commands, beside it a copy of its first quarter; then tune the copy's drafts."""
+    """Finetune a real model for parsing commands, beside it a copy of its first quarter; then tune its drafts."""
     if place.model_dir is None:
         place.record({"left out": "no --model-dir was given"})
         return

@@ -122,15 +122,18 @@ def read_description(folder: str, key: str) -> DraftDescription:
     return described.model_copy(update={"base": base})
 
 
-def read_draft(folder: str, model: LayerSkipDecoder, key: str) -> Draft:
-    """Load a trained draft for a model with weights, in eval mode; errors name `key`."""
+def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | None = None) -> Draft:
+    """Load a trained draft for a model, in eval mode, on the model's device; errors name `key`.
+
+    `own_hash` is that of the model's weights, for a model without weights on the meta device.
+    """
     described = read_description(folder, key)
-    if described.base.hash != weights_hash(model.state_dict()):
+    if described.base.hash != (own_hash or weights_hash(model.state_dict())):
         raise ConfigError(
             f"{key}: {folder!r} drafts for {described.base.folder!r}, whose weights are not those of this model. "
             "Allowed: a draft of this model, or the model that it was trained for"
         )
     draft = Draft(model, described.kind, described.exit_layer, described.num_layers)
-    draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE))
+    draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE), assign=own_hash is not None)
     draft.vocabulary = described.vocabulary
     return draft.requires_grad_(False).eval()

@@ -166,7 +166,6 @@ class GenerateConfig(DecodingConfig):
             )
         single_process_keys = {
             "quantizer": self.quantizer,
-            "self_speculation.draft": self.self_speculation and self.self_speculation.draft,
             "self_speculation.draft_quantizer": self.self_speculation and self.self_speculation.draft_quantizer,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,

@@ -1,7 +1,7 @@
 """Generation on several processes under torchrun: sharded late layers, or tensor parallelism.
 
 Only the layers from exit E up are sharded: a verification pass gathers each of them once for all its tokens, and drafts
-need no communication. All ranks decode the same prompts.
+need no communication. All layers are sharded if a trained copy drafts. All ranks decode the same prompts.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
+from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.distributed.loading import load_from_rank0
+from layerskip_recipes.distributed.loading import load_from_rank0, make_position_tables
 from layerskip_recipes.distributed.tensor_parallel import Plan, parallelize
 from layerskip_recipes.generation.local_shards import split_locally
 from layerskip_recipes.model.adapters import adapter_names, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.model.draft import Draft, weights_hash
+from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 
 
 def load_sharded_decoder(
@@ -30,8 +32,12 @@ def load_sharded_decoder(
     kept_layers: int = 0,
     tensor_parallel_dim: int = 1,
     plan: Plan | None = None,
-) -> LayerSkipDecoder:
-    """`load_decoder` for several processes, see `shard_decoder`: only rank 0 reads the checkpoint."""
+    draft: str | None = None,
+) -> tuple[LayerSkipDecoder, Draft | None]:
+    """`load_decoder` for several processes, see `shard_decoder`: only rank 0 reads the checkpoint.
+
+    Every rank has the whole draft of the folder `draft`, if one is given.
+    """
     model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():
         if adapter_names(model):
@@ -41,7 +47,13 @@ def load_sharded_decoder(
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
     without_adapters(model)
-    return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan)
+    trained = None
+    if draft is not None:  # a copy of the model's layers before they are sharded
+        own_hash = from_rank_zero(weights_hash(state) if is_rank_zero() else None)
+        trained = read_draft(draft, model, "self_speculation.draft", own_hash)
+        make_position_tables(trained, device, cfg.torch_dtype)
+        trained.to(device, cfg.torch_dtype)
+    return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan), trained
 
 
 class _LateLayers(nn.Module):

@@ -87,7 +87,7 @@ class LayerSkipGenerate:
             # The same for all batches, so that steps are compiled for one size.
             self.reserve = room + max(64, nodes) if self.compile else None
             slots = cache_length(self.reserve) if self.reserve else room + nodes
-        kept = (self.exit_layer if self.section is None else self.section.exit_layer) or 0
+        kept = (self.exit_layer or 0) if self.section is None else self.section.layers_of_model()
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
@@ -134,15 +134,18 @@ class LayerSkipGenerate:
         now, late = self.cfg.quantizer, None
         if self.section is not None and self.section.draft is not None:
             now, late = None, self.cfg.quantizer
+        trained = None
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
-            self.model = load_sharded_decoder(self.cfg, self.device, self.kept_layers, self.parallel, plan)
+            draft = None if self.section is None else self.section.draft
+            how = (self.kept_layers, self.parallel, plan, draft)
+            self.model, trained = load_sharded_decoder(self.cfg, self.device, *how)
         else:
             self.model = load_decoder(self.cfg, self.device, now)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.section is not None:
-            self.speculation = self.section.build(self.model)
+            self.speculation = self.section.build(self.model, trained=trained)
         if late is not None:
             self.model = quantise_decoder(self.model, late)
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from helpers import generating_ranks
+from helpers import generating_ranks, speculation
 from helpers.commands import last_line
 from helpers.configs import MODEL, generate_config, make_checkpoint
 from helpers.generating_ranks import (
@@ -20,6 +20,7 @@ from helpers.generating_ranks import (
     MODES,
     NEW,
     OTHER_MODES,
+    PROMPTS,
     SHARED_MODEL,
     UNEVEN,
     E,
@@ -29,6 +30,7 @@ from helpers.generating_ranks import (
     run,
 )
 from helpers.ranks import check_success, run_on_ranks
+from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import SIZE, make_tiny
 from omegaconf import OmegaConf
 from torchao.dtypes.nf4tensor import NF4Tensor
@@ -36,6 +38,13 @@ from torchtune import config
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes import layerskip_decoder, processes
+from layerskip_recipes.checkpoint.drafts import describe, write_draft
+from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.model.draft import Draft, weights_hash
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -166,6 +175,30 @@ def config_folder(tmp_path_factory, tokenizer_folder):
         generate_config(files, tokenizer_folder, model=section, checkpointer=reader).rename(folder / f"{kind}.yaml")
     generate_config(folder, make_checkpoint(folder / "checkpoint", tokenizer_folder))
     return folder
+
+
+def test_each_rank_has_all_of_a_trained_draft(tmp_path, tokenizer_folder, monkeypatch):
+    """A copy needs none of the model's layers, an adapter its first two. Tokens and counts are those of one process."""
+    checkpoint, expected = make_checkpoint(tmp_path / "checkpoint", tokenizer_folder), {}
+    monkeypatch.setattr(DiscountedUCB.__init__, "__defaults__", ALWAYS_DRAFTING)
+    for kind in ("copy", "adapter"):
+        path = generate_config(tmp_path / kind, checkpoint).rename(tmp_path / f"{kind}.yaml")
+        model = load_decoder(GenerateConfig.load(load_config(str(path))), torch.device("cpu"))
+        torch.manual_seed(0)
+        draft = Draft(model, kind, 2)
+        for parameter in draft.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        draft.vocabulary = list(range(0, 300, 2))
+        folder, base = tmp_path / f"{kind}_draft", {"folder": str(checkpoint), "hash": weights_hash(model.state_dict())}
+        write_draft(folder, draft.state_dict(), describe(draft, base, 1))
+        settings = {"draft": str(folder), "num_speculations": 3}
+        generate_config(tmp_path / kind, checkpoint, self_speculation=settings).rename(path)
+        section = SelfSpeculation(**settings).with_vocabulary(model, [])
+        alone = speculation.run(model, PROMPTS, NEW, speculation=section.build(model))
+        assert alone.generated == speculation.run(model, PROMPTS, NEW).generated and alone.stats.drafted > 0
+        expected[kind] = [alone.generated, alone.stats.drafted, alone.stats.accepted]
+    check_success(fork("trained", tmp_path))
+    assert written(tmp_path) == [expected] * 2
 
 
 def test_only_rank_zero_reads_the_checkpoint_and_adapters_are_merged_as_in_one_process(config_folder):

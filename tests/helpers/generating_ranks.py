@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from helpers import speculation
 from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import FAMILIES, SIZE, CountedCollectives, make_tiny
 from torch.distributed.tensor import DTensor
@@ -180,7 +181,7 @@ def load_rank(folder):
     for file in folder.glob("*.yaml"):
         cfg = GenerateConfig.load(load_config(str(file), ["dtype=bf16"]))
         whole = load_decoder(cfg, CPU)
-        model = parallel.load_sharded_decoder(cfg, CPU, kept_layers=1)
+        model, _ = parallel.load_sharded_decoder(cfg, CPU, kept_layers=1)
         full, expected, buffers = full_weights(model), whole.state_dict(), dict(model.named_buffers())
         result[file.stem] = {
             "weights": full.keys() == expected.keys()
@@ -189,6 +190,19 @@ def load_rank(folder):
             "training": model.training,
             "tokens": run(model, **arguments).tokens.tolist() == run(whole, **arguments).tokens.tolist(),
         }
+    return result
+
+
+def trained_rank(folder):
+    """A sharded model with the trained draft of each config: greedy tokens, how many were drafted, and accepted."""
+    result = {}
+    for file in folder.glob("*.yaml"):
+        cfg = GenerateConfig.load(load_config(str(file)))
+        section = cfg.self_speculation.with_vocabulary(layerskip_decoder(cfg.meta_model), [])
+        model, draft = parallel.load_sharded_decoder(cfg, CPU, section.layers_of_model(), draft=section.draft)
+        generation = speculation.run(model, PROMPTS, NEW, speculation=section.build(model, trained=draft))
+        stats = generation.stats
+        result[file.stem] = [generation.generated, stats.drafted, stats.accepted]
     return result
 
 
@@ -205,7 +219,8 @@ def fail_load_rank(folder):
     parallel.load_sharded_decoder(cfg, CPU)
 
 
-RANKS = {f.__name__.removesuffix("_rank"): f for f in (decode_rank, local_rank, load_rank, fail_rank, fail_load_rank)}
+ALL = (decode_rank, local_rank, load_rank, trained_rank, fail_rank, fail_load_rank)
+RANKS = {f.__name__.removesuffix("_rank"): f for f in ALL}
 
 
 def grid(folder):

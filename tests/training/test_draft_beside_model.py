@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from helpers.configs import generate_config, start_section
-from helpers.ranks import train_on_ranks
+from helpers.ranks import check_success, run_tune_on_ranks, train_on_ranks
 from helpers.resuming import COSINE, WEIGHTS, final_weights, keep_only, resumed, same_tensors
+from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, texts, train
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from layerskip_recipes.checkpoint.drafts import own_draft, read_description, rea
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -101,36 +103,68 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
 
 
-def test_generation_finds_the_draft(checkpoint, tmp_path, beside_config, caplog):
-    """It drafts if that should pay. One that another reader's weights do not fit is left alone."""
-    model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
-    reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint), "output_dir": "unused"}
-    config = beside_config(model=model, checkpointer=reader, epochs=20, shuffle=False)
-    train(config, "optimizer.lr=3e-3", "checkpointer.output_dir=${output_dir}")
-    folder = tmp_path / "out" / "epoch_19"
-    own = str(folder / "draft")
-    rates = json.loads((folder / "draft" / "layerskip.json").read_text())
-    rates["measured"]["draft"]["greedy"] = [1.9, 2.7, 3.4, 4.0, 4.5, 5.0, 5.4, 5.7]
-    (folder / "draft" / "layerskip.json").write_text(json.dumps(rates))
+@pytest.fixture
+def promising(checkpoint, tmp_path, beside_config):
+    """A run's checkpoint whose draft seems to pay, and a generation config for it, as a function of the kind."""
 
-    changes = {"checkpointer": reader | {"path": str(folder)}, "self_speculation": {}, "model": model}
+    def trained(kind):
+        model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
+        reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint), "output_dir": "unused"}
+        config = beside_config(kind, model=model, checkpointer=reader, epochs=20, shuffle=False)
+        train(config, "optimizer.lr=3e-3", "checkpointer.output_dir=${output_dir}")
+        folder = tmp_path / "out" / "epoch_19"
+        note(folder, lambda noted: noted["measured"]["draft"].update(greedy=[1.9, 2.7, 3.4, 4.0, 4.5, 5.0, 5.4, 5.7]))
+        changes = {"checkpointer": reader | {"path": str(folder)}, "self_speculation": {}, "model": model}
+        return folder, generate_config(tmp_path, folder, **changes, benchmark={"compare": True})
+
+    return trained
+
+
+def note(folder, change):
+    """Change layerskip.json of the draft."""
+    path = folder / "draft" / "layerskip.json"
+    noted = json.loads(path.read_text())
+    change(noted)
+    path.write_text(json.dumps(noted))
+
+
+def test_generation_finds_the_draft(promising, caplog, monkeypatch):
+    """It drafts if that should pay. A draft that does not fit the weights of another reader is left alone."""
+    folder, path = promising("copy")
+    own = str(folder / "draft")
     with caplog.at_level(logging.INFO):
-        recipe = LayerSkipGenerate(load_config(str(generate_config(tmp_path, folder, **changes))))
+        recipe = LayerSkipGenerate(load_config(str(path)))
     assert recipe.section.draft == own and "Drafts: trained draft, " in caplog.text
+    monkeypatch.setattr(DiscountedUCB.__init__, "__defaults__", ALWAYS_DRAFTING)
     recipe.setup()
     report = recipe.generate()
-    assert report["drafted"] > 0
+    assert report["drafted"] > 0 and report["identical"] is True
     loaded, tokenizer = load_model(str(folder))
     assert len(loaded.drafting["drafter"].layers) == 2
     plain = generate(loaded, tokenizer.prompt("def main("), 8).tokens[0]
     assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
 
-    described = read_description(own, "draft").model_dump()
-    described["base"] |= {"folder": "..", "checkpointer": "FullModelHFCheckpointer"}
-    described["base"] |= {"files": ["model.safetensors"], "model_type": "LLAMA3_2"}
-    (folder / "draft" / "layerskip.json").write_text(json.dumps(described))
+    reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
+    note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
     assert load_model(str(folder))[0].drafting == {}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_draft_with_it(promising, tmp_path):
+    """If it is faster while decoding. Tensor parallelism splits what a draft copies."""
+    folder, path = promising("copy")
+    command = ["run", "layerskip_generate", "--config", str(path)]
+    ranks = run_tune_on_ranks(*command, cwd=tmp_path)
+    check_success(ranks)
+    assert json.loads(ranks[0].stdout.splitlines()[-1])["identical"] is True
+    assert "Drafts: trained draft, " in ranks[0].stderr
+    plan = "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan"
+    command += ["tensor_parallel_dim=2", plan, f"self_speculation.draft={folder}/draft"]
+    for rank in run_tune_on_ranks(*command, cwd=tmp_path):
+        assert rank.returncode == 1
+        assert "self_speculation.draft: does not go with tensor parallelism" in rank.stderr
 
 
 @pytest.mark.slow

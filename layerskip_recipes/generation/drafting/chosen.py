@@ -75,8 +75,9 @@ def choose_for(
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
     int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
     folder = described_folder(cfg.checkpointer)
-    # A trained draft needs one process, and the weights that it was trained for.
-    own = own_draft(folder, cfg.checkpointer.target) if plain else None
+    # A trained draft needs whole matrices, and the weights that it was trained for.
+    split = num_processes() > 1 and getattr(cfg, "tensor_parallel_plan", None) is not None
+    own = own_draft(folder, cfg.checkpointer.target) if quantizer is None and not split else None
     return choose_drafts(section, folder, costs, temperature, own=own, plain_head=plain, int8=int8, ends=ends, key=key)
 
 

@@ -23,6 +23,7 @@ from layerskip_recipes.generation.drafting.speculation import (
     check_draft_vocabulary,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 
 
@@ -81,6 +82,11 @@ class SelfSpeculation(Section):
                 f"{key}.draft_quantizer: has no effect with quantizer, which also packs the layers that draft. "
                 "Set one of them null; for example quantizer=null"
             )
+        if self.draft is not None and parallel > 1:
+            raise ConfigError(
+                f"{key}.draft: does not go with tensor parallelism, which splits the layers that it copies. Set "
+                f"{key}.draft=null or tensor_parallel_dim=1"
+            )
         # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
         packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), parallel > 1
         if (packed or split) and (
@@ -136,12 +142,20 @@ class SelfSpeculation(Section):
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
-    def build(self, model: LayerSkipDecoder, key: str = "self_speculation") -> Speculation:
-        """The speculation for a loaded model, after `with_vocabulary`."""
+    def layers_of_model(self) -> int:
+        """The number of the model's first layers that draft, after `with_vocabulary`; 0 if a trained copy drafts."""
+        if self.draft is not None and read_description(self.draft, "self_speculation.draft").kind == "copy":
+            return 0
+        return self.exit_layer or 0
+
+    def build(
+        self, model: LayerSkipDecoder, key: str = "self_speculation", trained: Draft | None = None
+    ) -> Speculation:
+        """The speculation for a loaded model, after `with_vocabulary`; `trained` is the draft of `draft`, if read."""
         assert self.exit_layer is not None and not isinstance(self.draft_vocabulary, int)
         drafter, head, layers = None, None, range(self.exit_layer)
         if self.draft is not None:
-            drafter = read_draft(self.draft, model, f"{key}.draft").decoder(model)
+            drafter = (trained or read_draft(self.draft, model, f"{key}.draft")).decoder(model)
             layers = drafter.own_layers
         if self.draft_vocabulary is not None:
             head = DraftHead(drafter or model, self.draft_vocabulary)
