@@ -222,6 +222,23 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finet
         export(folder, str(tmp_path / "other"), draft=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torchtune", "hf"])
+def test_a_draft_beside_its_model_is_exported_from_the_models_folder(form, checkpoint, tmp_path, finetune):
+    """Also after a move."""
+    changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
+    if form == "hf":
+        changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
+        changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint)}
+    recipe = train(finetune(draft={"kind": "copy", "exit_layer": 2, "finetune_model": True}, **changes))
+    moved = shutil.move(tmp_path / "out" / "epoch_0", tmp_path / "moved")
+    model = load(export(str(moved), str(tmp_path / "draft"), draft=0))
+    with torch.no_grad():
+        expected = recipe.draft.decoder(recipe.model)(TOKENS)
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert load(export(str(moved), str(tmp_path / "whole"))).config.num_hidden_layers == 4
+
+
 def test_an_adapter_is_no_model_of_its_own(tmp_path):
     (tmp_path / "draft.safetensors").touch()
     base = {"folder": "model", "hash": "0"}

@@ -23,6 +23,7 @@ from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.training.checkpoints import find_checkpoint
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.optimizers import DRAFT_RATE
@@ -209,6 +210,13 @@ def test_two_processes_train_what_one_trains(tmp_path, beside_config):
         for file in ("draft/draft.safetensors", WEIGHTS):
             weights, others = (load_file(folder / "epoch_1" / file) for folder in (one, out))
             torch.testing.assert_close(others, weights, atol=1e-5, rtol=0)
+
+
+def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
+    train(beside_config(epochs=2))
+    file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert find_checkpoint(tmp_path / "out") == tmp_path / "out" / "epoch_0"
 
 
 @pytest.mark.parametrize(
