@@ -50,7 +50,7 @@ STEPS = {
     "lossless": Step("Outputs of self-speculation beside plain decoding, small trained model", 240),
     "train_1b": Step("Training with the shape of Llama 3.2 1B, random weights", 360),
     "train_8b": Step("Training with the shape of Llama 3 8B, random weights", 360),
-    "finetune": Step("LayerSkip finetuning of the model in --model-dir", 540),
+    "finetune": Step("finetuning of the model in --model-dir, with a draft beside it", 540),
 }
 CUT = "cut short by the budget"  # the next call runs such a step again
 PACKAGES = ("torch", "triton", "torchtune", "torchao", "transformers", "liger-kernel", "layerskip-recipes")
