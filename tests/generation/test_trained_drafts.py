@@ -298,10 +298,15 @@ def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
     untied = SimpleNamespace(output=torch.nn.Linear(2, 4))
     section.check_against(SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))), quantizer=int8)
     section.check_against(untied)
-    for other, split in {"quantizer=null": {"quantizer": int8}, "tensor_parallel_dim=1": {"parallel": 2}}.items():
-        message = rf"^self_speculation\.draft: has a draft vocabulary, .* Set self_speculation\.draft=null or {other}$"
-        with pytest.raises(ConfigError, match=message):
-            section.check_against(untied, **split)
+    message = (
+        r"^self_speculation\.draft: has a draft vocabulary, .* Set self_speculation\.draft=null or quantizer=null$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        section.check_against(untied, quantizer=int8)
+    for name in ("draft", "copy"):  # with its own vocabulary, and without
+        some = SelfSpeculation(draft=str((tmp_path if name == "draft" else folders) / name), num_speculations=2)
+        with pytest.raises(ConfigError, match=r"^self_speculation\.draft: does not go with tensor parallelism, "):
+            some.check_against(untied, parallel=2)
     own = SelfSpeculation(exit_layer=1, draft_quantizer=int8)
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft_quantizer: has no effect with quantizer"):
         own.check_against(SimpleNamespace(output=untied, check_exit=lambda *_: None), quantizer=int8)
