@@ -138,9 +138,9 @@ class BenchmarkConfig(DecodingConfig):
     """The length of each random prompt, for `random_weights`."""
     tune: Literal[True, False, "grid"] = False
     """`true` predicts the speed of every exit, draft length and draft vocabulary (and of int8 drafts if compiled for a
-    CPU), then measures the best few instead of `variants`. With a trained draft in `self_speculation.draft`, it chooses
-    the draft's length and precision. `grid` measures each exit with six draft lengths. Writes tune.json or grid.json, a
-    table in .md, and a picture."""
+    CPU), then measures the best few instead of `variants`. For a trained draft (`self_speculation.draft`, or the one
+    beside the model) it chooses length and precision. `grid` measures six draft lengths, of each exit or of the trained
+    draft. Writes tune.json or grid.json, a table in .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
     """The generation config that the tuned config, `report_dir`/tuned.yaml, extends. null: `tune` writes no config."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
@@ -161,7 +161,9 @@ class BenchmarkConfig(DecodingConfig):
         if not self.tune:
             return None
         given = self.self_speculation or SelfSpeculation()
-        draft = given.draft or own_draft(described_folder(self.checkpointer), self.checkpointer.target)
+        draft = given.draft
+        if draft is None and given.exit_layer is None:
+            draft = own_draft(described_folder(self.checkpointer), self.checkpointer.target)
         return None if draft is None else given.model_copy(update={"draft": draft})
 
     def key_of(self, variant: str) -> str:

@@ -6,6 +6,8 @@
 3. Time a few short probes: they give the cost of the parts of a round.
 4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with plan.py.
 5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
+
+For a trained draft, given or the model's own, probes replace step 2, and step 4 predicts lengths, ends and precisions.
 """
 
 import itertools
@@ -22,6 +24,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
+from layerskip_recipes.checkpoint.drafts import own_draft
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
@@ -291,7 +294,10 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
         keys -= {"draft_vocabulary"} if best.draft is not None else set()
         content["self_speculation"] = {key: _as_yaml(value) for key, value in best if key in keys}
         if best.draft is not None:
-            content["self_speculation"]["draft"] = str(Path(best.draft).absolute())
+            draft = Path(best.draft).absolute()
+            content["self_speculation"]["draft"] = str(draft)
+            if own_draft(draft.parent) == str(draft) and cfg.model_dir is not None:
+                content["model_dir"] = str(draft.parent)  # the run's newest checkpoint may change
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
 

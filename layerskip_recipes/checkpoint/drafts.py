@@ -35,7 +35,7 @@ class Base(Section):
     """The model that a draft was trained for. Users download this file with weights, so it must not name code."""
 
     folder: Text
-    """A local folder, or a name on the hub. BESIDE: the model's folder has the draft's folder."""
+    """A local folder, or a name on the hub; BESIDE: the folder above the draft's."""
     hash: Text
     """See `weights_hash`."""
     checkpointer: Literal[tuple(BY_NAME)] = "HFCheckpointer"  # type: ignore[valid-type]
@@ -108,8 +108,8 @@ def _name_of(checkpointer: Any) -> str:
 
 
 def read_description(folder: str, key: str) -> DraftDescription:
-    """Read a draft's layerskip.json; errors name `key`."""
-    path = Path(folder)
+    """Read the layerskip.json of a draft, or of the draft beside a model; errors name `key`."""
+    path = Path(own_draft(Path(folder)) or folder)
     if not ((path / DESCRIPTION).is_file() and (path / DRAFT_FILE).is_file()):
         raise ConfigError(
             f"{key}: {folder!r} holds no draft ({DESCRIPTION} and {DRAFT_FILE}). Give a checkpoint of a draft "
@@ -125,13 +125,16 @@ def read_description(folder: str, key: str) -> DraftDescription:
 def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | None = None) -> Draft:
     """Load a trained draft for a model, in eval mode, on the model's device; errors name `key`.
 
-    `own_hash` is that of the model's weights, for a model without weights on the meta device.
+    `folder` is the draft's, or that of the model with the draft beside it. `own_hash` is that of the model's weights,
+    for a model without weights on the meta device.
     """
+    folder = own_draft(Path(folder)) or folder
     described = read_description(folder, key)
     if described.base.hash != (own_hash or weights_hash(model.state_dict())):
         raise ConfigError(
             f"{key}: {folder!r} drafts for {described.base.folder!r}, whose weights are not those of this model. "
-            "Allowed: a draft of this model, or the model that it was trained for"
+            "Allowed: a draft of this model, or the model that it was trained for. If the model beside it was "
+            "replaced, delete the draft's folder"
         )
     draft = Draft(model, described.kind, described.exit_layer, described.num_layers)
     draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE), assign=own_hash is not None)

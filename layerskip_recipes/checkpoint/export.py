@@ -92,6 +92,11 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 def _trained_exit(source: Path, layers: int) -> int:
     described = read_trained_exits(source)
     trained = exit_that_drafts((described and described.exits) or [], layers)
+    if trained is None and own_draft(source):
+        raise ConfigError(
+            f"--exit-layer: {str(source)!r} has no trained exit, but a draft beside the model. Export the model "
+            "without --exit-layer, and its draft with --draft"
+        )
     if trained is None:
         raise ConfigError(
             f"export: {str(source / DESCRIPTION)!r} names no early exit. Allowed: a number, for example "

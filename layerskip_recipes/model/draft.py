@@ -1,4 +1,4 @@
-"""Draft: trained layers and a norm that draft for a frozen model, with the model's embedding and head."""
+"""Draft: trained layers and a norm that draft for a model, with the model's embedding and head."""
 
 import hashlib
 from collections.abc import Mapping

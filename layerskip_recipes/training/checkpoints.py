@@ -81,8 +81,8 @@ def _resumed_section(section: Component, checkpoint: Path) -> Component:
 class Checkpoints:
     """Reads the weights and the state that a run starts from, and writes its checkpoints under `output_dir`.
 
-    `resumed_from` is the checkpoint's folder or None. A resumed run of adapters or of a draft takes these from the
-    checkpoint, and the base weights from where the first run took them.
+    `resumed_from` is the checkpoint's folder or None. A resumed run of adapters, or of a draft for a frozen model,
+    takes these from the checkpoint, and the base weights from where the first run took them.
     """
 
     def __init__(self, cfg: FinetuneConfig, resumed_from: Path | None) -> None:

@@ -205,7 +205,8 @@ class FinetuneConfig(RecipeConfig):
                 "torch.nn.CrossEntropyLoss, torchtune.modules.loss.CEWithChunkedOutputLoss"
             )
         if self.early_exit_loss is None:
-            return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), **given)
+            chunk = self.draft and self.draft.chunk_tokens
+            return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), chunk_tokens=chunk, **given)
         return EarlyExitLoss(**dict(self.early_exit_loss), **given)
 
     def build_layer_dropout(self) -> LayerDropout | None:
@@ -337,9 +338,10 @@ class FinetuneConfig(RecipeConfig):
             yield "model.layer_dropout: does not go with draft. Set model.layer_dropout=null"
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
+            exits = ", with early_exit_loss as in hf/lora" if trains else ""
             yield (
-                f"draft: needs a trained model, and this one has {what}. Allowed: a model section without LoRA, and a "
-                "checkpointer that reads weights; or draft=null"
+                f"draft: copies layers of a trained model, and this one has {what}. Allowed: a model section without "
+                f"LoRA, and a checkpointer that reads weights; or draft=null{exits}"
             )
         if (self.tensor_parallel_dim or 1) > 1:
             yield (

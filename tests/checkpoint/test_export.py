@@ -237,6 +237,8 @@ def test_a_draft_beside_its_model_is_exported_from_the_models_folder(form, check
         expected = recipe.draft.decoder(recipe.model)(TOKENS)
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     assert load(export(str(moved), str(tmp_path / "whole"))).config.num_hidden_layers == 4
+    with pytest.raises(ConfigError, match=r"^--exit-layer: .* has no trained exit, but a draft beside the model\. "):
+        export(str(moved), str(tmp_path / "other"), exit_layer=0)
 
 
 def test_an_adapter_is_no_model_of_its_own(tmp_path):

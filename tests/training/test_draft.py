@@ -330,7 +330,7 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
             "loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}",
             "loss.label_smoothing: 0.1 does nothing with draft, ",
         ),
-        ("checkpointer.checkpoint_files=[]", "draft: needs a trained model, and this one has no weights"),
+        ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
     ],
 )
 def test_mistakes(override, message, draft_config):

@@ -15,11 +15,14 @@ from helpers.training import VALIDATION, losses, read_log, texts, train
 from safetensors.torch import load_file
 
 from layerskip_recipes import generate, load_model
+from layerskip_recipes.benchmark.config import BenchmarkConfig
+from layerskip_recipes.benchmark.tuner import write_config
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -145,10 +148,36 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     plain = generate(loaded, tokenizer.prompt("def main("), 8).tokens[0]
     assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
 
+    assert same_tensors(read_draft(str(folder), loaded, "draft").state_dict(), load_file(f"{own}/draft.safetensors"))
+
+    # Who wants no draft gets none; a reason is given where it cannot be used.
+    assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).section is None
+    caplog.clear()
+    int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+    with caplog.at_level(logging.INFO):
+        assert LayerSkipGenerate(load_config(str(path), [int8])).section is None
+    assert f"No drafts: the draft in {own} needs unquantised weights. Set quantizer=null" in caplog.text
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
     assert load_model(str(folder))[0].drafting == {}
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert LayerSkipGenerate(load_config(str(path))).section is None
+    assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
+
+
+def test_the_tuner_finds_the_draft(promising, tmp_path):
+    """It names the checkpoint whose draft it measured; an exit that is given counts first."""
+    folder, _ = promising("copy")
+    overrides = [f"model_dir={folder.parent}", "tune=true", "device=cpu", f"report_dir={tmp_path}"]
+    cfg = BenchmarkConfig.load(load_config("hf/benchmark", overrides))
+    assert cfg.tuned_draft == SelfSpeculation(draft=str(folder / "draft"))
+    write_config(tmp_path / "tuned.yaml", cfg, cfg.tuned_draft, "fast")
+    tuned = load_config(str(tmp_path / "tuned.yaml"))
+    assert (tuned.model_dir, tuned.self_speculation.draft) == (str(folder), f"{folder}/draft")
+    cfg = BenchmarkConfig.load(load_config("hf/benchmark", [*overrides, "self_speculation={exit_layer: 2}"]))
+    assert cfg.tuned_draft is None
 
 
 @pytest.mark.slow
@@ -225,7 +254,7 @@ def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
         ("draft.own_text=0.5", "draft.own_text: 0.5 needs a frozen model. Set draft.own_text=0 or "),
         ("draft.keep_states=true", "draft.keep_states: True needs a frozen model. Set draft.keep_states=false or "),
         ("early_exit_loss={scale: 0.1}", "early_exit_loss: does not go with draft. Set "),
-        ("checkpointer.checkpoint_files=[]", "draft: needs a trained model, and this one has no weights"),
+        ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
     ],
 )
 def test_mistakes(override, message, beside_config):

@@ -22,6 +22,7 @@ from layerskip_recipes.checkpoint.trained_exits import (
 )
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
 from layerskip_recipes.generation.drafting.plan import (
     ASSUMED,
     LEAST_GAIN,
@@ -75,10 +76,20 @@ def choose_for(
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
     int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
     folder = described_folder(cfg.checkpointer)
-    # A trained draft needs whole matrices, and the weights that it was trained for.
-    split = num_processes() > 1 and getattr(cfg, "tensor_parallel_plan", None) is not None
-    own = own_draft(folder, cfg.checkpointer.target) if quantizer is None and not split else None
-    return choose_drafts(section, folder, costs, temperature, own=own, plain_head=plain, int8=int8, ends=ends, key=key)
+    # A draft that was trained beside the model needs whole matrices, and the weights that it was trained for.
+    own, unusable = None, None
+    if section is not None and section.exit_layer is None and "draft" not in section.model_fields_set:
+        own = own_draft(folder)
+        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+        if quantizer is not None:
+            unusable = "needs unquantised weights. Set quantizer=null"
+        elif parallel > 1:
+            unusable = "does not go with tensor parallelism, which splits the layers that it copies"
+        elif own_draft(folder, cfg.checkpointer.target) is None:
+            unusable = "was trained for weights that another checkpointer reads"
+        own, unusable = (own, None) if own is None or unusable is None else (None, f"the draft in {own} {unusable}")
+    how: dict[str, Any] = {"own": own, "unusable": unusable, "plain_head": plain, "int8": int8, "ends": ends}
+    return choose_drafts(section, folder, costs, temperature, **how, key=key)
 
 
 def choose_drafts(
@@ -88,6 +99,7 @@ def choose_drafts(
     temperature: float,
     *,
     own: str | None = None,
+    unusable: str | None = None,
     plain_head: bool = True,
     int8: bool = False,
     ends: bool = False,
@@ -97,7 +109,8 @@ def choose_drafts(
 
     Args:
         folder: that of the weights or adapters, with or without layerskip.json.
-        own: the folder of a draft that was trained beside the model, which drafts without `draft` and `exit_layer`.
+        own: the folder of a draft that was trained beside the model.
+        unusable: why there is one that cannot be used.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
@@ -106,10 +119,10 @@ def choose_drafts(
     if section is None:
         return Choice(None, None, costs.plain)
     asked_for = section.draft is not None or section.exit_layer is not None
-    if not asked_for and own is not None:
-        section = section.model_copy(update={"draft": own})
     trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
     section = with_stored_vocabulary(section, trained)
+    if own is not None:
+        section = section.model_copy(update={"draft": own})
     if section.only_looks_up(costs.num_layers):
         return Choice(section, None, costs.plain)
     given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
@@ -120,7 +133,7 @@ def choose_drafts(
             return Choice(section, None, costs.plain)  # no measurement to choose by
         ways = known_ways(trained, costs.num_layers, section.exit_layer)
     if not ways:
-        return _without_exit(section, _untrained(folder, trained, costs.num_layers, key), costs)
+        return _without_exit(section, unusable or _untrained(folder, trained, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if "draft_vocabulary" in given or not plain_head:

@@ -36,11 +36,12 @@ class SelfSpeculation(Section):
 
     exit_layer: Annotated[int, Field(examples=[8])] | None = None
     """E: the number of layers that draft, 1 to L. With `draft`, null means the exit of that draft. Without `draft`,
-    null decodes without drafts, and a missing key chooses a trained exit. With `prompt_lookup`, L means look-ups
-    alone."""
+    null decodes without drafts, and a missing key chooses the draft beside the model, or else a trained exit. With
+    `prompt_lookup`, L means look-ups alone."""
     draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
     """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
-    training with a section `draft`."""
+    training with a section `draft`. Where the recipe chooses, a missing key means the draft beside the model, if there
+    is one; null: none."""
     num_speculations: NumSpeculations = 6
     """The most tokens drafted per round."""
     min_confidence: Confidence = 0.0

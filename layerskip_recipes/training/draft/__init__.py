@@ -1,1 +1,1 @@
-"""Training a draft for a frozen model: its loss, and text that the model writes for it."""
+"""Training a draft: its loss, and text that the model writes for it."""
