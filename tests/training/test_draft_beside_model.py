@@ -107,6 +107,21 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
 
 
+@pytest.mark.parametrize("override", ["optimizer_in_bwd=true", "dtype=bf16", "enable_activation_checkpointing=true"])
+def test_the_model_is_that_of_ordinary_finetuning_however_it_steps(override, tmp_path, beside_config):
+    """The draft is trained in fp32 beside a model in bf16."""
+    path = beside_config("adapter", clip_grad_norm=None)
+    train(path, override, "optimizer.lr=3e-3")
+    train(path, override, "optimizer.lr=0.0", f"output_dir={tmp_path / 'start'}")
+    train(path, override, "optimizer.lr=3e-3", "draft=null", f"output_dir={tmp_path / 'plain'}")
+    weights = (final_weights(out / "epoch_0") for out in (tmp_path / "out", tmp_path / "plain"))
+    assert same_tensors(*weights)
+    files = [tmp_path / out / "epoch_0" / "draft" / "draft.safetensors" for out in ("start", "out")]
+    start, end = map(load_file, files)
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    assert not any(torch.equal(end[name], value) for name, value in start.items())
+
+
 @pytest.fixture
 def promising(checkpoint, tmp_path, beside_config):
     """A run's checkpoint whose draft seems to pay, and a generation config for it, as a function of the kind."""
