@@ -190,7 +190,7 @@ def test_the_warning_if_the_last_layer_gets_worse(good, tmp_path, caplog):
     for step, message in zip((1, 2), messages, strict=True):
         assert f"{measured[step]['val_loss_final']:.4f} after step {step} is {worse[step]:.1%} worse" in message
         assert f"({first:.4f}). Lower early_exit_loss.scale" in message
-        assert "early_exit_loss.scale, layer_dropout.prob or lr" in message
+        assert "early_exit_loss.scale, layer_dropout.prob or optimizer.lr to keep it" in message
 
 
 def test_a_resumed_run_compares_with_the_first_start(good, tmp_path, caplog):
