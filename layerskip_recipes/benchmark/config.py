@@ -162,7 +162,7 @@ class BenchmarkConfig(DecodingConfig):
             return None
         given = self.self_speculation or SelfSpeculation()
         draft = given.draft
-        if draft is None and given.exit_layer is None:
+        if given.exit_layer is None and "draft" not in given.model_fields_set:
             draft = own_draft(described_folder(self.checkpointer), self.checkpointer.target)
         return None if draft is None else given.model_copy(update={"draft": draft})
 

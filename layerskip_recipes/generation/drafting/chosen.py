@@ -76,20 +76,29 @@ def choose_for(
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
     int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
     folder = described_folder(cfg.checkpointer)
-    # A draft that was trained beside the model needs whole matrices, and the weights that it was trained for.
-    own, unusable = None, None
-    if section is not None and section.exit_layer is None and "draft" not in section.model_fields_set:
-        own = own_draft(folder)
-        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
-        if quantizer is not None:
-            unusable = "needs unquantised weights. Set quantizer=null"
-        elif parallel > 1:
-            unusable = "does not go with tensor parallelism, which splits the layers that it copies"
-        elif own_draft(folder, cfg.checkpointer.target) is None:
-            unusable = "was trained for weights that another checkpointer reads"
-        own, unusable = (own, None) if own is None or unusable is None else (None, f"the draft in {own} {unusable}")
+    own, unusable = _draft_beside(cfg, section, folder, quantizer)
     how: dict[str, Any] = {"own": own, "unusable": unusable, "plain_head": plain, "int8": int8, "ends": ends}
     return choose_drafts(section, folder, costs, temperature, **how, key=key)
+
+
+def _draft_beside(
+    cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None
+) -> tuple[str | None, str | None]:
+    """The folder of the draft that was trained beside the model, or why there is one that cannot be used."""
+    chosen = section is None or section.exit_layer is not None or "draft" in section.model_fields_set
+    own = None if chosen else own_draft(folder)
+    if own is None:
+        return None, None
+    parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+    if quantizer is not None:
+        why = "needs unquantised weights. Set quantizer=null"
+    elif parallel > 1:
+        why = "does not go with tensor parallelism, which splits the layers that it copies"
+    elif own_draft(folder, cfg.checkpointer.target) is None:
+        why = "was trained for weights that another checkpointer reads"
+    else:
+        return own, None
+    return None, f"the draft in {own} {why}"
 
 
 def choose_drafts(
