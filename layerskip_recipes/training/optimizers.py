@@ -151,8 +151,9 @@ class Optimizers:
 def _trained(cfg: FinetuneConfig, model: nn.Module) -> list[tuple[list[nn.Parameter], dict[str, float]]]:
     """The trained parameters of each part of the model, and the arguments of their group in the optimizer."""
     found = [([p for p in part.parameters() if p.requires_grad], dict[str, float]()) for part in parts_of(model)]
-    if len(found) > 1 and isinstance(lr := cfg.optimizer.get("lr"), float):
-        found[1][1]["lr"] = DRAFT_RATE * lr
+    lr = cfg.optimizer.get("lr")
+    for _, of_draft in found[1:] if isinstance(lr, int | float) else []:
+        of_draft["lr"] = DRAFT_RATE * lr
     return found
 
 

@@ -111,7 +111,7 @@ class LayerSkipFinetune:
         self.log = RunLog(cfg)
         self.losses = LossMeans()
         self._setup_model()
-        if self.draft is not None and self.learner is self.draft:
+        if cfg.freezes_model:
             base = {"weights of the model": from_rank_zero(self.base.get("hash"))}
             self.fingerprint |= base
             if state:
@@ -148,15 +148,16 @@ class LayerSkipFinetune:
         self.base: dict[str, Any] = {}  # of a draft for a frozen model
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
-            of_model = cfg.exit_loss if cfg.draft.finetune_model else None
-            if of_model is not None:
+            of_model = None
+            if cfg.freezes_model:
+                self.base = self.checkpoints.base(weights)
+            else:
+                of_model = cfg.exit_loss
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
             kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
             self.loss = DraftLoss(cfg.draft, self.draft, kept, of_model)
-            if of_model is None:
-                self.base = self.checkpoints.base(weights)
             if cfg.draft.own_text:
                 resumes = self.checkpoints.resumed_from is not None
                 self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
@@ -355,10 +356,10 @@ class LayerSkipFinetune:
             )
         else:
             adapters_only = self.cfg.save_adapter_weights_only
-            trained = self.draft if self.learner is self.draft else self.model
-            contents = checkpoint_contents(trained, self.cfg.meta_model, self.device, adapters_only)
-            if self.draft is not None and trained is self.model:
-                of_draft = checkpoint_contents(self.draft, self.cfg.meta_model, self.device)
+            first, *beside = parts_of(self.learner)
+            contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
+            for draft in beside:
+                of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)

@@ -54,7 +54,9 @@ class Validation:
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
-        self.lower = "optimizer.lr" if cfg.draft else "early_exit_loss.scale, layer_dropout.prob or optimizer.lr"
+        self.keys_to_lower = (
+            "optimizer.lr" if cfg.draft else "early_exit_loss.scale, layer_dropout.prob or optimizer.lr"
+        )
         self.exits = [0, cfg.num_layers] if cfg.draft else cfg.validated_exits
         indexed, collate = load_data(cfg.dataset_val, cfg.collate_fn, tokenizer, cfg.meta_model, device)
         if not len(indexed):
@@ -87,7 +89,7 @@ class Validation:
         if not final <= first * (1 + MARGIN):  # also true for NaN
             log.warning(
                 f"val_loss_final: {final:.4f} after step {step} is {final / first - 1:.1%} worse than at the "
-                f"start ({first:.4f}). Lower {self.lower} to keep it"
+                f"start ({first:.4f}). Lower {self.keys_to_lower} to keep it"
             )
         if draft is None:
             names = ("loss", "perplexity", "agreement", "overlap")
