@@ -66,8 +66,8 @@ MADE = ("qa", "trial", "out", "out_chat", "out_8b", "out_8b_trial", "task")
 
 def at_home(words: list[str], folder: Path) -> list[str]:
     """The command with the home folder in the workplace, whose one model stands in for larger ones."""
-    for model in ("Qwen3-8B", "SmolLM2-135M-Instruct"):
-        words = [word.replace(f"~/models/{model}", f"~/{TINY}") for word in words]
+    for model in ("Qwen/Qwen3-0.6B", "~/models/Qwen3-8B", "~/models/SmolLM2-135M-Instruct"):
+        words = [word.replace(model, f"~/{TINY}") for word in words]
     return [word.replace("~/models", str(folder / "models")) for word in words]
 
 
