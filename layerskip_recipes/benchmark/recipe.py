@@ -31,7 +31,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.chosen import choose_for, with_stored_vocabulary
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all, check_memory
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -171,10 +171,11 @@ class LayerSkipBenchmark:
             self.candidates = Tuner(cfg, self.turns, self.trained.vocabulary if self.trained else None).candidates()
             self.variants = {name: candidate.section for name, candidate in self.candidates.items()}
         # Build the drafts, then quantise.
+        drafts = {name: one for name, one in self.variants.items() if isinstance(one, SelfSpeculation)}
+        built = build_all(drafts, self.model, cfg.key_of)
         self.methods: dict[str, Method] = {BASELINE: None}
         for name, variant in self.variants.items():
-            drafts = isinstance(variant, SelfSpeculation)
-            self.methods[name] = variant.build(self.model, cfg.key_of(name)) if drafts else variant.early_exit
+            self.methods[name] = built[name] if isinstance(variant, SelfSpeculation) else variant.early_exit
         if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)

@@ -57,8 +57,8 @@ MEASURED_WITH = (
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 NOTHING_TO_DRAFT = (
-    "max_new_tokens: the outputs ended with their first tokens, so there is nothing to draft. Give other prompts or "
-    "more tokens, for example max_new_tokens=128"
+    "max_new_tokens: the outputs ended with their first tokens, or the limit leaves no room for a draft. Give other "
+    "prompts or more tokens, for example max_new_tokens=128"
 )
 
 
@@ -321,6 +321,7 @@ def write_choice(
         raise ConfigError(NOTHING_TO_DRAFT)
     best = max(measured, key=measured.__getitem__)
     faster = measured[best] > 1
-    why = f"{best} at {measured[best]:.2f}x, temperature {temperature}, {report['device']}"
+    chosen = f"{best} at {measured[best]:.2f}x" if faster else f"no drafts, since {best} had {measured[best]:.2f}x"
+    why = f"{chosen}, temperature {temperature}, {report['device']}"
     write_config(path, cfg, candidates[best].written if faster else None, why)
     print(f"fastest: {best if faster else 'autoregressive'}; written to {path}")

@@ -16,6 +16,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     reads_hf_folder,
     weights_folder,
 )
+from layerskip_recipes.checkpoint.hf_checkpointer import readable
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, write_description
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
@@ -137,6 +138,6 @@ def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | N
             "replaced, delete the draft's folder"
         )
     draft = Draft(model, described.kind, described.exit_layer, described.num_layers)
-    draft.load_state_dict(load_file(Path(folder) / DRAFT_FILE), assign=own_hash is not None)
+    draft.load_state_dict(load_file(readable(Path(folder) / DRAFT_FILE, key)), assign=own_hash is not None)
     draft.vocabulary = described.vocabulary
     return draft.requires_grad_(False).eval()

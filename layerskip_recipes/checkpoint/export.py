@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
-from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, readable, weight_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
@@ -76,6 +76,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         _copy_files(source, folder)
         if draft is not None:
             config = first_layers(config, draft)
+            (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(_read_layers(weights, draft or layers), folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
@@ -123,7 +124,7 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         if weights_hash(weights) != base.hash:
             raise ConfigError(f"export: {folder!r} drafts for {base.folder!r}, whose weights have changed since")
         kept = {name: value for name, value in weights.items() if not LAYER.search(name)}
-        kept |= load_file(Path(folder) / DRAFT_FILE)
+        kept |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
         return export(str(Path(scratch) / "epoch_0"), out, draft=layers)

@@ -157,10 +157,13 @@ def weight_files(folder: Path, key: str = "checkpointer.path") -> list[Path]:
             f"{key}: {str(folder)!r} lacks {', '.join(missing[:3])}, its weights. Allowed: {SINGLE}, or "
             f"{INDEX} and all files that it names; there: {weights_found(folder)}"
         )
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as e:
-            raise ConfigError(f"{key}: {str(file)!r} cannot be read, is it complete? ({e})") from e
-    return files
+    return [readable(file, key) for file in files]
+
+
+def readable(file: Path, key: str) -> Path:
+    """The file, after a look at its header; errors name `key`."""
+    try:
+        with safe_open(file, "pt"):
+            return file
+    except (SafetensorError, OSError) as e:
+        raise ConfigError(f"{key}: {str(file)!r} cannot be read, is it complete? ({e})") from e

@@ -62,9 +62,9 @@ class TrainedExits(BaseModel):
     """The content of layerskip.json."""
 
     exits: list[int] | None = None
-    """The exits with a loss, in order; None for a trained draft."""
+    """The exits with a loss, in order."""
     vocabulary: list[int] | None = None
-    """Label tokens of the training data, most frequent first. For a trained draft: its own vocabulary."""
+    """Label tokens of the training data, most frequent first."""
     measured: Measured | None = None
 
 

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 
-BUILD_ERRORS = (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, IndexError, ImportError)
+BUILD_ERRORS = (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, LookupError, ImportError)
 KNOWN_PACKAGES = ("torch.", "torchtune.", "torchao.", "bitsandbytes.", "layerskip_recipes.")
 
 

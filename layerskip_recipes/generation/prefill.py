@@ -36,7 +36,7 @@ def read_texts(
     for group, in_cpp in _groups(context, [len(text) - reused for text in texts], depth):
         group_texts, group_rows = [texts[i] for i in group], [rows[i] for i in group]
         all_rows = in_cpp or len(group) == context.cache.rows
-        with nullcontext() if all_rows else context.cache.only(*group_rows):
+        with nullcontext() if all_rows else context.cache.only(group_rows[0]):
             states = _read_together(context, group_texts, group_rows, depth, reused, in_cpp)
             final |= zip(group, states, strict=True)
     return torch.stack([final[i] for i in range(len(texts))])

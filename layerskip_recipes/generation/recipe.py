@@ -114,8 +114,10 @@ class LayerSkipGenerate:
     def _choose(self) -> tuple[bool, SelfSpeculation | None]:
         """Whether to compile and how to draft, chosen if the config does not say."""
         cfg, compiled = self.cfg, self.cfg.compile
-        how = (self.batch_size, cfg.quantizer)
-        choices = {c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, *how) for c in (False, True)}
+        choices = {
+            c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, self.batch_size, cfg.quantizer)
+            for c in (False, True)
+        }
         if "compile" not in cfg.model_fields_set and num_processes() == 1:
             batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)
@@ -139,8 +141,8 @@ class LayerSkipGenerate:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
             draft = None if self.section is None else self.section.draft
-            how = (self.kept_layers, self.parallel, plan, draft)
-            self.model, trained = load_sharded_decoder(self.cfg, self.device, *how)
+            sharding = (self.kept_layers, self.parallel, plan, draft)
+            self.model, trained = load_sharded_decoder(self.cfg, self.device, *sharding)
         else:
             self.model = load_decoder(self.cfg, self.device, now)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts

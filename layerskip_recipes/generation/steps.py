@@ -156,16 +156,16 @@ class StepContext:
         return self.sampler.scores(logits, seen, self.settings)
 
     def read_by_draft(
-        self, x: torch.Tensor, before: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
+        self, x: torch.Tensor, last_states: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
         """The hidden state for the draft's head: x_E [b, s, d], or the adapter's output.
 
-        `before` [b, s, d] are the normed states of the previous tokens for an adapter; None without an adapter.
+        `last_states` [b, s, d] are the normed states of the previous tokens for an adapter; None without an adapter.
         """
-        if before is None:
+        if last_states is None:
             return x
         own = self.own_layers
-        part: Any = {"hidden": torch.cat([x, before], -1), "start_layer": own.start, "exit_layer": own.stop}
+        part: Any = {"hidden": torch.cat([x, last_states], -1), "start_layer": own.start, "exit_layer": own.stop}
         return self.run(self.draft_model, None, at, slots, unembed=False, **part)
 
     def unembed(self, x: torch.Tensor) -> Any:

@@ -105,7 +105,8 @@ class FinetuneConfig(RecipeConfig):
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None
     """One of `torchtune.training.lr_schedulers`; null keeps the learning rate."""
     clip_grad_norm: Annotated[float, Field(ge=0, examples=[1.0])] | Literal["inf"] | None = None
-    """Largest norm of the gradient; "inf" logs the norm without clipping."""
+    """Largest norm of the gradient, of a model and of the draft beside it separately; "inf" logs the norm without
+    clipping."""
     compile: Flag = False
     """Compile the layers and the loss; a GPU always compiles the loss."""
 
@@ -336,6 +337,12 @@ class FinetuneConfig(RecipeConfig):
             yield f"loss.label_smoothing: {smoothing} does nothing with draft, which learns no labels. Set it to 0"
         if getattr(self.meta_model, "layer_dropout", None) is not None:
             yield "model.layer_dropout: does not go with draft. Set model.layer_dropout=null"
+        reader = self.checkpointer.target
+        if not (isinstance(reader, type) or starts_from_scratch(self.checkpointer)):
+            yield (
+                f"checkpointer._component_: {self.checkpointer.path} is a function, and a draft's layerskip.json "
+                "names a class. Allowed: layerskip_recipes.hf_checkpointer, torchtune's checkpointers, or draft=null"
+            )
         if adapter_names(self.meta_model) or starts_from_scratch(self.checkpointer):
             what = "adapters" if adapter_names(self.meta_model) else "no weights"
             exits = ", with early_exit_loss as in hf/lora" if trains else ""

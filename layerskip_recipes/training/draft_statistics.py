@@ -111,9 +111,11 @@ class DraftStatistics:
         """layerskip.json's section "measured", for exits or a draft; None if nothing can be measured. Collective."""
         # The exits and batches to measure.
         early = [0] if draft is not None else exits_to_measure(exits, model.num_layers)
+        if not early:  # on all ranks
+            return None
         batches = _first(self.validation.batches if self.validation.on else self.data.batches(0))
         count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
-        if not early or not count:
+        if not count:
             return None
         sizes = [n for n in DRAFT_VOCABULARIES if n < len(self.counts) and n < 2 * len(vocabulary)]
         options: dict[str, Any] = {} if draft is not None else {"vocabulary": vocabulary, "sizes": sizes}

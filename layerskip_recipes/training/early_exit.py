@@ -122,9 +122,6 @@ class EarlyExitLossSection(Section):
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None
     """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
-    target: Literal["labels", "last_layer"] = "labels"
-    """What the early exits learn: `labels`, as in the paper; `last_layer`, the last layer's distribution, by
-    KL(p_L || p_E). The last layer always learns the labels."""
 
 
 class EarlyExitLoss:
@@ -145,7 +142,7 @@ class EarlyExitLoss:
         section = EarlyExitLossSection.parse(settings, "early_exit_loss")
         self.scale, self.scale_fn = section.scale, section.scale_fn
         self.curriculum, self.interval, self.layers = section.curriculum, section.interval, section.layers
-        self.chunk_tokens, self.target = section.chunk_tokens, section.target
+        self.chunk_tokens = section.chunk_tokens
 
         def chunk_loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             return token_loss_(logits, target, scale, label_smoothing)
@@ -222,9 +219,7 @@ class EarlyExitLoss:
                 x.requires_grad_()
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]
-            final = x.detach().flatten(0, 1)
-            teacher = None if self.target == "labels" else lambda rows: head(final[rows])
-            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, teacher, len(exits) - 1, head_rows)
+            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, None, len(exits) - 1, head_rows)
             losses.extend(exit_losses(head, states, of_exits, *arguments))
 
         model(tokens, on_exit=on_exit, unembed=False, **inputs)

@@ -32,21 +32,24 @@ class Optimizers:
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
         self.in_backward = cfg.optimizer_in_bwd
-        parts = _trained(cfg, model)
+        model_part, *draft_parts = [[p for p in part.parameters() if p.requires_grad] for part in parts_of(model)]
+        parts = [model_part, *draft_parts]
         if self.in_backward:
-            each = {p: cfg.optimizer.build([{"params": [p], **rate}]) for trained, rate in parts for p in trained}
+            each = {p: cfg.optimizer.build([p]) for trained in parts for p in trained}
             training.register_optim_in_bwd_hooks(model=model, optim_dict=each)
             self.all: list[Optimizer] = list(each.values())
         else:
-            groups = [{"params": same, **rate} for trained, rate in parts for same in group_by_mesh(trained)]
-            self.all = [cfg.optimizer.build(groups)]
+            self.all = [cfg.optimizer.build([{"params": same} for trained in parts for same in group_by_mesh(trained)])]
         for number, one in enumerate(self.all):
             if isinstance(one, StochasticAdamW):
                 one.first = number
-        if parts[0][0][0].dtype is torch.bfloat16:
+        if model_part[0].dtype is torch.bfloat16:
             # Adapters begin at zero, where bf16 is fine enough.
             _tell_of_rounding(self.all[0], whole=all(p.requires_grad for p in model.parameters()))
+        of_draft = {id(p) for trained in draft_parts for p in trained}
         for group in (group for one in self.all for group in one.param_groups):
+            if id(group["params"][0]) in of_draft:
+                group["lr"] = DRAFT_RATE * group["lr"]
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
         if state is not None:
@@ -146,15 +149,6 @@ class Optimizers:
                 if names[parameter] in states
             }
             one.load_state_dict({"state": learned, "param_groups": own})
-
-
-def _trained(cfg: FinetuneConfig, model: nn.Module) -> list[tuple[list[nn.Parameter], dict[str, float]]]:
-    """The trained parameters of each part of the model, and the arguments of their group in the optimizer."""
-    found = [([p for p in part.parameters() if p.requires_grad], dict[str, float]()) for part in parts_of(model)]
-    lr = cfg.optimizer.get("lr")
-    for _, of_draft in found[1:] if isinstance(lr, int | float) else []:
-        of_draft["lr"] = DRAFT_RATE * lr
-    return found
 
 
 def _tell_of_rounding(optimizer: Optimizer, whole: bool) -> None:

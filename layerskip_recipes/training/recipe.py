@@ -145,7 +145,7 @@ class LayerSkipFinetune:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
-        self.base: dict[str, Any] = {}  # of a draft for a frozen model
+        self.base: dict[str, Any] = {}  # what the layerskip.json of a draft for a frozen model says of the model
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
             of_model = None

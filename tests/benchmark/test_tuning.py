@@ -8,18 +8,29 @@ import pytest
 import torch
 from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
+from helpers.decoding import make_model
 from helpers.tiny import VOCAB, make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.benchmark.tuner import Tuner, fitted_costs, grid, measured_rates, pick, write_config
+from layerskip_recipes.benchmark.tuner import (
+    FIRST_LINE,
+    Candidate,
+    Tuner,
+    fitted_costs,
+    grid,
+    measured_rates,
+    pick,
+    write_choice,
+    write_config,
+)
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
 from layerskip_recipes.generation.drafting.plan import Costs, Round, StepCost, Way, ranked
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
 from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
@@ -245,6 +256,34 @@ def test_the_grid_measures_every_exit_and_length(tmp_path, tokenizer_folder, mon
     assert recipe.benchmark()["interrupted"] is True and not (folder / "tuned.yaml").exists()
 
 
+def test_drafts_with_the_same_weights_share_them():
+    """Only one int8 copy for all lengths of an exit."""
+    model = make_model()
+    sections = {
+        f"{exit_layer}_{length}": SelfSpeculation(exit_layer=exit_layer, num_speculations=length, draft_quantizer=INT8)
+        for exit_layer in (1, 2)
+        for length in (2, 4)
+    }
+    built = build_all(sections, model, str)
+    assert [(one.exit_layer, one.num_speculations) for one in built.values()] == [(1, 2), (1, 4), (2, 2), (2, 4)]
+    assert built["1_2"].drafter is built["1_4"].drafter is not built["2_2"].drafter is built["2_4"].drafter
+
+
+def test_the_first_line_says_so_if_no_draft_pays(tmp_path, tokenizer_folder):
+    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+    user = generate_config(tmp_path / "user", checkpoint)
+    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(user), temperatures=[0.0])
+    section = SelfSpeculation(exit_layer=2)
+    row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
+    report = {"results": [row], "device": "cpu"}
+    written = tmp_path / "tuned.yaml"
+    write_choice(
+        BenchmarkConfig.load(load_config(str(path))), written, report, {"draft_6": Candidate(section, section, None)}
+    )
+    assert written.read_text().startswith(f"{FIRST_LINE}no drafts, since draft_6 had 0.70x, temperature 0.0, cpu\n")
+    assert load_config(str(written)).self_speculation is None
+
+
 def test_a_file_of_somebody_elses_is_not_overwritten(tmp_path, tokenizer_folder):
     """Said before anything is measured; without tune no config is written."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
@@ -276,7 +315,11 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
 def test_outputs_too_short_for_a_draft(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path / "user", checkpoint)
-    settings = {"tune": True, "tune_extends": str(user), "max_new_tokens": 2}
+    settings = {
+        "tune": True,
+        "tune_extends": str(user),
+        "max_new_tokens": 2,
+    }
     recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
     with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
         recipe.setup()

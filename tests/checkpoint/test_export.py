@@ -36,7 +36,9 @@ def sharded(checkpoint):
 @pytest.mark.parametrize("form", ["checkpoint", "sharded"])
 @pytest.mark.parametrize("draft", [1, 2, 3, 4])
 def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, request):
+    """Without the layerskip.json of the whole model."""
     whole = request.getfixturevalue(form)
+    (whole / "layerskip.json").write_text('{"exits": [2, 4]}')
     out = export(str(whole), str(tmp_path / "draft"), draft=draft)
     model, full = load(out), load(whole)
     with torch.no_grad():
@@ -48,7 +50,7 @@ def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, r
         expected = full.lm_head(full.model.norm(hidden))
         # Without a mask attention is causal in both.
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-    assert model.config.num_hidden_layers == draft
+    assert model.config.num_hidden_layers == draft and not (out / "layerskip.json").exists()
     files = {name for file in out.glob("*.safetensors") for name in load_file(file)}
     assert not [name for name in files if any(f".layers.{layer}." in name for layer in range(draft, 4))]
 

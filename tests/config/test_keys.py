@@ -25,7 +25,7 @@ KEYS = {
         layers layers_scale prob schedule
     """,
     "EarlyExitLossSection": """
-        chunk_tokens curriculum interval layers scale scale_fn target
+        chunk_tokens curriculum interval layers scale scale_fn
     """,
     "DraftSection": """
         chunk_tokens exit_layer finetune_model keep_states kind num_layers own_text own_text_temperature vocabulary

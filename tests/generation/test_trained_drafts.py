@@ -280,6 +280,10 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     (tmp_path / "damaged" / "layerskip.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^draft: '.*damaged' holds no readable layerskip.json"):
         read_draft(str(tmp_path / "damaged"), None, "draft")
+    shutil.copy(copy / "layerskip.json", tmp_path / "damaged")
+    (tmp_path / "damaged" / "draft.safetensors").write_bytes((copy / "draft.safetensors").read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: '.*damaged/draft\.safetensors' cannot be read"):
+        generated(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "damaged")}))
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):

@@ -10,14 +10,26 @@ from typing import Any
 from helpers import forks
 
 
+def free_port() -> int:
+    """A port below 32768, where the kernel begins to give ports away: until rank 0 listens, no connection takes it.
+
+    Test processes, whose numbers are close together, begin to search at different ports.
+    """
+    for port in range(20000 + 16 * os.getpid() % 12000, 32768):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise OSError("no free port from 20000 to 32767")
+
+
 def run_on_ranks(
     script: str, *arguments: Any, cwd: Path, processes: int = 2, timeout: int = 400
 ) -> list[subprocess.CompletedProcess]:
     """`python SCRIPT ARGUMENTS` on so many ranks at the same time, with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "HF_HUB_OFFLINE": "1"}
     ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     return forks.run([script, *map(str, arguments)], cwd, ranks, timeout)

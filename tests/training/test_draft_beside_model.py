@@ -1,5 +1,6 @@
 """A draft that is trained beside its model: the model is that of ordinary finetuning, and generation finds it."""
 
+import inspect
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, texts, train
 from safetensors.torch import load_file
+from torchtune import training
 
 from layerskip_recipes import generate, load_model
 from layerskip_recipes.benchmark.config import BenchmarkConfig
@@ -30,6 +32,7 @@ from layerskip_recipes.training.checkpoints import find_checkpoint
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.optimizers import DRAFT_RATE
+from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}
 BESIDE = {kind: section | {"finetune_model": True} for kind, section in KINDS.items()}
@@ -107,6 +110,13 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
 
 
+def test_without_a_learning_rate_the_draft_learns_faster_too(beside_config):
+    recipe = LayerSkipFinetune(load_config(str(beside_config()), ["~optimizer.lr"]))
+    recipe.setup()
+    default = inspect.signature(torch.optim.AdamW).parameters["lr"].default
+    assert [group["lr"] for group in recipe.optimizers.all[0].param_groups] == [default, DRAFT_RATE * default]
+
+
 @pytest.mark.parametrize("override", ["optimizer_in_bwd=true", "dtype=bf16", "enable_activation_checkpointing=true"])
 def test_the_model_is_that_of_ordinary_finetuning_however_it_steps(override, tmp_path, beside_config):
     """The draft is trained in fp32 beside a model in bf16."""
@@ -171,7 +181,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path), [int8])).section is None
-    assert f"No drafts: the draft in {own} needs unquantised weights. Set quantizer=null" in caplog.text
+    assert f"the draft in {own} is not chosen with a quantizer. Set quantizer=null or self_spec" in caplog.text
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
@@ -276,3 +286,11 @@ def test_mistakes(override, message, beside_config):
     with pytest.raises(ConfigError) as e:
         train(beside_config(), override)
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_config, monkeypatch):
+    """Before the training: the checkpoint could not say how to read the model."""
+    build = training.FullModelHFCheckpointer
+    monkeypatch.setattr("helpers.configs.reader", lambda **arguments: build(**arguments), raising=False)
+    with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader is a function, "):
+        train(beside_config(checkpointer=start_section(checkpoint) | {"_component_": "helpers.configs.reader"}))

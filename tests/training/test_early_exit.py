@@ -26,23 +26,13 @@ def batch(rows=3, length=11, seed=0, padding=True):
     return tokens, labels
 
 
-def exit_loss(logits, teacher, labels, label_smoothing, target):
-    """The loss of one exit: of the labels or of the teacher's distribution."""
-    if target == "labels":
-        return F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=label_smoothing)
-    log_p, log_q = (x[labels != -100].log_softmax(-1) for x in (teacher, logits))
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def plain_loss(model, tokens, labels, weights, label_smoothing=0.0, target="labels"):
+def plain_loss(model, tokens, labels, weights, label_smoothing=0.0):
     """J of eq. 5 and the loss of every exit, with all logits at once and ordinary autograd."""
     h, logits = model.tok_embeddings(tokens), []
     for layer in model.layers:
         h = layer(h)
         logits.append(unembedded(model, h).flatten(0, 1))
-    *early, last = logits
-    losses = [exit_loss(x, last.detach(), labels.flatten(), label_smoothing, target) for x in early]
-    losses.append(exit_loss(last, last, labels.flatten(), label_smoothing, "labels"))
+    losses = [F.cross_entropy(x, labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing) for x in logits]
     return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)), losses
 
 
@@ -67,9 +57,8 @@ def assert_same_gradients(ours, plain, tolerance=1e-9):
 def check_loss(model, tokens, labels, on=(True,) * L, step=0, **settings):
     """Loss, gradients and the reported exits against plain PyTorch, with the exits that are on by their flags."""
     weights = paper_weights(on, settings.get("scale", 0.2))
-    plain = {key: settings[key] for key in ("label_smoothing", "target") if key in settings}
     total, per_exit = EarlyExitLoss(**{"curriculum": None} | settings)(model, tokens, labels, step=step, total_steps=9)
-    expected, losses = plain_loss(model, tokens, labels, weights, **plain)
+    expected, losses = plain_loss(model, tokens, labels, weights, settings.get("label_smoothing", 0.0))
     torch.testing.assert_close(total, expected, **EXACT)
     ours = gradients(total, model)
     assert_same_gradients(ours, gradients(expected, model))
@@ -82,15 +71,7 @@ def check_loss(model, tokens, labels, on=(True,) * L, step=0, **settings):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunks", [{}, {"chunk_tokens": 1}, {"chunk_tokens": 7}], ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"label_smoothing": 0.1},
-        {"target": "last_layer"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("family", ["llama2", "llama3_2", "qwen2", "gemma", "gemma2"])
 def test_loss_and_gradients_are_those_of_plain_autograd(family, settings, chunks):
     """Untied (llama2, qwen2) and tied heads, gemma's norms, 33 tokens in chunks that leave a rest, ignored labels."""
@@ -109,7 +90,8 @@ def test_early_exits_change_only_the_given_rows_of_the_head(family):
     # The early exits' gradient by the head's matrix alone, with their hidden states as constants.
     _, hidden = model.hidden_states(tokens, exits=range(1, L))
     logits = [unembedded(model, hidden[e].detach()).flatten(0, 1) for e in range(1, L)]
-    early = sum(w * exit_loss(z, z, labels.flatten(), 0.0, "labels") for w, z in zip(weights, logits, strict=False))
+    losses = [F.cross_entropy(z, labels.flatten(), ignore_index=-100) for z in logits]
+    early = sum(w * loss for w, loss in zip(weights, losses, strict=False))
     name = "output.weight" if family == "llama2" else "tok_embeddings.weight"
     (through_head,) = torch.autograd.grad(early, model.get_parameter(name))
     assert through_head[rows == 0].abs().max() > 1e-4

@@ -1,7 +1,8 @@
 """The `self_speculation` section: its keys, their checks, and the `Speculation` that it builds."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -172,6 +173,21 @@ class SelfSpeculation(Section):
             drafter=drafter,
             draft_head=head,
         )
+
+
+def build_all(
+    sections: Mapping[str, SelfSpeculation], model: LayerSkipDecoder, key_of: Callable[[str], str]
+) -> dict[str, Speculation]:
+    """Build speculations for a loaded model, by name. Those that draft with the same weights share them."""
+    built: dict[Any, Speculation] = {}
+    result: dict[str, Speculation] = {}
+    for name, section in sections.items():
+        weights = (section.draft, section.exit_layer, str(section.draft_vocabulary), repr(section.draft_quantizer))
+        if weights not in built:
+            built[weights] = section.build(model, key_of(name))
+        own = {key: getattr(section, key) for key in ("num_speculations", "prompt_lookup", "min_confidence")}
+        result[name] = replace(built[weights], **own)
+    return result
 
 
 def _off_without_exit(value: Any) -> Any:
