@@ -369,7 +369,8 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
 
 
 def train(place: Place, shape: str) -> None:
-    """Measure training: for 1B single steps (ours, torchtune, Liger) and hf/full; for 8B hf/draft, hf/lora, hf/full."""
+    """Measure training: single steps (ours, torchtune, Liger), hf/full and hf/task for 1B; hf/draft, hf/lora and hf/full
+    for 8B."""
     if shape == "1b":
         measure_step(place, "ours")
         if not place.tiny:
@@ -378,7 +379,7 @@ def train(place: Place, shape: str) -> None:
                 measure_step(place, method)
     plain = {"early_exit_loss": None, "layer_dropout": None}
     # FLOPs per token and weight: 2 in the forward pass, 2 for the states' gradients, 2 for the weights' gradients.
-    runs: list[tuple[str, int, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {})]
+    runs: list[tuple[str, int, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {}), ("hf/task", 6, {})]
     if shape == "8b":
         runs = [("hf/draft", 2, {}), ("hf/lora", 4, {}), ("hf/full", 6, {})]
     folder = random_model(place, shape, weights=True)
