@@ -369,8 +369,8 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
 
 
 def train(place: Place, shape: str) -> None:
-    """Measure training: single steps (ours, torchtune, Liger), hf/full and hf/task for 1B; hf/draft, hf/lora and hf/full
-    for 8B."""
+    """Measure training: for 1B single steps (ours, torchtune, Liger), hf/full and hf/task; for 8B hf/draft, hf/lora and
+    hf/full."""
     if shape == "1b":
         measure_step(place, "ours")
         if not place.tiny:
