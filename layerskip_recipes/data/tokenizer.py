@@ -25,6 +25,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SampleLength = Annotated[PositiveInt, Field(examples=[2048])] | None  # in tokens; None: not limited
 
 
 # Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False,
@@ -49,7 +50,7 @@ class HFTokenizer(ModelTokenizer, Transform):
     def __init__(
         self,
         path: Annotated[Text, Field(examples=["/tmp/SmolLM2-135M-Instruct"])],
-        max_seq_len: Annotated[PositiveInt, Field(examples=[2048])] | None = None,
+        max_seq_len: SampleLength = None,
         chat_template: str | None = None,
         truncation_type: Literal["right", "left"] = "right",
     ) -> None:

@@ -11,8 +11,8 @@ from torchtune.modules.peft import get_adapter_params
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.choices import Choices, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
-from layerskip_recipes.config.schema import PositiveInt, check
-from layerskip_recipes.data.tokenizer import hf_tokenizer
+from layerskip_recipes.config.schema import check
+from layerskip_recipes.data.tokenizer import SampleLength, hf_tokenizer
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
@@ -52,7 +52,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:
         choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
     length = choices.value("tokenizer.max_seq_len")
-    check("tokenizer.max_seq_len", length, PositiveInt | None)
+    check("tokenizer.max_seq_len", length, SampleLength)
     again = choices.pick(
         "enable_activation_checkpointing",
         lambda: (
