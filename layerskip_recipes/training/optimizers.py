@@ -32,8 +32,7 @@ class Optimizers:
     def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
         self.model = model
         self.in_backward = cfg.optimizer_in_bwd
-        model_part, *draft_parts = [[p for p in part.parameters() if p.requires_grad] for part in parts_of(model)]
-        parts = [model_part, *draft_parts]
+        parts = [[p for p in part.parameters() if p.requires_grad] for part in parts_of(model)]
         if self.in_backward:
             each = {p: cfg.optimizer.build([p]) for trained in parts for p in trained}
             training.register_optim_in_bwd_hooks(model=model, optim_dict=each)
@@ -43,10 +42,10 @@ class Optimizers:
         for number, one in enumerate(self.all):
             if isinstance(one, StochasticAdamW):
                 one.first = number
-        if model_part[0].dtype is torch.bfloat16:
+        if parts[0][0].dtype is torch.bfloat16:
             # Adapters begin at zero, where bf16 is fine enough.
             _tell_of_rounding(self.all[0], whole=all(p.requires_grad for p in model.parameters()))
-        of_draft = {id(p) for trained in draft_parts for p in trained}
+        of_draft = {id(p) for trained in parts[1:] for p in trained}
         for group in (group for one in self.all for group in one.param_groups):
             if id(group["params"][0]) in of_draft:
                 group["lr"] = DRAFT_RATE * group["lr"]

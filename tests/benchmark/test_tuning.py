@@ -315,11 +315,7 @@ def test_mistakes(changes, message, tmp_path, tokenizer_folder):
 def test_outputs_too_short_for_a_draft(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path / "user", checkpoint)
-    settings = {
-        "tune": True,
-        "tune_extends": str(user),
-        "max_new_tokens": 2,
-    }
+    settings = {"tune": True, "tune_extends": str(user), "max_new_tokens": 2}
     recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
     with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
         recipe.setup()
