@@ -137,7 +137,7 @@ def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | N
             "Allowed: a draft of this model, or the model that it was trained for. If the model beside it was "
             "replaced, delete the draft's folder"
         )
-    draft = Draft(model, described.kind, described.exit_layer, described.num_layers)
+    draft = Draft(model, described.kind, described.exit_layer)
     draft.load_state_dict(load_file(readable(Path(folder) / DRAFT_FILE, key)), assign=own_hash is not None)
     draft.vocabulary = described.vocabulary
     return draft.requires_grad_(False).eval()

@@ -49,21 +49,20 @@ class Draft(nn.Module):
     A `copy` starts from the embedding. It is initialised with the model's first E layers.
 
     An `adapter` starts from x_E, the hidden state after the model's first E layers (Kangaroo, arXiv 2404.18911), joined
-    with the model's last hidden state of the previous token (EAGLE, arXiv 2401.15077). It is initialised with the
-    model's next `num_layers` layers. The model has not processed drafted tokens yet, so from the second drafted token
-    on, the adapter's own last state replaces the model's.
+    with the model's last hidden state of the previous token (EAGLE, arXiv 2401.15077). It is one layer, initialised
+    with the model's next one. The model has not processed drafted tokens yet, so from the second drafted token on, the
+    adapter's own last state replaces the model's.
 
     `model` must not be sharded, wrapped or compiled yet. `start` is the layer where the draft begins: 0 or E.
     """
 
     vocabulary: list[int] | None = None  # the tokens that it can draft; None for all
 
-    def __init__(self, model: LayerSkipDecoder, kind: Kind, exit_layer: int, num_layers: int = 1) -> None:
+    def __init__(self, model: LayerSkipDecoder, kind: Kind, exit_layer: int) -> None:
         super().__init__()
         self.kind, self.exit_layer = kind, exit_layer
         self.start = 0 if kind == "copy" else exit_layer
-        end = exit_layer if kind == "copy" else exit_layer + num_layers
-        layers = model.copied_layers(range(self.start, end))
+        layers = model.copied_layers(range(self.start, exit_layer if kind == "copy" else exit_layer + 1))
         if kind == "adapter":
             layers[0] = JoiningLayer(layers[0], model.tok_embeddings.weight)
         self.layers = nn.ModuleList(layers)

@@ -191,7 +191,7 @@ def bad_draft(model, kind):
         drafter = perturbed.__wrapped__(model, 40.0, 2)
         return Speculation(2, 4, drafter=drafter, prompt_lookup=1 if kind == "look-up" else None)
     torch.manual_seed(3)
-    draft = Draft(model, kind, 2, 1) if kind == "adapter" else Draft(model, kind, 1)
+    draft = Draft(model, kind, 2 if kind == "adapter" else 1)
     for parameter in draft.parameters():
         parameter.data += 3 * torch.randn_like(parameter)
     return Speculation(2 if kind == "adapter" else 1, 4, drafter=draft.requires_grad_(False).decoder(model))

@@ -27,7 +27,7 @@ def perturbed(model, noise=0.05, layers=None):
     return drafter
 
 
-KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2, 2)}  # of trained drafts
+KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2)}  # of trained drafts
 
 
 def noisy(draft, noise=0.2):

@@ -32,7 +32,7 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},
-    "adapter": {"kind": "adapter", "exit_layer": 2, "num_layers": 1},
+    "adapter": {"kind": "adapter", "exit_layer": 2},
 }
 
 
@@ -320,11 +320,6 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
     ("override", "message"),
     [
         ("draft.exit_layer=4", "draft.exit_layer: 4 is not allowed. Allowed: an integer of 1 to 3; "),
-        ("draft.num_layers=1", "draft.num_layers: 1 is for draft.kind=adapter; "),
-        (
-            "draft={kind: adapter, num_layers: 9}",
-            "draft.num_layers: 9 is not allowed. Allowed: an integer of 1 to 2 (or null); ",
-        ),
         ("layer_dropout={prob: 0.1}", "layer_dropout: does not go with draft. "),
         (
             "loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}",
@@ -358,14 +353,14 @@ def test_a_draft_is_a_part_of_the_model_at_first():
     assert torch.equal(drafter(tokens), model(tokens, exit_layer=2))
 
 
-def test_an_adapter_is_the_next_layers_at_first():
+def test_an_adapter_is_the_next_layer_at_first():
     """On the sum of the states that it joins, each divided by its root mean square."""
     model = layerskip_decoder(make_tiny("qwen2_tied"))
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    draft = Draft(model, "adapter", 1, num_layers=2)
+    draft = Draft(model, "adapter", 1)
     draft.load_state_dict(fresh_draft(draft, model.state_dict()))
     x, y = torch.randn(2, 3, 5, model.norm.scale.shape[0])
     state = sum(h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() for h in (x, y))
-    expected = model.norm(model.layers[2](model.layers[1](state)))
+    expected = model.norm(model.layers[1](state))
     torch.testing.assert_close(draft(torch.cat([x, y], -1)), expected)

@@ -13,7 +13,6 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Auto, Flag, Fraction, PositiveInt, Section, check
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
@@ -29,11 +28,9 @@ class DraftSection(Section):
     """E: the draft copies the model's first E layers, or continues from the hidden state after them; null: a seventh of
     the depth."""
     kind: Kind = "adapter"
-    """`adapter` trains new layers on top of the model's first E layers; they also see the last layer's state of the
+    """`adapter` trains a new layer on top of the model's first E layers; it also sees the last layer's state of the
     previous token. `copy` trains a copy of the first E layers, which other programs can run as a model of its own. Both
     have their own norm before the model's head."""
-    num_layers: PositiveInt | None = None
-    """Number of layers of an adapter, 1 by default."""
     finetune_model: Flag = False
     """Finetune the model in the same run, on its last layer's loss; the draft changes nothing in it. false: the model
     is frozen."""
@@ -56,16 +53,10 @@ class DraftSection(Section):
         depth = len(model.layers)
         exits = Field(ge=1, le=depth - 1, examples=[max(depth // 4, 1)])  # the draft must have something to skip
         check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
-        if self.kind == "copy" and self.num_layers is not None:
-            raise ConfigError(
-                f"draft.num_layers: {self.num_layers} is for draft.kind=adapter; a copy has exit_layer layers. "
-                "Set draft.num_layers=null"
-            )
-        check("draft.num_layers", self.num_layers, Annotated[int, Field(ge=1, le=depth - self.exit_layer)] | None)
 
     def build(self, model: LayerSkipDecoder) -> Draft:
         """A new draft. A copy starts with the model's weights."""
-        return Draft(model, self.kind, self.exit_layer, self.num_layers or 1)
+        return Draft(model, self.kind, self.exit_layer)
 
 
 class DraftLoss:
