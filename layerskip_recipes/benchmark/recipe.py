@@ -91,15 +91,15 @@ class LayerSkipBenchmark:
             )
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         # Weights, KV cache and activations must fit in memory.
-        nodes = 1 + max(longest, LONGEST_DRAFT if cfg.tune else 0)
-        self.reserve = longest_prompt(self.prompts) + self.limit + nodes
+        verified = 1 + max(longest, LONGEST_DRAFT if cfg.tune else 0)
+        self.reserve = longest_prompt(self.prompts) + self.limit + verified
         slots = cache_length(self.reserve) if cfg.compile else self.reserve
         drafts = self._drafts
         if cfg.tuned_draft is not None:
             drafts = [cfg.tuned_draft.with_vocabulary(model, self.prompts)]
         whole = weight_bytes(model, cfg.torch_dtype)
-        sizes = {"prompt": longest_prompt(self.prompts), "nodes": nodes}
-        check_memory(cfg, model, self.device, drafts, whole, rows, slots, **sizes)
+        sizes = {"prompt": longest_prompt(self.prompts), "verified": verified}
+        check_memory(cfg, model, self.device, drafts, whole, rows, slots, cfg.compile, **sizes)
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
     @property

@@ -319,7 +319,9 @@ def decode(
         columns = cache.get_seq_length()
         padding = pad(padding, (0, drafted + 1), value=1)
         embedded = layers.decoder.embed_tokens(pending)
+        # Only rows that have stopped, and drafts that will be cut, go beyond the limit. Dynamic positions must not.
         position_ids = position + 1 + torch.arange(drafted + 1, device=position.device)  # [b, drafted + 1]
+        position_ids = position_ids.clamp(max=longest - 1)
         rotary = layers.decoder.rotary_emb(embedded, position_ids)
         places = embedded.expand(-1, drafted + 1, -1)
         masks = create_masks_for_generate(layers.config, places, padding, cache, position_ids)

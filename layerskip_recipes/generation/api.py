@@ -92,20 +92,19 @@ def generate(
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
     # How to draft.
-    if num_speculations is not None and exit_layer is None and "drafter" not in speculation:
-        known = getattr(model, "drafting", {})  # what `load_model` found
-        exit_layer, speculation = known.get("exit_layer"), {**known, **speculation}
-        speculation.pop("exit_layer", None)
-    if num_speculations is not None and exit_layer is None:
-        given = f"num_speculations: {num_speculations} needs exit_layer too"
-        raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
-    if speculation and num_speculations is None:
+    drafts = None
+    if num_speculations is not None:
+        if exit_layer is None and "drafter" not in speculation:
+            speculation = {**getattr(model, "drafting", {}), **speculation}  # what `load_model` found
+            exit_layer = speculation.pop("exit_layer", None)
+        if exit_layer is None:
+            given = f"num_speculations: {num_speculations} needs exit_layer too"
+            raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
+        drafts = Speculation(exit_layer, num_speculations, **speculation)
+    elif speculation:
         Speculation(1, 1, **speculation)  # a TypeError for an unknown name
         name = next(iter(speculation))
         raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    drafts = None
-    if num_speculations is not None and exit_layer is not None:
-        drafts = Speculation(exit_layer, num_speculations, **speculation)
     # Ranks that share a model need the same prompts and random numbers. Other ranks are independent.
     shared = is_split(model)
     if shared and not same_on_all(rows):

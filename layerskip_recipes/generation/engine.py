@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.draft_head import draft_head_of
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB, make_drafter
+from layerskip_recipes.generation.drafting.choice import ChoosingDrafter, DiscountedUCB
 from layerskip_recipes.generation.drafting.drafter import (
     PLAIN,
     DraftedTokens,
@@ -132,11 +132,13 @@ class Generation:
             draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
         self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
         self.speculation = speculation
+        sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
+        self.first_sharded = None if speculation is None else next(sharded, None)
         self.drafter: Drafter
         if speculation is None:
             self.drafter = PlainDrafter(self.context, self.exit_layer)
         else:
-            self.drafter = make_drafter(speculation, self.context, self.rows.texts, choice)
+            self.drafter = ChoosingDrafter(self.context, speculation, self.rows.texts, choice)
         # The last round's strategy, tokens per row and seconds. Several ranks learn it in the next round, which brings
         # rank 0's seconds.
         self.unlearnt: tuple[DraftStrategy, float, float] | None = None
@@ -158,22 +160,22 @@ class Generation:
         phases = 0  # number of phases in the timed rounds
         try:
             with self._models_in_use():
-                started, compiled = time.perf_counter(), self.compile_s
+                started, compiled = time.perf_counter(), self.context.compile_s
                 with decoding_kernels(self.context.device):
                     new = self._prefill()
                 self.traffic = MemoryTraffic(self.context)
-                self.stats.compile_s = self.compile_s - compiled
+                self.stats.compile_s = self.context.compile_s - compiled
                 self.stats.prefill_s += time.perf_counter() - started - self.stats.compile_s
                 yield self.rows.by_prompt(new)
                 while self.rows.waiting or any(self.rows.room):
                     if (free := self.rows.free) is not None:
                         yield self.rows.by_prompt(self._take_next(free))
                         continue
-                    started, compiled = time.perf_counter(), self.compile_s
+                    started, compiled = time.perf_counter(), self.context.compile_s
                     with decoding_kernels(self.context.device):
                         new = self._round()
                     self.stats.rounds += 1
-                    seconds, compile_s = time.perf_counter() - started, self.compile_s - compiled
+                    seconds, compile_s = time.perf_counter() - started, self.context.compile_s - compiled
                     if compile_s == 0:
                         self.stats.decode_s += seconds
                         timed, phases = timed + 1, len(self.phases.phases)
@@ -191,11 +193,6 @@ class Generation:
             # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):
                 self.cache.tokens = [text[: -1 - self.drafter.behind] for text in self.rows.texts]
-
-    @property
-    def compile_s(self) -> float:
-        """Total compilation time of this model so far, over all its generations."""
-        return self.context.compile_s
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
@@ -277,9 +274,8 @@ class Generation:
         starts = [length - 1 for length in self.rows.lengths]  # the slot of each row's last token
         start = on_device(starts, self.context.device)
         now = RoundStart(self.last, start, max(starts), self.rows.seen, finished, max(room))
-        late = self.model.num_layers if self.speculation is None else self.speculation.exit_layer
-        if late < self.model.num_layers and isinstance(self.model.layers[late], FSDPModule):
-            self.model.layers[late].unshard(async_op=True)  # gather the first sharded layer while the draft is made
+        if self.first_sharded is not None:
+            self.first_sharded.unshard(async_op=True)  # while the draft is made
         with self.phases.phase("draft"):
             draft = self.drafter.propose(now)
         if self.on_draft is not None:
@@ -306,7 +302,7 @@ class Generation:
             self.stats.count_round(drafted, accepted)
             self.counted[self.rows.in_row[row]] = drafted, accepted
         self.stats.row_rounds += len(running)
-        self._count_round(draft)
+        self._count_round(draft, now)
         # Learn the round's rate, unless a limit may have cut the round. The first round of a short output counts.
         if self.speculation is not None and now.room > min(self.speculation.num_speculations, self.rows.limit - 2):
             seconds = time.perf_counter() - started if self.context.compile_s == compiled else 0.0
@@ -338,9 +334,9 @@ class Generation:
 
     # ---- statistics ----
 
-    def _count_round(self, draft: DraftedTokens) -> None:
+    def _count_round(self, draft: DraftedTokens, now: RoundStart) -> None:
         """Count a round's kind, draft steps and memory traffic."""
-        slots, own = len(draft.slots), self.context.own_layers
+        slots, own = len(now.slots(self.context, draft.length)), self.context.own_layers
         if self.speculation is not None:
             self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last

@@ -45,7 +45,8 @@ def read_texts(
 def _groups(context: StepContext, lengths: Sequence[int], depth: int) -> list[tuple[list[int], bool]]:
     """The texts to read together, and whether C++ reads them.
 
-    In C++ a text's result does not depend on the other texts. In torch it may, so beside C++ torch reads texts singly.
+    In C++ a text's result does not depend on the other texts. In torch it may, so if C++ is available torch reads texts
+    one at a time.
     """
     everything = [*range(len(lengths))]
     short = [i for i in everything if reads_in_cpp(context, lengths[i])]

@@ -46,7 +46,7 @@ class LayerSkipGenerate:
         self.interactive = cfg.is_conversation
         self.compare = cfg.compares and not self.interactive
         if cfg.compares and self.interactive:
-            log.info("benchmark.compare: no baseline runs beside a conversation")
+            log.info("benchmark.compare: ignored in a conversation")
         self.parallel = check_processes(cfg.meta_model, cfg.tensor_parallel_dim, cfg.tensor_parallel_plan)
         model = layerskip_decoder(cfg.meta_model)
         self.exit_layer = cfg.exit_layer
@@ -82,11 +82,11 @@ class LayerSkipGenerate:
             rows = self.batch_size
             if self.device.type == "cuda" and self.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            nodes = self.section.num_speculations + 1 if self.section is not None else 1
-            room = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens
+            verified = self.section.num_speculations + 1 if self.section is not None else 1
+            slots = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens + verified
             # The same for all batches, so that steps are compiled for one size.
-            self.reserve = room + max(64, nodes) if self.compile else None
-            slots = cache_length(self.reserve) if self.reserve else room + nodes
+            self.reserve = slots if self.compile else None
+            slots = cache_length(slots) if self.compile else slots
         kept = (self.exit_layer or 0) if self.section is None else self.section.layers_of_model()
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
@@ -105,8 +105,9 @@ class LayerSkipGenerate:
             parallel = self.parallel
             whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
             drafts = [] if self.section is None else [self.section]
-            sizes = {"prompt": max(len(self.prompt_tokens[i]) for i in self.good), "nodes": nodes, "parallel": parallel}
-            check_memory(cfg, model, self.device, drafts, whole, rows, slots, **sizes)
+            sizes = {"prompt": max(len(self.prompt_tokens[i]) for i in self.good), "verified": verified}
+            second = self.compile and self.compare
+            check_memory(cfg, model, self.device, drafts, whole, rows, slots, second, parallel=parallel, **sizes)
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
@@ -133,10 +134,8 @@ class LayerSkipGenerate:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
-        now, late = self.cfg.quantizer, None
-        if self.section is not None and self.section.draft is not None:
-            now, late = None, self.cfg.quantizer
-        trained = None
+        drafts = self.section is not None and self.section.draft is not None
+        quantizer, trained = self.cfg.quantizer, None
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
@@ -144,12 +143,12 @@ class LayerSkipGenerate:
             sharding = (self.kept_layers, self.parallel, plan, draft)
             self.model, trained = load_sharded_decoder(self.cfg, self.device, *sharding)
         else:
-            self.model = load_decoder(self.cfg, self.device, now)
+            self.model = load_decoder(self.cfg, self.device, None if drafts else quantizer)
         self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
         if self.section is not None:
             self.speculation = self.section.build(self.model, trained=trained)
-        if late is not None:
-            self.model = quantise_decoder(self.model, late)
+        if drafts and quantizer is not None:
+            self.model = quantise_decoder(self.model, quantizer)
 
     def generate(self) -> dict[str, Any]:
         """Answer all prompts; prints the report as JSON in the last line.
@@ -165,7 +164,7 @@ class LayerSkipGenerate:
         except KeyboardInterrupt:
             self.interrupted = True
             what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
-            log.warning("interrupted: the report is of %s", "the answers so far" if self.interactive else what)
+            log.warning("interrupted: the report covers %s", "the answers so far" if self.interactive else what)
         report = {
             "exit_layer": self.exit_layer if self.section is None else self.section.exit_layer,
             "num_speculations": None if self.section is None else self.section.num_speculations,
@@ -302,15 +301,17 @@ class LayerSkipGenerate:
         for turn, question in enumerate(_questions()):
             try:
                 tokens = self._tokens_of(history, question)
-                check_prompt_lengths(self.model, [len(tokens)], self.max_new_tokens, key="max_new_tokens")
+                # Shorter answers at the end of the model's context.
+                limit = max(1, min(self.max_new_tokens, most_positions(self.model)[0] - len(tokens)))
+                check_prompt_lengths(self.model, [len(tokens)], limit)
             except ValueError as e:
                 log.warning("the question is left out: %s", e)
                 continue
             rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
-            slots = min(max(1024, 2 * (len(tokens) + self.max_new_tokens)), most_positions(self.model)[0])
-            generation = self._generation([tokens], self.max_new_tokens, rng, shown=answer, cache=cache, reserve=slots)
+            slots = min(max(1024, 2 * (len(tokens) + limit)), most_positions(self.model)[0])
+            generation = self._generation([tokens], limit, rng, shown=answer, cache=cache, reserve=slots)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ import torch
 from torchtune import utils
 
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.stats import GenerationStats, ideal_speedup, is_looping, memory_bandwidth
+from layerskip_recipes.generation.stats import GenerationStats, is_looping, memory_bandwidth
 
 log = utils.get_logger("INFO")
 
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
-    """The path of a report or picture; an interrupted run does not overwrite an earlier one."""
+    """The path of a report or picture; an interrupted run overwrites no earlier one."""
     if not (interrupted and document.exists()):
         return document
     log.warning("%s: the %s of an earlier run stays", key, document)
-    return document.with_stem(f"{document.stem}_interrupted")
+    names = (document.with_stem(f"{document.stem}_interrupted{n or ''}") for n in count())
+    return next(path for path in names if not path.exists())
 
 
 @dataclass
@@ -96,7 +98,7 @@ def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: fl
     cost = draft_s / plain_s if d and draft_s and plain_s else None
     ideal = None
     if d and steps is not None and plain_s and stats.acceptance_rate is not None:
-        ideal = ideal_speedup(stats.acceptance_rate, d, (cost or 0.0) * steps / d)
+        ideal = (stats.acceptance_rate * d + 1) / ((cost or 0.0) * steps + 1)
     return {
         "tokens_per_round": safe_divide(stats.tokens - stats.first_tokens, rounds) if stats.rounds else None,
         "drafted": stats.drafted,

@@ -116,8 +116,8 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def confidence(scores: torch.Tensor, greedy: bool) -> torch.Tensor:
     """The probability of the draft's likeliest token, [b, v'] -> [b]; the product over a draft is its confidence.
 
-    An exit that was trained on labels is about right: the token is accepted with this probability. Where a draft ends
-    may depend on its tokens and distributions so far, without an effect on the output's distribution.
+    An exit trained on labels is roughly calibrated: the model accepts the token with about this probability. Ending a
+    draft does not change the output's distribution, because the decision uses only tokens drafted so far.
     """
     return (scores.softmax(-1) if greedy else scores).amax(-1)
 

@@ -87,11 +87,6 @@ class GenerationStats:
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-def ideal_speedup(acceptance_rate: float, num_speculations: float, draft_cost: float) -> float:
-    """(rho d + 1) / (d c + 1): tokens of a round over its cost in plain steps; c is the cost of a draft step."""
-    return (acceptance_rate * num_speculations + 1) / (num_speculations * draft_cost + 1)
-
-
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:
     """Whether a generated sequence (without its prompt) ends in a loop, which inflates the accept rate.
 
@@ -167,7 +162,7 @@ class MemoryTraffic:
         self.full = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
         self.draft = (_weight_bytes(draft_model.layers[0]), head_bytes)
         first = context.cache.layers[0]
-        self.slot = 0 if first.k is None else 2 * first.k[:, :, 0].numel() * first.k.element_size()
+        self.slot = 2 * first.k[:, :, 0].numel() * first.k.element_size()
 
     def count(self, stats: GenerationStats, slots: int, layers: int, times: int = 1, draft: bool = False) -> None:
         """Add `times` steps through this many layers and a head, whose attention sees this many slots."""

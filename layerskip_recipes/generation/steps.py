@@ -52,9 +52,9 @@ class StepContext:
         self.settings = sampler.settings(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
-        self._in_cpp = self._decoder_in_cpp()
+        self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the models
         self.cpp: CppDecoder | None = None  # layers and heads in C++ once `load_cpp` has succeeded
-        self.graphs = None if self._in_cpp else compiled
+        self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.
         layers = [*model.layers, *self.draft_model.layers]
@@ -82,18 +82,18 @@ class StepContext:
     @property
     def has_cpp(self) -> bool:
         """Whether C++ supports the models, see `load_cpp`."""
-        return self._in_cpp is not None
+        return self._cpp_parts is not None
 
     def load_cpp(self, depth: int | None = None) -> bool:
         """Run steps in C++ from now on if possible; returns whether they do.
 
         Before prefill, `depth` is the number of layers that will read the text; afterwards their caches exist.
         """
-        if self.cpp is None and self._in_cpp is not None and self.compiled.prepare(self._in_cpp.compile):
+        if self.cpp is None and self._cpp_parts is not None and self.compiled.prepare(self._cpp_parts.compile):
             if depth is not None:
                 self.allocate(depth)
-            self._in_cpp.load()
-            self.cpp = self._in_cpp
+            self._cpp_parts.load()
+            self.cpp = self._cpp_parts
         return self.cpp is not None
 
     def allocate(self, depth: int) -> None:
@@ -110,10 +110,10 @@ class StepContext:
         """Noise for the model's choices, [b, v]; None if greedy."""
         return self.sampler.noise((self.cache.rows, self.vocabulary_size), self.device)
 
-    def draft_noise(self, depth: int) -> torch.Tensor | None:
-        """Noise for `depth` choices of the draft, [b, depth, v']; None if greedy."""
+    def draft_noise(self, count: int) -> torch.Tensor | None:
+        """Noise for `count` choices of the draft, [b, count, v']; None if greedy."""
         size = self.vocabulary_size if self.draft_head is None else len(self.draft_head.vocabulary)
-        return self.sampler.noise((self.cache.rows, depth, size), self.device)
+        return self.sampler.noise((self.cache.rows, count, size), self.device)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         return broadcast_from_rank0(tensor) if self.shared else tensor

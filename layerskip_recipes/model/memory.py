@@ -77,18 +77,18 @@ def row_bytes(
     dtype: torch.dtype,
     prompt: int,
     draft_layers: int = 0,
-    nodes: int = 1,
+    verified: int = 1,
     parallel: int = 1,
 ) -> int:
     """Bytes of a batch row: a KV cache of `length` slots, activations of a prompt of `prompt` tokens, and logits of a
-    verification of `nodes` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
+    verification of `verified` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
     attn = model.layers[0].attn
     heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
     values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
     # Prefill of one layer: three tensors of the feed-forward network's width, and about six of the model's width.
     values += prompt * (3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim)
     # Three fp32 values per token and vocabulary entry: the logits, the sampler's probabilities, and noise.
-    return values * dtype.itemsize // parallel + nodes * 3 * 4 * model.tok_embeddings.num_embeddings
+    return values * dtype.itemsize // parallel + verified * 3 * 4 * model.tok_embeddings.num_embeddings
 
 
 def check_cache_fits(

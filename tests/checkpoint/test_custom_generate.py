@@ -272,6 +272,19 @@ def test_positions_that_change_with_the_length():
     loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=3)
 
 
+def test_dynamic_positions_at_the_limit(fixed_length):
+    """One position beyond the limit would change the frequencies of all rows: neither drafts of the longer rows that
+    are cut nor rows that have stopped reach it."""
+    model = copy.deepcopy(tiny(max_position_embeddings=20))
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    tokens = torch.randint(2, 63, (8, 7), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    for stop in (None, *range(2, 20)):
+        plain, ours = both(model, inputs, max_new_tokens=13, num_speculations=6, eos_token_id=stop)
+        assert torch.equal(ours, plain)
+
+
 def test_a_model_that_cannot_run_in_part():
     config = transformers.AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=1, vocab_size=16)
     model = transformers.AutoModelForCausalLM.from_config(config)

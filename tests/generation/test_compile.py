@@ -160,8 +160,8 @@ def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):
     generation = Generation(make_small(), [LONG[0]], 60, compile=True, speculation=speculation, choice=choice)
     rounds, before, room = [], 0.0, 60
     for (new,) in generation:
-        rounds.append((generation.compile_s > before, room <= 2))  # compiled, cut
-        before, room = generation.compile_s, room - len(new)
+        rounds.append((generation.context.compile_s > before, room <= 2))  # compiled, cut
+        before, room = generation.context.compile_s, room - len(new)
     del rounds[0]
     assert sum(compiled for compiled, _ in rounds) >= 2
     assert len(learnt) == sum(not any(either) for either in rounds)
@@ -210,10 +210,13 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
     monkeypatch.setattr(cpp_decoder, "load_library", failing)
-    for way in ("chain", "plain"):
-        generation = run(model, SHORT, 9, speculation=Speculation(**WAYS[way]) if WAYS[way] else None)
+    sure = {"exit_layer": 2, "num_speculations": 4, "min_confidence": 1.0}  # ends each draft after one token
+    for way in (WAYS["chain"], WAYS["plain"], sure):
+        drafted = []
+        generation = run(model, SHORT, 9, speculation=Speculation(**way) if way else None, on_draft=drafted.append)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
         assert generation.stats.compile_s < 5
+    assert {len(row) for rows in drafted for row in rows} <= {0, 1}
     assert len(tries) == 1
     (warning,) = warned(caplog)
     assert "\n" not in warning

@@ -103,6 +103,15 @@ def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
     assert "the model's 128" in message
 
 
+def test_answers_are_shorter_at_the_end_of_the_context(talk, caplog):
+    """Of 128 positions a question leaves fewer than `max_new_tokens`."""
+    recipe, report, turns = talk(f"{'x' * 100}\n", tokens=60)
+    (prompt, generation), room = turns[0], 128 - len(turns[0][0])
+    assert report["prompts"] == 1 and 0 < room < 60
+    alone = generate(recipe.model, torch.tensor(prompt), room, stop_tokens=recipe.stop_tokens)
+    assert generation.generated[0] == alone.tokens[0, len(prompt) :].tolist()
+
+
 def test_what_a_template_refuses_ends_no_conversation(talk, caplog):
     """The question is left out, and the report comes as ever. What it refuses from the start is refused before."""
     refused = "messages[-1].content == 'bad' or messages[0].role == 'system'"

@@ -80,7 +80,7 @@ def test_a_bad_prompt_is_an_error_that_names_its_line(refused):
     assert "on_bad_prompt" not in refused(LINES[1:2], "on_bad_prompt=skip")  # nothing else to answer
     # Half of a character: JSON can have it, UTF-8 cannot.
     message = refused([LINES[0], '{"prompt": "\\ud83d hi"}', '{"prompt": {"user": "x", "system": "\\ud83d"}}'])
-    assert re.match("prompt_file line 2: .* half of a character.*\nprompt_file line 3: ", message)
+    assert re.match("prompt_file line 2: .* half of a surrogate pair.*\nprompt_file line 3: ", message)
     template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
     chats = [json.dumps({"prompt": chat}) for chat in ({"user": "a"}, {"user": "a", "system": "b"})]
     assert "no system (prompt_file line 2)." in refused(chats, f"tokenizer.chat_template={json.dumps(template)}")
@@ -153,13 +153,13 @@ def test_an_output_file_that_cannot_be_written(path, tmp_path, monkeypatch, ther
 
 def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
     out, examples = tmp_path / "a.jsonl", [Example("x"), Example("y")]
-    for answers in (1, 2):
+    for answers in (1, 2, 0):
         with pytest.raises(KeyboardInterrupt), AnswersInOrder(str(out), examples, print) as file:
             for i in range(answers):
                 file.add(i, "z", 1)
             raise KeyboardInterrupt
     lines = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
-    assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2}
+    assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2, "a_interrupted1.jsonl": 0}
 
 
 def test_an_existing_output_file_needs_no_folder(path, monkeypatch):

@@ -21,8 +21,8 @@ MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread du
 class ChainDrafter(Drafter):
     """Drafts up to `longest` tokens one by one from the exit E = `exit_layer`.
 
-    A draft ends early where it is less likely than `min_confidence` to be accepted as a whole. This needs steps whose
-    results the host sees at once, and whose shapes may vary: not on a GPU, not with graphs, not on several ranks.
+    A draft ends once the confidence that all of it is accepted falls below `min_confidence`. The host must see each
+    token at once, and shapes vary, so this needs a CPU, no graphs and one process.
     """
 
     def __init__(self, context: StepContext, exit_layer: int, longest: int, min_confidence: float = 0.0) -> None:
@@ -50,29 +50,25 @@ class ChainDrafter(Drafter):
             at[row] = -1  # skip the old text's tokens
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        context, depth = self.context, now.depth(self.context, self.longest)
-        slots = context.cache.slots[: now.last_slot + depth + 1]
-        if depth == 0:
-            return DraftedTokens(CHAIN, slots, now.last[:, None])
+        context, count = self.context, now.draft_length(self.context, self.longest)
+        if count == 0:
+            return DraftedTokens(CHAIN, now.last[:, None])
         self._catch_up(now)
-        noise = context.draft_noise(depth)
+        slots, noise = now.slots(context, count), context.draft_noise(count)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
         plain = self.last_state is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.draft is not None:
-            arguments = (now.last, now.start, depth, len(slots), self.exit_layer, noise, context.settings.temperature)
-            draft = DraftedTokens(CHAIN, slots, *context.cpp.draft(*arguments, running, self.min_confidence))
-        else:
-            draft = self._token_by_token(now, depth, slots, noise, running)
-        draft.slots = slots[: now.last_slot + draft.length + 1]
-        return draft
+            arguments = (now.last, now.start, count, len(slots), self.exit_layer, noise, context.settings.temperature)
+            return DraftedTokens(CHAIN, *context.cpp.draft(*arguments, running, self.min_confidence))
+        return self._token_by_token(now, count, slots, noise, running)
 
     def _token_by_token(
-        self, now: RoundStart, depth: int, slots: torch.Tensor, noise: torch.Tensor | None, confident: torch.Tensor
+        self, now: RoundStart, count: int, slots: torch.Tensor, noise: torch.Tensor | None, confident: torch.Tensor
     ) -> DraftedTokens:
         context, seen, state = self.context, now.seen, self.last_state
         tokens, hidden, q = [now.last], [], []
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
-        for i in range(depth):
+        for i in range(count):
             noise_i = None if noise is None else noise[:, i].contiguous()
             results = step(slots, tokens[-1], now.start + i, noise_i, seen, state)
             if context.graphs is not None and context.device.type == "cuda":
@@ -87,14 +83,14 @@ class ChainDrafter(Drafter):
                 if confident.max() < self.min_confidence:
                     break
         all_q = None if noise is None else torch.stack(q, 1)
-        return DraftedTokens(CHAIN, slots, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+        return DraftedTokens(CHAIN, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context = self.context
         if draft.length == 0:
-            return self._step(draft, now)
+            return self._step(now)
         self._catch_up(now)
-        inputs = (draft.slots, draft.tokens, draft.hidden, now.start, self.last_state)
+        inputs = (now.slots(context, draft.length), draft.tokens, draft.hidden, now.start, self.last_state)
         if context.sampler.greedy and now.seen is None:
             result, state = Step(context, verify_greedily, self.exit_layer, choice=False)(*inputs)
         else:
@@ -107,15 +103,15 @@ class ChainDrafter(Drafter):
         self.last_state = None if state is None else state.clone()
         return result
 
-    def _step(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
+    def _step(self, now: RoundStart) -> torch.Tensor:
         """A round without a draft, at the cost of a plain step; the draft's own layers catch up later."""
-        context, noise = self.context, self.context.noise()
+        context, noise, slots = self.context, self.context.noise(), now.slots(self.context)
         if self.last_state is None:
             step = Step(context, next_logits, context.model.num_layers, choice=False)
-            logits, unread = step(draft.slots, now.last, now.start), now.last[:, None]
+            logits, unread = step(slots, now.last, now.start), now.last[:, None]
         else:
             step = Step(context, step_with_states, self.exit_layer, choice=False)
-            logits, x, state = step(draft.slots, now.last, now.start)
+            logits, x, state = step(slots, now.last, now.start)
             unread = torch.cat([x, self.last_state], -1)
             self.last_state = state.clone()
         if context.own_layers:
@@ -134,8 +130,7 @@ class ChainDrafter(Drafter):
         unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
         at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
         at = torch.where(at < 0, now.start[:, None], at)
-        slots = self.context.cache.slots[: now.last_slot + 1]
-        Step(self.context, read_later, choice=False)(slots, inputs, at)
+        Step(self.context, read_later, choice=False)(now.slots(self.context), inputs, at)
         self.unread = []
 
 

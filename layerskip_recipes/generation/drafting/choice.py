@@ -16,19 +16,17 @@ from layerskip_recipes.generation.drafting.chain import CHAIN, ChainDrafter
 from layerskip_recipes.generation.drafting.drafter import (
     PLAIN,
     DraftedTokens,
-    Drafter,
     DraftStrategy,
     RoundStart,
-    no_draft,
 )
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.steps import StepContext
 
-# Losses in steps of plain decoding at which an exit's drafts and look-ups stop: together 3.7% of 128 tokens.
+# Budgets in plain decoding steps: drafting stops once it has lost this many. Together they are 3.7% of 128 tokens.
 BUDGETS = {"chain": 4.0, "lookup": 0.75}
 MOST_SAVED = 3.5  # the most that good drafts save up for harder text, in budgets
-REPAID = 1 / 48  # steps regained by a plain round while drafting is stopped; halved each time that drafting stops
+REPAID = 1 / 48  # steps that one plain round earns back while drafting is stopped; each new stop halves it
 
 
 @dataclass
@@ -62,8 +60,8 @@ class _Budget:
     repaid: float = REPAID
     stopped: bool = False
 
-    def allows(self, losses: Sequence[float]) -> list[bool]:
-        """Whether the budget covers each of the possible losses of the next round."""
+    def begin_round(self, losses: Sequence[float]) -> list[bool]:
+        """Which of the next round's possible losses the budget covers. Stopping again halves what plain rounds earn."""
         allowed = [self.lost + loss < self.most for loss in losses]
         if not any(allowed) and not self.stopped:
             self.repaid /= 2
@@ -116,7 +114,7 @@ class DiscountedUCB:
             within: list[DraftStrategy] = []
             for kind, budget in self.budgets.items():
                 if offered := [strategy for strategy in strategies if strategy.name == kind]:
-                    within += compress(offered, budget.allows([self._most_lost(strategy) for strategy in offered]))
+                    within += compress(offered, budget.begin_round([self._most_lost(strategy) for strategy in offered]))
             # The first round is plain: its time is the unit of losses.
             strategies = [PLAIN, *(within if self.rate(PLAIN) else [])]
         records = {strategy: self.records.setdefault(strategy, _Record()) for strategy in strategies}
@@ -161,12 +159,18 @@ class ChoosingDrafter(ChainDrafter):
     """
 
     def __init__(
-        self, context: StepContext, speculation: Speculation, lookup: LookupDrafter | None, choice: DiscountedUCB
+        self,
+        context: StepContext,
+        speculation: Speculation,
+        prompts: Sequence[Sequence[int]],
+        choice: DiscountedUCB | None = None,
     ) -> None:
         super().__init__(context, speculation.exit_layer, speculation.num_speculations, speculation.min_confidence)
-        self.lookup, self.choice = lookup, choice
+        ngram = speculation.prompt_lookup
+        self.lookup = None if ngram is None else LookupDrafter(context, self.longest, ngram, prompts)
+        self.choice = choice or DiscountedUCB()
         whole = speculation.exit_layer == context.model.num_layers and speculation.drafter is None
-        self.own: list[DraftStrategy] = [] if whole and lookup is not None else [CHAIN]
+        self.of_exit: list[DraftStrategy] = [] if whole and self.lookup is not None else [CHAIN]
 
     def begin(self, final: torch.Tensor) -> None:
         self.choice.begin_text()
@@ -180,10 +184,10 @@ class ChoosingDrafter(ChainDrafter):
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         found = None if self.lookup is None else self.lookup.propose(now)
-        offered = [*self.own, *([found.strategy] if found is not None and found.length else [])]
+        offered = [*self.of_exit, *([found.strategy] if found is not None and found.length else [])]
         picked = self.choice.pick(offered)
         if picked == PLAIN:
-            return no_draft(self.context, now)
+            return DraftedTokens(PLAIN, now.last[:, None])
         return super().propose(now) if found is None or picked == CHAIN else found
 
     def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
@@ -193,12 +197,3 @@ class ChoosingDrafter(ChainDrafter):
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         if self.lookup is not None:
             self.lookup.extend(tokens)
-
-
-def make_drafter(
-    speculation: Speculation, context: StepContext, prompts: Sequence[Sequence[int]], choice: DiscountedUCB | None
-) -> Drafter:
-    """The drafter of a checked speculation; `choice` is what earlier generations learned."""
-    d, ngram = speculation.num_speculations, speculation.prompt_lookup
-    lookup = None if ngram is None else LookupDrafter(context, d, ngram, prompts)
-    return ChoosingDrafter(context, speculation, lookup, choice or DiscountedUCB())

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +84,7 @@ def choose_for(
 def _draft_beside(
     cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None, key: str
 ) -> tuple[str | None, str | None]:
-    """The folder of the draft that was trained beside the model, or why there is one that cannot be used."""
+    """The folder of the draft that was trained beside the model, or the reason why it cannot be used."""
     chosen = section is None or section.exit_layer is not None or "draft" in section.model_fields_set
     own = None if chosen else own_draft(folder)
     if own is None:
@@ -117,9 +117,9 @@ def choose_drafts(
     """Fill in the section's missing keys. A key that is given keeps its value, even null.
 
     Args:
-        folder: that of the weights or adapters, with or without layerskip.json.
+        folder: the folder of the weights or adapters; it may lack layerskip.json.
         own: the folder of a draft that was trained beside the model.
-        unusable: why there is one that cannot be used.
+        unusable: the reason why the draft beside the model cannot be used.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
@@ -169,7 +169,7 @@ def choose_drafts(
         return _without_exit(section, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
     lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
-    chosen = with_choice(section, best, trained, lookup)
+    chosen = with_choice(section, given, best, trained, lookup)
     also = "" if chosen.prompt_lookup is None else f"; look-ups of the last {chosen.prompt_lookup} tokens"
     why = None if given.issuperset(CHOSEN) else f"Drafts: {said}{also}"
     return Choice(chosen, why, costs.plain, best.speedup)
@@ -193,9 +193,9 @@ def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | Non
 
 
 def with_choice(
-    section: SelfSpeculation, best: Prediction, trained: TrainedExits | None, lookup: int | None
+    section: SelfSpeculation, given: Set[str], best: Prediction, trained: TrainedExits | None, lookup: int | None
 ) -> SelfSpeculation:
-    """Set the section's keys as in a prediction, except for the given keys."""
+    """Set the section's keys as in a prediction, except for the `given` keys."""
     vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
     chosen: dict[str, Any] = {
         "exit_layer": best.way.exit_layer,
@@ -207,7 +207,6 @@ def with_choice(
     }
     if section.draft is not None:  # its folder has exit and vocabulary
         del chosen["exit_layer"], chosen["draft_vocabulary"]
-    given = {name for name in section.model_fields_set if getattr(section, name) is not None or name != "exit_layer"}
     return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
 
 

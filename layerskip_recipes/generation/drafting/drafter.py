@@ -21,9 +21,13 @@ class RoundStart(NamedTuple):
     finished: Sequence[bool]  # [b]
     room: int  # the most tokens that any row may still get
 
-    def depth(self, context: StepContext, longest: int) -> int:
+    def draft_length(self, context: StepContext, longest: int) -> int:
         """How many tokens to draft: no more than fit, but always `longest` with graphs, which have one shape."""
         return longest if context.graphs is not None else min(longest, self.room - 1)
+
+    def slots(self, context: StepContext, drafted: int = 0) -> torch.Tensor:
+        """0 .. end-1, the slots that attention sees with so many drafted tokens."""
+        return context.cache.slots[: self.last_slot + drafted + 1]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,6 @@ class DraftedTokens:
     """The tokens drafted for one round; without any the round is a step of the full model."""
 
     strategy: DraftStrategy
-    slots: torch.Tensor  # 0 .. end-1, the slots that attention sees in this round
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
     q: torch.Tensor | None = None  # [b, n, v'], the draft distributions; None when greedy or looked up
@@ -86,16 +89,12 @@ class PlainDrafter(Drafter):
         self.context, self.depth = context, exit_layer
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        return no_draft(self.context, now)
+        return DraftedTokens(PLAIN, now.last[:, None])
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         noise = self.context.noise()
-        logits = Step(self.context, next_logits, self.depth, choice=False)(draft.slots, now.last, now.start)
+        logits = Step(self.context, next_logits, self.depth, choice=False)(now.slots(self.context), now.last, now.start)
         return choose(self.context, logits, noise, now.seen)
-
-
-def no_draft(context: StepContext, now: RoundStart) -> DraftedTokens:
-    return DraftedTokens(PLAIN, context.cache.slots[: now.last_slot + 1], now.last[:, None])
 
 
 def choose(

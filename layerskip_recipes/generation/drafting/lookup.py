@@ -52,14 +52,13 @@ class LookupDrafter:
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         """`Drafter.propose`; a `ChainDrafter` verifies the draft."""
-        depth, match, tokens = now.depth(self.context, self.longest), 0, now.last[:, None]
+        count, match, tokens = now.draft_length(self.context, self.longest), 0, now.last[:, None]
         rows = zip(self.texts, now.finished, strict=True)
-        found = [([0] * depth, 2) if done else text.find(depth) for text, done in rows]
-        if depth and all(row for row, _ in found):
+        found = [([0] * count, 2) if done else text.find(count) for text, done in rows]
+        if count and all(row for row, _ in found):
             tokens = torch.cat([tokens, on_device([row for row, _ in found], self.context.device)], 1)
             match = min(match for _, match in found)
-        slots = self.context.cache.slots[: now.last_slot + tokens.shape[1]]
-        return DraftedTokens(DraftStrategy("lookup", match), slots, tokens)
+        return DraftedTokens(DraftStrategy("lookup", match), tokens)
 
     def replace(self, row: int, text: Sequence[int]) -> None:
         self.texts[row] = TextIndex(self.ngram)

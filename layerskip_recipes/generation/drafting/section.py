@@ -206,15 +206,18 @@ def check_memory(
     whole: int,
     rows: int,
     slots: int,
+    second_cache: bool,
     **sizes: int,
 ) -> None:
     """Check that a model on the meta device (its weights are `whole` bytes as loaded), its drafts and `rows` batch rows
-    fit into the memory; `sizes` are arguments of `row_bytes`."""
+    fit into the memory; `sizes` are arguments of `row_bytes`. `second_cache`: beside a trained draft, plain decoding
+    has a cache of its own, without the draft's layers."""
     own = [draft.own_weights(model, cfg.torch_dtype) for draft in drafts]
     # Trained drafts are read before the model is quantised.
     loaded = whole + sum(size for draft, size in zip(drafts, own, strict=True) if draft.draft is not None)
     weights = sum(own) + (whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer))
-    sizes["draft_layers"] = max((draft.own_layers() for draft in drafts), default=0)
+    own_layers = max((draft.own_layers() for draft in drafts), default=0)
+    sizes["draft_layers"] = own_layers + (len(model.layers) if own_layers and second_cache else 0)
     bytes_of = partial(row_bytes, model, dtype=cfg.torch_dtype, **sizes)
     check_cache_fits(rows, slots, bytes_of, device, weights, loaded)
 

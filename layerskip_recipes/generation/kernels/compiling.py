@@ -60,7 +60,8 @@ class CompiledSteps:
     def cache(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
         """A cache of at least max_len slots, reused from the last generation with as many rows if large enough.
 
-        Two are kept, for full batches and the last one. On a GPU it is eight, since CUDA graphs depend on their memory.
+        The two used last are kept, for full batches and a smaller last one. On a GPU it is eight, because CUDA graphs
+        hold their addresses.
         """
         kept = self._caches.pop((rows, draft_layers), None)
         if kept is None or kept.max_len < max_len:
@@ -75,12 +76,12 @@ class CompiledSteps:
         if not self.failed:
             started = time.perf_counter()
             try:
-                worked = load() or not self.prepared
+                compiled_something = load() or not self.prepared
                 self.prepared = True
             except Exception as e:
-                worked = self.failed = True
+                compiled_something = self.failed = True
                 _warn("here", e)
-            self.seconds += time.perf_counter() - started if worked else 0.0
+            self.seconds += time.perf_counter() - started if compiled_something else 0.0
         return not self.failed
 
     def begin_round(self) -> None:

@@ -128,7 +128,7 @@ def _mistake(fields: Mapping[str, Any]) -> str | None:
         wanted = "needs user: text, and may have system: text"
         return f"{prompt!r} {wanted if is_chat else 'is empty or no text; for example prompt.user=QUESTION'}"
     if re.search("[\ud800-\udfff]", "".join(text or "" for text in chat.values())):
-        return f"{prompt!r} is no text: half of a character. Allowed: whole ones, in UTF-8"
+        return f"{prompt!r} has half of a surrogate pair. Allowed: valid UTF-8 text"
     return None
 
 

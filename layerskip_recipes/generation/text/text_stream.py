@@ -41,10 +41,9 @@ class TextStream:
         tail = list(prompt[-8:])
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
         self.context = tail[begin:]
-        self.context_text = tokenizer.decode(self.context) if self.context else ""
-        while UNFINISHED in self.context_text:  # the tail begins within a character of several tokens
-            self.context = self.context[1:]
-            self.context_text = tokenizer.decode(self.context) if self.context else ""
+        while UNFINISHED in (text := tokenizer.decode(self.context) if self.context else ""):
+            self.context = self.context[1:]  # the tail begins within a character of several tokens
+        self.context_text = text
         self.window, self.window_text = list(self.context), self.context_text  # decoded together with the next tokens
         self.unread: list[int] = []  # tokens whose last character is incomplete
         self.grown = ""  # the text of all other tokens
