@@ -50,7 +50,7 @@ STEPS = {
     "lossless": Step("Outputs of self-speculation beside plain decoding, small trained model", 240),
     "train_1b": Step("Training with the shape of Llama 3.2 1B, random weights", 360),
     "train_8b": Step("Training with the shape of Llama 3 8B, random weights", 360),
-    "finetune": Step("finetuning of the model in --model-dir, with a draft beside it", 540),
+    "finetune": Step("Finetuning the model in --model-dir, with a draft beside it", 540),
 }
 CUT = "cut short by the budget"  # the next call runs such a step again
 PACKAGES = ("torch", "triton", "torchtune", "torchao", "transformers", "liger-kernel", "layerskip-recipes")
@@ -129,7 +129,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         last = max(results.values(), key=lambda result: result["on"]["date"])
         lines += [f"- {name}: {value}" for name, value in last["on"].items()]
     lines += [f"- command: `{command}`" for command in dict.fromkeys(r["command"] for r in results.values())]
-    lines += ["", "Of several measurements: the median, and the range in brackets."]
+    lines += ["", "Repeated measurements are shown as median (range)."]
     for name, step in STEPS.items():
         lines += ["", f"## {step.title}", ""]
         if name not in results:
@@ -179,10 +179,10 @@ def main(arguments: Sequence[str]) -> None:
     """Run the steps; exit with status 1 if one did not succeed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder (default gpu_report)")
-    parser.add_argument("--list", action="store_true", help="print the steps, and what earlier calls left of them")
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="run these steps, also again")
-    parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="of this call (default 1800)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each step, in place of its own limit")
+    parser.add_argument("--list", action="store_true", help="print the steps and their status")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="run these steps, finished or not")
+    parser.add_argument("--budget", type=float, default=1800, metavar="SECONDS", help="for all steps (default 1800)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="time limit for each step, instead of its own")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the steps with --tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the steps")
     parser.add_argument("--model-dir", type=Path, help="a folder with an instruct model, to finetune in the last step")

@@ -152,8 +152,8 @@ def tests(place: Place) -> None:
                 place.record({"outcome": "failed", "test": report.nodeid})
 
     os.chdir(ROOT)
-    where = ["tests/generation/test_cuda_graphs.py"] if place.tiny else ["tests", "-n", "4"]
-    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *where], plugins=[Outcomes()])
+    files = ["tests/generation/test_cuda_graphs.py"] if place.tiny else ["tests", "-n", "4"]
+    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *files], plugins=[Outcomes()])
     for outcome, count in counts.items():
         place.record({"outcome": outcome, "tests": count})
     if status:
@@ -183,10 +183,10 @@ def make_benchmark(
     place: Place, shape: str, longest: int, rows: int, variants: Mapping[str, Any]
 ) -> LayerSkipBenchmark:
     """Set up layerskip_benchmark with random weights and full-length drafts."""
-    where = {"model_dir": str(random_model(place, shape)), "dtype": "fp32" if place.tiny else "bf16"}
-    sizes = {"prompt_tokens": longest, "batch_size": rows, "max_new_tokens": 8 if place.tiny else 64}
-    how = {"random_weights": True, "temperatures": [0.0], "compile": place.cuda}
-    cfg = place.load(f"benchmark_{shape}_{rows}", "hf/_model", **where, **sizes, **how, variants=dict(variants))
+    keys: dict[str, Any] = {"model_dir": str(random_model(place, shape)), "dtype": "fp32" if place.tiny else "bf16"}
+    keys |= {"prompt_tokens": longest, "batch_size": rows, "max_new_tokens": 8 if place.tiny else 64}
+    keys |= {"random_weights": True, "temperatures": [0.0], "compile": place.cuda, "variants": dict(variants)}
+    cfg = place.load(f"benchmark_{shape}_{rows}", "hf/_model", **keys)
     recipe = LayerSkipBenchmark(cfg)
     recipe.setup()
     return recipe
@@ -198,16 +198,18 @@ def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
 
     cfg, model, folder, prompts = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir)), recipe.prompts
     job = Job(cfg, model, prompts, len(prompts[0]), recipe.limit, stop_tokens=[], exits=[])
-    with recipe.device:
+    with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=cfg.torch_dtype)
     theirs.load_state_dict(to_files(model.state_dict(), read_hf_config(folder)), strict=False, assign=True)
     theirs.tie_weights()
+    with recipe.device:  # no checkpoint has its frequencies
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     vars(job)["transformers_model"] = theirs.eval()  # in place of reading a checkpoint
     compiled = recipe.device.type == "cuda"
     return Peer(transformers_decoder(job, compiled), "static cache" if compiled else "eager", {})
 
 
-def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], length: int, **of_row: Any) -> None:
+def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], length: int, **columns: Any) -> None:
     """Decode after prompts of one length, methods in turns. Records round time and the time to read its bytes."""
     turns, runs = recipe.turns, defaultdict[str, list[Run]](list)
     turns.batches = [[prompt[:length] for prompt in recipe.prompts]]
@@ -215,29 +217,29 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
     for turn in turns.take(methods, 0.0, 2 if place.tiny else 3):
         for name, run in turn.items():
             runs[name].append(run)
-    of_row |= {"text": length}
+    columns |= {"text": length}
     step_s = figures(runs["baseline"], runs["baseline"], False, 0.0)["round_s"]
     for name, method in methods.items():
-        of_method = runs[name]
+        method_runs = runs[name]
         if isinstance(method, Peer):  # its rounds are steps with one token per row
-            rows = len(of_method[0].outputs)
-            rounds = [1000 * rows / (run.stats.tokens_per_second or float("nan")) for run in of_method]
-            place.record(of_row | {"method": name, "ms a round": spread(rounds)})
+            rows = len(method_runs[0].outputs)
+            rounds = [1000 * rows / (run.stats.tokens_per_second or float("nan")) for run in method_runs]
+            place.record(columns | {"method": name, "ms a round": spread(rounds)})
             continue
-        row = figures(of_method, runs["baseline"], False, recipe.bandwidth)
-        rounds = [1000 * run.stats.decode_s / run.stats.rounds for run in of_method]
-        read = sum(run.stats.weight_bytes + run.stats.cache_bytes for run in of_method) / row["rounds"]
+        row = figures(method_runs, runs["baseline"], False, recipe.bandwidth)
+        rounds = [1000 * run.stats.decode_s / run.stats.rounds for run in method_runs]
+        read = sum(run.stats.weight_bytes + run.stats.cache_bytes for run in method_runs) / row["rounds"]
         found = {"method": name, "ms a round": spread(rounds), "ms to read": 1000 * read / recipe.bandwidth}
         for shown, phase in {"draft": "draft", "verify": "verify", "host": "rest"}.items():
             seconds = row[f"{phase}_s_per_round"]
             found[f"ms {shown}"] = None if seconds is None else 1000 * seconds
-        place.record(of_row | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
+        place.record(columns | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
     for name, why in turns.failed.items():
-        place.record(of_row | {"method": name, "failed": why})
+        place.record(columns | {"method": name, "failed": why})
     if (steps := find_compiled_steps(turns.model)) is not None:
-        counts = {"graphs": len(steps.graphs), "of them new": len(steps.graphs) - before}
+        counts = {"graphs": len(steps.graphs), "new graphs": len(steps.graphs) - before}
         without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
-        place.record(of_row | {"method": "all", **counts, **without})
+        place.record(columns | {"method": "all", **counts, **without})
 
 
 def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[str, Any]) -> None:
@@ -258,8 +260,8 @@ def decode(place: Place, shape: str) -> None:
     variants = {
         f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
         f"exit {depth // 8}, 6 drafts": early,
-        f"the same, {some} tokens": early | {"draft_vocabulary": some},
-        f"the same, {some} tokens, int8": early | {"draft_vocabulary": some} | int8,
+        f"exit {depth // 8}, 6 drafts of {some} tokens": early | {"draft_vocabulary": some},
+        f"exit {depth // 8}, 6 int8 drafts of {some} tokens": early | {"draft_vocabulary": some} | int8,
     }
     lengths = (16, 40) if place.tiny else (512, 2048, 8192)
     recipe = make_benchmark(place, shape, max(lengths), 1, variants)
@@ -352,10 +354,11 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
     data["split"] = "heldout" if place.tiny else "train"
     name = " ".join([config, *(f"{key}={'null' if value is None else value}" for key, value in keys.items())])
     out = place.work / "training" / re.sub(r"\W+", "_", name)
+    shutil.rmtree(out, ignore_errors=True)  # with the logs of an earlier call
     sizes = {"max_steps_per_epoch": steps, "log_every_n_steps": 1, "tokenizer": {"max_seq_len": length}}
     sizes |= {"batch_size": 1, "gradient_accumulation_steps": 2} if place.tiny else {}
-    where = {"model_dir": str(folder), "output_dir": str(out), "dataset": data}
-    recipe = LayerSkipFinetune(place.load(name, config, **where, **sizes, **keys))
+    files = {"model_dir": str(folder), "output_dir": str(out), "dataset": data}
+    recipe = LayerSkipFinetune(place.load(name, config, **files, **sizes, **keys))
     vars(recipe)["_save"] = lambda *_, **__: None  # nobody needs a checkpoint of random weights
     recipe.setup()
     recipe.train()
@@ -401,13 +404,13 @@ def train(place: Place, shape: str) -> None:
 
 
 def finetune(place: Place) -> None:
-    """Finetune a real model for parsing commands, beside it a copy of its first quarter; then tune its drafts."""
+    """Finetune a real model for parsing commands, beside it a copy of its first layers; then tune its drafts."""
     if place.model_dir is None:
         place.record({"left out": "no --model-dir was given"})
         return
-    layers = max(1, read_hf_config(place.model_dir).num_hidden_layers // 4)
+    shutil.rmtree(place.work / "finetuned", ignore_errors=True)  # of an earlier call
     started, out = time.perf_counter(), f"output_dir={place.work / 'finetuned'}"
-    training = [f"draft.exit_layer={layers}", "save_every_n_steps=null"]
+    training = ["save_every_n_steps=null"]
     training += ["max_steps_per_epoch=2", "dataset_val.count=2"] if place.tiny else ["max_steps_per_epoch=200"]
     run_recipe(place, "layerskip_finetune", "task/finetune", f"model_dir={place.model_dir.resolve()}", out, *training)
     place.record({"part": "training", "seconds": time.perf_counter() - started})

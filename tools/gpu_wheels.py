@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="where the wheels go; it must be empty")
     parser.add_argument("--installed", type=Path, help="what `python -m pip freeze` prints on the machine")
     parser.add_argument("--python", default="3.12", help="the machine's version of Python (default 3.12)")
-    parser.add_argument("--limit-mib", type=float, default=40.0, help="of all wheels (default 40)")
+    parser.add_argument("--limit-mib", type=float, default=40.0, help="largest total size of the wheels (default 40)")
     args = parser.parse_args(arguments)
     if args.folder.exists() and any(args.folder.iterdir()):
         parser.error(f"{args.folder} is not empty: older wheels there would be installed too")

@@ -55,7 +55,8 @@ class LlamaCppServer:
             "return_tokens": True,
         }
         url, headers = f"{self.address}/completion", {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(request).encode(), headers)) as response:
+        local = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
+        with local.open(urllib.request.Request(url, json.dumps(request).encode(), headers)) as response:
             reply = json.load(response)
         tokens, times = reply["tokens"], reply["timings"]
         prefill_s, decode_s = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000

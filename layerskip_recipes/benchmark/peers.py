@@ -19,6 +19,7 @@ from torchtune.generation import generate_next_token
 from layerskip_recipes.benchmark.llama_cpp import LlamaCppServer
 from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import first_line
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -124,9 +125,11 @@ def timed(job: Job, generate: Callable[[torch.Tensor, int, Sampler, PeerTimer], 
 
 def torchtune_decoder(job: Job, compiled: bool) -> Decode:
     """`torchtune.generation.generate` with its KV cache; it supports only temperature and top_k."""
-    with training.set_default_dtype(job.dtype), job.device:
+    with training.set_default_dtype(job.dtype), torch.device("meta"):
         model = job.cfg.model.build()
-        model.load_state_dict(job.model.state_dict(), assign=True)  # the same tensors, no copy
+    model.load_state_dict(job.model.state_dict(), assign=True)  # the same tensors, no copy
+    make_position_tables(model, job.device, job.dtype)
+    with job.device:
         model.setup_caches(len(job.prompts), job.dtype, decoder_max_seq_len=job.max_prompt + job.limit)
     model.eval()
     next_token = torch.compile(generate_next_token) if compiled else generate_next_token

@@ -291,7 +291,8 @@ class LayerSkipBenchmark:
 
     def _write(self, report: dict[str, Any]) -> None:
         """Print the table and write the files. The last line of stdout has their paths, or without files the report."""
-        print(markdown(report))
+        page = markdown(report)
+        print(page)
         if self.cfg.report_dir is None:
             print(json.dumps(report), flush=True)
             return
@@ -300,7 +301,7 @@ class LayerSkipBenchmark:
         document.parent.mkdir(parents=True, exist_ok=True)
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
-        files["markdown"].write_text(markdown(report))
+        files["markdown"].write_text(page)
         if self.cfg.picture:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)

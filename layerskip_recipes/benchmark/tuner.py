@@ -271,7 +271,8 @@ def check_config_path(path: Path) -> None:
 def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None, why: str) -> None:
     """Write a config that extends `tune_extends` with the measured settings and the fastest drafts, if any."""
     # The user's paths are relative to the current folder: make them absolute.
-    extends = cfg.tune_extends or ""
+    assert cfg.tune_extends is not None  # see `BenchmarkConfig.tuned_path`
+    extends = cfg.tune_extends
     known = extends in our_configs() | torchtune_configs() and not Path(extends).is_file()
     content: dict[str, Any] = {"extends": extends if known else str(find_config(extends))}
     if cfg.model_dir is not None:

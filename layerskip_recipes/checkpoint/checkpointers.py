@@ -125,7 +125,9 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             "layerskip_recipes.hf_decoder, or torchtune's checkpointers with torchtune's builders"
         )
     # Check that the config.json of checkpoints from scratch describes the model.
-    described = {"tie_word_embeddings": False, **section.get("hf_config")} if is_scratch(section) else {}
+    if not is_scratch(section):
+        return
+    described = {"tie_word_embeddings": False, **section.get("hf_config")}
     built = {
         "num_hidden_layers": len(model.layers),
         "num_attention_heads": model.num_heads,
@@ -135,7 +137,7 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
     }
     for key, value in built.items():
-        if is_scratch(section) and described.get(key) != value:
+        if described.get(key) != value:
             given = described.get(key)
             raise ConfigError(f"checkpointer.hf_config.{key}: {given!r} does not fit the model, which has {value}")
 

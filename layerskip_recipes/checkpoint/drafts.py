@@ -24,8 +24,8 @@ from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
+from layerskip_recipes.model.run_folder import DRAFT_FILE
 
-DRAFT_FILE = "draft.safetensors"
 DRAFT = "draft"  # in a model's folder, the folder of a draft that was trained beside it
 BESIDE = ".."  # the folder of its base
 FORMAT = 3
@@ -55,18 +55,22 @@ class Base(Section):
 
 
 class DraftDescription(Section):
-    """The content of a draft's layerskip.json; `num_layers` counts the draft's own layers."""
+    """The content of a draft's layerskip.json."""
 
     model_config = ConfigDict(extra="ignore")
 
     format: Literal[FORMAT]  # type: ignore[valid-type]
     kind: Kind
     exit_layer: PositiveInt
-    num_layers: PositiveInt
     base: Base
     vocabulary: list[int] | None = None
     """The tokens that the draft can predict; None: all."""
     measured: Measured | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """The number of the draft's own layers."""
+        return self.exit_layer if self.kind == "copy" else 1
 
 
 def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> di
 
 def describe(draft: Draft, base: Mapping[str, Any], steps: int, measured: Any = None) -> dict[str, Any]:
     """Build a draft's layerskip.json; it was trained for `steps` optimizer steps."""
-    shape = {"kind": draft.kind, "exit_layer": draft.exit_layer, "num_layers": draft.num_layers}
+    shape = {"kind": draft.kind, "exit_layer": draft.exit_layer}
     trained = {"base": dict(base), "steps": steps, "vocabulary": draft.vocabulary}
     return {"format": FORMAT} | shape | trained | {"measured": measured}
 

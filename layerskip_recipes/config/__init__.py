@@ -1,4 +1,4 @@
-"""Reading and checking configs. Imports only `layerskip_recipes.errors`."""
+"""Reads and checks configs. Of this package it imports only `errors` and `processes`."""
 
 from layerskip_recipes.config.loading import load_config
 

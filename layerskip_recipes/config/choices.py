@@ -32,10 +32,6 @@ class Choices:
         found = self.value(key)
         return self.set(key, make()) if found is None else found
 
-    @property
-    def device(self) -> str:
-        return self.pick("device", best_device)
-
 
 def _with_value(section: Section, key: str, value: Any) -> Section:
     name, _, inner = key.partition(".")

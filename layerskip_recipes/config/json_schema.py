@@ -19,10 +19,9 @@ def json_schema(config: type[RecipeConfig]) -> dict[str, Any]:
     """
     schema = _relaxed(config.model_json_schema())
     properties = {"extends": EXTENDS} | schema.pop("properties")
-    for key in config.IGNORED:
-        properties.setdefault(key, {"description": "Ignored."})
-    for key, why in config.REFUSED.items():
-        properties.setdefault(key, {"description": f"Not honoured: {why}.", "type": ["null", "boolean", "number"]})
+    refused = {key: f"Not honoured: {why}." for key, why in config.REFUSED.items()}
+    for key, why in (dict.fromkeys(config.IGNORED, "Ignored.") | refused).items():
+        properties.setdefault(key, {"description": why})
     variables = {"type": ["string", "number", "boolean", "null"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {
         "properties": properties,

@@ -1,4 +1,4 @@
-"""Reads JSON files, and checks the paths that a recipe will write to without creating anything."""
+"""Reads JSON files. Checks, without creating anything, that a recipe can write to its paths."""
 
 import json
 import os

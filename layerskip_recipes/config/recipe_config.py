@@ -14,7 +14,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
-from layerskip_recipes.config.choices import Choices, computes_in_bf16, devices_here
+from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, devices_here
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
@@ -137,7 +137,7 @@ class RecipeConfig(Section):
 
     def choose(self, choices: Choices) -> None:
         """Choose values for null keys. Each recipe adds its own keys."""
-        device = choices.device
+        device = choices.pick("device", best_device)
         choices.pick("dtype", lambda: "bf16" if computes_in_bf16(device) else "fp32")
 
     @property
@@ -182,7 +182,7 @@ class RecipeConfig(Section):
         wanted = self.device
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
-        if kind not in there or (index and not (index.isdigit() and int(index) < count)):
+        if kind not in there or (index and int(index) >= count):
             raise ConfigError(
                 f"device: {wanted!r} is not available. Allowed here: {', '.join(there)}; for example device={there[-1]}"
             )

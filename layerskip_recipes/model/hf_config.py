@@ -67,7 +67,7 @@ class Rope(Section):
         if self.rope_type == "linear":
             return plain / self.factor
         if self.rope_type == "longrope":
-            return plain / torch.tensor(self.short_factor, device=plain.device)
+            return plain / torch.tensor(self.short_factor, dtype=plain.dtype, device=plain.device)
         if self.rope_type == "llama3":
             # Keep short wavelengths, stretch long ones by `factor`, and interpolate in between. `waves` is the number
             # of wavelengths that fit into the original context.

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError, first_line
-from layerskip_recipes.model.run_folder import newest_intact
+from layerskip_recipes.model.run_folder import DRAFT_FILE, newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 DOWNLOADED = ["*.json", "model*.safetensors", "draft/*.safetensors", "*.jinja", "*.model"]
@@ -19,12 +19,14 @@ DOWNLOADED = ["*.json", "model*.safetensors", "draft/*.safetensors", "*.jinja", 
 def model_folder(path: str, key: str = "path") -> Path:
     """The folder of a model: a path, where ~ is allowed, or a name on the hub, which is downloaded.
 
-    For a run of layerskip_finetune it is the newest intact checkpoint. `key` is the path's key in messages.
+    For a run of layerskip_finetune it is the newest intact checkpoint with weights; shards only serve to resume. `key`
+    is the path's key in messages.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            folder = newest_intact(folder, "config.json") or newest_intact(folder) or folder
+            kinds = ("config.json", DRAFT_FILE, "adapter_config.json")
+            folder = next(filter(None, (newest_intact(folder, needs) for needs in kinds)), folder)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             base = read_json(folder / "adapter_config.json", key).get("base_model_name_or_path")
             raise ConfigError(

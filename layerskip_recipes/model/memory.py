@@ -48,13 +48,12 @@ def mlp_width(model: TransformerDecoder) -> int:
 # ---- training ----
 
 
-def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quantised: bool, chunk: int) -> int:
-    """Bytes of weights, gradients and AdamW's two averages, and of the fp32 logits of a chunk of tokens and their
-    gradient. A `quantised` matrix of a layer takes half a byte per weight, and a sixteenth of that for its scales."""
+def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quantised: bool) -> int:
+    """Bytes of weights, gradients and AdamW's two averages. A `quantised` matrix of a layer takes half a byte per
+    weight, and a sixteenth of that for its scales."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     packed = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) if quantised else 0
-    kept = itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
-    return kept + chunk * model.tok_embeddings.num_embeddings * 2 * 4
+    return itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
 
 
 def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool) -> int:

@@ -11,6 +11,7 @@ from torchtune import utils
 
 log = utils.get_logger("INFO")
 RECIPE_STATE = "recipe_state.pt"
+DRAFT_FILE = "draft.safetensors"
 WRITTEN = "written"  # a JSON file: the time of writing in seconds, which copying a folder loses, and the file sizes
 SIZED = (".safetensors", ".pt", ".bin", ".distcp")
 

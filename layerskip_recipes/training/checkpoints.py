@@ -91,7 +91,7 @@ class Checkpoints:
         self.keep = cfg.keep_last_n_checkpoints
         self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
-        # A stopped run's checkpoint has the model, unless only adapters or a draft are trained, and these in a file.
+        # A checkpoint contains the model, unless only adapters or a draft are trained. Those have a file of their own.
         has_adapters = bool(adapter_names(cfg.meta_model))
         self.draft_file = DRAFT_FILE if cfg.freezes_model else f"{DRAFT}/{DRAFT_FILE}" if cfg.draft else None
         self.trained_file = ADAPTER_FILE if has_adapters else self.draft_file
@@ -187,9 +187,7 @@ class Checkpoints:
         if self._checkpointer._checkpoint_dir.parent == self.output_dir:
             self._checkpointer._checkpoint_dir = self.output_dir / name
 
-    def save_shards(
-        self, name: str, shards: dict[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
-    ) -> None:
+    def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Start writing every rank's shards. Collective. The checkpoint appears once all of them are written."""
         self.finish()
         if is_rank_zero():
@@ -206,7 +204,6 @@ class Checkpoints:
             if written is not None:
                 written.result()
             if is_rank_zero():
-                write_description(place, description)
                 torch.save(dict(state), place / RECIPE_STATE)
                 self._place(name)
 

@@ -108,92 +108,78 @@ def exit_losses(
     chunk_loss: ChunkLoss,
     chunk_tokens: int | None,
     teacher: Teacher | None = None,
-    early: int = 0,
     head_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, a scalar, and the detached mean loss of each exit.
 
     `hidden` has x_E [b, s, d] of each exit. Of labels [b * s] only the rows `counted` [n] get logits. `teacher` maps
-    row indices to a target that replaces the labels of the first `early` exits. These exits change only those rows of
-    the output's matrix and bias that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so
-    each chunk's gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's;
-    gradients are summed in fp32.
+    row indices to a target that replaces the labels. All exits but the last change only those rows of the output's
+    matrix and bias that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so each chunk's
+    gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's; gradients are
+    summed in fp32.
     """
-    return _ExitLosses.apply(
-        chunk_loss,
-        chunk_tokens,
-        teacher,
-        early,
-        head_rows,
-        head,
-        labels,
-        counted,
-        weights,
-        torch.is_grad_enabled(),
-        *head.parameters,
-        *(x.flatten(0, 1) for x in hidden),
-    )
-
-
-class _ExitLosses(torch.autograd.Function):
-    """`exit_losses` for autograd: the forward pass computes the gradients, and the backward pass returns them."""
-
-    @staticmethod
-    def forward(
-        ctx, chunk_loss, chunk_tokens, teacher, early, head_rows, head, labels, counted, weights, grad_enabled, *tensors
-    ):
-        parameters, hidden = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        kind, compute = hidden[0].device.type, compute_dtype(hidden[0])
+    tensors = (*head.parameters, *(x.flatten(0, 1) for x in hidden))
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.no_grad():
+        parameters, states = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
+        kind, compute = states[0].device.type, compute_dtype(states[0])
         all_count, labels = len(counted) == len(labels), labels[counted]
-        exact = at_least_fp32(hidden[0])
+        exact = at_least_fp32(states[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
-        wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
         leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
         # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)
         # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
-        plain = head.matrix is not None
-        buffer = hidden[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute) if plain else None
+        buffer = None
+        if head.matrix is not None:
+            buffer = states[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute)
         # Activation offloading must not see a chunk's tensors, which are freed after the chunk.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with head.using(leaves), no_hooks:
             trained = [wants_gradient and weight > 0 for weight in weights]
-            hidden_grads = [torch.zeros_like(x) if trains else None for x, trains in zip(hidden, trained, strict=True)]
-            exit_sums = torch.zeros(len(hidden), dtype=exact, device=labels.device)
+            grads = [torch.zeros_like(x) if trains else None for x, trains in zip(states, trained, strict=True)]
+            exit_sums = torch.zeros(len(states), dtype=exact, device=labels.device)
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = part if all_count else counted[part]
-                lesson = labels[part] if teacher is None else teacher(rows)
-                for i, x in enumerate(hidden):
-                    target, changed = (lesson, head_rows) if i < early else (labels[part], None)
-                    states = x[rows].to(compute)
-                    if trained[i]:
-                        chunk_sum, grad = _loss_and_gradient(
-                            chunk_loss, head, leaves, sums, states, target, weights[i] / count, buffer, changed
+                target = labels[part] if teacher is None else teacher(rows)
+                for i, (x, grad) in enumerate(zip(states, grads, strict=True)):
+                    x_rows = x[rows].to(compute)
+                    if grad is not None:
+                        changed = head_rows if i < len(states) - 1 else None
+                        exit_sum, grad_rows = _loss_and_gradient(
+                            chunk_loss, head, leaves, sums, x_rows, target, weights[i] / count, buffer, changed
                         )
-                        hidden_grads[i][rows] = grad.to(x.dtype)
+                        grad[rows] = grad_rows.to(x.dtype)
                     else:
-                        h = head.normed(states)
+                        h = head.normed(x_rows)
                         logits = head.unembed(h, out=None if buffer is None else buffer[: len(h)])
-                        chunk_sum = chunk_loss(logits, target, torch.zeros_like(count))
-                    exit_sums[i] += chunk_sum
+                        exit_sum = chunk_loss(logits, target, torch.zeros_like(count))
+                    exit_sums[i] += exit_sum
         per_exit = exit_sums / count
         # The weighted sum. Pinned memory avoids a device synchronisation.
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
         total = (per_exit * factors).sum()
-        head_grads = (None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True))
-        ctx.grads = (*head_grads, *hidden_grads)
-        ctx.mark_non_differentiable(per_exit)
-        return total, per_exit
+        head_grads = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+    return _WithGradients.apply(total, [*head_grads, *grads], *tensors), per_exit
+
+
+class _WithGradients(torch.autograd.Function):
+    """`total` as a function of tensors, whose gradients are known already."""
 
     @staticmethod
-    def backward(ctx, grad_total, _):
+    def forward(ctx, total, grads, *tensors):
+        ctx.grads = grads
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad_total):
         # In place, then freed: backward runs only once per loss.
         grads, ctx.grads = ctx.grads, None
-        return (None,) * 10 + tuple(g if g is None else g.mul_(grad_total) for g in grads)
+        return None, None, *(g if g is None else g.mul_(grad_total) for g in grads)
 
 
 @torch.enable_grad()

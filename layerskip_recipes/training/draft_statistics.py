@@ -21,7 +21,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
-# Each process measures this many samples or tokens.
+# Each process stops measuring after this many samples or tokens.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 
 

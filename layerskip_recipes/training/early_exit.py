@@ -174,7 +174,7 @@ class EarlyExitLoss:
         total_steps: int,
         counted: torch.Tensor | None = None,
         head_rows: torch.Tensor | None = None,
-        also: OnExit | None = None,
+        on_exit: OnExit | None = None,
         **inputs: Any,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The loss of one batch.
@@ -188,7 +188,7 @@ class EarlyExitLoss:
                 them here, which synchronises a GPU.
             head_rows: [v], 1 for each token whose row of the output matrix the early exits may change, else 0; None:
                 all rows. The last layer's loss may always change all of them.
-            also: called after each layer, as the decoder's `on_exit`.
+            on_exit: called after each layer, as the decoder's.
             **inputs: the decoder's mask, input_pos, ...
 
         Returns:
@@ -204,9 +204,9 @@ class EarlyExitLoss:
         hidden: dict[int, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
 
-        def on_exit(exit_layer: int, x: torch.Tensor) -> None:
-            if also is not None:
-                also(exit_layer, x)
+        def keep(exit_layer: int, x: torch.Tensor) -> None:
+            if on_exit is not None:
+                on_exit(exit_layer, x)
             if exit_layer in exits:
                 hidden[exit_layer] = x
             if exit_layer < model.num_layers:
@@ -219,9 +219,9 @@ class EarlyExitLoss:
                 x.requires_grad_()
             of_exits = [weights[e - 1] for e in exits]
             states = [hidden[e] for e in exits]
-            arguments = (labels, counted, self.chunk_loss, self.chunk_tokens, None, len(exits) - 1, head_rows)
-            losses.extend(exit_losses(head, states, of_exits, *arguments))
+            settings = (self.chunk_loss, self.chunk_tokens)
+            losses.extend(exit_losses(head, states, of_exits, labels, counted, *settings, head_rows=head_rows))
 
-        model(tokens, on_exit=on_exit, unembed=False, **inputs)
+        model(tokens, on_exit=keep, unembed=False, **inputs)
         total, per_exit = losses
         return total, dict(zip(exits, per_exit.unbind(), strict=True))

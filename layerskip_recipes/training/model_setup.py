@@ -40,7 +40,7 @@ def build_model(
     """The model, and the draft if one is trained: compiled, checkpointed, sharded.
 
     On rank 0, `weights` is the plain model's state_dict (None: train from scratch), and `trained` the state_dict of its
-    adapters or draft (None: fresh ones; the seed decides fresh adapters).
+    adapters or draft (None: fresh ones). The seed decides all fresh weights.
     """
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
@@ -55,7 +55,7 @@ def build_model(
         if state is None and several:
             with training.set_default_dtype(cfg.torch_dtype):
                 fresh = layerskip_decoder(cfg.model.build())
-                initialise(fresh)
+                initialise(fresh, seed)
                 state = fresh.state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
@@ -63,16 +63,22 @@ def build_model(
             check_state_dict(cfg.meta_model, state)
     every = cfg.checkpoint_every_layers
     if draft is None:
-        return _place(model, state, cfg, device, mesh, every).train(), None
+        return _place(model, state, cfg, device, mesh, every, seed).train(), None
     of_draft: Weights = {}
     if is_rank_zero():
         of_draft = fresh_draft(draft, state or {}) if trained is None else trained
-    _place(model, state, cfg, device, mesh, 0 if cfg.freezes_model else every).train(not cfg.freezes_model)
-    return model, _place(draft, of_draft, cfg, device, mesh, every).train()
+    _place(model, state, cfg, device, mesh, 0 if cfg.freezes_model else every, seed).train(not cfg.freezes_model)
+    return model, _place(draft, of_draft, cfg, device, mesh, every, seed).train()
 
 
 def _place(
-    part: P, state: Weights | None, cfg: FinetuneConfig, device: torch.device, mesh: Mesh, checkpoint_every: int
+    part: P,
+    state: Weights | None,
+    cfg: FinetuneConfig,
+    device: torch.device,
+    mesh: Mesh,
+    checkpoint_every: int,
+    seed: int,
 ) -> P:
     """Compile, checkpoint, shard and load the model or the draft."""
     if cfg.compile:
@@ -84,7 +90,7 @@ def _place(
         return part
     checkpoint_layers(part, checkpoint_every)
     if isinstance(part, LayerSkipDecoder) and state is None:
-        initialise(part)
+        initialise(part, seed)
     else:
         part.load_state_dict(state or {})
     return part

@@ -22,7 +22,7 @@ from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
 
 log = get_logger("INFO")
 DRAFT_RATE = 4  # times the model's learning rate, for a draft that is trained beside it
-ROUNDED_AWAY = 1e-4  # weights near 0.02 lie as far apart in bf16
+ROUNDED_AWAY = 1e-4  # about the distance between neighbouring bf16 numbers near 0.02
 
 
 class Optimizers:

@@ -82,6 +82,8 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
         "fsdp_cpu_offload: True needs device=cuda and several processes to shard over (besides those of "
         "tensor_parallel_dim); fsdp_cpu_offload=false": cfg.fsdp_cpu_offload and (left == 1 or cfg.device == "cpu"),
+        "draft.own_text: does not go with fsdp_cpu_offload, as generation needs the weights on the device. Set "
+        "draft.own_text=0 or fsdp_cpu_offload=false": draft and draft.own_text and cfg.fsdp_cpu_offload,
     }
     if processes > 1:
         mistakes |= {
@@ -143,7 +145,8 @@ def shard_model(model: LayerSkipDecoder | Draft, cfg: FinetuneConfig, mesh: Mesh
         for name, module in reversed([*model.named_modules()]):
             if training.get_shard_conditions(clean_name(name), module, names_to_match=cfg.custom_sharded_layers or []):
                 fully_shard(module, **fsdp_options)
-        fully_shard(model, **fsdp_options)
+        # The head, too, is used at the end of a forward pass and in the backward pass, so do not gather it twice.
+        fully_shard(model, **fsdp_options | {"reshard_after_forward": False})
 
 
 def reshard(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
-from layerskip_recipes.config.choices import Choices, computes_in_bf16, has_bf16_products
+from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.data.tokenizer import SampleLength, hf_tokenizer
@@ -34,14 +34,13 @@ ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_ad
 
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     """Choose the null keys, in an order in which each choice may use the earlier ones."""
-    device = choices.device
+    device = choices.pick("device", best_device)
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
 
     # In bf16, rounding undoes small steps. Those of adapters are large enough, and drafts are trained in fp32 anyway.
-    dtype = choices.pick(
-        "dtype", lambda: "fp32" if not bf16 or (memory.all_weights and memory.fits("fp32")) else "bf16"
-    )
+    fits_fp32 = memory.all_weights and memory.fits("fp32", LONGEST["cpu"], recompute=True)
+    dtype = choices.pick("dtype", lambda: "fp32" if not bf16 or fits_fp32 else "bf16")
     taken = {name: value for name, value in cfg.optimizer.arguments.items() if name not in SPEED_ARGUMENTS}
     replaceable = cfg.optimizer.path == ADAMW and (parameter_names(ROUNDING) or set()).issuperset(taken)
     if dtype == "bf16" and "dtype" in choices.chosen and memory.all_weights and replaceable:
@@ -57,7 +56,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         "enable_activation_checkpointing",
         lambda: (
             cfg.enable_activation_offloading
-            or (cfg.ac_mode is None and memory.recompute(dtype, length or cfg.meta_model.max_seq_len) is not False)
+            or (cfg.ac_mode is None and not memory.fits(dtype, length or cfg.meta_model.max_seq_len, recompute=False))
         ),
     )
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
@@ -109,29 +108,26 @@ class TrainingMemory:
         cfg, model = self.cfg, self.cfg.meta_model
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
-        kept = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), chunk)
-        # A draft is always in fp32: 16 bytes for each weight, its gradient and two averages. The head's gradient is
-        # summed in fp32, by each process for itself.
-        head = 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
-        return there - head - (kept + 16 * self.of_draft) // num_processes()
-
-    def recompute(self, dtype: str, length: int) -> bool | None:
-        """Whether a sample needs activation checkpointing; None if it does not even fit with it."""
-        room = self.room(dtype)
-        return next((again for again in (False, True) if self.sample_bytes(dtype, length, again) <= room), None)
+        # Sharded: a draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
+        sharded = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model)) + 16 * self.of_draft
+        shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
+        # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
+        own = 8 * chunk * model.tok_embeddings.num_embeddings
+        own += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
+        return there - own - sharded // shards
 
     def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
         itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
         return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute) * length
 
-    def fits(self, dtype: str) -> bool:
-        """Whether a sample of usual length fits."""
-        return self.recompute(dtype, LONGEST["cpu"]) is not None
+    def fits(self, dtype: str, length: int, recompute: bool) -> bool:
+        """Whether a sample fits."""
+        return self.sample_bytes(dtype, length, recompute) <= self.room(dtype)
 
     def longest_sample(self, dtype: str) -> int:
         """512 tokens on a CPU and 2048 elsewhere, halved until a sample fits."""
         length = min(LONGEST.get(self.device, LONGEST_ELSEWHERE), self.cfg.meta_model.max_seq_len)
-        while length > SHORTEST and self.recompute(dtype, length) is None:
+        while length > SHORTEST and not self.fits(dtype, length, recompute=True):
             length //= 2
         return length
 

@@ -68,8 +68,6 @@ class LayerSkipFinetune:
         init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
         if cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()  # the optimizer runs on the CPU, and torchrun leaves one thread
-        if num_processes() > 1:
-            self.device = cfg.find_device()  # now this process's own GPU
         self.output_dir = Path(cfg.output_dir)
         if is_rank_zero():
             check_folder("output_dir", self.output_dir)
@@ -145,19 +143,19 @@ class LayerSkipFinetune:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
         self.own_text: OwnText | None = None
-        self.base: dict[str, Any] = {}  # what the layerskip.json of a draft for a frozen model says of the model
+        self.base: dict[str, Any] = {}  # "base" of the draft's layerskip.json; empty unless the model is frozen
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
-            of_model = None
+            model_loss = None
             if cfg.freezes_model:
                 self.base = self.checkpoints.base(weights)
             else:
-                of_model = cfg.exit_loss
+                model_loss = cfg.exit_loss
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
             kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
-            self.loss = DraftLoss(cfg.draft, self.draft, kept, of_model)
+            self.loss = DraftLoss(cfg.draft, self.draft, kept, model_loss)
             if cfg.draft.own_text:
                 resumes = self.checkpoints.resumed_from is not None
                 self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
@@ -349,12 +347,12 @@ class LayerSkipFinetune:
             if not all(from_every_rank(whole)):
                 raise not_finite(f"weights: not finite at step {self.step}", self.output_dir, self.optimizers.base_lr)
         optimizer = self.optimizers.state_dict(whole=not shards)
-        state, description = self._state(), self._description()
         if shards:
             self.checkpoints.save_shards(
-                name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, state, description
+                name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, self._state()
             )
         else:
+            state, description = self._state(), self._description()
             adapters_only = self.cfg.save_adapter_weights_only
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)

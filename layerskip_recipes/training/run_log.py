@@ -107,7 +107,10 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted keys whose values differ, with both values; None for a missing one. The log prints "3" as 3."""
+    """Yield the dotted keys whose values differ, with both values; None for a missing one.
+
+    Values are compared as text: a rerun of a logged config reads the string "3" back as the number 3.
+    """
     if not (isinstance(before, dict) and isinstance(now, dict)):
         if str(before) != str(now):
             yield key, before, now

@@ -23,7 +23,7 @@ class StochasticAdamW(Optimizer):
     same noise, and so do ranks that hold copies of a weight. The arguments are those of `torch.optim.AdamW`.
     """
 
-    first = 0  # of several optimizers, each has other numbers
+    first = 0  # number of the first parameter; other optimizers of `optimizer_in_bwd` have other numbers and noise
 
     def __init__(
         self,

@@ -208,18 +208,20 @@ def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
 
 
 def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypatch, capsys):
-    """The partial one goes beside it, and gives way to the next."""
+    """The partial ones go beside it."""
     few, folder = ["temperatures=[0.0]", "repeats=1"], path.parent / "report"
     run(path, *few)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     stop_turns(monkeypatch, lambda turn: turn % 10 == 0, KeyboardInterrupt)  # in the first turn after the warm-up
-    partial = {"benchmark_interrupted.json", "benchmark_interrupted.md", "benchmark_interrupted.png"}
-    for _ in range(2):
+    there = {*before}
+    for number in ("", "1"):
+        partial = {f"benchmark_interrupted{number}.{kind}" for kind in ("json", "md", "png")}
+        there |= partial
         capsys.readouterr()
         assert run(path, *few)[1]["interrupted"] is True
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert {Path(name).name for name in printed.values()} == partial
-        assert {file.name for file in folder.iterdir()} == {*before, *partial}
+        assert {file.name for file in folder.iterdir()} == there
         assert {name: (folder / name).read_bytes() for name in before} == before
     assert json.loads((folder / "benchmark_interrupted.json").read_text())["interrupted"] is True
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.gguf_files import write_gguf
 from helpers.hf_folders import model_with_tokenizer
 
 from layerskip_recipes.benchmark.llama_cpp import LlamaCppServer
@@ -13,6 +12,9 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.sampling import Sampler
 
 pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+
+from helpers.gguf_files import write_gguf
 
 
 @pytest.fixture(scope="module")

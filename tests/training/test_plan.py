@@ -62,8 +62,8 @@ def chosen(tmp_path, monkeypatch):
 
 def test_what_a_training_keeps_in_bf16_and_nf4(tmp_path):
     model = FinetuneConfig.load(load_config("hf/full", [f"model_dir={folder_of(tmp_path)}", "device=cpu"])).meta_model
-    assert training_bytes(model, 2, WEIGHTS, False, 2048) == 8 * WEIGHTS + 4 * LOGITS
-    assert training_bytes(model, 2, 0, True, 512) == 2 * OTHERS + MATRICES * 17 // 32 + LOGITS
+    assert training_bytes(model, 2, WEIGHTS, False) == 8 * WEIGHTS
+    assert training_bytes(model, 2, 0, True) == 2 * OTHERS + MATRICES * 17 // 32
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,21 @@ def test_a_sample_fits_into_half_of_the_memory(room, length, again, chosen):
     ("samples", "size", "micro_batches"), [(0, 1, 8), (1, 1, 8), (3, 2, 4), (7, 4, 2), (8, 8, 1), (99, 8, 1)]
 )
 def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro_batches, chosen, monkeypatch):
-    def batches(memory):
-        made = chosen("device=cpu", "tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", memory=memory)
+    def batches(memory, *overrides):
+        made = chosen(
+            "device=cpu",
+            *overrides,
+            "tokenizer.max_seq_len=512",
+            "enable_activation_checkpointing=false",
+            memory=memory,
+        )
         return made["batch_size"], made["gradient_accumulation_steps"]
 
-    memory = 16 * WEIGHTS + HEAD + LOGITS + samples * KEPT * 512
+    memory, own = 16 * WEIGHTS + HEAD + LOGITS + samples * KEPT * 512, HEAD + LOGITS + samples * KEPT * 512
     assert batches(memory) == (size, micro_batches)
-    monkeypatch.setenv("WORLD_SIZE", "4")  # they share the memory, and the weights
-    assert batches(4 * memory) == (size, max(micro_batches // 4, 1))
+    monkeypatch.setenv("WORLD_SIZE", "4")  # they share the memory and the weights, and each has its own head and logits
+    assert batches(16 * WEIGHTS + 4 * own) == (size, max(micro_batches // 4, 1))
+    assert batches(2 * 16 * WEIGHTS + 4 * own, "data_parallel_replicate_dim=2")[0] == size  # two copies of the weights
 
 
 def test_an_optimizer_in_backward_steps_with_each_batch(chosen):
@@ -244,9 +251,11 @@ def test_each_needs_a_model(name, layerskip):
 
 
 def adapters_only(folder):
-    (folder / "epoch_0").mkdir()
-    torch.save({}, folder / "epoch_0" / "recipe_state.pt")
-    (folder / "epoch_0" / "written").write_text(json.dumps({"time": 1.0, "sizes": {}}))
+    """A checkpoint of adapters, and newer shards, which have no file that describes them."""
+    for time, name in enumerate(("epoch_0", "step_9"), start=1):
+        (folder / name).mkdir()
+        torch.save({}, folder / name / "recipe_state.pt")
+        (folder / name / "written").write_text(json.dumps({"time": time, "sizes": {}}))
     config = {"base_model_name_or_path": "/models/base", "r": 8}
     (folder / "epoch_0" / "adapter_config.json").write_text(json.dumps(config))
 

@@ -62,8 +62,8 @@ class DraftSection(Section):
 class DraftLoss:
     """The loss of a draft: KL(p || q) of the last layer's distribution p and the draft's q.
 
-    Both use the model's head. If the draft has its own vocabulary, p is renormalised over it. `of_model` is the loss of
-    a model that is finetuned as well; without it the model is frozen.
+    Both use the model's head. If the draft has its own vocabulary, p is renormalised over it. `model_loss` is the loss
+    of a model that is finetuned as well; without it the model is frozen.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class DraftLoss:
         section: DraftSection,
         draft: Draft,
         kept: KeptStates | None = None,
-        of_model: EarlyExitLoss | None = None,
+        model_loss: EarlyExitLoss | None = None,
     ) -> None:
-        self.section, self.draft, self.kept, self.of_model = section, draft, kept, of_model
+        self.section, self.draft, self.kept, self.model_loss = section, draft, kept, model_loss
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
         self.chunk_loss = compiled(self.chunk_loss)
-        if self.of_model is not None:
-            self.of_model.compile()
+        if self.model_loss is not None:
+            self.model_loss.compile()
 
     def __call__(
         self,
@@ -102,13 +102,13 @@ class DraftLoss:
             return self.draft.teacher_states(model, tokens[chosen], **take_rows(inputs, chosen, len(tokens)))
 
         # The model's states, and the draft's states computed from them.
-        of_model: torch.Tensor | float = 0.0
+        total_of_model: torch.Tensor | float = 0.0
         by_exit: dict[int, torch.Tensor] = {}
-        if self.of_model is not None:
+        if self.model_loss is not None:
             kept: dict[int, torch.Tensor] = {}
+            keep = self.draft.keeper(model, tokens, kept)
             now: dict[str, Any] = {"step": step, "total_steps": total_steps, "counted": counted}
-            now["also"] = self.draft.keeper(model, tokens, kept)
-            of_model, by_exit = self.of_model(model, tokens, labels, **now, **inputs)
+            total_of_model, by_exit = self.model_loss(model, tokens, labels, on_exit=keep, **now, **inputs)
             x, last = kept[self.draft.start], kept[model.num_layers]
         elif self.kept is None:
             x, last = self.draft.teacher_states(model, tokens, **inputs)
@@ -129,6 +129,5 @@ class DraftLoss:
             self.chunk_loss,
             self.section.chunk_tokens,
             teacher=lambda rows: head.unembed(final[rows]),
-            early=len(states),
         )
-        return of_model + total, by_exit
+        return total_of_model + total, by_exit
