@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -171,7 +172,7 @@ def random_model(place: Place, shape: str, weights: bool = False) -> Path:
     sizes = {"max_position_embeddings": 16384, "rope_theta": 5e5, "tie_word_embeddings": shape == "1b"}
     config = LlamaConfig(**place.shape(shape), **sizes, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
-    stdlib_tokenizer(path=str(folder), vocab_size=300 if place.tiny else 2048)
+    stdlib_tokenizer(path=str(folder), vocab_size=300 if place.tiny else 16384)
     if weights:
         with place.device:
             model = LlamaForCausalLM._from_config(config, dtype=torch.float32 if place.tiny else torch.bfloat16)
@@ -299,6 +300,7 @@ def lossless(place: Place) -> None:
     recipe.setup()
     recipe.train()
     recipe.cleanup()
+    torch.set_float32_matmul_precision("highest")  # training allows TF32
     count, new, some = (2, 8, 64) if place.tiny else (16, 128, 512)
     for dtype in ("fp32", "bf16"):
         model, tokenizer = load_model(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
@@ -332,7 +334,7 @@ def gap_at_difference(model: Any, a: list[int], b: list[int]) -> float:
 def measure_step(place: Place, method: str, *overrides: str) -> None:
     """Measure forward and backward without an optimizer, with tools/training_cost.py."""
     config = ["llama3_2/1B_full_single_device_layerskip", "dtype=bf16"]
-    rows, length, steps = (1, 16, 1) if place.tiny else (4, 2048, 5)
+    rows, length, steps = (1, 16, 1) if place.tiny else (2, 2048, 5)
     if place.tiny:
         config = ["quickstart/finetune", *TINY_QUICKSTART]
     sizes = [f"--batch={rows}", f"--seq-len={length}", f"--steps={steps}", f"--method={method}"]
@@ -347,8 +349,8 @@ def measure_step(place: Place, method: str, *overrides: str) -> None:
     place.record(row | {"tokens/s": spread(rates), "peak GiB": cost["peak_gb"]})
 
 
-def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str, Any], flops: float) -> None:
-    """Run the recipe on the standard library. `flops`: FLOPs per token / FLOP/s of the GPU."""
+def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str, Any], flops: float | None) -> None:
+    """Run the recipe on the standard library. `flops`: FLOPs per token / FLOP/s of the GPU, for the MFU."""
     steps, length = (3, 32) if place.tiny else (7, 2048)
     data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "seq_len": length}
     data["split"] = "heldout" if place.tiny else "train"
@@ -358,14 +360,18 @@ def measure_training(place: Place, folder: Path, config: str, keys: Mapping[str,
     sizes = {"max_steps_per_epoch": steps, "log_every_n_steps": 1, "tokenizer": {"max_seq_len": length}}
     sizes |= {"batch_size": 1, "gradient_accumulation_steps": 2} if place.tiny else {}
     files = {"model_dir": str(folder), "output_dir": str(out), "dataset": data}
-    recipe = LayerSkipFinetune(place.load(name, config, **files, **sizes, **keys))
-    vars(recipe)["_save"] = lambda *_, **__: None  # nobody needs a checkpoint of random weights
+    cfg = place.load(name, config, **files, **sizes, **keys)
+    # Nobody needs a checkpoint of random weights, nor room for one.
+    with mock.patch("layerskip_recipes.training.recipe.check_checkpoint_files"):
+        recipe = LayerSkipFinetune(cfg)
+    vars(recipe)["_save"] = lambda *_, **__: None
     recipe.setup()
     recipe.train()
     recipe.cleanup()
     log = next(out.glob("logs/*")).read_text()
     rates = [float(rate) for rate in re.findall(r"tokens_per_second_per_gpu:([\d.]+)", log)][2:]
-    row = {"recipe": name, "tokens/s": spread(rates), "MFU": statistics.median(rates) * flops}
+    row: dict[str, Any] = {"recipe": name, "tokens/s": spread(rates)}
+    row |= {} if flops is None else {"MFU": statistics.median(rates) * flops}
     row |= {"peak GiB": peak_memory_bytes(place.device) / 2**30, "dtype": recipe.cfg.dtype}
     row["layers computed again"] = bool(recipe.cfg.checkpoint_every_layers)
     place.record(row | {"tokens of a batch": recipe.cfg.batch_size * length})
@@ -381,10 +387,11 @@ def train(place: Place, shape: str) -> None:
             for method in ("ours, exits", "ours, dropout", "torchtune", "torchtune, exits", "liger"):
                 measure_step(place, method)
     plain = {"early_exit_loss": None, "layer_dropout": None}
-    # FLOPs per token and weight: 2 in the forward pass, 2 for the states' gradients, 2 for the weights' gradients.
-    runs: list[tuple[str, int, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {}), ("hf/task", 6, {})]
+    # FLOPs per token and weight: 2 in the forward pass, 2 for the states' gradients, 2 for the weights' gradients. None
+    # for a draft alone, which does not run the model's head.
+    runs: list[tuple[str, int | None, dict[str, Any]]] = [("hf/full", 6, plain), ("hf/full", 6, {}), ("hf/task", 6, {})]
     if shape == "8b":
-        runs = [("hf/draft", 2, {}), ("hf/lora", 4, {}), ("hf/full", 6, {})]
+        runs = [("hf/draft", None, {}), ("hf/lora", 4, {}), ("hf/full", 6, {})]
     folder = random_model(place, shape, weights=True)
     sizes = place.shape(shape)
     heads = sizes["num_attention_heads"] + sizes["num_key_value_heads"]
@@ -394,7 +401,7 @@ def train(place: Place, shape: str) -> None:
     for config, per_weight, keys in runs:
         place.free()
         try:
-            measure_training(place, folder, config, keys, per_weight * weights / peak)
+            measure_training(place, folder, config, keys, per_weight and per_weight * weights / peak)
         except Exception as error:  # such as too little memory; go on with the next recipe
             failed.append(traceback.format_exc())
             place.record({"recipe": config, "failed": f"{type(error).__name__}: {error}"[:200]})

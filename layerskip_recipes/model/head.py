@@ -120,7 +120,7 @@ def chunk_tokens(device: str) -> int:
     """The number of tokens whose logits are in memory at a time.
 
     For each chunk of n tokens, a GPU adds a product to an fp32 sum: 8 bytes of memory traffic per weight of the head
-    (12 before torch 2.8) beside 6 n operations. At 200 operations per byte, this traffic adds half to the time of the
+    (12 before torch 2.10) beside 6 n operations. At 200 operations per byte, this traffic adds half to the time of the
     operations for n = 512, and an eighth for n = 2048. A CPU does fewer operations per byte.
     """
     return 2048 if device.startswith("cuda") else 512

@@ -223,10 +223,10 @@ def _loss_and_gradient(
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [v, d] += a [v, n] b [n, d]. On a CPU or before torch 2.8, the product is first rounded to a's dtype."""
+    """total [v, d] += a [v, n] b [n, d]. On a CPU or before torch 2.10, the product is first rounded to a's dtype."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif total.is_cuda and torch.__version__ >= "2.10":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
