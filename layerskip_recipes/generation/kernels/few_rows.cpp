@@ -1,4 +1,5 @@
-// y = x W^T for few rows of x, with fp32 sums; W is fp32, bf16 or int8.
+// y = x W^T for few rows of x, with fp32 sums; W is fp32, bf16 or int8. With AVX-512 bf16 instructions, products with a
+// bf16 W take x rounded to bf16, as torch does, and compute two at a time.
 //
 // A BLAS repacks W first, which for a few rows takes as long as the product. This code reads each row of W once, in
 // place, for all rows of x. The summation order of an element of y does not depend on the number of rows, so
@@ -28,16 +29,27 @@ constexpr int SUMS = 12, BLOCK = 6, GROUP = 4;  // of 16 registers
 #else
 constexpr int SUMS = LANES, BLOCK = std::min(8, LANES), GROUP = LANES;
 #endif
-// Rows of W in a tile with m rows of x. More than 16 sums are slower, but faster than a second pass over the weights.
+// Rows of W in a tile with m rows of x: few, since memory streams slower from more places.
 constexpr int tile_rows(int m) { return (m <= 8 ? std::min(SUMS, 16) : SUMS) / m; }
 template <int COUNT>
 using Totals = std::array<Vector, (COUNT + GROUP - 1) / GROUP * GROUP>;
-constexpr int WIDE = 8192;  // numbers of x (32 kB) that stay in the L2 cache while weights stream past
-constexpr int PIECE = 1024;  // columns per pass where x is wider
+constexpr int WIDE = 32768;  // bytes of x that stay in the L1 cache while weights stream past
+constexpr int PIECE = 4096;  // bytes of a row of x per pass where x is wider
 constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the slowest machine
 constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // single-threaded calls after a late one
 constexpr int AHEAD = 8192;  // prefetch distance in each row of W, in bytes
 constexpr int IN_ORDER = 16384;  // a tile of W of at most this many bytes is prefetched row after row, this far ahead
+
+// f(0), .., f(N - 1) with constants: the compiler keeps arrays in registers only if all their indices are constants.
+template <typename F, int... i>
+[[gnu::always_inline]] inline void unrolled(const F& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
+template <int N, typename F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, N>());
+}
+#define INLINE __attribute__((always_inline))
 
 // Keeps v in a register: the compiler would reload it for each product, and loads are the bottleneck.
 [[gnu::always_inline]] inline Vector in_register(const Vector& v) {
@@ -80,6 +92,33 @@ template <typename W>
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+constexpr bool BF16_PRODUCTS = true;
+
+// Two neighbouring numbers in each lane; with `half`, only 16 numbers and zeros.
+template <bool half>
+[[gnu::always_inline]] inline __m512bh load_pairs(const at::BFloat16* numbers) {
+  __m512i pairs;
+  if constexpr (half)
+    pairs = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+  else
+    pairs = _mm512_loadu_si512(numbers);
+  asm("" : "+v"(pairs));  // see `in_register`
+  return (__m512bh)pairs;
+}
+
+// Adds both products of each lane to `sum`.
+[[gnu::always_inline]] inline Vector fmadd(__m512bh a, __m512bh b, const Vector& sum) {
+  return Vector(_mm512_dpbf16_ps(sum, a, b));
+}
+#else
+constexpr bool BF16_PRODUCTS = false;
+#endif
+
+[[gnu::always_inline]] inline Vector fmadd(const Vector& a, const Vector& b, const Vector& sum) {
+  return at::vec::fmadd(a, b, sum);
+}
+
 // Into the L2 cache: L1 takes fewer lines at a time, so products of several rows would wait for memory.
 template <typename W>
 [[gnu::always_inline]] inline void fetch(const W* weights, int64_t ahead = AHEAD) {
@@ -107,42 +146,45 @@ template <int distance>
 }
 
 // The sums of COUNT vectors, in order; pairwise, since sequential sums take as long as the product of a short row of W.
-template <int COUNT>
-[[gnu::always_inline]] inline Vector halves(const std::array<Vector, COUNT>& v) {
-  if constexpr (COUNT == 1) {
-    return v[0];
-  } else {
-    std::array<Vector, COUNT / 2> half;
-#pragma GCC unroll 16
-    for (int i = 0; i < COUNT / 2; i++) half[i] = pairs<LANES / COUNT>(v[2 * i], v[2 * i + 1]);
-    return halves<COUNT / 2>(half);
-  }
+template <int COUNT, int first = 0, typename Vectors>
+[[gnu::always_inline]] inline Vector halves(const Vectors& v) {
+  if constexpr (COUNT == 1)
+    return v[first];
+  else
+    return pairs<COUNT / 2>(halves<COUNT / 2, first>(v), halves<COUNT / 2, first + COUNT / 2>(v));
 }
 #endif
 
 // total += x w^T over `count` columns of M rows of x (stride `step`) and N rows of w (stride k), as LANES partial sums.
 // `ahead` is the prefetch distance in bytes; prefetching `in_order`, row after row, streams faster than N places in turn.
-template <int M, int N, typename W>
+template <int M, int N, typename X, typename W>
 [[gnu::always_inline]] inline void add(
-    const float* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
+    const X* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
     Totals<M * N>& total) {
   static_assert(M * N <= SUMS);
   constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // weights per cache line
-  const auto multiply = [&](int64_t i) __attribute__((always_inline)) {
+  constexpr bool PAIRS = std::is_same_v<X, at::BFloat16>;
+  const auto multiply = [&](int64_t i, auto half) INLINE {
+    const auto load = [&](const auto* numbers) INLINE {
+      if constexpr (PAIRS)
+        return load_pairs<decltype(half)::value>(numbers);
+      else
+        return in_register(load_fp32(numbers));
+    };
     if constexpr (M < N) {  // the smaller side stays in registers
-      std::array<Vector, M> rows;
-      for (int m = 0; m < M; m++) rows[m] = in_register(Vector::loadu(x + m * step + i));
-      for (int n = 0; n < N; n++) {
-        const Vector weights = in_register(load_fp32(w + n * k + i));
-        for (int m = 0; m < M; m++) total[m * N + n] = at::vec::fmadd(weights, rows[m], total[m * N + n]);
-      }
+      std::array<decltype(load(x)), M> rows;
+      unrolled<M>([&](auto m) INLINE { rows[m] = load(x + m * step + i); });
+      unrolled<N>([&](auto n) INLINE {
+        const auto weights = load(w + n * k + i);
+        unrolled<M>([&](auto m) INLINE { total[m * N + n] = fmadd(weights, rows[m], total[m * N + n]); });
+      });
     } else {
-      std::array<Vector, N> weights;
-      for (int n = 0; n < N; n++) weights[n] = in_register(load_fp32(w + n * k + i));
-      for (int m = 0; m < M; m++) {
-        const Vector row = in_register(Vector::loadu(x + m * step + i));
-        for (int n = 0; n < N; n++) total[m * N + n] = at::vec::fmadd(weights[n], row, total[m * N + n]);
-      }
+      std::array<decltype(load(w)), N> weights;
+      unrolled<N>([&](auto n) INLINE { weights[n] = load(w + n * k + i); });
+      unrolled<M>([&](auto m) INLINE {
+        const auto row = load(x + m * step + i);
+        unrolled<N>([&](auto n) INLINE { total[m * N + n] = fmadd(weights[n], row, total[m * N + n]); });
+      });
     }
   };
   const int64_t of_line = in_order ? N : 1, of_row = in_order ? LINE : k;
@@ -150,16 +192,15 @@ template <int M, int N, typename W>
   for (; i + LINE <= count; i += LINE) {
     for (int n = 0; n < N; n++) fetch(w + of_line * i + of_row * n, ahead);
 #pragma GCC unroll 4
-    for (int j = 0; j < LINE; j += LANES) multiply(i + j);
+    for (int j = 0; j < LINE; j += PAIRS ? 2 * LANES : LANES) multiply(i + j, std::false_type());
   }
-  for (; i < count; i += LANES) multiply(i);
+  for (; i < count; i += LANES) multiply(i, std::true_type());
 }
 
 template <int COUNT>
 [[gnu::always_inline]] inline Totals<COUNT> zeros() {
   Totals<COUNT> total;
-#pragma GCC unroll 32
-  for (Vector& sum : total) sum = Vector(0.f);
+  unrolled<std::tuple_size_v<Totals<COUNT>>>([&](auto i) INLINE { total[i] = Vector(0.f); });
   return total;
 }
 
@@ -167,54 +208,55 @@ template <int COUNT>
 template <int M, int N>
 [[gnu::always_inline]] inline void write(const Totals<M * N>& total, float* y, int64_t stride) {
   float out[std::tuple_size_v<Totals<M * N>>];
-#pragma GCC unroll 4
-  for (int i = 0; i < M * N; i += GROUP) {
+  unrolled<std::tuple_size_v<Totals<M * N>> / GROUP>([&](auto group) INLINE {
+    constexpr int first = group * GROUP;
 #ifdef CPU_CAPABILITY_AVX2
-    const __m256 low = _mm256_hadd_ps(total[i], total[i + 1]), high = _mm256_hadd_ps(total[i + 2], total[i + 3]);
-    const __m256 four = _mm256_hadd_ps(low, high);
-    _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    const __m256 low = _mm256_hadd_ps(total[first], total[first + 1]);
+    const __m256 high = _mm256_hadd_ps(total[first + 2], total[first + 3]), four = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out + first, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
 #else
-    std::array<Vector, GROUP> group;
-#pragma GCC unroll 16
-    for (int j = 0; j < GROUP; j++) group[j] = total[i + j];
-    halves<GROUP>(group).store(out + i);
+    halves<GROUP, first>(total).store(out + first);
 #endif
-  }
+  });
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
 // M rows of x by N rows of w, of width k, a multiple of LANES. A single row of x takes four rows of w at a time: memory
 // streams slower from 16 places at once.
-template <int M, int N, typename W>
-void tile(const float* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
+template <int M, int N, typename X, typename W>
+void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
   const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
   Totals<M * N> total = zeros<M * N>();
-#pragma GCC unroll 4
-  for (int n = 0; n < N; n += AT_ONCE) {
-    Totals<M * AT_ONCE> part = zeros<M * AT_ONCE>();
-    add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
-#pragma GCC unroll 32
-    for (int i = 0; i < M * AT_ONCE; i++) total[n + i] = part[i];
-  }
+  if constexpr (AT_ONCE == N)
+    add<M, N>(x, w, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, total);
+  else
+    unrolled<N / AT_ONCE>([&](auto group) INLINE {
+      constexpr int n = group * AT_ONCE;
+      Totals<M * AT_ONCE> part = zeros<M * AT_ONCE>();
+      add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
+      unrolled<M * AT_ONCE>([&](auto i) INLINE { total[n + i] = part[i]; });
+    });
   write<M, N>(total, y, stride);
 }
 
 // `rows` <= M rows of x (stride `step`) by all `columns` rows of w, to y (stride `stride`).
-template <int M, typename W>
-void block(int64_t rows, const float* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
+template <int M, typename X, typename W>
+void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t columns, int64_t step, int64_t stride) {
   if constexpr (M > 1) {
     if (rows < M) return block<M - 1>(rows, x, w, y, k, columns, step, stride);
   }
   constexpr int N = tile_rows(M);
   int64_t n = 0;
-  if (M * k > WIDE) {  // one piece of the rows of x by all tiles, then the next piece; summed in the order of `tile`
+  // One piece of the rows of x by all tiles, then the next piece; summed in the order of `tile`.
+  if (M * k * static_cast<int64_t>(sizeof(X)) > WIDE) {
+    constexpr int64_t COLUMNS = PIECE / sizeof(X);
     const int64_t tiles = columns / N, size = N * k;
     std::vector<Totals<M * N>> totals(tiles, zeros<M * N>());
-    for (int64_t i = 0; i < k; i += PIECE)
+    for (int64_t i = 0; i < k; i += COLUMNS)
       for (int64_t t = 0; t < tiles; t++) {
         Totals<M * N> total = totals[t];
-        const int64_t count = std::min<int64_t>(PIECE, k - i), ahead = size * static_cast<int64_t>(sizeof(W));
+        const int64_t count = std::min(COLUMNS, k - i), ahead = size * static_cast<int64_t>(sizeof(W));
         add<M, N>(x + i, w + t * size + i, count, k, step, ahead, false, total);
         totals[t] = total;
       }
@@ -249,8 +291,9 @@ struct Linear {
   int64_t columns() const { return weight.size(0); }
   explicit operator bool() const { return weight.defined(); }
 
-  // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time.
-  void operator()(const float* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
+  // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time; x in bf16 needs weights in bf16.
+  template <typename X>
+  void operator()(const X* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
     const int64_t k = weight.size(1), blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks - 1) / blocks;
     const auto multiply_by = [&](const auto* w) {
       for (int64_t at = first; at < end; at += grain)
@@ -259,7 +302,9 @@ struct Linear {
               std::min(size, m - row), x + row * k, w + at * k, y + row * stride + at, k, std::min(grain, end - at), k,
               stride);
     };
-    if (weight.scalar_type() == at::kChar)
+    if constexpr (std::is_same_v<X, at::BFloat16>)
+      multiply_by(weight.const_data_ptr<at::BFloat16>());
+    else if (weight.scalar_type() == at::kChar)
       multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kBFloat16)
       multiply_by(weight.const_data_ptr<at::BFloat16>());
@@ -289,14 +334,26 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
   const int64_t blocks = (m + BLOCK - 1) / BLOCK, tile = tile_rows((m + blocks - 1) / blocks);
   const int64_t grain = m == 1 && fit < tile ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / tile, 1) * tile;
-  in_parallel(n, grain, static_cast<double>(n * bytes), static_cast<double>(m * n * k), [&](int64_t first, int64_t end) {
-    int64_t offset = 0;  // the matrix's first column in y
-    for (const Linear* linear : linears) {
-      const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());
-      (*linear)(x, y + offset, m, n, from, last, grain);
-      offset += linear->columns();
+  const double bytes_read = static_cast<double>(n * bytes), products = static_cast<double>(m * n * k);
+  const auto multiply_by = [&](const auto* x) {
+    in_parallel(n, grain, bytes_read, products, [&](int64_t first, int64_t end) {
+      int64_t offset = 0;  // the matrix's first column in y
+      for (const Linear* linear : linears) {
+        const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());
+        (*linear)(x, y + offset, m, n, from, last, grain);
+        offset += linear->columns();
+      }
+    });
+  };
+  if constexpr (BF16_PRODUCTS) {
+    const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
+    if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
+      const at::Tensor rounded = at::empty({m, k}, at::kBFloat16);
+      at::vec::convert(x, rounded.mutable_data_ptr<at::BFloat16>(), m * k);
+      return multiply_by(rounded.const_data_ptr<at::BFloat16>());
     }
-  });
+  }
+  multiply_by(x);
 }
 
 }  // namespace
