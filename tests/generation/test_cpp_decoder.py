@@ -16,6 +16,7 @@ from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
 from helpers.tiny import QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.cpp_extension import include_paths
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -36,7 +37,7 @@ from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
-from layerskip_recipes.generation.kernels.cpp_decoder import load_library
+from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts, reads_in_cpp
 from layerskip_recipes.generation.sampling import Sampler
@@ -230,11 +231,30 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
         assert torch.equal(in_cpp(model, [text, *others], s)[0], in_cpp(model, [text], s)[0])
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a compiler for x86")
+@pytest.mark.parametrize(
+    ("capability", "flags"),
+    [
+        ("DEFAULT", []),
+        ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
+        ("AVX512", ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
+    ],
+)
+def test_the_code_fits_other_processors(capability, flags, tmp_path):
+    """Without the instructions that this one may have, such as those for bf16."""
+    (tmp_path / "all.cpp").write_text("".join(source.read_text() for source in SOURCES))
+    known = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    folders = [f"-I{folder}" for folder in include_paths()]
+    command = ["g++", "-std=c++20", "-fsyntax-only", *flags, *known, *folders, str(tmp_path / "all.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
 @pytest.mark.parametrize("n", [1, 5, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_products_of_few_rows(n, k, dtype, two_threads):
-    """scale (x W^T) + bias, and each row of it to the last bit what it is alone. Instructions for bf16 take x in bf16."""
+    """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16."""
     load_library()
     generator = torch.Generator().manual_seed(n * k)
     x, w = torch.randn(1, 21, k, generator=generator), torch.randn(n, k, generator=generator)
@@ -244,10 +264,8 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
     head = torch.classes.layerskip.Head(tensors, {})
     alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
     atol = (6e-3 if dtype == torch.int8 else 1e-4) * max(1, k / 576)
-    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
-        exact = x.bfloat16().double()
-    else:
-        exact = x.double()
+    instructions = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    exact = (x.bfloat16() if dtype == torch.bfloat16 and instructions else x).double()
     torch.testing.assert_close(alone.double(), exact @ w.double().T * scale + bias, atol=atol, rtol=1e-4)
     for rows in range(1, 22):
         assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])

@@ -113,6 +113,8 @@ template <bool half>
 }
 #else
 constexpr bool BF16_PRODUCTS = false;
+template <bool half>
+Vector load_pairs(const at::BFloat16* numbers);  // not called
 #endif
 
 [[gnu::always_inline]] inline Vector fmadd(const Vector& a, const Vector& b, const Vector& sum) {
@@ -323,6 +325,7 @@ struct Linear {
 };
 
 // x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side.
+template <bool bf16_products = BF16_PRODUCTS>
 void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
   const at::Tensor& any = (*linears.begin())->weight;
   const int64_t k = any.size(1);
@@ -345,7 +348,7 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
       }
     });
   };
-  if constexpr (BF16_PRODUCTS) {
+  if constexpr (bf16_products) {
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
     if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
       const at::Tensor rounded = at::empty({m, k}, at::kBFloat16);
