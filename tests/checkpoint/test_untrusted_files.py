@@ -52,7 +52,7 @@ BASE = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"
 CODE = {"_component_": "pathlib.Path.touch", "self": {"_component_": "pathlib.Path", "_args_": ["RAN"]}}
 
 
-KEYS = ["kind", "exit_layer", "num_layers", "vocabulary", "base"]
+KEYS = ["kind", "exit_layer", "vocabulary", "base"]
 KEYS_OF_BASE = ["folder", "hash", "checkpointer", "files", "model_type", "_component_", "output_dir"]
 
 
@@ -60,7 +60,7 @@ KEYS_OF_BASE = ["folder", "hash", "checkpointer", "files", "model_type", "_compo
 @pytest.mark.parametrize("code", [CODE, "torch.hub.load", [CODE]], ids=["component", "path", "list"])
 def test_code_in_a_drafts_description_is_refused(key, code, checkpoint, ran, tmp_path):
     base = BASE | {"folder": str(checkpoint), "hash": "0"}
-    description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "num_layers": 2, "vocabulary": None, "base": base}
+    description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "vocabulary": None, "base": base}
     part = base if key.startswith("base.") else description
     part[key.removeprefix("base.")] = code
     write_description(tmp_path / "draft", description, ran)
