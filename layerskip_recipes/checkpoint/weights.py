@@ -45,15 +45,16 @@ def check_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 def initialise(model: LayerSkipDecoder, seed: int, std: float = 0.02) -> None:
     """Initialise as GPT-2 does: matrices with normal(0, std), biases with 0; norms keep torchtune's values.
 
-    Matrices that write into the residual stream get std / sqrt(2 L). The numbers are drawn on the CPU, so they are the
-    same on every device.
+    Matrices that write into the residual stream get std / sqrt(2 L). The numbers are drawn on the CPU in fp32, so they
+    are the same on every device, up to rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
             scale = std / math.sqrt(2 * model.num_layers) if into_residual else std
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            drawn = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+            parameter.copy_(scale * drawn)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 

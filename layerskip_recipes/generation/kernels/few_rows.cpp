@@ -15,6 +15,7 @@
 #include <chrono>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -351,9 +352,10 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   if constexpr (bf16_products) {
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
     if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
-      const at::Tensor rounded = at::empty({m, k}, at::kBFloat16);
-      at::vec::convert(x, rounded.mutable_data_ptr<at::BFloat16>(), m * k);
-      return multiply_by(rounded.const_data_ptr<at::BFloat16>());
+      static thread_local std::vector<at::BFloat16> rounded;  // kept: every product needs it
+      if (static_cast<int64_t>(rounded.size()) < m * k) rounded.resize(m * k);
+      at::vec::convert(x, rounded.data(), m * k);
+      return multiply_by(std::as_const(rounded).data());
     }
   }
   multiply_by(x);
